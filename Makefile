@@ -1,0 +1,40 @@
+# `make compile` sets everything up and compiles LLaVA-1.5-7B under a 65 % budget; `make test` runs the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: compile test check install golden format clean
+
+compile: install
+	$(BIN)/planner compile --model llava-7b --budget 0.65 -o build/llava-7b
+
+test: install
+	$(BIN)/python -m pytest
+
+# mypy reads an installed-looking copy: the folders are sub-packages of `planner` only once mapped.
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/typing && mkdir -p build/typing && cp -r planner build/typing/planner
+	for part in ir kernels models training; do cp -r $$part build/typing/planner/$$part; done
+	cd build/typing && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p planner
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $(STAMP)
+
+# Rewrite the golden text files after an intended change; read the diff before committing it.
+golden: install
+	PLANNER_UPDATE_GOLDEN=1 $(BIN)/python -m pytest -k golden
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build

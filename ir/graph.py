@@ -1,0 +1,242 @@
+"""The Graph: operators, edges, and the sites that can be narrowed.
+
+A Graph is independent of weights and of token counts. `Operator` and `Site` are small immutable
+records; networkx holds the edges and does the traversals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Any
+
+import networkx as nx
+
+from planner.ir.dims import Dim
+
+__all__ = ["KINDS", "PARTS", "SITE_KINDS", "Binding", "Block", "Graph", "Operator", "Site"]
+
+# kind -> what it computes. Every kind must have a FLOPs formula in planner.ir.cost.flops.
+KINDS: Mapping[str, str] = MappingProxyType(
+    {
+        "input": "tokens or pixels entering a part",
+        "linear": "x W^T (+ b); attributes in, out, bias",
+        "matmul": "batched product of two activations; attribute inner",
+        "conv": "convolution; attributes in (channels per group), kernel (taps), bias",
+        "attention": "softmax(q k^T) v; attributes heads, kv_heads, head_dim, value_dim, keys",
+        "norm": "RMSNorm, LayerNorm or GroupNorm; attribute width",
+        "rotary": "rotation of queries or keys by position",
+        "activation": "an elementwise non-linearity; attribute function",
+        "multiply": "elementwise product",
+        "add": "elementwise sum, residual connections among them",
+        "elementwise": "any other elementwise work",
+        "softmax": "softmax outside an attention operator",
+        "reduce": "sum, mean, maximum, top-k and the like",
+        "embedding": "table look-up; attributes entries, width",
+        "gather": "tokens or rows copied by index",
+        "experts": "grouped product, rows routed to experts; attributes in, out, experts",
+        "scan": "a state-space or linear-attention recurrence; attribute flops_per_row",
+        # written by passes
+        "select_tokens": "keeps the image tokens a selector chose; attributes keep, of",
+        "fused_linear": "several linears with one input run as one; attributes in, out, bias, count",
+        "norm_linear": "a norm folded into the linear after it; attributes in, out, bias, count",
+    }
+)
+PARTS = ("vision", "projector", "decoder", "head")
+SITE_KINDS = ("tokens", "layer", "heads", "mlp")
+
+Value = int | str | Dim
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """One operator of the graph.
+
+    Attributes:
+        name: unique in the graph.
+        kind: a key of `KINDS`.
+        inputs: names of the operators whose outputs this one reads, in order.
+        shape: shape of the output, symbolic, batch first.
+        module: path of the stock model's module that computes it ("" for none).
+        part: one of `PARTS`.
+        layer: index of the decoder (or vision) layer it belongs to, None outside the stack.
+        attributes: what the kind's cost formula needs, sorted by name.
+        narrowed_by: pairs (attribute or ``shape.i``, site name): that quantity shrinks in
+            proportion to the lanes the site keeps.
+    """
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...] = ()
+    shape: tuple[Dim, ...] = ()
+    module: str = ""
+    part: str = "decoder"
+    layer: int | None = None
+    attributes: tuple[tuple[str, Value], ...] = ()
+    narrowed_by: tuple[tuple[str, str], ...] = ()
+
+    def __getitem__(self, attribute: str) -> Value:
+        for name, value in self.attributes:
+            if name == attribute:
+                return value
+        raise KeyError(f"operator {self.name} has no attribute {attribute}")
+
+    def get(self, attribute: str, default: Any = None) -> Any:
+        """The attribute's value, or the default where it is absent."""
+        for name, value in self.attributes:
+            if name == attribute:
+                return value
+        return default
+
+    def integer(self, attribute: str) -> int:
+        """The attribute's value, which must be an integer."""
+        value = self[attribute]
+        if not isinstance(value, int):
+            raise TypeError(f"attribute {attribute} of {self.name} is {value!r}, not an integer")
+        return value
+
+    def having(self, **attributes: Value) -> Operator:
+        """A copy with attributes set."""
+        merged = dict(self.attributes) | attributes
+        return replace(self, attributes=tuple(sorted(merged.items())))
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Features of lane l: ``offset + l*stride`` to ``offset + l*stride + width``."""
+
+    offset: int
+    stride: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """Which features of one module's weight belong to which lane of a site.
+
+    `axis` is ``out`` (rows of a Linear's weight, and its bias) or ``in`` (columns).
+    """
+
+    module: str
+    axis: str
+    blocks: tuple[Block, ...]
+
+    def features(self, lanes: Iterable[int]) -> list[int]:
+        """Feature indices of the given lanes, block by block, ascending inside a block."""
+        lanes = sorted(lanes)
+        return [
+            index
+            for block in self.blocks
+            for lane in lanes
+            for index in range(
+                block.offset + lane * block.stride, block.offset + lane * block.stride + block.width
+            )
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A place in the graph that can be narrowed.
+
+    Attributes:
+        name: ``layer.5``, ``heads.5``, ``mlp.5``, ``tokens.2``.
+        kind: one of `SITE_KINDS`.
+        layer: decoder layer; for ``tokens`` the first layer that sees the smaller set.
+        module: module path of the layer, attention block or MLP ("" for tokens).
+        lanes: how many indivisible units the weights have: KV groups, neurons, 1 for a layer,
+            image tokens for a token stage (0: known only with the workload).
+        switches: into how many switches the lanes are divided.
+        bindings: where the lanes lie in the weights.
+    """
+
+    name: str
+    kind: str
+    layer: int
+    module: str = ""
+    lanes: int = 1
+    switches: int = 1
+    bindings: tuple[Binding, ...] = ()
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """Lane boundaries of the switches: switch u covers lanes ``bounds[u]`` to ``bounds[u+1]``.
+
+        Where lanes do not divide evenly the first switches are one lane wider (13824 neurons in
+        40 switches: 24 of 346, then 16 of 345).
+        """
+        width, wider = divmod(self.lanes, self.switches)
+        bounds = [0]
+        for index in range(self.switches):
+            bounds.append(bounds[-1] + width + (index < wider))
+        return tuple(bounds)
+
+    def lanes_of(self, switches: Iterable[int]) -> list[int]:
+        """Lanes covered by the given switches, ascending."""
+        bounds = self.bounds
+        return [lane for u in sorted(switches) for lane in range(bounds[u], bounds[u + 1])]
+
+    def widths(self) -> tuple[int, ...]:
+        """Lanes in each switch."""
+        return tuple(stop - start for start, stop in pairwise(self.bounds))
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Operators in topological order, and sites.
+
+    Attributes:
+        name: what the user called the model.
+        operators: in an order where every input precedes its reader.
+        sites: places that can be narrowed, in layer order.
+        properties: facts about the model that costs and plans need: ``model_type``,
+            ``hidden_size``, ``decoder_layers``, ``image_tokens`` (per run of the vision encoder),
+            ``fingerprint``, ``dtype_bytes``.
+    """
+
+    name: str
+    operators: tuple[Operator, ...]
+    sites: tuple[Site, ...] = ()
+    properties: Mapping[str, int | str] = field(default_factory=dict)
+
+    @cached_property
+    def by_name(self) -> dict[str, Operator]:
+        """Operators by name."""
+        return {operator.name: operator for operator in self.operators}
+
+    @cached_property
+    def sites_by_name(self) -> dict[str, Site]:
+        """Sites by name."""
+        return {site.name: site for site in self.sites}
+
+    @cached_property
+    def network(self) -> nx.DiGraph[str]:
+        """The edges, for traversals; each node carries its operator as ``operator``."""
+        network: nx.DiGraph[str] = nx.DiGraph()
+        for operator in self.operators:
+            network.add_node(operator.name, operator=operator)
+        for operator in self.operators:
+            network.add_edges_from((source, operator.name) for source in operator.inputs)
+        return network
+
+    def __iter__(self) -> Iterator[Operator]:
+        return iter(self.operators)
+
+    def sites_of(self, kind: str) -> tuple[Site, ...]:
+        """Sites of one kind, in layer order."""
+        return tuple(site for site in self.sites if site.kind == kind)
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return int(self.properties["decoder_layers"])
+
+    def replacing(self, operators: Iterable[Operator], sites: Iterable[Site] | None = None) -> Graph:
+        """A copy with other operators (and sites)."""
+        return replace(
+            self,
+            operators=tuple(operators),
+            sites=self.sites if sites is None else tuple(sites),
+        )
