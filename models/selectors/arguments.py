@@ -1,0 +1,85 @@
+"""The text form of a selector: ``name:field=value,field=value``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, Self, get_args, get_type_hints
+
+from planner.ir.errors import InputError
+
+__all__ = ["Arguments"]
+
+
+def _read_flag(text: str) -> bool:
+    return {"true": True, "false": False}[text]
+
+
+def _read_integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("/"))
+
+
+# type of a field -> how its text is read, and what to call it in messages
+_READERS: Mapping[Any, tuple[Callable[[str], Any], str]] = {
+    int: (int, "a whole number"),
+    float: (float, "a number"),
+    bool: (_read_flag, "true or false"),
+    tuple[int, ...]: (_read_integers, "whole numbers such as 300/200/110"),
+}
+
+
+def _write(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "/".join(map(str, value))
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A frozen dataclass that is read from, and written as, ``name:field=value,...``.
+
+    Its fields are of the types int, float, bool or tuple[int, ...] (written ``300/200/110``), or of
+    one of these and None, where None is the default.
+    """
+
+    name: ClassVar[str]
+
+    @classmethod
+    def read(cls, arguments: Mapping[str, str]) -> Self:
+        """Build from the fields' texts; InputError on an unknown, missing or malformed field."""
+        hints = get_type_hints(cls)
+        known = {entry.name: entry for entry in fields(cls)}
+        values: dict[str, Any] = {}
+        for field, text in arguments.items():
+            if field not in known:
+                listed = ", ".join(known) or "none"
+                raise InputError(f"{cls.name} has no field '{field}'; its fields: {listed}.")
+            hint = hints[field]
+            reader, wanted = _READERS[hint if hint in _READERS else get_args(hint)[0]]
+            try:
+                values[field] = reader(text)
+            except (ValueError, KeyError):
+                raise InputError(
+                    f"{cls.name}:{field}={text} cannot be read: {field} is {wanted}."
+                ) from None
+        for field, entry in known.items():
+            if entry.default is MISSING and field not in values:
+                raise InputError(f"{cls.name} needs {field}, as in {cls.name}:{field}=144.")
+        return cls(**values)
+
+    def __str__(self) -> str:
+        """The text form without fields at their defaults; it reads back as an equal object."""
+        changed = [
+            f"{entry.name}={_write(getattr(self, entry.name))}"
+            for entry in fields(self)
+            if getattr(self, entry.name) != entry.default
+        ]
+        return ":".join([self.name, ",".join(changed)] if changed else [self.name])
+
+    def check(self, field: str, good: bool, wanted: str) -> None:
+        """Raise InputError unless the field's value is good; for ``__post_init__``."""
+        if not good:
+            text = _write(getattr(self, field))
+            raise InputError(f"{self.name}:{field}={text} is out of range: {field} is {wanted}.")

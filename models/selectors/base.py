@@ -1,0 +1,246 @@
+"""What a token selector is, what it is given and what it returns.
+
+A selector works in one of two places. A *vision* selector sees each run of the vision encoder (one
+image, or one tile of a high-resolution image) before the projector, and returns fewer, possibly
+merged, features. A *decoder* selector acts just before decoder layer k and says which tokens of
+each sample go on; it scores them with the attention of layer k - 1. Selectors never touch a model:
+they are handed tensors and return tensors, and an executor does the rest.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum, Flag, auto
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from planner.ir.errors import InputError
+from planner.models.selectors.arguments import Arguments
+
+__all__ = [
+    "DecoderInputs",
+    "DecoderSelection",
+    "DecoderSelector",
+    "Needs",
+    "Selector",
+    "Stage",
+    "TowerAttention",
+    "VisionInputs",
+    "VisionSelection",
+    "VisionSelector",
+]
+
+
+class Stage(Enum):
+    """Where a selector works."""
+
+    VISION = "vision"
+    DECODER = "decoder"
+
+
+class Needs(Flag):
+    """What an executor must supply besides features (vision) or the image mask (decoder).
+
+    Each flag names a field of `VisionInputs` or `DecoderInputs`; a field that no flag asks for may
+    stay empty.
+    """
+
+    NOTHING = 0
+    TOWER_ATTENTION = auto()  # VisionInputs.tower, for the layers in `VisionSelector.tower_layers`
+    TEXT_EMBEDDING = auto()  # VisionInputs.patch_embeddings and .text_embeddings
+    QUERY_KEY = auto()  # DecoderInputs.query, .key, .scaling and .attention_mask of layer k - 1
+    INPUT_EMBEDDINGS = auto()  # DecoderInputs.input_embeddings
+    HIDDEN_STATES = auto()  # DecoderInputs.hidden_states
+
+
+@dataclass(frozen=True)
+class TowerAttention:
+    """Queries and keys of one attention layer of a vision tower with a CLS token.
+
+    Attributes:
+        query: shape (runs, width), the output of ``q_proj`` at the CLS token.
+        key: shape (runs, 1 + patches, width), the output of ``k_proj``, CLS token first.
+        heads: attention heads of the layer; width is heads * head_dim.
+    """
+
+    query: Tensor
+    key: Tensor
+    heads: int
+
+
+@dataclass(frozen=True)
+class VisionInputs:
+    """What a vision selector sees: all runs of the vision encoder in a batch.
+
+    Attributes:
+        features: shape (runs, patches, width): what the tower hands to the projector.
+        cls_feature: shape (runs, width): the CLS token at the same layer (VisionZip keeps it).
+        tower: attention by layer index, counted from the end (-1 is the last layer) or, for
+            non-negative indices, from the start.
+        patch_embeddings: shape (runs, patches, d): patches in CLIP's joint image-text space.
+        text_embeddings: shape (runs, d): the prompt that goes with each run, in the same space.
+        tiles: for each image, in order, how many consecutive runs it took and how they lie: the
+            overview first, then ``rows * columns`` tiles in raster order. None: a run is an image.
+    """
+
+    features: Tensor
+    cls_feature: Tensor | None = None
+    tower: Mapping[int, TowerAttention] = field(default_factory=dict)
+    patch_embeddings: Tensor | None = None
+    text_embeddings: Tensor | None = None
+    tiles: tuple[tuple[int, int], ...] | None = None
+
+    def attention(self, layer: int, selector: str) -> TowerAttention:
+        """The tower's attention at a layer; InputError where the tower has no CLS token."""
+        if layer not in self.tower:
+            raise InputError(
+                f"{selector} ranks patches by the attention of a CLS token, which this vision tower"
+                " does not have; choose a selector that works in the decoder, such as fastv."
+            )
+        return self.tower[layer]
+
+
+@dataclass(frozen=True)
+class VisionSelection:
+    """What is left of each run.
+
+    Attributes:
+        indices: per run, shape (kept,), int64: the patches kept, in the order of the features.
+        features: per run, shape (kept + merged, width): kept (and perhaps enriched) features, then
+            tokens that summarise dropped ones.
+    """
+
+    indices: tuple[Tensor, ...]
+    features: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class DecoderInputs:
+    """What a decoder selector sees before layer k, during prefill.
+
+    ``seq`` counts the tokens being processed, ``keys`` those attended to: the same, or more where
+    a cache holds earlier turns.
+
+    Attributes:
+        image: shape (batch, seq), bool: which tokens are image tokens, at any position.
+        valid: shape (batch, keys), bool: False for padding.
+        query: shape (batch, heads, seq, head_dim), rotated, of layer k - 1.
+        key: shape (batch, kv_heads, keys, head_dim), rotated, of layer k - 1.
+        scaling: what layer k - 1 multiplies q k^T with; None is 1/sqrt(head_dim).
+        attention_mask: the mask of layer k - 1, shape (batch or 1, 1, seq, keys), bool (True is
+            visible) or additive; None is causal.
+        input_embeddings: shape (batch, seq, width): what entered layer 0, at the tokens that
+            are left.
+        hidden_states: shape (batch, seq, width): what is about to enter layer k.
+    """
+
+    image: Tensor
+    valid: Tensor
+    query: Tensor | None = None
+    key: Tensor | None = None
+    scaling: float | None = None
+    attention_mask: Tensor | None = None
+    input_embeddings: Tensor | None = None
+    hidden_states: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DecoderSelection:
+    """Which tokens of each sample go on.
+
+    Attributes:
+        keep: shape (batch, seq), bool. True for all text; padding is True too and up to `packed`.
+        hidden_states: shape (batch, seq, width) where the selector changed some kept tokens (it
+            merged others into them), else None. Rows of dropped tokens are meaningless.
+    """
+
+    keep: Tensor
+    hidden_states: Tensor | None = None
+
+    def indices(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Per sample, the sequence positions of kept image tokens, ascending."""
+        return tuple(row.nonzero().flatten() for row in self.keep & image)
+
+    def packed(self, valid: Tensor, side: str = "left") -> tuple[Tensor, Tensor]:
+        """Gather indices that drop the tokens of a padded batch for real.
+
+        Args:
+            valid: shape (batch, seq), bool: False for padding.
+            side: ``left`` or ``right``: where samples that kept fewer tokens are padded.
+
+        Returns:
+            index: shape (batch, longest), int64: source position of every remaining token, each
+                sample in its original order; padding repeats some position of that sample.
+            valid: shape (batch, longest), bool.
+        """
+        keep = self.keep & valid
+        longest = int(keep.sum(1).max())
+        # Stable, so the tokens that stay keep their order.
+        if side == "left":
+            index = keep.sort(dim=1, stable=True).indices[:, keep.shape[1] - longest :]
+        else:
+            index = keep.sort(dim=1, stable=True, descending=True).indices[:, :longest]
+        return index, keep.gather(1, index)
+
+
+class Selector(Arguments, ABC):
+    """A rule that picks image tokens; a frozen dataclass whose fields are its arguments.
+
+    Attributes:
+        name: how users call it.
+        stage: where it works.
+        needs: what it must be given.
+    """
+
+    stage: ClassVar[Stage]
+    needs: ClassVar[Needs] = Needs.NOTHING
+
+    @property
+    @abstractmethod
+    def layers(self) -> tuple[int, ...]:
+        """Decoder layers that are the first to see a smaller set, ascending; (0,) for vision."""
+
+    @abstractmethod
+    def counts(self, tokens: int) -> tuple[int | None, ...]:
+        """How many image tokens are left from each of `layers` on.
+
+        Args:
+            tokens: image tokens before selection: of one run (vision) or one sample (decoder).
+
+        Returns:
+            One count per layer; None where it depends on the content.
+        """
+
+
+class VisionSelector(Selector):
+    """A selector that works between the vision tower and the projector.
+
+    Attributes:
+        tower_layers: layers of the tower whose attention it needs.
+    """
+
+    stage = Stage.VISION
+    tower_layers: ClassVar[tuple[int, ...]] = ()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The whole decoder sees the smaller set."""
+        return (0,)
+
+    @abstractmethod
+    def select(self, inputs: VisionInputs) -> VisionSelection:
+        """Reduce every run of the batch."""
+
+
+class DecoderSelector(Selector):
+    """A selector that works inside the decoder."""
+
+    stage = Stage.DECODER
+
+    @abstractmethod
+    def select(self, inputs: DecoderInputs, layer: int) -> DecoderSelection:
+        """Choose what goes on to `layer`, one of `layers`."""
