@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from enum import Enum, Flag, auto
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from planner.ir.errors import InputError
