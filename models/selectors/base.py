@@ -13,12 +13,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, Flag, auto
-from typing import ClassVar
+from typing import ClassVar, Self, TypeVar
 
 from torch import Tensor
 
 from planner.ir.errors import InputError
 from planner.models.selectors.arguments import Arguments
+from planner.models.selectors.ranking import pack
 
 __all__ = [
     "DecoderInputs",
@@ -31,7 +32,10 @@ __all__ = [
     "VisionInputs",
     "VisionSelection",
     "VisionSelector",
+    "supplied",
 ]
+
+T = TypeVar("T")
 
 
 class Stage(Enum):
@@ -42,17 +46,17 @@ class Stage(Enum):
 
 
 class Needs(Flag):
-    """What an executor must supply besides features (vision) or the image mask (decoder).
+    """What an executor must supply besides features (vision) or image and valid (decoder).
 
-    Each flag names a field of `VisionInputs` or `DecoderInputs`; a field that no flag asks for may
-    stay empty.
+    A field that no flag asks for may stay empty.
     """
 
     NOTHING = 0
     TOWER_ATTENTION = auto()  # VisionInputs.tower, for the layers in `VisionSelector.tower_layers`
+    CLS_FEATURE = auto()  # VisionInputs.cls_feature
     TEXT_EMBEDDING = auto()  # VisionInputs.patch_embeddings and .text_embeddings
     QUERY_KEY = auto()  # DecoderInputs.query, .key, .scaling and .attention_mask of layer k - 1
-    INPUT_EMBEDDINGS = auto()  # DecoderInputs.input_embeddings
+    MARKS = auto()  # DecoderInputs.marks, from `DecoderSelector.mark`
     HIDDEN_STATES = auto()  # DecoderInputs.hidden_states
 
 
@@ -77,13 +81,15 @@ class VisionInputs:
 
     Attributes:
         features: shape (runs, patches, width): what the tower hands to the projector.
-        cls_feature: shape (runs, width): the CLS token at the same layer (VisionZip keeps it).
-        tower: attention by layer index, counted from the end (-1 is the last layer) or, for
-            non-negative indices, from the start.
-        patch_embeddings: shape (runs, patches, d): patches in CLIP's joint image-text space.
-        text_embeddings: shape (runs, d): the prompt that goes with each run, in the same space.
-        tiles: for each image, in order, how many consecutive runs it took and how they lie: the
-            overview first, then ``rows * columns`` tiles in raster order. None: a run is an image.
+        cls_feature: shape (runs, width): the CLS token at the same layer of the tower.
+        tower: attention by layer of the tower, under the indices of `VisionSelector.tower_layers`.
+        patch_embeddings: shape (runs, patches, d): the features in CLIP's joint image-text space
+            (``visual_projection(post_layernorm(features))``).
+        text_embeddings: shape (runs, d): the prompt that goes with each run, in the same space
+            (``text_embeds``), not normalised.
+        tiles: for each image in order (rows, columns) of its tiles. An image takes
+            1 + rows * columns consecutive runs, the overview first, then tiles in raster order.
+            None: every run is an image of its own.
     """
 
     features: Tensor
@@ -98,7 +104,7 @@ class VisionInputs:
         if layer not in self.tower:
             raise InputError(
                 f"{selector} ranks patches by the attention of a CLS token, which this vision tower"
-                " does not have; choose a selector that works in the decoder, such as fastv."
+                " does not have; take a selector that works in the decoder, such as fastv."
             )
         return self.tower[layer]
 
@@ -108,13 +114,13 @@ class VisionSelection:
     """What is left of each run.
 
     Attributes:
-        indices: per run, shape (kept,), int64: the patches kept, in the order of the features.
-        features: per run, shape (kept + merged, width): kept (and perhaps enriched) features, then
-            tokens that summarise dropped ones.
+        features: per run, shape (left, width), in the order the language model gets them.
+        indices: per run, shape (left,), int64: the patch that each feature stands at; -1 for one
+            that is no patch (the CLS token, a summary of dropped patches).
     """
 
-    indices: tuple[Tensor, ...]
     features: tuple[Tensor, ...]
+    indices: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -132,8 +138,8 @@ class DecoderInputs:
         scaling: what layer k - 1 multiplies q k^T with; None is 1/sqrt(head_dim).
         attention_mask: the mask of layer k - 1, shape (batch or 1, 1, seq, keys), bool (True is
             visible) or additive; None is causal.
-        input_embeddings: shape (batch, seq, width): what entered layer 0, at the tokens that
-            are left.
+        marks: shape (batch, seq), bool: what `DecoderSelector.mark` returned before layer 0, at
+            the tokens that are left.
         hidden_states: shape (batch, seq, width): what is about to enter layer k.
     """
 
@@ -143,7 +149,7 @@ class DecoderInputs:
     key: Tensor | None = None
     scaling: float | None = None
     attention_mask: Tensor | None = None
-    input_embeddings: Tensor | None = None
+    marks: Tensor | None = None
     hidden_states: Tensor | None = None
 
 
@@ -152,9 +158,9 @@ class DecoderSelection:
     """Which tokens of each sample go on.
 
     Attributes:
-        keep: shape (batch, seq), bool. True for all text; padding is True too and up to `packed`.
-        hidden_states: shape (batch, seq, width) where the selector changed some kept tokens (it
-            merged others into them), else None. Rows of dropped tokens are meaningless.
+        keep: shape (batch, seq), bool. True for all text and padding.
+        hidden_states: shape (batch, seq, width) where the selector changed kept tokens (it merged
+            dropped ones into them), else None. Rows of dropped tokens mean nothing.
     """
 
     keep: Tensor
@@ -165,25 +171,25 @@ class DecoderSelection:
         return tuple(row.nonzero().flatten() for row in self.keep & image)
 
     def packed(self, valid: Tensor, side: str = "left") -> tuple[Tensor, Tensor]:
-        """Gather indices that drop the tokens of a padded batch for real.
+        """Gather indices that really drop tokens, and padding no sample needs any more.
 
         Args:
             valid: shape (batch, seq), bool: False for padding.
-            side: ``left`` or ``right``: where samples that kept fewer tokens are padded.
+            side: ``left`` or ``right``: where samples that keep fewer tokens are padded.
 
         Returns:
-            index: shape (batch, longest), int64: source position of every remaining token, each
-                sample in its original order; padding repeats some position of that sample.
+            index: shape (batch, longest), int64: where each remaining token comes from; samples
+                keep their order.
             valid: shape (batch, longest), bool.
         """
-        keep = self.keep & valid
-        longest = int(keep.sum(1).max())
-        # Stable, so the tokens that stay keep their order.
-        if side == "left":
-            index = keep.sort(dim=1, stable=True).indices[:, keep.shape[1] - longest :]
-        else:
-            index = keep.sort(dim=1, stable=True, descending=True).indices[:, :longest]
-        return index, keep.gather(1, index)
+        return pack(self.keep & valid, side)
+
+
+def supplied(value: T | None, what: str) -> T:
+    """The value, or ValueError where an executor left out what a selector needs."""
+    if value is None:
+        raise ValueError(f"the executor did not supply {what}, which the selector needs")
+    return value
 
 
 class Selector(Arguments, ABC):
@@ -239,6 +245,24 @@ class DecoderSelector(Selector):
     """A selector that works inside the decoder."""
 
     stage = Stage.DECODER
+
+    @classmethod
+    @abstractmethod
+    def at(cls, layer: int, keep: int, of: int) -> Self:
+        """The selector of this kind that keeps `keep` of `of` tokens from `layer` on."""
+
+    def mark(self, hidden_states: Tensor, image: Tensor, valid: Tensor) -> Tensor:
+        """Mark tokens before layer 0, for selectors with `Needs.MARKS`.
+
+        Args:
+            hidden_states: shape (batch, seq, width): what is about to enter layer 0.
+            image: shape (batch, seq), bool.
+            valid: shape (batch, seq), bool.
+
+        Returns:
+            Shape (batch, seq), bool; the executor keeps it in step with the tokens.
+        """
+        raise NotImplementedError(f"{self.name} needs no marks")
 
     @abstractmethod
     def select(self, inputs: DecoderInputs, layer: int) -> DecoderSelection:

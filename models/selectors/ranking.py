@@ -1,0 +1,71 @@
+"""From scores to choices: best-k per row, outliers, and packing of ragged choices.
+
+Ties always go to the lower index, so a sample gets the same tokens alone and in any batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["descending", "outliers", "pack", "top_mask"]
+
+
+def descending(scores: Tensor) -> Tensor:
+    """Indices of the last dimension from the highest score to the lowest, ties by index."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices
+
+
+def top_mask(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
+    """Mark the best eligible entries of each row.
+
+    Args:
+        scores: shape (..., n).
+        eligible: shape (..., n), bool.
+        counts: shape (...): how many to mark in each row; all eligible ones where there are fewer.
+
+    Returns:
+        Shape (..., n), bool.
+    """
+    order = descending(scores)
+    # Sorting twice, rather than masking scores with -inf, is right for scores of -inf as well.
+    order = order.gather(-1, descending(eligible.gather(-1, order).to(torch.uint8)))
+    rank = torch.empty_like(order)
+    rank.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    return (rank < counts[..., None]) & eligible
+
+
+def outliers(scores: Tensor) -> Tensor:
+    """Mark entries above the upper fence Q3 + 1.5 (Q3 - Q1) of their own row.
+
+    Quartiles interpolate linearly between order statistics (Tukey's fences as in numpy.percentile).
+
+    Args:
+        scores: shape (rows, n).
+
+    Returns:
+        Shape (rows, n), bool.
+    """
+    levels = scores.new_tensor([0.25, 0.75])
+    lower, upper = scores.quantile(levels, dim=-1, keepdim=True)
+    return scores > upper + 1.5 * (upper - lower)
+
+
+def pack(keep: Tensor, side: str) -> tuple[Tensor, Tensor]:
+    """Gather indices that move the kept entries of each row together, in their order.
+
+    Args:
+        keep: shape (..., n), bool.
+        side: ``left`` or ``right``: where rows with fewer kept entries are padded.
+
+    Returns:
+        index: shape (..., longest), int64: source positions; padding holds some dropped position.
+        valid: shape (..., longest), bool.
+    """
+    longest = int(keep.sum(-1).max())
+    flags = keep.to(torch.uint8)
+    if side == "left":
+        index = flags.sort(dim=-1, stable=True).indices[..., keep.shape[-1] - longest :]
+    else:
+        index = descending(flags)[..., :longest]
+    return index, keep.gather(-1, index)

@@ -1,0 +1,85 @@
+"""TRIM: keep the patches that stand out against the prompt in CLIP's joint space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from planner.ir.errors import InputError
+from planner.models.selectors.base import Needs, VisionInputs, VisionSelection, VisionSelector
+from planner.models.selectors.ranking import outliers, top_mask
+
+__all__ = ["TRIM", "similarity_scores"]
+
+
+def similarity_scores(patch_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
+    """Softmax over patches of the *negated* dot product with the prompt's embedding.
+
+    The sign is the released code's: in CLIP's joint space the patches of what a text names are
+    the least similar to it ("opposite visualisation", Li et al., CLIP Surgery, arXiv 2304.05653).
+
+    Args:
+        patch_embeddings: shape (runs, patches, d).
+        text_embeddings: shape (runs, d).
+
+    Returns:
+        Shape (runs, patches), float32 or wider.
+    """
+    dtype = torch.promote_types(patch_embeddings.dtype, torch.float32)
+    dots = torch.einsum("rpd,rd->rp", patch_embeddings.to(dtype), text_embeddings.to(dtype))
+    return (-dots).softmax(-1)
+
+
+@dataclass(frozen=True)
+class TRIM(VisionSelector):
+    """Keep patches by CLIP similarity to the prompt, in order, and the mean of all others.
+
+    Adaptive (no ratio): those whose score lies above Q3 + 1.5 IQR of their own picture; else the
+    best int(n ratio). Song et al., "Less is More: A Simple yet Effective Token Reduction Method for
+    Efficient Multi-modal LLMs" (arXiv 2409.10994), after the released code's ``TextSim+``, which
+    takes one quartile over the whole batch and keeps equally many of each picture.
+
+    Needs CLIP's text encoder and both projections; a checkpoint whose vision tower came without
+    them cannot supply these.
+
+    Attributes:
+        ratio: share of patches kept; None is adaptive.
+    """
+
+    name = "trim"
+    needs = Needs.TEXT_EMBEDDING
+    ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        self.check("ratio", self.ratio is None or 0 <= self.ratio <= 1, "a share from 0 to 1")
+
+    def counts(self, tokens: int) -> tuple[int | None, ...]:
+        """int(tokens ratio) and one for the others; depends on the picture where adaptive."""
+        if self.ratio is None:
+            return (None,)
+        kept = int(tokens * self.ratio)
+        return (kept + (kept < tokens),)
+
+    def select(self, inputs: VisionInputs) -> VisionSelection:
+        """Score, choose, and average what is left."""
+        if inputs.patch_embeddings is None or inputs.text_embeddings is None:
+            raise InputError(
+                f"{self.name} compares patches with the prompt in CLIP's joint space, but this"
+                " model has no CLIP text encoder; take another selector, such as visionzip."
+            )
+        scores = similarity_scores(inputs.patch_embeddings, inputs.text_embeddings)
+        if self.ratio is None:
+            kept = outliers(scores)
+        else:
+            counts = torch.full((len(scores),), int(scores.shape[1] * self.ratio))
+            everything = torch.ones_like(scores, dtype=torch.bool)
+            kept = top_mask(scores, everything, counts.to(scores.device))
+        features, indices = [], []
+        for run, mask in zip(inputs.features, kept, strict=True):
+            index, others = mask.nonzero().flatten(), run[~mask]
+            summary = others.mean(0, keepdim=True) if len(others) else others
+            features.append(torch.cat([run[index], summary]))
+            indices.append(torch.cat([index, index.new_full((len(summary),), -1)]))
+        return VisionSelection(tuple(features), tuple(indices))
