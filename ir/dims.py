@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 __all__ = ["Dim", "product"]
 
-_TERM = re.compile(r"(?:(?P<coefficient>\d+)(?:\*(?P<symbol>[a-z][a-z0-9_.]*))?|(?P<alone>[a-z][a-z0-9_.]*))")
+_TERM = re.compile(
+    r"(?:(?P<coefficient>\d+)(?:\*(?P<symbol>[a-z][a-z0-9_.]*))?|(?P<alone>[a-z][a-z0-9_.]*))"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -233,7 +233,9 @@ class Graph:
         """Number of decoder layers."""
         return int(self.properties["decoder_layers"])
 
-    def replacing(self, operators: Iterable[Operator], sites: Iterable[Site] | None = None) -> Graph:
+    def replacing(
+        self, operators: Iterable[Operator], sites: Iterable[Site] | None = None
+    ) -> Graph:
         """A copy with other operators (and sites)."""
         return replace(
             self,

@@ -1,0 +1,127 @@
+"""Example inputs for capturing a model's parts: shapes, and the few values that models read.
+
+Image models take pixels in a handful of forms (whole images, tiles, flattened patches with a grid).
+Which one a model takes is read off its signature and config; where that leaves a choice, the
+candidates are tried in order.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["decoder_inputs", "token_marker", "vision_inputs"]
+
+_PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101)
+_DEFAULT_IMAGE = 336
+
+
+def token_marker(module: nn.Module) -> int:
+    """A token count that can be told apart: the smallest prime that divides no weight's size.
+
+    Every multiple of it in a captured shape is then a token count. Capturing at a marked length
+    instead of with symbolic sizes keeps to one code path per model: none specialises or guards.
+    """
+    sizes = {int(s) for p in module.parameters() for s in p.shape}
+    return next(p for p in _PRIMES if not any(s % p == 0 for s in sizes))
+
+
+def decoder_inputs(
+    decoder: nn.Module, width: int, tokens: int
+) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
+    """Candidate keyword arguments for a decoder, with the names of those that are activations."""
+    hidden = torch.zeros(1, tokens, width, device="meta")
+    accepted = inspect.signature(decoder.forward).parameters
+    base = {"inputs_embeds": hidden, "use_cache": False}
+    yield base, ("inputs_embeds",)
+    encoded = torch.zeros(1, 2 * tokens, width, device="meta")
+    if "encoder_hidden_states" in accepted:
+        yield {**base, "encoder_hidden_states": encoded}, ("inputs_embeds",)
+    if "decoder_inputs_embeds" in accepted:
+        inputs = {"decoder_inputs_embeds": hidden, "inputs_embeds": encoded, "use_cache": False}
+        yield inputs, ("inputs_embeds", "decoder_inputs_embeds")
+    positions = torch.arange(tokens).expand(3, 1, tokens)
+    if "position_ids" in accepted:
+        yield {**base, "position_ids": positions}, ("inputs_embeds",)
+        yield {**base, "position_ids": positions[0]}, ("inputs_embeds",)
+    if "image_encoder_embeddings" in accepted:
+        images = torch.zeros(1, 1, 64, int(decoder.config.vision_config.embed_dim), device="meta")  # type: ignore[union-attr]
+        mask = torch.ones(1, tokens, 1, device="meta")
+        extra = {"image_encoder_embeddings": images, "image_attention_mask": mask}
+        yield {**base, **extra}, ("inputs_embeds",)
+
+
+def _first(config: Any, *names: str, default: Any = None) -> Any:
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None:
+            return value
+    return default
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    if isinstance(value, dict):
+        return int(value.get("height", _DEFAULT_IMAGE)), int(value.get("width", _DEFAULT_IMAGE))
+    first, *rest = value
+    return int(first), int(rest[0] if rest else first)
+
+
+def vision_inputs(config: Any, function: Callable[..., Any]) -> Iterator[dict[str, Any]]:
+    """Candidate keyword arguments for a function from pixels to image features.
+
+    Args:
+        config: the vision encoder's config.
+        function: the model's ``get_image_features``, or its encoder's forward.
+    """
+    accepted = inspect.signature(function).parameters
+    channels = int(_first(config, "num_channels", "in_channels", "in_chans", default=3))
+    patch = _pair(_first(config, "patch_size", default=14))[0]
+    height, width = _pair(_first(config, "image_size", default=_DEFAULT_IMAGE))
+    if not isinstance(getattr(config, "image_size", None), int) and height > 1024:
+        height = width = _DEFAULT_IMAGE
+    fixed = {"interpolate_pos_encoding": False} if "interpolate_pos_encoding" in accepted else {}
+    meta = {"device": "meta"}
+    name = "pixel_values" if "pixel_values" in accepted else next(iter(accepted), "pixel_values")
+    grids = [n for n in ("image_grid_thw", "grid_thw", "image_grid_hw") if n in accepted]
+    if grids:
+        merge = int(_first(config, "spatial_merge_size", "merge_size", default=2) or 2)
+        frames = int(_first(config, "temporal_patch_size", default=1))
+        rows = columns = max(merge, round(min(height, 448) / patch / merge / 2) * merge * 2)
+        for grid_values in ([[1, rows, columns]], [[rows, columns]]):
+            grid = {grids[0]: torch.tensor(grid_values)}
+            cells = rows * columns
+            for depth in dict.fromkeys((frames, 1, 2)):
+                flat = torch.zeros(cells, channels * depth * patch * patch, **meta)
+                yield {name: flat, **grid}
+            yield {name: torch.zeros(cells, channels, patch, patch, **meta), **grid}
+    image = torch.zeros(1, channels, height, width, **meta)
+    if "spatial_shapes" in accepted:
+        rows, columns = height // patch, width // patch
+        if not isinstance(getattr(config, "image_size", None), int):
+            rows = columns = int(_first(config, "num_patches", default=256) ** 0.5)
+        yield {
+            name: torch.zeros(1, rows * columns, channels * patch * patch, **meta),
+            "spatial_shapes": torch.tensor([[rows, columns]]),
+            "pixel_attention_mask": torch.ones(1, rows * columns, dtype=torch.long),
+        }
+    if "image_sizes" in accepted:
+        sizes = torch.tensor([[height, width]])
+        yield {name: image, "image_sizes": sizes}
+        for tiles in (3, 2, 5, 1, 4):
+            yield {name: image.expand(1, tiles, -1, -1, -1), "image_sizes": sizes}
+    yield {name: image, **fixed}
+    yield {name: image[None], **fixed}
+    rows, columns = height // patch, width // patch
+    flat = torch.zeros(1, rows * columns, channels * patch * patch, **meta)
+    where = torch.stack(
+        torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), -1
+    )
+    if "image_position_ids" in accepted:
+        yield {name: flat, "image_position_ids": where.reshape(1, -1, 2)}
+    yield {name: flat}

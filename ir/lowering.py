@@ -1,0 +1,309 @@
+"""Lowering: from a model, or just its config, to a Graph.
+
+A model has up to three captured parts: the vision side (encoder and projector, through the model's
+own ``get_image_features``), the decoder, and the output embedding. Everything is found by
+transformers' accessors and by structure; no architecture is named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import inspect
+import io
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner.ir.capture import Captured, build_on_meta, capture
+from planner.ir.dims import Dim
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph, Operator
+from planner.ir.inputs import decoder_inputs, token_marker, vision_inputs
+from planner.ir.raising import Raised, Surroundings, raise_operators
+from planner.ir.text import fingerprint
+
+__all__ = ["Lowered", "NotLowered", "lower", "lower_config", "lower_model"]
+
+
+class NotLowered(InputError):
+    """A model that cannot be lowered, and why."""
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A Graph, and what was left out of it and why (one sentence each)."""
+
+    graph: Graph
+    notes: tuple[str, ...] = ()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Failed attempts are expected while candidates are tried: keep torch's logs out of sight."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    sink = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+            yield
+    finally:
+        logging.disable(previous)
+
+
+def _sentence(error: BaseException) -> str:
+    """The first line of an error message, short."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def _build(config: Any, model_class: Any = None) -> tuple[nn.Module, list[str]]:
+    """The model on the meta device; its text model alone where the whole cannot be built."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if model_class is not None:
+
+        class _Exactly:
+            from_config = staticmethod(model_class._from_config)
+
+        return build_on_meta(copy.deepcopy(config), _Exactly), []
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        candidates: list[tuple[Any, Any]] = [(config, AutoModelForImageTextToText)]
+    else:
+        candidates = [(config, AutoModelForCausalLM)]
+    try:
+        text = config.get_text_config(decoder=True)
+    except Exception:
+        text = config
+    if text is not config:
+        candidates += [(text, AutoModelForCausalLM), (text, AutoModel)]
+    errors: list[str] = []
+    for candidate, auto in candidates:
+        try:
+            model = build_on_meta(copy.deepcopy(candidate), auto)
+        except Exception as error:
+            errors.append(_sentence(error))
+        else:
+            notes = (
+                [f"text model only; the whole could not be built ({errors[0]})"] if errors else []
+            )
+            return model, notes
+    raise NotLowered(f"'{config.model_type}' cannot be built from its config ({errors[0]})")
+
+
+def _path_of(model: nn.Module, module: nn.Module) -> str:
+    return next((path for path, child in model.named_modules() if child is module), "")
+
+
+class _ImageFeatures(nn.Module):
+    """Gives a model's ``get_image_features`` the face of a module, so that it can be captured."""
+
+    def __init__(self, root: nn.Module, function: Callable[..., Any], config: Any) -> None:
+        super().__init__()
+        self.root, self.function, self.config = root, function, config
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.function(**inputs)
+
+
+def _image_function(model: nn.Module) -> Callable[..., Any] | None:
+    for owner in (model, getattr(model, "model", None), getattr(model, "base_model", None)):
+        function = getattr(owner, "get_image_features", None)
+        if function is not None:
+            return function  # type: ignore[no-any-return]
+    return None
+
+
+def _vision_config(model: Any, encoder: nn.Module) -> Any:
+    config = getattr(encoder, "config", None)
+    return getattr(model.config, "vision_config", None) or config or model.config
+
+
+def _capture_vision(
+    model: Any, encoder: nn.Module, path: str
+) -> tuple[Captured, bool] | BaseException:
+    """(captured, whether the projector is included), or the error of the last candidate."""
+    config = _vision_config(model, encoder)
+    function = _image_function(model)
+    failure: BaseException = RuntimeError("no form of image input fits")
+    attempts: list[tuple[nn.Module, Callable[..., Any], bool]] = [(encoder, encoder.forward, False)]
+    if function is not None:
+        whole = (_ImageFeatures(model, function, model.config), function, True)
+        # The exporter prepares grids for encoders; those project as well.
+        last = "grid_thw" in inspect.signature(encoder.forward).parameters
+        attempts.insert(len(attempts) if last else 0, whole)
+    for module, signature, projected in attempts:
+        module.eval()
+        for inputs in vision_inputs(config, signature):
+            names = tuple(n for n, v in inputs.items() if getattr(v, "is_meta", False))
+            try:
+                return capture(module, inputs, names), projected
+            except Exception as error:
+                failure = error
+    return failure
+
+
+def _lower_vision(model: Any, width: int) -> tuple[Raised | None, list[str]]:
+    encoder = model.get_encoder("image") if hasattr(model, "get_encoder") else None
+    if encoder is None or encoder is model or not isinstance(encoder, nn.Module):
+        return None, []
+    path = _path_of(model, encoder)
+    result = _capture_vision(model, encoder, path)
+    if isinstance(result, BaseException):
+        return None, [f"vision side left out ({_sentence(result)})"]
+    captured, projected = result
+
+    def part(module: str) -> str:
+        return "vision" if (module + ".").startswith(path + ".") else "projector"
+
+    prefix = "" if projected else path + "."
+    raised = raise_operators(captured, Surroundings(prefix, part, "images"))
+    features = _image_features(raised, width)
+    if features is not None and features.shape[-1] != Dim(width):
+        why = "the config disagrees with itself" if projected else "the projector was not captured"
+        sizes = f"{features.shape[-1]} wide, the decoder {width}"
+        return raised, [f"image features are {sizes}: {why}"]
+    return raised, []
+
+
+def _lower_decoder(model: Any) -> tuple[Raised, nn.Module, int]:
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    embeddings = decoder.get_input_embeddings() or model.get_input_embeddings()
+    width = int(embeddings.weight.shape[-1])
+    marker = token_marker(decoder)
+    failure: BaseException | None = None
+    for inputs, activations in decoder_inputs(decoder, width, marker):
+        try:
+            captured = capture(decoder, inputs, activations)
+            break
+        except Exception as error:
+            failure = failure or error
+    else:
+        assert failure is not None
+        raise NotLowered(f"its decoder cannot be captured ({_sentence(failure)})")
+    marked = {str(n.args[2]).rpartition(".")[0] for n in captured.graph.nodes if "mark" in n.name and n.op == "call_function"}  # fmt: skip
+    stacks = [s for s in captured.stacks.values() if s.path in marked]
+    main = max(stacks, key=lambda s: len(s.kinds), default=None)
+    path = _path_of(model, decoder)
+    around = Surroundings(
+        prefix=path + "." if path else "",
+        part=lambda module: "decoder",
+        samples="batch",
+        marker=marker,
+        main_stack=main.path if main else None,
+    )
+    layers = len(main.kinds) if main else 0
+    return raise_operators(captured, around), embeddings, layers
+
+
+def _image_features(raised: Raised, width: int) -> Operator | None:
+    """The output of the vision side that the decoder takes: rows as wide as it, if any are."""
+    found = [o for o in raised.operators if o.name in raised.outputs]
+    fitting = [o for o in found if o.shape[-1] == Dim(width)]
+    return (fitting or found or [None])[-1]
+
+
+def _image_tokens(raised: Raised, width: int) -> int:
+    """Image features per run of the vision side."""
+    features = _image_features(raised, width)
+    return math.prod(d.constant for d in features.shape[1:-1]) if features else 0
+
+
+def lower(model: Any, name: str, dtype_bytes: int = 2) -> Lowered:
+    """Lower a model that is on the meta device.
+
+    Args:
+        model: a transformers model; text-only causal models have no vision side.
+        name: what the user calls it.
+        dtype_bytes: bytes of one weight or activation.
+
+    Raises:
+        NotLowered: with one sentence that says why.
+    """
+    with _quiet(), torch.no_grad():
+        decoded, embeddings, layers = _lower_decoder(model)
+        width = int(embeddings.weight.shape[-1])
+        vision, notes = _lower_vision(model, width)
+    operators: list[Operator] = []
+    vision_output: tuple[str, ...] = ()
+    if vision is not None:
+        operators += vision.operators
+        features = _image_features(vision, width) or vision.operators[-1]
+        vision_output = (features.name,)
+    table = Operator(
+        name=_path_of(model, embeddings) or "embed_tokens",
+        kind="embedding",
+        shape=(Dim.of("batch"), Dim.of("query"), Dim(width)),
+        module=_path_of(model, embeddings),
+        attributes=(("entries", int(embeddings.weight.shape[0])), ("width", width)),
+    )
+    taken = {o.name for o in operators} | {o.name for o in decoded.operators}
+    if table.name in taken:
+        table = replace(table, name=table.name + ".table")
+    operators.append(table)
+    for operator in decoded.operators:
+        if operator.kind == "input" and operator.name == decoded.operators[0].name:
+            operator = replace(operator, inputs=(table.name, *vision_output))
+        operators.append(operator)
+    head = model.get_output_embeddings()
+    if head is not None and getattr(head, "weight", None) is not None:
+        operators.append(_head(model, head, (*decoded.outputs, decoded.operators[-1].name)[0]))
+    properties: dict[str, int | str] = {
+        "model_type": str(model.config.model_type),
+        "hidden_size": width,
+        "decoder_layers": layers,
+        "image_tokens": _image_tokens(vision, width) if vision else 0,
+        "dtype_bytes": dtype_bytes,
+    }
+    graph = Graph(name, tuple(operators), tuple(decoded.sites), properties)
+    graph = replace(graph, properties={**properties, "fingerprint": fingerprint(graph)})
+    return Lowered(graph, tuple(dict.fromkeys((*notes, *decoded.reasons))))
+
+
+def _head(model: nn.Module, head: Any, source: str) -> Operator:
+    rows, columns = (int(s) for s in head.weight.shape)
+    path = _path_of(model, head) or "lm_head"
+    return Operator(
+        name=path,
+        kind="linear",
+        inputs=(source,),
+        # Generation needs the logits of the last token alone.
+        shape=(Dim.of("batch"), Dim(1), Dim(rows)),
+        module=path,
+        part="head",
+    ).having(**{"in": columns, "out": rows, "bias": int(getattr(head, "bias", None) is not None)})
+
+
+def lower_config(config: Any, name: str, model_class: Any = None) -> Lowered:
+    """Lower from a transformers config alone; see `lower`."""
+    with _quiet():
+        model, notes = _build(config, model_class)
+    dtype = getattr(config, "dtype", None) or torch.float16
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, torch.float16)
+    lowered = lower(model, name, dtype_bytes=dtype.itemsize)
+    return replace(lowered, notes=(*notes, *lowered.notes))
+
+
+def lower_model(model: Any, name: str = "model") -> Graph:
+    """Lower a stock model that has weights: a twin without weights is built and captured."""
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "sdpa"
+    with _quiet():
+        twin, _ = _build(config, type(model))
+    return lower(twin, name, dtype_bytes=model.dtype.itemsize).graph
+
+
+def config_fingerprint(config: Any) -> str:
+    """Digest of a config's contents, for caching."""
+    text = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
