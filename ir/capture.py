@@ -163,7 +163,24 @@ def _folded(module: nn.Module, stacks: dict[str, Stack]) -> Iterator[None]:
             del layer.forward
 
 
-def capture(module: nn.Module, inputs: dict[str, Any], activations: tuple[str, ...]) -> Captured:
+def _settled(value: Any, unknown: int) -> Any:
+    """A traced value with sizes that depend on data replaced by what they amount to here."""
+    if isinstance(value, list | tuple):
+        return [_settled(v, unknown) for v in value]
+    if not isinstance(value, Tensor):
+        return value
+    shape = []
+    for size in value.shape:
+        if not isinstance(size, int):
+            expression = size.node.expr
+            size = int(expression.subs(dict.fromkeys(expression.free_symbols, unknown)))
+        shape.append(size)
+    return torch.empty(shape, dtype=value.dtype, device="meta")
+
+
+def capture(
+    module: nn.Module, inputs: dict[str, Any], activations: tuple[str, ...], unknown: int = 1
+) -> Captured:
     """Trace `module(**inputs)` into an ATen graph.
 
     Args:
@@ -171,6 +188,7 @@ def capture(module: nn.Module, inputs: dict[str, Any], activations: tuple[str, .
         inputs: keyword arguments of its forward; tensors on the meta device, or on the CPU where
             the exporter has to read their values (image grids).
         activations: names of the inputs that carry activations (not masks or positions).
+        unknown: what a count amounts to that depends on the data (images that are not padding).
 
     Raises whatever `torch.export` raises where the module cannot be traced.
     """
@@ -186,6 +204,9 @@ def capture(module: nn.Module, inputs: dict[str, Any], activations: tuple[str, .
             program, _ = DynamoExporter().export_program(module, dict(inputs), DynamoConfig())
     finally:
         logging.set_verbosity(verbosity)
+    for node in program.graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = _settled(node.meta["val"], unknown)
     signature = program.graph_signature
     parameters = {
         **signature.inputs_to_parameters,

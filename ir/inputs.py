@@ -118,6 +118,10 @@ def vision_inputs(config: Any, function: Callable[..., Any]) -> Iterator[dict[st
     yield {name: image, **fixed}
     yield {name: image[None], **fixed}
     rows, columns = height // patch, width // patch
+    if rows % 4 or columns % 4:
+        # Projectors that fold squares of patches need whole squares.
+        size = (1, 1, channels, max(4, rows // 4 * 4) * patch, max(4, columns // 4 * 4) * patch)
+        yield {name: torch.zeros(size, **meta), **fixed}
     flat = torch.zeros(1, rows * columns, channels * patch * patch, **meta)
     where = torch.stack(
         torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), -1

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner.ir.aten import opname
 from planner.ir.capture import Captured, build_on_meta, capture
 from planner.ir.dims import Dim
 from planner.ir.errors import InputError
@@ -183,14 +184,18 @@ def _lower_decoder(model: Any) -> tuple[Raised, nn.Module, int]:
     failure: BaseException | None = None
     for inputs, activations in decoder_inputs(decoder, width, marker):
         try:
-            captured = capture(decoder, inputs, activations)
+            captured = capture(decoder, inputs, activations, marker)
             break
         except Exception as error:
             failure = failure or error
     else:
         assert failure is not None
         raise NotLowered(f"its decoder cannot be captured ({_sentence(failure)})")
-    marked = {str(n.args[2]).rpartition(".")[0] for n in captured.graph.nodes if "mark" in n.name and n.op == "call_function"}  # fmt: skip
+    marked = {
+        str(node.args[2]).rpartition(".")[0]
+        for node in captured.graph.nodes
+        if node.op == "call_function" and opname(node) == "mark"
+    }
     stacks = [s for s in captured.stacks.values() if s.path in marked]
     main = max(stacks, key=lambda s: len(s.kinds), default=None)
     path = _path_of(model, decoder)

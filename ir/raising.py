@@ -91,6 +91,8 @@ class _Raiser:
         reached: set[fx.Node] = set()
         for node in graph.nodes:
             entering = node.op == "placeholder" and node.name in self.captured.inputs
+            # Learned queries enter a stack without coming from the pixels.
+            entering |= node.op == "call_function" and opname(node) == "mark"
             if entering or any(n in reached for n in node.all_input_nodes):
                 reached.add(node)
         needed: set[fx.Node] = set()

@@ -1,0 +1,93 @@
+"""The workload: how many tokens and samples a cost is asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph
+
+__all__ = ["DEFAULT_NEW_TOKENS", "DEFAULT_TEXT_TOKENS", "Workload"]
+
+DEFAULT_TEXT_TOKENS = 64
+DEFAULT_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Token counts of one request, and how many requests run together.
+
+    Attributes:
+        image_tokens: visual tokens that enter the decoder, per sample.
+        text_tokens: prompt tokens besides them, per sample.
+        new_tokens: tokens generated after the first one, per sample: decode steps.
+        batch: samples.
+        image_tokens_per_run: visual tokens that one run of the vision encoder yields.
+    """
+
+    image_tokens: int
+    text_tokens: int = DEFAULT_TEXT_TOKENS
+    new_tokens: int = DEFAULT_NEW_TOKENS
+    batch: int = 1
+    image_tokens_per_run: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("image_tokens", 0),
+            ("text_tokens", 0),
+            ("new_tokens", 0),
+            ("batch", 1),
+        ):
+            value = getattr(self, name)
+            if value < least:
+                raise InputError(f"{name.replace('_', '-')} must be at least {least}, not {value}")
+        if self.prompt_tokens == 0:
+            raise InputError("the prompt has no tokens: give --text-tokens or --image-tokens")
+
+    @staticmethod
+    def default(
+        graph: Graph,
+        image_tokens: int | None = None,
+        text_tokens: int = DEFAULT_TEXT_TOKENS,
+        new_tokens: int = DEFAULT_NEW_TOKENS,
+        batch: int = 1,
+    ) -> Workload:
+        """One image (one run of the vision encoder) and 64 text tokens unless told otherwise."""
+        per_run = int(graph.properties.get("image_tokens", 0))
+        images = per_run if image_tokens is None else image_tokens
+        return Workload(images, text_tokens, new_tokens, batch, per_run)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prefill, per sample."""
+        return self.image_tokens + self.text_tokens
+
+    @property
+    def images(self) -> int:
+        """Runs of the vision encoder, per batch."""
+        if not self.image_tokens or not self.image_tokens_per_run:
+            return 0
+        return self.batch * math.ceil(self.image_tokens / self.image_tokens_per_run)
+
+    def prefill(self, kept: Mapping[int, int] | None = None) -> dict[str, int]:
+        """Sizes of all symbols in the prefill.
+
+        Args:
+            kept: token stage's layer -> image tokens left after it.
+        """
+        sizes = {"batch": self.batch, "images": self.images}
+        sizes["query"] = sizes["context"] = self.prompt_tokens
+        for layer, tokens in (kept or {}).items():
+            sizes[f"query.{layer}"] = sizes[f"context.{layer}"] = self.text_tokens + tokens
+        return sizes
+
+    def decode(self, step: int, kept: Mapping[int, int] | None = None) -> dict[str, int]:
+        """Sizes of all symbols in decode step `step` (1 is the first after the prefill)."""
+        sizes = {"batch": self.batch, "images": 0, "query": 1}
+        sizes["context"] = self.prompt_tokens + step
+        for layer, tokens in (kept or {}).items():
+            sizes[f"query.{layer}"] = 1
+            sizes[f"context.{layer}"] = self.text_tokens + tokens + step
+        return sizes
