@@ -1,0 +1,41 @@
+"""Visual question answering: rendered scenes with known answers, and LLaVA's conversation JSON.
+
+- `scenes`: what a picture contains, drawn from a seed, split by content;
+- `render`: a scene as pixels;
+- `questions`: questions of six families with their answers, derived from the scene;
+- `conversations`: the record a model is trained on, and datasets of them (rendered, or from JSON);
+- `packing`: conversations as token tensors, several questions behind one image.
+"""
+
+from planner.training.data.conversations import (
+    Conversation,
+    LlavaConversations,
+    SceneConversations,
+    SceneQuestions,
+    Turn,
+    write_llava,
+)
+from planner.training.data.packing import Packer
+from planner.training.data.questions import FAMILIES, Question, ask
+from planner.training.data.render import IMAGE_SIZE, render
+from planner.training.data.scenes import SPLITS, Scene, SceneObject, draw_scene, split_of
+
+__all__ = [
+    "FAMILIES",
+    "IMAGE_SIZE",
+    "SPLITS",
+    "Conversation",
+    "LlavaConversations",
+    "Packer",
+    "Question",
+    "Scene",
+    "SceneConversations",
+    "SceneObject",
+    "SceneQuestions",
+    "Turn",
+    "ask",
+    "draw_scene",
+    "render",
+    "split_of",
+    "write_llava",
+]

@@ -1,0 +1,257 @@
+"""The record a model is trained on, and datasets of such records: rendered scenes or LLaVA's JSON.
+
+LLaVA's file is a list of `{"id", "image", "conversations": [...]}`, the conversation alternating
+`{"from": "human", "value": "<image>\\n..."}` and `{"from": "gpt", "value": ...}`; records without
+`image` are text only. `write_llava` writes that form and `LlavaConversations` reads it, the public
+LLaVA-1.5 mixture of 665K records included.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from planner.ir.errors import InputError
+from planner.training.data.questions import FAMILIES, Question, ask
+from planner.training.data.render import render
+from planner.training.data.scenes import Scene, draw_scene
+
+__all__ = [
+    "Conversation",
+    "LlavaConversations",
+    "SceneConversations",
+    "SceneQuestions",
+    "Turn",
+    "write_llava",
+]
+
+IMAGE_TAG = "<image>"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question (without the image tag), its answer and, where known, its family and kind."""
+
+    question: str
+    answer: str
+    family: str | None = None
+    kind: str | None = None
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns about one image, or none; `scene` is the image's content where it was rendered."""
+
+    id: str
+    image: Image.Image | None
+    turns: tuple[Turn, ...]
+    scene: Scene | None = None
+
+
+class SceneConversations(Sequence[Conversation]):
+    """Training data made on the fly: scene `i` of a split with several questions about it.
+
+    Random access and deterministic: item `i` depends on `(seed, split, i)` alone, so workers,
+    epochs and resumed runs agree without any file. A share of the crowded scenes gets a description
+    and `questions_beside_description` short questions, the others get `questions` short ones.
+    """
+
+    weights = {"existence": 2, "attribute": 3, "count": 3, "spatial": 4, "text": 3}
+    description_share = 0.4
+
+    def __init__(
+        self,
+        split: str,
+        size: int,
+        seed: int = 0,
+        questions: int = 8,
+        questions_beside_description: int = 3,
+    ):
+        self.split, self.size, self.seed = split, size, seed
+        self.questions = questions
+        self.questions_beside_description = questions_beside_description
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Conversation:  # type: ignore[override]
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        name = f"{self.split}-{self.seed}-{index}"
+        rng = random.Random(name)
+        scene = draw_scene(self.split, rng)
+        found: list[Question] = []
+        if rng.random() < self.description_share and (long := ask(scene, "describe", rng)):
+            found.append(long)
+        short = self.questions_beside_description if found else self.questions
+        families = rng.choices(list(self.weights), list(self.weights.values()), k=2 * short)
+        for question in (ask(scene, family, rng) for family in families):
+            if question is not None and question not in found:
+                found.append(question)
+        turns = tuple(_turn(q) for q in found[: short + (found[0].family == "describe")])
+        return Conversation(name, render(scene), turns, scene)
+
+
+class SceneQuestions(Sequence[Conversation]):
+    """Evaluation data: one question per scene, the families in turn, so equally many of each."""
+
+    def __init__(self, split: str, size: int, seed: int = 0, families: Sequence[str] = FAMILIES):
+        self.split, self.size, self.seed, self.families = split, size, seed, tuple(families)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Conversation:  # type: ignore[override]
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        name = f"{self.split}-question-{self.seed}-{index}"
+        rng = random.Random(name)
+        family = self.families[index % len(self.families)]
+        while True:
+            scene = draw_scene(self.split, rng)
+            if question := ask(scene, family, rng):
+                return Conversation(name, render(scene), (_turn(question),), scene)
+
+
+class LlavaConversations(Sequence[Conversation]):
+    """LLaVA conversation JSON with an image folder, images opened on access.
+
+    Every record is checked when the file is read, every image when it is opened. Bad data raises an
+    `InputError` that names file and record; with `on_error="skip"` it is left out and counted in
+    `skipped` (an image that turns out unreadable gives way to the next good record).
+    """
+
+    def __init__(self, path: str | Path, image_folder: str | Path, on_error: str = "raise"):
+        if on_error not in ("raise", "skip"):
+            raise InputError(f'on_error is "raise" or "skip", not "{on_error}".')
+        self.path, self.image_folder, self.on_error = Path(path), Path(image_folder), on_error
+        self.skipped = 0
+        self._unreadable: set[int] = set()
+        self.records: list[dict[str, Any]] = []
+        for number, record in enumerate(_read_json_list(self.path)):
+            try:
+                self._check(number, record)
+            except InputError:
+                if on_error == "raise":
+                    raise
+                self.skipped += 1
+            else:
+                self.records.append(record)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Conversation:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        for step in range(len(self)):
+            number = (index + step) % len(self)
+            if number in self._unreadable:
+                continue
+            try:
+                return self._load(self.records[number])
+            except InputError:
+                if self.on_error == "raise":
+                    raise
+                self._unreadable.add(number)
+                self.skipped += 1
+        raise InputError(f"{self.path}: no record has a readable image.")
+
+    def _check(self, number: int, record: Any) -> None:
+        where = f"{self.path}, record {number}"
+        if not isinstance(record, dict):
+            raise InputError(f"{where}: expected an object, found {type(record).__name__}.")
+        where += f' (id "{record.get("id", "")}")'
+        messages = record.get("conversations")
+        if not isinstance(messages, list) or not messages:
+            raise InputError(f'{where}: "conversations" is missing or empty.')
+        for position, message in enumerate(messages):
+            speaker = "gpt" if position % 2 else "human"
+            if not isinstance(message, dict) or message.get("from") != speaker:
+                raise InputError(f'{where}: message {position} should be from "{speaker}".')
+            value = message.get("value")
+            if not isinstance(value, str) or (position % 2 and not value.strip()):
+                raise InputError(f"{where}: message {position} has no text.")
+        if len(messages) % 2:
+            raise InputError(f"{where}: the last question has no answer.")
+        if "image" in record and not (self.image_folder / record["image"]).is_file():
+            raise InputError(
+                f'{where}: image "{self.image_folder / record["image"]}" does not exist.'
+            )
+
+    def _load(self, record: dict[str, Any]) -> Conversation:
+        image = None
+        if "image" in record:
+            file = self.image_folder / record["image"]
+            try:
+                with Image.open(file) as opened:
+                    image = opened.convert("RGB")
+            except (OSError, UnidentifiedImageError, SyntaxError) as error:
+                raise InputError(
+                    f'{self.path}, id "{record.get("id", "")}": '
+                    f'image "{file}" cannot be read ({error}).'
+                ) from error
+        texts = [
+            message["value"].replace(IMAGE_TAG, "").strip() for message in record["conversations"]
+        ]
+        families = record.get("families") or [None] * (len(texts) // 2)
+        kinds = record.get("kinds") or [None] * (len(texts) // 2)
+        turns = zip(texts[::2], texts[1::2], families, kinds, strict=True)
+        scene = Scene.from_record(record["scene"]) if "scene" in record else None
+        return Conversation(
+            str(record.get("id", "")), image, tuple(Turn(*turn) for turn in turns), scene
+        )
+
+
+def write_llava(conversations: Iterable[Conversation], folder: str | Path) -> Path:
+    """Write `conversations.json` and `images/*.png` into a folder; returns the JSON file's path.
+
+    Families, kinds and scenes go into keys of their own, which other readers of LLaVA's form
+    ignore.
+    """
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    records = []
+    for conversation in conversations:
+        record: dict[str, Any] = {"id": conversation.id}
+        if conversation.image is not None:
+            record["image"] = f"{conversation.id}.png"
+            conversation.image.save(folder / "images" / record["image"])
+        record["conversations"] = list(_messages(conversation))
+        record["families"] = [turn.family for turn in conversation.turns]
+        record["kinds"] = [turn.kind for turn in conversation.turns]
+        if conversation.scene is not None:
+            record["scene"] = conversation.scene.to_record()
+        records.append(record)
+    path = folder / "conversations.json"
+    path.write_text(json.dumps(records, indent=1))
+    return path
+
+
+def _messages(conversation: Conversation) -> Iterator[dict[str, str]]:
+    tag = f"{IMAGE_TAG}\n" if conversation.image is not None else ""
+    for position, turn in enumerate(conversation.turns):
+        yield {"from": "human", "value": (tag if position == 0 else "") + turn.question}
+        yield {"from": "gpt", "value": turn.answer}
+
+
+def _turn(question: Question) -> Turn:
+    return Turn(question.question, question.answer, question.family, question.kind)
+
+
+def _read_json_list(path: Path) -> list[Any]:
+    try:
+        records = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}).") from error
+    if not isinstance(records, list):
+        raise InputError(f"{path}: expected a list of records, found {type(records).__name__}.")
+    return records

@@ -1,0 +1,344 @@
+"""tiny-llava: a small real LLaVA (CLIP tower, projector, Llama decoder), trained from scratch.
+
+    python -m planner.training.tiny_llava --config training/configs/tiny-llava.yaml [--set key=value
+    ...]
+
+The result is a folder that stock transformers loads with
+`LlavaForConditionalGeneration.from_pretrained` and `AutoProcessor.from_pretrained`; a run that was
+stopped goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+    set_seed,
+)
+
+from planner.training.config import Config, load_config, parse_config
+from planner.training.data import IMAGE_SIZE, Conversation, Packer, Scene, SceneConversations
+from planner.training.data.scenes import COLORS, SHAPES
+from planner.training.trainer import RunTrainer, last_checkpoint
+
+__all__ = ["TinyLlavaConfig", "build_model", "build_processor", "export", "train"]
+
+SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "</s>", "<image>", "USER:", "ASSISTANT:")
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+# LLaVA-1.5's prompt: turns of "USER: ... ASSISTANT: ...</s>", the image before the first question.
+CHAT_TEMPLATE = """{% for message in messages %}\
+{{ 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' }}\
+{% if message['content'] is string %}{{ message['content'] }}{% else %}\
+{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}\
+{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}\
+{% endif %}{{ ' ' if message['role'] == 'user' else eos_token }}{% endfor %}\
+{% if add_generation_prompt %}ASSISTANT:{% endif %}"""
+
+
+class TinyLlavaConfig(Config):
+    """Everything that makes one tiny-llava; times are in steps, a batch counts images."""
+
+    output_dir: str
+    export_dir: str | None = None
+    seed: int = 0
+    data_seed: int = 0
+
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    layers: int = 8
+    heads: int = 8
+    vision_hidden_size: int = 128
+    vision_intermediate_size: int = 256
+    vision_layers: int = 4
+    vision_heads: int = 4
+    patch_size: int = 8
+
+    scenes: int = 1_000_000
+    max_steps: int = 8000
+    batch_size: int = 32
+    questions: int = 8
+    questions_beside_description: int = 3
+    max_text_tokens: int = 110
+    dialogue_share: float = 0.2
+    learning_rate: float = 1.5e-3
+    weight_decay: float = 0.05
+    warmup_steps: int = 200
+    decay_steps: int = 2000
+    concept_loss_weight: float = 1.0
+
+    save_steps: int = 200
+    logging_steps: int = 20
+    dataloader_workers: int = 0
+
+
+def build_processor(patch_size: int = 8) -> LlavaProcessor:
+    """Tokenizer and image processor as one `LlavaProcessor`.
+
+    WordPiece with whole words for the language of the scenes and single characters for all else, so
+    that numbers, spelled words and unknown words have tokens too.
+    """
+    words = sorted({word for text in _corpus() for word in _words(text) if len(word) > 1})
+    pieces = [*SPECIAL_TOKENS, *CHARACTERS, *(f"##{c}" for c in CHARACTERS), *"?.,!'-:", *words]
+    tokenizer = Tokenizer(models.WordPiece({p: i for i, p in enumerate(pieces)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+    )
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", SPECIAL_TOKENS.index("<s>"))]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<image>", "USER:", "ASSISTANT:"],
+        padding_side="left",
+        model_max_length=256,
+    )
+    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": IMAGE_SIZE},
+        crop_size=side,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=fast,
+        patch_size=patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _corpus() -> list[str]:
+    # Words that are read off the image stay out of the vocabulary: they are spelled.
+    conversations = SceneConversations("train", 1000)
+    return [
+        text
+        for conversation in (conversations[i] for i in range(1000))
+        for turn in conversation.turns
+        if turn.family != "text"
+        for text in (turn.question, turn.answer.split("the text says")[0])
+    ] + [
+        "What word is written in the image?",
+        "What number is written in the image?",
+        "the text says",
+    ]
+
+
+def _words(text: str) -> list[str]:
+    return "".join(c if c.isalnum() else " " for c in text.lower()).split()
+
+
+def build_model(config: TinyLlavaConfig, processor: LlavaProcessor) -> TinyLlavaForTraining:
+    """A randomly initialised model (seeded by `config.seed`)."""
+    set_seed(config.seed)
+    tokenizer = processor.tokenizer
+    ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    vision = CLIPVisionConfig(
+        hidden_size=config.vision_hidden_size,
+        intermediate_size=config.vision_intermediate_size,
+        num_hidden_layers=config.vision_layers,
+        num_attention_heads=config.vision_heads,
+        image_size=IMAGE_SIZE,
+        patch_size=config.patch_size,
+        projection_dim=config.vision_hidden_size,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        max_position_embeddings=512,
+        initializer_range=0.05,
+        **ids,
+    )
+    model = TinyLlavaForTraining(
+        LlavaConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_id=processor.image_token_id,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+            image_seq_length=(IMAGE_SIZE // config.patch_size) ** 2,
+            **ids,
+        )
+    )
+    model.concept_loss_weight = config.concept_loss_weight
+    return model
+
+
+class TinyLlavaForTraining(LlavaForConditionalGeneration):  # type: ignore[misc]
+    """LLaVA with one linear layer on the tower's CLS token, which predicts what the picture shows.
+
+    It stands in for CLIP's contrastive pre-training: LLaVA takes the patches one layer below the
+    top, so without it the last vision layer and its CLS attention, which token selectors read,
+    would stay random.
+    """
+
+    concept_loss_weight: float = 1.0
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__(config)
+        self.concept_head = nn.Linear(config.vision_config.hidden_size, CONCEPTS)
+        self.post_init()
+
+    def forward(
+        self, pixel_values: Tensor | None = None, concepts: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """As the stock model; `concepts` (images, `CONCEPTS`) adds the CLS token's loss."""
+        if concepts is None or pixel_values is None:
+            return super().forward(pixel_values=pixel_values, **kwargs)
+        images = self.get_image_features(pixel_values, return_dict=True)
+        output = super().forward(mm_encoder_outputs={"image": images}, **kwargs)
+        cls = self.model.vision_tower.post_layernorm(images.last_hidden_state[:, 0])
+        loss = nn.functional.binary_cross_entropy_with_logits(self.concept_head(cls), concepts)
+        output.loss = output.loss + self.concept_loss_weight * loss
+        return output
+
+
+CONCEPTS = len(COLORS) * len(SHAPES) + len(CHARACTERS)
+
+
+def concepts(scene: Scene) -> Tensor:
+    """What a scene shows as a 0/1 vector: each pair of colour and shape, then each character."""
+    target = torch.zeros(CONCEPTS)
+    for o in scene.objects:
+        target[COLORS.index(o.color) * len(SHAPES) + SHAPES.index(o.shape)] = 1
+    for character in scene.text or "":
+        target[len(COLORS) * len(SHAPES) + CHARACTERS.index(character)] = 1
+    return target
+
+
+class SceneCollator:
+    """Packed scene conversations with their concepts and ids."""
+
+    def __init__(self, packer: Packer):
+        self.packer = packer
+
+    def __call__(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
+        """One training batch."""
+        scenes = [c.scene for c in conversations if c.scene is not None]
+        return {
+            **self.packer(conversations),
+            "concepts": torch.stack([concepts(scene) for scene in scenes]),
+            "ids": [c.id for c in conversations],
+        }
+
+
+def build_trainer(config: TinyLlavaConfig) -> RunTrainer:
+    """Model, data and schedule of a configuration as a trainer, ready to start or to resume."""
+    processor = build_processor(config.patch_size)
+    dataset = SceneConversations(
+        "train",
+        config.scenes,
+        config.data_seed,
+        config.questions,
+        config.questions_beside_description,
+    )
+    arguments = TrainingArguments(
+        output_dir=config.output_dir,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        adam_beta2=0.98,
+        lr_scheduler_type="warmup_stable_decay",
+        warmup_steps=config.warmup_steps,
+        lr_scheduler_kwargs={"num_decay_steps": config.decay_steps, "min_lr_ratio": 0.02},
+        max_grad_norm=1.0,
+        save_steps=config.save_steps,
+        save_total_limit=3,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        dataloader_num_workers=config.dataloader_workers,
+        remove_unused_columns=False,
+        report_to=[],
+        seed=config.seed,
+        data_seed=config.data_seed,
+    )
+    return RunTrainer(
+        model=build_model(config, processor),
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=SceneCollator(
+            Packer(processor, config.max_text_tokens, config.dialogue_share)
+        ),
+        processing_class=processor,
+    )
+
+
+def train(config: dict[str, Any] | TinyLlavaConfig) -> LlavaForConditionalGeneration:
+    """Train (or resume) tiny-llava; exports the model folder when `export_dir` is set."""
+    if isinstance(config, dict):
+        config = parse_config(TinyLlavaConfig, config)
+    trainer = build_trainer(config)
+    trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir))
+    model = plain_model(trainer.model)
+    if config.export_dir is not None:
+        export(model, trainer.processing_class, config.export_dir)
+    return model
+
+
+def plain_model(trained: TinyLlavaForTraining) -> LlavaForConditionalGeneration:
+    """The stock model with the trained weights, without the layer that only training needed."""
+    model = LlavaForConditionalGeneration(trained.config)
+    state = {k: v for k, v in trained.state_dict().items() if not k.startswith("concept_head.")}
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def export(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: str | Path
+) -> None:
+    """Write the model folder: fp16 weights, configs, processor.
+
+    The config says float32, so that stock `from_pretrained` computes in float32 unless told
+    otherwise.
+    """
+    half = LlavaForConditionalGeneration(model.config).half()
+    half.load_state_dict(model.state_dict())
+    half.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    config_file = Path(folder) / "config.json"
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Train tiny-llava.")
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    options = parser.parse_args(arguments)
+    train(load_config(TinyLlavaConfig, options.config, options.set))
+
+
+if __name__ == "__main__":
+    main()

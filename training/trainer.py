@@ -1,0 +1,73 @@
+"""transformers.Trainer with the promises this project makes about long runs.
+
+A checkpoint appears whole or not at all; a loss that is not a number stops the run and names the
+batch.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+
+from planner.ir.errors import PlannerError
+
+__all__ = ["RunTrainer", "last_checkpoint"]
+
+
+class RunTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer whose batches may carry `ids` (list of str), which name them in errors."""
+
+    _staging = False
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Forward and backward; a NaN or infinite loss is an error before the weights change."""
+        ids = inputs.pop("ids", None)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            named = f" of records {', '.join(ids)}" if ids else ""
+            raise PlannerError(
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}, batch{named}; "
+                "look at these records, or resume the last checkpoint at a lower learning rate."
+            )
+        return loss
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / "incomplete") if self._staging else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Written aside, then renamed: killed while saving, a run keeps its previous checkpoint.
+        final = Path(self._get_output_dir(trial))
+        self._staging = True
+        try:
+            staging = Path(self._get_output_dir(trial))
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            name = f"checkpoint-{self.state.global_step}"
+            shutil.rmtree(final / name, ignore_errors=True)
+            (staging / name).rename(final / name)
+            staging.rmdir()
+            rotate_checkpoints(str(final), self.args.save_total_limit, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest whole checkpoint in an output folder, or None."""
+    return get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
