@@ -41,7 +41,8 @@ def merge(
     similarity.scatter_(1, kept[:, None], -torch.inf)
     near = descending(similarity)[:, : min(neighbours, len(features) - 1)]
     rest = torch.ones_like(attention, dtype=torch.bool).index_fill_(0, kept, False)
-    parts = [features[kept].to(attention.dtype) + weighted[near].sum(1)]
+    joins = torch.zeros_like(similarity).scatter_(1, near, 1)
+    parts = [features[kept].to(attention.dtype) + joins @ weighted]
     if rest.any():
         parts.append(weighted[rest].sum(0, keepdim=True))
     return torch.cat(parts).to(features.dtype)
@@ -107,9 +108,9 @@ class PruMergePlus(PruMerge):
     taken as one patch. Fixed ratio: int(n ratio) patches by attention and a grid of stride step
     from step // 2. The grid leaves out the last patch, as the reference's range does.
 
-    With a fixed ratio of 1/8 the reference gives 72 + 72 + 1 = 145 tokens, patches that both halves
-    chose twice, and its sum over "the rest" then misses as many others. Here the 72 come from
-    outside the grid: as many tokens, all different.
+    With a fixed ratio of 1/8 the reference gives 72 + 72 + 1 = 145 tokens of 576. A patch that is
+    among the best and on the grid appears twice there, and its sum of the others then leaves out
+    one that belongs to it. Here the 72 best come from outside the grid: 145 tokens, all different.
 
     Attributes:
         neighbours: how many nearest patches are merged into a kept one.
@@ -135,7 +136,7 @@ class PruMergePlus(PruMerge):
         """Patches to keep, per picture: by attention, then the grid."""
         patches = attention.shape[1]
         if self.ratio is not None:
-            grid = torch.tensor(self._grid(patches, self.ratio), device=attention.device)
+            grid = attention.new_tensor(self._grid(patches, self.ratio), dtype=torch.int64)
             outside = torch.ones(patches, dtype=torch.bool, device=attention.device)
             outside[grid] = False
             count = int(patches * self.ratio)
@@ -148,6 +149,6 @@ class PruMergePlus(PruMerge):
         return chosen
 
     @staticmethod
-    def _grid(patches: int, ratio: float) -> list[int]:
+    def _grid(patches: int, ratio: float) -> range:
         step = int(1 / ratio)
-        return list(range(step // 2, patches - 1, step))
+        return range(step // 2, patches - 1, step)

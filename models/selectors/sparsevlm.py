@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Self
 
 import torch
@@ -149,8 +150,8 @@ class SparseVLM(DecoderSelector):
     recycle: bool = True
 
     def __post_init__(self) -> None:
-        ascending = all(a < b for a, b in zip(self.after, self.after[1:], strict=False))
-        self.check("after", ascending and self.after[0] >= 0, "layers from 0 on, ascending")
+        ascending = all(a < b for a, b in pairwise((-1, *self.after)))
+        self.check("after", ascending and len(self.after) > 0, "layers from 0 on, ascending")
         good = len(self.keep) == len(self.after) and min(self.keep) >= 0
         self.check("keep", good, f"one count from 0 on for each of {len(self.after)} layers")
 

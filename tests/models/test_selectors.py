@@ -1,0 +1,247 @@
+"""What holds for every selector: its text form, its counts, and independence of the batch."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from planner.ir.errors import InputError
+from planner.models.selectors import (
+    KV_POLICIES,
+    SELECTORS,
+    DecoderInputs,
+    FastV,
+    PruMergePlus,
+    SparseVLM,
+    Stage,
+    TowerAttention,
+    VisionInputs,
+    parse,
+    parse_kv_policy,
+)
+
+DECODER = [
+    "fastv:r=0.3", "fastv:r=0", "fastv:r=1", "sparsevlm:after=2,keep=5", "sparsevlm:after=2,keep=0",
+    "sparsevlm:after=2,keep=9,recycle=false", "random:keep=5", "random:keep=99,seed=3",
+    "uniform:keep=7", "uniform:keep=0",
+]  # fmt: skip
+VISION = [
+    "prumerge", "prumerge:neighbours=0", "prumerge+", "prumerge+:ratio=0.125", "prumerge+:ratio=1",
+    "visionzip:dominant=6,contextual=3", "visionzip", "visionzip:dominant=1,contextual=0",
+    "hired", "hired:ratio=0", "hired:ratio=1", "trim", "trim:ratio=0.25", "trim:ratio=1",
+]  # fmt: skip
+
+
+def test_every_method_is_in_both_tables():
+    assert {text.partition(":")[0] for text in DECODER + VISION} == set(SELECTORS)
+    for name, kind in {**SELECTORS, **KV_POLICIES}.items():
+        assert kind.name == name
+
+
+@pytest.mark.parametrize("text", DECODER + VISION)
+def test_text_form_round_trips(text):
+    selector = parse(text)
+    assert parse(str(selector)) == selector
+    assert selector.stage is (Stage.DECODER if text in DECODER else Stage.VISION)
+
+
+@given(st.integers(1, 99), st.floats(0, 1))
+def test_fastv_round_trips_at_any_value(k, r):
+    assert parse(str(FastV(k, r))) == FastV(k, r)
+
+
+def test_text_form_of_lists_flags_and_defaults():
+    assert (
+        str(parse("sparsevlm:keep=66/30/17,recycle=false"))
+        == "sparsevlm:keep=66/30/17,recycle=false"
+    )
+    assert str(SparseVLM()) == "sparsevlm"
+    assert parse(" fastv : k=3, r=0.75 ".replace(" :", ":")) == FastV(k=3, r=0.75)
+    assert parse("prumerge+") == PruMergePlus(ratio=None)
+    assert str(parse_kv_policy("h2o:heavy=0.25")) == "h2o:heavy=0.25"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fastvv", "There is no token selector 'fastvv'; known: fastv, sparsevlm, random"),
+        ("h2o", "There is no token selector 'h2o'"),
+        ("fastv:keep=3", "fastv has no field 'keep'; its fields: k, r."),
+        ("fastv:k=two", "fastv:k=two cannot be read: k is a whole number."),
+        ("fastv:k=2.0", "fastv:k=2.0 cannot be read: k is a whole number."),
+        ("fastv:r=half", "r is a number."),
+        ("fastv:r=nan", "fastv:r=nan is out of range: r is a share from 0 to 1."),
+        ("fastv:r=1.5", "r is a share from 0 to 1."),
+        ("fastv:k=0", "k is a layer from 1 on"),
+        ("fastv:2", "'fastv:2' is not of the form fastv:field=value,field=value."),
+        ("fastv:k=2,", "is not of the form"),
+        ("fastv:k=2,k=3", "gives k twice"),
+        ("random", "random needs keep, as in random:keep=144."),
+        ("random:keep=-1", "keep is a count from 0 on"),
+        ("uniform:keep=4,seed=1", "uniform has no field 'seed'"),
+        ("sparsevlm:keep=3/2", "keep is one count from 0 on for each of 3 layers"),
+        ("sparsevlm:after=6/2/15", "after is layers from 0 on, ascending"),
+        ("sparsevlm:after=2/x", "after is whole numbers such as 300/200/110"),
+        ("sparsevlm:recycle=yes", "recycle is true or false"),
+        ("prumerge+:ratio=0", "ratio is a share above 0, up to 1"),
+        ("prumerge:ratio=0.1", "prumerge has no field 'ratio'; its fields: neighbours."),
+        ("visionzip:dominant=0", "dominant is a count from 1 on"),
+        ("hired:alpha=2", "alpha is a share from 0 to 1"),
+        ("trim:ratio=-0.1", "ratio is a share from 0 to 1"),
+        ("", "There is no token selector ''"),
+    ],
+)  # fmt: skip
+def test_bad_text_says_what_is_wrong(text, message):
+    with pytest.raises(InputError) as error:
+        parse(text)
+    assert message in str(error.value)
+    assert str(error.value).endswith(".")
+
+
+def test_bad_kv_policy():
+    with pytest.raises(InputError, match=r"There is no KV cache policy 'snapkv'; known: h2o\."):
+        parse_kv_policy("snapkv")
+    with pytest.raises(InputError, match="heavy is a share from 0 to 1"):
+        parse_kv_policy("h2o:heavy=2")
+
+
+def decoder_inputs(side):
+    """Three prompts: two pictures, one picture, none; of lengths 40, 23 and 7; padded."""
+    seq = 40
+    valid, image = torch.zeros(2, 3, seq, dtype=torch.bool)
+    for sample, (length, pictures) in enumerate(
+        [(40, [(3, 16), (21, 9)]), (23, [(0, 16)]), (7, [])]
+    ):
+        start = seq - length if side == "left" else 0
+        valid[sample, start : start + length] = True
+        for offset, size in pictures:
+            image[sample, start + offset : start + offset + size] = True
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return DecoderInputs(
+        image=image, valid=valid, query=draw(3, 4, seq, 8), key=draw(3, 2, seq, 8),
+        hidden_states=draw(3, seq, 12),
+    )  # fmt: skip
+
+
+def alone(inputs, sample):
+    """One sample without its padding."""
+    tokens = inputs.valid[sample]
+    return DecoderInputs(
+        image=inputs.image[sample : sample + 1, tokens],
+        valid=inputs.valid[sample : sample + 1, tokens],
+        query=inputs.query[sample : sample + 1, :, tokens],
+        key=inputs.key[sample : sample + 1, :, tokens],
+        hidden_states=inputs.hidden_states[sample : sample + 1, tokens],
+    )
+
+
+def run(selector, inputs):
+    if selector.name == "sparsevlm":
+        marks = selector.mark(inputs.hidden_states, inputs.image, inputs.valid)
+        inputs = replace(inputs, marks=marks)
+    return selector.select(inputs, selector.layers[0])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("text", DECODER)
+def test_a_batch_gets_what_its_samples_get_alone(text, side):
+    selector, inputs = parse(text), decoder_inputs(side)
+    selection = run(selector, inputs)
+    index, valid = selection.packed(inputs.valid, side)
+    states = inputs.hidden_states if selection.hidden_states is None else selection.hidden_states
+    states = states.gather(1, index[..., None].expand(-1, -1, 12))
+    image = inputs.image.gather(1, index) & valid
+    for sample in range(3):
+        one = alone(inputs, sample)
+        single = run(selector, one)
+        keep = single.keep[0]
+        assert torch.equal(selection.keep[sample, inputs.valid[sample]], keep)
+        source = one.hidden_states if single.hidden_states is None else single.hidden_states
+        torch.testing.assert_close(states[sample, valid[sample]], source[0, keep])
+        assert int(image[sample].sum()) == selector.counts(int(one.image.sum()))[0]
+        assert int(valid[sample].sum()) == int(keep.sum())
+        positions = index[sample, valid[sample]].tolist()
+        assert positions == sorted(positions), "order was lost"
+    flags = valid.tolist()
+    assert flags == [sorted(row, reverse=side == "right") for row in flags]
+
+
+def vision_inputs(runs=3, patches=36, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    tower = {
+        i: TowerAttention(3 * draw(runs, 16), draw(runs, 1 + patches, 16), 4) for i in (0, -1, -2)
+    }
+    return VisionInputs(
+        features=draw(runs, patches, 10), cls_feature=draw(runs, 10), tower=tower,
+        patch_embeddings=draw(runs, patches, 6), text_embeddings=3 * draw(runs, 6),
+    )  # fmt: skip
+
+
+def one_run(inputs, i):
+    rows = slice(i, i + 1)
+    return VisionInputs(
+        features=inputs.features[rows],
+        cls_feature=inputs.cls_feature[rows],
+        tower={
+            k: TowerAttention(t.query[rows], t.key[rows], t.heads) for k, t in inputs.tower.items()
+        },
+        patch_embeddings=inputs.patch_embeddings[rows],
+        text_embeddings=inputs.text_embeddings[rows],
+    )
+
+
+@pytest.mark.parametrize("patches", [1, 35, 36])
+@pytest.mark.parametrize("text", VISION)
+def test_a_batch_of_pictures_gets_what_they_get_alone(text, patches):
+    selector, inputs = parse(text), vision_inputs(patches=patches)
+    selection = selector.select(inputs)
+    for i in range(3):
+        single = selector.select(one_run(inputs, i))
+        torch.testing.assert_close(selection.features[i], single.features[0])
+        assert torch.equal(selection.indices[i], single.indices[0])
+        kept = selection.indices[i][selection.indices[i] >= 0].tolist()
+        assert len(set(kept)) == len(kept)
+        assert all(patch < patches for patch in kept)
+        assert len(selection.indices[i]) == len(selection.features[i])
+        count = selector.counts(patches)[0]
+        assert count is None or count == len(selection.features[i])
+        if "prumerge" not in text:  # which alone changes the patches it keeps
+            at = selection.indices[i] >= 0
+            kept_features = inputs.features[i, selection.indices[i][at]]
+            changed = kept_features != selection.features[i][at]
+            assert not changed.any()
+
+
+@pytest.mark.parametrize("text", VISION)
+def test_half_precision_features_keep_their_type(text):
+    selection = parse(text).select(vision_inputs(dtype=torch.bfloat16))
+    assert all(f.dtype == torch.bfloat16 for f in selection.features)
+    assert all(f.isfinite().all() for f in selection.features)
+
+
+@pytest.mark.parametrize("text", [t for t in VISION if "trim" not in t])
+def test_a_tower_without_cls_is_refused(text):
+    inputs = replace(vision_inputs(), tower={})
+    with pytest.raises(InputError, match="CLS token, which this vision tower does not have"):
+        parse(text).select(inputs)
+
+
+def test_trim_without_a_text_encoder_is_refused():
+    with pytest.raises(InputError, match="has no CLIP text encoder"):
+        parse("trim").select(replace(vision_inputs(), text_embeddings=None))
+
+
+def test_a_forgotten_input_is_named():
+    inputs = replace(decoder_inputs("left"), key=None)
+    with pytest.raises(ValueError, match="did not supply key"):
+        FastV().select(inputs, 2)

@@ -1,0 +1,288 @@
+"""Selectors before the projector, each against a few lines of numpy, picture by picture."""
+
+from math import sqrt
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner.ir.errors import InputError
+from planner.models.selectors import (
+    TRIM,
+    HiRED,
+    PruMerge,
+    PruMergePlus,
+    TowerAttention,
+    VisionInputs,
+    VisionZip,
+)
+from planner.models.selectors.hired import tile_counts
+
+few = settings(max_examples=25, deadline=None)
+HEADS, WIDTH = 2, 8
+
+
+def random_inputs(rng, runs, patches, sharpness=2.0, **more):
+    def tower():
+        return TowerAttention(
+            torch.from_numpy(rng.normal(size=(runs, WIDTH)) * sharpness),
+            torch.from_numpy(rng.normal(size=(runs, 1 + patches, WIDTH))),
+            HEADS,
+        )
+
+    return VisionInputs(
+        features=torch.from_numpy(rng.normal(size=(runs, patches, 5))),
+        cls_feature=torch.from_numpy(rng.normal(size=(runs, 5))),
+        tower={0: tower(), -1: tower(), -2: tower()},
+        patch_embeddings=torch.from_numpy(rng.normal(size=(runs, patches, 3))),
+        text_embeddings=torch.from_numpy(rng.normal(size=(runs, 3)) * sharpness),
+        **more,
+    )
+
+
+def softmax(logits):
+    exponent = np.exp(logits - logits.max())
+    return exponent / exponent.sum()
+
+
+def cls_row(inputs, layer, run, heads):
+    """Summed over heads."""
+    query, key = inputs.tower[layer].query[run].numpy(), inputs.tower[layer].key[run].numpy()
+    d = WIDTH // heads
+    rows = [
+        softmax(key[:, h * d : (h + 1) * d] @ query[h * d : (h + 1) * d] / sqrt(d))[1:]
+        for h in range(heads)
+    ]
+    return np.sum(rows, axis=0)
+
+
+def falling(scores):
+    return np.argsort(-scores, kind="stable").tolist()
+
+
+def fence(scores):
+    q1, q3 = np.percentile(scores, [25, 75])
+    return q3 + 1.5 * (q3 - q1)
+
+
+def naive_merge(x, keys, attention, kept, neighbours):
+    unit = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+    out = []
+    for i in kept:
+        others = [j for j in range(len(x)) if j != i]
+        near = sorted(others, key=lambda j: (-(unit[i] @ unit[j]), j))[:neighbours]
+        out.append(x[i] + sum((attention[j] * x[j] for j in near), np.zeros(x.shape[1])))
+    rest = [j for j in range(len(x)) if j not in kept]
+    if rest:
+        out.append(sum(attention[j] * x[j] for j in rest))
+    return np.array(out)
+
+
+def check_merged(inputs, selection, run, attention, kept, neighbours):
+    keys = inputs.tower[-1].key[run, 1:].numpy()
+    expected = naive_merge(inputs.features[run].numpy(), keys, attention, kept, neighbours)
+    summary = [-1] * (len(expected) - len(kept))
+    assert selection.indices[run].tolist() == kept + summary
+    np.testing.assert_allclose(selection.features[run].numpy(), expected, atol=1e-12)
+
+
+@few
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    patches=st.integers(1, 49),
+    sharpness=st.sampled_from([0.0, 1.0, 3.0]),
+    neighbours=st.sampled_from([0, 3, 32]),
+)
+def test_prumerge(seed, patches, sharpness, neighbours):
+    inputs = random_inputs(np.random.default_rng(seed), 3, patches, sharpness)
+    selection = PruMerge(neighbours).select(inputs)
+    for run in range(3):
+        attention = cls_row(inputs, -1, run, heads=1)
+        if sharpness == 0:  # all equal, up to rounding in the reference
+            attention = np.full(patches, attention.mean())
+        kept = [i for i in falling(attention) if attention[i] > fence(attention)]
+        check_merged(inputs, selection, run, attention, kept, neighbours)
+
+
+def test_prumerge_without_outliers_is_one_token():
+    inputs = random_inputs(np.random.default_rng(0), 1, 16, sharpness=0.0)
+    selection = PruMerge().select(inputs)
+    torch.testing.assert_close(selection.features[0], inputs.features[0].sum(0, keepdim=True) / 17)
+
+
+@few
+@given(st.integers(0, 2**32 - 1), st.integers(1, 64), st.sampled_from([0.0, 1.0, 3.0]))
+def test_prumerge_plus_adaptive(seed, patches, sharpness):
+    inputs = random_inputs(np.random.default_rng(seed), 3, patches, sharpness)
+    selection = PruMergePlus(neighbours=3).select(inputs)
+    for run in range(3):
+        attention = cls_row(inputs, -1, run, heads=1)
+        if sharpness == 0:
+            attention = np.full(patches, attention.mean())
+        kept = [i for i in falling(attention) if attention[i] > fence(attention)]
+        step = patches // max(len(kept), 1)
+        offset, stride = 0, max(int(step / 3), 1)
+        while offset < patches - 1:
+            if offset not in kept:
+                kept.append(offset)
+            offset += stride
+        check_merged(inputs, selection, run, attention, kept, 3)
+
+
+@few
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    patches=st.integers(1, 64),
+    ratio=st.sampled_from([1 / 64, 0.1, 1 / 8, 0.3, 0.5, 1.0]),
+)
+def test_prumerge_plus_fixed(seed, patches, ratio):
+    inputs = random_inputs(np.random.default_rng(seed), 3, patches)
+    selector = PruMergePlus(neighbours=3, ratio=ratio)
+    selection = selector.select(inputs)
+    step = int(1 / ratio)
+    grid = [i for i in range(patches - 1) if i % step == step // 2 % step and i >= step // 2]
+    for run in range(3):
+        attention = cls_row(inputs, -1, run, heads=1)
+        outside = [i for i in falling(attention) if i not in grid]
+        kept = outside[: int(patches * ratio)] + grid
+        check_merged(inputs, selection, run, attention, kept, 3)
+        assert len(selection.features[run]) == selector.counts(patches)[0]
+
+
+def test_prumerge_plus_gives_the_145_tokens_of_the_reference():
+    assert PruMergePlus(ratio=1 / 8).counts(576) == (145,)
+    inputs = random_inputs(np.random.default_rng(1), 2, 576)
+    selection = PruMergePlus(ratio=1 / 8).select(inputs)
+    for run in range(2):
+        kept = selection.indices[run][:-1].tolist()
+        assert len(set(kept)) == 144
+        top = falling(cls_row(inputs, -1, run, heads=1))[:72]
+        assert set(top) <= set(kept), "a patch of the 72 best is missing"
+        assert set(range(4, 575, 8)) <= set(kept), "a patch of the grid is missing"
+
+
+@few
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    patches=st.integers(1, 40),
+    dominant=st.integers(1, 45),
+    contextual=st.integers(0, 12),
+)
+def test_visionzip(seed, patches, dominant, contextual):
+    inputs = random_inputs(np.random.default_rng(seed), 2, patches)
+    selector = VisionZip(dominant, contextual)
+    selection = selector.select(inputs)
+    for run in range(2):
+        x = inputs.features[run].numpy()
+        keys = inputs.tower[-2].key[run, 1:].numpy().reshape(patches, HEADS, -1).mean(1)
+        keys = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+        kept = sorted(falling(cls_row(inputs, -2, run, HEADS))[: dominant - 1])
+        rest = [i for i in range(patches) if i not in kept]
+        count = min(contextual, len(rest))
+        targets = rest[:: max(1, len(rest) // max(count, 1))][:count]
+        joined = {target: [] for target in targets}
+        for i in rest:
+            if i not in targets and targets:
+                joined[max(targets, key=lambda t: keys[i] @ keys[t])].append(x[i])
+        expected = [inputs.cls_feature[run].numpy(), *x[kept]]
+        expected += [x[t] + (np.mean(joined[t], axis=0) if joined[t] else 0) for t in targets]
+        np.testing.assert_allclose(selection.features[run].numpy(), np.array(expected), atol=1e-12)
+        assert selection.indices[run].tolist() == [-1, *kept, *[-1] * count]
+        assert len(expected) == selector.counts(patches)[0]
+
+
+def test_visionzip_counts_of_the_paper():
+    assert VisionZip().counts(576) == (64,)
+    assert VisionZip(dominant=108, contextual=20).counts(576) == (128,)
+    assert VisionZip(dominant=162, contextual=30).counts(576) == (192,)
+
+
+def naive_hired(inputs, run, ratio, alpha, rows, columns, side):
+    """Patches kept in each run of one image that begins at `run`."""
+    n, tiles = side * side, rows * columns
+    late = [cls_row(inputs, -2, run + i, HEADS) for i in range(1 + tiles)]
+    total = int((1 + tiles) * n * ratio)
+    overview = min(int(total * alpha), n) if tiles else min(total, n)
+    kept = [sorted(falling(late[0])[:overview])]
+    marked = falling(cls_row(inputs, 0, run, HEADS))[: int(n * (1 - alpha))]
+    for tile in range(tiles):
+        inside = 0
+        for patch in marked:
+            y, x = (patch // side + 0.5) / side, (patch % side + 0.5) / side
+            inside += int(y * rows) == tile // columns and int(x * columns) == tile % columns
+        spend = min(total - overview, tiles * n)
+        budget = min(n, inside * spend // max(len(marked), 1))
+        kept.append(sorted(falling(late[1 + tile])[:budget]))
+    return kept
+
+
+@few
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    side=st.integers(1, 7),
+    ratio=st.sampled_from([0.0, 0.1, 0.2, 0.5, 0.9, 1.0]),
+    alpha=st.sampled_from([0.0, 0.5, 0.6, 1.0]),
+    tiles=st.lists(
+        st.sampled_from([(0, 0), (1, 1), (2, 2), (1, 3), (4, 1)]), min_size=1, max_size=3
+    ),
+)
+def test_hired(seed, side, ratio, alpha, tiles):
+    runs = sum(1 + rows * columns for rows, columns in tiles)
+    inputs = random_inputs(np.random.default_rng(seed), runs, side * side, tiles=tuple(tiles))
+    selection = HiRED(ratio, alpha).select(inputs)
+    first = 0
+    for rows, columns in tiles:
+        for offset, kept in enumerate(
+            naive_hired(inputs, first, ratio, alpha, rows, columns, side)
+        ):
+            run = first + offset
+            assert selection.indices[run].tolist() == kept
+            assert torch.equal(selection.features[run], inputs.features[run, kept])
+        first += 1 + rows * columns
+
+
+def test_hired_keeps_the_tables_number_and_never_overspends():
+    assert HiRED(ratio=0.2).counts(576) == (115,)
+    inputs = random_inputs(np.random.default_rng(3), 5, 576, tiles=((2, 2),))
+    left = [len(index) for index in HiRED(ratio=0.2).select(inputs).indices]
+    assert left[0] == 288
+    assert 576 - 4 <= sum(left) <= 576
+
+
+def test_hired_counts_patches_where_they_lie():
+    marked = torch.zeros(24, 24, dtype=torch.bool)
+    marked[2:5, 14:20] = True
+    assert tile_counts(marked.flatten(), 2, 2).tolist() == [0, 18, 0, 0]
+
+
+def test_hired_refuses_tiles_that_do_not_add_up():
+    inputs = random_inputs(np.random.default_rng(3), 4, 9, tiles=((2, 2),))
+    with pytest.raises(InputError, match="got 4 runs"):
+        HiRED().select(inputs)
+
+
+@few
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    patches=st.integers(1, 40),
+    ratio=st.sampled_from([None, 0.0, 0.21, 1.0]),
+)
+def test_trim(seed, patches, ratio):
+    inputs = random_inputs(np.random.default_rng(seed), 3, patches)
+    selector = TRIM(ratio)
+    selection = selector.select(inputs)
+    for run in range(3):
+        dots = inputs.patch_embeddings[run].numpy() @ inputs.text_embeddings[run].numpy()
+        scores = softmax(-dots)
+        if ratio is None:
+            kept = np.flatnonzero(scores > fence(scores)).tolist()
+        else:
+            kept = sorted(falling(scores)[: int(patches * ratio)])
+            assert len(selection.features[run]) == selector.counts(patches)[0]
+        x = inputs.features[run].numpy()
+        others = [i for i in range(patches) if i not in kept]
+        expected = [*x[kept], *([x[others].mean(0)] if others else [])]
+        assert selection.indices[run].tolist() == kept + [-1] * bool(others)
+        np.testing.assert_allclose(selection.features[run].numpy(), np.array(expected), atol=1e-12)
