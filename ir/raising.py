@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, fx
+from torch import SymInt, Tensor, fx
 
 from planner.ir.aten import (
     ACTIVATIONS,
@@ -93,6 +93,9 @@ class _Raiser:
             entering = node.op == "placeholder" and node.name in self.captured.inputs
             # Learned queries enter a stack without coming from the pixels.
             entering |= node.op == "call_function" and opname(node) == "mark"
+            # Sizes that are read off an activation are no activations.
+            if _is_size(node):
+                continue
             if entering or any(n in reached for n in node.all_input_nodes):
                 reached.add(node)
         needed: set[fx.Node] = set()
@@ -589,6 +592,10 @@ class _Raiser:
                     operator = operator.having(kv_heads=kv_lanes[template])
             operators.append(operator)
         return sites, reasons, operators
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), SymInt | int)
 
 
 def _moved(path: str, old: str, new: str) -> str:
