@@ -41,7 +41,7 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "scan": "a state-space or linear-attention recurrence; attribute flops_per_row",
         # written by passes
         "select_tokens": "keeps the image tokens a selector chose; attributes keep, of",
-        "fused_linear": "several linears with one input run as one; attributes in, out, bias, count",
+        "fused_linear": "linears with one input run as one; attributes in, out, bias, count",
         "norm_linear": "a norm folded into the linear after it; attributes in, out, bias, count",
     }
 )
@@ -227,6 +227,17 @@ class Graph:
     def sites_of(self, kind: str) -> tuple[Site, ...]:
         """Sites of one kind, in layer order."""
         return tuple(site for site in self.sites if site.kind == kind)
+
+    @cached_property
+    def _sites_by_layer(self) -> dict[int, tuple[Site, ...]]:
+        found: dict[int, list[Site]] = {}
+        for site in self.sites:
+            found.setdefault(site.layer, []).append(site)
+        return {layer: tuple(sites) for layer, sites in found.items()}
+
+    def sites_at(self, layer: int) -> tuple[Site, ...]:
+        """Sites of one decoder layer."""
+        return self._sites_by_layer.get(layer, ())
 
     @property
     def layers(self) -> int:

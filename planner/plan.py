@@ -1,12 +1,24 @@
-"""The Plan: which switches stay on, for which budget, at what predicted cost, and where it came from."""
+"""The Plan: which switches stay on, for which budget, at what predicted cost, and from where."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-__all__ = ["Plan", "TokenStage"]
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from planner.files import write_text
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph
+
+__all__ = ["FORMAT", "Plan", "TokenStage", "load_plan", "print_ranges", "read_ranges", "save_plan"]
+
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -36,10 +48,11 @@ class Plan:
         mlp: layer -> kept switches of its MLP, ascending. Absent: all.
         mlp_switches: into how many switches each layer's neurons are divided (see `Site.bounds`).
         tokens: token stages by layer.
-        budget: what was asked for, for example ``{"flops": 0.65}``.
-        cost: metric -> ``{"plan": x, "base": y, "fraction": x / y}``.
-        solver: status, bound, gap, seconds.
-        provenance: utilities, workload, scope, device, planner version.
+        budget: what was asked for, for example ``{"flops": "0.65 of base"}``.
+        cost: metric -> ``{"plan": x, "base": y, "fraction": x / y}``; FLOPs, seconds, bytes.
+        utilisation: metric -> share of its limit that the plan uses.
+        solver: status, utility, bound and gap of the proof.
+        provenance: utilities, workload, scope, switches, device, planner version.
     """
 
     model: str
@@ -52,6 +65,7 @@ class Plan:
     tokens: tuple[TokenStage, ...] = ()
     budget: Mapping[str, Any] = field(default_factory=dict)
     cost: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    utilisation: Mapping[str, float] = field(default_factory=dict)
     solver: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -59,3 +73,194 @@ class Plan:
     def is_dense(self) -> bool:
         """Whether everything stays on."""
         return not (self.layers_off or self.heads or self.mlp or self.tokens)
+
+    def check(self, graph: Graph) -> None:
+        """Raise InputError unless this plan was made for this graph and fits it."""
+        if self.fingerprint != graph.properties.get("fingerprint"):
+            raise InputError(
+                f"the plan was made for '{self.model}' ({self.fingerprint}), "
+                f"not for '{graph.name}' ({graph.properties.get('fingerprint')})"
+            )
+        for layer, kept in self.heads.items():
+            _within(f"heads of layer {layer}", kept, _lanes(graph, f"heads.{layer}"))
+        for layer, kept in self.mlp.items():
+            lanes = _lanes(graph, f"mlp.{layer}")
+            switches = self.mlp_switches.get(layer, 0)
+            if not 0 < switches <= lanes:
+                raise InputError(
+                    f"the plan divides {lanes} neurons of layer {layer} into {switches}"
+                )
+            _within(f"MLP groups of layer {layer}", kept, switches)
+        _within("layers that are off", self.layers_off, graph.layers)
+        for stage in self.tokens:
+            _within("token stages", (stage.layer,), graph.layers)
+
+
+def _lanes(graph: Graph, name: str) -> int:
+    site = graph.sites_by_name.get(name)
+    if site is None:
+        raise InputError(f"the plan narrows {name}, which '{graph.name}' does not have")
+    return site.lanes
+
+
+def _within(what: str, indices: Sequence[int], count: int) -> None:
+    if any(not 0 <= i < count for i in indices) or list(indices) != sorted(set(indices)):
+        raise InputError(f"the plan's {what} must be ascending numbers below {count}")
+
+
+# -- the file -------------------------------------------------------------------------------------
+
+
+def print_ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers as ranges: ``0-3,7,9-10``; nothing as ``none``."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(f"{a}-{b}" if a != b else str(a) for a, b in parts) or "none"
+
+
+def read_ranges(text: str) -> tuple[int, ...]:
+    """Read what `print_ranges` wrote; raise ValueError on anything else."""
+    if text == "none":
+        return ()
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        numbers.extend(range(int(first), int(last if dash else first) + 1))
+    if numbers != sorted(set(numbers)):
+        raise ValueError(text)
+    return tuple(numbers)
+
+
+class _Mlp(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    of: int = Field(gt=0)
+    keep: str
+
+
+class _Stage(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    layer: int = Field(ge=0)
+    keep: int = Field(ge=0)
+    of: int = Field(gt=0)
+    selector: str
+
+
+class _File(BaseModel):
+    """Schema of a plan file."""
+
+    model_config = ConfigDict(extra="forbid")
+    planner_plan: int
+    model: str
+    fingerprint: str
+    digest: str
+    layers: int = Field(gt=0)
+    layers_off: str
+    heads: dict[int, str]
+    mlp: dict[int, _Mlp]
+    tokens: list[_Stage]
+    budget: dict[str, Any]
+    cost: dict[str, dict[str, float]]
+    utilisation: dict[str, float]
+    solver: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+def _document(plan: Plan) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "planner_plan": FORMAT,
+        "model": plan.model,
+        "fingerprint": plan.fingerprint,
+        "layers": plan.layers,
+        "layers_off": print_ranges(plan.layers_off),
+        "heads": {layer: print_ranges(kept) for layer, kept in sorted(plan.heads.items())},
+        "mlp": {
+            layer: {"of": plan.mlp_switches[layer], "keep": print_ranges(kept)}
+            for layer, kept in sorted(plan.mlp.items())
+        },
+        "tokens": [
+            {"layer": s.layer, "keep": s.keep, "of": s.of, "selector": s.selector}
+            for s in plan.tokens
+        ],
+        "budget": dict(plan.budget),
+        "cost": {metric: dict(values) for metric, values in plan.cost.items()},
+        "utilisation": dict(plan.utilisation),
+        "solver": dict(plan.solver),
+        "provenance": dict(plan.provenance),
+    }
+    return document
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    body = {key: value for key, value in document.items() if key != "digest"}
+    text = json.dumps(body, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def dump_plan(plan: Plan) -> str:
+    """The plan as YAML: equal plans give equal bytes."""
+    document = _document(plan)
+    # Through YAML once, so that the digest is of what a reader will see.
+    document = yaml.safe_load(yaml.safe_dump(document, sort_keys=False))
+    document["digest"] = _digest(document)
+    body = yaml.safe_dump(document, sort_keys=False, width=100)
+    return f"# A plan of planner {FORMAT}: which switches of the model stay on.\n{body}"
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Write a plan file, whole or not at all."""
+    write_text(path, dump_plan(plan))
+
+
+def load_plan(path: Path) -> Plan:
+    """Read and validate a plan file; every fault is one sentence in an InputError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"there is no plan '{path}'") from None
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"the plan '{path}' cannot be read") from None
+    try:
+        document = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError:
+        raise InputError(f"the plan '{path}' is truncated or not YAML") from None
+    if not isinstance(document, dict) or "planner_plan" not in document:
+        raise InputError(f"'{path}' is not a plan of planner")
+    if document["planner_plan"] != FORMAT:
+        raise InputError(
+            f"the plan '{path}' has format {document['planner_plan']}, this planner reads {FORMAT}"
+        )
+    try:
+        parsed = _File.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(
+            f"the plan '{path}' is broken at {where}: {first['msg'].lower()}"
+        ) from None
+    if parsed.digest != _digest(document):
+        raise InputError(
+            f"the plan '{path}' was changed after it was written (its digest does not match): "
+            "compile it again"
+        )
+    try:
+        return Plan(
+            model=parsed.model,
+            fingerprint=parsed.fingerprint,
+            layers=parsed.layers,
+            layers_off=read_ranges(parsed.layers_off),
+            heads={layer: read_ranges(kept) for layer, kept in parsed.heads.items()},
+            mlp={layer: read_ranges(entry.keep) for layer, entry in parsed.mlp.items()},
+            mlp_switches={layer: entry.of for layer, entry in parsed.mlp.items()},
+            tokens=tuple(TokenStage(s.layer, s.keep, s.of, s.selector) for s in parsed.tokens),
+            budget=parsed.budget,
+            cost=parsed.cost,
+            utilisation=parsed.utilisation,
+            solver=parsed.solver,
+            provenance=parsed.provenance,
+        )
+    except ValueError as error:
+        raise InputError(f"the plan '{path}' has a broken range ({error})") from None

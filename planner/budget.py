@@ -1,0 +1,135 @@
+"""Budgets: what the user asks for, as limits on metrics."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from planner.ir.errors import InputError
+
+__all__ = ["METRICS", "Budget", "Limit"]
+
+# metric -> what a user means by it
+METRICS: Mapping[str, str] = {
+    "flops": "floating-point operations of the prefill",
+    "latency": "modelled seconds of the prefill (time to first token) on a device",
+    "kv": "bytes of keys and values once all tokens are generated",
+    "memory": "peak bytes: weights, keys and values, and the largest activations",
+}
+_ONE = Fraction(1)
+_UNITS: Mapping[str, Mapping[str, Fraction]] = {
+    "flops": {
+        "": _ONE, "FLOP": _ONE, "FLOPs": _ONE, "KFLOP": _ONE * 10**3, "MFLOP": _ONE * 10**6,
+        "GFLOP": _ONE * 10**9, "TFLOP": _ONE * 10**12, "PFLOP": _ONE * 10**15,
+        "G": _ONE * 10**9, "T": _ONE * 10**12, "P": _ONE * 10**15,
+    },
+    "latency": {"s": _ONE, "ms": _ONE / 10**3, "us": _ONE / 10**6, "µs": _ONE / 10**6},
+    "kv": {
+        "B": _ONE, "kB": _ONE * 10**3, "KB": _ONE * 10**3, "MB": _ONE * 10**6, "GB": _ONE * 10**9,
+        "KiB": _ONE * 2**10, "MiB": _ONE * 2**20, "GiB": _ONE * 2**30,
+    },
+}  # fmt: skip
+_QUANTITY = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-zµ%]*)\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """One limit: a fraction of the base model's cost, or an absolute amount.
+
+    Amounts are in FLOPs, seconds or bytes.
+    """
+
+    metric: str
+    fraction: Fraction | None = None
+    amount: Fraction | None = None
+
+    @staticmethod
+    def parse(text: str) -> Limit:
+        """Read ``0.65``, ``65%``, ``kv=256MiB``, ``latency=49ms`` or ``flops=5.5TFLOP``."""
+        metric, equals, quantity = text.partition("=")
+        if not equals:
+            metric, quantity = "flops", text
+        metric = metric.strip()
+        if metric not in METRICS:
+            raise InputError(
+                f"unknown metric '{metric}' in budget '{text}': choose one of {', '.join(METRICS)}"
+            )
+        match = _QUANTITY.fullmatch(quantity)
+        units = _UNITS["kv" if metric == "memory" else metric]
+        if match is None or (match[2] not in units and match[2] not in ("", "%")):
+            known = ", ".join(unit for unit in units if unit)
+            raise InputError(
+                f"budget '{text}' is not an amount of {metric}: "
+                f"give a fraction such as 0.65 or a number with one of {known}"
+            )
+        value, unit = Fraction(match[1]), match[2]
+        if unit == "%":
+            value, unit = value / 100, ""
+        if unit == "" and (value <= 1 or metric != "flops"):
+            if not 0 < value <= 1:
+                raise InputError(
+                    f"budget '{text}' must be more than 0 and at most 1 of the base model"
+                )
+            return Limit(metric, fraction=value)
+        if value <= 0:
+            raise InputError(f"budget '{text}' must be more than 0")
+        return Limit(metric, amount=value * units[unit])
+
+    def __str__(self) -> str:
+        value = self.fraction if self.fraction is not None else self.amount
+        assert value is not None
+        return f"{self.metric}={float(value):.12g}"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """One or several limits, at most one per metric."""
+
+    limits: tuple[Limit, ...]
+
+    @staticmethod
+    def of(value: Any) -> Budget:
+        """From a Budget, a number, a text, a mapping of metrics or a sequence of texts."""
+        if isinstance(value, Budget):
+            return value
+        if isinstance(value, bool) or value is None:
+            raise InputError(f"budget {value!r} is not a number such as 0.65")
+        if isinstance(value, Mapping):
+            return Budget.of([f"{metric}={amount}" for metric, amount in value.items()])
+        if isinstance(value, int | float):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(
+                    f"budget '{value}' must be more than 0 and at most 1 of the base model"
+                )
+            if not 0 < value <= 1:
+                raise InputError(
+                    f"budget '{value}' must be more than 0 and at most 1 of the base model"
+                )
+            return Budget((Limit("flops", fraction=Fraction(str(value))),))
+        if isinstance(value, str):
+            value = [value]
+        if not isinstance(value, Sequence) or not value:
+            raise InputError(f"budget {value!r} is not a number such as 0.65")
+        limits = tuple(Limit.parse(str(text)) for text in value)
+        metrics = [limit.metric for limit in limits]
+        for metric in metrics:
+            if metrics.count(metric) > 1:
+                raise InputError(f"the budget limits {metric} twice")
+        return Budget(limits)
+
+    def describe(self) -> dict[str, str]:
+        """Metric -> limit as text, for plans and messages."""
+        described = {}
+        for limit in self.limits:
+            value = limit.fraction if limit.fraction is not None else limit.amount
+            assert value is not None
+            kind = "of base" if limit.fraction is not None else _BASE_UNITS[limit.metric]
+            described[limit.metric] = f"{float(value):.12g} {kind}"
+        return described
+
+
+_BASE_UNITS = {"flops": "FLOP", "latency": "s", "kv": "B", "memory": "B"}

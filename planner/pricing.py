@@ -1,0 +1,367 @@
+"""Pricing: from a Graph, a workload and a budget to the Problem that the solver solves.
+
+Every cost table comes from the cost model applied to really narrowed operators, so what the solver
+adds up is what the narrowed Graph costs. Layers that are alike are priced once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.budget import Budget
+from planner.ir.cost import Workload, price
+from planner.ir.cost.devices import Device
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph, Operator, Site
+from planner.ir.narrowing import narrowed
+from planner.plan import Plan
+from planner.problem import LayerChoices, Problem, SiteChoices, TokenOption
+from planner.switches import SwitchSet
+from planner.utilities import Utilities
+
+__all__ = ["Pricing"]
+
+# Seconds are priced in whole picoseconds, costs rounded up and limits down.
+PICOSECONDS = 10**12
+KEEP_FRACTIONS = tuple(eighths / 8 for eighths in range(8, 0, -1))
+_ALL = ("flops", "latency", "kv", "memory")
+
+
+@dataclass(frozen=True, eq=False)
+class Pricing:
+    """Costs of one Graph under one workload.
+
+    Attributes:
+        graph: with switches assigned (`planner.switches.with_switches`).
+        workload: token counts.
+        switches: what may be switched.
+        device: for latency.
+        scope: ``model`` counts everything, ``llm`` the decoder and lm_head alone.
+        keep: image tokens to choose from at every token stage, descending; by default eighths.
+    """
+
+    graph: Graph
+    workload: Workload
+    switches: SwitchSet
+    device: Device
+    scope: str = "model"
+    keep: tuple[int, ...] | None = None
+    _layer_memo: dict[object, npt.NDArray[np.int64]] = field(default_factory=dict)
+
+    # -- tokens ------------------------------------------------------------------------------
+
+    @cached_property
+    def stages(self) -> tuple[int, ...]:
+        """Layers before which tokens may be dropped."""
+        if "tokens" not in self.switches.axes or self.workload.image_tokens == 0:
+            return ()
+        return tuple(k for k in self.switches.token_layers if k < self.graph.layers)
+
+    @cached_property
+    def token_options(self) -> tuple[tuple[int, ...], ...]:
+        """Keep counts per stage, non-increasing, the base model's first."""
+        if not self.stages:
+            return ((),)
+        of = self.workload.image_tokens
+        counts = self.keep or tuple(dict.fromkeys(max(1, int(of * f)) for f in KEEP_FRACTIONS))
+        if any(not 0 <= c <= of for c in counts):
+            raise InputError(f"image tokens to keep must lie between 0 and {of}")
+        options: list[tuple[int, ...]] = [()]
+        for _ in self.stages:
+            options = [o + (c,) for o in options for c in counts if not o or c <= o[-1]]
+        return tuple(options)
+
+    def _sizes(self, layer: int | None, option: tuple[int, ...], context: bool) -> dict[str, int]:
+        """Sizes seen by a decoder layer, in the prefill or (context) at the end of generation."""
+        load = self.workload
+        sizes = load.decode(load.new_tokens) if context else load.prefill()
+        kept = [k for stage, k in zip(self.stages, option, strict=False) if (layer or 0) >= stage]
+        if layer is not None and kept:
+            dropped = load.image_tokens - kept[-1]
+            sizes["context"] -= dropped
+            if not context:
+                sizes["query"] -= dropped
+        return sizes
+
+    # -- cost of a set of operators ----------------------------------------------------------
+
+    def _vector(
+        self,
+        operators: Sequence[Operator],
+        graph: Graph,
+        layer: int | None,
+        option: tuple[int, ...],
+    ) -> npt.NDArray[np.int64]:
+        """(flops, latency in ps, KV bytes, memory bytes) of operators; shape (4,)."""
+        prefill = self._sizes(layer, option, context=False)
+        costs = [price(operator, graph, prefill, self.device) for operator in operators]
+        end = self._sizes(layer, option, context=True)
+        kv = sum(price(o, graph, end).kv_bytes for o in operators if o.kind == "attention")
+        weights = sum(c.parameters for c in costs) * int(self.graph.properties["dtype_bytes"])
+        return np.array(
+            [
+                sum(c.flops for c in costs),
+                math.ceil(math.fsum(c.seconds for c in costs) * PICOSECONDS),
+                kv,
+                weights + kv,
+            ],
+            dtype=np.int64,
+        )
+
+    @cached_property
+    def _activation_bytes(self) -> int:
+        """Largest input and output of one operator in the base prefill: room for activations."""
+        sizes = self.workload.prefill()
+        largest = 0
+        for operator in self.graph:
+            cost = price(operator, self.graph, sizes)
+            weights = cost.parameters * int(self.graph.properties["dtype_bytes"])
+            if operator.kind != "embedding":
+                largest = max(largest, cost.bytes - weights)
+        return largest
+
+    # -- tables ------------------------------------------------------------------------------
+
+    def _in_scope(self, operator: Operator) -> bool:
+        return self.scope == "model" or operator.part in ("decoder", "head")
+
+    @cached_property
+    def _by_layer(self) -> dict[int | None, list[Operator]]:
+        grouped: dict[int | None, list[Operator]] = {None: []}
+        for operator in self.graph:
+            if not self._in_scope(operator):
+                continue
+            key = operator.layer if operator.part == "decoder" else None
+            grouped.setdefault(key, []).append(operator)
+        return grouped
+
+    def outside(self, option: tuple[int, ...]) -> npt.NDArray[np.int64]:
+        """Cost of everything outside the decoder layers; shape (4,)."""
+        operators = self._by_layer[None]
+        before = [o for o in operators if o.part in ("vision", "projector") or not o.inputs]
+        after = [o for o in operators if o not in before]
+        cost = self._vector(before, self.graph, None, option)
+        cost = cost + self._vector(after, self.graph, self.graph.layers, option)
+        cost[3] += self._activation_bytes
+        # Scoring and gathering the tokens of every stage that drops any.
+        previous = self.workload.image_tokens
+        for stage, keep in zip(self.stages, option, strict=False):
+            if keep < previous:
+                cost = cost + self._selection(stage, previous, keep)
+            previous = keep
+        return cost
+
+    def _selection(self, stage: int, before: int, keep: int) -> npt.NDArray[np.int64]:
+        """Cost of one token stage: the last query's scores over all keys, and the gather."""
+        width = int(self.graph.properties["hidden_size"])
+        element = int(self.graph.properties["dtype_bytes"])
+        tokens = self.workload.batch * (self.workload.text_tokens + before)
+        kept = self.workload.batch * (self.workload.text_tokens + keep)
+        scored = self.switches.token_selector == "fastv"
+        flops = 2 * tokens * self._score_width(stage) if scored else 0
+        moved = element * (kept * 2 * width + (tokens * width if scored else 0))
+        seconds = max(
+            flops / self.device.operations_per_second, moved / self.device.bytes_per_second
+        )
+        return np.array([flops, math.ceil(seconds * PICOSECONDS), 0, 0], dtype=np.int64)
+
+    def _score_width(self, stage: int) -> int:
+        """Query features (heads * head_dim) of the attention that scores tokens for a stage."""
+        for operator in self._by_layer.get(max(0, stage - 1), []):
+            if operator.kind == "attention":
+                return operator.integer("heads") * operator.integer("head_dim")
+        return int(self.graph.properties["hidden_size"])
+
+    def fixed(
+        self, layer: int, option: tuple[int, ...], sites: Sequence[Site]
+    ) -> npt.NDArray[np.int64]:
+        """Cost of a layer being on, its switchable sites left out; shape (4,)."""
+        names = {site.name for site in sites}
+        operators = [
+            o
+            for o in self._by_layer.get(layer, [])
+            if not any(s in names for _, s in o.narrowed_by)
+        ]
+        key = (self._alike(operators), tuple(self._sizes(layer, option, False).items()))
+        if key not in self._layer_memo:
+            self._layer_memo[key] = self._vector(operators, self.graph, layer, option)
+        return self._layer_memo[key]
+
+    def table(self, site: Site, option: tuple[int, ...]) -> npt.NDArray[np.int64]:
+        """Cost of keeping 0, 1, ... switches of a site; shape (4, switches + 1).
+
+        Where switches differ by one lane the first, wider ones are counted first, so a cost is
+        never understated.
+        """
+        operators = [
+            o
+            for o in self._by_layer.get(site.layer, [])
+            if any(name == site.name for _, name in o.narrowed_by)
+        ]
+        sizes = self._sizes(site.layer, option, False)
+        key = (self._alike(operators), site.lanes, site.switches, tuple(sizes.items()))
+        if key not in self._layer_memo:
+            bounds = site.bounds
+            columns = [np.zeros(4, dtype=np.int64)]
+            for count in range(1, site.switches + 1):
+                kept = {site.name: (bounds[count], site.lanes)}
+                some = [narrowed(o, kept) for o in operators]
+                around = self._around(some)
+                columns.append(self._vector(some, around, site.layer, option))
+            self._layer_memo[key] = np.maximum.accumulate(np.stack(columns, axis=1), axis=1)
+        return self._layer_memo[key]
+
+    def _around(self, operators: Sequence[Operator]) -> Graph:
+        """Narrowed operators with the operators they read, for the sizes of their inputs."""
+        names = {o.name for o in operators}
+        known = self.graph.by_name
+        read = {i for o in operators for i in o.inputs if i not in names and i in known}
+        outside = tuple(known[name] for name in sorted(read))
+        return Graph("", (*outside, *operators), (), self.graph.properties)
+
+    @staticmethod
+    def _alike(operators: Sequence[Operator]) -> tuple[object, ...]:
+        """Equal for layers whose operators cost the same."""
+        return tuple((o.kind, o.shape, o.attributes, len(o.inputs)) for o in operators)
+
+    # -- whole costs -------------------------------------------------------------------------
+
+    @cached_property
+    def base(self) -> dict[str, float]:
+        """Cost of the base model per metric: FLOPs, seconds, bytes, bytes."""
+        option = (
+            self.token_options[0]
+            if not self.stages
+            else (self.workload.image_tokens,) * len(self.stages)
+        )
+        cost = self.outside(option)
+        for layer in range(self.graph.layers):
+            sites = [s for s in self.graph.sites_at(layer) if s.kind != "layer"]
+            cost = cost + self.fixed(layer, option, sites)
+            for site in sites:
+                cost = cost + self.table(site, option)[:, -1]
+        return self.in_units(cost)
+
+    def cost_of(self, plan: Plan) -> dict[str, float]:
+        """Cost of a plan per metric, from the narrowed operators themselves, not the tables."""
+        option, keep = [], self.workload.image_tokens
+        by_layer = {stage.layer: stage.keep for stage in plan.tokens}
+        for stage in self.stages:
+            keep = by_layer.get(stage, keep)
+            option.append(keep)
+        kept = tuple(option)
+        cost = self.outside(kept)
+        for layer in range(self.graph.layers):
+            if layer not in plan.layers_off:
+                cost = cost + self._layer_cost(plan, layer, kept)
+        return self.in_units(cost)
+
+    def _layer_cost(self, plan: Plan, layer: int, option: tuple[int, ...]) -> npt.NDArray[np.int64]:
+        """Cost of one running layer under a plan, operator by operator; shape (4,)."""
+        kept = {}
+        for site in self.graph.sites_at(layer):
+            table = plan.heads if site.kind == "heads" else plan.mlp
+            if site.kind != "layer" and layer in table:
+                kept[site.name] = (len(site.lanes_of(table[layer])), site.lanes)
+        operators = [
+            narrowed(operator, kept)
+            for operator in self._by_layer.get(layer, [])
+            # A block with nothing left does not run.
+            if not any(kept.get(name, (1, 1))[0] == 0 for _, name in operator.narrowed_by)
+        ]
+        return self._vector(operators, self._around(operators), layer, option)
+
+    @staticmethod
+    def in_units(cost: npt.NDArray[np.int64]) -> dict[str, float]:
+        """A cost vector as metric -> FLOPs, seconds or bytes."""
+        flops, picoseconds, kv, memory = (int(c) for c in cost)
+        return {"flops": flops, "latency": picoseconds / PICOSECONDS, "kv": kv, "memory": memory}
+
+    def limits(self, budget: Budget) -> dict[str, int]:
+        """Metric -> limit in the integer units of the tables, rounded down."""
+        limits = {}
+        for limit in budget.limits:
+            scale = PICOSECONDS if limit.metric == "latency" else 1
+            if limit.amount is not None:
+                limits[limit.metric] = math.floor(limit.amount * scale)
+            else:
+                assert limit.fraction is not None
+                base = round(self.base[limit.metric] * scale)
+                limits[limit.metric] = math.floor(limit.fraction * base)
+        return limits
+
+    def problem(self, budget: Budget, utilities: Utilities) -> Problem:
+        """The Problem: every switch's worth and cost, and the limits."""
+        limits = self.limits(budget)
+        rows = [_ALL.index(metric) for metric in limits]
+        usable = {site.name for site in self.switches.usable(self.graph)}
+        options = self.token_options
+        layers = []
+        for layer in range(self.graph.layers):
+            here = self.graph.sites_at(layer)
+            sites = [s for s in here if s.kind != "layer" and s.name in usable]
+            optional = any(s.kind == "layer" and s.name in usable for s in here)
+            fixed = np.stack([self.fixed(layer, option, sites)[rows] for option in options])
+            worth = 0.0
+            if not sites and optional:
+                worth = sum(float(utilities.of_site(s).sum()) for s in here if s.kind != "layer")
+                if not worth:
+                    worth = float(utilities.of_site(here[0]).sum())
+            layers.append(
+                LayerChoices(
+                    name=f"layer.{layer}",
+                    utility=worth,
+                    costs=fixed,
+                    optional=optional,
+                    sites=tuple(
+                        SiteChoices(
+                            name=site.name,
+                            utilities=utilities.of_site(site),
+                            costs=np.stack([self.table(site, option)[rows] for option in options]),
+                        )
+                        for site in sites
+                    ),
+                )
+            )
+        of = self.workload.image_tokens
+        tokens = tuple(
+            TokenOption(
+                keep=option,
+                utility=utilities.of_tokens(_mean_kept(option, self.stages, self.graph.layers, of)),
+                costs=self.outside(option)[rows],
+            )
+            for option in options
+        )
+        return Problem(
+            tuple(limits), np.array(list(limits.values()), dtype=np.int64), tokens, tuple(layers)
+        )
+
+    def work(self) -> dict[str, float]:
+        """Site name -> FLOPs of all its switches, for utilities that follow the work."""
+        option = self.token_options[0]
+        work = {}
+        for site in self.graph.sites:
+            if site.kind == "layer":
+                others = [
+                    s for s in self.graph.sites if s.layer == site.layer and s.kind != "layer"
+                ]
+                whole = self.fixed(site.layer, option, others)[0]
+                work[site.name] = float(whole + sum(self.table(s, option)[0, -1] for s in others))
+            else:
+                work[site.name] = float(self.table(site, option)[0, -1])
+        return work
+
+
+def _mean_kept(option: tuple[int, ...], stages: Sequence[int], layers: int, of: int) -> float:
+    """Fraction of image tokens kept, averaged over the layers that a stage covers."""
+    if not option or not of:
+        return 1.0
+    ends = [*stages[1:], layers]
+    covered = [end - start for start, end in zip(stages, ends, strict=True)]
+    return sum(k / of * c for k, c in zip(option, covered, strict=True)) / sum(covered)
