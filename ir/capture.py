@@ -115,8 +115,18 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return None
 
 
+def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int | str, torch.Size]:
+    """Shapes of a layer's tensor arguments, by position or name."""
+    named: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+    return {name: value.shape for name, value in named.items() if isinstance(value, Tensor)}
+
+
 class _Marker:
-    """Replaces the forward of one stack entry while it is traced."""
+    """Replaces the forward of one stack entry while it is traced.
+
+    A layer is folded into the one it is like only where their arguments have the same shapes:
+    attention in windows and over the whole image differ in nothing else.
+    """
 
     def __init__(self, layer: nn.Module, path: str, like: str, outputs: dict[str, Any]) -> None:
         self.layer, self.path, self.like, self.outputs = layer, path, like, outputs
@@ -126,9 +136,10 @@ class _Marker:
         hidden = _hidden(args, kwargs)
         if hidden is None:
             return self.forward(*args, **kwargs)
+        shapes = _shapes(args, kwargs)
         if self.like != self.path and self.like in self.outputs:
-            template, shape = self.outputs[self.like]
-            if shape == hidden.shape:
+            template, known = self.outputs[self.like]
+            if all(shapes[name] == known[name] for name in shapes.keys() & known.keys()):
                 folded = mark(hidden, "fold", self.path)
                 return (folded, *template[1:]) if isinstance(template, tuple) else folded
         begun = mark(hidden, "begin", self.path)
@@ -138,7 +149,7 @@ class _Marker:
         first = output[0] if isinstance(output, tuple) else output
         if not isinstance(first, Tensor) or first.shape != hidden.shape:
             return output
-        self.outputs[self.path] = (output, hidden.shape)
+        self.outputs[self.path] = (output, shapes)
         ended = mark(first, "end", self.path)
         return (ended, *output[1:]) if isinstance(output, tuple) else ended
 
