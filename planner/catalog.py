@@ -18,7 +18,7 @@ from planner.ir.errors import InputError
 
 __all__ = ["Source", "aliases", "find_model"]
 
-# alias -> what it is; its config lies in planner/aliases/<alias>.json, tiny-llava's with its weights.
+# alias -> what it is; its config is planner/aliases/<alias>.json, tiny-llava's lies by its weights.
 ALIASES = {
     "llava-7b": "LLaVA-1.5 with Vicuna-7B (llava-hf/llava-1.5-7b-hf)",
     "llava-13b": "LLaVA-1.5 with Vicuna-13B (llava-hf/llava-1.5-13b-hf)",
@@ -121,7 +121,7 @@ def tiny_llava_folder() -> Path:
 
 def _from_hub(name: str, trust_remote_code: bool) -> Source:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     unknown = (
         f"unknown model '{name}': it is no alias ({', '.join(ALIASES)}), no local folder, "

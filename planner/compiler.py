@@ -247,7 +247,7 @@ def _utilisation(
 ) -> dict[str, float]:
     if pricing.switches.faithful:
         limit = int(problem.limits[0])
-        return {"units": float(solution.cost[0]) / limit if limit else 1.0}
+        return {"units": solution.cost["units"] / limit if limit else 1.0}
     scale = {"latency": 10**12}
     return {
         metric: costs[metric] * scale.get(metric, 1) / limit
@@ -268,3 +268,14 @@ def choice_of(plan: Plan, graph: Graph) -> Choice:
         )
     on = tuple(i not in plan.layers_off for i in range(plan.layers))
     return Choice(0, on, kept)
+
+
+def specialised(
+    graph: Graph, plan: Plan, print_between: Callable[[str, Graph], None] | None = None
+) -> Graph:
+    """The graph as it runs under a plan: layers, heads, groups and tokens that are off are gone."""
+    from planner.ir.passes import DropDead, NarrowTokens, Specialise, run
+
+    plan.check(graph)
+    passes = (Specialise(plan), NarrowTokens(plan.tokens), DropDead())
+    return run(graph, passes, print_between)

@@ -1,0 +1,51 @@
+"""The command line. Each command is one module; heavy libraries are imported by what needs them.
+
+Exit codes: 0 done, 2 the input is bad (one sentence on stderr), 1 something failed.
+"""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line; the exit code."""
+    from planner.cli.app import app
+    from planner.ir.errors import PlannerError
+
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        code = app(arguments, prog_name="planner", standalone_mode=False)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 1)
+    except PlannerError as error:
+        if debug:
+            raise
+        return _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        # Usage errors of the command-line library (its own copy of click, or click itself).
+        if hasattr(error, "format_message"):
+            return _fail(error.format_message(), 2)
+        if debug:
+            raise
+        text = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+        return _fail(f"{reason} (run again with --debug for the traceback)", 1)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(sentence: str, code: int) -> int:
+    message = " ".join(sentence.split())
+    print(f"planner: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,45 @@
+"""The table of commands."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from planner import __version__
+from planner.cli.compile import compile_command
+from planner.cli.devices import devices_command
+from planner.cli.inspect import inspect_command
+from planner.cli.models import models_command
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="planner",
+    help="A compiler for adaptive multimodal inference.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"planner {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """A compiler for adaptive multimodal inference."""
+
+
+app.command("compile")(compile_command)
+app.command("inspect")(inspect_command)
+app.command("models")(models_command)
+app.command("devices")(devices_command)

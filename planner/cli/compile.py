@@ -1,0 +1,238 @@
+"""``planner compile``: a plan for a model under a budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from planner.cli.options import (
+    Batch,
+    Device,
+    ImageTokens,
+    Model,
+    NewTokens,
+    TextTokens,
+    TrustRemoteCode,
+)
+from planner.cli.output import (
+    Json,
+    Quiet,
+    Verbose,
+    amount,
+    debug_level,
+    print_json,
+    say,
+    status,
+    table,
+)
+
+if TYPE_CHECKING:
+    from planner.compiler import Compiled
+
+__all__ = ["compile_command"]
+
+
+def compile_command(
+    model: Model,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--budget",
+            "-b",
+            help="Fraction of the base model (0.65) or limit (kv=256MiB, latency=49ms); repeatable.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder [default: build/<model>].")
+    ] = None,
+    switches: Annotated[
+        str,
+        typer.Option(
+            "--switches", help="Axes: tokens,layers,heads,mlp; or all, adallava-l, adallava-h."
+        ),
+    ] = "all",
+    utilities: Annotated[
+        str, typer.Option("--utilities", help="prior, uniform, or an .npz file of measured ones.")
+    ] = "prior",
+    device: Device = None,
+    scope: Annotated[
+        str | None,
+        typer.Option("--scope", help="What a fraction is of: model, or llm [default: model]."),
+    ] = None,
+    image_tokens: ImageTokens = None,
+    text_tokens: TextTokens = 64,
+    new_tokens: NewTokens = 64,
+    batch: Batch = 1,
+    mlp_groups: Annotated[
+        int | None, typer.Option("--mlp-groups", help="Groups an MLP is divided into.")
+    ] = None,
+    time_limit: Annotated[
+        float, typer.Option("--time-limit", help="Seconds the solver may take.")
+    ] = 60.0,
+    print_between_passes: Annotated[
+        bool, typer.Option("--print-between-passes", help="Print the graph after every pass.")
+    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Decide what of a model to run under a budget, with proof; write the plan."""
+    from planner.compiler import Request, compile_plan
+    from planner.files import output_folder
+    from planner.ir.errors import InputError
+
+    if time_limit <= 0:
+        raise InputError("--time-limit must be more than 0 seconds")
+    if mlp_groups is not None and mlp_groups < 1:
+        raise InputError("--mlp-groups must be at least 1")
+    folder = output or Path("build") / Path(model.rstrip("/")).name
+    request = Request(
+        model=model,
+        budget=budget or ["0.65"],
+        switches=switches,
+        utilities=utilities,
+        device=device,
+        scope=scope,
+        image_tokens=image_tokens,
+        text_tokens=text_tokens,
+        new_tokens=new_tokens,
+        batch=batch,
+        mlp_groups=mlp_groups,
+        time_limit_seconds=time_limit,
+        trust_remote_code=trust_remote_code,
+    )
+    output_folder(folder)
+    with status(not (quiet or as_json)) as update:
+        compiled = compile_plan(request, update)
+        path = write_outputs(compiled, folder, print_between_passes or debug_level() >= 4)
+    if as_json:
+        print_json(document(compiled, path))
+    elif not quiet:
+        _print_summary(compiled, path, verbose or debug_level() >= 1)
+
+
+def write_outputs(compiled: Compiled, folder: Path, between: bool = False) -> Path:
+    """Write plan.yaml and graph.txt (the narrowed graph, with costs); the plan's path."""
+    from planner.compiler import specialised
+    from planner.files import write_text
+    from planner.ir.cost import price
+    from planner.ir.graph import Operator
+    from planner.ir.text import print_graph
+    from planner.plan import dump_plan
+
+    printer = (lambda name, graph: say(f"-- {name}\n{print_graph(graph)}")) if between else None
+    graph = specialised(compiled.graph, compiled.plan, printer)
+    sizes = compiled.pricing.workload.prefill({s.layer: s.keep for s in compiled.plan.tokens})
+
+    def comment(operator: Operator) -> str:
+        cost = price(operator, graph, sizes, compiled.pricing.device)
+        return f"{amount(cost.flops, 'flops')}, {amount(cost.bytes, 'bytes')}, {cost.bound}"
+
+    text = print_graph(graph, comment)
+    write_text(folder / "graph.txt", text)
+    path = folder / "plan.yaml"
+    write_text(path, dump_plan(compiled.plan))
+    return path
+
+
+def document(compiled: Compiled, path: Path) -> dict[str, Any]:
+    """The JSON document of compile."""
+    plan = compiled.plan
+    return {
+        "plan": str(path),
+        "model": plan.model,
+        "cost": plan.cost,
+        "utilisation": min(plan.utilisation.values(), default=1.0)
+        if len(plan.utilisation) == 1
+        else max(plan.utilisation.values(), default=1.0),
+        "utilisations": plan.utilisation,
+        "solver": {
+            "status": plan.solver["status"],
+            "gap": plan.solver["gap"],
+            "seconds": compiled.solution.seconds,
+        },
+        "kept": kept(compiled),
+        "utilities": plan.provenance["utilities"],
+        "notes": list(compiled.notes),
+        "from_cache": compiled.from_cache,
+        "seconds": compiled.seconds,
+    }
+
+
+def kept(compiled: Compiled) -> dict[str, dict[str, int]]:
+    """How many switches of each kind stay on."""
+    plan, graph = compiled.plan, compiled.graph
+    on = [layer for layer in range(plan.layers) if layer not in plan.layers_off]
+    counted = {"layers": {"kept": len(on), "of": plan.layers}}
+    for kind, chosen in (("heads", plan.heads), ("mlp", plan.mlp)):
+        sites = graph.sites_of(kind)
+        if sites:
+            counted[kind] = {
+                "kept": sum(
+                    len(chosen.get(s.layer, range(s.switches))) for s in sites if s.layer in on
+                ),
+                "of": sum(s.switches for s in sites),
+            }
+    if compiled.pricing.workload.image_tokens:
+        of = compiled.pricing.workload.image_tokens
+        counted["tokens"] = {"kept": plan.tokens[-1].keep if plan.tokens else of, "of": of}
+    return counted
+
+
+_LABELS = {
+    "layers": "layers",
+    "heads": "attention heads (KV groups)",
+    "mlp": "MLP groups",
+    "tokens": "image tokens",
+}
+
+
+def _print_summary(compiled: Compiled, path: Path, verbose: bool) -> None:
+    plan = compiled.plan
+    load = compiled.pricing.workload
+    budget = ", ".join(f"{metric} {limit}" for metric, limit in plan.budget.items())
+    print(f"{plan.model} under {budget}")
+    print(
+        f"workload: {load.image_tokens} image + {load.text_tokens} text tokens, "
+        f"{load.new_tokens} new, batch {load.batch}; seconds are modelled on "
+        f"{compiled.pricing.device.name}"
+    )
+    if plan.provenance["utilities"] == "prior":
+        print(
+            "utilities: prior - no weights were looked at, so which heads and groups stay is a "
+            "guess; measure them before you rely on answers"
+        )
+    for note in compiled.notes[: None if verbose else 3]:
+        print(f"note: {note}")
+    print()
+    rows = [
+        [_LABELS[kind], str(count["kept"]), str(count["of"])]
+        for kind, count in kept(compiled).items()
+    ]
+    table(["kept", "on", "of"], rows)
+    print()
+    rows = [
+        [
+            metric,
+            amount(values["plan"], metric),
+            amount(values["base"], metric),
+            f"{values['fraction']:.4f}",
+            f"{plan.utilisation[metric]:.4%}" if metric in plan.utilisation else "-",
+        ]
+        for metric, values in plan.cost.items()
+    ]
+    table(["cost", "plan", "base", "fraction", "of limit"], rows)
+    print()
+    solver = plan.solver
+    spent = sum(compiled.seconds.values())
+    print(
+        f"solver: {solver['status']}, gap {solver['gap']:.1e}, {compiled.solution.seconds:.2f} s; "
+        f"{spent:.1f} s in all{' (graph from the cache)' if compiled.from_cache else ''}"
+    )
+    if verbose:
+        stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in compiled.seconds.items())
+        print(f"stages: {stages}")
+    print(f"wrote {path} and {path.parent / 'graph.txt'}")

@@ -1,0 +1,151 @@
+"""``planner inspect``: what every operator of a model costs, dense or under a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from planner.cli.options import (
+    Batch,
+    Device,
+    ImageTokens,
+    Model,
+    NewTokens,
+    TextTokens,
+    TrustRemoteCode,
+)
+from planner.cli.output import Json, Quiet, amount, print_json, status, table
+
+if TYPE_CHECKING:
+    from planner.ir.cost import Cost
+    from planner.ir.graph import Operator
+
+__all__ = ["inspect_command"]
+
+
+def inspect_command(
+    model: Model,
+    plan: Annotated[Path | None, typer.Option("--plan", help="A plan to apply first.")] = None,
+    device: Device = None,
+    by: Annotated[str, typer.Option("--by", help="Rows: operator, layer or kind.")] = "layer",
+    step: Annotated[
+        str, typer.Option("--step", help="What runs: prefill, or decode (the last token).")
+    ] = "prefill",
+    image_tokens: ImageTokens = None,
+    text_tokens: TextTokens = 64,
+    new_tokens: NewTokens = 64,
+    batch: Batch = 1,
+    graph_text: Annotated[
+        bool, typer.Option("--graph", help="Print the graph's text form instead.")
+    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show the cost of a model: FLOPs, bytes, roofline seconds, KV bytes, parameters."""
+    from planner.catalog import find_model
+    from planner.compiler import DEFAULT_DEVICE, lowered_graph, specialised
+    from planner.ir.cost import Workload, price, total
+    from planner.ir.cost.devices import device as find_device
+    from planner.ir.errors import InputError
+    from planner.ir.text import print_graph
+    from planner.plan import load_plan
+
+    if by not in ("operator", "layer", "kind"):
+        raise InputError(f"unknown --by '{by}': choose operator, layer or kind")
+    if step not in ("prefill", "decode"):
+        raise InputError(f"unknown --step '{step}': choose prefill or decode")
+    chip = find_device(device or DEFAULT_DEVICE)
+    loaded = load_plan(plan) if plan else None
+    with status(not (quiet or as_json)) as update:
+        update("lower")
+        graph, _, _ = lowered_graph(find_model(model, trust_remote_code))
+    load = Workload.default(graph, image_tokens, text_tokens, new_tokens, batch)
+    kept: dict[int, int] = {}
+    if loaded is not None:
+        graph = specialised(graph, loaded)
+        kept = {stage.layer: min(stage.keep, load.image_tokens) for stage in loaded.tokens}
+    sizes = load.prefill(kept) if step == "prefill" else load.decode(max(1, new_tokens), kept)
+    costs = [(operator, price(operator, graph, sizes, chip)) for operator in graph]
+    whole = total(cost for _, cost in costs)
+    if as_json:
+        print_json(
+            {
+                "model": graph.name,
+                "device": chip.name,
+                "step": step,
+                "totals": _facts(whole),
+                "operators": [_row(operator, cost) for operator, cost in costs],
+            }
+        )
+        return
+    if quiet:
+        return
+    if graph_text:
+        by_name = {operator.name: cost for operator, cost in costs}
+        print(print_graph(graph, lambda o: amount(by_name[o.name].flops, "flops")), end="")
+        return
+    _print(graph.name, chip.name, step, costs, whole, by)
+
+
+def _facts(cost: Cost) -> dict[str, Any]:
+    return {
+        "flops": cost.flops,
+        "bytes": cost.bytes,
+        "seconds": cost.seconds,
+        "kv_bytes": cost.kv_bytes,
+        "parameters": cost.parameters,
+    }
+
+
+def _row(operator: Operator, cost: Cost) -> dict[str, Any]:
+    return {
+        "name": operator.name,
+        "kind": operator.kind,
+        "part": operator.part,
+        "layer": operator.layer,
+        **_facts(cost),
+        "bound": cost.bound,
+    }
+
+
+def _print(
+    name: str,
+    device: str,
+    step: str,
+    costs: list[tuple[Operator, Cost]],
+    whole: Cost,
+    by: str,
+) -> None:
+    from planner.ir.cost import total
+
+    groups: dict[str, list[Cost]] = {}
+    for operator, cost in costs:
+        if by == "operator":
+            key = operator.name
+        elif by == "kind":
+            key = operator.kind
+        else:
+            layer = "" if operator.layer is None else f" {operator.layer}"
+            key = f"{operator.part}{layer}"
+        groups.setdefault(key, []).append(cost)
+    rows = []
+    for key, members in [*groups.items(), ("total", [whole])]:
+        cost = total(members) if key != "total" else whole
+        share = cost.seconds / whole.seconds if whole.seconds else 0.0
+        rows.append(
+            [
+                key,
+                amount(cost.flops, "flops"),
+                amount(cost.bytes, "bytes"),
+                amount(cost.seconds, "latency"),
+                f"{share:.1%}",
+                amount(cost.kv_bytes, "bytes"),
+                amount(cost.parameters, "count"),
+                cost.bound,
+            ]
+        )
+    title = f"{name}, {step}, modelled on {device} (roofline: no overlap, no launch cost)"
+    table([by, "FLOPs", "moved", "time", "share", "KV", "parameters", "bound"], rows, title)
