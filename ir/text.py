@@ -25,9 +25,15 @@ HEADER = "graph"
 _OPERATOR = re.compile(
     r"%(?P<name>\S+) = (?P<kind>\w+)\((?P<inputs>[^)]*)\) \[(?P<shape>[^\]]*)\]"
     r"(?: \{(?P<attributes>[^}]*)\})?(?: in (?P<module>\S+))? @(?P<part>\w+)(?:\.(?P<layer>\d+))?"
-    r"(?: narrow (?P<narrow>\S+))?"
+    r"(?: narrow (?P<narrow>\S+))?",
+    re.ASCII,
 )
-_BLOCK = re.compile(r"(\d+):(\d+):(\d+)")
+_SITE = re.compile(
+    r"site (?P<name>\S+) (?P<kind>\w+) layer=(?P<layer>\d+) lanes=(?P<lanes>\d+) "
+    r"switches=(?P<switches>\d+) module=(?P<module>\S*)(?P<bindings>(?: \S+)*)",
+    re.ASCII,
+)
+_BINDING = re.compile(r"(?P<module>\S+)\.(?P<axis>\w+)\[(?P<blocks>[\d:,]+)\]", re.ASCII)
 
 
 def _print_operator(operator: Operator) -> str:
@@ -76,72 +82,94 @@ def fingerprint(graph: Graph) -> str:
 
 
 def _value(text: str) -> int | str | Dim:
-    if text.isdigit():
+    if _is_number(text):
         return int(text)
     if "query" in text or "context" in text or "*" in text:
         return Dim.parse(text)
     return text
 
 
-def _parse_operator(line: str, number: int) -> Operator:
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
+
+
+def _attribute(item: str) -> tuple[str, int | str | Dim]:
+    key, equals, text = item.partition("=")
+    if not equals:
+        raise ValueError(f"'{item}' is not an attribute such as in=4096")
+    return key, _value(text)
+
+
+def _input(item: str) -> str:
+    if not item.startswith("%"):
+        raise ValueError(f"input '{item}' lacks its %")
+    return item[1:]
+
+
+def _parse_operator(line: str) -> Operator:
     match = _OPERATOR.fullmatch(line)
     if match is None:
-        raise InputError(f"line {number} of the graph is not an operator: '{line[:80]}'")
+        raise ValueError(f"'{line[:80]}' is not an operator")
     name, kind, part = match["name"], match["kind"], match["part"]
     if kind not in KINDS:
-        raise InputError(f"line {number} of the graph: operator {name} has unknown kind '{kind}'")
+        raise ValueError(f"operator {name} has unknown kind '{kind}'")
     if part not in PARTS:
-        raise InputError(f"line {number} of the graph: operator {name} has unknown part '{part}'")
-    attributes = []
-    for item in filter(None, (match["attributes"] or "").split(", ")):
-        key, _, text = item.partition("=")
-        attributes.append((key, _value(text)))
+        raise ValueError(f"operator {name} has unknown part '{part}'")
     module = match["module"] or ""
-    pairs = [item.partition(":") for item in (match["narrow"] or "").split(",") if item]
+    pairs = [item.partition(":") for item in _items(match["narrow"], ",")]
     try:
-        shape = tuple(Dim.parse(d) for d in match["shape"].split(", ") if d)
+        return Operator(
+            name=name,
+            kind=kind,
+            inputs=tuple(map(_input, _items(match["inputs"]))),
+            shape=tuple(map(Dim.parse, _items(match["shape"]))),
+            module=name if module == "=" else module,
+            part=part,
+            layer=int(match["layer"]) if match["layer"] else None,
+            attributes=tuple(map(_attribute, _items(match["attributes"]))),
+            narrowed_by=tuple((what, site) for what, _, site in pairs),
+        )
     except ValueError as error:
-        raise InputError(f"line {number} of the graph: operator {name}: {error}") from None
-    return Operator(
-        name=name,
-        kind=kind,
-        inputs=tuple(i.lstrip("%") for i in match["inputs"].split(", ") if i),
-        shape=shape,
-        module=name if module == "=" else module,
-        part=part,
-        layer=int(match["layer"]) if match["layer"] else None,
-        attributes=tuple(attributes),
-        narrowed_by=tuple((what, site) for what, _, site in pairs),
+        raise ValueError(f"operator {name}: {error}") from None
+
+
+def _items(text: str | None, separator: str = ", ") -> list[str]:
+    return text.split(separator) if text else []
+
+
+def _parse_site(line: str) -> Site:
+    match = _SITE.fullmatch(line)
+    if match is None or match["kind"] not in SITE_KINDS:
+        raise ValueError(f"'{line[:80]}' is not a site")
+    return Site(
+        name=match["name"],
+        kind=match["kind"],
+        layer=int(match["layer"]),
+        module=match["module"],
+        lanes=int(match["lanes"]),
+        switches=int(match["switches"]),
+        bindings=tuple(map(_parse_binding, match["bindings"].split())),
     )
 
 
-def _parse_site(line: str, number: int) -> Site:
-    try:
-        _, name, kind, *rest = line.split(" ")
-        settings = dict(item.split("=", 1) for item in rest[:4])
-        bindings = []
-        for item in rest[4:]:
-            target, _, inside = item.rstrip("]").partition("[")
-            module, _, axis = target.rpartition(".")
-            blocks = tuple(Block(*map(int, m)) for m in _BLOCK.findall(inside))
-            bindings.append(Binding(module, axis, blocks))
-        if kind not in SITE_KINDS:
-            raise ValueError(kind)
-        return Site(
-            name=name,
-            kind=kind,
-            layer=int(settings["layer"]),
-            module=settings["module"],
-            lanes=int(settings["lanes"]),
-            switches=int(settings["switches"]),
-            bindings=tuple(bindings),
-        )
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"line {number} of the graph is not a site: '{line[:80]}'") from None
+def _parse_binding(text: str) -> Binding:
+    match = _BINDING.fullmatch(text)
+    blocks = [item.split(":") for item in match["blocks"].split(",")] if match else []
+    if match is None or any(len(numbers) != 3 for numbers in blocks):
+        raise ValueError(f"'{text}' is not a binding such as layers.0.q_proj.out[0:64:64]")
+    return Binding(match["module"], match["axis"], tuple(Block(*map(int, n)) for n in blocks))
+
+
+def _property(text: str) -> tuple[str, int | str]:
+    key, _, value = text.partition(" ")
+    return key, int(value) if _is_number(value) else value
 
 
 def parse_graph(text: str) -> Graph:
-    """Read the text form back; raise InputError with the line number where it is broken."""
+    """Read the text form back; raise InputError with the line number where it is broken.
+
+    What the lines say together is for `planner.ir.verify.verify` to judge.
+    """
     name: str | None = None
     properties: dict[str, int | str] = {}
     sites: list[Site] = []
@@ -151,17 +179,22 @@ def parse_graph(text: str) -> Graph:
         if not line:
             continue
         word, _, rest = line.partition(" ")
-        if name is None:
-            if word != HEADER:
-                raise InputError(f"line {number} of the graph should begin with '{HEADER}'")
-            name = rest
-        elif word == "property":
-            key, _, value = rest.partition(" ")
-            properties[key] = int(value) if value.isdigit() else value
-        elif word == "site":
-            sites.append(_parse_site(line, number))
-        else:
-            operators.append(_parse_operator(line, number))
+        try:
+            if name is None:
+                if word != HEADER:
+                    raise ValueError(f"it should begin with '{HEADER}'")
+                name = rest
+            elif word == "property":
+                key, value = _property(rest)
+                if key in properties:
+                    raise ValueError(f"the property {key} is given twice")
+                properties[key] = value
+            elif word == "site":
+                sites.append(_parse_site(line))
+            else:
+                operators.append(_parse_operator(line))
+        except ValueError as error:
+            raise InputError(f"line {number} of the graph: {error}") from None
     if name is None:
         raise InputError("the graph is empty")
     return Graph(name, tuple(operators), tuple(sites), properties)
