@@ -74,8 +74,10 @@ def build_on_meta(config: Any, model_class: Any) -> nn.Module:
 
     with torch.device("meta"), no_init_weights(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model: nn.Module = model_class.from_config(config)
-    return model.eval()
+        model = model_class.from_config(config)
+        model.tie_weights()
+    module: nn.Module = model.eval()
+    return module
 
 
 def _signature(layer: nn.Module) -> object:

@@ -25,9 +25,10 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "input": "tokens or pixels entering a part",
         "linear": "x W^T (+ b); attributes in, out, bias",
         "matmul": "batched product of two activations; attribute inner",
-        "conv": "convolution; attributes in (channels per group), kernel (taps), bias",
-        "attention": "softmax(q k^T) v; attributes heads, kv_heads, head_dim, value_dim, keys",
-        "norm": "RMSNorm, LayerNorm or GroupNorm; attribute width",
+        "conv": "convolution; attributes in (channels per group), out, kernel (taps), bias",
+        "attention": "softmax(q k^T) v; attributes heads, kv_heads, head_dim, value_dim, keys, and "
+        "window where the cache keeps only the latest tokens",
+        "norm": "RMSNorm, LayerNorm or GroupNorm; attributes width, bias",
         "rotary": "rotation of queries or keys by position",
         "activation": "an elementwise non-linearity; attribute function",
         "multiply": "elementwise product",

@@ -210,6 +210,26 @@ def _lower_decoder(model: Any) -> tuple[Raised, nn.Module, int]:
     return raise_operators(captured, around), embeddings, layers
 
 
+def _with_windows(model: Any, operators: list[Operator]) -> list[Operator]:
+    """Note on each attention how many tokens its cache is limited to, where it is."""
+    from transformers import DynamicCache
+
+    try:
+        caches = DynamicCache(config=model.config).layers
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return operators
+    windows = {i: getattr(c, "sliding_window", None) for i, c in enumerate(caches)}
+    return [
+        operator.having(window=int(windows[operator.layer]))
+        if operator.kind == "attention"
+        and isinstance(operator["keys"], Dim)
+        and operator.layer is not None
+        and windows.get(operator.layer)
+        else operator
+        for operator in operators
+    ]
+
+
 def _image_features(raised: Raised, width: int) -> Operator | None:
     """The output of the vision side that the decoder takes: rows as wide as it, if any are."""
     found = [o for o in raised.operators if o.name in raised.outputs]
@@ -255,13 +275,15 @@ def lower(model: Any, name: str, dtype_bytes: int = 2) -> Lowered:
     if table.name in taken:
         table = replace(table, name=table.name + ".table")
     operators.append(table)
-    for operator in decoded.operators:
+    for operator in _with_windows(model, decoded.operators):
         if operator.kind == "input" and operator.name == decoded.operators[0].name:
             operator = replace(operator, inputs=(table.name, *vision_output))
         operators.append(operator)
     head = model.get_output_embeddings()
     if head is not None and getattr(head, "weight", None) is not None:
-        operators.append(_head(model, head, (*decoded.outputs, decoded.operators[-1].name)[0]))
+        source = (*decoded.outputs, decoded.operators[-1].name)[0]
+        tied = head.weight is embeddings.weight
+        operators.append(_head(model, head, source, tied))
     properties: dict[str, int | str] = {
         "model_type": str(model.config.model_type),
         "hidden_size": width,
@@ -274,10 +296,10 @@ def lower(model: Any, name: str, dtype_bytes: int = 2) -> Lowered:
     return Lowered(graph, tuple(dict.fromkeys((*notes, *decoded.reasons))))
 
 
-def _head(model: nn.Module, head: Any, source: str) -> Operator:
+def _head(model: nn.Module, head: Any, source: str, tied: bool) -> Operator:
     rows, columns = (int(s) for s in head.weight.shape)
     path = _path_of(model, head) or "lm_head"
-    return Operator(
+    operator = Operator(
         name=path,
         kind="linear",
         inputs=(source,),
@@ -286,6 +308,7 @@ def _head(model: nn.Module, head: Any, source: str) -> Operator:
         module=path,
         part="head",
     ).having(**{"in": columns, "out": rows, "bias": int(getattr(head, "bias", None) is not None)})
+    return operator.having(tied=1) if tied else operator
 
 
 def lower_config(config: Any, name: str, model_class: Any = None) -> Lowered:

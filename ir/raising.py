@@ -277,6 +277,8 @@ class _Raiser:
             weight = self._weight(node)
             if weight is not None and weight.meta["val"].ndim == 3:
                 return "experts"
+            if weight is not None and weight is node.args[1] and name in ("mm", "matmul"):
+                return "linear"
             return "matmul"
         if name in NORMS:
             return "norm"
@@ -384,20 +386,24 @@ class _Raiser:
     ) -> Operator:
         """Add the attributes that the kind's cost formula needs."""
         kind = group.kind
-        shapes = [tuple(a.meta["val"].shape) for a in node.all_input_nodes if "val" in a.meta]
+        values = [a.meta.get("val") for a in node.all_input_nodes]
+        shapes = [tuple(value.shape) for value in values if isinstance(value, Tensor)]
         if kind == "linear":
-            if weight is None:
-                weight = node.all_input_nodes[1]
-            rows, columns = (int(s) for s in weight.meta["val"].shape)
-            if opname(node) == "addmm":
+            added = opname(node) == "addmm"
+            # The operand itself, not the parameter behind it: fused weights are read in slices.
+            operand: Any = node.args[2 if added else 1]
+            rows, columns = (int(s) for s in operand.meta["val"].shape)
+            if opname(node) != "linear":
                 rows, columns = columns, rows
-            bias = (len(node.args) > 2 and node.args[2] is not None) or opname(node) == "addmm"
+            bias = (len(node.args) > 2 and node.args[2] is not None) or added
             return operator.having(**{"in": columns, "out": rows, "bias": int(bias)})
         if kind == "conv":
             assert weight is not None
-            _, channels, *taps = (int(s) for s in weight.meta["val"].shape)
+            out, channels, *taps = (int(s) for s in weight.meta["val"].shape)
             bias = len(node.args) > 2 and node.args[2] is not None
-            return operator.having(**{"in": channels, "kernel": math.prod(taps), "bias": int(bias)})
+            return operator.having(
+                **{"in": channels, "out": out, "kernel": math.prod(taps), "bias": int(bias)}
+            )
         if kind == "attention":
             return self._describe_attention(operator, node)
         if kind == "experts":
@@ -415,7 +421,9 @@ class _Raiser:
             entries, width = (int(s) for s in shapes[0][:2])
             return operator.having(entries=entries, width=width)
         if kind == "norm":
-            return operator.having(width=int(shapes[0][-1]) if shapes and shapes[0] else 1)
+            bias = opname(node) == "layer_norm" and len(node.args) > 3 and node.args[3] is not None
+            width = int(shapes[0][-1]) if shapes and shapes[0] else 1
+            return operator.having(width=width, bias=int(bias))
         if kind in ("activation", "reduce", "elementwise"):
             names = [opname(n) for n in group.nodes if opname(n) not in VIEWS]
             chosen = next((n for n in names if n in ACTIVATIONS), names[0] if names else "copy")

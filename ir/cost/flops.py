@@ -1,25 +1,43 @@
-"""Exact FLOPs and parameters of an operator.
+"""Exact FLOPs, parameters and cached keys and values of an operator.
 
 Convention: a multiply-add is two operations, attention is counted in full (not halved for
-causality), and only products count - linear layers, attention, convolutions, grouped products. It is
-what `torch.utils.flop_counter.FlopCounterMode` counts on the executed model with eager attention,
-and agrees with it to the last operation.
+causality), and only products count: linear layers, attention, convolutions, grouped products. It
+is what `torch.utils.flop_counter.FlopCounterMode` counts on the executed model with eager
+attention, and agrees with it to the last operation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from planner.ir.dims import Dim, product
-from planner.ir.graph import KINDS, Operator
+from planner.ir.graph import Operator
 
-__all__ = ["operator_flops", "operator_kv_elements", "operator_parameters"]
+__all__ = [
+    "FORMULAS",
+    "attended_keys",
+    "operator_flops",
+    "operator_kv_elements",
+    "operator_parameters",
+]
 
 Formula = Callable[[Operator, Mapping[str, int]], int]
 
 
-def _zero(operator: Operator, sizes: Mapping[str, int]) -> int:
-    return 0
+def attended_keys(operator: Operator, sizes: Mapping[str, int]) -> int:
+    """Keys that each query of an attention meets.
+
+    A cache with a sliding window hands over at most the window's last tokens besides the tokens
+    being processed, and drops the others; a prompt that begins with an empty cache is computed
+    in full, whatever the window.
+    """
+    keys = Dim.of(operator["keys"]).evaluate(sizes)
+    window = operator.get("window")
+    if window is None:
+        return keys
+    queries = operator.shape[-2].evaluate(sizes)
+    return queries + min(keys - queries, window - 1)
 
 
 def _linear(operator: Operator, sizes: Mapping[str, int]) -> int:
@@ -29,10 +47,12 @@ def _linear(operator: Operator, sizes: Mapping[str, int]) -> int:
 
 
 def _matmul(operator: Operator, sizes: Mapping[str, int]) -> int:
+    """2 * rows * inner * columns."""
     return 2 * product(operator.shape, sizes) * operator.integer("inner")
 
 
 def _conv(operator: Operator, sizes: Mapping[str, int]) -> int:
+    """2 * output elements * input channels of a group * kernel taps."""
     taps = operator.integer("in") * operator.integer("kernel")
     return 2 * product(operator.shape, sizes) * taps
 
@@ -40,64 +60,76 @@ def _conv(operator: Operator, sizes: Mapping[str, int]) -> int:
 def _attention(operator: Operator, sizes: Mapping[str, int]) -> int:
     """q k^T and scores v: 2 * samples * heads * queries * keys * (head_dim + value_dim)."""
     value = operator.integer("value_dim")
-    keys = Dim.of(operator["keys"]).evaluate(sizes)
-    rows = product(operator.shape, sizes) // value
-    return 2 * rows * keys * (operator.integer("head_dim") + value)
+    rows = product(operator.shape[:-1], sizes)
+    return 2 * rows * attended_keys(operator, sizes) * (operator.integer("head_dim") + value)
 
 
 def _experts(operator: Operator, sizes: Mapping[str, int]) -> int:
+    """2 * routed rows * in * out."""
     return 2 * product(operator.shape, sizes) * operator.integer("in")
 
 
 def _scan(operator: Operator, sizes: Mapping[str, int]) -> int:
-    rows = sizes["batch"] * sizes["query"]
-    return rows * operator.integer("flops_per_row")
+    """Products inside the recurrence, shared out evenly over the tokens."""
+    return sizes["batch"] * sizes["query"] * operator.integer("flops_per_row")
 
 
-FORMULAS: Mapping[str, Formula] = {
-    "linear": _linear,
-    "fused_linear": _linear,
-    "norm_linear": _linear,
-    "matmul": _matmul,
-    "conv": _conv,
-    "attention": _attention,
-    "experts": _experts,
-    "scan": _scan,
-}
-assert set(FORMULAS) <= set(KINDS)
+# Every kind that multiplies; the others have no FLOPs in this convention.
+FORMULAS: Mapping[str, Formula] = MappingProxyType(
+    {
+        "linear": _linear,
+        "fused_linear": _linear,
+        "norm_linear": _linear,
+        "matmul": _matmul,
+        "conv": _conv,
+        "attention": _attention,
+        "experts": _experts,
+        "scan": _scan,
+    }
+)
 
 
 def operator_flops(operator: Operator, sizes: Mapping[str, int]) -> int:
     """FLOPs of one operator when the graph's symbols have the given sizes."""
-    return FORMULAS.get(operator.kind, _zero)(operator, sizes)
+    formula = FORMULAS.get(operator.kind)
+    return formula(operator, sizes) if formula else 0
 
 
-def operator_parameters(operator: Operator) -> int:
-    """Weights and biases that one operator reads."""
+def operator_weights(operator: Operator) -> int:
+    """Elements of the weights and biases that an operator owns or shares."""
     kind = operator.kind
     if kind in ("linear", "fused_linear", "norm_linear"):
-        out = operator.integer("out")
-        return operator.integer("in") * out + (out if operator["bias"] else 0)
+        return (operator.integer("in") + operator.integer("bias")) * operator.integer("out")
     if kind == "conv":
-        out = operator.shape[1].constant
         taps = operator.integer("in") * operator.integer("kernel")
-        return taps * out + (out if operator["bias"] else 0)
+        return (taps + operator.integer("bias")) * operator.integer("out")
     if kind == "experts":
         return operator.integer("experts") * operator.integer("in") * operator.integer("out")
     if kind == "embedding":
         return operator.integer("entries") * operator.integer("width")
     if kind == "norm":
-        return operator.integer("width")
+        return operator.integer("width") * (1 + operator.integer("bias"))
     return 0
 
 
+def operator_parameters(operator: Operator) -> int:
+    """Parameters that an operator adds to the model: 0 where it shares another's (a tied lm_head).
+
+    Parameters that are just added to activations (positions, class tokens) are not counted.
+    """
+    return 0 if operator.get("tied") else operator_weights(operator)
+
+
 def operator_kv_elements(operator: Operator, sizes: Mapping[str, int]) -> int:
-    """Keys and values that a decoder's attention leaves in the cache, in elements."""
+    """Elements of the keys and values that a decoder's attention leaves in the cache."""
     if operator.kind != "attention" or operator.part != "decoder":
         return 0
     keys = Dim.of(operator["keys"])
     if keys.is_constant:
         return 0
+    tokens = keys.evaluate(sizes)
+    window = operator.get("window")
+    if window is not None:
+        tokens = min(tokens, window - 1)
     per_token = operator.integer("head_dim") + operator.integer("value_dim")
-    tokens = sizes["batch"] * keys.evaluate(sizes)
-    return tokens * operator.integer("kv_heads") * per_token
+    return sizes["batch"] * tokens * operator.integer("kv_heads") * per_token
