@@ -12,7 +12,7 @@ from planner.models.selectors import DecoderInputs, FastV, Random, SparseVLM, Un
 from planner.models.selectors.sparsevlm import cluster, raters
 from planner.models.selectors.uniform import evenly_spaced, grid_points
 
-few = settings(max_examples=30, deadline=None)
+few = settings(max_examples=20, deadline=None)
 HEADS, KV_HEADS, HEAD_DIM, WIDTH = 4, 2, 4, 6
 
 

@@ -14,7 +14,7 @@ from planner.models.selectors.attention import (
 )
 from planner.models.selectors.ranking import outliers, pack, top_mask
 
-few = settings(max_examples=40, deadline=None)
+few = settings(max_examples=25, deadline=None)
 
 
 @few

@@ -20,7 +20,7 @@ from planner.models.selectors import (
 )
 from planner.models.selectors.hired import tile_counts
 
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=15, deadline=None)
 HEADS, WIDTH = 2, 8
 
 

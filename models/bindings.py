@@ -1,0 +1,187 @@
+"""From the sites of a Graph to the modules of a loaded model.
+
+Nothing here, and nothing built on it, knows an architecture: module paths and feature layouts come
+from the Graph alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from planner.ir.errors import InputError
+from planner.ir.graph import Binding, Graph, Site
+
+__all__ = ["BoundLayer", "BoundLinear", "BoundSite", "Runs", "bind"]
+
+# Half-open, ascending, disjoint intervals of features: ((0, 64), (128, 192)).
+Runs = tuple[tuple[int, int], ...]
+
+
+def merge(runs: Iterable[tuple[int, int]]) -> Runs:
+    """Sort intervals and join those that touch or overlap."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(runs):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        elif start < stop:
+            merged.append((start, stop))
+    return tuple(merged)
+
+
+def _pairs(edges: Sequence[int]) -> Iterable[tuple[int, int]]:
+    """Consecutive pairs."""
+    return zip(edges[::2], edges[1::2], strict=True)
+
+
+def runs_of(lanes: Sequence[int]) -> Runs:
+    """Ascending numbers as intervals."""
+    runs = []
+    for _, run in groupby(enumerate(lanes), key=lambda pair: pair[1] - pair[0]):
+        numbers = [number for _, number in run]
+        runs.append((numbers[0], numbers[-1] + 1))
+    return tuple(runs)
+
+
+@dataclass(frozen=True, eq=False)
+class BoundLinear:
+    """One linear whose rows (axis ``out``) or columns (axis ``in``) belong to lanes.
+
+    Attributes:
+        path: module path.
+        module: an ``nn.Linear``, or transformers' ``Conv1D``, which stores its weight transposed.
+        binding: the layout.
+        shared: features that belong to no lane; always kept.
+    """
+
+    path: str
+    module: nn.Module
+    binding: Binding
+    shared: Runs
+
+    @property
+    def weight(self) -> Tensor:
+        """Shape (out features, in features); a view of the module's own parameter."""
+        weight: Tensor = self.module.weight
+        return weight.t() if isinstance(self.module, Conv1D) else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Shape (out features,)."""
+        return self.module.bias
+
+    @property
+    def features(self) -> int:
+        """Size of the narrowed axis in the base model."""
+        return self.weight.shape[0 if self.binding.axis == "out" else 1]
+
+    def runs(self, lanes: Runs) -> Runs:
+        """Features kept with the given lanes, in the order that the weight stores them."""
+        kept = list(self.shared)
+        for block in self.binding.blocks:
+            for start, stop in lanes:
+                first, last = (block.offset + lane * block.stride for lane in (start, stop))
+                if block.width == block.stride:
+                    kept.append((first, last))
+                else:
+                    kept.extend((f, f + block.width) for f in range(first, last, block.stride))
+        return merge(kept)
+
+
+@dataclass(frozen=True, eq=False)
+class BoundSite:
+    """An attention block or MLP and its linears."""
+
+    site: Site
+    module: nn.Module
+    linears: tuple[BoundLinear, ...]
+
+    @property
+    def sink(self) -> BoundLinear:
+        """The linear that sums over lanes (o_proj, down_proj, fc2, dense)."""
+        return next(linear for linear in self.linears if linear.binding.axis == "in")
+
+
+@dataclass(frozen=True, eq=False)
+class BoundLayer:
+    """A decoder layer and what can be narrowed inside."""
+
+    index: int
+    path: str
+    module: nn.Module
+    optional: bool
+    heads: BoundSite | None
+    mlp: BoundSite | None
+
+
+def _bind_linear(model: nn.Module, site: Site, binding: Binding) -> BoundLinear:
+    module = model.get_submodule(binding.module)
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, nn.Linear | Conv1D) or weight is None or weight.ndim != 2:
+        raise InputError(
+            f"{binding.module} is a {type(module).__name__}, and only plain linear layers with "
+            f"whole weights can be narrowed; load the model without quantisation or adapters."
+        )
+    linear = BoundLinear(binding.module, module, binding, ())
+    owned = linear.runs(((0, site.lanes),))
+    edges = [0, *(edge for run in owned for edge in run), linear.features]
+    if edges != sorted(edges):
+        raise InputError(
+            f"The graph gives {binding.module} {edges[-2]} features and the model has "
+            f"{linear.features}; lower the model that is loaded."
+        )
+    return BoundLinear(binding.module, module, binding, merge(_pairs(edges)))
+
+
+def _bind_site(model: nn.Module, site: Site | None) -> BoundSite | None:
+    if site is None:
+        return None
+    return BoundSite(
+        site,
+        model.get_submodule(site.module),
+        tuple(_bind_linear(model, site, binding) for binding in site.bindings),
+    )
+
+
+def bind(model: nn.Module, graph: Graph) -> tuple[BoundLayer, ...]:
+    """Find the modules of every decoder layer.
+
+    Raises:
+        InputError: the Graph is of another model, or a weight is not a plain matrix.
+    """
+    sites: dict[tuple[str, int], Site] = {(s.kind, s.layer): s for s in graph.sites}
+    layers = []
+    try:
+        for index in range(graph.layers):
+            layer = sites.get(("layer", index))
+            path = layer.module if layer else _layer_path(graph, sites, index)
+            layers.append(
+                BoundLayer(
+                    index,
+                    path,
+                    model.get_submodule(path),
+                    layer is not None,
+                    _bind_site(model, sites.get(("heads", index))),
+                    _bind_site(model, sites.get(("mlp", index))),
+                )
+            )
+    except AttributeError as error:
+        raise InputError(
+            f"The graph '{graph.name}' is not of this {type(model).__name__}: {error}."
+        ) from None
+    return tuple(layers)
+
+
+def _layer_path(graph: Graph, sites: dict[tuple[str, int], Site], index: int) -> str:
+    """Path of a layer that cannot be switched off: beside that of any layer that can be."""
+    for (kind, other), site in sites.items():
+        parent, _, number = site.module.rpartition(".")
+        if kind == "layer" and number == str(other):
+            return f"{parent}.{index}"
+    raise InputError(
+        f"The graph '{graph.name}' does not say which module is decoder layer {index}."
+    )

@@ -1,0 +1,330 @@
+"""One forward pass of the decoder under a plan: what all its layers need to know.
+
+A `Call` lives from the first layer to the last. It says which batch rows follow which plan, how
+many tokens came before, and which tokens are left; it also runs the token selectors.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import Cache
+
+from planner.ir.errors import InputError
+from planner.models.attention import Recorded
+from planner.models.cache import PlannedLayer, plan_cache
+from planner.models.program import LayerGroup, Program
+from planner.models.selectors import (
+    SELECTORS,
+    DecoderInputs,
+    DecoderSelector,
+    Needs,
+    Selector,
+    parse,
+)
+from planner.models.tokens import Kept, gather, scatter
+from planner.plan import TokenStage
+
+__all__ = ["Call", "Calls", "Record", "selector_of"]
+
+
+def selector_of(stage: TokenStage) -> Selector:
+    """The selector that a plan names: ``fastv``, or with arguments of its own ``fastv:k=2,r=0.5``."""
+    selector = SELECTORS.get(stage.selector)
+    if selector is None:
+        return parse(stage.selector)
+    if not issubclass(selector, DecoderSelector):
+        raise InputError(
+            f"A plan names the selector {stage.selector} with its arguments, such as "
+            f"{stage.selector}:..., because how many tokens it keeps follows from them."
+        )
+    return selector.at(stage.layer, stage.keep, stage.of)
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """What an attention block computed with, for which rows of the batch.
+
+    `valid` has shape (rows, keys), bool: False for padding; None where there is none.
+    """
+
+    rows: Tensor | None
+    valid: Tensor | None
+    seen: Recorded
+
+
+@dataclass(eq=False)
+class Call:
+    """State of one forward pass.
+
+    Attributes:
+        batch: rows.
+        tokens: tokens of this pass, before any is dropped.
+        past: tokens before them.
+        cache: the planned cache layers, None where there is no cache.
+        rows: for each layer and group the batch rows, None for all.
+        image: shape (batch, tokens), bool; None where no image token is among them.
+        valid: shape (batch, past + tokens), bool: False for padding; None where there is none.
+        left: shape (batch, tokens), bool: tokens not dropped; None before the first stage.
+        kept: the same as indices.
+        marks: selector -> what it marked before layer 0, shape (batch, tokens), bool.
+        records: layer -> what its attention computed with.
+    """
+
+    batch: int
+    tokens: int
+    past: int
+    cache: list[PlannedLayer] | None
+    rows: list[list[Tensor | None]]
+    image: Tensor | None = None
+    valid: Tensor | None = None
+    left: Tensor | None = None
+    kept: Kept | None = None
+    marks: dict[Selector, Tensor] = field(default_factory=dict)
+    records: dict[int, list[Record]] = field(default_factory=dict)
+
+    @property
+    def new_valid(self) -> Tensor | None:
+        """Which of this pass's tokens are no padding."""
+        return None if self.valid is None else self.valid[:, -self.tokens :]
+
+
+class Calls:
+    """Starts a `Call` for every forward pass and applies token stages.
+
+    Args:
+        model: the whole model; its arguments say where images are.
+        program: what is active.
+
+    Attributes:
+        recorded: layers whose attention some selector scores tokens by.
+        serving: batch rows that a layer is running for, None for all, and which keys are no
+            padding, None for all; set by layers before they run.
+
+    Raises:
+        InputError: a token stage cannot be carried out on this model.
+    """
+
+    def __init__(self, model: nn.Module, program: Program) -> None:
+        self.program = program
+        self.current: Call | None = None
+        self.selectors: dict[TokenStage, DecoderSelector] = {}
+        self.recorded: set[int] = set()
+        self.serving: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._rows: dict[tuple[int, torch.device], list[list[Tensor | None]]] = {}
+        self._image_token: int | None = None
+        self._arguments: dict[str, Any] = {}
+        self._hooks: list[RemovableHandle] = []
+        if program.has_tokens:
+            for plan in program.plans:
+                for stage in plan.tokens:
+                    selector = selector_of(stage)
+                    assert isinstance(selector, DecoderSelector)
+                    self.selectors[stage] = selector
+                    if Needs.QUERY_KEY in selector.needs:
+                        self.recorded.update(program.scored_by(stage))
+            self._image_token = image_token(model)
+            self._names = list(inspect.signature(type(model).forward).parameters)[1:]
+            self._hooks = [
+                model.register_forward_pre_hook(self._enter, with_kwargs=True),
+                model.register_forward_hook(self._leave, always_call=True),
+            ]
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._arguments = dict(zip(self._names, args)) | kwargs
+
+    def _leave(self, *_: Any) -> None:
+        self._arguments = {}
+        self.current = None
+
+    def start(self, hidden: Tensor, kwargs: dict[str, Any]) -> Call:
+        """Begin a forward pass, at the first layer.
+
+        Args:
+            hidden: shape (batch, tokens, width).
+            kwargs: what the decoder hands the layer.
+
+        Raises:
+            InputError: the inputs do not go with the plan, or hold values that are not finite.
+        """
+        batch, tokens = hidden.shape[:2]
+        rows = self._rows_of(batch, hidden.device)
+        cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+        layers = None if cache is None else plan_cache(cache, self.program, rows)
+        call = Call(batch, tokens, layers[0].total if layers else 0, layers, rows)
+        if tokens > 1 or not call.past:
+            if not torch.isfinite(hidden).all():
+                raise InputError(
+                    "The prompt's embeddings are not all finite numbers; look for NaN or infinity "
+                    "in the image."
+                )
+            if self.program.has_tokens:
+                self._find_images(call, hidden)
+        self.current = call
+        return call
+
+    def record(self, layer: int, seen: Recorded) -> None:
+        """Note what a layer's attention block computes with, for the selector of a later layer."""
+        if self.current is not None and self.current.image is not None:
+            rows, valid = self.serving
+            self.current.records.setdefault(layer, []).append(Record(rows, valid, seen))
+
+    def _rows_of(self, batch: int, device: torch.device) -> list[list[Tensor | None]]:
+        """Batch rows by layer and group; a sample has several rows where beams or samples of it run."""
+        key = (batch, device)
+        if key not in self._rows:
+            plans = len(self.program.plans)
+            copies, rest = divmod(batch, plans)
+            if rest:
+                raise InputError(
+                    f"There are {plans} plans for a batch of {batch}; give one for each."
+                )
+            samples = torch.arange(batch, device=device).view(plans, copies)
+            self._rows[key] = [
+                [
+                    None if len(layer.groups) == 1 else samples[list(group.samples)].flatten()
+                    for group in layer.groups
+                ]
+                for layer in self.program.layers
+            ]
+        return self._rows[key]
+
+    def _find_images(self, call: Call, hidden: Tensor) -> None:
+        ids = self._arguments.get("input_ids")
+        if ids is None or tuple(ids.shape[:2]) != (call.batch, call.tokens):
+            raise InputError(
+                "A plan with token stages finds the images by their tokens: call the whole model, "
+                "with input_ids rather than inputs_embeds."
+            )
+        image = ids.to(hidden.device) == self._image_token
+        if image.any():
+            call.image = image
+        elif not call.past:
+            raise InputError(
+                "The plan drops image tokens and the prompt has no image; pass one, or use a plan "
+                "without token stages."
+            )
+        mask = self._arguments.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():
+            call.valid = mask.to(hidden.device).bool()
+        for selector in self.selectors.values():
+            if Needs.MARKS in selector.needs and call.image is not None:
+                valid = torch.ones_like(image) if call.valid is None else call.new_valid
+                call.marks[selector] = selector.mark(hidden, image, valid)
+
+    def select(self, call: Call, group: LayerGroup, rows: Tensor | None, hidden: Tensor) -> Tensor:
+        """Let a token stage choose what goes on, for the rows of one group.
+
+        Args:
+            call: this forward pass; what is left is noted in it.
+            group: its last stage is applied.
+            rows: batch rows of the group, None for all.
+            hidden: shape (batch, tokens, width): what is about to enter the stage's layer.
+
+        Returns:
+            The hidden states; a copy where the selector changed some.
+        """
+        if call.image is None:
+            return hidden
+        stage, earlier = group.stages[-1], len(group.stages) > 1
+        if call.left is None:
+            call.left = call.image.new_ones(call.image.shape)
+            if call.valid is not None:
+                call.left &= call.new_valid
+        everyone = torch.arange(call.batch, device=hidden.device)
+        for part, record in self._pieces(call, stage, everyone if rows is None else rows):
+            kept = call.kept.rows(part) if earlier and call.kept is not None else None
+            inputs = self._inputs(call, self.selectors[stage], part, kept, hidden, record)
+            selection = self.selectors[stage].select(inputs, stage.layer)
+            keep = selection.keep
+            if kept is not None:
+                keep &= kept.valid
+                keep = torch.zeros_like(call.left[part]).scatter(1, kept.index, keep)
+            if selection.hidden_states is not None:
+                everything = kept or Kept.of(torch.ones_like(call.left[part]))
+                hidden = scatter(hidden.clone(), part, everything, selection.hidden_states)
+            call.left[part] &= keep
+        call.kept = Kept.of(call.left)
+        return hidden
+
+    def _pieces(
+        self, call: Call, stage: TokenStage, rows: Tensor
+    ) -> list[tuple[Tensor, Record | None]]:
+        """Rows that can be scored together: those that one run of an attention block served."""
+        if Needs.QUERY_KEY not in self.selectors[stage].needs:
+            return [(rows, None)]
+        copies = call.batch // len(self.program.plans)
+        pieces: list[tuple[Tensor, Record | None]] = []
+        for layer, samples in self.program.scored_by(stage).items():
+            for record in call.records.get(layer, []):
+                mine = torch.isin(rows // copies, torch.tensor(samples, device=rows.device))
+                if record.rows is not None:
+                    mine &= torch.isin(rows, record.rows)
+                if mine.any():
+                    pieces.append((rows[mine], record))
+        if sum(len(part) for part, _ in pieces) != len(rows):
+            raise InputError(
+                f"{stage.selector} scores tokens by the attention of a layer before layer "
+                f"{stage.layer}, and this model's attention cannot be seen from outside."
+            )
+        return pieces
+
+    def _inputs(
+        self,
+        call: Call,
+        selector: DecoderSelector,
+        rows: Tensor,
+        kept: Kept | None,
+        hidden: Tensor,
+        record: Record | None,
+    ) -> DecoderInputs:
+        assert call.image is not None
+        image, states = call.image[rows], hidden[rows]
+        valid = torch.ones_like(image) if call.valid is None else call.new_valid[rows]
+        marks = call.marks[selector][rows] if selector in call.marks else None
+        if kept is not None:
+            image, valid = gather(image, kept.index, -1) & kept.valid, kept.valid
+            states = gather(states, kept.index, -2)
+            marks = None if marks is None else gather(marks, kept.index, -1) & valid
+        if record is None:
+            return DecoderInputs(image, valid, marks=marks, hidden_states=states)
+        seen, own = record.seen, rows
+        if record.rows is not None:
+            own = torch.searchsorted(record.rows, rows)
+        if record.valid is not None:
+            valid = record.valid[own]
+        elif call.valid is not None:
+            valid = call.valid[rows]
+        else:
+            valid = torch.ones_like(image[:, :1]).expand(-1, seen.key.shape[2])
+        mask = seen.mask
+        if mask is not None:
+            # Flash attention's masks say what is padding, which `valid` does too.
+            mask = None if mask.ndim == 2 else mask[own] if mask.shape[0] > 1 else mask
+        return DecoderInputs(
+            image, valid, seen.query[own], seen.key[own], seen.scaling, mask, marks, states
+        )
+
+
+def image_token(model: nn.Module) -> int:
+    """The placeholder of an image in the prompt.
+
+    Raises:
+        InputError: the model has none.
+    """
+    config = model.config
+    for name in ("image_token_id", "image_token_index"):
+        token = getattr(config, name, None)
+        if isinstance(token, int):
+            return token
+    raise InputError(f"{type(model).__name__} takes no images, so a plan cannot drop image tokens.")

@@ -1,0 +1,192 @@
+"""Makes a stock model obey plans, and gives it back as it was.
+
+    executor = Executor(model, graph)
+    with executor.using(plan):
+        model.generate(**inputs)
+
+The stock code runs unchanged. While a plan is active, `forward` of the modules that the plan
+touches is shadowed on the instance: linears compute with what is kept, layers that are off return
+their input, layers behind a token stage run on the tokens that are left. Parameters, submodules
+and hooks are never replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph
+from planner.models.attention import AttentionBlock, ConfigView, probe, recording
+from planner.models.bindings import BoundLayer, BoundLinear, bind
+from planner.models.calls import Calls
+from planner.models.layers import AttentionForward, LayerForward, Setup
+from planner.models.patches import Patches
+from planner.models.program import LayerGroup, LayerProgram, Program
+from planner.models.slices import LinearForward, SliceStore
+from planner.plan import Plan
+
+__all__ = ["Executor"]
+
+Plans = Plan | Sequence[Plan]
+
+
+class Executor:
+    """Runs one model under plans.
+
+    Args:
+        model: a stock transformers model.
+        graph: its Graph, as lowered; module paths and feature layouts are taken from here alone.
+        slice_bytes: bound on copies of narrowed weights kept for plans that come again; by default
+            half the bytes of the model.
+
+    Raises:
+        InputError: the graph is not of this model.
+    """
+
+    def __init__(self, model: nn.Module, graph: Graph, slice_bytes: int | None = None) -> None:
+        self.model = model
+        self.graph = graph
+        self.layers = bind(model, graph)
+        if slice_bytes is None:
+            slice_bytes = sum(p.nbytes for p in model.parameters()) // 2
+        self.slices = SliceStore(slice_bytes)
+        self._attention: dict[Any, AttentionBlock] = {}
+        self._active: list[Program] = []
+        self._patches = Patches()
+        self._calls: Calls | None = None
+
+    @property
+    def program(self) -> Program | None:
+        """What is active now; None is the base model."""
+        return self._active[-1] if self._active else None
+
+    def attach(self, plans: Plans) -> None:
+        """Make plans active until `detach` or another `attach`.
+
+        Args:
+            plans: as for `using`. Narrowed weights are copied at once, for speed.
+
+        Raises:
+            InputError: a plan does not fit the model; nothing has changed then.
+        """
+        before, program = self._active, self._build(plans)
+        try:
+            self._switch([program])
+        except BaseException:
+            self._switch(before)
+            raise
+
+    def detach(self) -> None:
+        """Give the model back exactly as it was."""
+        self._switch([])
+        self.slices.clear()
+
+    @contextmanager
+    def using(self, plans: Plans) -> Iterator[None]:
+        """Make plans active for a block; blocks nest.
+
+        Args:
+            plans: one plan for all samples, or one per sample of the batches to come.
+
+        Raises:
+            InputError: a plan does not fit the model; nothing has changed then.
+        """
+        before, program = self._active, self._build(plans)
+        try:
+            self._switch([*before, program])
+            yield
+        finally:
+            self._switch(before)
+
+    def _build(self, plans: Plans) -> Program:
+        plans = [plans] if isinstance(plans, Plan) else list(plans)
+        if not plans:
+            raise InputError("An empty list of plans; give one plan, or one per sample.")
+        return Program.build(plans, self.graph, self.layers)
+
+    def _switch(self, active: list[Program]) -> None:
+        self._patches.undo()
+        if self._calls is not None:
+            self._calls.close()
+            self._calls = None
+        self._active = active
+        if active and not active[-1].is_dense:
+            self._install(active[-1], keep=len(active) == 1)
+
+    def _install(self, program: Program, keep: bool) -> None:
+        """Shadow what the program touches; `keep`: it will stay, so weights are copied at once."""
+        # Probing runs the model, so it comes before any change.
+        blocks = [self._block(layer) for layer in program.layers]
+        self._calls = calls = Calls(self.model, program)
+        for layer, block in zip(program.layers, blocks, strict=True):
+            forward = LayerForward(calls, layer, self._setups(layer, block, calls, keep))
+            self._patches.set(layer.layer.module, "forward", forward)
+
+    def _block(self, layer: LayerProgram) -> AttentionBlock | None:
+        """What narrowing this layer's heads takes; None where no group narrows them."""
+        site = layer.layer.heads
+        if site is None or all(group.heads is None for group in layer.groups):
+            return None
+        # Blocks of one class and one layout behave alike.
+        layout = tuple((linear.features, linear.binding.blocks) for linear in site.linears)
+        key = (type(site.module), site.site.lanes, layout)
+        if key not in self._attention:
+            width = int(self.graph.properties["hidden_size"])
+            self._attention[key] = probe(self.model.get_decoder(), site, width)
+        return self._attention[key]
+
+    def _setups(
+        self, layer: LayerProgram, block: AttentionBlock | None, calls: Calls, keep: bool
+    ) -> tuple[Setup, ...]:
+        """How the layer runs for each of its groups, with the modules that this takes in place."""
+        heads, mlp = layer.layer.heads, layer.layer.mlp
+        forwards: list[tuple[str, BoundLinear, LinearForward]] = []
+        for kind, site in (("heads", heads), ("mlp", mlp)):
+            if site is not None and any(getattr(group, kind) is not None for group in layer.groups):
+                for linear in site.linears:
+                    forward = LinearForward(linear.module)
+                    self._patches.set(linear.module, "forward", forward)
+                    forwards.append((kind, linear, forward))
+        attention = None
+        if heads is not None and block is not None and any(g.heads == () for g in layer.groups):
+            attention = AttentionForward(heads, block)
+            self._patches.set(heads.module, "forward", attention)
+        setups = []
+        for group in layer.groups:
+            weights = []
+            for kind, linear, forward in forwards:
+                lanes = getattr(group, kind)
+                narrowed = None if lanes is None else self.slices.get(linear, lanes, keep)
+                weights.append((forward, narrowed))
+            attributes = _attributes(layer.layer, group, block, calls)
+            setups.append(Setup(group, tuple(weights), heads, attributes, attention))
+        for name, value in setups[0].attributes.items():
+            self._patches.set(setups[0].heads.module, name, value)
+        setups[0].activate()
+        return tuple(setups)
+
+
+def _attributes(
+    layer: BoundLayer, group: LayerGroup, block: AttentionBlock | None, calls: Calls
+) -> dict[str, Any]:
+    """What the attention block's own attributes must be for a group: head counts, and its config."""
+    if layer.heads is None:
+        return {}
+    attributes: dict[str, Any] = {}
+    replaced: dict[str, int] = {}
+    if block is not None:
+        kept = block.lanes if group.heads is None else sum(b - a for a, b in group.heads)
+        attributes |= block.changes(kept, "module")
+        replaced |= block.changes(kept, "config")
+    config = getattr(layer.heads.module, "config", None)
+    if layer.index in calls.recorded and config is not None:
+        record = partial(calls.record, layer.index)
+        attributes["config"] = recording(config, record, **replaced)
+    elif replaced:
+        attributes["config"] = ConfigView(config, **replaced)
+    return attributes

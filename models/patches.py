@@ -1,0 +1,47 @@
+"""Changes to objects that are undone exactly."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self
+
+__all__ = ["Patches"]
+
+_ABSENT = object()
+
+
+class Patches:
+    """Instance attributes set for a while.
+
+    Only an object's own ``__dict__`` is written, so a method shadowed by a patch is the class's own
+    again afterwards, and parameters, submodules and hooks are never touched.
+    """
+
+    def __init__(self) -> None:
+        self._saved: list[tuple[dict[str, Any], str, Any]] = []
+
+    def set(self, target: Any, name: str, value: Any) -> None:
+        """Shadow or replace an instance attribute."""
+        attributes = target.__dict__
+        self._saved.append((attributes, name, attributes.get(name, _ABSENT)))
+        attributes[name] = value
+
+    def undo(self) -> None:
+        """Put everything back, last change first."""
+        while self._saved:
+            attributes, name, value = self._saved.pop()
+            if value is _ABSENT:
+                attributes.pop(name, None)
+            else:
+                attributes[name] = value
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.undo()

@@ -1,0 +1,218 @@
+"""A plan made executable: for every decoder layer, what runs and with which weights.
+
+Samples of one batch may follow different plans. Layer by layer, samples that do the same form a
+group; a layer runs once per group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph, Site
+from planner.models.bindings import BoundLayer, BoundSite, Runs, runs_of
+from planner.plan import Plan, TokenStage
+
+__all__ = ["LayerGroup", "LayerProgram", "Program", "check_plan", "plan_key"]
+
+
+def plan_key(plan: Plan) -> tuple[object, ...]:
+    """What the plan switches, without budget, costs and provenance: equal keys run equally."""
+    return (
+        plan.layers_off,
+        *(
+            tuple(sorted((layer, tuple(kept)) for layer, kept in switches.items()))
+            for switches in (plan.heads, plan.mlp)
+        ),
+        tuple(sorted((layer, plan.mlp_switches.get(layer)) for layer in plan.mlp)),
+        plan.tokens,
+    )
+
+
+def check_plan(plan: Plan, graph: Graph) -> None:
+    """Raise InputError unless the plan was made for this graph and names switches that it has."""
+    expected = str(graph.properties.get("fingerprint", ""))
+    if plan.fingerprint != expected:
+        raise InputError(
+            f"The plan was made for another model ('{plan.model}', fingerprint "
+            f"{plan.fingerprint or 'none'}); this is '{graph.name}', fingerprint {expected}."
+        )
+    if plan.layers != graph.layers:
+        raise InputError(f"The plan has {plan.layers} layers and the model {graph.layers}.")
+    for layer in (*plan.layers_off, *(stage.layer for stage in plan.tokens)):
+        if not 0 <= layer < graph.layers:
+            raise InputError(
+                f"The plan names layer {layer}; the model has layers 0 to {graph.layers - 1}."
+            )
+    for layer in plan.layers_off:
+        if f"layer.{layer}" not in graph.sites_by_name:
+            raise InputError(
+                f"The plan switches layer {layer} off, which this model cannot do without."
+            )
+    for kind, switches in (("heads", plan.heads), ("mlp", plan.mlp)):
+        for layer, kept in switches.items():
+            site = _site(graph, plan, kind, layer)
+            if list(kept) != sorted(set(kept)) or (
+                kept and not 0 <= kept[0] <= kept[-1] < site.switches
+            ):
+                raise InputError(
+                    f"The plan keeps {list(kept)} of {site.name}, which must be ascending numbers "
+                    f"from 0 to {site.switches - 1}."
+                )
+    for stage in plan.tokens:
+        if not 0 <= stage.keep <= stage.of:
+            raise InputError(
+                f"The token stage at layer {stage.layer} keeps {stage.keep} of {stage.of} tokens."
+            )
+    if len({stage.layer for stage in plan.tokens}) < len(plan.tokens):
+        raise InputError("The plan has two token stages at one layer.")
+
+
+def _site(graph: Graph, plan: Plan, kind: str, layer: int) -> Site:
+    """A site, divided into as many switches as the plan says."""
+    site = graph.sites_by_name.get(f"{kind}.{layer}")
+    if site is None:
+        raise InputError(f"The plan narrows {kind}.{layer}, which this model cannot narrow.")
+    if kind == "mlp" and layer in plan.mlp_switches:
+        return replace(site, switches=plan.mlp_switches[layer])
+    return site
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """What one layer does for some samples.
+
+    Attributes:
+        samples: indices into the plans of a batch.
+        on: whether the layer runs at all.
+        heads: kept lanes (KV groups) as intervals; None for all of them.
+        mlp: kept lanes (neurons) as intervals; None for all of them.
+        stages: token stages up to and including this layer.
+    """
+
+    samples: tuple[int, ...]
+    on: bool = True
+    heads: Runs | None = None
+    mlp: Runs | None = None
+    stages: tuple[TokenStage, ...] = ()
+
+
+@dataclass(frozen=True)
+class LayerProgram:
+    """Groups that cover all samples exactly once."""
+
+    layer: BoundLayer
+    groups: tuple[LayerGroup, ...]
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether the layer does all it does in the base model, for all samples alike."""
+        return self.groups == (replace(self.groups[0], on=True, heads=None, mlp=None, stages=()),)
+
+
+@dataclass(frozen=True)
+class Program:
+    """What every layer does for every sample of a batch.
+
+    Attributes:
+        key: equal keys run equally.
+        plans: one for all samples, or one per sample.
+        layers: in model order.
+    """
+
+    key: tuple[object, ...]
+    plans: tuple[Plan, ...]
+    layers: tuple[LayerProgram, ...]
+
+    @staticmethod
+    def build(plans: Sequence[Plan], graph: Graph, layers: Sequence[BoundLayer]) -> Program:
+        """Check plans against the graph and work out who does what in each layer.
+
+        Raises:
+            InputError: a plan does not fit the model.
+        """
+        keys = tuple(plan_key(plan) for plan in plans)
+        if len(set(keys)) == 1:
+            plans, keys = plans[:1], keys[:1]
+        for plan in dict(zip(keys, plans, strict=True)).values():
+            check_plan(plan, graph)
+        return Program(
+            keys,
+            tuple(plans),
+            tuple(LayerProgram(layer, _groups(layer, plans, graph)) for layer in layers),
+        )
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether this is the base model."""
+        return all(plan.is_dense for plan in self.plans)
+
+    def scored_by(self, stage: TokenStage) -> dict[int, tuple[int, ...]]:
+        """Which layer's attention scores the tokens of a stage, and for which plans.
+
+        It is the last layer before the stage that attends at all.
+
+        Raises:
+            InputError: there is none.
+        """
+        found: dict[int, tuple[int, ...]] = {}
+        for index, plan in enumerate(self.plans):
+            if stage not in plan.tokens:
+                continue
+            for layer in reversed(self.layers[: stage.layer]):
+                group = next(group for group in layer.groups if index in group.samples)
+                if layer.layer.heads is not None and group.on and group.heads != ():
+                    found[layer.layer.index] = (*found.get(layer.layer.index, ()), index)
+                    break
+            else:
+                raise InputError(
+                    f"{stage.selector} at layer {stage.layer} scores tokens by the attention of "
+                    f"an earlier layer, and the plan leaves none on."
+                )
+        return found
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether tokens are dropped somewhere, for some sample."""
+        return any(plan.tokens for plan in self.plans)
+
+
+def _groups(layer: BoundLayer, plans: Sequence[Plan], graph: Graph) -> tuple[LayerGroup, ...]:
+    members: dict[LayerGroup, list[int]] = {}
+    for index, plan in enumerate(plans):
+        members.setdefault(_act(layer, plan, graph), []).append(index)
+    return tuple(replace(act, samples=tuple(samples)) for act, samples in members.items())
+
+
+def _act(layer: BoundLayer, plan: Plan, graph: Graph) -> LayerGroup:
+    """What a layer does under one plan, for nobody yet."""
+    index = layer.index
+    stages = tuple(
+        stage for stage in sorted(plan.tokens, key=lambda s: s.layer) if stage.layer <= index
+    )
+    if index in plan.layers_off:
+        return LayerGroup((), on=False, stages=stages)
+    return LayerGroup(
+        (),
+        heads=_lanes(graph, plan, "heads", layer.heads, index, plan.heads.get(index)),
+        mlp=_lanes(graph, plan, "mlp", layer.mlp, index, plan.mlp.get(index)),
+        stages=stages,
+    )
+
+
+def _lanes(
+    graph: Graph,
+    plan: Plan,
+    kind: str,
+    bound: BoundSite | None,
+    layer: int,
+    kept: tuple[int, ...] | None,
+) -> Runs | None:
+    if kept is None or bound is None:
+        return None
+    site = _site(graph, plan, kind, layer)
+    if len(kept) == site.switches:
+        return None
+    bounds = site.bounds
+    return tuple((bounds[start], bounds[stop]) for start, stop in runs_of(kept))

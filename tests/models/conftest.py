@@ -1,0 +1,31 @@
+"""One model and one Graph per family for the whole session: tests must leave models as they were."""
+
+import functools
+
+import pytest
+import torch
+from families import FAMILIES, Family
+
+from planner.ir.graph import Graph
+from planner.ir.lowering import lower_model
+
+
+@functools.cache
+def lowered(name: str) -> tuple[Family, Graph]:
+    family = FAMILIES[name]()
+    return family, lower_model(family.model, name)
+
+
+@pytest.fixture(params=FAMILIES)
+def each_family(request) -> tuple[Family, Graph]:
+    return lowered(request.param)
+
+
+@pytest.fixture
+def llava() -> tuple[Family, Graph]:
+    return lowered("llava")
+
+
+@pytest.fixture(autouse=True)
+def _two_threads():
+    torch.set_num_threads(2)

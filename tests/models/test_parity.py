@@ -1,0 +1,78 @@
+"""A narrowed run equals the masked one: prefill and decoding, every family, random plans."""
+
+import torch
+from families import IMAGE
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from plans import dense_plan, plans
+
+from planner.models.executor import Executor
+from planner.models.masked import Gates, MaskedExecutor
+from planner.models.selectors import DecoderInputs, Uniform
+
+STEPS = 33
+
+
+def generate(model, inputs, steps=STEPS, **options):
+    """Tokens, shape (batch, steps), and logits, shape (steps, batch, vocabulary)."""
+    out = model.generate(
+        **inputs,
+        max_new_tokens=steps,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **options,
+    )
+    return out.sequences[:, -steps:], torch.stack(out.logits)
+
+
+def uniform_gates(plan, inputs):
+    """What a plan's uniform stages keep, sample by sample without padding: layer -> flags."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+    gates = {}
+    left = torch.ones_like(mask)
+    for stage in plan.tokens:
+        left = left.clone()
+        for row in range(len(ids)):
+            where = (left[row] & mask[row]).nonzero().flatten()
+            image = (ids[row, where] == IMAGE)[None]
+            keep = Uniform(stage.keep).select(
+                DecoderInputs(image, torch.ones_like(image)), stage.layer
+            )
+            left[row, where] = keep.keep[0]
+        gates[stage.layer] = left.float()
+    return gates
+
+
+def assert_same_run(actual, expected):
+    (tokens, logits), (right_tokens, right_logits) = actual, expected
+    error = (logits - right_logits).norm(dim=-1) / right_logits.norm(dim=-1)
+    assert error.max() <= 1e-5
+    assert torch.equal(tokens, right_tokens)
+
+
+@settings(
+    max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+@given(data=st.data())
+def test_narrowed_equals_masked(each_family, data):
+    family, graph = each_family
+    plan = data.draw(plans(graph, family.image_tokens))
+    inputs = family.inputs(seed=data.draw(st.integers(0, 9)))
+    gates = Gates.of([plan], graph, uniform_gates(plan, inputs))
+    with MaskedExecutor(family.model, graph).using(gates):
+        expected = generate(family.model, inputs)
+    with Executor(family.model, graph).using(plan):
+        actual = generate(family.model, inputs)
+    assert_same_run(actual, expected)
+
+
+@torch.no_grad()
+def test_the_dense_plan_is_the_stock_model_bit_by_bit(each_family):
+    family, graph = each_family
+    inputs = family.inputs(batch=2, before=(2, 4))
+    logits, run = family.model(**inputs).logits, generate(family.model, inputs, 8)
+    with Executor(family.model, graph).using(dense_plan(graph)):
+        assert torch.equal(family.model(**inputs).logits, logits)
+        for ours, stock in zip(generate(family.model, inputs, 8), run, strict=True):
+            assert torch.equal(ours, stock)
