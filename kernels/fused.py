@@ -1,0 +1,115 @@
+"""Whole blocks as a chain of Triton kernels: the CUDA side of the custom ops.
+
+CPU tensors run through the interpreter (see `planner.kernels.launch`), which is how these chains
+are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from planner.kernels.decode import decode
+from planner.kernels.mlp import project_up
+from planner.kernels.output import project_out
+from planner.kernels.prefill import attend
+from planner.kernels.qkv import project_qkv
+from planner.kernels.records import AttentionWeights, KVCache, MLPWeights, Survivors
+from planner.kernels.tokens import choose_tokens, gather_tokens, score_tokens
+
+__all__ = ["attention", "mlp", "select_tokens"]
+
+
+def mlp(
+    hidden: Tensor, weights: MLPWeights, survivors: Survivors, residual: Tensor | None = None
+) -> Tensor:
+    """The MLP block over surviving neurons; arguments and result as `naive.mlp`."""
+    shape = hidden.shape
+    # One plan for the batch: all its rows are one product.
+    rows = hidden.contiguous().view(survivors.plans, -1, shape[-1])
+    inner = project_up(rows, weights, survivors)
+    if residual is not None:
+        residual = residual.contiguous().view(survivors.plans, rows.shape[1], -1)
+    out = project_out(inner, weights.down, weights.down_bias, residual, survivors, survivors.width)
+    return out.view(*shape[:-1], -1)
+
+
+def attention(
+    hidden: Tensor,
+    weights: AttentionWeights,
+    survivors: Survivors,
+    angles: tuple[Tensor, Tensor] | None,
+    positions: Tensor,
+    residual: Tensor | None = None,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    cache: KVCache | None = None,
+    key_positions: Tensor | None = None,
+) -> Tensor:
+    """The attention block over surviving KV groups; as `naive.attention`, with a cache besides.
+
+    Args:
+        hidden: (batch, tokens, hidden).
+        weights: the block's.
+        survivors: surviving KV groups; one plan, or one per sample.
+        angles: cosines and sines, (batch or 1, tokens, rotary lanes), or None.
+        positions: (batch, tokens) int32, negative for padding.
+        residual: added to the result, or None.
+        causal: whether later positions are hidden.
+        window: how far back a query sees, itself included; None for all the way.
+        cache: receives this call's keys and values, which attend to what it holds already.
+        key_positions: with a cache: (batch, keys) int32, of everything in it after this call.
+
+    Returns:
+        (batch, tokens, hidden).
+    """
+    hidden = hidden.contiguous()
+    batch, tokens, _ = hidden.shape
+    if cache is None or key_positions is None:
+        groups = [survivors.slots] * batch
+        cache = KVCache.empty(
+            groups, [tokens] * batch, weights.head_dim, dtype=hidden.dtype, device=hidden.device
+        )
+        key_positions = positions
+    queries = project_qkv(hidden, weights, survivors, angles, cache)
+    attend_to = decode if tokens == 1 else attend
+    mixed = attend_to(
+        queries,
+        cache,
+        survivors,
+        positions,
+        key_positions,
+        scale=weights.softmax_scale,
+        causal=causal,
+        window=window,
+    )
+    plans = survivors.plans
+    if residual is not None:
+        residual = residual.contiguous().view(plans, batch * tokens // plans, -1)
+    out = project_out(
+        mixed.view(plans, batch * tokens // plans, -1),
+        weights.output,
+        weights.output_bias,
+        residual,
+        survivors,
+        weights.group * weights.head_dim,
+    )
+    return out.view(batch, tokens, -1)
+
+
+def select_tokens(
+    hidden: Tensor,
+    queries: Tensor,
+    cache: KVCache,
+    survivors: Survivors,
+    positions: Tensor,
+    candidates: Tensor,
+    keep: Tensor,
+    length: int,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """FastV: score, choose and gather; see `ops.select_tokens`."""
+    scores = score_tokens(queries, cache, survivors, positions, scale=scale)
+    index = choose_tokens(scores, candidates, positions, keep, length, survivors.counts)
+    return gather_tokens(hidden, index), index

@@ -1,0 +1,291 @@
+"""Tile sizes, chosen by a cost model from shapes, element size and target; nothing is timed.
+
+Enters: sizes and the name of a target. Leaves: a `Tile`. Deterministic and pure Python, so that
+the same tile is compiled ahead of time and launched later. Rows are rounded up to a power of two
+first: a prompt one token longer must not bring another tile, hence another compilation.
+
+The model is a roofline per streaming multiprocessor. A tile's inner step takes the longest of its
+multiply-adds, its loads through L2, and its share of memory bandwidth; tiles run in waves. It has
+to rank tiles, not to predict seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from math import ceil
+
+from planner.ir.errors import InputError
+
+__all__ = [
+    "TARGETS",
+    "AttentionTile",
+    "Target",
+    "Tile",
+    "attention_tile",
+    "decode_splits",
+    "decode_tile",
+    "fold_norm",
+    "matmul_tile",
+    "target_of",
+]
+
+# Seconds from issuing a load to having the data, under load.
+_LATENCY = 1e-6
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU architecture.
+
+    Attributes:
+        capability: compute capability, 80 for sm_80.
+        processors: streaming multiprocessors.
+        shared_bytes: shared memory one program may use.
+        tflops: dense half-precision tensor-core peak.
+        bandwidth_gb_per_s: of device memory.
+        l2_gb_per_s: of the L2 cache, all processors together.
+        warpgroup: whether the tensor cores want 64 rows per four warps (wgmma).
+    """
+
+    capability: int
+    processors: int
+    shared_bytes: int
+    tflops: float
+    bandwidth_gb_per_s: float
+    l2_gb_per_s: float
+    warpgroup: bool
+
+
+# Shared memory per program: CUDA C++ Programming Guide, "Technical Specifications per Compute
+# Capability" (1 KiB less than the processor has). Peaks and bandwidth: NVIDIA A100 80GB SXM, L40
+# and H100 SXM datasheets, without sparsity. L2: 5,120 bytes a clock (A100 whitepaper) at boost
+# clock; the same width is assumed for H100, half of it for L40.
+TARGETS: dict[str, Target] = {
+    "sm_80": Target(80, 108, 163 * 1024, 312.0, 2039.0, 7200.0, False),
+    "sm_89": Target(89, 142, 99 * 1024, 181.0, 864.0, 6300.0, False),
+    "sm_90": Target(90, 132, 227 * 1024, 989.5, 3350.0, 9000.0, True),
+}
+
+
+def target_of(capability: tuple[int, int]) -> Target:
+    """The target of a compute capability: the closest described one that is not newer.
+
+    Raises:
+        InputError: older than every described target.
+    """
+    number = capability[0] * 10 + capability[1]
+    older = [target for target in TARGETS.values() if target.capability <= number]
+    if not older:
+        raise InputError(f"Compute capability {number / 10} is not supported; 8.0 is the oldest.")
+    return max(older, key=lambda target: target.capability)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One program's share of a matrix product.
+
+    Attributes:
+        block_m, block_n, block_k: rows, output columns and depth of a step.
+        warps: per program.
+        stages: steps in flight.
+        group_rows: row tiles per band (see `primitives.tile_order`).
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    group_rows: int = 8
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """One program's share of an attention: `block_m` queries, `block_n` keys a step."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is not below `size`."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def fold_norm(rows: int) -> bool:
+    """Whether RMSNorm goes into the projection behind it.
+
+    Folding multiplies every element of a row tile once per column tile, in registers. That is free
+    while weights are the bottleneck, and stalls the tensor cores afterwards.
+    """
+    return rows <= 64
+
+
+@lru_cache(maxsize=1024)
+def matmul_tile(
+    rows: int,
+    columns: int,
+    depth: int,
+    target: Target,
+    *,
+    samples: int = 1,
+    element_bytes: int = 2,
+    parts: int = 1,
+    block_n: int | None = None,
+    accumulators: int = 64,
+) -> Tile:
+    """The tile for ``(rows, depth) x (depth, columns)``, once per sample.
+
+    Args:
+        rows: activation rows per sample.
+        columns: output columns.
+        depth: inner size.
+        target: where it will run.
+        samples: products with plans of their own.
+        element_bytes: of activations and weights.
+        parts: weight rows per output column (2 for gate and up).
+        block_n: fixed by the caller, or chosen.
+        accumulators: float32 per thread that the kernel's epilogue leaves registers for.
+
+    Raises:
+        InputError: no tile fits.
+    """
+    rows = power_of_two(max(rows, 16))
+    candidates = _candidates(rows, target, element_bytes, parts, block_n, accumulators)
+    best = min(
+        candidates,
+        key=lambda tile: (
+            _seconds(tile, rows, columns, depth, target, samples, element_bytes, parts),
+            # ties: the least shared memory, then a fixed order
+            _shared_bytes(tile, element_bytes, parts),
+            tile.block_m,
+            tile.block_n,
+            tile.block_k,
+            tile.warps,
+        ),
+        default=None,
+    )
+    if best is None:
+        raise InputError(f"No tile for {rows} x {columns} x {depth} fits into shared memory.")
+    return best
+
+
+def _candidates(
+    rows: int,
+    target: Target,
+    element_bytes: int,
+    parts: int,
+    block_n: int | None,
+    accumulators: int,
+) -> Iterator[Tile]:
+    # Without wgmma the operands pass through registers too.
+    room = accumulators if target.warpgroup else min(accumulators, 64)
+    widths = (32, 64, 128, 256) if block_n is None else (block_n * parts,)
+    for m, wide, k, warps, stages in product(
+        (16, 32, 64, 128), widths, (32, 64, 128), (4, 8), (2, 3, 4, 5)
+    ):
+        # A step reads whole 128-byte cache lines of every row.
+        if m > rows or wide < 16 * parts or k * element_bytes < 128:
+            continue
+        # Each warp must own a whole instruction tile: 16 rows by 8 columns, or 64 rows by 8
+        # columns per four warps. Fewer leave warps that compute the same thing twice.
+        owners = ceil(m / 64) * 4 * (wide // 32) if target.warpgroup else (m // 16) * (wide // 16)
+        if warps > max(4, owners):
+            continue
+        tile = Tile(m, wide // parts, k, warps, stages)
+        if _shared_bytes(tile, element_bytes, parts) > target.shared_bytes:
+            continue
+        if m * wide > room * 32 * warps:
+            continue
+        yield tile
+
+
+def _shared_bytes(tile: Tile, element_bytes: int, parts: int) -> int:
+    step = (tile.block_m + tile.block_n * parts) * tile.block_k * element_bytes
+    store = tile.block_m * tile.block_n * 4  # the epilogue's transposition reuses the space
+    return max(tile.stages * step, store)
+
+
+def _seconds(
+    tile: Tile,
+    rows: int,
+    columns: int,
+    depth: int,
+    target: Target,
+    samples: int,
+    element_bytes: int,
+    parts: int,
+) -> float:
+    wide = tile.block_n * parts
+    programs = samples * ceil(rows / tile.block_m) * ceil(columns / tile.block_n)
+    resident = min(
+        16 // tile.warps,
+        target.shared_bytes // _shared_bytes(tile, element_bytes, parts),
+        max(1, 65536 // (32 * tile.warps * (tile.block_m * wide // (32 * tile.warps) + 90))),
+    )
+    resident = max(1, resident)
+    # Tiles that the busiest processor works through, some of them at the same time.
+    load = ceil(programs / target.processors)
+    flops = target.tflops * 1e12 / target.processors
+    if target.warpgroup and tile.block_m < 64:
+        flops *= 0.6  # mma.sync reaches this share of wgmma's peak
+    flops *= min(1.0, (tile.block_m * wide) ** 0.5 / 128)  # operand reuse out of shared memory
+    step_bytes = (tile.block_m + wide) * tile.block_k * element_bytes
+    in_flight = min(resident, load) * (tile.stages - 1) * step_bytes
+    l2 = min(target.l2_gb_per_s * 1e9 / target.processors, in_flight / _LATENCY)
+    multiply, load_bytes = 2 * tile.block_m * wide * tile.block_k / flops, step_bytes / l2
+    # The two overlap, but never perfectly.
+    step = max(multiply, load_bytes) + 0.1 * min(multiply, load_bytes)
+    # Filling the pipeline and storing the result; overlapped by the other tiles in residence.
+    fixed = 2 * _LATENCY + tile.block_m * tile.block_n * element_bytes / l2
+    compute = load * ceil(depth / tile.block_k) * step + ceil(load / resident) * fixed
+    moved = samples * (rows * depth + columns * parts * depth + rows * columns) * element_bytes
+    reach = min(programs, target.processors * resident) * (tile.stages - 1) * step_bytes / _LATENCY
+    return max(compute, moved / min(target.bandwidth_gb_per_s * 1e9, reach))
+
+
+@lru_cache(maxsize=256)
+def attention_tile(
+    tokens: int, head_dim: int, target: Target, *, element_bytes: int = 2
+) -> AttentionTile:
+    """The tile of causal prefill: as many queries as registers hold, keys to fill the pipeline.
+
+    Accumulators are (block_m, head_dim) and (block_m, block_n) float32 at once.
+    """
+    width = max(16, power_of_two(head_dim))
+    block_m = min(128 if width <= 128 and element_bytes == 2 else 64, power_of_two(max(tokens, 16)))
+    warps = 8 if block_m * width >= 128 * 128 or width >= 256 else 4
+    # Without wgmma, scores pass through registers into the second product.
+    block_n = 64 if width * element_bytes <= (256 if target.warpgroup else 128) else 32
+    budget = target.shared_bytes - block_m * width * element_bytes
+    stages = max(1, min(3, budget // (2 * block_n * width * element_bytes)))
+    return AttentionTile(block_m, block_n, warps, stages)
+
+
+@lru_cache(maxsize=256)
+def decode_tile(head_dim: int, target: Target, *, element_bytes: int = 2) -> AttentionTile:
+    """The tile of one decode step: bytes in flight are what counts."""
+    width = max(16, power_of_two(head_dim))
+    block_n = 64 if width * element_bytes <= 256 else 32
+    stages = max(1, min(3, target.shared_bytes // (4 * block_n * width * element_bytes)))
+    return AttentionTile(16, block_n, 4, stages)
+
+
+@lru_cache(maxsize=256)
+def decode_splits(heads: int, keys: int, target: Target, *, block_n: int = 64) -> int:
+    """Into how many parts the keys of every group are divided: enough to fill the GPU twice.
+
+    Args:
+        heads: samples times groups, the programs that there are without splitting.
+        keys: an upper bound of the cached tokens.
+        target: where it will run.
+        block_n: keys per step; a part is at least two steps.
+    """
+    wanted = ceil(2 * target.processors / max(1, heads))
+    most = max(1, keys // (2 * block_n))
+    return min(power_of_two(wanted), 64, power_of_two(most))
