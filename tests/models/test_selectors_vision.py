@@ -5,7 +5,7 @@ from math import sqrt
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from planner.ir.errors import InputError
@@ -95,6 +95,7 @@ def check_merged(inputs, selection, run, attention, kept, neighbours):
     sharpness=st.sampled_from([0.0, 1.0, 3.0]),
     neighbours=st.sampled_from([0, 3, 32]),
 )
+@example(seed=0, patches=49, sharpness=3.0, neighbours=32)
 def test_prumerge(seed, patches, sharpness, neighbours):
     inputs = random_inputs(np.random.default_rng(seed), 3, patches, sharpness)
     selection = PruMerge(neighbours).select(inputs)
@@ -113,7 +114,12 @@ def test_prumerge_without_outliers_is_one_token():
 
 
 @few
-@given(st.integers(0, 2**32 - 1), st.integers(1, 64), st.sampled_from([0.0, 1.0, 3.0]))
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    patches=st.integers(1, 64),
+    sharpness=st.sampled_from([0.0, 1.0, 3.0]),
+)
+@example(seed=0, patches=64, sharpness=3.0)
 def test_prumerge_plus_adaptive(seed, patches, sharpness):
     inputs = random_inputs(np.random.default_rng(seed), 3, patches, sharpness)
     selection = PruMergePlus(neighbours=3).select(inputs)
@@ -137,6 +143,7 @@ def test_prumerge_plus_adaptive(seed, patches, sharpness):
     patches=st.integers(1, 64),
     ratio=st.sampled_from([1 / 64, 0.1, 1 / 8, 0.3, 0.5, 1.0]),
 )
+@example(seed=0, patches=64, ratio=1 / 8)
 def test_prumerge_plus_fixed(seed, patches, ratio):
     inputs = random_inputs(np.random.default_rng(seed), 3, patches)
     selector = PruMergePlus(neighbours=3, ratio=ratio)
@@ -170,6 +177,7 @@ def test_prumerge_plus_gives_the_145_tokens_of_the_reference():
     dominant=st.integers(1, 45),
     contextual=st.integers(0, 12),
 )
+@example(seed=0, patches=40, dominant=9, contextual=5)
 def test_visionzip(seed, patches, dominant, contextual):
     inputs = random_inputs(np.random.default_rng(seed), 2, patches)
     selector = VisionZip(dominant, contextual)
@@ -228,6 +236,7 @@ def naive_hired(inputs, run, ratio, alpha, rows, columns, side):
         st.sampled_from([(0, 0), (1, 1), (2, 2), (1, 3), (4, 1)]), min_size=1, max_size=3
     ),
 )
+@example(seed=0, side=6, ratio=0.3, alpha=0.5, tiles=[(2, 2), (0, 0), (1, 3)])
 def test_hired(seed, side, ratio, alpha, tiles):
     runs = sum(1 + rows * columns for rows, columns in tiles)
     inputs = random_inputs(np.random.default_rng(seed), runs, side * side, tiles=tuple(tiles))
@@ -269,6 +278,7 @@ def test_hired_refuses_tiles_that_do_not_add_up():
     patches=st.integers(1, 40),
     ratio=st.sampled_from([None, 0.0, 0.21, 1.0]),
 )
+@example(seed=0, patches=40, ratio=None)
 def test_trim(seed, patches, ratio):
     inputs = random_inputs(np.random.default_rng(seed), 3, patches)
     selector = TRIM(ratio)
