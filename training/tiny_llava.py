@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,12 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from planner.training.config import Config, load_config, parse_config
 from planner.training.data import IMAGE_SIZE, Conversation, Packer, Scene, SceneConversations
-from planner.training.data.scenes import COLORS, SHAPES
-from planner.training.trainer import RunTrainer, last_checkpoint
+from planner.training.data.scenes import COLORS, ROWS, SHAPES, SIZES
+from planner.training.trainer import RunTrainer
 
 __all__ = ["TinyLlavaConfig", "build_model", "build_processor", "export", "train"]
 
@@ -69,7 +72,8 @@ class TinyLlavaConfig(Config):
     patch_size: int = 8
 
     scenes: int = 1_000_000
-    max_steps: int = 8000
+    tower_steps: int = 2000
+    max_steps: int = 3000
     batch_size: int = 32
     questions: int = 8
     questions_beside_description: int = 3
@@ -78,7 +82,7 @@ class TinyLlavaConfig(Config):
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
     warmup_steps: int = 200
-    decay_steps: int = 2000
+    decay_steps: int = 1000
     concept_loss_weight: float = 1.0
 
     save_steps: int = 200
@@ -92,8 +96,8 @@ def build_processor(patch_size: int = 8) -> LlavaProcessor:
     WordPiece with whole words for the language of the scenes and single characters for all else, so
     that numbers, spelled words and unknown words have tokens too.
     """
-    words = sorted({word for text in _corpus() for word in _words(text) if len(word) > 1})
-    pieces = [*SPECIAL_TOKENS, *CHARACTERS, *(f"##{c}" for c in CHARACTERS), *"?.,!'-:", *words]
+    inner = [f"##{character}" for character in CHARACTERS]
+    pieces = [*SPECIAL_TOKENS, *CHARACTERS, *inner, *"?.,!'-:", *_words()]
     tokenizer = Tokenizer(models.WordPiece({p: i for i, p in enumerate(pieces)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -130,24 +134,16 @@ def build_processor(patch_size: int = 8) -> LlavaProcessor:
     )
 
 
-def _corpus() -> list[str]:
-    # Words that are read off the image stay out of the vocabulary: they are spelled.
-    conversations = SceneConversations("train", 1000)
-    return [
-        text
-        for conversation in (conversations[i] for i in range(1000))
-        for turn in conversation.turns
-        if turn.family != "text"
-        for text in (turn.question, turn.answer.split("the text says")[0])
-    ] + [
-        "What word is written in the image?",
-        "What number is written in the image?",
-        "the text says",
-    ]
-
-
-def _words(text: str) -> list[str]:
-    return "".join(c if c.isalnum() else " " for c in text.lower()).split()
+@cache
+def _words() -> list[str]:
+    """The words of questions and answers, but for those read off the image: they are spelled."""
+    texts = ["What word is written in the image?", "What number is written?", "the text says"]
+    for conversation in (SceneConversations("train", 1000)[i] for i in range(1000)):
+        for turn in conversation.turns:
+            if turn.family != "text":
+                texts += [turn.question, turn.answer.split("the text says")[0]]
+    found = re.findall(r"[a-z]{2,}", " ".join(texts).lower())
+    return sorted(set(found))
 
 
 def build_model(config: TinyLlavaConfig, processor: LlavaProcessor) -> TinyLlavaForTraining:
@@ -195,121 +191,156 @@ def build_model(config: TinyLlavaConfig, processor: LlavaProcessor) -> TinyLlava
 
 
 class TinyLlavaForTraining(LlavaForConditionalGeneration):  # type: ignore[misc]
-    """LLaVA with one linear layer on the tower's CLS token, which predicts what the picture shows.
+    """LLaVA with two linear layers on the vision tower that name what the picture shows.
 
-    It stands in for CLIP's contrastive pre-training: LLaVA takes the patches one layer below the
-    top, so without it the last vision layer and its CLS attention, which token selectors read,
-    would stay random.
+    They stand in for CLIP's contrastive pre-training, on each patch (what its cell shows) and on
+    the CLS token (what the picture shows). LLaVA takes the patches one layer below the top, so
+    without them the last layer and its CLS attention, which selectors read, would stay random.
     """
 
     concept_loss_weight: float = 1.0
 
     def __init__(self, config: LlavaConfig):
         super().__init__(config)
-        self.concept_head = nn.Linear(config.vision_config.hidden_size, CONCEPTS)
+        self.patch_head = nn.Linear(config.vision_config.hidden_size, len(CONCEPTS))
+        self.image_head = nn.Linear(config.vision_config.hidden_size, len(CONCEPTS))
         self.post_init()
 
     def forward(
-        self, pixel_values: Tensor | None = None, concepts: Tensor | None = None, **kwargs: Any
+        self,
+        pixel_values: Tensor | None = None,
+        patch_concepts: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """As the stock model; `concepts` (images, `CONCEPTS`) adds the CLS token's loss."""
-        if concepts is None or pixel_values is None:
-            return super().forward(pixel_values=pixel_values, **kwargs)
-        images = self.get_image_features(pixel_values, return_dict=True)
-        output = super().forward(mm_encoder_outputs={"image": images}, **kwargs)
-        cls = self.model.vision_tower.post_layernorm(images.last_hidden_state[:, 0])
-        loss = nn.functional.binary_cross_entropy_with_logits(self.concept_head(cls), concepts)
-        output.loss = output.loss + self.concept_loss_weight * loss
+        """As the stock model; `patch_concepts` (images, patches, concepts) adds the tower's loss.
+
+        Without `input_ids` the tower runs alone and the output holds its loss only.
+        """
+        if patch_concepts is None or pixel_values is None:
+            return super().forward(input_ids, pixel_values, **kwargs)
+        images = self.get_image_features(pixel_values, return_dict=True, output_hidden_states=True)
+        layer = self.config.vision_feature_layer
+        patches = self.patch_head(images.hidden_states[layer][:, 1:])
+        summary = self.model.vision_tower.post_layernorm(images.last_hidden_state[:, 0])
+        cross_entropy = nn.functional.binary_cross_entropy_with_logits
+        tower_loss = cross_entropy(patches, patch_concepts) + cross_entropy(
+            self.image_head(summary), patch_concepts.amax(dim=1)
+        )
+        if input_ids is None:
+            return LlavaCausalLMOutputWithPast(loss=tower_loss)
+        output = super().forward(input_ids, mm_encoder_outputs={"image": images}, **kwargs)
+        output.loss = output.loss + self.concept_loss_weight * tower_loss
         return output
 
 
-CONCEPTS = len(COLORS) * len(SHAPES) + len(CHARACTERS)
+CONCEPTS = (*SIZES, *COLORS, *SHAPES, *CHARACTERS)
 
 
-def concepts(scene: Scene) -> Tensor:
-    """What a scene shows as a 0/1 vector: each pair of colour and shape, then each character."""
-    target = torch.zeros(CONCEPTS)
+def patch_concepts(scene: Scene, patch_size: int) -> Tensor:
+    """What each patch's cell shows, (patches, concepts) of 0 and 1.
+
+    An object's words in its cell; the text's characters all along the text's row.
+    """
+    side = IMAGE_SIZE // patch_size
+    grid = torch.zeros(side, side, len(CONCEPTS))
+    cell = [min(int((i + 0.5) * len(ROWS) / side), len(ROWS) - 1) for i in range(side)]
+    rows, columns = torch.tensor(cell)[:, None], torch.tensor(cell)[None, :]
     for o in scene.objects:
-        target[COLORS.index(o.color) * len(SHAPES) + SHAPES.index(o.shape)] = 1
-    for character in scene.text or "":
-        target[len(COLORS) * len(SHAPES) + CHARACTERS.index(character)] = 1
-    return target
+        for word in (o.size, o.color, o.shape):
+            grid[..., CONCEPTS.index(word)] += ((rows == o.row) & (columns == o.column)).float()
+    for character in set(scene.text or ""):
+        grid[..., CONCEPTS.index(character)] += (rows == scene.text_row).float()
+    return grid.flatten(0, 1)
 
 
 class SceneCollator:
-    """Packed scene conversations with their concepts and ids."""
+    """Batches of scenes: packed text (unless `tower_only`), what the patches show, and ids."""
 
-    def __init__(self, packer: Packer):
-        self.packer = packer
+    def __init__(self, packer: Packer, patch_size: int, tower_only: bool = False):
+        self.packer, self.patch_size, self.tower_only = packer, patch_size, tower_only
 
     def __call__(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
         """One training batch."""
+        batch = self.packer(conversations)
+        if self.tower_only:
+            batch = {"pixel_values": batch["pixel_values"]}
         scenes = [c.scene for c in conversations if c.scene is not None]
-        return {
-            **self.packer(conversations),
-            "concepts": torch.stack([concepts(scene) for scene in scenes]),
-            "ids": [c.id for c in conversations],
-        }
+        shown = torch.stack([patch_concepts(scene, self.patch_size) for scene in scenes])
+        return {**batch, "patch_concepts": shown, "ids": [c.id for c in conversations]}
 
 
-def build_trainer(config: TinyLlavaConfig) -> RunTrainer:
-    """Model, data and schedule of a configuration as a trainer, ready to start or to resume."""
-    processor = build_processor(config.patch_size)
+def build_trainer(
+    config: TinyLlavaConfig, model: TinyLlavaForTraining, processor: LlavaProcessor, stage: str
+) -> RunTrainer:
+    """A stage's data and schedule as a trainer, ready to start or to resume: `tower` or `joint`."""
+    tower = stage == "tower"
     dataset = SceneConversations(
         "train",
         config.scenes,
-        config.data_seed,
-        config.questions,
-        config.questions_beside_description,
+        config.data_seed + tower,
+        1 if tower else config.questions,
+        0 if tower else config.questions_beside_description,
     )
+    steps = config.tower_steps if tower else config.max_steps
     arguments = TrainingArguments(
-        output_dir=config.output_dir,
-        max_steps=config.max_steps,
+        output_dir=str(Path(config.output_dir) / stage),
+        max_steps=steps,
         per_device_train_batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         adam_beta2=0.98,
         lr_scheduler_type="warmup_stable_decay",
         warmup_steps=config.warmup_steps,
-        lr_scheduler_kwargs={"num_decay_steps": config.decay_steps, "min_lr_ratio": 0.02},
+        lr_scheduler_kwargs={
+            "num_decay_steps": steps // 3 if tower else config.decay_steps,
+            "min_lr_ratio": 0.02,
+        },
         max_grad_norm=1.0,
         save_steps=config.save_steps,
         save_total_limit=3,
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,
         dataloader_num_workers=config.dataloader_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         report_to=[],
         seed=config.seed,
         data_seed=config.data_seed,
     )
+    packer = Packer(processor, config.max_text_tokens, config.dialogue_share)
     return RunTrainer(
-        model=build_model(config, processor),
+        model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=SceneCollator(
-            Packer(processor, config.max_text_tokens, config.dialogue_share)
-        ),
+        data_collator=SceneCollator(packer, config.patch_size, tower_only=tower),
         processing_class=processor,
     )
 
 
 def train(config: dict[str, Any] | TinyLlavaConfig) -> LlavaForConditionalGeneration:
-    """Train (or resume) tiny-llava; exports the model folder when `export_dir` is set."""
+    """Train (or resume) tiny-llava: the vision tower alone, then everything jointly.
+
+    Exports the model folder when `export_dir` is set.
+    """
     if isinstance(config, dict):
         config = parse_config(TinyLlavaConfig, config)
-    trainer = build_trainer(config)
-    trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir))
-    model = plain_model(trainer.model)
+    processor = build_processor(config.patch_size)
+    model = build_model(config, processor)
+    for stage in ("tower", "joint"):
+        build_trainer(config, model, processor, stage).run()
+    plain = plain_model(model)
     if config.export_dir is not None:
-        export(model, trainer.processing_class, config.export_dir)
-    return model
+        export(plain, processor, config.export_dir)
+    return plain
 
 
 def plain_model(trained: TinyLlavaForTraining) -> LlavaForConditionalGeneration:
     """The stock model with the trained weights, without the layer that only training needed."""
     model = LlavaForConditionalGeneration(trained.config)
-    state = {k: v for k, v in trained.state_dict().items() if not k.startswith("concept_head.")}
+    state = {
+        k: v for k, v in trained.state_dict().items() if k.partition(".")[0] in ("model", "lm_head")
+    }
     model.load_state_dict(state)
     return model.eval()
 

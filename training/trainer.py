@@ -1,7 +1,7 @@
 """transformers.Trainer with the promises this project makes about long runs.
 
-A checkpoint appears whole or not at all; a loss that is not a number stops the run and names the
-batch.
+A run that was stopped goes on bit-exactly; a checkpoint appears whole or not at all; a loss that is
+not a number stops the run and names the batch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from planner.ir.errors import PlannerError
@@ -24,6 +25,16 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     """A Trainer whose batches may carry `ids` (list of str), which name them in errors."""
 
     _staging = False
+
+    def run(self) -> None:
+        """Train to `max_steps` from the last checkpoint or the start; load a finished run."""
+        checkpoint = last_checkpoint(self.args.output_dir)
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+            if state.global_step >= self.args.max_steps:
+                self._load_from_checkpoint(checkpoint)
+                return
+        self.train(resume_from_checkpoint=checkpoint)
 
     def training_step(
         self,
@@ -41,6 +52,17 @@ class RunTrainer(Trainer):  # type: ignore[misc]
                 "look at these records, or resume the last checkpoint at a lower learning rate."
             )
         return loss
+
+    def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
+        model = self.model if model is None else model
+        if not isinstance(model, PreTrainedModel):
+            super()._load_from_checkpoint(checkpoint, model)
+            return
+        # Trainer matches names as they stand in the file, which differ from the module's for models
+        # whose names transformers converts when it saves (LLaVA's decoder): it would warn and go on
+        # with fresh weights. `from_pretrained` converts them back.
+        saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)

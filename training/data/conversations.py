@@ -91,6 +91,7 @@ class SceneConversations(Sequence[Conversation]):
             found.append(long)
         short = self.questions_beside_description if found else self.questions
         families = rng.choices(list(self.weights), list(self.weights.values()), k=2 * short)
+        families.append("existence")  # which every scene allows
         for question in (ask(scene, family, rng) for family in families):
             if question is not None and question not in found:
                 found.append(question)

@@ -1,0 +1,69 @@
+"""The model folder in the repository: loads with stock classes, answers as its card says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+
+import planner.training
+from planner.training.data import SceneQuestions
+from planner.training.evaluate import evaluate, predict
+
+FOLDER = Path(planner.training.__file__).resolve().parent.parent / "models" / "tiny_llava"
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return LlavaForConditionalGeneration.from_pretrained(FOLDER).eval()
+
+
+def test_sizes(model):
+    text = model.config.text_config
+    assert (text.num_hidden_layers, text.num_attention_heads) >= (8, 8)
+    assert (FOLDER / "model.safetensors").stat().st_size < 20e6
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_the_processor_makes_llava_inputs(processor):
+    assert isinstance(processor, LlavaProcessor)
+    sample = SceneQuestions("test", 1)[0]
+    content = [{"type": "image"}, {"type": "text", "text": "How many red circles are there?"}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    assert text == "USER: <image>\nHow many red circles are there? ASSISTANT:"
+    inputs = processor(images=sample.image, text=text, return_tensors="pt")
+    ids = inputs["input_ids"][0].tolist()
+    assert inputs["pixel_values"].shape == (1, 3, 56, 56)
+    assert ids.count(processor.image_token_id) == 49
+    assert ids[0] == processor.tokenizer.bos_token_id
+    assert ids.count(processor.tokenizer.unk_token_id) == 0
+    assert (
+        processor.tokenizer.decode(ids, skip_special_tokens=True)
+        == "how many red circles are there?"
+    )
+
+
+@pytest.mark.parametrize("text", ["the word is cat.", "42", "zebra crossing 2026", "top left"])
+def test_any_lower_case_text_survives_the_tokenizer(processor, text):
+    ids = processor.tokenizer(text)["input_ids"]
+    assert processor.tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_answers_do_not_depend_on_the_batch(model, processor):
+    samples = [SceneQuestions("test", 12)[i] for i in range(12)]
+    together = predict(model, processor, samples, batch_size=12)
+    assert together == predict(model, processor, samples, batch_size=1)
+
+
+def test_accuracy_is_what_the_card_says(model, processor):
+    samples = [SceneQuestions("test", 180)[i] for i in range(180)]
+    measured = evaluate(model, processor, samples)
+    assert measured["accuracy"] > 0.85
+    assert min(measured["families"].values()) > 0.7
