@@ -56,14 +56,15 @@ class Executor:
             slice_bytes = sum(p.nbytes for p in model.parameters()) // 2
         self.slices = SliceStore(slice_bytes)
         self._attention: dict[Any, AttentionBlock] = {}
-        self._active: list[Program] = []
+        # Programs, and whether each is to stay: the innermost block's is last.
+        self._active: list[tuple[Program, bool]] = []
         self._patches = Patches()
         self._calls: Calls | None = None
 
     @property
     def program(self) -> Program | None:
         """What is active now; None is the base model."""
-        return self._active[-1] if self._active else None
+        return self._active[-1][0] if self._active else None
 
     def attach(self, plans: Plans) -> None:
         """Make plans active until `detach` or another `attach`.
@@ -76,7 +77,7 @@ class Executor:
         """
         before, program = self._active, self._build(plans)
         try:
-            self._switch([program])
+            self._switch([(program, True)])
         except BaseException:
             self._switch(before)
             raise
@@ -98,7 +99,7 @@ class Executor:
         """
         before, program = self._active, self._build(plans)
         try:
-            self._switch([*before, program])
+            self._switch([*before, (program, False)])
             yield
         finally:
             self._switch(before)
@@ -109,14 +110,14 @@ class Executor:
             raise InputError("An empty list of plans; give one plan, or one per sample.")
         return Program.build(plans, self.graph, self.layers)
 
-    def _switch(self, active: list[Program]) -> None:
+    def _switch(self, active: list[tuple[Program, bool]]) -> None:
         self._patches.undo()
         if self._calls is not None:
             self._calls.close()
             self._calls = None
         self._active = active
-        if active and not active[-1].is_dense:
-            self._install(active[-1], keep=len(active) == 1)
+        if active and not active[-1][0].is_dense:
+            self._install(*active[-1])
 
     def _install(self, program: Program, keep: bool) -> None:
         """Shadow what the program touches; `keep`: it will stay, so weights are copied at once."""

@@ -27,5 +27,5 @@ def llava() -> tuple[Family, Graph]:
 
 
 @pytest.fixture(autouse=True)
-def _two_threads():
-    torch.set_num_threads(2)
+def _one_thread():
+    torch.set_num_threads(1)

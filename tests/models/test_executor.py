@@ -1,0 +1,207 @@
+"""What holds around a narrowed run: batches, caches, turns, searches, restoring, refusals."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from families import IMAGE, PAD
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from plans import dense_plan, plan_of, plans
+
+from planner.ir.errors import InputError
+from planner.models.cache import kv_bytes
+from planner.models.executor import Executor
+from planner.plan import TokenStage
+
+RELATIVE = 1e-5
+
+
+def close(actual, expected):
+    return (actual - expected).norm() <= RELATIVE * expected.norm()
+
+
+def snapshot(model):
+    """Everything of a model that an executor could leave changed."""
+    state = {}
+    for path, module in model.named_modules():
+        attributes = {
+            name: value if not isinstance(value, dict) else dict(value)
+            for name, value in module.__dict__.items()
+        }
+        state[path] = attributes
+    return state
+
+
+def same_state(before, after):
+    for path, attributes in before.items():
+        assert attributes.keys() == after[path].keys(), path
+        for name, value in attributes.items():
+            other = after[path][name]
+            if isinstance(value, dict):
+                assert value.keys() == other.keys(), (path, name)
+                assert all(value[key] is other[key] for key in value), (path, name)
+            elif name not in ("rope_deltas",):
+                assert value is other or value == other, (path, name)
+    return True
+
+
+def mixed_plan(graph, tokens=()):
+    """Something of everything off, layer 0 among it."""
+    return plan_of(
+        graph,
+        layers_off=(0,),
+        heads={1: (1,), 2: ()},
+        mlp={1: (0, 3, 4), 3: ()},
+        tokens=tokens,
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_detaching_restores_the_model(llava, fails):
+    family, graph = llava
+    # The first run of the stock code leaves traces of its own.
+    family.model.generate(**family.inputs(), max_new_tokens=2)
+    before = snapshot(family.model)
+    executor = Executor(family.model, graph)
+    plan = mixed_plan(graph, (TokenStage(1, 5, 16, "fastv"), TokenStage(3, 2, 16)))
+    plan = plan_of(graph, mlp={0: (1,)}, heads={0: (0,)}, tokens=plan.tokens)
+    inputs = family.inputs()
+    if fails:
+        inputs["pixel_values"] = inputs["pixel_values"] * float("nan")
+    try:
+        with executor.using(mixed_plan(graph)), executor.using(plan):
+            family.model.generate(**inputs, max_new_tokens=2)
+    except InputError:
+        assert fails
+    assert same_state(before, snapshot(family.model))
+    executor.attach(plan)
+    executor.detach()
+    assert same_state(before, snapshot(family.model))
+
+
+@torch.no_grad()
+def test_contexts_nest_and_an_attached_plan_comes_back(llava):
+    family, graph = llava
+    inputs = family.inputs()
+    executor = Executor(family.model, graph)
+    stock = family.model(**inputs).logits
+    one, other = plan_of(graph, heads={0: (0,)}), plan_of(graph, layers_off=(2,))
+    with executor.using(one):
+        first = family.model(**inputs).logits
+        with executor.using(other):
+            second = family.model(**inputs).logits
+            with executor.using(dense_plan(graph)):
+                assert torch.equal(family.model(**inputs).logits, stock)
+        assert close(family.model(**inputs).logits, first)
+    executor.attach(other)
+    with executor.using(one):
+        assert close(family.model(**inputs).logits, first)
+    assert torch.equal(family.model(**inputs).logits, second)
+    executor.detach()
+    assert torch.equal(family.model(**inputs).logits, stock)
+    assert not close(first, stock)
+    assert not close(second, stock)
+
+
+@torch.no_grad()
+def test_views_and_slices_agree_and_slices_stay_within_their_bytes(llava):
+    family, graph = llava
+    inputs = family.inputs()
+    executor = Executor(family.model, graph, slice_bytes=40_000)
+    plan = plan_of(graph, mlp={layer: (0, 2, 3, 6) for layer in range(4)}, heads={1: (1,)})
+    with executor.using(plan):
+        views = family.model(**inputs).logits
+    assert executor.slices.bytes == 0
+    for _ in range(2):
+        with executor.using(plan):
+            assert close(family.model(**inputs).logits, views)
+        assert 0 < executor.slices.bytes <= 40_000
+    down = family.model.model.language_model.layers[0].mlp.down_proj.weight
+    saved = down.clone()
+    try:
+        down.mul_(2)
+        fresh = Executor(family.model, graph)
+        with fresh.using(plan):
+            expected = family.model(**inputs).logits
+        with executor.using(plan):
+            assert close(family.model(**inputs).logits, expected)
+    finally:
+        down.copy_(saved)
+
+
+@torch.no_grad()
+def test_what_is_off_holds_no_keys_and_values(each_family):
+    family, graph = each_family
+    inputs = family.inputs()
+    tokens = inputs["input_ids"].shape[1]
+    text = family.model.config.get_text_config()
+    groups = graph.sites_by_name["heads.1"].lanes
+    token_bytes = 2 * 4 * text.head_dim if hasattr(text, "head_dim") else 2 * 4 * 16
+    stages = (TokenStage(2, 5, family.image_tokens),) if family.image_tokens else ()
+    plan = plan_of(graph, layers_off=(0,), heads={1: (0,)}, tokens=stages)
+    with Executor(family.model, graph).using(plan):
+        run = family.model.generate(
+            **inputs, max_new_tokens=5, return_dict_in_generate=True, do_sample=False
+        )
+    cache = run.past_key_values
+    seen = tokens + 4
+    assert cache.get_seq_length() == seen
+    left = seen - (family.image_tokens - 5 if stages else 0)
+    expected = [0, 1 * seen, *[groups * left] * (graph.layers - 2)]
+    # Gemma3's layer 2 slides over 24 tokens, and 23 are all that the next one can see.
+    window = getattr(text, "sliding_window", None)
+    if window and graph.layers == 4:
+        kept_in_window = window - 1 - (family.image_tokens - 5)
+        assert expected[2] > groups * kept_in_window > 0
+    sizes = [0 if layer.keys is None else layer.keys.shape[1] * layer.keys.shape[2] for layer in cache.layers]
+    if window:
+        sizes[2] = expected[2]
+    assert sizes == expected
+    if not window:
+        assert kv_bytes(cache) == sum(expected) * token_bytes
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(data=st.data())
+def test_a_batch_of_plans_equals_one_by_one(each_family, data):
+    family, graph = each_family
+    batch, images = 4, data.draw(st.integers(1, 2)) if family.image_tokens else 0
+    side = data.draw(st.sampled_from(["left", "right"]))
+    choice = [data.draw(plans(graph, family.image_tokens, images)) for _ in range(2)]
+    choice.append(dense_plan(graph))
+    chosen = [data.draw(st.sampled_from(choice)) for _ in range(batch)]
+    inputs = family.inputs(
+        batch, 1, images=images, before=(3, 1, 6), after=(4, 5, 2), padding_side=side
+    )
+    executor = Executor(family.model, graph)
+    with torch.no_grad(), executor.using(chosen):
+        logits = family.model(**inputs).logits
+    for row, plan in enumerate(chosen):
+        alone = one_sample(family, inputs, row, batch, images)
+        with torch.no_grad(), executor.using(plan):
+            expected = family.model(**alone).logits[0, -1]
+        last = inputs["attention_mask"][row].nonzero().max()
+        assert close(logits[row, last], expected)
+    if side == "left":
+        with executor.using(chosen):
+            together = family.model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, -4:]
+        for row, plan in enumerate(chosen):
+            alone = one_sample(family, inputs, row, batch, images)
+            with executor.using(plan):
+                expected = family.model.generate(**alone, max_new_tokens=4, do_sample=False)
+            assert torch.equal(together[row], expected[0, -4:])
+
+
+def one_sample(family, inputs, row, batch, images):
+    """One sample of a batch, without its padding."""
+    where = inputs["attention_mask"][row].bool()
+    alone = {}
+    for name, value in inputs.items():
+        if value.shape[:2] == inputs["input_ids"].shape:
+            alone[name] = value[row, where][None]
+        else:
+            each = len(value) // batch
+            alone[name] = value[row * each : (row + 1) * each]
+    return alone
