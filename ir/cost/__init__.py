@@ -1,11 +1,16 @@
-"""What an operator costs: FLOPs, bytes moved, seconds, KV bytes, parameters.
+"""What an operator costs: FLOPs, bytes moved, seconds, KV bytes, parameters, peak memory.
 
-Enters: a Graph, a `Workload` and (for seconds) a device. Leaves: a `Cost` per operator. The three
-models share one interface: exact FLOPs (`flops`), a roofline per device (`roofline`) and the named
-conventions of published tables (`conventions`).
+Enters: a Graph, a `Workload` and (for seconds) a device. Leaves: a `Cost` per operator.
+
+    flops        exact FLOPs, parameters and KV elements of an operator
+    price        an operator's `Cost`, with roofline seconds; `total`
+    memory       peak bytes of a step
+    conventions  how published tables count, oddities included
+    devices      the table of devices;  workload: token counts of a request
 """
 
-from planner.ir.cost.price import Cost, Step, price, total
+from planner.ir.cost.memory import activation_bytes, peak_bytes
+from planner.ir.cost.price import Cost, price, total
 from planner.ir.cost.workload import Workload
 
-__all__ = ["Cost", "Step", "Workload", "price", "total"]
+__all__ = ["Cost", "Workload", "activation_bytes", "peak_bytes", "price", "total"]

@@ -33,11 +33,10 @@ def attended_keys(operator: Operator, sizes: Mapping[str, int]) -> int:
     in full, whatever the window.
     """
     keys = Dim.of(operator["keys"]).evaluate(sizes)
-    window = operator.get("window")
-    if window is None:
+    if operator.get("window") is None:
         return keys
     queries = operator.shape[-2].evaluate(sizes)
-    return queries + min(keys - queries, window - 1)
+    return queries + min(keys - queries, operator.integer("window") - 1)
 
 
 def _linear(operator: Operator, sizes: Mapping[str, int]) -> int:
@@ -71,7 +70,10 @@ def _experts(operator: Operator, sizes: Mapping[str, int]) -> int:
 
 def _scan(operator: Operator, sizes: Mapping[str, int]) -> int:
     """Products inside the recurrence, shared out evenly over the tokens."""
-    return sizes["batch"] * sizes["query"] * operator.integer("flops_per_row")
+    symbols = {symbol for dim in operator.shape for symbol in dim.symbols}
+    # After a token stage at layer k the tokens are counted by query.k.
+    (query,) = (symbol for symbol in symbols if symbol.startswith("query"))
+    return sizes["batch"] * sizes[query] * operator.integer("flops_per_row")
 
 
 # Every kind that multiplies; the others have no FLOPs in this convention.
@@ -98,8 +100,12 @@ def operator_flops(operator: Operator, sizes: Mapping[str, int]) -> int:
 def operator_weights(operator: Operator) -> int:
     """Elements of the weights and biases that an operator owns or shares."""
     kind = operator.kind
-    if kind in ("linear", "fused_linear", "norm_linear"):
+    if kind in ("linear", "fused_linear"):
         return (operator.integer("in") + operator.integer("bias")) * operator.integer("out")
+    if kind == "norm_linear":
+        columns, norm_bias = operator.integer("in"), operator.integer("norm_bias")
+        linear = (columns + operator.integer("bias")) * operator.integer("out")
+        return linear + columns * (1 + norm_bias)
     if kind == "conv":
         taps = operator.integer("in") * operator.integer("kernel")
         return (taps + operator.integer("bias")) * operator.integer("out")
@@ -128,8 +134,7 @@ def operator_kv_elements(operator: Operator, sizes: Mapping[str, int]) -> int:
     if keys.is_constant:
         return 0
     tokens = keys.evaluate(sizes)
-    window = operator.get("window")
-    if window is not None:
-        tokens = min(tokens, window - 1)
+    if operator.get("window") is not None:
+        tokens = min(tokens, operator.integer("window") - 1)
     per_token = operator.integer("head_dim") + operator.integer("value_dim")
     return sizes["batch"] * tokens * operator.integer("kv_heads") * per_token

@@ -1,0 +1,85 @@
+"""Peak memory of one step: parameters, KV cache, and the activations alive at the worst moment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from planner.ir.cost.flops import operator_kv_elements, operator_parameters
+from planner.ir.dims import product
+from planner.ir.graph import Graph, Operator
+
+__all__ = ["activation_bytes", "peak_bytes"]
+
+# Norms, rotations and softmaxes are several steps each: stock code holds up to three intermediate
+# values of the output's size, in single precision.
+_COMPOSITE = frozenset(["norm", "rotary", "softmax"])
+_INTERMEDIATE_BYTES = 3 * 4
+
+
+def peak_bytes(graph: Graph, sizes: Mapping[str, int]) -> int:
+    """Bytes that a step needs at its worst moment, at most.
+
+    Parameters, the KV cache as the step leaves it, one layer's share of the cache again (stock
+    caches grow by copying) and `activation_bytes`. Attention is fused: a matrix of scores is not
+    counted. Nor are the allocator's gaps, the device's context, or hidden states that a caller
+    asks to be given.
+
+    Args:
+        graph: dense, or specialised to a plan.
+        sizes: size of every symbol (`Workload.prefill` or `Workload.decode`).
+    """
+    element = int(graph.properties.get("dtype_bytes", 2))
+    parameters = sum(operator_parameters(operator) for operator in graph)
+    cached = [operator_kv_elements(operator, sizes) for operator in graph]
+    cache = sum(cached) + max(cached, default=0)
+    return (parameters + cache) * element + activation_bytes(graph, sizes)
+
+
+def activation_bytes(graph: Graph, sizes: Mapping[str, int]) -> int:
+    """Bytes of the activations that are alive at the worst moment of a step.
+
+    An activation lives until its last reader is done, and longer where it was the argument of a
+    module's call: the caller's frame holds it until the call returns.
+    """
+    element = int(graph.properties.get("dtype_bytes", 2))
+    order = {operator.name: position for position, operator in enumerate(graph)}
+    released = _released(graph, order)
+    freed: dict[int, int] = {}
+    alive = worst = 0
+    for position, operator in enumerate(graph):
+        elements = product(operator.shape, sizes)
+        alive += elements * element
+        extra = elements * _INTERMEDIATE_BYTES if operator.kind in _COMPOSITE else 0
+        worst = max(worst, alive + extra)
+        end = released[operator.name]
+        freed[end] = freed.get(end, 0) + elements * element
+        alive -= freed.pop(position, 0)
+    return worst
+
+
+def _released(graph: Graph, order: Mapping[str, int]) -> dict[str, int]:
+    """Operator -> position of the last operator during which its output is alive."""
+    returns: dict[str, int] = {}
+    for position, operator in enumerate(graph):
+        for module in _callers(operator.module):
+            returns[module] = position
+    released = dict(order)
+    for operator in graph:
+        for name in operator.inputs:
+            if name in order:
+                call = _call(graph.by_name[name], operator)
+                end = max(order[operator.name], returns.get(call, 0))
+                released[name] = max(released[name], end)
+    return released
+
+
+def _callers(module: str) -> list[str]:
+    """A module path and every path above it."""
+    parts = module.split(".")
+    return [".".join(parts[: depth + 1]) for depth in range(len(parts))] if module else []
+
+
+def _call(source: Operator, reader: Operator) -> str:
+    """The outermost module that a value is given to on its way from one operator to another."""
+    above = set(_callers(source.module))
+    return next((module for module in _callers(reader.module) if module not in above), "")
