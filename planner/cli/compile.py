@@ -21,7 +21,6 @@ from planner.cli.output import (
     Quiet,
     Verbose,
     amount,
-    debug_level,
     print_json,
     say,
     status,
@@ -41,7 +40,7 @@ def compile_command(
         typer.Option(
             "--budget",
             "-b",
-            help="Fraction of the base model (0.65) or limit (kv=256MiB, latency=49ms); repeatable.",
+            help="Fraction of the base (0.65) or limit (kv=256MiB, latency=49ms); repeatable.",
         ),
     ] = None,
     output: Annotated[
@@ -81,6 +80,7 @@ def compile_command(
 ) -> None:
     """Decide what of a model to run under a budget, with proof; write the plan."""
     from planner.compiler import Request, compile_plan
+    from planner.debug import PASSES, debug_level, explain
     from planner.files import output_folder
     from planner.ir.errors import InputError
 
@@ -88,6 +88,7 @@ def compile_command(
         raise InputError("--time-limit must be more than 0 seconds")
     if mlp_groups is not None and mlp_groups < 1:
         raise InputError("--mlp-groups must be at least 1")
+    level = debug_level()
     folder = output or Path("build") / Path(model.rstrip("/")).name
     request = Request(
         model=model,
@@ -107,11 +108,13 @@ def compile_command(
     output_folder(folder)
     with status(not (quiet or as_json)) as update:
         compiled = compile_plan(request, update)
-        path = write_outputs(compiled, folder, print_between_passes or debug_level() >= 4)
+        for line in explain(compiled, level):
+            say(line)
+        path = write_outputs(compiled, folder, print_between_passes or level >= PASSES)
     if as_json:
         print_json(document(compiled, path))
     elif not quiet:
-        _print_summary(compiled, path, verbose or debug_level() >= 1)
+        _print_summary(compiled, path, verbose)
 
 
 def write_outputs(compiled: Compiled, folder: Path, between: bool = False) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,12 +13,10 @@ from typing import Annotated, Any
 import typer
 
 __all__ = [
-    "Debug",
     "Json",
     "Quiet",
     "Verbose",
     "amount",
-    "debug_level",
     "print_json",
     "say",
     "status",
@@ -31,12 +28,6 @@ Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Print more.")]
 
 _SHOW_AFTER_SECONDS = 2.0
-
-
-def debug_level() -> int:
-    """``PLANNER_DEBUG`` as a number from 0 to 5; the levels stand in docs/debugging.md."""
-    text = os.environ.get("PLANNER_DEBUG", "0")
-    return min(5, int(text)) if text.isdigit() else 0
 
 
 def print_json(document: Any) -> None:
