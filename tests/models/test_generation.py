@@ -1,0 +1,272 @@
+"""Everything `generate` can do, under a plan; and what is refused, in one sentence."""
+
+import copy
+
+import pytest
+import torch
+from families import IMAGE
+from plans import dense_plan, plan_of
+from transformers import DynamicCache
+
+from planner.ir.errors import InputError
+from planner.models.executor import Executor
+from planner.models.masked import Gates, MaskedExecutor
+from planner.plan import TokenStage
+
+
+def planned(graph, **more):
+    """Layer 0 off, heads and neurons off here and there."""
+    return plan_of(
+        graph, **({"layers_off": (0,), "heads": {1: (1,), 2: ()}, "mlp": {1: (0, 3, 4)}} | more)
+    )
+
+
+STAGES = (TokenStage(1, 9, 16), TokenStage(3, 4, 9))
+
+
+def close(actual, expected, relative=1e-5):
+    return (actual - expected).norm() <= relative * expected.norm()
+
+
+@pytest.mark.parametrize("stages", [(), STAGES], ids=["widths", "tokens"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"use_cache": False},
+        {"prompt_lookup_num_tokens": 2},
+    ],
+    ids=["beams", "beams-returned", "sampling", "no-cache", "assisted"],
+)
+def test_searches(llava, options, stages):
+    """A batch of two plans under a search gives what each sample gives alone, and some plan matters."""
+    family, graph = llava
+    both = [planned(graph, tokens=stages), plan_of(graph, heads={3: (0,)}, tokens=stages[:1])]
+    batch = 1 if "prompt_lookup_num_tokens" in options or "do_sample" in options else 2
+    inputs = family.inputs(batch, before=(3, 6))
+    executor = Executor(family.model, graph)
+    greedy = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6} | options
+    torch.manual_seed(3)
+    with executor.using(both[:batch]):
+        together = family.model.generate(**inputs, **greedy)
+    copies = len(together) // batch
+    for row in range(batch):
+        where = inputs["attention_mask"][row].bool()
+        alone = {name: value[row : row + 1] for name, value in inputs.items()}
+        alone |= {name: inputs[name][row, where][None] for name in ("input_ids", "attention_mask")}
+        torch.manual_seed(3)
+        with executor.using(both[row]):
+            expected = family.model.generate(**alone, **greedy)
+        assert torch.equal(
+            together[row * copies : (row + 1) * copies, -6:], expected[:, -6:]
+        )
+    plain = {"do_sample": False, "max_new_tokens": 6}
+    if options == {"use_cache": False} or "prompt_lookup_num_tokens" in options:
+        with executor.using(both[:batch]):
+            assert torch.equal(together, family.model.generate(**inputs, **plain))
+
+
+@pytest.mark.parametrize("stages", [(), STAGES], ids=["widths", "tokens"])
+def test_a_second_question_on_the_same_cache(llava, stages):
+    family, graph = llava
+    plan = planned(graph, tokens=stages)
+    inputs = family.inputs(2, before=(3, 6))
+    question = torch.randint(3, 100, (2, 7), generator=torch.Generator().manual_seed(1))
+    executor = Executor(family.model, graph)
+    with executor.using(plan):
+        first = family.model.generate(
+            **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True
+        )
+        ids = torch.cat([first.sequences, question], 1)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(2, 11, dtype=torch.long)], 1)
+        images = {"pixel_values": inputs["pixel_values"]}
+        second = family.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=first.past_key_values,
+            max_new_tokens=5,
+            do_sample=False,
+        )
+        again = family.model.generate(
+            input_ids=ids, attention_mask=mask, **images, max_new_tokens=5, do_sample=False
+        )
+    assert torch.equal(second, again)
+
+
+@torch.no_grad()
+def test_a_prompt_cache_can_be_copied_and_continued(llava):
+    family, graph = llava
+    inputs = family.inputs()
+    executor = Executor(family.model, graph)
+    with executor.using(planned(graph, tokens=STAGES)):
+        cache = DynamicCache()
+        family.model(**inputs, past_key_values=cache)
+        words = [torch.tensor([[5, 6]]), torch.tensor([[70, 8]])]
+        apart = [
+            family.model(input_ids=ids, past_key_values=copy.deepcopy(cache)).logits for ids in words
+        ]
+        family.model(input_ids=words[0], past_key_values=cache)
+        cache.crop(-2)
+        assert close(family.model(input_ids=words[1], past_key_values=cache).logits, apart[1])
+    assert not close(apart[0], apart[1])
+
+
+@torch.no_grad()
+def test_a_second_image_in_a_later_turn(llava):
+    family, graph = llava
+    plan = plan_of(graph, tokens=(TokenStage(1, 5, 16, "random"),), heads={2: (1,)})
+    inputs = family.inputs(images=2)
+    ids = inputs["input_ids"]
+    border = int((ids[0] == IMAGE).nonzero()[16]) - 1
+    with Executor(family.model, graph).using(plan):
+        cache = DynamicCache()
+        pixels = inputs["pixel_values"]
+        family.model(input_ids=ids[:, :border], pixel_values=pixels[:1], past_key_values=cache)
+        assert cache.layers[1].keys.shape[2] == border - 11
+        logits = family.model(
+            input_ids=ids[:, border:], pixel_values=pixels[1:], past_key_values=cache
+        ).logits
+        assert cache.layers[1].keys.shape[2] == ids.shape[1] - 22
+        assert cache.get_seq_length() == ids.shape[1]
+    assert logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_static_cache(llava):
+    family, graph = llava
+    inputs = family.inputs(2, before=(2, 5))
+    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    executor = Executor(family.model, graph)
+    with executor.using([planned(graph), plan_of(graph, layers_off=(1,))]):
+        dynamic = family.model.generate(**inputs, **options)
+        static = family.model.generate(**inputs, **options, cache_implementation="static")
+    assert torch.equal(static.sequences, dynamic.sequences)
+    with (
+        executor.using(planned(graph, tokens=STAGES)),
+        pytest.raises(InputError, match="A static cache is as long as the whole prompt"),
+    ):
+        family.model.generate(**inputs, **options, cache_implementation="static")
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("selector", ["fastv", "uniform", "sparsevlm", "random"])
+@torch.no_grad()
+def test_attention_implementations_and_selectors(llava, implementation, selector):
+    """Batches of two plans and raggedly padded samples choose the tokens that each chooses alone."""
+    family, graph = llava
+    plan = [
+        plan_of(
+            graph,
+            heads={1: (0,)},
+            layers_off=(0,),
+            tokens=(TokenStage(2, 7, 16, selector), TokenStage(3, 3, 7, selector)),
+        ),
+        plan_of(graph, heads={2: (0,)}, tokens=(TokenStage(2, 7, 16, selector),)),
+    ]
+    inputs = family.inputs(2, before=(3, 6), after=(5, 3))
+    executor = Executor(family.model, graph)
+    family.model.set_attn_implementation(implementation)
+    try:
+        with executor.using(plan):
+            logits = family.model(**inputs).logits[:, -1]
+        for row in range(2):
+            where = inputs["attention_mask"][row].bool()
+            with executor.using(plan[row]):
+                alone = family.model(
+                    input_ids=inputs["input_ids"][row, where][None],
+                    pixel_values=inputs["pixel_values"][row : row + 1],
+                )
+            assert close(logits[row], alone.logits[0, -1])
+    finally:
+        family.model.set_attn_implementation("sdpa")
+
+
+@torch.no_grad()
+def test_labels_and_hidden_states_keep_their_stock_shapes(llava):
+    family, graph = llava
+    inputs = family.inputs(2)
+    with Executor(family.model, graph).using(planned(graph, tokens=STAGES)):
+        out = family.model(**inputs, labels=inputs["input_ids"], output_hidden_states=True)
+    assert out.loss.isfinite()
+    assert out.logits.shape[:2] == inputs["input_ids"].shape
+    assert len(out.hidden_states) == graph.layers + 1
+    assert torch.equal(out.hidden_states[0], out.hidden_states[1])
+
+
+def refused(match):
+    return pytest.raises(InputError, match=match)
+
+
+@torch.no_grad()
+def test_bad_input_is_refused_in_one_sentence_and_the_model_stays_good(llava):
+    family, graph = llava
+    executor = Executor(family.model, graph)
+    inputs = family.inputs()
+    stock = family.model(**inputs).logits
+    text = {name: inputs[name][:, -5:] for name in ("input_ids", "attention_mask")}
+    plan, tokens = planned(graph), planned(graph, tokens=STAGES)
+    with executor.using(tokens), refused("the prompt has no image"):
+        family.model(**text)
+    with executor.using(tokens), refused("input_ids rather than inputs_embeds"):
+        family.model(inputs_embeds=torch.randn(1, 5, 64))
+    for bad in (float("nan"), float("inf")):
+        with executor.using(plan), refused("not all finite"):
+            family.model(**inputs | {"pixel_values": inputs["pixel_values"] * bad})
+    wrong = plan_of(graph)
+    object.__setattr__(wrong, "fingerprint", "0123")
+    with refused("made for another model"):
+        executor.attach(wrong)
+    with executor.using([plan, tokens]), refused("2 plans for a batch of 1"):
+        family.model(**inputs)
+    for broken, match in (
+        ({"layers_off": (4,)}, "layers 0 to 3"),
+        ({"heads": {0: (2,)}}, "from 0 to 1"),
+        ({"heads": {0: (1, 0)}}, "ascending"),
+        ({"mlp": {9: (0,)}}, "mlp.9"),
+        ({"tokens": (TokenStage(1, 17, 16),)}, "17 of 16"),
+        ({"tokens": (TokenStage(0, 8, 16, "fastv"),)}, "layer from 1"),
+        ({"layers_off": (0, 1), "tokens": (TokenStage(2, 8, 16, "fastv"),)}, "leaves none on"),
+        ({"tokens": (TokenStage(2, 8, 16, "best"),)}, "no token selector 'best'"),
+    ):
+        with refused(match):
+            executor.attach(plan_of(graph, **broken))
+    assert executor.program is None
+    assert torch.equal(family.model(**inputs).logits, stock)
+
+
+@torch.no_grad()
+def test_a_plan_is_fixed_for_the_life_of_a_cache(llava):
+    family, graph = llava
+    executor = Executor(family.model, graph)
+    inputs, more = family.inputs(), torch.tensor([[7]])
+    one, other = planned(graph), plan_of(graph, mlp={2: (1,)})
+    with executor.using(one):
+        cache = family.model(**inputs, use_cache=True).past_key_values
+        expected = family.model(input_ids=more, past_key_values=copy.deepcopy(cache)).logits
+    with executor.using(other), refused("filled under another plan"):
+        family.model(input_ids=more, past_key_values=cache)
+    with executor.using(dense_plan(graph)), refused("a plan that is not active"):
+        family.model(input_ids=more, past_key_values=cache)
+    with refused("a plan that is not active"):
+        family.model(input_ids=more, past_key_values=cache)
+    with executor.using(one):
+        assert close(family.model(input_ids=more, past_key_values=cache).logits, expected)
+    cache = family.model(**inputs, use_cache=True).past_key_values
+    with executor.using(one), refused("filled by the base model"):
+        family.model(input_ids=more, past_key_values=cache)
+
+
+def test_gradients_reach_gates(llava):
+    family, graph = llava
+    inputs = family.inputs(2)
+    shape = {"layers": (2,), "heads": (2, 2), "mlp": (2, 8), "tokens": inputs["input_ids"].shape}
+    gates = {
+        name: {1: torch.rand(size).round().requires_grad_()} for name, size in shape.items()
+    }
+    with MaskedExecutor(family.model, graph).using(Gates(**gates)):
+        family.model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    for name, gate in gates.items():
+        assert gate[1].grad.isfinite().all(), name
+        assert gate[1].grad.abs().sum() > 0, name
