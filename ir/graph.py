@@ -43,7 +43,8 @@ KINDS: Mapping[str, str] = MappingProxyType(
         # written by passes
         "select_tokens": "keeps the image tokens a selector chose; attributes keep, of",
         "fused_linear": "linears with one input run as one; attributes in, out, bias, count",
-        "norm_linear": "a norm folded into the linear after it; attributes in, out, bias, count",
+        "norm_linear": "a norm folded into the linear after it; "
+        "attributes in, out, bias, count, norm_bias",
     }
 )
 PARTS = ("vision", "projector", "decoder", "head")

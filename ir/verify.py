@@ -23,7 +23,6 @@ Rule = Callable[[Graph], Iterator[str]]
 
 LINEAR_KINDS = frozenset(["linear", "fused_linear", "norm_linear"])
 PROPERTIES = ("decoder_layers", "dtype_bytes", "hidden_size", "image_tokens")
-_FUSED = ("bias", "count", "in", "out")
 # kind -> the attributes that its cost formulas read. All are counts; `keys` may be symbolic, and
 # `_WORDS` are words.
 ATTRIBUTES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -32,7 +31,7 @@ ATTRIBUTES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "matmul": ("inner",),
         "conv": ("bias", "in", "kernel", "out"),
         "attention": ("head_dim", "heads", "keys", "kv_heads", "value_dim"),
-        "norm": ("width",),
+        "norm": ("bias", "width"),
         "activation": ("function",),
         "elementwise": ("function",),
         "reduce": ("function",),
@@ -40,12 +39,12 @@ ATTRIBUTES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "experts": ("experts", "in", "out"),
         "scan": ("flops_per_row",),
         "select_tokens": ("keep", "of"),
-        "fused_linear": _FUSED,
-        "norm_linear": _FUSED,
+        "fused_linear": ("bias", "count", "in", "out"),
+        "norm_linear": ("bias", "count", "in", "norm_bias", "out"),
     }
 )
 _WORDS = frozenset(["function"])
-_MAY_BE_ZERO = frozenset(["bias", "keep"])
+_MAY_BE_ZERO = frozenset(["bias", "keep", "norm_bias"])
 # Characters that the text form uses between names.
 _RESERVED = frozenset(" \t\n,()[]{}%=:;")
 # Sizes to compare shapes at: primes, so that different expressions differ.

@@ -1,0 +1,77 @@
+"""Passes: Graph in, Graph out, verified after each.
+
+A pass is a frozen dataclass with a ``name`` and ``apply(graph) -> graph``; its fields are its
+arguments. A new pass is its file, one line in `PASSES`, and a test with golden text before and
+after. Usual order: specialise to a plan, narrow tokens, drop dead operators, then fuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, Protocol
+
+from planner.ir.graph import Graph
+from planner.ir.passes.drop_dead import DropDead
+from planner.ir.passes.fuse_norm import FuseNorm
+from planner.ir.passes.fuse_projections import FuseProjections
+from planner.ir.passes.narrow_tokens import NarrowTokens
+from planner.ir.passes.specialise import Specialise
+from planner.ir.verify import verify
+
+__all__ = [
+    "PASSES",
+    "DropDead",
+    "FuseNorm",
+    "FuseProjections",
+    "NarrowTokens",
+    "Pass",
+    "Specialise",
+    "run",
+]
+
+
+class Pass(Protocol):
+    """What every pass has."""
+
+    @property
+    def name(self) -> str:
+        """As users write it."""
+
+    def apply(self, graph: Graph) -> Graph:
+        """The rewritten graph; the given one is left as it is."""
+
+
+# name -> class.
+PASSES: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {
+        Specialise.name: Specialise,
+        NarrowTokens.name: NarrowTokens,
+        DropDead.name: DropDead,
+        FuseProjections.name: FuseProjections,
+        FuseNorm.name: FuseNorm,
+    }
+)
+
+
+def run(
+    graph: Graph,
+    passes: Iterable[Pass],
+    print_between: Callable[[str, Graph], None] | None = None,
+) -> Graph:
+    """Apply passes in order, verifying after each.
+
+    Args:
+        graph: a Graph that satisfies `planner.ir.verify.verify`.
+        passes: in order.
+        print_between: called with each pass's name and the graph it left.
+
+    Raises:
+        InputError: where a pass's arguments do not fit the graph.
+    """
+    for step in passes:
+        graph = step.apply(graph)
+        verify(graph)
+        if print_between is not None:
+            print_between(step.name, graph)
+    return graph

@@ -1,0 +1,118 @@
+"""Narrow tokens: fewer image tokens from some decoder layer on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from planner.ir.dims import Dim
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph, Operator
+from planner.ir.passes.structure import redirected
+
+if TYPE_CHECKING:
+    from planner.plan import TokenStage
+
+__all__ = ["NarrowTokens"]
+
+
+@dataclass(frozen=True)
+class NarrowTokens:
+    """Select tokens before some decoder layers, and count the tokens after them apart.
+
+    After a stage at layer k token counts are called ``query.k`` and ``context.k``, so that one
+    graph prices every keep count (`planner.ir.cost.Workload.prefill`).
+
+    Attributes:
+        stages: in layer order, each keeping fewer tokens than the one before.
+    """
+
+    stages: tuple[TokenStage, ...]
+    name: ClassVar[str] = "narrow-tokens"
+
+    def apply(self, graph: Graph) -> Graph:
+        """The graph with ``select_tokens`` operators and renamed token counts.
+
+        Raises:
+            InputError: where stages are out of order or lie behind the last layer.
+        """
+        self._check(graph)
+        for stage in self.stages:
+            graph = _narrow(graph, stage)
+        return graph
+
+    def _check(self, graph: Graph) -> None:
+        layer, keep = -1, None
+        for stage in self.stages:
+            if not layer < stage.layer < graph.layers:
+                raise InputError(
+                    f"token stages must be at ascending layers below {graph.layers}, "
+                    f"not at {stage.layer}"
+                )
+            if not 0 <= stage.keep <= (stage.of if keep is None else keep):
+                raise InputError(
+                    f"the token stage at layer {stage.layer} cannot keep {stage.keep} of "
+                    f"{stage.of if keep is None else keep} image tokens"
+                )
+            layer, keep = stage.layer, stage.keep
+
+
+def _boundary(graph: Graph, layer: int) -> int:
+    """Position of the first operator that runs after a stage at `layer`.
+
+    That layer itself may have been left out; then the next one that runs, or what follows the
+    last layer, takes its place.
+    """
+    stacks = {site.module.rpartition(".")[0] + "." for site in graph.sites_of("layer")}
+    numbered = [
+        (position, operator.layer)
+        for position, operator in enumerate(graph)
+        if operator.part == "decoder"
+        and operator.layer is not None
+        and (not stacks or any(operator.module.startswith(stack) for stack in stacks))
+    ]
+    if not numbered:
+        raise InputError(f"'{graph.name}' has no decoder layers, so no tokens can be dropped")
+    later = (position for position, number in numbered if number >= layer)
+    return next(later, numbered[-1][0] + 1)
+
+
+def _counts(operator: Operator) -> list[str]:
+    """The symbols of token counts in an operator's shape."""
+    symbols = {symbol for dim in operator.shape for symbol in dim.symbols}
+    return sorted(s for s in symbols if s.partition(".")[0] == "query")
+
+
+def _narrow(graph: Graph, stage: TokenStage) -> Graph:
+    boundary = _boundary(graph, stage.layer)
+    before, after = graph.operators[:boundary], graph.operators[boundary:]
+    known = {operator.name: operator for operator in before if operator.part == "decoder"}
+    read = dict.fromkeys(name for operator in after for name in operator.inputs)
+    crossing = [known[name] for name in read if name in known and _counts(known[name])]
+    names = {
+        count: f"{count.partition('.')[0]}.{stage.layer}"
+        for operator in crossing
+        for query in _counts(operator)
+        for count in (query, query.replace("query", "context"))
+    }
+    selected: list[Operator] = []
+    for index, operator in enumerate(crossing):
+        name = f"tokens.{stage.layer}" + (f"_{index}" if index else "")
+        chosen = Operator(name, "select_tokens", (operator.name,), operator.shape, "", "decoder")
+        chosen = chosen.having(keep=stage.keep, of=stage.of)
+        selected.append(_renamed(replace(chosen, layer=stage.layer), names))
+    sources = {o.name: chosen.name for o, chosen in zip(crossing, selected, strict=True)}
+    rest = [_renamed(o, names) if o.part == "decoder" else o for o in redirected(after, sources)]
+    return graph.replacing([*before, *selected, *rest])
+
+
+def _renamed(operator: Operator, names: Mapping[str, str]) -> Operator:
+    return replace(
+        operator,
+        shape=tuple(dim.rename(names) for dim in operator.shape),
+        attributes=tuple(
+            (key, value.rename(names) if isinstance(value, Dim) else value)
+            for key, value in operator.attributes
+        ),
+    )
