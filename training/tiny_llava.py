@@ -36,7 +36,7 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from planner.training.config import Config, load_config, parse_config
 from planner.training.data import IMAGE_SIZE, Conversation, Packer, Scene, SceneConversations
-from planner.training.data.scenes import COLORS, ROWS, SHAPES, SIZES
+from planner.training.data.scenes import COLORS, COLUMNS, ROWS, SHAPES, SIZES
 from planner.training.trainer import RunTrainer
 
 __all__ = ["TinyLlavaConfig", "build_model", "build_processor", "export", "train"]
@@ -242,16 +242,15 @@ def patch_concepts(scene: Scene, patch_size: int) -> Tensor:
 
     An object's words in its cell; the text's characters all along the text's row.
     """
-    side = IMAGE_SIZE // patch_size
-    grid = torch.zeros(side, side, len(CONCEPTS))
-    cell = [min(int((i + 0.5) * len(ROWS) / side), len(ROWS) - 1) for i in range(side)]
-    rows, columns = torch.tensor(cell)[:, None], torch.tensor(cell)[None, :]
+    cells = torch.zeros(len(ROWS), len(COLUMNS), len(CONCEPTS))
     for o in scene.objects:
         for word in (o.size, o.color, o.shape):
-            grid[..., CONCEPTS.index(word)] += ((rows == o.row) & (columns == o.column)).float()
-    for character in set(scene.text or ""):
-        grid[..., CONCEPTS.index(character)] += (rows == scene.text_row).float()
-    return grid.flatten(0, 1)
+            cells[o.row, o.column, CONCEPTS.index(word)] = 1
+    for character in scene.text or "":
+        cells[scene.text_row, :, CONCEPTS.index(character)] = 1
+    side = IMAGE_SIZE // patch_size
+    cell = [int((i + 0.5) * len(ROWS) / side) for i in range(side)]  # of each patch's middle
+    return cells[cell][:, cell].flatten(0, 1)
 
 
 class SceneCollator:
