@@ -26,7 +26,7 @@ def test_each_level_adds_its_part(cli, monkeypatch, level):
         assert any(line.startswith(mark) for line in lines) == (known <= level), mark
 
 
-def test_levels_agree_with_the_plan(cli, monkeypatch):
+def test_levels_agree_with_the_plan(cli, cli_json, monkeypatch):
     monkeypatch.setenv("PLANNER_DEBUG", "5")
     _, out, err = cli("compile", "--model", "tiny-llava", "--budget", "0.5", "--json")
     document = json.loads(out)
@@ -38,8 +38,8 @@ def test_levels_agree_with_the_plan(cli, monkeypatch):
     assert [f"keep {document['kept']['tokens']['kept']}," in line for line in chosen] == [True]
     operators = [line for line in err.splitlines() if line.startswith("operator ")]
     flops = sum(int(line.split(", ")[1].removesuffix(" FLOP")) for line in operators)
-    # The rest is the scoring of tokens, which is no operator of the stock model.
-    assert 0.99 < flops / document["cost"]["flops"]["plan"] <= 1
+    inspected = cli_json("inspect", "--model", "tiny-llava", "--plan", document["plan"])
+    assert flops == inspected["totals"]["flops"]
 
 
 @pytest.mark.parametrize("text", ["verbose", "-1", "6", "1.5", "²"])
