@@ -41,7 +41,8 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "experts": "grouped product, rows routed to experts; attributes in, out, experts",
         "scan": "a state-space or linear-attention recurrence; attribute flops_per_row",
         # written by passes
-        "select_tokens": "keeps the image tokens a selector chose; attributes keep, of",
+        "select_tokens": "keeps the image tokens a selector chose; attributes keep, of, before "
+        "(tokens until then), score_width (query features that score them, 0: none)",
         "fused_linear": "linears with one input run as one; attributes in, out, bias, count",
         "norm_linear": "a norm folded into the linear after it; "
         "attributes in, out, bias, count, norm_bias",

@@ -38,13 +38,14 @@ ATTRIBUTES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "embedding": ("entries", "width"),
         "experts": ("experts", "in", "out"),
         "scan": ("flops_per_row",),
-        "select_tokens": ("keep", "of"),
+        "select_tokens": ("before", "keep", "of", "score_width"),
         "fused_linear": ("bias", "count", "in", "out"),
         "norm_linear": ("bias", "count", "in", "norm_bias", "out"),
     }
 )
 _WORDS = frozenset(["function"])
-_MAY_BE_ZERO = frozenset(["bias", "keep", "norm_bias"])
+_TOKEN_COUNTS = frozenset(["before", "keys"])
+_MAY_BE_ZERO = frozenset(["bias", "keep", "norm_bias", "score_width"])
 # Characters that the text form uses between names.
 _RESERVED = frozenset(" \t\n,()[]{}%=:;")
 # Sizes to compare shapes at: primes, so that different expressions differ.
@@ -115,7 +116,7 @@ def _attributes(graph: Graph) -> Iterator[str]:
             elif isinstance(value, int):
                 if value < (name not in _MAY_BE_ZERO):
                     yield f"attribute {name} of operator {operator.name} is {value}"
-            elif name != "keys" or not isinstance(value, Dim):
+            elif name not in _TOKEN_COUNTS or not isinstance(value, Dim):
                 yield f"attribute {name} of operator {operator.name} is {value}, not a count"
 
 
@@ -137,7 +138,8 @@ def _attention(operator: Operator) -> str | None:
     heads, groups = operator.integer("heads"), operator.integer("kv_heads")
     if heads % groups:
         return f"heads in {groups} equal groups, not {heads} of them"
-    if len(operator.shape) < 4 or operator.shape[-3] != Dim(heads):
+    places = operator.shape[-3:-2]
+    if not places or (places[0].is_constant and places[0] != Dim(heads)):
         return f"{heads} heads before its tokens"
     return _width("value_dim")(operator)
 

@@ -33,6 +33,8 @@ _UNITS: Mapping[str, Mapping[str, Fraction]] = {
         "KiB": _ONE * 2**10, "MiB": _ONE * 2**20, "GiB": _ONE * 2**30,
     },
 }  # fmt: skip
+# ``flops=2e12`` is an amount; below this a number without a unit can just be a mistaken fraction.
+_FEWEST_FLOPS = 1000
 _QUANTITY = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-zµ%]*)\s*")
 
 
@@ -67,17 +69,15 @@ class Limit:
                 f"give a fraction such as 0.65 or a number with one of {known}"
             )
         value, unit = Fraction(match[1]), match[2]
-        if unit == "%":
-            value, unit = value / 100, ""
-        if unit == "" and (value <= 1 or metric != "flops"):
-            if not 0 < value <= 1:
-                raise InputError(
-                    f"budget '{text}' must be more than 0 and at most 1 of the base model"
-                )
-            return Limit(metric, fraction=value)
-        if value <= 0:
-            raise InputError(f"budget '{text}' must be more than 0")
-        return Limit(metric, amount=value * units[unit])
+        percent = unit == "%"
+        absolute = unit not in ("", "%") or (equals and metric == "flops" and value >= _FEWEST_FLOPS)
+        if absolute and value > 0:
+            return Limit(metric, amount=value * units[unit])
+        if percent:
+            value /= 100
+        if absolute or not 0 < value <= 1:
+            raise InputError(f"budget '{text}' must be more than 0 and at most 1 of the base model")
+        return Limit(metric, fraction=value)
 
     def __str__(self) -> str:
         value = self.fraction if self.fraction is not None else self.amount

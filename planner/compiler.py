@@ -273,9 +273,12 @@ def choice_of(plan: Plan, graph: Graph) -> Choice:
 def specialised(
     graph: Graph, plan: Plan, print_between: Callable[[str, Graph], None] | None = None
 ) -> Graph:
-    """The graph as it runs under a plan: layers, heads, groups and tokens that are off are gone."""
-    from planner.ir.passes import DropDead, NarrowTokens, Specialise, run
+    """The graph as it runs under a plan: layers, heads, groups and tokens that are off are gone.
+
+    What the stock model computes and never reads (CLIP's last layer in LLaVA) still runs, so dead
+    operators stay.
+    """
+    from planner.ir.passes import NarrowTokens, Specialise, run
 
     plan.check(graph)
-    passes = (Specialise(plan), NarrowTokens(plan.tokens), DropDead())
-    return run(graph, passes, print_between)
+    return run(graph, (Specialise(plan), NarrowTokens(plan.tokens)), print_between)

@@ -127,11 +127,14 @@ def read_ranges(text: str) -> tuple[int, ...]:
     if text == "none":
         return ()
     numbers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        numbers.extend(range(int(first), int(last if dash else first) + 1))
-    if numbers != sorted(set(numbers)):
-        raise ValueError(text)
+    try:
+        for part in text.split(","):
+            first, dash, last = part.partition("-")
+            numbers.extend(range(int(first), int(last if dash else first) + 1))
+    except ValueError:
+        numbers = [0, 0]
+    if not numbers or numbers != sorted(set(numbers)):
+        raise ValueError(f"'{text}' is not a list of ascending ranges such as 0-3,7")
     return tuple(numbers)
 
 
@@ -263,4 +266,4 @@ def load_plan(path: Path) -> Plan:
             provenance=parsed.provenance,
         )
     except ValueError as error:
-        raise InputError(f"the plan '{path}' has a broken range ({error})") from None
+        raise InputError(f"the plan '{path}' is broken: {error}") from None

@@ -17,9 +17,10 @@ import numpy.typing as npt
 from planner.budget import Budget
 from planner.ir.cost import Workload, price
 from planner.ir.cost.devices import Device
+from planner.ir.dims import Dim
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator, Site
-from planner.ir.narrowing import narrowed
+from planner.ir.narrowing import narrowed, scores_by_attention
 from planner.plan import Plan
 from planner.problem import LayerChoices, Problem, SiteChoices, TokenOption
 from planner.switches import SwitchSet
@@ -149,34 +150,48 @@ class Pricing:
         cost = self._vector(before, self.graph, None, option)
         cost = cost + self._vector(after, self.graph, self.graph.layers, option)
         cost[3] += self._activation_bytes
-        # Scoring and gathering the tokens of every stage that drops any.
+        return cost
+
+    def selection(self, option: tuple[int, ...], plan: Plan | None = None) -> npt.NDArray[np.int64]:
+        """Cost of scoring and gathering tokens at every stage that drops any; shape (4,).
+
+        Under a plan scores come from the heads that run; without one from all heads.
+        """
+        cost = np.zeros(4, dtype=np.int64)
         previous = self.workload.image_tokens
         for stage, keep in zip(self.stages, option, strict=False):
             if keep < previous:
-                cost = cost + self._selection(stage, previous, keep)
+                cost = cost + self._selection(stage, option, self._score_width(stage, plan))
             previous = keep
         return cost
 
-    def _selection(self, stage: int, before: int, keep: int) -> npt.NDArray[np.int64]:
-        """Cost of one token stage: the last query's scores over all keys, and the gather."""
-        width = int(self.graph.properties["hidden_size"])
-        element = int(self.graph.properties["dtype_bytes"])
-        tokens = self.workload.batch * (self.workload.text_tokens + before)
-        kept = self.workload.batch * (self.workload.text_tokens + keep)
-        scored = self.switches.token_selector == "fastv"
-        flops = 2 * tokens * self._score_width(stage) if scored else 0
-        moved = element * (kept * 2 * width + (tokens * width if scored else 0))
-        seconds = max(
-            flops / self.device.operations_per_second, moved / self.device.bytes_per_second
+    def _selection(self, stage: int, option: tuple[int, ...], width: int) -> npt.NDArray[np.int64]:
+        hidden = (Dim.of("batch"), Dim.of("query"), Dim(int(self.graph.properties["hidden_size"])))
+        before = self._sizes(stage - 1, option, False)["query"] if stage else None
+        tokens = self.workload.prompt_tokens if before is None else before
+        operator = Operator("tokens", "select_tokens", (), hidden).having(
+            before=Dim(tokens), score_width=width
         )
-        return np.array([flops, math.ceil(seconds * PICOSECONDS), 0, 0], dtype=np.int64)
+        empty = Graph("", (operator,), (), self.graph.properties)
+        return self._vector([operator], empty, stage, option)
 
-    def _score_width(self, stage: int) -> int:
+    def _score_width(self, stage: int, plan: Plan | None) -> int:
         """Query features (heads * head_dim) of the attention that scores tokens for a stage."""
-        for operator in self._by_layer.get(max(0, stage - 1), []):
-            if operator.kind == "attention":
-                return operator.integer("heads") * operator.integer("head_dim")
-        return int(self.graph.properties["hidden_size"])
+        if not scores_by_attention(self.switches.token_selector):
+            return 0
+        for layer in range(stage - 1, -1, -1):
+            for operator in self._by_layer.get(layer, []):
+                if operator.kind != "attention":
+                    continue
+                width = operator.integer("heads") * operator.integer("head_dim")
+                site = self.graph.sites_by_name.get(f"heads.{layer}")
+                if plan is None or site is None:
+                    return width
+                if layer in plan.layers_off or plan.heads.get(layer) == ():
+                    break
+                kept = len(plan.heads.get(layer, range(site.lanes)))
+                return width // site.lanes * kept
+        return 0
 
     def fixed(
         self, layer: int, option: tuple[int, ...], sites: Sequence[Site]
@@ -256,7 +271,7 @@ class Pricing:
             keep = by_layer.get(stage, keep)
             option.append(keep)
         kept = tuple(option)
-        cost = self.outside(kept)
+        cost = self.outside(kept) + self.selection(kept, plan)
         for layer in range(self.graph.layers):
             if layer not in plan.layers_off:
                 cost = cost + self._layer_cost(plan, layer, kept)
@@ -334,7 +349,7 @@ class Pricing:
             TokenOption(
                 keep=option,
                 utility=utilities.of_tokens(_mean_kept(option, self.stages, self.graph.layers, of)),
-                costs=self.outside(option)[rows],
+                costs=(self.outside(option) + self.selection(option))[rows],
             )
             for option in options
         )

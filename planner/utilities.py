@@ -110,7 +110,8 @@ def load_utilities(path: Path) -> Utilities:
     ``tokens`` (worth of all image tokens) and ``saturation`` are optional scalars.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        # Opened here, so that a broken file is closed as well.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             sites = {name: np.asarray(arrays[name], dtype=np.float64) for name in arrays.files}
     except FileNotFoundError:
         raise InputError(f"there is no utilities file '{path}'") from None

@@ -77,6 +77,14 @@ def _scan(operator: Operator, sizes: Mapping[str, int]) -> int:
 
 
 # Every kind that multiplies; the others have no FLOPs in this convention.
+def _select_tokens(operator: Operator, sizes: Mapping[str, int]) -> int:
+    """The last query's scores over all keys, where anything is dropped at all (not in decoding)."""
+    before = Dim.of(operator["before"]).evaluate(sizes)
+    if before == operator.shape[-2].evaluate(sizes):
+        return 0
+    return 2 * sizes["batch"] * before * operator.integer("score_width")
+
+
 FORMULAS: Mapping[str, Formula] = MappingProxyType(
     {
         "linear": _linear,
@@ -87,6 +95,7 @@ FORMULAS: Mapping[str, Formula] = MappingProxyType(
         "attention": _attention,
         "experts": _experts,
         "scan": _scan,
+        "select_tokens": _select_tokens,
     }
 )
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from planner.ir.dims import Dim
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator
+from planner.ir.narrowing import scores_by_attention
 from planner.ir.passes.structure import redirected
 
 if TYPE_CHECKING:
@@ -101,10 +102,28 @@ def _narrow(graph: Graph, stage: TokenStage) -> Graph:
         name = f"tokens.{stage.layer}" + (f"_{index}" if index else "")
         chosen = Operator(name, "select_tokens", (operator.name,), operator.shape, "", "decoder")
         chosen = chosen.having(keep=stage.keep, of=stage.of)
-        selected.append(_renamed(replace(chosen, layer=stage.layer), names))
+        chosen = _renamed(replace(chosen, layer=stage.layer), names)
+        # One choice serves all values that cross: it is scored once, where the first is gathered.
+        width = 0 if index else _score_width(stage, before)
+        selected.append(chosen.having(before=_tokens(operator), score_width=width))
     sources = {o.name: chosen.name for o, chosen in zip(crossing, selected, strict=True)}
     rest = [_renamed(o, names) if o.part == "decoder" else o for o in redirected(after, sources)]
     return graph.replacing([*before, *selected, *rest])
+
+
+def _tokens(operator: Operator) -> Dim:
+    """The dimension of an operator's shape that counts tokens."""
+    return next(d for d in operator.shape if any(s.startswith("query") for s in d.symbols))
+
+
+def _score_width(stage: TokenStage, before: Sequence[Operator]) -> int:
+    """Query features that score the tokens: of the last attention that runs before the stage."""
+    if not scores_by_attention(stage.selector):
+        return 0
+    for operator in reversed(before):
+        if operator.kind == "attention" and operator.part == "decoder":
+            return operator.integer("heads") * operator.integer("head_dim")
+    return 0
 
 
 def _renamed(operator: Operator, names: Mapping[str, str]) -> Operator:

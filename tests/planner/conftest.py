@@ -1,0 +1,39 @@
+import json
+
+import pytest
+
+from planner.cli import run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Lowered graphs are cached for the session, apart from the user's own cache."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PLANNER_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture
+def cli(capsys, tmp_path, monkeypatch):
+    """Run a command in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        code = run([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def cli_json(cli):
+    """Run a command with --json: its one document."""
+
+    def call(*arguments):
+        code, out, err = cli(*arguments, "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    return call

@@ -1,0 +1,176 @@
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from planner import __version__
+from planner.cache import cache_folder
+from planner.plan import load_plan
+
+
+def test_compile_writes_a_plan_and_a_graph_and_prints_a_summary(cli, tmp_path):
+    code, out, _ = cli("compile", "--model", "llava-7b", "--budget", "0.65", "-o", "out")
+    assert code == 0
+    assert "0.65" in out
+    assert "prior" in out
+    assert "optimal" in out
+    plan = load_plan(tmp_path / "out/plan.yaml")
+    assert plan.model == "llava-7b"
+    assert "graph llava-7b" in (tmp_path / "out/graph.txt").read_text()
+
+
+def test_compile_json_is_one_document(cli):
+    code, out, err = cli("compile", "--model", "llava-7b", "--json")
+    document = json.loads(out)
+    assert (code, err) == (0, "")
+    assert set(document) >= {"plan", "model", "cost", "utilisation", "solver", "seconds"}
+    assert set(document["cost"]["flops"]) == {"plan", "base", "fraction"}
+    assert set(document["cost"]) == {"flops", "latency", "kv", "memory"}
+    assert document["solver"]["status"] == "optimal"
+    assert document["solver"]["gap"] <= 1e-9
+    assert 0.999 <= document["utilisation"] <= 1
+
+
+def test_inspect_json_adds_up(cli_json):
+    document = cli_json("inspect", "--model", "llava-7b", "--device", "a100-40g")
+    rows = document["operators"]
+    assert set(document["totals"]) == {"flops", "bytes", "seconds", "kv_bytes", "parameters"}
+    for fact in ("flops", "bytes", "kv_bytes", "parameters"):
+        assert document["totals"][fact] == sum(row[fact] for row in rows)
+    assert {row["bound"] for row in rows} >= {"compute", "memory"}
+    # LLaVA-1.5-7B has 7.06 billion parameters.
+    assert 7.0e9 < document["totals"]["parameters"] < 7.1e9
+
+
+def test_inspect_under_a_plan_costs_what_the_plan_says(cli_json):
+    compiled = cli_json("compile", "--model", "llava-7b", "--budget", "0.5", "-o", "out")
+    document = cli_json("inspect", "--model", "llava-7b", "--plan", "out/plan.yaml")
+    assert document["totals"]["flops"] == compiled["cost"]["flops"]["plan"]
+
+
+@pytest.mark.parametrize("by", ["operator", "layer", "kind"])
+def test_inspect_tables(cli, by):
+    code, out, _ = cli("inspect", "--model", "llava-7b", "--by", by)
+    assert code == 0
+    assert "total" in out
+
+
+def test_models_devices_and_version(cli, cli_json):
+    assert cli("--version")[:2] == (0, f"planner {__version__}\n")
+    assert set(cli_json("models")["aliases"]) == {"llava-7b", "llava-13b", "mipha-3b", "tiny-llava"}
+    names = [d["name"] for d in cli_json("devices")["devices"]]
+    assert {"v100", "a100-40g", "h200"} <= set(names)
+    assert "v100" in cli("devices")[1]
+    assert "mipha-3b" in cli("models")[1]
+
+
+@pytest.mark.parametrize("alias", ["llava-13b", "mipha-3b", "tiny-llava"])
+def test_every_alias_compiles(cli_json, alias):
+    document = cli_json("compile", "--model", alias, "--budget", "0.7")
+    assert document["cost"]["flops"]["fraction"] <= 0.7
+
+
+def test_models_check_reports_why_not(cli_json):
+    arguments = ["--only", "paligemma", "--only", "evolla"]
+    found = {m["model_type"]: m for m in cli_json("models", "--check", *arguments)["models"]}
+    assert found["paligemma"]["lowered"]
+    assert found["paligemma"]["sites"] == 3 * 18
+    assert not found["evolla"]["lowered"]
+    assert found["evolla"]["reason"]
+
+
+BAD = [
+    (["compile", "--model", "no-such-model"], "unknown model"),
+    (["compile", "--model", "./nowhere"], "no folder"),
+    (["compile", "--model", "llava-7b", "--budget", "0"], "more than 0"),
+    (["compile", "--model", "llava-7b", "--budget", "1.5"], "not an amount|at most 1|unit"),
+    (["compile", "--model", "llava-7b", "--budget", "nan"], "nan"),
+    (["compile", "--model", "llava-7b", "--budget", "49 parsecs"], "parsecs"),
+    (["compile", "--model", "llava-7b", "--budget", "0.001"], "smallest possible"),
+    (["compile", "--model", "llava-7b", "--budget", "latency=9ms", "--device", "tpu"], "unknown dev"),
+    (["compile", "--model", "llava-7b", "--switches", "wheels"], "wheels"),
+    (["compile", "--model", "llava-7b", "--utilities", "absent.npz"], "no utilities file"),
+    (["compile", "--model", "llava-7b", "--text-tokens", "-3"], "at least 0"),
+    (["compile", "--model", "llava-7b", "--batch", "0"], "at least 1"),
+    (["compile", "--model", "llava-7b", "--mlp-groups", "0"], "at least 1"),
+    (["compile", "--model", "llava-7b", "--time-limit", "0"], "more than 0"),
+    (["compile", "--model", "llava-7b", "-o", "file/below"], "cannot write"),
+    (["compile", "--model", "llava-7b", "--scope", "moon"], "scope"),
+    (["compile", "--model", "file"], "is a file"),
+    (["compile", "--model", "broken"], "not readable JSON"),
+    (["compile", "--model", "untyped"], "model_type"),
+    (["compile", "--model", "strange"], "does not know"),
+    (["compile"], "model"),
+    (["compile", "--model", "llava-7b", "--wrong-flag"], "wrong-flag"),
+    (["inspect", "--model", "llava-7b", "--plan", "absent.yaml"], "no plan"),
+    (["inspect", "--model", "llava-7b", "--plan", "cut.yaml"], "truncated|not a plan"),
+    (["inspect", "--model", "llava-7b", "--by", "colour"], "colour"),
+    (["inspect", "--model", "llava-7b", "--device", "abacus"], "unknown device"),
+    (["models", "--check", "--only", "nothing"], "nothing"),
+    (["dance"], "dance"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), BAD, ids=lambda v: " ".join(v)[:60])
+def test_bad_input_is_one_sentence_and_exit_2(cli, tmp_path, arguments, expected):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "cut.yaml").write_text("planner_plan: [1")
+    for name, text in (("broken", "{"), ("untyped", "{}"), ("strange", '{"model_type": "zzz"}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+    before = sorted(p for p in tmp_path.rglob("*") if p.is_file())
+    code, out, err = cli(*arguments)
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert re.search(expected, err)
+    assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == before
+
+
+def test_a_plan_for_another_model_is_refused(cli):
+    assert cli("compile", "--model", "mipha-3b", "-o", "out", "-q")[0] == 0
+    code, _, err = cli("inspect", "--model", "llava-7b", "--plan", "out/plan.yaml")
+    assert code == 2
+    assert "mipha-3b" in err
+    assert "llava-7b" in err
+
+
+def test_a_corrupt_cache_entry_is_rebuilt(cli, cli_json):
+    first = cli_json("inspect", "--model", "tiny-llava")
+    entries = sorted((cache_folder() / "graphs").iterdir(), key=os.path.getmtime)
+    for entry in entries:
+        text = entry.read_text()
+        if "tiny-llava" in text[:2000]:
+            entry.write_text(text[: len(text) // 2])
+    assert cli_json("inspect", "--model", "tiny-llava") == first
+
+
+def test_two_processes_share_the_cache(tmp_path):
+    environment = {**os.environ, "PLANNER_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "planner", "compile", "--model", "tiny-llava", "--json", "-o"]
+    running = [
+        subprocess.Popen(
+            [*command, str(tmp_path / str(i))],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], outputs
+    plans = [(tmp_path / str(i) / "plan.yaml").read_bytes() for i in range(2)]
+    assert plans[0] == plans[1]
+    assert not [p for p in (tmp_path / "cache").rglob(".*")]
+
+
+def test_quiet_prints_nothing(cli):
+    assert cli("compile", "--model", "tiny-llava", "-q") == (0, "", "")
+
+
+def test_print_between_passes_shows_every_pass(cli):
+    code, _, err = cli("compile", "--model", "tiny-llava", "--print-between-passes", "-q")
+    assert code == 0
+    for name in ("specialise", "narrow-tokens"):
+        assert f"-- {name}" in err
