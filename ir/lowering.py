@@ -30,6 +30,7 @@ from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator
 from planner.ir.inputs import decoder_inputs, token_marker, vision_inputs
 from planner.ir.raising import Raised, Surroundings, raise_operators
+from planner.ir.sharing import without_shared
 from planner.ir.text import fingerprint
 
 __all__ = ["Lowered", "NotLowered", "lower", "lower_config", "lower_model"]
@@ -169,11 +170,32 @@ def _lower_vision(model: Any, width: int) -> tuple[Raised | None, list[str]]:
     prefix = "" if projected else path + "."
     raised = raise_operators(captured, Surroundings(prefix, part, "images"))
     features = _image_features(raised, width)
+    if features is not None and not projected:
+        raised = _with_projector(raised, features)
+        projected = any(o.part == "projector" for o in raised.operators)
     if features is not None and features.shape[-1] != Dim(width):
         why = "the config disagrees with itself" if projected else "the projector was not captured"
         sizes = f"{features.shape[-1]} wide, the decoder {width}"
         return raised, [f"image features are {sizes}: {why}"]
     return raised, []
+
+
+def _with_projector(raised: Raised, features: Operator) -> Raised:
+    """Tell an encoder's own projector from its layers: the linears between those and the output."""
+    known = {operator.name: operator for operator in raised.operators}
+    pending, tail = [features.name], set()
+    while pending:
+        operator = known[pending.pop()]
+        if operator.layer is None and operator.name not in tail:
+            tail.add(operator.name)
+            pending += operator.inputs
+    if not any(known[name].kind == "linear" for name in tail):
+        return raised
+    operators = [
+        replace(operator, part="projector") if operator.name in tail else operator
+        for operator in raised.operators
+    ]
+    return replace(raised, operators=operators)
 
 
 def _lower_decoder(model: Any) -> tuple[Raised, nn.Module, int]:
@@ -231,10 +253,14 @@ def _with_windows(model: Any, operators: list[Operator]) -> list[Operator]:
 
 
 def _image_features(raised: Raised, width: int) -> Operator | None:
-    """The output of the vision side that the decoder takes: rows as wide as it, if any are."""
+    """The output of the vision side that the decoder takes: rows as wide as it, if any are.
+
+    A pooled vector for the whole image is none while there is another.
+    """
     found = [o for o in raised.operators if o.name in raised.outputs]
-    fitting = [o for o in found if o.shape[-1] == Dim(width)]
-    return (fitting or found or [None])[-1]
+    tokens = [o for o in found if len(o.shape) > 2] or found
+    fitting = [o for o in tokens if o.shape[-1] == Dim(width)]
+    return (fitting or tokens or [None])[-1]
 
 
 def _image_tokens(raised: Raised, width: int) -> int:
@@ -275,13 +301,15 @@ def lower(model: Any, name: str, dtype_bytes: int = 2) -> Lowered:
     if table.name in taken:
         table = replace(table, name=table.name + ".table")
     operators.append(table)
+    head = model.get_output_embeddings()
+    if getattr(head, "weight", None) is None:
+        head = None
+    decoded, source = _without_head(decoded, _path_of(model, head) if head is not None else "")
     for operator in _with_windows(model, decoded.operators):
         if operator.kind == "input" and operator.name == decoded.operators[0].name:
             operator = replace(operator, inputs=(table.name, *vision_output))
         operators.append(operator)
-    head = model.get_output_embeddings()
-    if head is not None and getattr(head, "weight", None) is not None:
-        source = (*decoded.outputs, decoded.operators[-1].name)[0]
+    if head is not None:
         tied = head.weight is embeddings.weight
         operators.append(_head(model, head, source, tied))
     properties: dict[str, int | str] = {
@@ -291,9 +319,19 @@ def lower(model: Any, name: str, dtype_bytes: int = 2) -> Lowered:
         "image_tokens": _image_tokens(vision, width) if vision else 0,
         "dtype_bytes": dtype_bytes,
     }
-    graph = Graph(name, tuple(operators), tuple(decoded.sites), properties)
+    operators, sites, shared = without_shared(operators, decoded.sites)
+    graph = Graph(name, tuple(operators), tuple(sites), properties)
     graph = replace(graph, properties={**properties, "fingerprint": fingerprint(graph)})
-    return Lowered(graph, tuple(dict.fromkeys((*notes, *decoded.reasons))))
+    return Lowered(graph, tuple(dict.fromkeys((*notes, *decoded.reasons, *shared))))
+
+
+def _without_head(decoded: Raised, path: str) -> tuple[Raised, str]:
+    """The decoder without lm_head, where its own forward ends in it, and what lm_head reads."""
+    for position, operator in enumerate(decoded.operators):
+        if path and operator.module == path and operator.kind == "linear":
+            # What follows, a scaling of the logits say, goes with it.
+            return replace(decoded, operators=decoded.operators[:position]), operator.inputs[0]
+    return decoded, (*decoded.outputs, decoded.operators[-1].name)[0]
 
 
 def _head(model: nn.Module, head: Any, source: str, tied: bool) -> Operator:

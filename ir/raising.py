@@ -185,7 +185,9 @@ class _Raiser:
                 )
                 ordered = ordered[outside + 1 :]
                 members = set(ordered)
-            if any(opname(n) not in VIEWS and opname(n) != "cat" for n in ordered):
+            work = [n for n in ordered if opname(n) not in VIEWS and opname(n) != "cat"]
+            # A single operation is no rotation but scaling, say.
+            if len(work) > 1:
                 self._claim(_Group("rotary", suffix=f"rotary_{letter}"), ordered)
 
     def _group_scans(self, members: list[fx.Node]) -> None:
@@ -198,14 +200,16 @@ class _Raiser:
         run: list[fx.Node] = []
         runs = [run]
         for node in members:
-            free = node not in self.group_of and (self._light(node) or opname(node) in products)
+            free = node not in self.group_of and (
+                self._light(node) or (opname(node) in products and not self._from_weight(node))
+            )
             if free and run and any(self._between(order, run[-1], node)):
                 run = []
                 runs.append(run)
             if free:
                 run.append(node)
         for run in runs:
-            if any(opname(n) in products for n in run) and not any(map(self._from_weight, run)):
+            if any(opname(n) in products for n in run):
                 self._claim(_Group("scan", suffix="scan"), run)
 
     def _between(self, order: dict[fx.Node, int], first: fx.Node, last: fx.Node) -> Any:
@@ -330,7 +334,7 @@ class _Raiser:
             name="",
             kind=group.kind,
             inputs=self._inputs(group),
-            shape=self._shape(tuple(value.shape)) if value is not None else (),
+            shape=self._shape(tuple(value.shape), group.kind) if value is not None else (),
             module=self.around.prefix + path if path else self.around.prefix.rstrip("."),
             part=self.around.part(self.around.prefix + path),
             layer=_layer_of(path, self.captured.stacks),
@@ -365,12 +369,14 @@ class _Raiser:
         )
         return tuple(found)
 
-    def _shape(self, shape: tuple[int, ...]) -> tuple[Dim, ...]:
+    def _shape(self, shape: tuple[int, ...], kind: str) -> tuple[Dim, ...]:
         """Symbolic shape: samples first, multiples of the marker are token counts."""
         marker = self.around.marker
         samples = Dim.of(self.around.samples)
         sizes = [int(s) for s in shape]
-        if marker and not any(s and s % marker == 0 for s in sizes):
+        # A projection without a token count is of something else, image states say.
+        projected = kind in ("linear", "attention", "norm")
+        if marker and not projected and not any(s and s % marker == 0 for s in sizes):
             # Work on chunks of tokens: shared out evenly.
             return (samples, Dim.of("query"), Dim(math.ceil(math.prod(sizes) / marker)))
         dims = tuple(
@@ -439,9 +445,15 @@ class _Raiser:
         query, key, value = (a.meta["val"] for a in node.args[:3])  # type: ignore[union-attr]
         keys = int(key.shape[-2])
         marker = self.around.marker
+
+        def heads(operand: Tensor) -> int:
+            # Attention among the states of one token has the tokens where heads stand.
+            count = int(operand.shape[1])
+            return count // marker if marker and count % marker == 0 else count
+
         return operator.having(
-            heads=int(query.shape[1]),
-            kv_heads=int(key.shape[1]),
+            heads=heads(query),
+            kv_heads=heads(key),
             head_dim=int(query.shape[-1]),
             value_dim=int(value.shape[-1]),
             keys=Dim.of("context") if marker and keys == marker else keys,
@@ -527,6 +539,12 @@ class _Raiser:
             result = find_sites(
                 region, tracer, self.live, self._weight_paths(), self._module, self.around.marker
             )
+            start, stop, _, _ = spans[region.path]
+            kinds_inside = {operator.kind for operator in self.operators[start:stop]}
+            if "scan" in kinds_inside and "attention" not in kinds_inside:
+                # Stock caches ask the last recurrent layer how far a sequence has come.
+                result.sites = [site for site in result.sites if site.kind != "layer"]
+                result.reasons.append(f"{region.path}: its recurrent state cannot be left out")
             reasons.extend(result.reasons)
             found[kind] = [
                 replace(

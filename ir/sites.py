@@ -1,4 +1,4 @@
-"""Sites of one captured layer: which heads, neurons, and whether the layer itself can be left out."""
+"""Sites of one captured layer: which heads and neurons, and whether the layer can be left out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from planner.ir.aten import ATTENTION, VIEWS, opname
+from planner.ir.aten import ATTENTION, HEAVY, VIEWS, opname
 from planner.ir.graph import Binding, Block, Site
 from planner.ir.lanes import Label, LaneTracer, affine_blocks
 
@@ -130,12 +130,15 @@ def find_sites(
         found.sites.append(Site("layer", "layer", 0, region.path))
     else:
         found.reasons.append(f"{region.path}: no residual path from its input to its output")
-    attentions = [n for n in nodes if opname(n) in ATTENTION]
+    # Attention among the states of one token has the tokens where heads stand.
+    attentions = [
+        n for n in nodes if opname(n) in ATTENTION and int(n.meta["val"].shape[1]) % tokens
+    ]
     if len(attentions) == 1:
-        _heads(region, attentions[0], nodes, tracer, weights, module_of, tokens, found)
+        _heads(region, attentions[0], nodes, live, tracer, weights, module_of, tokens, found)
     elif attentions:
         found.reasons.append(f"{region.path}: {len(attentions)} attention operators in one layer")
-    _mlp(region, nodes, tracer, weights, tokens, found)
+    _mlp(nodes, live, tracer, weights, tokens, found)
     found.sites.sort(key=lambda s: ("layer", "heads", "mlp").index(s.kind))
     return found
 
@@ -189,6 +192,7 @@ def _heads(
     region: LayerRegion,
     attention: fx.Node,
     nodes: list[fx.Node],
+    live: set[fx.Node],
     tracer: LaneTracer,
     weights: Mapping[fx.Node, str],
     module_of: Callable[[fx.Node], tuple[str, str]],
@@ -252,6 +256,9 @@ def _heads(
             label.source,
             [sorted(set(numbers[columns == lane].tolist())) for lane in range(lanes)],
         )
+    sources = {attention, *assignment.sources()}
+    if not all(_closed(end, sources, live) for end in (*attention.args[:3], sink.args[0])):  # type: ignore[arg-type]
+        return refuse("it is computed with more than this layer's projections")
     bindings = _bindings(assignment, weights)
     if bindings is None:
         return refuse("the layout of a projection does not follow the heads")
@@ -272,8 +279,8 @@ def _heads(
 
 
 def _mlp(
-    region: LayerRegion,
     nodes: list[fx.Node],
+    live: set[fx.Node],
     tracer: LaneTracer,
     weights: Mapping[fx.Node, str],
     tokens: int,
@@ -300,6 +307,9 @@ def _mlp(
             return
         numbers = _one_token(label.index, label.index.ndim - 2).reshape(-1)
         assignment.add(label.source, [[int(n)] for n in numbers])
+    if not _closed(sink.args[0], set(assignment.sources()), live):  # type: ignore[arg-type]
+        found.reasons.append(f"{weights[sink]}: its neurons meet values that are none of its own")
+        return
     bindings = _bindings(assignment, weights)
     if bindings is None or not _separable(assignment, tracer, {}, tokens):
         found.reasons.append(f"{weights[sink]}: its neurons cannot be told apart")
@@ -312,13 +322,33 @@ def _mlp(
 
 
 def _bindings(assignment: _Lanes, weights: Mapping[fx.Node, str]) -> list[Binding] | None:
-    bindings = []
+    """One binding per module; a module that runs twice must have one layout."""
+    bindings: dict[str, Binding] = {}
     for source in assignment.sources():
         blocks = assignment.blocks(source)
         if blocks is None or assignment.lane_of(source) is None:
             return None
-        bindings.append(Binding(weights[source], "out", blocks))
-    return bindings
+        binding = Binding(weights[source], "out", blocks)
+        if bindings.setdefault(binding.module, binding) != binding:
+            return None
+    return list(bindings.values())
+
+
+def _closed(end: fx.Node, sources: set[fx.Node], live: set[fx.Node]) -> bool:
+    """Whether all activations that a value is computed from come from the given sources.
+
+    What comes from elsewhere would keep its width when the sources are narrowed.
+    """
+    pending, seen = [end], set()
+    while pending:
+        node = pending.pop()
+        if node in sources or node in seen:
+            continue
+        seen.add(node)
+        if opname(node) in HEAVY or opname(node) == "mark":
+            return False
+        pending.extend(n for n in node.all_input_nodes if n in live)
+    return True
 
 
 def _lane_index(label: Label, lane_of: Tensor, tokens: int) -> Tensor:
@@ -374,6 +404,9 @@ def _narrow(
         if not labels or not isinstance(value, Tensor) or isinstance(labels[0].index, tuple):
             continue
         lanes = _lane_index(labels[0], tables[labels[0].source], tokens)
+        for label in labels[1:]:
+            # Joined values come from several sources, each from one of them.
+            lanes = torch.maximum(lanes, _lane_index(label, tables[label.source], tokens))
         axes = [
             axis
             for axis in range(lanes.ndim)

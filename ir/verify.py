@@ -192,17 +192,22 @@ def _broadcast(graph: Graph) -> Iterator[str]:
     """A smaller operand of equal rank in a sum or product broadcasts.
 
     Views are no operators, so an operand of the same size or larger may be arranged otherwise or
-    read in part.
+    read in part, and a smaller one may be arranged otherwise before it is broadcast.
     """
     known = graph.by_name
     for operator in graph:
         if operator.kind not in ("add", "multiply"):
             continue
         for source in (known[name] for name in operator.inputs):
-            fits = len(source.shape) != len(operator.shape) or all(
-                have in (want, Dim(1)) for have, want in zip(source.shape, operator.shape)
+            if len(source.shape) != len(operator.shape):
+                continue
+            *others, last = (
+                have in (want, Dim(1))
+                for have, want in zip(source.shape, operator.shape, strict=True)
             )
-            if not fits and _elements(source) < _elements(operator):
+            have, want = _elements(source), _elements(operator)
+            features_differ = all(others) and not last
+            if have < want and (features_differ or (not all(others) and want % have)):
                 yield f"operator {operator.name} cannot broadcast {source.name} to its shape"
 
 
@@ -273,6 +278,10 @@ def _flow(graph: Graph) -> Iterator[str]:
 def _bindings(graph: Graph) -> Iterator[str]:
     linears = {o.module: o for o in graph if o.kind == "linear"}
     for site in graph.sites:
+        bound = [(binding.module, binding.axis) for binding in site.bindings]
+        for module, axis in bound:
+            if bound.count((module, axis)) > 1:
+                yield f"site {site.name} binds {module}.{axis} twice"
         for binding in site.bindings:
             if binding.axis not in ("in", "out"):
                 yield f"site {site.name} binds axis '{binding.axis}' of {binding.module}"
