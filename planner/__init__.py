@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from planner.plan import Plan, load_plan, save_plan
+    from planner.runtime import budget, compile, plan_of, restore
 
 __version__ = "0.1.0"
 
@@ -19,9 +23,26 @@ if (_checkout / "pyproject.toml").is_file():
     __path__.append(str(_checkout))
 
 # name -> module that defines it; resolved on first use.
-_EXPORTS: dict[str, str] = {}
+_EXPORTS = {
+    "Plan": "planner.plan",
+    "budget": "planner.runtime",
+    "compile": "planner.runtime",
+    "load_plan": "planner.plan",
+    "plan_of": "planner.runtime",
+    "restore": "planner.runtime",
+    "save_plan": "planner.plan",
+}
 
-__all__ = ["__version__", *_EXPORTS]
+__all__ = [
+    "Plan",
+    "__version__",
+    "budget",
+    "compile",
+    "load_plan",
+    "plan_of",
+    "restore",
+    "save_plan",
+]
 
 
 def __getattr__(name: str) -> Any:

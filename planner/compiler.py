@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from planner import __version__
-from planner.budget import Budget
+from planner.budgets import Budget
 from planner.cache import cached_graph
 from planner.catalog import Source, find_model
 from planner.faithful import faithful_problem, unfold

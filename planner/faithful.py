@@ -17,7 +17,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from planner.budget import Budget
+from planner.budgets import Budget
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.problem import Choice, LayerChoices, Problem, SiteChoices, TokenOption

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from planner.budget import Budget
+from planner.budgets import Budget
 from planner.ir.cost import Workload, price
 from planner.ir.cost.devices import Device
 from planner.ir.dims import Dim

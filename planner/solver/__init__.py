@@ -1,0 +1,2 @@
+from planner.solver.exact import solve
+from planner.solver.solution import Infeasible, Solution

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.budget import Budget, Limit
+from planner.budgets import Budget, Limit
 from planner.ir.errors import InputError
 
 

@@ -1,0 +1,215 @@
+"""One token option of a Problem as integer tables, the form in which everything here computes.
+
+Utilities become integers, exactly summable in int64 and in float64 alike: each is multiplied by one
+power of two so that all of them together stay below 2^52, and rounded. `Scale.slack` bounds what
+the rounding can hide from any choice; certificates add it. Switches of a site are sorted by
+utility, so a site is a chain: keeping n switches means the best n, and is worth a prefix sum.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.problem import Choice, Costs, Problem, top
+
+__all__ = ["FORBIDDEN", "Assignment", "Branch", "Scale", "Tables"]
+
+Ints = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+#: Utility of a number of switches that may not be kept; no sum of real utilities comes near it.
+FORBIDDEN = -(1 << 60)
+
+# float64 holds every integer up to 2^53.
+_UTILITY_BITS = 52
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The power of two that turns utilities into integers.
+
+    Attributes:
+        exponent: integer utility = round(utility * 2^exponent).
+        slack: largest difference, in integer units, between the rounded and the exact utility of
+            any choice; 0 where every utility is a whole number of units.
+    """
+
+    exponent: int
+    slack: int
+
+    @staticmethod
+    def of(problem: Problem) -> Scale:
+        """The finest scale at which all utilities of a problem together stay below 2^52."""
+        fixed = [layer.utility for layer in problem.layers]
+        switches = [u for site in problem.sites for u in site.utilities.tolist()]
+        tokens = [token.utility for token in problem.tokens]
+        most = math.fsum(map(abs, fixed + switches)) + max(map(abs, tokens))
+        exponent = _UTILITY_BITS - math.frexp(most)[1] if most else 0
+        error = math.fsum(_rounding(u, exponent) for u in fixed + switches)
+        return Scale(exponent, math.ceil(error + max(_rounding(u, exponent) for u in tokens)))
+
+    def integers(self, utilities: npt.ArrayLike) -> Ints:
+        """Utilities as integers."""
+        return np.rint(np.ldexp(np.asarray(utilities, np.float64), self.exponent)).astype(np.int64)
+
+    @property
+    def negligible(self) -> float:
+        """About a thousandth of all utilities together; gaps are relative to no less."""
+        return self.real(1 << (_UTILITY_BITS - 10))
+
+    def real(self, units: int) -> float:
+        """Integer units as a utility."""
+        return math.ldexp(units, -self.exponent)
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """A choice in one branch, by counts.
+
+    Attributes:
+        on: shape (layers,).
+        counts: shape (sites,): switches kept; 0 in layers that are off.
+        utility: in integer units.
+        cost: shape (metrics,): what it takes of the branch's `room`.
+    """
+
+    on: Flags
+    counts: Ints
+    utility: int
+    cost: Costs
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """One token option: layers with their chains, and the room that is left for them.
+
+    Attributes:
+        utility: of the token option, in integer units.
+        room: shape (metrics,): limits less the token option's cost; negative if it does not fit.
+        optional: shape (layers,): whether a layer may be off.
+        layer_utility: shape (layers,).
+        layer_cost: shape (metrics, layers).
+        site_layer: shape (sites,): the layer of each site.
+        gain: shape (sites, most switches + 1): utility of the best n switches, or `FORBIDDEN`.
+        cost: shape (metrics, sites, most switches + 1).
+    """
+
+    utility: int
+    room: Costs
+    optional: Flags
+    layer_utility: Ints
+    layer_cost: Costs
+    site_layer: npt.NDArray[np.intp]
+    gain: Ints
+    cost: Costs
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.optional)
+
+    @property
+    def sites(self) -> int:
+        """Number of sites."""
+        return len(self.site_layer)
+
+    @cached_property
+    def site_index(self) -> npt.NDArray[np.intp]:
+        """0, 1, ..., sites - 1: the row of each site when counts pick from `gain` and `cost`."""
+        return np.arange(self.sites)
+
+    @cached_property
+    def minimum(self) -> Ints:
+        """Fewest switches of each site that may be kept; shape (sites,)."""
+        return (self.gain > FORBIDDEN).argmax(axis=1).astype(np.int64)
+
+    def assign(self, on: Flags, counts: Ints) -> Assignment:
+        """Total utility and cost of layers and counts."""
+        running = on[self.site_layer]
+        utility = self.utility + int(self.layer_utility[on].sum())
+        utility += int(self.gain[self.site_index, counts][running].sum())
+        cost = self.layer_cost[:, on].sum(axis=1)
+        cost = cost + self.cost[:, self.site_index, counts][:, running].sum(axis=1)
+        return Assignment(on, np.where(running, counts, 0), utility, cost)
+
+    def cheapest(self) -> Assignment:
+        """Every optional layer off, every site of the others at its minimum."""
+        return self.assign(~self.optional, self.minimum)
+
+    def fits(self, cost: Costs) -> bool:
+        """Whether a cost is within the room in every metric."""
+        return bool((cost <= self.room).all())
+
+
+class Tables:
+    """A Problem, scaled: makes its branches, and turns their assignments back into choices."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.scale = Scale.of(problem)
+        layers = problem.layers
+        self._token_utility = self.scale.integers([token.utility for token in problem.tokens])
+        self._layer_utility = self.scale.integers([layer.utility for layer in layers])
+        self._optional = np.array([layer.optional for layer in layers], dtype=bool)
+        self._site_layer = np.array(
+            [index for index, layer in enumerate(layers) for _ in layer.sites], dtype=np.intp
+        )
+        widest = max((site.switches for site in problem.sites), default=0)
+        self._gain = np.full((len(self._site_layer), widest + 1), FORBIDDEN, dtype=np.int64)
+        for row, site in zip(self._gain, problem.sites):
+            units = -np.sort(-self.scale.integers(site.utilities))
+            sums = np.concatenate([[0], np.cumsum(units)])
+            row[site.minimum : site.switches + 1] = sums[site.minimum :]
+        worth = self._layer_utility.copy()
+        np.add.at(worth, self._site_layer, self._gain.max(axis=1))
+        self._most = int(np.where(self._optional, np.maximum(worth, 0), worth).sum())
+
+    def optimistic(self, option: int) -> int:
+        """Utility of the best assignment of a branch, were there no limits."""
+        return int(self._token_utility[option]) + self._most
+
+    def branch(self, option: int) -> Branch:
+        """The branch of one token option."""
+        problem = self.problem
+        metrics = len(problem.metrics)
+        cost = np.zeros((metrics, *self._gain.shape), dtype=np.int64)
+        for row, site in enumerate(problem.sites):
+            cost[:, row, : site.switches + 1] = site.costs[option]
+        layer_cost = np.zeros((metrics, len(problem.layers)), dtype=np.int64)
+        for column, layer in enumerate(problem.layers):
+            layer_cost[:, column] = layer.costs[option]
+        return Branch(
+            utility=int(self._token_utility[option]),
+            room=problem.limits - problem.tokens[option].costs,
+            optional=self._optional,
+            layer_utility=self._layer_utility,
+            layer_cost=layer_cost,
+            site_layer=self._site_layer,
+            gain=self._gain,
+            cost=cost,
+        )
+
+    def choice(self, option: int, assignment: Assignment) -> Choice:
+        """The choice that keeps the best switches, as many as the assignment says."""
+        counts = assignment.counts.tolist()
+        kept = {
+            site.name: top(site.utilities, count) for site, count in zip(self.problem.sites, counts)
+        }
+        return Choice(option, tuple(assignment.on.tolist()), kept)
+
+    def assignment(self, choice: Choice) -> Assignment:
+        """The assignment that keeps as many switches as a choice does, in its option's branch."""
+        counts = [len(choice.kept[site.name]) for site in self.problem.sites]
+        return self.branch(choice.token_option).assign(
+            np.array(choice.layers_on, dtype=bool), np.array(counts, dtype=np.int64)
+        )
+
+
+def _rounding(utility: float, exponent: int) -> float:
+    units = math.ldexp(utility, exponent)
+    return abs(units - round(units))

@@ -1,0 +1,141 @@
+"""The core of a branch: the decisions that reduced-cost fixing leaves open, as integer columns.
+
+A decision is left open if the relaxation loses at most `depth` by being forced to it. An
+assignment that does something else is worth less than the relaxation's bound minus `depth`; so a
+core whose best assignment reaches that value holds the best of the whole branch (the expanding
+core of Pisinger 1995, doi:10.1016/0377-2217(94)00013-3, with Lagrangian bounds).
+
+A column is a step: of a site from one open count to the next, or of an undecided layer from off to
+on with its sites at their first open counts.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.problem import Costs
+from planner.solver.branch import FORBIDDEN, Assignment, Branch, Flags, Ints
+from planner.solver.columns import Columns, Step, are_loose
+from planner.solver.relaxation import Relaxation
+
+__all__ = ["Core"]
+
+Steps = tuple[Step, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Core:
+    """Maximise utility over integer columns, with costs within a room.
+
+    Attributes:
+        base: the assignment with every column at 0; it need not fit.
+        utility: shape (columns,): of a column per unit.
+        cost: shape (binding metrics, columns): of a column per unit.
+        upper: shape (columns,): largest value; the smallest is 0.
+        order: pairs (a, b) of columns: value a / upper a may not exceed value b / upper b.
+        room: shape (binding metrics,): what `base` leaves; other metrics cannot be exceeded.
+    """
+
+    base: Assignment
+    utility: Ints
+    cost: Costs
+    upper: Ints
+    order: list[tuple[int, int]]
+    room: Costs
+    _branch: Branch
+    _open: list[Ints]
+    _members: list[list[int]]
+
+    @staticmethod
+    def of(branch: Branch, relaxation: Relaxation, depth: float) -> Core:
+        """The decisions that lose at most `depth`."""
+        off_loss = np.where(branch.optional, np.maximum(-relaxation.worth, 0.0), 0.0)
+        is_open = relaxation.loss + off_loss[branch.site_layer, None] <= depth
+        is_open &= branch.gain > FORBIDDEN
+        undecided = branch.optional & (np.abs(relaxation.worth) <= depth)
+        settled_on = relaxation.assignment.on & ~undecided
+        # Sites of layers that are off have no open count; the first will do, for it is not used.
+        is_open[:, 0] |= ~(settled_on | undecided)[branch.site_layer]
+        open_counts = [np.flatnonzero(row) for row in is_open]
+        first = np.array([counts[0] for counts in open_counts], dtype=np.int64)
+        final = np.array([counts[-1] for counts in open_counts], dtype=np.int64)
+
+        base = branch.assign(settled_on, first)
+        most = branch.assign(settled_on | undecided, final)
+        binding = most.cost > branch.room
+        columns = Columns()
+        _add_layers(columns, branch, np.flatnonzero(undecided).tolist(), open_counts, binding)
+        settled_sites = np.flatnonzero(settled_on[branch.site_layer]).tolist()
+        _add_sites(columns, branch, settled_sites, open_counts, binding)
+        cost = np.array([step.cost for step in columns.steps], dtype=np.int64)
+        return Core(
+            base=base,
+            utility=np.array([step.utility for step in columns.steps], dtype=np.int64),
+            cost=cost.reshape(len(columns.steps), int(binding.sum())).T,
+            upper=np.array([len(members) for members in columns.members], dtype=np.int64),
+            order=columns.order,
+            room=(branch.room - base.cost)[binding],
+            _branch=branch,
+            _open=open_counts,
+            _members=columns.members,
+        )
+
+    def assignment(self, values: list[int]) -> Assignment:
+        """The assignment that values of the columns stand for, worth no less and costing no more.
+
+        Args:
+            values: one per column, between 0 and its `upper`.
+        """
+        sites = self._branch.sites
+        steps = np.zeros(sites + self._branch.layers, dtype=np.int64)
+        for members, value in zip(self._members, values):
+            np.add.at(steps, members[:value], 1)
+        counts = [counts[taken] for counts, taken in zip(self._open, steps.tolist())]
+        on = self.base.on | (steps[sites:] > 0)
+        return self._branch.assign(on, np.array(counts, dtype=np.int64))
+
+
+def _add_layers(
+    columns: Columns, branch: Branch, layers: list[int], open_counts: list[Ints], binding: Flags
+) -> None:
+    """Undecided layers, those with equal tables together."""
+    first = np.array([counts[0] for counts in open_counts], dtype=np.int64)
+    twins: dict[tuple[Step, tuple[Steps, ...]], list[int]] = defaultdict(list)
+    for layer in layers:
+        alone = branch.assign(np.arange(branch.layers) == layer, first)
+        entry = Step(alone.utility - branch.utility, tuple(alone.cost[binding].tolist()))
+        sites = np.flatnonzero(branch.site_layer == layer).tolist()
+        chains = tuple(_steps(branch, site, open_counts[site], binding) for site in sites)
+        twins[entry, chains].append(layer)
+    for (entry, chains), equal in twins.items():
+        on = columns.add(entry, [branch.sites + layer for layer in equal])
+        sites_of = [np.flatnonzero(branch.site_layer == layer).tolist() for layer in equal]
+        for chain, members in zip(chains, zip(*sites_of)):
+            columns.add_chain(chain, list(members), on)
+
+
+def _add_sites(
+    columns: Columns, branch: Branch, sites: list[int], open_counts: list[Ints], binding: Flags
+) -> None:
+    """Sites of layers that are on: loose steps by themselves, others in chains."""
+    loose: list[tuple[Step, int]] = []
+    twins: dict[Steps, list[int]] = defaultdict(list)
+    for site in sites:
+        chain = _steps(branch, site, open_counts[site], binding)
+        if are_loose(chain):
+            loose += [(step, site) for step in chain]
+        else:
+            twins[chain].append(site)
+    for chain, equal in twins.items():
+        columns.add_chain(chain, equal)
+    columns.add_loose(loose)
+
+
+def _steps(branch: Branch, site: int, counts: Ints, binding: Flags) -> Steps:
+    """The steps of a site from each of its open counts to the next."""
+    utility = np.diff(branch.gain[site, counts]).tolist()
+    cost = np.diff(branch.cost[binding][:, site, counts]).T.tolist()
+    return tuple(Step(gain, tuple(price)) for gain, price in zip(utility, cost))

@@ -1,0 +1,50 @@
+"""The exact solver: the best choice of a Problem, with a proof."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+from planner.problem import Choice, Problem
+from planner.solver.branch import Tables
+from planner.solver.search import Candidate, search
+from planner.solver.solution import Solution, certify, feasible_options
+
+__all__ = ["solve"]
+
+
+def solve(
+    problem: Problem,
+    *,
+    time_limit_seconds: float = 60.0,
+    gap: float = 0.0,
+    hint: Choice | None = None,
+) -> Solution:
+    """Maximise utility within all limits.
+
+    The same problem gives the same answer, unless the time limit cuts the search short.
+
+    Args:
+        problem: what to solve.
+        time_limit_seconds: after it the best choice so far is returned with the bound so far.
+        gap: relative distance from the bound at which a choice is good enough; 0 asks for a proof.
+        hint: a choice to start from, for example a scheduler's; ignored if it is not feasible.
+
+    Raises:
+        InputError: if the problem's tables are inconsistent.
+        Infeasible: if no choice respects the limits.
+    """
+    begin = time.perf_counter()
+    problem.check()
+    options = feasible_options(problem)
+    tables = Tables(problem)
+    candidates = [
+        Candidate(tables.optimistic(option), partial(tables.branch, option)) for option in options
+    ]
+    start = None
+    if hint is not None and problem.is_feasible(hint):
+        start = options.index(hint.token_option), tables.assignment(hint)
+    outcome = search(candidates, deadline=begin + time_limit_seconds, gap=gap, start=start)
+    option = options[outcome.index]
+    seconds = time.perf_counter() - begin
+    return certify(tables, option, outcome.assignment, outcome.bound, seconds)

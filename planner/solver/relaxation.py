@@ -1,0 +1,133 @@
+"""Lagrangian relaxation of one branch: upper bounds, and what every single decision would lose.
+
+With a price per unit of each metric instead of limits, sites and layers decide on their own:
+
+    bound(prices) = utility + prices . room + sum over layers of max(0, worth of the layer),
+    worth of a layer = utility - prices . cost + sum over sites of max_n (gain(n) - prices . cost(n))
+
+Any prices >= 0 give a valid bound (Everett 1963, doi:10.1287/opre.11.3.399); the tightest equals
+the bound of the linear program over convex combinations, whose dual values they are. GLOP solves
+that program. Forcing one decision that the relaxation does not take lowers the bound by its loss,
+so decisions whose loss exceeds the distance to a known answer are settled (reduced-cost fixing).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse as sparse
+from ortools.linear_solver.python import model_builder_helper
+
+from planner.solver.branch import FORBIDDEN, Assignment, Branch
+
+__all__ = ["Relaxation", "best_prices", "relax"]
+
+Floats = npt.NDArray[np.float64]
+
+# Objective values of the linear program are utilities in these units: around 2^10 at most.
+_LP_UTILITY_UNIT = 2.0**40
+
+
+@dataclass(frozen=True, eq=False)
+class Relaxation:
+    """What a branch is worth at given prices.
+
+    Attributes:
+        prices: shape (metrics,), integer utility units per unit of cost.
+        bound: no feasible assignment of the branch has a larger utility; rounding included.
+        margin: largest rounding error of `bound`, and of any comparison of a loss with it.
+        worth: shape (layers,): of each layer at its best counts; it is taken if positive.
+        loss: shape (sites, most switches + 1): how far each count is below the site's best.
+        assignment: what the relaxation takes; it need not fit the room.
+    """
+
+    prices: Floats
+    bound: int
+    margin: float
+    worth: Floats
+    loss: Floats
+    assignment: Assignment
+
+
+def relax(branch: Branch, prices: Floats) -> Relaxation:
+    """Solve a branch at given prices.
+
+    Args:
+        branch: the branch.
+        prices: shape (metrics,), not negative.
+    """
+    value = branch.gain - np.tensordot(prices, branch.cost, 1)
+    counts = value.argmax(axis=1)
+    best = value[branch.site_index, counts]
+    worth = branch.layer_utility - prices @ branch.layer_cost
+    worth = worth + np.bincount(branch.site_layer, best, branch.layers)
+    on = (worth > 0) | ~branch.optional
+    bound = branch.utility + float(prices @ branch.room) + float(worth[on].sum())
+    margin = _rounding_error(branch, prices)
+    return Relaxation(
+        prices=prices,
+        bound=int(np.floor(bound + margin)),
+        margin=margin,
+        worth=worth,
+        loss=best[:, None] - value,
+        assignment=branch.assign(on, counts),
+    )
+
+
+def best_prices(branch: Branch) -> Floats:
+    """The prices with the tightest bound, up to the tolerance of the linear program.
+
+    Args:
+        branch: a branch whose cheapest assignment fits.
+
+    Returns:
+        Shape (metrics,), not negative.
+    """
+    free = np.zeros(len(branch.room))
+    if branch.fits(relax(branch, free).assignment.cost):
+        return free
+    site, count = np.nonzero(branch.gain > FORBIDDEN)
+    columns, metrics = len(site), len(branch.room)
+    unit = np.maximum(branch.room, 1).astype(np.float64)
+    value = np.concatenate([branch.layer_utility, branch.gain[site, count]]) / _LP_UTILITY_UNIT
+    cost = np.concatenate([branch.layer_cost, branch.cost[:, site, count]], axis=1) / unit[:, None]
+    # One row per site: the shares of its counts add up to the share of its layer.
+    shares = sparse.csr_matrix(
+        (
+            np.concatenate([np.ones(columns), -np.ones(branch.sites)]),
+            (
+                np.concatenate([site, branch.site_index]),
+                np.concatenate([branch.layers + np.arange(columns), branch.site_layer]),
+            ),
+        ),
+        shape=(branch.sites, branch.layers + columns),
+    )
+    model = model_builder_helper.ModelBuilderHelper()
+    model.fill_model_from_sparse_data(
+        np.concatenate([np.where(branch.optional, 0.0, 1.0), np.zeros(columns)]),
+        np.concatenate([np.ones(branch.layers), np.full(columns, np.inf)]),
+        -value,
+        np.concatenate([np.full(metrics, -np.inf), np.zeros(branch.sites)]),
+        np.concatenate([branch.room / unit, np.zeros(branch.sites)]),
+        sparse.vstack([sparse.csr_matrix(cost), shares], format="csr"),
+    )
+    solver = model_builder_helper.ModelSolverHelper("GLOP")
+    solver.set_solver_specific_parameters("use_preprocessing: false")
+    solver.solve(model)
+    dual = np.asarray(solver.dual_values())[:metrics]
+    # A minimisation's duals of "<=" rows are not positive; tolerances may leave a trace.
+    prices: Floats = np.maximum(-dual, 0.0) * _LP_UTILITY_UNIT / unit
+    return prices
+
+
+def _rounding_error(branch: Branch, prices: Floats) -> float:
+    """Twice the a-priori error of the sums in `relax` (Higham 2002, section 4.2)."""
+    allowed = np.where(branch.gain > FORBIDDEN, branch.gain, 0)
+    magnitude = abs(branch.utility) + float(np.abs(branch.layer_utility).sum())
+    magnitude += float(np.abs(allowed).max(axis=1, initial=0).sum())
+    most = branch.layer_cost.sum(axis=1) + branch.cost.max(axis=2, initial=0).sum(axis=1)
+    magnitude += float(prices @ (most + np.abs(branch.room)))
+    terms = len(prices) + branch.sites + branch.layers + 16
+    return 2.0 * terms * float(np.finfo(np.float64).eps) * magnitude

@@ -1,0 +1,150 @@
+"""From prices to a feasible assignment: round down, then improve by moves and by exchanges.
+
+A move sets one site to another count, or switches one layer. A move that helps and fits the slack
+is taken; when there is none left, an exchange makes room with one move and uses it with another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.problem import Costs
+from planner.solver.branch import FORBIDDEN, Assignment, Branch, Ints
+from planner.solver.relaxation import Floats, Relaxation, relax
+
+__all__ = ["improve", "round_down"]
+
+# An exchange looks at this many of the most promising moves of either kind.
+_EXCHANGED = 128
+_ROUNDS = 100
+_BISECTIONS = 20
+
+
+def round_down(branch: Branch, relaxation: Relaxation) -> Assignment:
+    """What the relaxation takes once its prices are raised, in proportion, until that fits.
+
+    Args:
+        branch: a branch whose cheapest assignment fits.
+        relaxation: of the branch, at the prices to start from.
+    """
+    if branch.fits(relaxation.assignment.cost):
+        return relaxation.assignment
+    best = branch.cheapest()
+    low, high = 1.0, 2.0**_BISECTIONS
+    # Most often a price a trifle higher is enough, so the bisection is geometric.
+    for _ in range(_BISECTIONS):
+        middle = 1.0 + float(np.sqrt((max(low - 1.0, 2.0**-30)) * (high - 1.0)))
+        taken = relax(branch, relaxation.prices * middle).assignment
+        if branch.fits(taken.cost):
+            high = middle
+            best = max(best, taken, key=lambda assignment: assignment.utility)
+        else:
+            low = middle
+    return best
+
+
+def improve(branch: Branch, start: Assignment, relaxation: Relaxation) -> Assignment:
+    """Apply the best move, or else the best exchange, that fits, until none helps.
+
+    Args:
+        branch: the branch.
+        start: an assignment that fits.
+        relaxation: of the branch; its prices rank the moves, its counts fill a layer switched on.
+
+    Returns:
+        An assignment that fits and is worth at least as much.
+    """
+    entry = np.maximum(relaxation.assignment.counts, branch.minimum)
+    current = start
+    for _ in range(_ROUNDS):
+        slack = branch.room - current.cost
+        moves = _moves(branch, current, entry)
+        loss = relaxation.prices @ moves.cost - moves.utility
+        chosen = _best_single(moves, loss, slack) or _best_exchange(moves, loss, slack)
+        if not chosen:
+            return current
+        on, counts = current.on.copy(), current.counts.copy()
+        for move in chosen:
+            layer, site, count = moves.layer[move], moves.site[move], moves.count[move]
+            if site >= 0:
+                counts[site] = count
+            else:
+                on[layer] = count
+                inside = branch.site_layer == layer
+                counts[inside] = entry[inside]
+        current = branch.assign(on, counts)
+    return current
+
+
+@dataclass(frozen=True, eq=False)
+class _Moves:
+    """Changes of one site or layer each.
+
+    Attributes:
+        utility: shape (moves,): change of utility.
+        cost: shape (metrics, moves): change of cost.
+        layer: shape (moves,).
+        site: shape (moves,); -1 where the whole layer is switched.
+        count: shape (moves,): the new count of the site, or 1 and 0 for a layer on and off.
+    """
+
+    utility: Ints
+    cost: Costs
+    layer: npt.NDArray[np.intp]
+    site: npt.NDArray[np.intp]
+    count: Ints
+
+
+def _moves(branch: Branch, current: Assignment, entry: Ints) -> _Moves:
+    """Every other count of every running site, and every optional layer the other way."""
+    rows = branch.site_index
+    allowed = (branch.gain > FORBIDDEN) & current.on[branch.site_layer][:, None]
+    allowed[rows, current.counts] = False
+    site, count = np.nonzero(allowed)
+    utility = branch.gain[site, count] - branch.gain[site, current.counts[site]]
+    cost = branch.cost[:, site, count] - branch.cost[:, site, current.counts[site]]
+
+    inside = np.where(current.on[branch.site_layer], current.counts, entry)
+    layer_utility = branch.layer_utility.copy()
+    np.add.at(layer_utility, branch.site_layer, branch.gain[rows, inside])
+    layer_cost = branch.layer_cost.copy()
+    np.add.at(layer_cost, (slice(None), branch.site_layer), branch.cost[:, rows, inside])
+    layer = np.flatnonzero(branch.optional)
+    direction = np.where(current.on[layer], -1, 1)
+    return _Moves(
+        utility=np.concatenate([utility, layer_utility[layer] * direction]),
+        cost=np.concatenate([cost, layer_cost[:, layer] * direction], axis=1),
+        layer=np.concatenate([branch.site_layer[site], layer]),
+        site=np.concatenate([site, np.full(len(layer), -1)]),
+        count=np.concatenate([count, ~current.on[layer]]),
+    )
+
+
+def _best_single(moves: _Moves, loss: Floats, slack: Costs) -> tuple[int, ...]:
+    """The fitting, helpful move that loses least; of equals, the most useful."""
+    helpful = np.flatnonzero((moves.utility > 0) & (moves.cost <= slack[:, None]).all(axis=0))
+    if not len(helpful):
+        return ()
+    order = np.lexsort((-moves.utility[helpful], loss[helpful]))
+    return (int(helpful[order[0]]),)
+
+
+def _best_exchange(moves: _Moves, loss: Floats, slack: Costs) -> tuple[int, ...]:
+    """The pair of a move that is worth something and one that makes room for it."""
+    order = np.argsort(loss, kind="stable")
+    up = order[moves.utility[order] > 0][:_EXCHANGED]
+    down = order[moves.utility[order] <= 0][:_EXCHANGED]
+    utility = moves.utility[up][:, None] + moves.utility[down]
+    possible = utility > 0
+    for cost, left in zip(moves.cost, slack.tolist()):
+        possible &= cost[up][:, None] + cost[down] <= left
+    whole = (moves.site[up] < 0)[:, None] | (moves.site[down] < 0)
+    possible &= moves.site[up][:, None] != moves.site[down]
+    possible &= ~(whole & (moves.layer[up][:, None] == moves.layer[down]))
+    if not possible.any():
+        return ()
+    first, second = np.unravel_index(np.where(possible, utility, 0).argmax(), utility.shape)
+    return int(up[first]), int(down[second])

@@ -1,0 +1,167 @@
+"""Best-first search over branches, each solved on a core that grows until its best is proven.
+
+Branches wait in order of an upper bound that is tightened as they come up: first by prices that a
+neighbour has already paid for, then by the branch's own linear program. The first branch whose
+bound does not beat the best answer ends the search, for all that wait behind it have lower ones.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.solver.branch import Assignment, Branch
+from planner.solver.core import Core
+from planner.solver.cpsat import solve_core
+from planner.solver.relaxation import Floats, Relaxation, best_prices, relax
+from planner.solver.rounding import improve, round_down
+
+__all__ = ["Candidate", "Outcome", "search"]
+
+# The first core has about this many columns; while it has not settled the branch it is made deeper.
+_FIRST_COLUMNS = 64
+_GROWTH = 3
+# CP-SAT's deterministic time (about two seconds) for every core but the one that is the last word.
+_CORE_EFFORT = 1.0
+_NOTHING = -(1 << 62)
+
+# What is known of a waiting candidate's bound.
+_UNSEEN, _SCREENED, _REFINED = range(3)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A branch that is built only once it comes up.
+
+    Attributes:
+        bound: upper bound on its utility, in integer units.
+        build: makes it. Its cheapest assignment must fit.
+    """
+
+    bound: int
+    build: Callable[[], Branch]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a search ended.
+
+    Attributes:
+        index: of the candidate with the best answer.
+        assignment: the answer.
+        bound: no assignment of any candidate has a larger utility, in integer units.
+    """
+
+    index: int
+    assignment: Assignment
+    bound: int
+
+
+def search(
+    candidates: Sequence[Candidate],
+    *,
+    deadline: float,
+    gap: float = 0.0,
+    start: tuple[int, Assignment] | None = None,
+) -> Outcome:
+    """The best assignment over all candidates.
+
+    Args:
+        candidates: at least one.
+        deadline: on `time.perf_counter`'s clock; the search then ends with what it has.
+        gap: relative distance from the bound at which an answer is good enough.
+        start: index and assignment of an answer that is known to fit.
+    """
+    state = _Search(candidates, deadline, gap)
+    if start is not None:
+        state.offer(*start)
+    return state.run()
+
+
+class _Search:
+    """The state of one search."""
+
+    def __init__(self, candidates: Sequence[Candidate], deadline: float, gap: float) -> None:
+        self.candidates = candidates
+        self.deadline = deadline
+        self.gap = gap
+        self.best: tuple[int, Assignment] | None = None
+        self.settled = _NOTHING
+
+    @property
+    def utility(self) -> int:
+        """Of the best answer so far."""
+        return _NOTHING if self.best is None else self.best[1].utility
+
+    @property
+    def target(self) -> int:
+        """The smallest utility that is still of interest."""
+        return self.utility + int(self.gap * abs(self.utility)) + 1
+
+    def offer(self, index: int, assignment: Assignment) -> None:
+        """Remember an answer if it is the best so far."""
+        if assignment.utility > self.utility:
+            self.best = (index, assignment)
+
+    def run(self) -> Outcome:
+        """Work through the candidates, the highest bound first."""
+        waiting = [(-c.bound, index, _UNSEEN) for index, c in enumerate(self.candidates)]
+        heapq.heapify(waiting)
+        branches: dict[int, Branch] = {}
+        relaxations: dict[int, Relaxation] = {}
+        prices: Floats | None = None
+        while waiting and -waiting[0][0] >= self.target:
+            if self.best is not None and time.perf_counter() > self.deadline:
+                break
+            negative, index, stage = heapq.heappop(waiting)
+            bound = -negative
+            if stage == _UNSEEN:
+                branches[index] = self.candidates[index].build()
+            branch = branches[index]
+            if stage == _REFINED:
+                self.settle(index, branch, relaxations[index])
+                continue
+            if stage == _UNSEEN and prices is not None:
+                relaxation, stage = relax(branch, prices), _SCREENED
+            else:
+                prices = best_prices(branch)
+                relaxation, stage = relax(branch, prices), _REFINED
+                relaxations[index] = relaxation
+                rounded = round_down(branch, relaxation)
+                self.offer(index, improve(branch, rounded, relaxation))
+            heapq.heappush(waiting, (-min(bound, relaxation.bound), index, stage))
+        assert self.best is not None
+        open_bound = -waiting[0][0] if waiting else _NOTHING
+        bound = max(self.settled, open_bound, self.utility)
+        return Outcome(self.best[0], self.best[1], bound)
+
+    def settle(self, index: int, branch: Branch, relaxation: Relaxation) -> None:
+        """Find the best of one branch, or prove that it does not beat the best so far."""
+        losses = np.sort(np.concatenate([relaxation.loss.ravel(), np.abs(relaxation.worth)]))
+        columns, covered = _FIRST_COLUMNS, -1.0
+        while (reach := relaxation.bound - self.target) > covered:
+            # Every site has one count that loses nothing: the one that the relaxation takes.
+            position = min(branch.sites + columns, len(losses) - 1)
+            depth = min(float(losses[position]), reach)
+            last = depth == reach or position == len(losses) - 1
+            answer = solve_core(
+                Core.of(branch, relaxation, depth + relaxation.margin),
+                self.target,
+                relaxation.bound,
+                seconds=self.deadline - time.perf_counter(),
+                effort=math.inf if last else _CORE_EFFORT,
+            )
+            if answer.assignment is not None:
+                self.offer(index, answer.assignment)
+            if last:
+                self.settled = max(self.settled, answer.bound)
+                return
+            if answer.finished:
+                covered = depth
+            columns *= _GROWTH
+        self.settled = max(self.settled, min(relaxation.bound, self.target - 1))
