@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from planner.ir.cost.flops import operator_kv_elements, operator_parameters
+from planner.ir.cost.flops import attended_keys, operator_kv_elements, operator_parameters
 from planner.ir.dims import product
 from planner.ir.graph import Graph, Operator
 
 __all__ = ["activation_bytes", "peak_bytes"]
 
-# Norms, rotations and softmaxes are several steps each: stock code holds up to three intermediate
-# values of the output's size, in single precision.
-_COMPOSITE = frozenset(["norm", "rotary", "softmax"])
-_INTERMEDIATE_BYTES = 3 * 4
+# Stock code computes norms, rotations and some activations (tanh-approximated GELU) in several
+# steps, holding up to three values of the output's size on the way.
+_INTERMEDIATES = 3
+_SINGLE_ACTIVATIONS = frozenset(["silu", "gelu", "relu", "leaky_relu", "elu", "mish", "hardswish"])
+_SINGLE_PRECISION = 4
 
 
 def peak_bytes(graph: Graph, sizes: Mapping[str, int]) -> int:
     """Bytes that a step needs at its worst moment, at most.
 
     Parameters, the KV cache as the step leaves it, one layer's share of the cache again (stock
-    caches grow by copying) and `activation_bytes`. Attention is fused: a matrix of scores is not
-    counted. Nor are the allocator's gaps, the device's context, or hidden states that a caller
-    asks to be given.
+    caches grow by copying), masks, tables of rotations and `activation_bytes`. Attention is fused:
+    a matrix of scores is not counted. Nor are the allocator's gaps, the device's context, the
+    pixels, or hidden states that a caller asks to be given.
 
     Args:
         graph: dense, or specialised to a plan.
@@ -32,7 +33,28 @@ def peak_bytes(graph: Graph, sizes: Mapping[str, int]) -> int:
     parameters = sum(operator_parameters(operator) for operator in graph)
     cached = [operator_kv_elements(operator, sizes) for operator in graph]
     cache = sum(cached) + max(cached, default=0)
-    return (parameters + cache) * element + activation_bytes(graph, sizes)
+    held = (parameters + cache) * element + _shared_bytes(graph, sizes)
+    return held + activation_bytes(graph, sizes)
+
+
+def _shared_bytes(graph: Graph, sizes: Mapping[str, int]) -> int:
+    """Bytes of what a decoder prepares once for all its layers: masks, and tables of rotations.
+
+    A mask holds an element per query and key, and there is one for each window; the tables hold
+    cosines and sines in single precision.
+    """
+    element = int(graph.properties.get("dtype_bytes", 2))
+    masks: dict[int, int] = {}
+    tables = 0
+    for operator in graph:
+        if operator.kind == "attention" and operator.part == "decoder":
+            rows = sizes["batch"] * operator.shape[-2].evaluate(sizes)
+            mask = rows * attended_keys(operator, sizes) * element
+            window = operator.get("window", 0)
+            masks[window] = max(masks.get(window, 0), mask)
+            table = rows * operator.integer("head_dim") * 2 * _SINGLE_PRECISION
+            tables = max(tables, table)
+    return sum(masks.values()) + tables * len(masks)
 
 
 def activation_bytes(graph: Graph, sizes: Mapping[str, int]) -> int:
@@ -49,12 +71,20 @@ def activation_bytes(graph: Graph, sizes: Mapping[str, int]) -> int:
     for position, operator in enumerate(graph):
         elements = product(operator.shape, sizes)
         alive += elements * element
-        extra = elements * _INTERMEDIATE_BYTES if operator.kind in _COMPOSITE else 0
-        worst = max(worst, alive + extra)
+        worst = max(worst, alive + elements * _intermediate_bytes(operator, element))
         end = released[operator.name]
         freed[end] = freed.get(end, 0) + elements * element
         alive -= freed.pop(position, 0)
     return worst
+
+
+def _intermediate_bytes(operator: Operator, element: int) -> int:
+    """Bytes per element of the output that an operator holds while it runs."""
+    if operator.kind in ("norm", "softmax"):
+        return _INTERMEDIATES * _SINGLE_PRECISION
+    if operator.kind == "activation" and operator["function"] not in _SINGLE_ACTIVATIONS:
+        return _INTERMEDIATES * element
+    return _INTERMEDIATES * element if operator.kind == "rotary" else 0
 
 
 def _released(graph: Graph, order: Mapping[str, int]) -> dict[str, int]:
