@@ -56,9 +56,11 @@ def test_reads_the_forms_of_the_public_mixture(folder):
         [
             record(conversations=many_turns, model="extra keys are allowed"),
             {"id": 7, "conversations": text_only},
+            {"id": 8, "conversations": [{"from": "gpt", "value": "Welcome"}, *text_only]},
         ],
     )
-    first, second = data
+    first, second, third = data
+    assert third.turns == second.turns
     assert [(t.question, t.answer) for t in first.turns] == [
         ("What is it?", "A dot."),
         ("Sure?", "Yes."),
@@ -79,7 +81,9 @@ BAD = {
     ),
     "missing image": (record(image="lost.png"), "lost.png.* does not exist"),
     "no conversation": (record(conversations=[]), '"conversations" is missing or empty'),
-    "wrong speaker": (record(conversations=record()["conversations"][::-1]), 'from "human"'),
+    "wrong speaker": (record(conversations=record()["conversations"][:1] * 2), 'from "gpt"'),
+    "only an answer": (record(conversations=record()["conversations"][1:]), "has no answer"),
+    "no file name": (record(image=None), '"image" is not the name of a file'),
     "not a record": ("text", "expected an object"),
 }
 

@@ -172,6 +172,7 @@ class LlavaConversations(Sequence[Conversation]):
         messages = record.get("conversations")
         if not isinstance(messages, list) or not messages:
             raise InputError(f'{where}: "conversations" is missing or empty.')
+        messages = _from_first_question(messages)
         for position, message in enumerate(messages):
             speaker = "gpt" if position % 2 else "human"
             if not isinstance(message, dict) or message.get("from") != speaker:
@@ -179,12 +180,15 @@ class LlavaConversations(Sequence[Conversation]):
             value = message.get("value")
             if not isinstance(value, str) or (position % 2 and not value.strip()):
                 raise InputError(f"{where}: message {position} has no text.")
-        if len(messages) % 2:
+        if len(messages) % 2 or not messages:
             raise InputError(f"{where}: the last question has no answer.")
-        if "image" in record and not (self.image_folder / record["image"]).is_file():
-            raise InputError(
-                f'{where}: image "{self.image_folder / record["image"]}" does not exist.'
-            )
+        if "image" not in record:
+            return
+        if not isinstance(record["image"], str):
+            raise InputError(f'{where}: "image" is not the name of a file.')
+        file = self.image_folder / record["image"]
+        if not file.is_file():
+            raise InputError(f'{where}: image "{file}" does not exist.')
 
     def _load(self, record: dict[str, Any]) -> Conversation:
         image = None
@@ -198,9 +202,8 @@ class LlavaConversations(Sequence[Conversation]):
                     f'{self.path}, id "{record.get("id", "")}": '
                     f'image "{file}" cannot be read ({error}).'
                 ) from error
-        texts = [
-            message["value"].replace(IMAGE_TAG, "").strip() for message in record["conversations"]
-        ]
+        messages = _from_first_question(record["conversations"])
+        texts = [message["value"].replace(IMAGE_TAG, "").strip() for message in messages]
         families = record.get("families") or [None] * (len(texts) // 2)
         kinds = record.get("kinds") or [None] * (len(texts) // 2)
         turns = zip(texts[::2], texts[1::2], families, kinds, strict=True)
@@ -240,6 +243,12 @@ def _messages(conversation: Conversation) -> Iterator[dict[str, str]]:
     for position, turn in enumerate(conversation.turns):
         yield {"from": "human", "value": (tag if position == 0 else "") + turn.question}
         yield {"from": "gpt", "value": turn.answer}
+
+
+def _from_first_question(messages: list[Any]) -> list[Any]:
+    # As LLaVA does: a few records of its mixture begin with an answer, which is left out.
+    starts_with_answer = isinstance(messages[0], dict) and messages[0].get("from") == "gpt"
+    return messages[1:] if starts_with_answer else messages
 
 
 def _turn(question: Question) -> Turn:

@@ -1,0 +1,28 @@
+"""Write rendered scenes as LLaVA conversation JSON with images.
+
+python -m planner.training.data --split train --scenes 1000 --output build/scenes [--seed 0]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from planner.training.data import SPLITS, SceneConversations, SceneQuestions, write_llava
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Write rendered scenes in LLaVA's form.")
+    parser.add_argument("--split", default="train", choices=sorted(SPLITS))
+    parser.add_argument("--scenes", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--one-question", action="store_true", help="the evaluation's form")
+    parser.add_argument("--output", required=True, metavar="FOLDER")
+    options = parser.parse_args()
+    kind = SceneQuestions if options.one_question else SceneConversations
+    scenes = kind(options.split, options.scenes, options.seed)
+    print(write_llava((scenes[i] for i in range(len(scenes))), options.output))
+
+
+if __name__ == "__main__":
+    main()
