@@ -20,6 +20,8 @@ __all__ = [
     "operator_flops",
     "operator_kv_elements",
     "operator_parameters",
+    "operator_weights",
+    "tokens_scored",
 ]
 
 Formula = Callable[[Operator, Mapping[str, int]], int]
@@ -37,6 +39,15 @@ def attended_keys(operator: Operator, sizes: Mapping[str, int]) -> int:
         return keys
     queries = operator.shape[-2].evaluate(sizes)
     return queries + min(keys - queries, operator.integer("window") - 1)
+
+
+def tokens_scored(operator: Operator, sizes: Mapping[str, int]) -> int:
+    """Tokens that a token stage chooses from, in all samples; 0 where it keeps everything.
+
+    A decoding step passes its one token on.
+    """
+    before = Dim.of(operator["before"]).evaluate(sizes)
+    return 0 if before == operator.shape[-2].evaluate(sizes) else sizes["batch"] * before
 
 
 def _linear(operator: Operator, sizes: Mapping[str, int]) -> int:
@@ -76,15 +87,12 @@ def _scan(operator: Operator, sizes: Mapping[str, int]) -> int:
     return sizes["batch"] * sizes[query] * operator.integer("flops_per_row")
 
 
-# Every kind that multiplies; the others have no FLOPs in this convention.
 def _select_tokens(operator: Operator, sizes: Mapping[str, int]) -> int:
-    """The last query's scores over all keys, where anything is dropped at all (not in decoding)."""
-    before = Dim.of(operator["before"]).evaluate(sizes)
-    if before == operator.shape[-2].evaluate(sizes):
-        return 0
-    return 2 * sizes["batch"] * before * operator.integer("score_width")
+    """2 * samples * tokens * score_width: one query's scores, where any token is dropped at all."""
+    return 2 * tokens_scored(operator, sizes) * operator.integer("score_width")
 
 
+# Every kind that multiplies; the others have no FLOPs in this convention.
 FORMULAS: Mapping[str, Formula] = MappingProxyType(
     {
         "linear": _linear,

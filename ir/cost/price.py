@@ -18,6 +18,7 @@ from planner.ir.cost.flops import (
     operator_kv_elements,
     operator_parameters,
     operator_weights,
+    tokens_scored,
 )
 from planner.ir.dims import product
 from planner.ir.graph import Graph, Operator
@@ -37,7 +38,7 @@ _LIGHT_OPERATIONS = {
     "reduce": 1,
 }
 _LINEAR = frozenset(["linear", "fused_linear", "norm_linear", "experts"])
-_COPIES = frozenset(["embedding", "gather", "select_tokens"])
+_COPIES = frozenset(["embedding", "gather"])
 _ELEMENTWISE = frozenset(
     ["norm", "softmax", "rotary", "activation", "multiply", "add", "elementwise"]
 )
@@ -96,6 +97,8 @@ def _inputs_read(operator: Operator, graph: Graph, sizes: Mapping[str, int], out
         return _attention_inputs(operator, sizes)
     if kind in _COPIES:
         return output
+    if kind == "select_tokens":
+        return output + tokens_scored(operator, sizes) * operator.integer("score_width")
     read = [product(graph.by_name[i].shape, sizes) for i in operator.inputs if i in graph.by_name]
     if kind in _ELEMENTWISE:
         # A slice of a wider value (the gate of a fused projection) is all that is read of it.
@@ -127,7 +130,8 @@ def price(
     """
     parameters = operator_parameters(operator)
     output = product(operator.shape, sizes)
-    if output == 0 or operator.kind == "input":
+    idle = operator.kind == "select_tokens" and not tokens_scored(operator, sizes)
+    if output == 0 or idle or operator.kind == "input":
         return Cost(parameters=parameters)
     element = int(graph.properties.get("dtype_bytes", 2))
     flops = operator_flops(operator, sizes)
