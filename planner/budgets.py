@@ -70,7 +70,9 @@ class Limit:
             )
         value, unit = Fraction(match[1]), match[2]
         percent = unit == "%"
-        absolute = unit not in ("", "%") or (equals and metric == "flops" and value >= _FEWEST_FLOPS)
+        absolute = unit not in ("", "%") or (
+            equals and metric == "flops" and value >= _FEWEST_FLOPS
+        )
         if absolute and value > 0:
             return Limit(metric, amount=value * units[unit])
         if percent:

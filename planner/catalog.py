@@ -16,7 +16,7 @@ from typing import Any
 
 from planner.ir.errors import InputError
 
-__all__ = ["Source", "aliases", "find_model"]
+__all__ = ["HUB", "Source", "aliases", "find_model"]
 
 # alias -> what it is; its config is planner/aliases/<alias>.json, tiny-llava's lies by its weights.
 ALIASES = {
@@ -24,6 +24,11 @@ ALIASES = {
     "llava-13b": "LLaVA-1.5 with Vicuna-13B (llava-hf/llava-1.5-13b-hf)",
     "mipha-3b": "Phi-2 with SigLIP, the model of Mipha-3B (arXiv 2403.06199)",
     "tiny-llava": "the small LLaVA that ships with planner, for trying things out",
+}
+# alias -> where its weights are, for the commands that need weights.
+HUB = {
+    "llava-7b": "llava-hf/llava-1.5-7b-hf",
+    "llava-13b": "llava-hf/llava-1.5-13b-hf",
 }
 
 

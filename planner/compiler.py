@@ -39,6 +39,7 @@ class Request:
     model: str
     budget: Any = 0.65
     switches: str = "all"
+    tokens: str | None = None
     utilities: str = "prior"
     device: str | None = None
     scope: str | None = None
@@ -128,6 +129,8 @@ def plan_graph(
         load = Workload.default(
             graph, request.image_tokens, request.text_tokens, request.new_tokens, request.batch
         )
+        if request.tokens is not None:
+            switches = switches.with_selector(request.tokens, load.image_tokens)
         pricing = Pricing(graph, load, switches, find_device(device), scope)
         utilities = _utilities(request.utilities, graph, pricing)
         if switches.faithful:

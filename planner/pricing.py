@@ -70,6 +70,8 @@ class Pricing:
         if not self.stages:
             return ((),)
         of = self.workload.image_tokens
+        if self.switches.token_counts is not None:
+            return (self.switches.token_counts[: len(self.stages)],)
         counts = self.keep or tuple(dict.fromkeys(max(1, int(of * f)) for f in KEEP_FRACTIONS))
         if any(not 0 <= c <= of for c in counts):
             raise InputError(f"image tokens to keep must lie between 0 and {of}")
@@ -250,11 +252,7 @@ class Pricing:
     @cached_property
     def base(self) -> dict[str, float]:
         """Cost of the base model per metric: FLOPs, seconds, bytes, bytes."""
-        option = (
-            self.token_options[0]
-            if not self.stages
-            else (self.workload.image_tokens,) * len(self.stages)
-        )
+        option = (self.workload.image_tokens,) * len(self.stages)
         cost = self.outside(option)
         for layer in range(self.graph.layers):
             sites = [s for s in self.graph.sites_at(layer) if s.kind != "layer"]
@@ -359,7 +357,7 @@ class Pricing:
 
     def work(self) -> dict[str, float]:
         """Site name -> FLOPs of all its switches, for utilities that follow the work."""
-        option = self.token_options[0]
+        option = (self.workload.image_tokens,) * len(self.stages)
         work = {}
         for site in self.graph.sites:
             if site.kind == "layer":

@@ -61,9 +61,7 @@ class _Running:
             raise InputError("a latency budget needs device=...: seconds mean nothing without one")
         switches = SwitchSet.parse(request.switches)
         device = request.device or DEFAULT_DEVICE
-        return plan_graph(
-            self.graph, request, wanted, switches, device, lambda name: nullcontext()
-        )
+        return plan_graph(self.graph, request, wanted, switches, device, lambda name: nullcontext())
 
 
 _running: WeakKeyDictionary[nn.Module, _Running] = WeakKeyDictionary()

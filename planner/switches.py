@@ -29,6 +29,7 @@ class SwitchSet:
             (upper half of the layers, see `planner.faithful`), else "".
         token_layers: decoder layers before which image tokens may be dropped.
         token_selector: the rule that picks them.
+        token_counts: image tokens kept at each of `token_layers`, where a selector fixes them.
     """
 
     name: str
@@ -36,6 +37,7 @@ class SwitchSet:
     faithful: str = ""
     token_layers: tuple[int, ...] = (_TOKEN_LAYER,)
     token_selector: str = "fastv"
+    token_counts: tuple[int, ...] | None = None
 
     @staticmethod
     def parse(text: str) -> SwitchSet:
@@ -54,6 +56,38 @@ class SwitchSet:
                 f"choose from {', '.join(AXES)}, or all, adallava-l, adallava-h"
             )
         return SwitchSet(text, tuple(axis for axis in AXES if axis in axes))
+
+    def with_selector(self, text: str, image_tokens: int) -> SwitchSet:
+        """The same switches with image tokens dropped as a selector says, rather than chosen.
+
+        Args:
+            text: a selector with its arguments, such as ``fastv:k=2,r=0.5``; imports torch.
+            image_tokens: of one sample.
+
+        Raises:
+            InputError: where the selector does not exist, works elsewhere than inside the decoder,
+                or keeps a number that depends on content (no cost could be promised).
+        """
+        from planner.models.selectors import DecoderSelector, parse
+
+        selector = parse(text)
+        if not isinstance(selector, DecoderSelector):
+            raise InputError(
+                f"{text} works before the decoder, on the vision encoder's features, where plans "
+                "cannot place it yet; choose a selector that works inside the decoder"
+            )
+        counts = selector.counts(image_tokens)
+        if any(count is None for count in counts):
+            raise InputError(
+                f"how many tokens {text} keeps depends on the image, so it has no cost"
+            )
+        return replace(
+            self,
+            axes=tuple(axis for axis in AXES if axis in (*self.axes, "tokens")),
+            token_layers=tuple(selector.layers),
+            token_selector=str(selector),
+            token_counts=tuple(int(count) for count in counts if count is not None),
+        )
 
     def usable(self, graph: Graph) -> tuple[Site, ...]:
         """The graph's sites on these axes."""

@@ -7,10 +7,12 @@ from typing import Annotated
 import typer
 
 from planner import __version__
+from planner.cli.bench import bench_command
 from planner.cli.compile import compile_command
 from planner.cli.devices import devices_command
 from planner.cli.inspect import inspect_command
 from planner.cli.models import models_command
+from planner.cli.run import run_command
 
 __all__ = ["app"]
 
@@ -43,3 +45,5 @@ app.command("compile")(compile_command)
 app.command("inspect")(inspect_command)
 app.command("models")(models_command)
 app.command("devices")(devices_command)
+app.command("run")(run_command)
+app.command("bench")(bench_command)

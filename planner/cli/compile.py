@@ -52,6 +52,9 @@ def compile_command(
             "--switches", help="Axes: tokens,layers,heads,mlp; or all, adallava-l, adallava-h."
         ),
     ] = "all",
+    tokens: Annotated[
+        str | None, typer.Option("--tokens", help="A token selector, such as fastv:k=2,r=0.5.")
+    ] = None,
     utilities: Annotated[
         str, typer.Option("--utilities", help="prior, uniform, or an .npz file of measured ones.")
     ] = "prior",
@@ -94,6 +97,7 @@ def compile_command(
         model=model,
         budget=budget or ["0.65"],
         switches=switches,
+        tokens=tokens,
         utilities=utilities,
         device=device,
         scope=scope,

@@ -96,7 +96,7 @@ class Branch:
         layer_cost: shape (metrics, layers).
         site_layer: shape (sites,): the layer of each site.
         gain: shape (sites, most switches + 1): utility of the best n switches, or `FORBIDDEN`.
-        cost: shape (metrics, sites, most switches + 1).
+        cost: shape (metrics, sites, most switches + 1); past a site's last switch it stays.
     """
 
     utility: int
@@ -180,6 +180,7 @@ class Tables:
         cost = np.zeros((metrics, *self._gain.shape), dtype=np.int64)
         for row, site in enumerate(problem.sites):
             cost[:, row, : site.switches + 1] = site.costs[option]
+            cost[:, row, site.switches + 1 :] = site.costs[option, :, -1:]
         layer_cost = np.zeros((metrics, len(problem.layers)), dtype=np.int64)
         for column, layer in enumerate(problem.layers):
             layer_cost[:, column] = layer.costs[option]

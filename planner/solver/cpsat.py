@@ -7,7 +7,10 @@ are, divided by their greatest common divisors, so nothing is lost to scaling.
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
+from itertools import count
+from typing import Any
 
 import numpy as np
 from ortools.sat.python import cp_model
@@ -33,8 +36,19 @@ class CoreAnswer:
     finished: bool
 
 
+# What works at once on one core takes minutes on another, and none of these ways wins everywhere:
+# each in turn gets some effort, then each four times as much, and so on.
+_STRATEGIES: tuple[dict[str, Any], ...] = (
+    {"search_branching": cp_model.PORTFOLIO_WITH_QUICK_RESTART_SEARCH},
+    {"optimize_with_lb_tree_search": True},
+    {"use_objective_lb_search": True},
+)
+_FIRST_EFFORT = 0.5
+_MORE_EFFORT = 4.0
+
+
 def solve_core(
-    core: Core, target: int, ceiling: int, seconds: float, effort: float = math.inf
+    core: Core, target: int, ceiling: int, seconds: float, rounds: int | None = None
 ) -> CoreAnswer:
     """The best assignment of a core that is worth at least `target`.
 
@@ -43,8 +57,9 @@ def solve_core(
         target: utilities below it are of no interest.
         ceiling: an upper bound on the utility of the core's assignments.
         seconds: wall-clock limit.
-        effort: limit in CP-SAT's deterministic time, which is the same on every machine.
+        rounds: how often to go through the strategies before giving up; None: until time is up.
     """
+    deadline = time.perf_counter() + seconds
     if (core.room < 0).any():
         return CoreAnswer(None, target - 1, True)
     unit = _common_divisor(core.utility)
@@ -52,7 +67,32 @@ def solve_core(
     low, high = -((base - target) // unit), (ceiling - base) // unit
     if low > high:
         return CoreAnswer(None, target - 1, True)
+    model, columns, worth = _model(core, unit)
+    model.add_linear_constraint(worth, low, high)
 
+    best: Assignment | None = None
+    effort = _FIRST_EFFORT
+    for turn in count() if rounds is None else range(rounds * len(_STRATEGIES)):
+        left = deadline - time.perf_counter()
+        if left <= 0:
+            break
+        solver = _solver(_STRATEGIES[turn % len(_STRATEGIES)], left, effort)
+        status = solver.solve(model)
+        if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+            best = core.assignment([solver.value(column) for column in columns])
+            model.add(worth >= (best.utility - base) // unit + 1)
+            high = min(high, math.floor(solver.best_objective_bound))
+        if status in (cp_model.OPTIMAL, cp_model.INFEASIBLE):
+            return CoreAnswer(best, target - 1 if best is None else best.utility, True)
+        if (turn + 1) % len(_STRATEGIES) == 0:
+            effort *= _MORE_EFFORT
+    return CoreAnswer(best, max(base + unit * high, target - 1), False)
+
+
+def _model(
+    core: Core, unit: int
+) -> tuple[cp_model.CpModel, list[cp_model.IntVar], cp_model.LinearExpr]:
+    """The core as a model, its columns as variables, and their worth in `unit`."""
     model = cp_model.CpModel()
     upper = core.upper.tolist()
     columns = [model.new_int_var(0, largest, "") for largest in upper]
@@ -63,24 +103,21 @@ def solve_core(
         weights = (cost // divisor).tolist()
         model.add(cp_model.LinearExpr.weighted_sum(columns, weights) <= room // divisor)
     worth = cp_model.LinearExpr.weighted_sum(columns, (core.utility // unit).tolist())
-    model.add_linear_constraint(worth, low, high)
     model.maximize(worth)
+    return model, columns, worth
 
+
+def _solver(strategy: dict[str, Any], seconds: float, effort: float) -> cp_model.CpSolver:
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 0
-    solver.parameters.max_time_in_seconds = max(seconds, 0.0)
+    # The linear relaxation of a core is nearly tight: always keep all of it.
+    solver.parameters.linearization_level = 2
+    solver.parameters.max_time_in_seconds = seconds
     solver.parameters.max_deterministic_time = effort
-    status = solver.solve(model)
-    if status == cp_model.INFEASIBLE:
-        return CoreAnswer(None, target - 1, True)
-    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        return CoreAnswer(None, max(ceiling, target - 1), False)
-    found = core.assignment([solver.value(column) for column in columns])
-    if status == cp_model.OPTIMAL:
-        return CoreAnswer(found, max(found.utility, target - 1), True)
-    bound = min(ceiling, base + unit * math.ceil(solver.best_objective_bound))
-    return CoreAnswer(found, max(found.utility, target - 1, bound), False)
+    for name, value in strategy.items():
+        setattr(solver.parameters, name, value)
+    return solver
 
 
 def _common_divisor(values: Ints) -> int:

@@ -8,7 +8,6 @@ bound does not beat the best answer ends the search, for all that wait behind it
 from __future__ import annotations
 
 import heapq
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,8 +25,6 @@ __all__ = ["Candidate", "Outcome", "search"]
 # The first core has about this many columns; while it has not settled the branch it is made deeper.
 _FIRST_COLUMNS = 64
 _GROWTH = 3
-# CP-SAT's deterministic time (about two seconds) for every core but the one that is the last word.
-_CORE_EFFORT = 1.0
 _NOTHING = -(1 << 62)
 
 # What is known of a waiting candidate's bound.
@@ -148,13 +145,16 @@ class _Search:
             # Every site has one count that loses nothing: the one that the relaxation takes.
             position = min(branch.sites + columns, len(losses) - 1)
             depth = min(float(losses[position]), reach)
+            if depth <= covered:
+                columns *= _GROWTH
+                continue
             last = depth == reach or position == len(losses) - 1
             answer = solve_core(
                 Core.of(branch, relaxation, depth + relaxation.margin),
                 self.target,
                 relaxation.bound,
                 seconds=self.deadline - time.perf_counter(),
-                effort=math.inf if last else _CORE_EFFORT,
+                rounds=None if last else 1,
             )
             if answer.assignment is not None:
                 self.offer(index, answer.assignment)

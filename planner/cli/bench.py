@@ -1,0 +1,81 @@
+"""``planner bench``: measured time under budgets over measured time of the base model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from planner.cli.options import Model, TrustRemoteCode
+from planner.cli.output import Json, Quiet, amount, print_json, status, table
+
+__all__ = ["bench_command"]
+
+
+def bench_command(
+    model: Model,
+    budgets: Annotated[
+        str, typer.Option("--budgets", help="Fractions of the base model, by commas.")
+    ] = "0.5,0.65,0.85,1",
+    switches: Annotated[str, typer.Option("--switches", help="As for compile.")] = "all",
+    decode: Annotated[int, typer.Option("--decode", help="Tokens to generate.")] = 32,
+    text_tokens: Annotated[int, typer.Option("--text-tokens", help="Prompt tokens, about.")] = 64,
+    batch: Annotated[int, typer.Option("--batch", help="Samples that run together.")] = 1,
+    repeat: Annotated[int, typer.Option("--repeat", help="Interleaved rounds.")] = 7,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="auto, float32, bfloat16, float16.")
+    ] = "auto",
+    device: Annotated[str, typer.Option("--on", help="Where to run: cpu, cuda.")] = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure prefill and decoding under budgets, against the base model in the same run."""
+    from planner.ir.errors import InputError
+    from planner.loading import load_model, noise_image, prompt_inputs
+    from planner.measuring import measure
+
+    try:
+        fractions = [float(part) for part in budgets.split(",")]
+    except ValueError:
+        raise InputError(f"--budgets '{budgets}' is not a list such as 0.5,0.65,1") from None
+    for name, value, least in (("decode", decode, 2), ("repeat", repeat, 1), ("batch", batch, 1)):
+        if value < least:
+            raise InputError(f"--{name} must be at least {least}")
+    with status(not (quiet or as_json)) as update:
+        update("load")
+        stock, processor, source = load_model(model, dtype, device, trust_remote_code)
+        picture = noise_image() if "vision_config" in source.config else None
+        inputs = prompt_inputs(stock, processor, "what is this ? " * (text_tokens // 4), picture)
+        inputs = {k: v.repeat(batch, *[1] * (v.ndim - 1)) for k, v in inputs.items()}
+        report = measure(stock, inputs, fractions, switches, decode, repeat, update)
+    if as_json:
+        print_json(report)
+    elif not quiet:
+        _print(report)
+
+
+def _print(report: dict[str, Any]) -> None:
+    print(
+        f"{report['image_tokens']} image + {report['text_tokens']} text tokens, batch "
+        f"{report['batch']}, medians of {report['repeat']} interleaved rounds; realised / ideal is "
+        "measured time over base time, over the budgeted fraction of FLOPs"
+    )
+    rows = [
+        [
+            row["budget"],
+            f"{row['fraction']:.4f}",
+            amount(row["prefill_seconds"], "latency"),
+            f"{row['prefill_ratio']:.3f}",
+            f"{row['realised_over_ideal']:.3f}",
+            f"{row['decode_tokens_per_second']:.1f}",
+            f"{row['decode_speedup']:.3f}",
+            amount(row["kv_bytes"], "bytes"),
+        ]
+        for row in report["rows"]
+    ]
+    headers = [
+        "budget", "FLOPs", "prefill", "over base", "realised/ideal", "tokens/s", "decode speed-up",
+        "KV",
+    ]  # fmt: skip
+    table(headers, rows)

@@ -1,0 +1,143 @@
+"""``planner run``: ask a model one question under a budget."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from planner.cli.options import Model, TrustRemoteCode
+from planner.cli.output import Json, Quiet, amount, print_json, status
+
+__all__ = ["run_command"]
+
+
+def run_command(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
+    image: Annotated[Path | None, typer.Option("--image", "-i", help="A picture.")] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option("--budget", "-b", help="As for compile; repeatable.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="A plan, instead of a budget.")
+    ] = None,
+    switches: Annotated[str, typer.Option("--switches", help="As for compile.")] = "all",
+    tokens: Annotated[
+        str | None, typer.Option("--tokens", help="A token selector, such as fastv:k=2,r=0.5.")
+    ] = None,
+    utilities: Annotated[str, typer.Option("--utilities", help="As for compile.")] = "prior",
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Most tokens to generate.")] = 64,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="auto, float32, bfloat16, float16.")
+    ] = "auto",
+    device: Annotated[str, typer.Option("--on", help="Where to run: cpu, cuda.")] = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Answer one question, running only what the plan keeps."""
+    from planner.budgets import Budget
+    from planner.ir.errors import InputError
+    from planner.loading import count_image_tokens, load_image, load_model, prompt_inputs
+    from planner.plan import load_plan
+    from planner.runtime import compile as compile_model
+    from planner.runtime import plan_of
+
+    if new_tokens < 1:
+        raise InputError("--new-tokens must be at least 1")
+    loaded = load_plan(plan) if plan else None
+    wanted = Budget.of(budget or ["0.65"])
+    picture = load_image(image) if image else None
+    with status(not (quiet or as_json)) as update:
+        update("load")
+        stock, processor, _ = load_model(model, dtype, device, trust_remote_code)
+        inputs = prompt_inputs(stock, processor, prompt, picture)
+        image_tokens = count_image_tokens(stock, inputs)
+        if picture is None and image_tokens == 0 and "tokens" in switches:
+            switches = ",".join(axis for axis in switches.split(",") if axis != "tokens")
+        update("compile")
+        compile_model(
+            stock,
+            wanted,
+            plan=loaded,
+            switches=switches,
+            tokens=tokens,
+            utilities=utilities,
+            image_tokens=image_tokens,
+            text_tokens=int(inputs["input_ids"].shape[1]) - image_tokens,
+            new_tokens=new_tokens,
+        )
+        update("generate")
+        answer, facts = generate(stock, processor, inputs, new_tokens)
+    made = plan_of(stock)
+    document = {
+        "answer": answer,
+        **facts,
+        "cost": made.cost,
+        "skipped": skipped(made, image_tokens),
+        "utilities": made.provenance.get("utilities"),
+    }
+    if as_json:
+        print_json(document)
+        return
+    print(answer)
+    if not quiet:
+        print()
+        gone = ", ".join(f"{what} {n}" for what, n in document["skipped"].items()) or "nothing"
+        print(f"skipped: {gone}")
+        print(
+            f"prefill {amount(facts['prefill_seconds'], 'latency')}, "
+            f"{facts['tokens']} tokens, {facts['tokens_per_second']:.1f} tokens/s; "
+            f"FLOPs {made.cost['flops']['fraction']:.4f} of base"
+        )
+
+
+def generate(
+    model: Any, processor: Any, inputs: dict[str, Any], new_tokens: int
+) -> tuple[str, dict[str, Any]]:
+    """(answer, seconds of the prefill, tokens and tokens a second of the rest)."""
+    from transformers.generation.streamers import BaseStreamer
+
+    class Clock(BaseStreamer):  # type: ignore[misc]
+        """Notes when each token comes: first the prompt, then one at a time."""
+
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def put(self, value: Any) -> None:
+            self.times.append(time.perf_counter())
+
+        def end(self) -> None: ...
+
+    clock = Clock()
+    output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, streamer=clock)
+    length = int(inputs["input_ids"].shape[1])
+    tokenizer = getattr(processor, "tokenizer", processor)
+    answer = tokenizer.decode(output[0, length:], skip_special_tokens=True).strip()
+    prompt, first, *rest = clock.times
+    spent = (rest[-1] - first) if rest else 0.0
+    return answer, {
+        "tokens": int(output.shape[1]) - length,
+        "prefill_seconds": first - prompt,
+        "tokens_per_second": len(rest) / spent if spent else 0.0,
+    }
+
+
+def skipped(plan: Any, image_tokens: int) -> dict[str, str]:
+    """What a plan leaves out, in words."""
+    gone: dict[str, str] = {}
+    if plan.layers_off:
+        gone["layers"] = f"{len(plan.layers_off)} of {plan.layers}"
+    if plan.heads:
+        gone["heads in layers"] = f"{len(plan.heads)} of {plan.layers}"
+    if plan.mlp:
+        gone["MLP groups in layers"] = f"{len(plan.mlp)} of {plan.layers}"
+    for stage in plan.tokens:
+        kept = round(image_tokens * stage.keep / stage.of)
+        gone[f"image tokens before layer {stage.layer}"] = (
+            f"{image_tokens - kept} of {image_tokens}"
+        )
+    return gone
