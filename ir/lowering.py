@@ -131,12 +131,12 @@ def _vision_config(model: Any, encoder: nn.Module) -> Any:
 
 
 def _capture_vision(
-    model: Any, encoder: nn.Module, path: str
-) -> tuple[Captured, bool] | BaseException:
-    """(captured, whether the projector is included), or the error of the last candidate."""
+    model: Any, encoder: nn.Module
+) -> tuple[Captured | None, bool, BaseException | None]:
+    """(captured, whether with the model's own projector, the first error of what was tried)."""
     config = _vision_config(model, encoder)
     function = _image_function(model)
-    failure: BaseException = RuntimeError("no form of image input fits")
+    failure: BaseException | None = None
     attempts: list[tuple[nn.Module, Callable[..., Any], bool]] = [(encoder, encoder.forward, False)]
     if function is not None:
         whole = (_ImageFeatures(model, function, model.config), function, True)
@@ -148,10 +148,10 @@ def _capture_vision(
         for inputs in vision_inputs(config, signature):
             names = tuple(n for n, v in inputs.items() if getattr(v, "is_meta", False))
             try:
-                return capture(module, inputs, names), projected
+                return capture(module, inputs, names), projected, failure
             except Exception as error:
-                failure = error
-    return failure
+                failure = failure or error
+    return None, False, failure
 
 
 def _lower_vision(model: Any, width: int) -> tuple[Raised | None, list[str]]:
@@ -159,10 +159,10 @@ def _lower_vision(model: Any, width: int) -> tuple[Raised | None, list[str]]:
     if encoder is None or encoder is model or not isinstance(encoder, nn.Module):
         return None, []
     path = _path_of(model, encoder)
-    result = _capture_vision(model, encoder, path)
-    if isinstance(result, BaseException):
-        return None, [f"vision side left out ({_sentence(result)})"]
-    captured, projected = result
+    captured, projected, failure = _capture_vision(model, encoder)
+    because = f" ({_sentence(failure)})" if failure is not None else ""
+    if captured is None:
+        return None, [f"vision side left out{because}"]
 
     def part(module: str) -> str:
         return "vision" if (module + ".").startswith(path + ".") else "projector"
@@ -174,8 +174,10 @@ def _lower_vision(model: Any, width: int) -> tuple[Raised | None, list[str]]:
         raised = _with_projector(raised, features)
         projected = any(o.part == "projector" for o in raised.operators)
     if features is not None and features.shape[-1] != Dim(width):
-        why = "the config disagrees with itself" if projected else "the projector was not captured"
         sizes = f"{features.shape[-1]} wide, the decoder {width}"
+        why = f"the projector was not captured{because}"
+        if projected:
+            why = "the config disagrees with itself"
         return raised, [f"image features are {sizes}: {why}"]
     return raised, []
 
@@ -189,7 +191,8 @@ def _with_projector(raised: Raised, features: Operator) -> Raised:
         if operator.layer is None and operator.name not in tail:
             tail.add(operator.name)
             pending += operator.inputs
-    if not any(known[name].kind == "linear" for name in tail):
+    kinds = {known[name].kind for name in tail}
+    if "linear" not in kinds or "input" in kinds:
         return raised
     operators = [
         replace(operator, part="projector") if operator.name in tail else operator
@@ -255,18 +258,23 @@ def _with_windows(model: Any, operators: list[Operator]) -> list[Operator]:
 def _image_features(raised: Raised, width: int) -> Operator | None:
     """The output of the vision side that the decoder takes: rows as wide as it, if any are.
 
-    A pooled vector for the whole image is none while there is another.
+    One vector for the whole image is not it while there is another output.
     """
     found = [o for o in raised.operators if o.name in raised.outputs]
-    tokens = [o for o in found if len(o.shape) > 2] or found
+    tokens = [o for o in found if _rows(o) > 1] or found
     fitting = [o for o in tokens if o.shape[-1] == Dim(width)]
     return (fitting or tokens or [None])[-1]
+
+
+def _rows(operator: Operator) -> int:
+    """Rows of an output per run of the vision side."""
+    return math.prod(d.constant for d in operator.shape[1:-1])
 
 
 def _image_tokens(raised: Raised, width: int) -> int:
     """Image features per run of the vision side."""
     features = _image_features(raised, width)
-    return math.prod(d.constant for d in features.shape[1:-1]) if features else 0
+    return _rows(features) if features else 0
 
 
 def lower(model: Any, name: str, dtype_bytes: int = 2) -> Lowered:
