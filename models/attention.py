@@ -94,7 +94,7 @@ def _arguments(decoder: nn.Module, block: nn.Module, width: int) -> tuple[Any, A
         return args, kwargs
     finally:
         handle.remove()
-    raise InputError(f"{type(decoder).__name__} does not call its {type(block).__name__}.")
+    raise InputError(f"{type(decoder).__name__} does not call its {type(block).__name__}")
 
 
 def _candidates(site: BoundSite) -> list[tuple[str, str, int]]:
@@ -164,8 +164,8 @@ def probe(decoder: nn.Module, site: BoundSite, width: int) -> AttentionBlock:
     finally:
         site.module.train(was_training)
     raise InputError(
-        f"The heads of {site.site.module} ({type(site.module).__name__}) cannot be narrowed: it "
-        f"does not give the same result as with masked heads; plan without head switches."
+        f"the heads of {site.site.module} ({type(site.module).__name__}) cannot be narrowed: it "
+        f"does not give the same result as with masked heads; plan without head switches"
     )
 
 

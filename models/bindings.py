@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import cast
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -66,13 +67,17 @@ class BoundLinear:
     @property
     def weight(self) -> Tensor:
         """Shape (out features, in features); a view of the module's own parameter."""
-        weight: Tensor = self.module.weight
-        return weight.t() if isinstance(self.module, Conv1D) else weight
+        return self.parameter.t() if isinstance(self.module, Conv1D) else self.parameter
+
+    @property
+    def parameter(self) -> Tensor:
+        """The module's own, as it is stored."""
+        return cast(Tensor, self.module.weight)
 
     @property
     def bias(self) -> Tensor | None:
         """Shape (out features,)."""
-        return self.module.bias
+        return cast("Tensor | None", self.module.bias)
 
     @property
     def features(self) -> int:
@@ -124,15 +129,15 @@ def _bind_linear(model: nn.Module, site: Site, binding: Binding) -> BoundLinear:
     if not isinstance(module, nn.Linear | Conv1D) or weight is None or weight.ndim != 2:
         raise InputError(
             f"{binding.module} is a {type(module).__name__}, and only plain linear layers with "
-            f"whole weights can be narrowed; load the model without quantisation or adapters."
+            f"whole weights can be narrowed; load the model without quantisation or adapters"
         )
     linear = BoundLinear(binding.module, module, binding, ())
     owned = linear.runs(((0, site.lanes),))
     edges = [0, *(edge for run in owned for edge in run), linear.features]
     if edges != sorted(edges):
         raise InputError(
-            f"The graph gives {binding.module} {edges[-2]} features and the model has "
-            f"{linear.features}; lower the model that is loaded."
+            f"the graph gives {binding.module} {edges[-2]} features and the model has "
+            f"{linear.features}; lower the model that is loaded"
         )
     return BoundLinear(binding.module, module, binding, merge(_pairs(edges)))
 
@@ -171,7 +176,7 @@ def bind(model: nn.Module, graph: Graph) -> tuple[BoundLayer, ...]:
             )
     except AttributeError as error:
         raise InputError(
-            f"The graph '{graph.name}' is not of this {type(model).__name__}: {error}."
+            f"the graph '{graph.name}' is not of this {type(model).__name__}: {error}"
         ) from None
     return tuple(layers)
 
@@ -182,6 +187,4 @@ def _layer_path(graph: Graph, sites: dict[tuple[str, int], Site], index: int) ->
         parent, _, number = site.module.rpartition(".")
         if kind == "layer" and number == str(other):
             return f"{parent}.{index}"
-    raise InputError(
-        f"The graph '{graph.name}' does not say which module is decoder layer {index}."
-    )
+    raise InputError(f"the graph '{graph.name}' does not say which module is decoder layer {index}")

@@ -50,7 +50,7 @@ class Part:
     keys: Keys | None = None
 
 
-class PlannedLayer(CacheLayerMixin):
+class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer of a cache filled under a plan.
 
     Args:
@@ -119,8 +119,8 @@ class PlannedLayer(CacheLayerMixin):
         part, self._writing = self._writing, None
         if part is None or part.store is None:
             raise InputError(
-                "This cache was filled under a plan that is not active now; a plan is fixed for "
-                "the life of a cache, so activate that plan again or start with a new cache."
+                "this cache was filled under a plan that is not active now; a plan is fixed for "
+                "the life of a cache, so activate that plan again or start with a new cache"
             )
         return part.store.update(key_states, value_states, *args, **kwargs)
 
@@ -193,7 +193,7 @@ class PlannedLayer(CacheLayerMixin):
                 last = torch.arange(self.total - count, self.total, device=positions.device)
                 if not torch.equal(positions[:, -count:], last.expand(len(positions), -1)):
                     raise InputError(
-                        "The cache cannot be cropped into a prompt whose tokens were dropped."
+                        "the cache cannot be cropped into a prompt whose tokens were dropped"
                     )
                 part.keys = Keys(positions[:, :-count], part.keys.padded)
             if part.store is not None:
@@ -256,13 +256,13 @@ def plan_cache(
     if layers and isinstance(layers[0], PlannedLayer):
         if layers[0].key != program.key:
             raise InputError(
-                "This cache was filled under another plan; a plan is fixed for the life of a "
-                "cache, so activate that plan again or start with a new cache."
+                "this cache was filled under another plan; a plan is fixed for the life of a "
+                "cache, so activate that plan again or start with a new cache"
             )
         return layers
     if cache.get_seq_length():
         raise InputError(
-            "This cache was filled by the base model; start with a new cache to run under a plan."
+            "this cache was filled by the base model; start with a new cache to run under a plan"
         )
     count = len(program.layers)
     if cache.layer_class_to_replicate is not None:
@@ -283,13 +283,13 @@ def plan_cache(
 def _check_kind(layer: CacheLayerMixin, program: Program) -> None:
     if program.has_tokens and type(layer) in _STATIC:
         raise InputError(
-            "A static cache is as long as the whole prompt in every layer, so it cannot hold a "
-            "plan that drops tokens; leave cache_implementation at its default."
+            "a static cache is as long as the whole prompt in every layer, so it cannot hold a "
+            "plan that drops tokens; leave cache_implementation at its default"
         )
     if type(layer) not in (*_DYNAMIC, *_STATIC):
         raise InputError(
-            f"A plan cannot be held by a cache of {type(layer).__name__}; use the default "
-            f"(dynamic) or a static cache."
+            f"a plan cannot be held by a cache of {type(layer).__name__}; use the default "
+            f"(dynamic) or a static cache"
         )
 
 

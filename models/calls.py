@@ -34,14 +34,14 @@ __all__ = ["Call", "Calls", "Record", "selector_of"]
 
 
 def selector_of(stage: TokenStage) -> Selector:
-    """The selector that a plan names: ``fastv``, or with arguments of its own ``fastv:k=2,r=0.5``."""
+    """The selector that a plan names: ``fastv``, or with its own arguments ``fastv:k=2,r=0.5``."""
     selector = SELECTORS.get(stage.selector)
     if selector is None:
         return parse(stage.selector)
     if not issubclass(selector, DecoderSelector):
         raise InputError(
-            f"A plan names the selector {stage.selector} with its arguments, such as "
-            f"{stage.selector}:..., because how many tokens it keeps follows from them."
+            f"a plan names the selector {stage.selector} with its arguments, such as "
+            f"{stage.selector}:..., because how many tokens it keeps follows from them"
         )
     return selector.at(stage.layer, stage.keep, stage.of)
 
@@ -88,10 +88,12 @@ class Call:
     marks: dict[Selector, Tensor] = field(default_factory=dict)
     records: dict[int, list[Record]] = field(default_factory=dict)
 
-    @property
-    def new_valid(self) -> Tensor | None:
-        """Which of this pass's tokens are no padding."""
-        return None if self.valid is None else self.valid[:, -self.tokens :]
+    def new_valid(self) -> Tensor:
+        """Which of this pass's tokens are no padding, shape (batch, tokens), bool."""
+        assert self.image is not None
+        if self.valid is None:
+            return torch.ones_like(self.image)
+        return self.valid[:, -self.tokens :].clone()
 
 
 class Calls:
@@ -165,8 +167,8 @@ class Calls:
         if tokens > 1 or not call.past:
             if not torch.isfinite(hidden).all():
                 raise InputError(
-                    "The prompt's embeddings are not all finite numbers; look for NaN or infinity "
-                    "in the image."
+                    "the prompt's embeddings are not all finite numbers; look for NaN or infinity "
+                    "in the image"
                 )
             if self.program.has_tokens:
                 self._find_images(call, hidden)
@@ -180,14 +182,14 @@ class Calls:
             self.current.records.setdefault(layer, []).append(Record(rows, valid, seen))
 
     def _rows_of(self, batch: int, device: torch.device) -> list[list[Tensor | None]]:
-        """Batch rows by layer and group; a sample has several rows where beams or samples of it run."""
+        """Batch rows by layer and group; under beam search a sample has several."""
         key = (batch, device)
         if key not in self._rows:
             plans = len(self.program.plans)
             copies, rest = divmod(batch, plans)
             if rest:
                 raise InputError(
-                    f"There are {plans} plans for a batch of {batch}; give one for each."
+                    f"there are {plans} plans for a batch of {batch}; give one for each"
                 )
             samples = torch.arange(batch, device=device).view(plans, copies)
             self._rows[key] = [
@@ -203,24 +205,23 @@ class Calls:
         ids = self._arguments.get("input_ids")
         if ids is None or tuple(ids.shape[:2]) != (call.batch, call.tokens):
             raise InputError(
-                "A plan with token stages finds the images by their tokens: call the whole model, "
-                "with input_ids rather than inputs_embeds."
+                "a plan with token stages finds the images by their tokens: call the whole model, "
+                "with input_ids rather than inputs_embeds"
             )
         image = ids.to(hidden.device) == self._image_token
         if image.any():
             call.image = image
         elif not call.past:
             raise InputError(
-                "The plan drops image tokens and the prompt has no image; pass one, or use a plan "
-                "without token stages."
+                "the plan drops image tokens and the prompt has no image; pass one, or use a plan "
+                "without token stages"
             )
         mask = self._arguments.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():
             call.valid = mask.to(hidden.device).bool()
         for selector in self.selectors.values():
             if Needs.MARKS in selector.needs and call.image is not None:
-                valid = torch.ones_like(image) if call.valid is None else call.new_valid
-                call.marks[selector] = selector.mark(hidden, image, valid)
+                call.marks[selector] = selector.mark(hidden, image, call.new_valid())
 
     def select(self, call: Call, group: LayerGroup, rows: Tensor | None, hidden: Tensor) -> Tensor:
         """Let a token stage choose what goes on, for the rows of one group.
@@ -238,9 +239,7 @@ class Calls:
             return hidden
         stage, earlier = group.stages[-1], len(group.stages) > 1
         if call.left is None:
-            call.left = call.image.new_ones(call.image.shape)
-            if call.valid is not None:
-                call.left &= call.new_valid
+            call.left = call.new_valid()
         everyone = torch.arange(call.batch, device=hidden.device)
         for part, record in self._pieces(call, stage, everyone if rows is None else rows):
             kept = call.kept.rows(part) if earlier and call.kept is not None else None
@@ -248,7 +247,7 @@ class Calls:
             selection = self.selectors[stage].select(inputs, stage.layer)
             keep = selection.keep
             if kept is not None:
-                keep &= kept.valid
+                # Padding stands for tokens dropped before, which stay dropped.
                 keep = torch.zeros_like(call.left[part]).scatter(1, kept.index, keep)
             if selection.hidden_states is not None:
                 everything = kept or Kept.of(torch.ones_like(call.left[part]))
@@ -275,7 +274,7 @@ class Calls:
         if sum(len(part) for part, _ in pieces) != len(rows):
             raise InputError(
                 f"{stage.selector} scores tokens by the attention of a layer before layer "
-                f"{stage.layer}, and this model's attention cannot be seen from outside."
+                f"{stage.layer}, and this model's attention cannot be seen from outside"
             )
         return pieces
 
@@ -290,7 +289,7 @@ class Calls:
     ) -> DecoderInputs:
         assert call.image is not None
         image, states = call.image[rows], hidden[rows]
-        valid = torch.ones_like(image) if call.valid is None else call.new_valid[rows]
+        valid = call.new_valid()[rows]
         marks = call.marks[selector][rows] if selector in call.marks else None
         if kept is not None:
             image, valid = gather(image, kept.index, -1) & kept.valid, kept.valid
@@ -327,4 +326,4 @@ def image_token(model: nn.Module) -> int:
         token = getattr(config, name, None)
         if isinstance(token, int):
             return token
-    raise InputError(f"{type(model).__name__} takes no images, so a plan cannot drop image tokens.")
+    raise InputError(f"{type(model).__name__} takes no images, so a plan cannot drop image tokens")

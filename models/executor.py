@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -107,7 +107,7 @@ class Executor:
     def _build(self, plans: Plans) -> Program:
         plans = [plans] if isinstance(plans, Plan) else list(plans)
         if not plans:
-            raise InputError("An empty list of plans; give one plan, or one per sample.")
+            raise InputError("an empty list of plans; give one plan, or one per sample")
         return Program.build(plans, self.graph, self.layers)
 
     def _switch(self, active: list[tuple[Program, bool]]) -> None:
@@ -137,8 +137,9 @@ class Executor:
         layout = tuple((linear.features, linear.binding.blocks) for linear in site.linears)
         key = (type(site.module), site.site.lanes, layout)
         if key not in self._attention:
+            decoder = cast(Any, self.model).get_decoder()
             width = int(self.graph.properties["hidden_size"])
-            self._attention[key] = probe(self.model.get_decoder(), site, width)
+            self._attention[key] = probe(decoder, site, width)
         return self._attention[key]
 
     def _setups(
@@ -166,8 +167,9 @@ class Executor:
                 weights.append((forward, narrowed))
             attributes = _attributes(layer.layer, group, block, calls)
             setups.append(Setup(group, tuple(weights), heads, attributes, attention))
-        for name, value in setups[0].attributes.items():
-            self._patches.set(setups[0].heads.module, name, value)
+        if heads is not None:
+            for name, value in setups[0].attributes.items():
+                self._patches.set(heads.module, name, value)
         setups[0].activate()
         return tuple(setups)
 
@@ -175,7 +177,7 @@ class Executor:
 def _attributes(
     layer: BoundLayer, group: LayerGroup, block: AttentionBlock | None, calls: Calls
 ) -> dict[str, Any]:
-    """What the attention block's own attributes must be for a group: head counts, and its config."""
+    """What an attention block's own attributes must be for a group: head counts, and its config."""
     if layer.heads is None:
         return {}
     attributes: dict[str, Any] = {}

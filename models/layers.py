@@ -93,7 +93,7 @@ class LayerForward:
         hidden = kwargs.pop(self.names[0])
         call = self.calls.start(hidden, kwargs) if self.index == 0 else self.calls.current
         if call is None:
-            raise InputError("A layer was called by itself; under a plan call the whole model.")
+            raise InputError("a layer was called by itself; under a plan call the whole model")
         cached = None if call.cache is None else call.cache[self.index]
         run = self._run_simple if self.is_simple else self._run_groups
         return run(call, hidden, kwargs, cached)
@@ -139,7 +139,7 @@ class LayerForward:
             if not isinstance(results, Tensor):
                 raise InputError(
                     f"{type(self.stock.__self__).__name__} returns a tuple, as layers did before "
-                    f"transformers 5; use a newer version."
+                    f"transformers 5; use a newer version"
                 )
             output = scatter(output, rows, kept, results)
         if cached is not None:

@@ -118,12 +118,14 @@ class MaskedExecutor:
                     ):
                         if switches is not None:
                             if site is None:
-                                raise InputError(f"Layer {number} has no such site to mask.")
+                                raise InputError(f"layer {number} has no such site to mask")
                             hook = partial(_mask_features, switches, _switch_of(site, switches))
                             hooks.append(site.sink.module.register_forward_pre_hook(hook))
                     if gates.tokens:
-                        hook = partial(state.enter, number, gates.tokens.get(number))
-                        hooks.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+                        enter = partial(state.enter, number, gates.tokens.get(number))
+                        hooks.append(
+                            layer.module.register_forward_pre_hook(enter, with_kwargs=True)
+                        )
                     if gates.tokens and number >= min(gates.tokens) and layer.heads is not None:
                         block = layer.heads.module
                         view = ConfigView(
@@ -159,7 +161,7 @@ def _rows(gates: Tensor, like: Tensor) -> Tensor:
     """One row of gates per batch row."""
     copies, rest = divmod(like.shape[0], gates.shape[0])
     if rest:
-        raise InputError(f"There are gates for {gates.shape[0]} samples and {like.shape[0]} rows.")
+        raise InputError(f"there are gates for {gates.shape[0]} samples and {like.shape[0]} rows")
     return gates.to(like).repeat_interleave(copies, 0)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from planner.ir.errors import InputError
-from planner.ir.graph import Graph, Site
+from planner.ir.graph import Graph
 from planner.models.bindings import BoundLayer, BoundSite, Runs, runs_of
 from planner.plan import Plan, TokenStage
 
@@ -31,52 +31,20 @@ def plan_key(plan: Plan) -> tuple[object, ...]:
 
 
 def check_plan(plan: Plan, graph: Graph) -> None:
-    """Raise InputError unless the plan was made for this graph and names switches that it has."""
-    expected = str(graph.properties.get("fingerprint", ""))
-    if plan.fingerprint != expected:
-        raise InputError(
-            f"The plan was made for another model ('{plan.model}', fingerprint "
-            f"{plan.fingerprint or 'none'}); this is '{graph.name}', fingerprint {expected}."
-        )
-    if plan.layers != graph.layers:
-        raise InputError(f"The plan has {plan.layers} layers and the model {graph.layers}.")
-    for layer in (*plan.layers_off, *(stage.layer for stage in plan.tokens)):
-        if not 0 <= layer < graph.layers:
-            raise InputError(
-                f"The plan names layer {layer}; the model has layers 0 to {graph.layers - 1}."
-            )
+    """Raise InputError unless the plan was made for this graph and can be carried out on it."""
+    plan.check(graph)
     for layer in plan.layers_off:
         if f"layer.{layer}" not in graph.sites_by_name:
             raise InputError(
-                f"The plan switches layer {layer} off, which this model cannot do without."
+                f"the plan switches layer {layer} off, which '{graph.name}' cannot do without"
             )
-    for kind, switches in (("heads", plan.heads), ("mlp", plan.mlp)):
-        for layer, kept in switches.items():
-            site = _site(graph, plan, kind, layer)
-            if list(kept) != sorted(set(kept)) or (
-                kept and not 0 <= kept[0] <= kept[-1] < site.switches
-            ):
-                raise InputError(
-                    f"The plan keeps {list(kept)} of {site.name}, which must be ascending numbers "
-                    f"from 0 to {site.switches - 1}."
-                )
     for stage in plan.tokens:
-        if not 0 <= stage.keep <= stage.of:
+        if stage.keep > stage.of:
             raise InputError(
-                f"The token stage at layer {stage.layer} keeps {stage.keep} of {stage.of} tokens."
+                f"the plan keeps {stage.keep} of {stage.of} image tokens at layer {stage.layer}"
             )
     if len({stage.layer for stage in plan.tokens}) < len(plan.tokens):
-        raise InputError("The plan has two token stages at one layer.")
-
-
-def _site(graph: Graph, plan: Plan, kind: str, layer: int) -> Site:
-    """A site, divided into as many switches as the plan says."""
-    site = graph.sites_by_name.get(f"{kind}.{layer}")
-    if site is None:
-        raise InputError(f"The plan narrows {kind}.{layer}, which this model cannot narrow.")
-    if kind == "mlp" and layer in plan.mlp_switches:
-        return replace(site, switches=plan.mlp_switches[layer])
-    return site
+        raise InputError("the plan has two token stages at one layer")
 
 
 @dataclass(frozen=True)
@@ -140,7 +108,7 @@ class Program:
         return Program(
             keys,
             tuple(plans),
-            tuple(LayerProgram(layer, _groups(layer, plans, graph)) for layer in layers),
+            tuple(LayerProgram(layer, _groups(layer, plans)) for layer in layers),
         )
 
     @property
@@ -168,7 +136,7 @@ class Program:
             else:
                 raise InputError(
                     f"{stage.selector} at layer {stage.layer} scores tokens by the attention of "
-                    f"an earlier layer, and the plan leaves none on."
+                    f"an earlier layer, and the plan leaves none on"
                 )
         return found
 
@@ -178,14 +146,14 @@ class Program:
         return any(plan.tokens for plan in self.plans)
 
 
-def _groups(layer: BoundLayer, plans: Sequence[Plan], graph: Graph) -> tuple[LayerGroup, ...]:
+def _groups(layer: BoundLayer, plans: Sequence[Plan]) -> tuple[LayerGroup, ...]:
     members: dict[LayerGroup, list[int]] = {}
     for index, plan in enumerate(plans):
-        members.setdefault(_act(layer, plan, graph), []).append(index)
+        members.setdefault(_act(layer, plan), []).append(index)
     return tuple(replace(act, samples=tuple(samples)) for act, samples in members.items())
 
 
-def _act(layer: BoundLayer, plan: Plan, graph: Graph) -> LayerGroup:
+def _act(layer: BoundLayer, plan: Plan) -> LayerGroup:
     """What a layer does under one plan, for nobody yet."""
     index = layer.index
     stages = tuple(
@@ -195,14 +163,13 @@ def _act(layer: BoundLayer, plan: Plan, graph: Graph) -> LayerGroup:
         return LayerGroup((), on=False, stages=stages)
     return LayerGroup(
         (),
-        heads=_lanes(graph, plan, "heads", layer.heads, index, plan.heads.get(index)),
-        mlp=_lanes(graph, plan, "mlp", layer.mlp, index, plan.mlp.get(index)),
+        heads=_lanes(plan, "heads", layer.heads, index, plan.heads.get(index)),
+        mlp=_lanes(plan, "mlp", layer.mlp, index, plan.mlp.get(index)),
         stages=stages,
     )
 
 
 def _lanes(
-    graph: Graph,
     plan: Plan,
     kind: str,
     bound: BoundSite | None,
@@ -211,7 +178,9 @@ def _lanes(
 ) -> Runs | None:
     if kept is None or bound is None:
         return None
-    site = _site(graph, plan, kind, layer)
+    site = bound.site
+    if kind == "mlp":
+        site = replace(site, switches=plan.mlp_switches[layer])
     if len(kept) == site.switches:
         return None
     bounds = site.bounds

@@ -71,13 +71,14 @@ def _narrow(linear: BoundLinear, runs: Runs, copy: bool) -> Narrowed:
     if not runs:
         runs = ((0, 0),)
     weights = [weight.narrow(dim, start, stop - start) for start, stop in runs]
-    biases = [bias]
-    if axis == "out":
-        biases = [None if bias is None else bias[start:stop] for start, stop in runs]
+    biases: list[Tensor | None] = [bias]
     if copy and len(runs) > 1:
         weights = [torch.cat(weights, dim)]
-        biases = [None if bias is None else torch.cat(biases)] if axis == "out" else biases
-    return Narrowed(axis, tuple(weights), tuple(biases), _state(linear.module.weight))
+        if axis == "out" and bias is not None:
+            biases = [torch.cat([bias[start:stop] for start, stop in runs])]
+    elif axis == "out":
+        biases = [None if bias is None else bias[start:stop] for start, stop in runs]
+    return Narrowed(axis, tuple(weights), tuple(biases), _state(linear.parameter))
 
 
 class SliceStore:
@@ -108,7 +109,7 @@ class SliceStore:
         """
         key = (linear.path, lanes)
         found = self._slices.get(key)
-        if found is not None and found.source == _state(linear.module.weight):
+        if found is not None and found.source == _state(linear.parameter):
             self._slices.move_to_end(key)
             return found
         runs = linear.runs(lanes)

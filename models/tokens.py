@@ -161,8 +161,9 @@ def narrow_mask(
         # Without a mask the cache was empty, so places in the call are places among all tokens.
         return (visible[:, None, :] & (places[:, None, :] <= queries[:, :, None]))[:, None]
     # The columns of a mask end with this call's last token; those of a sliding window start late.
+    # Padding falls before the first column, as do tokens that such a window has left behind.
     columns = places - (seen - mask.shape[-1])
-    outside = (columns < 0) | (places < 0)
+    outside = columns < 0
     columns = columns.clamp(min=0)
     if mask.ndim == 2:
         return gather(mask, columns, -1).masked_fill(outside, 0)

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-__all__ = ["FAMILIES", "Family"]
+__all__ = ["FAMILIES", "Family", "randomise"]
 
 PAD, BOS, FIRST_WORD, LAST_WORD = 0, 1, 3, 119
 IMAGE, IMAGE_START, IMAGE_END, VIDEO = 120, 121, 122, 123
@@ -114,7 +114,8 @@ class Family:
         return inputs
 
 
-def _randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Draw all weights at a scale where they matter; see above."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -145,7 +146,7 @@ def _build(
             model_type, text_config=TEXT | text, vision_config=VISION | vision, **options
         )
         model = AutoModelForImageTextToText.from_config(config)
-    model = _randomise(model.float(), seed=len(name))
+    model = randomise(model.float(), seed=len(name))
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
     return Family(name, model, image_tokens, pixels, token_kinds)

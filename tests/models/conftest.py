@@ -1,4 +1,4 @@
-"""One model and one Graph per family for the whole session: tests must leave models as they were."""
+"""One model and one Graph per family for the session: tests leave models as they were."""
 
 import functools
 

@@ -1,11 +1,7 @@
 """What holds around a narrowed run: batches, caches, turns, searches, restoring, refusals."""
 
-import copy
-import gc
-
 import pytest
 import torch
-from families import IMAGE, PAD
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plans import dense_plan, plan_of, plans
@@ -110,7 +106,7 @@ def test_views_and_slices_agree_and_slices_stay_within_their_bytes(llava):
     family, graph = llava
     inputs = family.inputs()
     executor = Executor(family.model, graph, slice_bytes=40_000)
-    plan = plan_of(graph, mlp={layer: (0, 2, 3, 6) for layer in range(4)}, heads={1: (1,)})
+    plan = plan_of(graph, mlp=dict.fromkeys(range(4), (0, 2, 3, 6)), heads={1: (1,)})
     with executor.using(plan):
         views = family.model(**inputs).logits
     assert executor.slices.bytes == 0
@@ -155,7 +151,10 @@ def test_what_is_off_holds_no_keys_and_values(each_family):
     if window and graph.layers == 4:
         kept_in_window = window - 1 - (family.image_tokens - 5)
         assert expected[2] > groups * kept_in_window > 0
-    sizes = [0 if layer.keys is None else layer.keys.shape[1] * layer.keys.shape[2] for layer in cache.layers]
+    sizes = [
+        0 if layer.keys is None else layer.keys.shape[1] * layer.keys.shape[2]
+        for layer in cache.layers
+    ]
     if window:
         sizes[2] = expected[2]
     assert sizes == expected
