@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ def vision_inputs(config: Any, function: Callable[..., Any]) -> Iterator[dict[st
     if not isinstance(getattr(config, "image_size", None), int) and height > 1024:
         height = width = _DEFAULT_IMAGE
     fixed = {"interpolate_pos_encoding": False} if "interpolate_pos_encoding" in accepted else {}
-    meta = {"device": "meta"}
+    zeros = partial(torch.zeros, device="meta")
     name = "pixel_values" if "pixel_values" in accepted else next(iter(accepted), "pixel_values")
     grids = [n for n in ("image_grid_thw", "grid_thw", "image_grid_hw") if n in accepted]
     if grids:
@@ -97,16 +98,16 @@ def vision_inputs(config: Any, function: Callable[..., Any]) -> Iterator[dict[st
             grid = {grids[0]: torch.tensor(grid_values)}
             cells = rows * columns
             for depth in dict.fromkeys((frames, 1, 2)):
-                flat = torch.zeros(cells, channels * depth * patch * patch, **meta)
+                flat = zeros(cells, channels * depth * patch * patch)
                 yield {name: flat, **grid}
-            yield {name: torch.zeros(cells, channels, patch, patch, **meta), **grid}
-    image = torch.zeros(1, channels, height, width, **meta)
+            yield {name: zeros(cells, channels, patch, patch), **grid}
+    image = zeros(1, channels, height, width)
     if "spatial_shapes" in accepted:
         rows, columns = height // patch, width // patch
         if not isinstance(getattr(config, "image_size", None), int):
             rows = columns = int(_first(config, "num_patches", default=256) ** 0.5)
         yield {
-            name: torch.zeros(1, rows * columns, channels * patch * patch, **meta),
+            name: zeros(1, rows * columns, channels * patch * patch),
             "spatial_shapes": torch.tensor([[rows, columns]]),
             "pixel_attention_mask": torch.ones(1, rows * columns, dtype=torch.long),
         }
@@ -121,8 +122,8 @@ def vision_inputs(config: Any, function: Callable[..., Any]) -> Iterator[dict[st
     if rows % 4 or columns % 4:
         # Projectors that fold squares of patches need whole squares.
         size = (1, 1, channels, max(4, rows // 4 * 4) * patch, max(4, columns // 4 * 4) * patch)
-        yield {name: torch.zeros(size, **meta), **fixed}
-    flat = torch.zeros(1, rows * columns, channels * patch * patch, **meta)
+        yield {name: zeros(size), **fixed}
+    flat = zeros(1, rows * columns, channels * patch * patch)
     where = torch.stack(
         torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), -1
     )

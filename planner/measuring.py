@@ -1,7 +1,7 @@
 """Measuring a model under budgets against the same model without a plan, in one run.
 
-Rounds are interleaved - base, budget, budget, ..., base, ... - so that whatever else the machine does
-falls on all alike, and medians are reported. Nothing is reported unless the plan that keeps
+Rounds are interleaved - base, budget, budget, ..., base, ... - so that whatever else the machine
+does falls on all alike, and medians are reported. Nothing is reported unless the plan that keeps
 everything gives the base model's very logits.
 """
 
@@ -64,10 +64,9 @@ def measure(
         runs: dict[float | None, list[tuple[float, float, int]]] = {None: []}
         for index in range(repeat):
             progress(f"round {index + 1} of {repeat}")
-            for fraction in (None, *fractions):
-                context = nullcontext() if fraction is None else under(model, fraction)
-                measured = _time(model, inputs, decode, context)
-                runs.setdefault(fraction, []).append(measured)
+            for which in (None, *fractions):
+                context = nullcontext() if which is None else under(model, which)
+                runs.setdefault(which, []).append(_time(model, inputs, decode, context))
     finally:
         restore(model)
     rows = [_row("base", 1.0, runs[None], runs[None])]

@@ -71,7 +71,7 @@ def _of(model: nn.Module) -> _Running:
     found = _running.get(model)
     if found is None:
         raise InputError(
-            f"this {type(model).__name__} is not compiled: call model = planner.compile(model) first"
+            f"this {type(model).__name__} is not compiled: call planner.compile(model) first"
         )
     return found
 
@@ -81,7 +81,7 @@ def compile(model: Model, budget: Any = 0.65, *, plan: Plan | None = None, **opt
 
     Args:
         model: an image-text-to-text or causal language model with weights.
-        budget: a fraction, a limit such as ``"kv=256MiB"``, or several; see `planner.budgets.Budget`.
+        budget: a fraction, a limit such as ``"kv=256MiB"``, or several (`planner.budgets`).
         plan: a plan to obey instead, as loaded by `planner.plan.load_plan`.
         options: the other fields of `planner.compiler.Request`: switches, utilities, device,
             image_tokens, text_tokens, new_tokens, batch, ...

@@ -78,9 +78,7 @@ class SwitchSet:
             )
         counts = selector.counts(image_tokens)
         if any(count is None for count in counts):
-            raise InputError(
-                f"how many tokens {text} keeps depends on the image, so it has no cost"
-            )
+            raise InputError(f"how many tokens {text} keeps depends on the image: it has no cost")
         return replace(
             self,
             axes=tuple(axis for axis in AXES if axis in (*self.axes, "tokens")),

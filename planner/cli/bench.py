@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from planner.cli.options import Model, TrustRemoteCode
+from planner.cli.options import Dtype, Model, TrustRemoteCode
 from planner.cli.output import Json, Quiet, amount, print_json, status, table
 
 __all__ = ["bench_command"]
@@ -22,9 +22,7 @@ def bench_command(
     text_tokens: Annotated[int, typer.Option("--text-tokens", help="Prompt tokens, about.")] = 64,
     batch: Annotated[int, typer.Option("--batch", help="Samples that run together.")] = 1,
     repeat: Annotated[int, typer.Option("--repeat", help="Interleaved rounds.")] = 7,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="auto, float32, bfloat16, float16.")
-    ] = "auto",
+    dtype: Dtype = "auto",
     device: Annotated[str, typer.Option("--on", help="Where to run: cpu, cuda.")] = "cpu",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,

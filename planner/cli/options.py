@@ -6,7 +6,16 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["Batch", "Device", "ImageTokens", "Model", "NewTokens", "TextTokens", "TrustRemoteCode"]
+__all__ = [
+    "Batch",
+    "Device",
+    "Dtype",
+    "ImageTokens",
+    "Model",
+    "NewTokens",
+    "TextTokens",
+    "TrustRemoteCode",
+]
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Alias, local folder with a config, or hub id.")
@@ -21,6 +30,7 @@ ImageTokens = Annotated[
 TextTokens = Annotated[int, typer.Option("--text-tokens", help="Prompt tokens besides them.")]
 NewTokens = Annotated[int, typer.Option("--new-tokens", help="Generated tokens, for KV bytes.")]
 Batch = Annotated[int, typer.Option("--batch", help="Samples that run together.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from planner.cli.options import Model, TrustRemoteCode
+from planner.cli.options import Dtype, Model, TrustRemoteCode
 from planner.cli.output import Json, Quiet, amount, print_json, status
 
 __all__ = ["run_command"]
@@ -30,9 +30,7 @@ def run_command(
     ] = None,
     utilities: Annotated[str, typer.Option("--utilities", help="As for compile.")] = "prior",
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Most tokens to generate.")] = 64,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="auto, float32, bfloat16, float16.")
-    ] = "auto",
+    dtype: Dtype = "auto",
     device: Annotated[str, typer.Option("--on", help="Where to run: cpu, cuda.")] = "cpu",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
