@@ -1,6 +1,29 @@
-"""Makes the shared fixtures beside this file importable: ``from families import FAMILIES``."""
+"""Shared by all tests: the modules beside this file, and golden text."""
 
+import os
 import sys
 from pathlib import Path
 
+import pytest
+
+# Makes ``from families import FAMILIES`` work in every folder of tests.
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def golden(request):
+    """Compare text with a file in the folder ``golden`` beside the test.
+
+    With PLANNER_UPDATE_GOLDEN=1 (``make golden``) the file is rewritten instead.
+    """
+    folder = request.path.parent / "golden"
+
+    def compare(name, text):
+        path = folder / name
+        if os.environ.get("PLANNER_UPDATE_GOLDEN") == "1":
+            folder.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert path.exists(), f"{path} does not exist: run make golden and read it"
+        assert text == path.read_text(encoding="utf-8"), f"{name} differs: run make golden?"
+
+    return compare
