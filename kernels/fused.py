@@ -14,9 +14,9 @@ from planner.kernels.output import project_out
 from planner.kernels.prefill import attend
 from planner.kernels.qkv import project_qkv
 from planner.kernels.records import AttentionWeights, KVCache, MLPWeights, Survivors
-from planner.kernels.tokens import choose_tokens, gather_tokens, score_tokens
+from planner.kernels.tokens import choose_tokens, gather_tokens, merge_tokens, score_tokens
 
-__all__ = ["attention", "mlp", "select_tokens"]
+__all__ = ["attention", "merge_tokens", "mlp", "select_tokens"]
 
 
 def mlp(

@@ -28,6 +28,7 @@ __all__ = [
     "project_out",
     "project_qkv",
     "project_up",
+    "rotate",
     "score_tokens",
     "visible",
 ]
@@ -42,11 +43,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def normalize(x: Tensor, norm: Norm) -> Tensor:
-    """RMSNorm or LayerNorm over the last axis."""
+    """RMSNorm or LayerNorm over the last axis, half precision in float32 inside."""
     if norm.kind == "layer":
         return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
-    inverse = torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + norm.eps)
-    return x * inverse * (norm.offset + norm.weight)
+    wide = x.float() if x.dtype.itemsize == 2 else x
+    inverse = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + norm.eps)
+    return (wide * inverse * (norm.offset + norm.weight)).to(x.dtype)
 
 
 def apply_norm(x: Tensor, norm: Norm | None) -> Tensor:
@@ -96,10 +98,10 @@ def project_out(
     return total if residual is None else residual + total
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    # x (..., tokens, heads, head_dim); cos and sin (tokens, rotary lanes)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding: x (..., tokens, heads, head_dim), cos and sin (..., tokens, lanes)."""
     half = cos.shape[-1] // 2
-    cos, sin = cos[:, None, :half], sin[:, None, :half]
+    cos, sin = cos[..., None, :half], sin[..., None, :half]
     one, other, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat([one * cos - other * sin, other * cos + one * sin, rest], dim=-1)
 
@@ -122,7 +124,7 @@ def _heads(
     if weights.key_norm is not None:
         k = normalize(k, Norm(weights.key_norm, eps=eps, offset=offset))
     if angles is not None:
-        q, k = _rotate(q, *angles), _rotate(k, *angles)
+        q, k = rotate(q, *angles), rotate(k, *angles)
     return q, k, v
 
 
@@ -164,10 +166,10 @@ def project_qkv(
 
 
 def visible(positions: Tensor, key_positions: Tensor, causal: bool, window: int | None) -> Tensor:
-    """Which keys each query sees: (queries, keys); negative positions are padding."""
-    seen = (positions >= 0)[:, None] & (key_positions >= 0)[None, :]
+    """Which keys each query sees: (..., queries, keys); negative positions are padding."""
+    seen = (positions >= 0)[..., :, None] & (key_positions >= 0)[..., None, :]
     if causal:
-        behind = positions[:, None] - key_positions[None, :]
+        behind = positions[..., :, None] - key_positions[..., None, :]
         seen &= behind >= 0
         if window is not None:
             seen &= behind < window
@@ -307,6 +309,8 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 def merge_tokens(x: Tensor, target: Tensor, weight: Tensor, length: int) -> Tensor:
     """Weighted means of tokens by target; nobody's target is 0; (batch, length, width)."""
-    share = (target[:, None, :] == torch.arange(length)[None, :, None]) * weight[:, None, :]
+    share = (target[:, None, :] == torch.arange(length, device=x.device)[None, :, None]) * weight[
+        :, None, :
+    ]
     total = share.sum(dim=-1, keepdim=True)
     return (share.to(x.dtype) @ x) / torch.where(total > 0, total, 1).to(x.dtype)

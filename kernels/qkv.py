@@ -78,7 +78,7 @@ def project_qkv_kernel(
     )
     is_query = column_tile < query_tiles
     is_value = column_tile >= query_tiles + key_tiles
-    is_key = (not is_query) & (not is_value)
+    is_key = (is_query == 0) & (is_value == 0)
     column_tile -= tl.where(is_query, 0, query_tiles) + tl.where(is_value, key_tiles, 0)
     width = tl.where(is_query, GROUP * HEAD_DIM, HEAD_DIM)
     survivors = tl.load(counts + sample) * width
@@ -124,13 +124,16 @@ def project_qkv_kernel(
         accumulator *= tl.rsqrt(squares / depth + norm_eps)[:, None]
 
     if query_bias is not None:
-        bias = tl.load(query_bias + feature, mask=kept & is_query, other=0.0)
+        mine = kept & (column < tl.where(is_query, survivors, 0))
+        bias = tl.load(query_bias + feature, mask=mine, other=0.0)
         accumulator += bias.to(tl.float32)[None, :]
     if key_bias is not None:
-        bias = tl.load(key_bias + feature, mask=kept & is_key, other=0.0)
+        mine = kept & (column < tl.where(is_key, survivors, 0))
+        bias = tl.load(key_bias + feature, mask=mine, other=0.0)
         accumulator += bias.to(tl.float32)[None, :]
     if value_bias is not None:
-        bias = tl.load(value_bias + feature, mask=kept & is_value, other=0.0)
+        mine = kept & (column < tl.where(is_value, survivors, 0))
+        bias = tl.load(value_bias + feature, mask=mine, other=0.0)
         accumulator += bias.to(tl.float32)[None, :]
     if query_norm is not None:
         head = tl.where(kept[None, :], accumulator, 0.0)
@@ -151,7 +154,7 @@ def project_qkv_kernel(
     token = row % tokens
     mask = (row < rows)[:, None] & kept[None, :]
     if ROTARY > 0:
-        turns = mask & ((pair < ROTARY // 2) & (not is_value))[None, :]
+        turns = mask & (pair < tl.where(is_value, 0, ROTARY // 2))[None, :]
         angle = (batch.to(tl.int64) * angle_sample_stride + token * angle_token_stride)[:, None]
         angle += pair[None, :]
         c = tl.load(cos + angle, mask=turns, other=1.0).to(tl.float32)

@@ -60,11 +60,12 @@ class Target:
 
 
 # Shared memory per program: CUDA C++ Programming Guide, "Technical Specifications per Compute
-# Capability" (1 KiB less than the processor has). Peaks and bandwidth: NVIDIA A100 80GB SXM, L40
-# and H100 SXM datasheets, without sparsity. L2: 5,120 bytes a clock (A100 whitepaper) at boost
-# clock; the same width is assumed for H100, half of it for L40.
+# Capability" (1 KiB less than the processor has). Peaks and bandwidth: NVIDIA A100 80GB SXM, A40,
+# L40 and H100 SXM datasheets, without sparsity. L2: 5,120 bytes a clock (A100 whitepaper) at boost
+# clock; the same width is assumed for H100, half of it for L40 and A40.
 TARGETS: dict[str, Target] = {
     "sm_80": Target(80, 108, 163 * 1024, 312.0, 2039.0, 7200.0, False),
+    "sm_86": Target(86, 84, 99 * 1024, 149.7, 696.0, 3600.0, False),
     "sm_89": Target(89, 142, 99 * 1024, 181.0, 864.0, 6300.0, False),
     "sm_90": Target(90, 132, 227 * 1024, 989.5, 3350.0, 9000.0, True),
 }
@@ -73,10 +74,12 @@ TARGETS: dict[str, Target] = {
 def target_of(capability: tuple[int, int]) -> Target:
     """The target of a compute capability: the closest described one that is not newer.
 
+    Consumer Blackwell (12.x) has the shared memory of sm_89 and no wgmma, so it is tiled like that.
+
     Raises:
         InputError: older than every described target.
     """
-    number = capability[0] * 10 + capability[1]
+    number = capability[0] * 10 + capability[1] if capability[0] < 12 else 89
     older = [target for target in TARGETS.values() if target.capability <= number]
     if not older:
         raise InputError(f"Compute capability {number / 10} is not supported; 8.0 is the oldest.")

@@ -170,10 +170,9 @@ def gather_kernel(
     sample = row // length
     source = tl.load(index + row)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
     start = (sample * tokens + source) * width
-    value = tl.load(x + start + column, mask=inside & (source >= 0), other=0.0)
-    tl.store(out + row * width + column, value, mask=inside)
+    value = tl.load(x + start + column, mask=column < tl.where(source < 0, 0, width), other=0.0)
+    tl.store(out + row * width + column, value, mask=column < width)
 
 
 @triton.jit(do_not_specialize=["tokens", "length"])
