@@ -90,7 +90,10 @@ BAD = [
     (["compile", "--model", "llava-7b", "--budget", "nan"], "nan"),
     (["compile", "--model", "llava-7b", "--budget", "49 parsecs"], "parsecs"),
     (["compile", "--model", "llava-7b", "--budget", "0.001"], "smallest possible"),
-    (["compile", "--model", "llava-7b", "--budget", "latency=9ms", "--device", "tpu"], "unknown dev"),
+    (
+        ["compile", "--model", "llava-7b", "--budget", "latency=9ms", "--device", "tpu"],
+        "unknown dev",
+    ),
     (["compile", "--model", "llava-7b", "--switches", "wheels"], "wheels"),
     (["compile", "--model", "llava-7b", "--utilities", "absent.npz"], "no utilities file"),
     (["compile", "--model", "llava-7b", "--text-tokens", "-3"], "at least 0"),

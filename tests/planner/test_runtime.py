@@ -1,0 +1,228 @@
+"""Stock models under budgets, from Python and from the command line, on the shipped tiny-llava."""
+
+import gc
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import planner
+from planner.ir.errors import InputError
+from planner.loading import load_image, load_model, prompt_inputs
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_model("tiny-llava")[:2]
+
+
+@pytest.fixture
+def model(loaded):
+    yield loaded[0]
+    try:
+        planner.restore(loaded[0])
+    except InputError:
+        pass
+
+
+@pytest.fixture
+def inputs(loaded):
+    picture = Image.effect_noise((56, 56), 90).convert("RGB")
+    return prompt_inputs(*loaded, "how many red circles are there ?", picture)
+
+
+def tokens(model, inputs):
+    return model.generate(**inputs, max_new_tokens=8, do_sample=False)
+
+
+def test_budget_one_and_restore_are_the_base_model(model, inputs):
+    with torch.inference_mode():
+        base = model(**inputs).logits
+    before = {name: id(p) for name, p in model.named_parameters()}
+    assert planner.compile(model, budget=1.0) is model
+    with torch.inference_mode():
+        assert torch.equal(model(**inputs).logits, base)
+        with planner.budget(model, 0.5):
+            assert not torch.equal(model(**inputs).logits, base)
+        assert torch.equal(model(**inputs).logits, base)
+    planner.restore(model)
+    with torch.inference_mode():
+        assert torch.equal(model(**inputs).logits, base)
+    assert {name: id(p) for name, p in model.named_parameters()} == before
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_budgets_nest_and_plans_are_made_once(model, inputs):
+    planner.compile(model, budget=0.85)
+    outer = planner.plan_of(model)
+    with planner.budget(model, 0.5) as half:
+        assert planner.plan_of(model) is half
+        with planner.budget(model, 0.65) as more:
+            assert planner.plan_of(model) is more
+            tokens(model, inputs)
+        assert planner.plan_of(model) is half
+    assert planner.plan_of(model) is outer
+    with planner.budget(model, 0.5) as again:
+        assert again is half
+    for plan, budget in ((half, 0.5), (more, 0.65), (outer, 0.85)):
+        assert plan.cost["flops"]["fraction"] <= budget
+
+
+def test_a_plan_from_a_file_is_obeyed(model, inputs, tmp_path):
+    planner.compile(model, budget=0.6)
+    planner.save_plan(planner.plan_of(model), tmp_path / "plan.yaml")
+    first = tokens(model, inputs)
+    planner.restore(model)
+    planner.compile(model, plan=planner.load_plan(tmp_path / "plan.yaml"))
+    assert torch.equal(tokens(model, inputs), first)
+
+
+def test_a_selector_of_the_users_is_part_of_the_budget(model, inputs):
+    planner.compile(model, budget=0.6, tokens="fastv:k=2,r=0.5", image_tokens=49, text_tokens=10)
+    plan = planner.plan_of(model)
+    assert [(s.layer, s.keep, s.of) for s in plan.tokens] == [(2, 24, 49)]
+    assert 0.59 < plan.cost["flops"]["fraction"] <= 0.6
+    tokens(model, inputs)
+
+
+def test_the_plan_of_a_config_is_the_plan_of_the_model(model):
+    from planner.compiler import Request, compile_plan
+
+    compiled = compile_plan(Request("tiny-llava", budget=0.7, text_tokens=10))
+    planner.compile(model, budget=0.7, text_tokens=10)
+    live = planner.plan_of(model)
+    assert live.fingerprint == compiled.plan.fingerprint
+    assert (live.heads, live.mlp, live.tokens) == (
+        compiled.plan.heads,
+        compiled.plan.mlp,
+        compiled.plan.tokens,
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda m: planner.compile(m, budget=2), "at most 1"),
+        (lambda m: planner.compile(m, budgets=0.5), "unknown option"),
+        (lambda m: planner.compile(m, budget="latency=5ms"), "device"),
+        (lambda m: planner.compile(m, switches="wings"), "wings"),
+        (lambda m: planner.compile(m, tokens="magic"), "magic"),
+        (lambda m: planner.compile(m, tokens="prumerge"), "before the decoder"),
+        (lambda m: planner.plan_of(m), "not compiled"),
+        (lambda m: planner.restore(m), "not compiled"),
+    ],
+)
+def test_bad_calls_leave_the_model_as_it_was(model, inputs, call, expected):
+    base = tokens(model, inputs)
+    with pytest.raises(InputError, match=expected):
+        call(model)
+    assert torch.equal(tokens(model, inputs), base)
+
+
+def test_a_plan_of_another_model_is_refused(model, tmp_path):
+    planner.compile(model, budget=0.6)
+    plan = planner.plan_of(model)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=64,
+    )  # fmt: skip
+    other = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(InputError, match="was made for"):
+        planner.compile(other, plan=plan)
+
+
+def test_a_compiled_model_is_not_kept_alive():
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=64,
+    )  # fmt: skip
+    import weakref
+
+    model = AutoModelForCausalLM.from_config(config).eval()
+    planner.compile(model, budget=0.7)
+    seen = weakref.ref(model)
+    planner.restore(model)
+    del model
+    gc.collect()
+    assert seen() is None
+
+
+# -- planner run and planner bench ----------------------------------------------------------------
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.effect_noise((56, 56), 90).convert("RGB").save(path)
+    return path
+
+
+def test_run_answers_and_says_what_was_skipped(cli_json, picture):
+    document = cli_json(
+        "run", "--model", "tiny-llava", "--image", picture, "--prompt", "how many ?", "-b", "0.6"
+    )
+    assert set(document) >= {"answer", "tokens", "tokens_per_second", "skipped", "cost"}
+    assert document["tokens"] >= 1
+    assert document["skipped"]
+    assert document["cost"]["flops"]["fraction"] <= 0.6
+
+
+def test_run_without_an_image(cli):
+    code, out, _ = cli("run", "--model", "tiny-llava", "--prompt", "hello", "-b", "0.7")
+    assert code == 0
+    assert "skipped" in out
+
+
+def test_bench_reports_beside_the_base(cli_json):
+    options = ["--budgets", "0.6,1", "--repeat", "1", "--decode", "2", "--text-tokens", "8"]
+    rows = cli_json("bench", "--model", "tiny-llava", *options)["rows"]
+    assert [row["budget"] for row in rows] == ["base", "0.6", "1"]
+    assert rows[0]["prefill_ratio"] == 1
+    assert rows[1]["kv_bytes"] < rows[0]["kv_bytes"] == rows[2]["kv_bytes"]
+
+
+def test_images_that_cannot_be_used(tmp_path):
+    with pytest.raises(InputError, match="no image"):
+        load_image(tmp_path / "absent.png")
+    good = tmp_path / "good.png"
+    Image.effect_noise((64, 64), 90).save(good)
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(good.read_bytes()[:200])
+    with pytest.raises(InputError, match="broken"):
+        load_image(cut)
+    (tmp_path / "text.png").write_text("not a picture")
+    with pytest.raises(InputError, match="broken"):
+        load_image(tmp_path / "text.png")
+    for side, expected in ((20000, "too many pixels"), (11000, "11000 x 11000")):
+        Image.new("1", (side, side)).save(tmp_path / "huge.png")
+        with pytest.raises(InputError, match=expected):
+            load_image(tmp_path / "huge.png")
+
+
+def test_a_picture_of_one_pixel_works(cli, tmp_path):
+    Image.new("RGB", (1, 1), "red").save(tmp_path / "dot.png")
+    arguments = ["run", "--model", "tiny-llava", "--image", tmp_path / "dot.png"]
+    code, out, err = cli(*arguments, "--prompt", "what ?", "--new-tokens", "2")
+    assert code == 0, err
+    assert out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["run", "--model", "tiny-llava", "--prompt", "x", "--image", "absent.png"], "no image"),
+        (["run", "--model", "tiny-llava", "--prompt", "x", "--new-tokens", "0"], "at least 1"),
+        (["run", "--model", "tiny-llava", "--prompt", "x", "--dtype", "int3"], "dtype"),
+        (["run", "--model", "mipha-3b", "--prompt", "x"], "no weights"),
+        (["run", "--model", "tiny-llava", "--prompt", "x", "--on", "moon"], "moon"),
+        (["run", "--model", "tiny-llava"], "prompt"),
+        (["bench", "--model", "tiny-llava", "--budgets", "a,b"], "not a list"),
+        (["bench", "--model", "tiny-llava", "--repeat", "0"], "at least 1"),
+    ],
+)
+def test_bad_input_to_run_and_bench(cli, arguments, expected):
+    code, out, err = cli(*arguments)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert expected in err
