@@ -8,7 +8,7 @@ from pathlib import Path
 
 from planner.ir.errors import InputError
 
-__all__ = ["output_folder", "write_text"]
+__all__ = ["output_folder", "write_bytes", "write_text"]
 
 
 def output_folder(path: Path) -> Path:
@@ -23,12 +23,17 @@ def output_folder(path: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically: a reader sees the old one or the whole new one."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, contents: bytes) -> None:
     """Write a file atomically: a reader sees the old one or the whole new one."""
     temporary: str | None = None
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(contents)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)

@@ -6,6 +6,7 @@ finer. ``uniform`` values all work alike. A file holds measured values.
 
 from __future__ import annotations
 
+import io
 import math
 import zipfile
 from collections.abc import Mapping
@@ -15,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from planner.files import write_bytes
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Site
 
-__all__ = ["Utilities", "load_utilities", "prior", "uniform"]
+__all__ = ["Utilities", "load_utilities", "prior", "save_utilities", "uniform"]
 
 Array = npt.NDArray[np.float64]
 
@@ -104,21 +106,68 @@ def uniform(graph: Graph, work: Mapping[str, float]) -> Utilities:
     return Utilities("uniform", sites, 1.0, saturation=1e-9)
 
 
-def load_utilities(path: Path) -> Utilities:
+# Arrays of a utilities file that are no sites.
+_TEXTS = ("fingerprint", "about")
+_SCALARS = ("tokens", "saturation")
+
+
+def save_utilities(path: Path, utilities: Utilities, graph: Graph, about: str = "") -> None:
+    """Write measured utilities, whole or not at all; equal ones give equal bytes.
+
+    Args:
+        path: an ``.npz`` file.
+        utilities: one array per site of the graph.
+        graph: of the model; its fingerprint goes into the file.
+        about: where the values come from, for people and programs.
+    """
+    arrays = {site.name: utilities.of_site(site) for site in graph.sites}
+    stream = io.BytesIO()
+    np.savez(
+        stream,
+        fingerprint=np.array(str(graph.properties["fingerprint"])),
+        about=np.array(about),
+        tokens=np.float64(utilities.tokens),
+        saturation=np.float64(utilities.saturation),
+        **arrays,  # type: ignore[arg-type]
+    )
+    write_bytes(path, stream.getvalue())
+
+
+def load_utilities(path: Path, graph: Graph) -> Utilities:
     """Read measured utilities from an ``.npz`` file with one array per site name.
 
-    ``tokens`` (worth of all image tokens) and ``saturation`` are optional scalars.
+    ``tokens`` (worth of all image tokens) and ``saturation`` are optional scalars; ``fingerprint``
+    names the model they were measured on.
+
+    Raises:
+        InputError: no such file, a broken one, or one of another model.
     """
     try:
         # Opened here, so that a broken file is closed as well.
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            sites = {name: np.asarray(arrays[name], dtype=np.float64) for name in arrays.files}
+            texts = {name: str(arrays[name]) for name in _TEXTS if name in arrays.files}
+            sites = {
+                name: np.asarray(arrays[name], dtype=np.float64)
+                for name in arrays.files
+                if name not in _TEXTS
+            }
     except FileNotFoundError:
         raise InputError(f"there is no utilities file '{path}'") from None
     except (OSError, ValueError, zipfile.BadZipFile, EOFError):
         raise InputError(
             f"'{path}' is not a utilities file (.npz with one array per site)"
         ) from None
+    expected = str(graph.properties.get("fingerprint", ""))
+    if texts.get("fingerprint", expected) != expected:
+        raise InputError(
+            f"the utilities in '{path}' were measured on another model "
+            f"({texts['fingerprint']}), not on '{graph.name}' ({expected})"
+        )
+    unknown = [n for n in sites if n not in graph.sites_by_name and n not in _SCALARS]
+    if unknown:
+        raise InputError(
+            f"the utilities in '{path}' value {unknown[0]}, which '{graph.name}' does not have"
+        )
     for name, values in sites.items():
         if not np.isfinite(values).all():
             raise InputError(f"the utilities in '{path}' are not finite for {name}")

@@ -1,0 +1,27 @@
+"""What switches are worth, measured on a user's own images: no training.
+
+In: a stock model with its weights, its Graph with switches, samples. Out: `Calibrated`, which
+becomes a utilities file for the solver. Everything is in nats per answer token.
+
+    samples        images and prompts as model inputs with an answer behind them
+    replay         one sample's forward pass, many rows at once, from any layer on
+    measures       how far an output is off: change of loss, or KL divergence
+    leave_one_out  every switch off by itself, one per row of a batch
+    taylor         the same estimated from one backward pass
+    token_stages   what image tokens are worth, and the curve through that
+    store          partial results on disk, so that a killed run continues
+    run            all of it in order
+"""
+
+from planner.models.calibration.run import METHODS, Calibrated, calibrate
+from planner.models.calibration.samples import Sample, read_questions, read_samples, sample_of
+
+__all__ = [
+    "METHODS",
+    "Calibrated",
+    "Sample",
+    "calibrate",
+    "read_questions",
+    "read_samples",
+    "sample_of",
+]

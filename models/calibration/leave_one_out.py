@@ -1,0 +1,77 @@
+"""Leave-one-out: every switch off by itself, a different one on every row of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from planner.ir.graph import Graph, Site
+from planner.models.calibration.measures import divergence, loss
+from planner.models.calibration.replay import Replay
+from planner.models.masked import Gates, MaskedExecutor
+
+__all__ = ["Switch", "as_gates", "leave_one_out", "measure", "switches_of"]
+
+Array = npt.NDArray[np.float64]
+_FIELDS = {"layer": "layers", "heads": "heads", "mlp": "mlp"}
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One switch of a site."""
+
+    site: Site
+    index: int
+
+
+def switches_of(graph: Graph) -> tuple[Switch, ...]:
+    """All layer, head and MLP switches, by layer: neighbours share a start of the pass."""
+    sites = sorted((s for s in graph.sites if s.kind in _FIELDS), key=lambda site: site.layer)
+    return tuple(Switch(site, index) for site in sites for index in range(site.switches))
+
+
+def as_gates(columns: dict[Site, Tensor]) -> Gates:
+    """Gates from one tensor of shape (rows, switches) per site."""
+    fields: dict[str, dict[int, Any]] = {name: {} for name in _FIELDS.values()}
+    for site, column in columns.items():
+        fields[_FIELDS[site.kind]][site.layer] = column[:, 0] if site.kind == "layer" else column
+    return Gates(**fields)
+
+
+def measure(log_probabilities: Tensor, replay: Replay, kind: str) -> Tensor:
+    """Distance from the base model: change of loss, or KL; shape (rows,)."""
+    if kind == "kl":
+        return divergence(log_probabilities, replay.base)
+    labels = replay.sample.labels
+    return loss(log_probabilities, labels) - loss(replay.base[None], labels)
+
+
+@torch.no_grad()
+def leave_one_out(
+    executor: MaskedExecutor, replay: Replay, switches: Sequence[Switch], kind: str
+) -> Array:
+    """What switching each off does to one sample.
+
+    Args:
+        executor: of the replayed model.
+        replay: the sample, on at least as many rows as there are switches.
+        switches: in layer order.
+        kind: ``loss`` or ``kl``.
+
+    Returns:
+        Shape (switches,): positive where the switch is worth something.
+    """
+    columns: dict[Site, Tensor] = {}
+    for row, switch in enumerate(switches):
+        if switch.site not in columns:
+            columns[switch.site] = torch.ones(replay.rows, switch.site.switches)
+        columns[switch.site][row, switch.index] = 0
+    with executor.using(as_gates(columns)):
+        found = replay.log_probabilities(switches[0].site.layer)
+    return measure(found, replay, kind)[: len(switches)].double().cpu().numpy()

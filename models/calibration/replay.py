@@ -1,0 +1,112 @@
+"""One sample's forward pass, repeated: many rows at once, from any layer on.
+
+What does not depend on the decoder's switches is computed once: image features, and for a pass
+that starts at layer k the hidden states before it. The stock code runs around that unchanged.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from planner.ir.errors import InputError
+from planner.models.bindings import BoundLayer
+from planner.models.calibration.samples import Sample
+from planner.models.patches import Patches
+
+__all__ = ["Replay"]
+
+
+class Replay:
+    """A sample on `rows` equal rows.
+
+    Args:
+        model: a stock transformers model, dense.
+        layers: its decoder layers.
+        sample: what to run.
+        rows: size of the batch.
+
+    Attributes:
+        base: log-probabilities of the dense model at the answer, shape (answer, vocabulary).
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[BoundLayer], sample: Sample, rows: int
+    ) -> None:
+        self.model = model
+        self.layers = layers
+        self.sample = sample
+        self.rows = rows
+        # Repeating along the first axis makes a batch of every layout of image arguments: whole
+        # images, tiles, or patches with their grids.
+        self._inputs = {
+            name: value.repeat(rows, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value
+            for name, value in sample.inputs.items()
+        }
+        self._inputs["use_cache"] = False
+        if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
+            self._inputs["logits_to_keep"] = sample.answer + 1
+        self._features: dict[nn.Module, Any] = {}
+        self._outputs: dict[int, Tensor] = {}
+        self.base = self._record()
+
+    @torch.no_grad()
+    def _record(self) -> Tensor:
+        """Run the dense model once, noting what every layer returns for one row."""
+
+        def note(index: int) -> Callable[..., None]:
+            def hook(module: nn.Module, _: Any, output: Any) -> None:
+                if not isinstance(output, Tensor):
+                    raise InputError(
+                        f"{type(module).__name__} returns a tuple, as layers did before "
+                        "transformers 5; use a newer version"
+                    )
+                self._outputs[index] = output[:1].clone()
+
+            return hook
+
+        hooks = [layer.module.register_forward_hook(note(layer.index)) for layer in self.layers]
+        try:
+            return self.log_probabilities(0)[0].clone()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def log_probabilities(self, start: int) -> Tensor:
+        """What the model says at the answer under the gates that are active now.
+
+        Args:
+            start: no gate acts before this decoder layer; earlier layers are not run.
+
+        Returns:
+            Shape (rows, answer, vocabulary), float32.
+        """
+        with Patches() as patches:
+            for module in self.model.modules():
+                if hasattr(type(module), "get_image_features"):
+                    patches.set(module, "get_image_features", self._remembered(module))
+            for layer in self.layers[:start]:
+                patches.set(layer.module, "forward", self._past(layer.index))
+            logits: Tensor = self.model(**self._inputs).logits
+        return logits[:, -self.sample.answer - 1 : -1].float().log_softmax(-1)
+
+    def _remembered(self, module: Any) -> Callable[..., Any]:
+        stock = module.get_image_features
+
+        def features(*args: Any, **kwargs: Any) -> Any:
+            if module not in self._features:
+                with torch.no_grad():
+                    self._features[module] = stock(*args, **kwargs)
+            return self._features[module]
+
+        return features
+
+    def _past(self, index: int) -> Callable[..., Tensor]:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            return self._outputs[index].expand(self.rows, -1, -1)
+
+        return forward

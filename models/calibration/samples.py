@@ -1,0 +1,167 @@
+"""Calibration samples: one prompt with its image, and an answer behind it.
+
+The answer is the user's own (then switches are judged by its loss), or what the base model itself
+answers (then by how far the output distribution moves at those tokens).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from planner.ir.errors import InputError
+from planner.loading import load_image, prompt_inputs
+
+__all__ = ["Question", "Sample", "read_questions", "read_samples", "sample_of"]
+
+DEFAULT_PROMPT = "Describe this image."
+# Tokens of the base model's own answer: enough to leave the first word behind, few enough to be
+# generated quickly.
+OWN_ANSWER_TOKENS = 16
+_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
+
+
+@dataclass(frozen=True)
+class Question:
+    """A line of a prompts file; `answer` is None where nobody knows it."""
+
+    image: Path
+    prompt: str
+    answer: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One prompt followed by its answer.
+
+    Attributes:
+        inputs: keyword arguments of the model, one row; ``input_ids`` ends with the answer.
+        answer: how many of the last tokens are the answer; at least 1.
+    """
+
+    inputs: Mapping[str, Any]
+    answer: int
+
+    @property
+    def labels(self) -> Tensor:
+        """The answer's tokens, shape (answer,)."""
+        ids: Tensor = self.inputs["input_ids"]
+        return ids[0, -self.answer :]
+
+    def digest(self) -> str:
+        """Equal for samples of equal contents."""
+        found = hashlib.sha256(str(self.answer).encode())
+        for name, value in sorted(self.inputs.items()):
+            found.update(name.encode())
+            if isinstance(value, Tensor):
+                found.update(value.detach().cpu().float().numpy().tobytes())
+        return found.hexdigest()[:16]
+
+
+def read_questions(images: Path, prompts: Path | None) -> list[Question]:
+    """All questions there are: lines of the prompts file, or the default prompt for every image.
+
+    Args:
+        images: folder; image names in the prompts file are relative to it.
+        prompts: JSON lines ``{"image": ..., "prompt": ..., "answer": ...}``; answers in all lines
+            or in none.
+    """
+    if not images.is_dir():
+        raise InputError(f"there is no folder of images '{images}'")
+    if prompts is None:
+        found = sorted(p for p in images.iterdir() if p.suffix.lower() in _SUFFIXES)
+        if not found:
+            raise InputError(f"the folder '{images}' holds no images ({', '.join(sorted(_SUFFIXES))})")
+        return [Question(path, DEFAULT_PROMPT) for path in found]
+    try:
+        lines = prompts.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise InputError(f"there is no prompts file '{prompts}'") from None
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"the prompts file '{prompts}' cannot be read") from None
+    questions = [
+        _question(line, f"line {number} of '{prompts}'", images)
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+    if not questions:
+        raise InputError(f"the prompts file '{prompts}' is empty")
+    answered = sum(question.answer is not None for question in questions)
+    if answered not in (0, len(questions)):
+        raise InputError(
+            f"{answered} of {len(questions)} lines of '{prompts}' have an answer: "
+            "give one in every line, or in none"
+        )
+    return questions
+
+
+def _question(line: str, where: str, images: Path) -> Question:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        raise InputError(f"{where} is not JSON") from None
+    if not isinstance(record, dict) or not isinstance(record.get("image"), str):
+        raise InputError(f'{where} is not of the form {{"image": ..., "prompt": ..., "answer": ...}}')
+    prompt, answer = record.get("prompt", DEFAULT_PROMPT), record.get("answer")
+    if not isinstance(prompt, str) or not (answer is None or isinstance(answer, str)):
+        raise InputError(f"prompt and answer in {where} must be text")
+    if answer is not None and not answer.strip():
+        raise InputError(f"the answer in {where} is empty")
+    return Question(images / record["image"], prompt, answer)
+
+
+def read_samples(
+    model: nn.Module, processor: Any, questions: Sequence[Question], count: int, seed: int = 0
+) -> list[Sample]:
+    """At most `count` of the questions, drawn by the seed, as samples."""
+    chosen = random.Random(seed).sample(range(len(questions)), min(count, len(questions)))
+    return [_sample(model, processor, questions[index]) for index in sorted(chosen)]
+
+
+def _sample(model: nn.Module, processor: Any, question: Question) -> Sample:
+    inputs = prompt_inputs(model, processor, question.prompt, load_image(question.image))
+    if question.answer is None:
+        return sample_of(model, inputs)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    tokens = list(tokenizer(question.answer, add_special_tokens=False)["input_ids"])
+    if tokenizer.eos_token_id is not None:
+        tokens.append(tokenizer.eos_token_id)
+    return sample_of(model, inputs, tokens)
+
+
+@torch.no_grad()
+def sample_of(
+    model: Any, inputs: Mapping[str, Any], answer: Sequence[int] | None = None
+) -> Sample:
+    """Put an answer behind a prompt.
+
+    Args:
+        model: answers itself, greedily, where no answer is given.
+        inputs: one row, no padding.
+        answer: token ids.
+    """
+    ids: Tensor = inputs["input_ids"]
+    if ids.shape[0] != 1:
+        raise InputError(f"a calibration sample is one prompt, not a batch of {ids.shape[0]}")
+    if answer is None:
+        output = model.generate(**inputs, max_new_tokens=OWN_ANSWER_TOKENS, do_sample=False)
+        new = output[:, ids.shape[1] :]
+    else:
+        new = torch.tensor([list(answer)], dtype=ids.dtype, device=ids.device)
+    if not new.shape[1]:
+        raise InputError("a calibration sample needs an answer of at least one token")
+    longer = dict(inputs)
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.shape == ids.shape:
+            # Beside the ids: a mask of ones, and kinds of tokens, where text is 0.
+            fill = torch.full_like(new, int(name == "attention_mask"), dtype=value.dtype)
+            longer[name] = torch.cat([value, new if name == "input_ids" else fill], 1)
+    return Sample(longer, new.shape[1])
