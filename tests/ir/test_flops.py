@@ -1,0 +1,247 @@
+"""FLOPs, KV elements and parameters of a Graph are exactly those of the executed model."""
+
+import functools
+
+import pytest
+import torch
+from families import FAMILIES
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, MambaConfig, MixtralConfig
+
+from planner.ir.cost import Workload, price
+from planner.ir.cost.flops import (
+    FORMULAS,
+    attended_keys,
+    operator_flops,
+    operator_kv_elements,
+    operator_parameters,
+)
+from planner.ir.dims import Dim
+from planner.ir.graph import KINDS, Operator
+from planner.ir.lowering import lower_config, lower_model
+from planner.ir.passes import NarrowTokens, Specialise
+from planner.models.executor import Executor
+from planner.plan import Plan, TokenStage
+from planner.switches import with_switches
+
+# CLIP; windowed vision attention; a pixel-shuffle projector; one KV head and a prefix that attends
+# both ways; a sliding-window cache; parallel attention and a plain MLP; text alone, q and k norms.
+DENSE = ("llava", "qwen2_5_vl", "internvl", "paligemma", "gemma3", "phi", "qwen3")
+# Model and batch size.
+PLANNED = (("llava", 2), ("qwen2_5_vl", 1), ("internvl", 2), ("phi", 1), ("qwen3", 2))
+NEW_TOKENS = 2
+
+
+@functools.cache
+def prepared(name):
+    """A tiny random model that runs eager attention, and its Graph."""
+    family = FAMILIES[name]()
+    if name == "qwen2_5_vl":
+        # Images of any size fit; the Graph is of the one that the config names.
+        family.model.config.vision_config.image_size = 32
+    graph = with_switches(lower_model(family.model, name), groups=8)
+    family.model.set_attn_implementation("eager")
+    # Counting hooks onto gradients where there are any.
+    family.model.requires_grad_(False)
+    return family, graph
+
+
+def run(family, batch, new_tokens):
+    """(FLOPs, elements in the cache) of the stock `generate`: a prefill and decode steps."""
+    inputs = family.inputs(batch=batch)
+    # The counter knows the product that adds to a sum, but not by its name for doing it in place.
+    in_place = {torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    counter = FlopCounterMode(display=False, custom_mapping=in_place)
+    with counter:
+        output = family.model.generate(
+            **inputs, max_new_tokens=1 + new_tokens, do_sample=False, return_dict_in_generate=True
+        )
+    layers = output.past_key_values.layers
+    caches = [(c.keys, c.values) for c in layers if getattr(c, "keys", None) is not None]
+    return counter.get_total_flops(), sum(k.numel() + v.numel() for k, v in caches)
+
+
+def workload_of(family, graph, batch):
+    prompt = family.inputs(batch=batch)["input_ids"].shape[1]
+    text = prompt - family.image_tokens
+    return Workload.default(graph, family.image_tokens, text, NEW_TOKENS, batch)
+
+
+def predicted(graph, workload, new_tokens, kept=None):
+    """The same from the Graph."""
+    steps = [workload.prefill(kept)]
+    steps += [workload.decode(step, kept) for step in range(1, new_tokens + 1)]
+    flops = sum(operator_flops(operator, sizes) for sizes in steps for operator in graph)
+    return flops, sum(operator_kv_elements(operator, steps[-1]) for operator in graph)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_prefill_and_decode_to_the_last_flop(name, batch):
+    family, graph = prepared(name)
+    workload = workload_of(family, graph, batch)
+    for new_tokens in (0, NEW_TOKENS):
+        assert predicted(graph, workload, new_tokens) == run(family, batch, new_tokens)
+
+
+def plans_of(name, graph, image_tokens):
+    """Two plans: heads and groups narrowed or wholly off; a layer off and image tokens dropped."""
+    facts = {"model": name, "fingerprint": graph.properties["fingerprint"], "layers": graph.layers}
+    lanes = graph.sites_by_name["heads.0"].lanes
+    yield Plan(
+        **facts,
+        heads={0: tuple(range(1, lanes)), 1: ()},
+        mlp={0: (0, 2, 5), 1: (7,), 2: ()},
+        mlp_switches={0: 8, 1: 8, 2: 8},
+    )
+    stages = (TokenStage(2, 9, image_tokens, "fastv"), TokenStage(3, 5, 9, "uniform"))
+    yield Plan(
+        **facts,
+        layers_off=(0,),
+        heads={2: (0,)},
+        mlp={1: (1, 2)},
+        mlp_switches={1: 8},
+        tokens=stages if image_tokens else (),
+    )
+
+
+@pytest.mark.parametrize(("name", "batch"), PLANNED)
+def test_under_a_plan_to_the_last_flop(name, batch):
+    family, graph = prepared(name)
+    workload = workload_of(family, graph, batch)
+    executor = Executor(family.model, graph)
+    base = predicted(graph, workload, NEW_TOKENS)
+    for plan in plans_of(name, graph, family.image_tokens):
+        narrow = NarrowTokens(plan.tokens).apply(Specialise(plan).apply(graph))
+        kept = {stage.layer: stage.keep for stage in plan.tokens}
+        for new_tokens in (0, NEW_TOKENS):
+            with executor.using(plan):
+                measured = run(family, batch, new_tokens)
+            assert predicted(narrow, workload, new_tokens, kept) == measured
+        assert predicted(narrow, workload, NEW_TOKENS, kept) < base
+    # Afterwards the model is the base model again.
+    assert run(family, batch, NEW_TOKENS) == base
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_parameters_but_those_added_to_activations(name):
+    family, graph = prepared(name)
+    added = ("position_embedding", "class_embedding", "cls_token", "lambda_")
+    # LLaVA reads CLIP before its last norm.
+    unused = ("vision_tower.post_layernorm",) if name == "llava" else ()
+    names = (*added, *unused)
+    expected = sum(
+        parameter.numel()
+        for path, parameter in family.model.named_parameters()
+        if not any(name in path for name in names)
+    )
+    assert sum(map(operator_parameters, graph)) == expected
+
+
+def test_experts_are_counted_for_the_rows_routed_to_them():
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    graph = lower_model(model, "mixtral")
+    model.set_attn_implementation("eager")
+    # Grouped products are invisible to the counter, one expert after another is not.
+    model.set_experts_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.randint(0, 128, (2, 9)), logits_to_keep=1)
+    flops, _ = predicted(graph, Workload(0, 9, batch=2), 0)
+    assert flops == counter.get_total_flops()
+    assert any(operator.kind == "experts" for operator in graph)
+    assert sum(map(operator_parameters, graph)) == model.num_parameters()
+
+
+def test_state_space_models_are_priced():
+    config = MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2)
+    graph = lower_config(config, "mamba").graph
+    sizes = Workload(0, 9).prefill()
+    scans = [operator for operator in graph if operator.kind == "scan"]
+    assert scans
+    assert all(operator_flops(operator, sizes) > 0 for operator in scans)
+    assert all(price(operator, graph, sizes).bytes > 0 for operator in scans)
+
+
+# One operator of each kind that multiplies, and its FLOPs at the sizes below.
+SIZES = {"batch": 2, "images": 3, "query": 5, "context": 11}
+EXAMPLES = {
+    "linear": (("batch", "query", "7"), {"in": 4, "out": 7, "bias": 1}, 2 * 2 * 5 * 4 * 7),
+    "fused_linear": (
+        ("batch", "query", "7"),
+        {"in": 4, "out": 7, "bias": 0, "count": 2},
+        2 * 2 * 5 * 4 * 7,
+    ),
+    "norm_linear": (
+        ("batch", "query", "7"),
+        {"in": 4, "out": 7, "bias": 0, "count": 1, "norm_bias": 0},
+        2 * 2 * 5 * 4 * 7,
+    ),
+    "matmul": (("batch", "query", "query"), {"inner": 8}, 2 * 2 * 5 * 5 * 8),
+    "conv": (
+        ("images", "6", "4", "4"),
+        {"in": 3, "out": 6, "kernel": 25, "bias": 0},
+        2 * 3 * 6 * 16 * 3 * 25,
+    ),
+    "attention": (
+        ("batch", "4", "query", "8"),
+        {"heads": 4, "kv_heads": 2, "head_dim": 16, "value_dim": 8, "keys": Dim.of("context")},
+        2 * 2 * 4 * 5 * 11 * (16 + 8),
+    ),
+    "experts": (("batch", "2*query", "6"), {"in": 4, "out": 6, "experts": 8}, 2 * 2 * 10 * 4 * 6),
+    "scan": (("batch", "query", "6"), {"flops_per_row": 13}, 2 * 5 * 13),
+    "select_tokens": (
+        ("batch", "query", "6"),
+        {"keep": 1, "of": 4, "before": Dim(8), "score_width": 32},
+        2 * 2 * 8 * 32,
+    ),
+}
+
+
+def example(kind):
+    shape, attributes, flops = EXAMPLES[kind]
+    operator = Operator(kind, kind, shape=tuple(map(Dim.of, shape)))
+    return operator.having(**attributes), flops
+
+
+def test_every_kind_that_multiplies_has_a_formula_and_no_other():
+    assert set(FORMULAS) == set(EXAMPLES)
+    assert set(FORMULAS) < set(KINDS)
+    for kind in EXAMPLES:
+        operator, flops = example(kind)
+        assert operator_flops(operator, SIZES) == flops
+    for kind in set(KINDS) - set(FORMULAS):
+        assert operator_flops(Operator(kind, kind, shape=(Dim.of("batch"),)), SIZES) == 0
+
+
+def test_a_stage_that_drops_nothing_scores_nothing():
+    operator, _ = example("select_tokens")
+    assert operator_flops(operator.having(before=Dim.of("query")), SIZES) == 0
+
+
+@pytest.mark.parametrize(
+    ("query", "context", "keys", "cached"),
+    [
+        (9, 9, 9, 3),  # a whole prompt meets all of itself
+        (1, 3, 3, 3),
+        (1, 4, 4, 3),  # as many as the window
+        (1, 90, 4, 3),
+        (2, 90, 5, 3),
+    ],
+)
+def test_a_window_of_four_tokens(query, context, keys, cached):
+    operator = example("attention")[0].having(window=4)
+    sizes = {"batch": 1, "query": query, "context": context}
+    assert attended_keys(operator, sizes) == keys
+    assert operator_flops(operator, sizes) == 2 * 4 * query * keys * (16 + 8)
+    assert operator_kv_elements(operator, sizes) == cached * 2 * (16 + 8)
