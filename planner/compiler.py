@@ -149,7 +149,7 @@ def _utilities(name: str, graph: Graph, pricing: Pricing) -> Utilities:
         return prior(graph, pricing.work())
     if name == "uniform":
         return uniform(graph, pricing.work())
-    return load_utilities(Path(name))
+    return load_utilities(Path(name), graph)
 
 
 def _plan(

@@ -8,6 +8,7 @@ import typer
 
 from planner import __version__
 from planner.cli.bench import bench_command
+from planner.cli.calibrate import calibrate_command
 from planner.cli.compile import compile_command
 from planner.cli.devices import devices_command
 from planner.cli.inspect import inspect_command
@@ -47,3 +48,4 @@ app.command("models")(models_command)
 app.command("devices")(devices_command)
 app.command("run")(run_command)
 app.command("bench")(bench_command)
+app.command("calibrate-utilities")(calibrate_command)
