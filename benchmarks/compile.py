@@ -147,8 +147,8 @@ def main() -> int:
     options = parser.parse_args()
     try:
         found = summary(measure(options.model, options.budget, max(1, options.repeats)))
-    except Differs as difference:
-        print(f"no figures: {difference}", file=sys.stderr)
+    except (Differs, subprocess.CalledProcessError) as reason:
+        print(f"no figures: {reason}", file=sys.stderr)
         return 1
     if options.json:
         print_json({"model": options.model, "budget": options.budget, "runs": found})
