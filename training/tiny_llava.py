@@ -36,6 +36,7 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from planner.training.config import Config, load_config, parse_config
 from planner.training.data import IMAGE_SIZE, Conversation, Packer, Scene, SceneConversations
+from planner.training.data.conversations import FAMILY_WEIGHTS
 from planner.training.data.scenes import COLORS, COLUMNS, ROWS, SHAPES, SIZES
 from planner.training.trainer import RunTrainer
 
@@ -77,6 +78,8 @@ class TinyLlavaConfig(Config):
     batch_size: int = 32
     questions: int = 8
     questions_beside_description: int = 3
+    description_share: float = 0.4
+    family_weights: dict[str, float] = FAMILY_WEIGHTS
     max_text_tokens: int = 110
     dialogue_share: float = 0.2
     learning_rate: float = 1.5e-3
@@ -280,6 +283,8 @@ def build_trainer(
         config.data_seed + tower,
         1 if tower else config.questions,
         0 if tower else config.questions_beside_description,
+        config.description_share,
+        config.family_weights,
     )
     steps = config.tower_steps if tower else config.max_steps
     arguments = TrainingArguments(

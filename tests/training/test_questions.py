@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planner.ir.errors import InputError
 from planner.training.data import FAMILIES, SceneConversations, SceneQuestions, ask, draw_scene
 from planner.training.tiny_llava import build_processor
 
@@ -120,6 +121,15 @@ def test_descriptions_are_long():
     ]
     assert min(lengths) >= 50
     assert max(lengths) <= 96
+
+
+def test_the_mixture_follows_its_weights():
+    only = SceneConversations("train", 40, description_share=0, family_weights={"count": 1})
+    families = Counter(turn.family for i in range(40) for turn in only[i].turns)
+    assert set(families) <= {"count", "existence"}
+    assert families["count"] > 3 * families["existence"]
+    with pytest.raises(InputError, match='unknown family "smell"; known: existence'):
+        SceneConversations("train", 1, family_weights={"smell": 1})
 
 
 def test_training_conversations_hold_several_different_questions():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from planner.training.data.render import render
 from planner.training.data.scenes import Scene, draw_scene
 
 __all__ = [
+    "FAMILY_WEIGHTS",
     "Conversation",
     "LlavaConversations",
     "SceneConversations",
@@ -54,16 +55,17 @@ class Conversation:
     scene: Scene | None = None
 
 
+FAMILY_WEIGHTS = {"existence": 2, "attribute": 3, "count": 3, "spatial": 4, "text": 3}
+
+
 class SceneConversations(Sequence[Conversation]):
     """Training data made on the fly: scene `i` of a split with several questions about it.
 
-    Random access and deterministic: item `i` depends on `(seed, split, i)` alone, so workers,
-    epochs and resumed runs agree without any file. A share of the crowded scenes gets a description
-    and `questions_beside_description` short questions, the others get `questions` short ones.
+    Random access and deterministic: item `i` depends on the arguments and `i` alone, so workers,
+    epochs and resumed runs agree without any file. `description_share` of the crowded scenes get a
+    description and `questions_beside_description` short questions, the others get `questions` short
+    ones; `family_weights` are the odds of their families (fewer where a scene gives no occasion).
     """
-
-    weights = {"existence": 2, "attribute": 3, "count": 3, "spatial": 4, "text": 3}
-    description_share = 0.4
 
     def __init__(
         self,
@@ -72,10 +74,18 @@ class SceneConversations(Sequence[Conversation]):
         seed: int = 0,
         questions: int = 8,
         questions_beside_description: int = 3,
+        description_share: float = 0.4,
+        family_weights: Mapping[str, float] = FAMILY_WEIGHTS,
     ):
+        if unknown := set(family_weights) - set(FAMILY_WEIGHTS):
+            raise InputError(
+                f'unknown family "{min(unknown)}"; known: {", ".join(FAMILY_WEIGHTS)}.'
+            )
         self.split, self.size, self.seed = split, size, seed
         self.questions = questions
         self.questions_beside_description = questions_beside_description
+        self.description_share = description_share
+        self.family_weights = dict(family_weights)
 
     def __len__(self) -> int:
         return self.size
@@ -90,9 +100,10 @@ class SceneConversations(Sequence[Conversation]):
         if rng.random() < self.description_share and (long := ask(scene, "describe", rng)):
             found.append(long)
         short = self.questions_beside_description if found else self.questions
-        families = rng.choices(list(self.weights), list(self.weights.values()), k=2 * short)
-        families.append("existence")  # which every scene allows
-        for question in (ask(scene, family, rng) for family in families):
+        families, odds = list(self.family_weights), list(self.family_weights.values())
+        # Twice as many as needed, since some repeat or do not apply; existence always does.
+        for family in [*rng.choices(families, odds, k=2 * short), "existence"]:
+            question = ask(scene, family, rng)
             if question is not None and question not in found:
                 found.append(question)
         turns = tuple(_turn(q) for q in found[: short + (found[0].family == "describe")])
