@@ -1,0 +1,51 @@
+"""The weights of what a plan keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from planner.models.bindings import BoundLinear, Runs
+from planner.models.program import Program
+
+__all__ = ["kept_weights"]
+
+
+def kept_weights(model: Any, program: Program) -> dict[str, Tensor]:
+    """The state dict of the model without what the plan leaves out.
+
+    Args:
+        model: the base model.
+        program: of one plan.
+
+    Returns:
+        Names as in the base model; weights of layers that are off are absent.
+    """
+    state: dict[str, Tensor] = dict(model.state_dict())
+    for layer in program.layers:
+        group = layer.groups[0]
+        if not group.on:
+            prefix = f"{layer.layer.path}."
+            state = {name: v for name, v in state.items() if not name.startswith(prefix)}
+            continue
+        for site, lanes in ((layer.layer.heads, group.heads), (layer.layer.mlp, group.mlp)):
+            if site is not None and lanes is not None:
+                for linear in site.linears:
+                    state |= _sliced(linear, lanes)
+    return state
+
+
+@torch.no_grad()
+def _sliced(linear: BoundLinear, lanes: Runs) -> dict[str, Tensor]:
+    """Copies of one linear's parameters with the kept features."""
+    runs = linear.runs(lanes) or ((0, 0),)
+    axis = 0 if linear.binding.axis == "out" else 1
+    weight = torch.cat([linear.weight.narrow(axis, a, b - a) for a, b in runs], axis)
+    stored = weight.t() if isinstance(linear.module, Conv1D) else weight
+    sliced = {f"{linear.path}.weight": stored.contiguous()}
+    if linear.bias is not None and axis == 0:
+        sliced[f"{linear.path}.bias"] = torch.cat([linear.bias[a:b] for a, b in runs])
+    return sliced

@@ -1,0 +1,166 @@
+"""Writing a checkpoint of a plan's model, whole or not at all, and checked before it appears."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from planner.ir.errors import InputError, PlannerError
+from planner.ir.graph import Graph
+from planner.models.executor import Executor
+from planner.models.export.plain import NotPlain, save_plain
+from planner.models.export.planned import RECORD, load, save_planned
+from planner.models.program import Program
+from planner.plan import Plan, dump_plan
+
+__all__ = ["Exported", "export"]
+
+# Relative error of the logits that a checkpoint read back may have, by precision.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+LOWER_PRECISION = 3e-2
+# What a model folder holds beside weights and configs: processor, tokenizer, chat template.
+_COMPANIONS = frozenset((".jinja", ".json", ".model", ".py", ".tiktoken", ".txt"))
+_OWN = frozenset(("config.json", "generation_config.json", RECORD, "plan.yaml"))
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        folder: where.
+        plain: whether stock transformers loads it.
+        why_not: where it is not plain, why, in one sentence; else "".
+        parameters: numbers in the weights.
+        base_parameters: of the base model.
+        error: largest relative error of the logits, read back, against the planned model.
+    """
+
+    folder: Path
+    plain: bool
+    why_not: str
+    parameters: int
+    base_parameters: int
+    error: float
+
+
+def export(
+    model: Any,
+    graph: Graph,
+    plan: Plan,
+    folder: Path,
+    inputs: Mapping[str, Any],
+    companions: Path | None = None,
+) -> Exported:
+    """Write a plan's model as a checkpoint.
+
+    Token stages do not live in weights: they stay a note in ``plan.yaml``.
+
+    Args:
+        model: the base model, dense, in evaluation mode; left as it was.
+        graph: of the model.
+        plan: what to keep.
+        folder: to be made; an empty one may be there.
+        inputs: arguments of the model, images included, on which what was written is compared.
+        companions: folder to copy processor and tokenizer files from.
+
+    Raises:
+        InputError: the plan is not of this model, or the folder is not empty.
+        PlannerError: what was written does not compute what the plan says.
+    """
+    plan.check(graph)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"'{folder}' is there already and not empty: name a new folder")
+    without_tokens = replace(plan, tokens=())
+    executor = Executor(model, graph)
+    with torch.no_grad(), executor.using(without_tokens):
+        expected = model(**inputs).logits
+    program = Program.build([without_tokens], graph, executor.layers)
+    text = dump_plan(plan)
+    origin = {"planner_plan": f"plan.yaml, sha256 {sha256(text.encode()).hexdigest()[:16]}"}
+    why_not = ""
+    with _whole_folder(folder) as temporary:
+        try:
+            smaller = save_plain(model, program, temporary, **origin)
+            error = _error(smaller, inputs, expected)
+            if error > _tolerance(expected):
+                raise NotPlain(
+                    f"{type(model).__name__} of these sizes computes something else (relative "
+                    f"error {error:.1e}), so something in it depends on layer numbers or sizes"
+                )
+        except NotPlain as reason:
+            why_not = str(reason)
+            _clear(temporary)
+            save_planned(model, graph, program, temporary, **origin)
+            smaller = load(temporary)
+            error = _error(smaller, inputs, expected)
+            if error > _tolerance(expected):
+                raise PlannerError(
+                    f"the exported model is off by {error:.1e}: this is a bug in planner"
+                ) from None
+        (temporary / "plan.yaml").write_text(text, encoding="utf-8")
+        if companions is not None:
+            _copy_companions(companions, temporary)
+    return Exported(
+        folder, not why_not, why_not, _parameters(smaller), _parameters(model), error
+    )
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _tolerance(expected: Tensor) -> float:
+    return TOLERANCE.get(expected.dtype, LOWER_PRECISION)
+
+
+@torch.no_grad()
+def _error(model: Any, inputs: Mapping[str, Any], expected: Tensor) -> float:
+    """Largest relative error of the logits over tokens."""
+    logits = model.to(expected.device)(**inputs).logits.double()
+    expected = expected.double()
+    return float(((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes its name when all went well, and else is gone."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise InputError(f"cannot write to '{folder}': {error.strerror or error}") from None
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        # An empty folder of that name gives way.
+        temporary.replace(folder)
+    except OSError as error:
+        raise InputError(f"cannot write '{folder}': {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    for path in sorted(source.iterdir()):
+        is_index = path.name.endswith(".index.json")
+        if path.suffix in _COMPANIONS and path.name not in _OWN and not is_index:
+            shutil.copyfile(path, target / path.name)
+
