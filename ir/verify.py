@@ -6,6 +6,7 @@ where it arises, with the name of the operator or site that is wrong.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from types import MappingProxyType
@@ -48,6 +49,7 @@ _TOKEN_COUNTS = frozenset(["before", "keys"])
 _MAY_BE_ZERO = frozenset(["bias", "keep", "norm_bias", "score_width"])
 # Characters that the text form uses between names.
 _RESERVED = frozenset(" \t\n,()[]{}%=:;")
+_SYMBOL = re.compile(r"batch|images|(query|context)(\.\d+)?", re.ASCII)
 # Sizes to compare shapes at: primes, so that different expressions differ.
 _SAMPLE = 1009
 
@@ -165,6 +167,11 @@ SHAPES: Mapping[str, Callable[[Operator], str | None]] = MappingProxyType(
 
 def _shapes(graph: Graph) -> Iterator[str]:
     for operator in graph:
+        counts = [operator[name] for name in _TOKEN_COUNTS if operator.get(name) is not None]
+        sizes = (*operator.shape, *(count for count in counts if isinstance(count, Dim)))
+        for symbol in sorted({symbol for size in sizes for symbol in size.symbols}):
+            if not _SYMBOL.fullmatch(symbol):
+                yield f"operator {operator.name} has the unknown size {symbol}"
         if not operator.shape:
             yield f"operator {operator.name} has no shape"
         elif operator.kind in SHAPES and (lack := SHAPES[operator.kind](operator)):
@@ -256,7 +263,7 @@ def _quantity(operator: Operator, quantity: str) -> int | None:
     value = operator.get(quantity)
     if quantity.startswith("shape."):
         position = quantity.removeprefix("shape.")
-        if position.isdecimal() and int(position) < len(operator.shape):
+        if position.isascii() and position.isdecimal() and int(position) < len(operator.shape):
             value = operator.shape[int(position)]
     if isinstance(value, Dim) and value.is_constant:
         value = value.constant
