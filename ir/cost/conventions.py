@@ -258,7 +258,7 @@ class DynamicLlava(Convention):
             raise InputError("convention dynamic-llava counts FLOPs alone, so it takes no device")
         width = _hidden(graph)
         return [
-            Row(f"layer.{layer}", layer, Cost(flops=batch * _cubic(tokens, width)))
+            Row(f"layer.{layer}", layer, Cost(flops=batch * _layer_flops(tokens, width)))
             for layer, tokens in enumerate(_checked(graph, tokens_per_layer))
             if tokens
         ]
@@ -274,7 +274,7 @@ class DynamicLlava(Convention):
         return self.prefill(graph, tokens_per_layer, device, batch)
 
 
-def _cubic(tokens: int, width: int) -> int:
+def _layer_flops(tokens: int, width: int) -> int:
     return 32 * tokens * width**2 + 4 * tokens**2 * width
 
 
