@@ -119,8 +119,8 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
 
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int | str, torch.Size]:
     """Shapes of a layer's tensor arguments, by position or name."""
-    named: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
-    return {name: value.shape for name, value in named.items() if isinstance(value, Tensor)}
+    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    return {name: value.shape for name, value in named if isinstance(value, Tensor)}
 
 
 class _Marker:
@@ -163,7 +163,9 @@ def _folded(module: nn.Module, stacks: dict[str, Stack]) -> Iterator[None]:
     changed: list[nn.Module] = []
     try:
         for path, stack in stacks.items():
-            for index, layer in enumerate(module.get_submodule(path)):  # type: ignore[arg-type]
+            layers = module.get_submodule(path)
+            assert isinstance(layers, nn.ModuleList)
+            for index, layer in enumerate(layers):
                 if "forward" in vars(layer):
                     continue
                 layer.forward = _Marker(

@@ -50,7 +50,8 @@ def decoder_inputs(
         yield {**base, "position_ids": positions}, ("inputs_embeds",)
         yield {**base, "position_ids": positions[0]}, ("inputs_embeds",)
     if "image_encoder_embeddings" in accepted:
-        images = torch.zeros(1, 1, 64, int(decoder.config.vision_config.embed_dim), device="meta")  # type: ignore[union-attr]
+        config: Any = decoder.config
+        images = torch.zeros(1, 1, 64, int(config.vision_config.embed_dim), device="meta")
         mask = torch.ones(1, tokens, 1, device="meta")
         extra = {"image_encoder_embeddings": images, "image_attention_mask": mask}
         yield {**base, **extra}, ("inputs_embeds",)

@@ -97,7 +97,7 @@ class LaneTracer:
         if not labels:
             return ()
         if opname(node) == "getitem":
-            picked = []
+            picked: list[Label] = []
             for label in labels:
                 if isinstance(label.index, tuple | list):
                     picked.append(

@@ -243,7 +243,7 @@ def _with_windows(model: Any, operators: list[Operator]) -> list[Operator]:
         caches = DynamicCache(config=model.config).layers
     except (AttributeError, KeyError, TypeError, ValueError):
         return operators
-    windows = {i: getattr(c, "sliding_window", None) for i, c in enumerate(caches)}
+    windows = {i: getattr(c, "sliding_window", None) or 0 for i, c in enumerate(caches)}
     return [
         operator.having(window=int(windows[operator.layer]))
         if operator.kind == "attention"
@@ -263,7 +263,8 @@ def _image_features(raised: Raised, width: int) -> Operator | None:
     found = [o for o in raised.operators if o.name in raised.outputs]
     tokens = [o for o in found if _rows(o) > 1] or found
     fitting = [o for o in tokens if o.shape[-1] == Dim(width)]
-    return (fitting or tokens or [None])[-1]
+    chosen = fitting or tokens
+    return chosen[-1] if chosen else None
 
 
 def _rows(operator: Operator) -> int:
@@ -275,6 +276,12 @@ def _image_tokens(raised: Raised, width: int) -> int:
     """Image features per run of the vision side."""
     features = _image_features(raised, width)
     return _rows(features) if features else 0
+
+
+def _table(embeddings: Any) -> tuple[int, int]:
+    """(entries, width) of an embedding table."""
+    entries, width = embeddings.weight.shape
+    return int(entries), int(width)
 
 
 def lower(model: Any, name: str, dtype_bytes: int = 2) -> Lowered:
@@ -290,7 +297,7 @@ def lower(model: Any, name: str, dtype_bytes: int = 2) -> Lowered:
     """
     with _quiet(), torch.no_grad():
         decoded, embeddings, layers = _lower_decoder(model)
-        width = int(embeddings.weight.shape[-1])
+        width = _table(embeddings)[1]
         vision, notes = _lower_vision(model, width)
     operators: list[Operator] = []
     vision_output: tuple[str, ...] = ()
@@ -303,7 +310,7 @@ def lower(model: Any, name: str, dtype_bytes: int = 2) -> Lowered:
         kind="embedding",
         shape=(Dim.of("batch"), Dim.of("query"), Dim(width)),
         module=_path_of(model, embeddings),
-        attributes=(("entries", int(embeddings.weight.shape[0])), ("width", width)),
+        attributes=(("entries", _table(embeddings)[0]), ("width", width)),
     )
     taken = {o.name for o in operators} | {o.name for o in decoded.operators}
     if table.name in taken:

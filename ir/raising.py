@@ -414,10 +414,9 @@ class _Raiser:
             return self._describe_attention(operator, node)
         if kind == "experts":
             experts = [s for s in shapes if len(s) == 3 and not self._is_marked(s)]
-            inner = int(shapes[0][-1])
-            return operator.having(
-                **{"in": inner, "out": int(node.meta["val"].shape[-1]), "experts": int(experts[-1][0]) if experts else 1}
-            )  # fmt: skip
+            count = int(experts[-1][0]) if experts else 1
+            sizes = {"in": int(shapes[0][-1]), "out": int(node.meta["val"].shape[-1])}
+            return operator.having(**sizes, experts=count)
         if kind == "matmul":
             return operator.having(inner=int(shapes[0][-1]))
         if kind == "scan":

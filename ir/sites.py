@@ -251,10 +251,10 @@ def _heads(
             continue
         if label.source not in weights:
             return refuse("its output is mixed before the projection")
-        numbers = _one_token(label.index, label.index.ndim - 2).reshape(-1)
+        gates = _one_token(label.index, label.index.ndim - 2).reshape(-1)
         assignment.add(
             label.source,
-            [sorted(set(numbers[columns == lane].tolist())) for lane in range(lanes)],
+            [sorted(set(gates[columns == lane].tolist())) for lane in range(lanes)],
         )
     sources = {attention, *assignment.sources()}
     if not all(_closed(end, sources, live) for end in (*attention.args[:3], sink.args[0])):  # type: ignore[arg-type]
