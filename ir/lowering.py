@@ -378,9 +378,14 @@ def lower_config(config: Any, name: str, model_class: Any = None) -> Lowered:
 def lower_model(model: Any, name: str = "model") -> Graph:
     """Lower a stock model that has weights: a twin without weights is built and captured."""
     config = copy.deepcopy(model.config)
-    config._attn_implementation = "sdpa"
     with _quiet():
-        twin, _ = _build(config, type(model))
+        try:
+            config._attn_implementation = "sdpa"
+            twin, _ = _build(config, type(model))
+        except (NotLowered, ValueError):
+            # An architecture without fused attention.
+            config._attn_implementation = "eager"
+            twin, _ = _build(config, type(model))
     return lower(twin, name, dtype_bytes=model.dtype.itemsize).graph
 
 
