@@ -4,7 +4,8 @@
 
 Every run is a process of its own. A cold run has an empty cache folder; the cached run after it has
 the same one. Kinds of run take turns, so that a busy minute does not fall on one of them alone, and
-medians are reported. Nothing is reported if any two runs wrote a different plan or graph.
+medians are reported. Nothing is reported if any two runs wrote a different plan or graph, or if a
+run lowered the model where it should have found it, or the other way round.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ TARGET_PEAK_BYTES = 3e9
 OUTPUTS = ("plan.yaml", "graph.txt")
 
 
-class Differs(Exception):
-    """Two runs did not write the same bytes."""
+class Invalid(Exception):
+    """The runs are not what they should be, so their figures mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -66,23 +67,27 @@ def execute(command: Sequence[str], cache: Path) -> tuple[Run, str]:
         return Run(seconds, usage.ru_maxrss * unit, {}), output.read()
 
 
-def compile_once(model: str, budget: str, cache: Path, folder: Path) -> Run:
+def compile_once(model: str, budget: str, cache: Path, folder: Path, cached: bool) -> Run:
     """One `planner compile`, with its stages; the rest of the time is start and writing."""
     command = [sys.executable, "-m", "planner", "compile", "--model", model, "--budget", budget]
     run, output = execute([*command, "-o", str(folder), "--json"], cache)
-    stages: dict[str, float] = json.loads(output)["seconds"]
+    document = json.loads(output)
+    if document["from_cache"] != cached:
+        done = "found the graph in the cache" if document["from_cache"] else "lowered the model"
+        raise Invalid(f"the run '{folder.name}' {done}")
+    stages: dict[str, float] = document["seconds"]
     rest = run.seconds - sum(stages.values())
     return Run(run.seconds, run.peak_bytes, {**stages, "start, write": rest})
 
 
 def check_same(folders: Sequence[Path]) -> None:
-    """Raise Differs unless all folders hold the same outputs, to the byte."""
+    """Raise Invalid unless all folders hold the same outputs, to the byte."""
     first = folders[0]
     for name in OUTPUTS:
         expected = (first / name).read_bytes()
         for folder in folders[1:]:
             if (folder / name).read_bytes() != expected:
-                raise Differs(f"{name} differs between the runs '{first.name}' and '{folder.name}'")
+                raise Invalid(f"{name} differs between the runs '{first.name}' and '{folder.name}'")
 
 
 def measure(model: str, budget: str, repeats: int) -> dict[str, list[Run]]:
@@ -94,7 +99,8 @@ def measure(model: str, budget: str, repeats: int) -> dict[str, list[Run]]:
             cache = Path(name) / f"cache-{turn}"
             for kind in ("cold", "cached"):
                 folders.append(Path(name) / f"{kind}-{turn}")
-                runs[kind].append(compile_once(model, budget, cache, folders[-1]))
+                once = compile_once(model, budget, cache, folders[-1], cached=kind == "cached")
+                runs[kind].append(once)
             runs["help"].append(execute([sys.executable, "-m", "planner", "--help"], cache)[0])
         check_same(folders)
     return runs
@@ -147,7 +153,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         found = summary(measure(options.model, options.budget, max(1, options.repeats)))
-    except (Differs, subprocess.CalledProcessError) as reason:
+    except (Invalid, subprocess.CalledProcessError) as reason:
         print(f"no figures: {reason}", file=sys.stderr)
         return 1
     if options.json:

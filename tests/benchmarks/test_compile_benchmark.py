@@ -20,12 +20,11 @@ def benchmark():
 
 @pytest.fixture
 def fake(benchmark, monkeypatch):
-    """Runs that take no time: `fake(second)` writes `second` instead of the plan when cached."""
+    """Compiles that take no time; the cached ones write the given plan."""
 
     def replace(cached_plan="plan"):
-        def once(model, budget, cache, folder):
+        def once(model, budget, cache, folder, cached):
             folder.mkdir()
-            cached = folder.name.startswith("cached")
             (folder / "plan.yaml").write_text(cached_plan if cached else "plan")
             (folder / "graph.txt").write_text("graph")
             seconds = 1.0 if cached else 10.0
@@ -57,3 +56,15 @@ def test_it_refuses_to_report_when_plans_differ(benchmark, fake, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert "plan.yaml differs" in err
+
+
+@pytest.mark.parametrize(("kind", "cached"), [("cold", False), ("cached", True)])
+def test_it_refuses_a_run_of_the_wrong_kind(benchmark, monkeypatch, tmp_path, kind, cached):
+    document = json.dumps({"from_cache": cached, "seconds": {"lower": 1.0}})
+    run = benchmark.Run(3.0, 10**9, {})
+    monkeypatch.setattr(benchmark, "execute", lambda command, cache: (run, document))
+    arguments = ("llava-7b", "0.65", tmp_path, tmp_path / kind)
+    made = benchmark.compile_once(*arguments, cached=cached)
+    assert made.stages == {"lower": 1.0, "start, write": 2.0}
+    with pytest.raises(benchmark.Invalid, match=f"the run '{kind}'"):
+        benchmark.compile_once(*arguments, cached=not cached)
