@@ -18,7 +18,7 @@ METRICS: Mapping[str, str] = {
     "flops": "floating-point operations of the prefill",
     "latency": "modelled seconds of the prefill (time to first token) on a device",
     "kv": "bytes of keys and values once all tokens are generated",
-    "memory": "peak bytes: weights, keys and values, and the largest activations",
+    "memory": "peak bytes of the exported plan: weights kept, keys and values, and activations",
 }
 _ONE = Fraction(1)
 _UNITS: Mapping[str, Mapping[str, Fraction]] = {

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from planner.budgets import Budget
 from planner.ir.cost import Workload, price
 from planner.ir.cost.devices import Device
+from planner.ir.cost.memory import peak_bytes
 from planner.ir.dims import Dim
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator, Site
@@ -118,16 +119,12 @@ class Pricing:
         )
 
     @cached_property
-    def _activation_bytes(self) -> int:
-        """Largest input and output of one operator in the base prefill: room for activations."""
+    def _working_bytes(self) -> int:
+        """Memory of the base prefill besides weights and cache: what a plan needs at most."""
         sizes = self.workload.prefill()
-        largest = 0
-        for operator in self.graph:
-            cost = price(operator, self.graph, sizes)
-            weights = cost.parameters * int(self.graph.properties["dtype_bytes"])
-            if operator.kind != "embedding":
-                largest = max(largest, cost.bytes - weights)
-        return largest
+        costs = [price(operator, self.graph, sizes) for operator in self.graph]
+        weights = sum(cost.parameters for cost in costs) * int(self.graph.properties["dtype_bytes"])
+        return peak_bytes(self.graph, sizes) - weights - sum(cost.kv_bytes for cost in costs)
 
     # -- tables ------------------------------------------------------------------------------
 
@@ -151,7 +148,7 @@ class Pricing:
         after = [o for o in operators if o not in before]
         cost = self._vector(before, self.graph, None, option)
         cost = cost + self._vector(after, self.graph, self.graph.layers, option)
-        cost[3] += self._activation_bytes
+        cost[3] += self._working_bytes
         return cost
 
     def selection(self, option: tuple[int, ...], plan: Plan | None = None) -> npt.NDArray[np.int64]:
