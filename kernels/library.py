@@ -1,13 +1,13 @@
 """Registration of the custom ops: schemas, implementations by device, fakes and gradients.
 
 An op's schema lists tensors and numbers one by one; `pack_*` and `_unpack_*` go between that and
-the records of `planner.kernels.records`. Gradients recompute the block on sliced weights, in an
-op of their own, so that they are as opaque to a compiler as the forward.
+the records of `planner.kernels.records`. Gradients are ops of their own, so that they are
+as opaque to a compiler as the forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from planner.kernels import sliced
+from planner.kernels import gradients, sliced
 from planner.kernels.records import AttentionWeights, KVCache, MLPWeights, Norm, Survivors
 
 __all__ = ["pack_attention", "pack_mlp"]
@@ -77,13 +77,12 @@ def pack_mlp(
     )
 
 
-def _run_mlp(backend: Any, inputs: tuple[Any, ...]) -> Tensor:
+def _unpack_mlp(inputs: Sequence[Any]) -> tuple[Tensor, MLPWeights, Survivors, Tensor | None]:
     hidden, residual, up, down, gate, up_bias, down_bias, gate_bias, *rest = inputs
     norm_weight, norm_bias, units, counts, lanes, width, activation, *facts = rest
     norm = _unpack_norm(norm_weight, norm_bias, facts)
     weights = MLPWeights(up, down, gate, activation, up_bias, down_bias, gate_bias, norm)
-    out: Tensor = backend.mlp(hidden, weights, Survivors(units, counts, width, lanes), residual)
-    return out
+    return hidden, weights, Survivors(units, counts, width, lanes), residual
 
 
 def pack_attention(
@@ -126,30 +125,11 @@ def pack_attention(
     )
 
 
-def _run_attention(
-    backend: Any,
-    inputs: tuple[Any, ...],
-    cache: KVCache | None = None,
-    key_positions: Tensor | None = None,
-) -> Tensor:
+def _unpack_attention(inputs: Sequence[Any]) -> dict[str, Any]:
     hidden, residual, query, key, value, output, *rest = inputs
     query_bias, key_bias, value_bias, output_bias, query_norm, key_norm, *rest = rest
-    (
-        norm_weight,
-        norm_bias,
-        cos,
-        sin,
-        positions,
-        units,
-        counts,
-        head_dim,
-        scale,
-        eps,
-        offset,
-        *facts,
-        causal,
-        window,
-    ) = rest
+    norm_weight, norm_bias, cos, sin, positions, units, counts, head_dim, *rest = rest
+    scale, eps, offset, *facts, causal, window = rest
     weights = AttentionWeights(
         query,
         key,
@@ -167,42 +147,63 @@ def _run_attention(
         offset,
         _unpack_norm(norm_weight, norm_bias, facts),
     )
-    out: Tensor = backend.attention(
-        hidden,
-        weights,
-        Survivors(units, counts),
-        None if cos is None else (cos, sin),
-        positions,
-        residual,
-        causal=causal,
-        window=window,
-        cache=cache,
-        key_positions=key_positions,
-    )
+    return {
+        "hidden": hidden,
+        "weights": weights,
+        "survivors": Survivors(units, counts),
+        "angles": None if cos is None else (cos, sin),
+        "positions": positions,
+        "residual": residual,
+        "causal": causal,
+        "window": window,
+    }
+
+
+def _mlp(*inputs: Any) -> Tensor:
+    out: Tensor = _backend(inputs[0]).mlp(*_unpack_mlp(inputs))
     return out
+
+
+def _mlp_backward(gradient: Tensor, wanted: list[str], inputs: Sequence[Any]) -> dict[str, Tensor]:
+    hidden, weights, survivors, _ = _unpack_mlp(inputs)
+    return gradients.mlp(gradient, hidden, weights, survivors, wanted)
+
+
+def _attention(*inputs: Any) -> Tensor:
+    out: Tensor = _backend(inputs[0]).attention(**_unpack_attention(inputs))
+    return out
+
+
+def _attention_backward(
+    gradient: Tensor, wanted: list[str], inputs: Sequence[Any]
+) -> dict[str, Tensor]:
+    arguments = _unpack_attention(inputs)
+    del arguments["residual"]
+    return gradients.attention(gradient, wanted=wanted, **arguments)
 
 
 def _register_block(
     name: str,
     schema: str,
-    run: Callable[[Any, tuple[Any, ...]], Tensor],
-    features_out: Callable[[tuple[Any, ...]], int],
+    forward: Callable[..., Tensor],
+    backward: Callable[[Tensor, list[str], Sequence[Any]], dict[str, Tensor]],
+    output: int,
 ) -> None:
-    """Register ``planner::name`` and its backward; the first inputs are hidden and residual."""
+    """Register ``planner::name`` and its backward.
 
-    def forward(*inputs: Any) -> Tensor:
-        return run(_backend(inputs[0]), inputs)
+    Input 1 is the residual, whose gradient is the result's; input `output` is the weight whose rows
+    are the result's features.
+    """
+    operator = torch.library.custom_op(
+        f"planner::{name}", forward, mutates_args=(), schema=f"({schema}) -> Tensor"
+    )
+    names = [argument.name for argument in operator._opoverload._schema.arguments]
+    constant = {index for index, name in enumerate(names) if name in ("cos", "sin")}
 
-    def backward(gradient: Tensor, needed: list[int], *inputs: Any) -> list[Tensor]:
-        def recompute(*chosen: Tensor) -> Tensor:
-            filled = list(inputs)
-            for index, tensor in zip(needed, chosen, strict=True):
-                filled[index] = tensor
-            return run(sliced, tuple(filled))
-
-        pull_back = torch.func.vjp(recompute, *(inputs[index] for index in needed))[1]
-        # An op may not return one tensor twice.
-        return [part.clone() for part in pull_back(gradient)]
+    def pull_back(gradient: Tensor, needed: list[int], *inputs: Any) -> list[Tensor]:
+        wanted = [names[index] for index in needed]
+        parts = backward(gradient, wanted, inputs)
+        return [parts[name] for name in wanted]
 
     def remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         tensors = [value if isinstance(value, Tensor) else None for value in inputs]
@@ -214,40 +215,33 @@ def _register_block(
             other if tensor is None else tensor
             for tensor, other in zip(ctx.saved_tensors, ctx.others, strict=True)
         ]
-        wanted = [index for index, need in enumerate(ctx.needs_input_grad) if need]
-        gradients: list[Tensor | None] = [None] * len(inputs)
-        if 1 in wanted:
-            gradients[1] = gradient
-            wanted.remove(1)
-        if wanted:
-            inputs[1] = None
-            operator = getattr(torch.ops.planner, f"{name}_backward")
-            parts = operator(gradient.contiguous(), wanted, *inputs)
-            for index, part in zip(wanted, parts, strict=True):
-                gradients[index] = part
-        return tuple(gradients)
+        results: list[Tensor | None] = [None] * len(inputs)
+        needed = [i for i, need in enumerate(ctx.needs_input_grad) if need and i not in constant]
+        if 1 in needed:
+            results[1] = gradient
+            needed.remove(1)
+        if needed:
+            parts = getattr(torch.ops.planner, f"{name}_backward")(gradient, needed, *inputs)
+            for index, part in zip(needed, parts, strict=True):
+                results[index] = part
+        return tuple(results)
 
-    operator = torch.library.custom_op(
-        f"planner::{name}", forward, mutates_args=(), schema=f"({schema}) -> Tensor"
-    )
     operator.register_fake(
-        lambda *inputs: inputs[0].new_empty(*inputs[0].shape[:-1], features_out(inputs))
+        lambda *inputs: inputs[0].new_empty(*inputs[0].shape[:-1], inputs[output].shape[0])
     )
     operator.register_autograd(pull, setup_context=remember)
     torch.library.custom_op(
         f"planner::{name}_backward",
-        backward,
+        pull_back,
         mutates_args=(),
         schema=f"(Tensor gradient, int[] needed, {schema}) -> Tensor[]",
     ).register_fake(
-        lambda gradient, needed, *inputs: [
-            torch.empty_like(inputs[i], memory_format=torch.contiguous_format) for i in needed
-        ]
+        lambda gradient, needed, *inputs: [torch.empty_like(inputs[index]) for index in needed]
     )
 
 
-_register_block("mlp", MLP, _run_mlp, lambda inputs: inputs[3].shape[0])
-_register_block("attention", ATTENTION, _run_attention, lambda inputs: inputs[5].shape[0])
+_register_block("mlp", MLP, _mlp, _mlp_backward, output=3)
+_register_block("attention", ATTENTION, _attention, _attention_backward, output=5)
 
 
 @torch.library.custom_op(
@@ -258,7 +252,10 @@ _register_block("attention", ATTENTION, _run_attention, lambda inputs: inputs[5]
 def _attention_cached(*inputs: Any) -> Tensor:
     *block, keys, values, first, room, lengths, key_positions = inputs
     cache = KVCache(keys, values, first, room, lengths)
-    return _run_attention(_backend(inputs[0]), tuple(block), cache, key_positions)
+    out: Tensor = _backend(inputs[0]).attention(
+        **_unpack_attention(block), cache=cache, key_positions=key_positions
+    )
+    return out
 
 
 @_attention_cached.register_fake

@@ -103,7 +103,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1] // 2
     cos, sin = cos[..., None, :half], sin[..., None, :half]
     one, other, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([one * cos - other * sin, other * cos + one * sin, rest], dim=-1)
+    turned = torch.cat([one * cos - other * sin, other * cos + one * sin, rest], dim=-1)
+    return turned.to(x.dtype)
 
 
 def _heads(

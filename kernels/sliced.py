@@ -1,4 +1,4 @@
-"""Whole blocks in PyTorch on sliced weights: the CPU side of the custom ops, and every backward.
+"""Whole blocks in PyTorch on sliced weights: the CPU side of the custom ops.
 
 What does not survive is not computed. Survivors are read as contiguous runs of weight rows and
 columns without a copy where runs are long, and gathered where they are short: matrix products want
@@ -24,7 +24,18 @@ from planner.kernels.naive import (
 )
 from planner.kernels.records import AttentionWeights, KVCache, MLPWeights, Norm, Survivors
 
-__all__ = ["attention", "choose_tokens", "merge_shares", "merge_tokens", "mlp", "select_tokens"]
+__all__ = [
+    "angles_of",
+    "attention",
+    "choose_tokens",
+    "features",
+    "merge_shares",
+    "merge_tokens",
+    "mlp",
+    "plan_groups",
+    "rows_of",
+    "select_tokens",
+]
 
 # Mean run, in weight rows, from which views beat a gather (measured on a CPU, prefill and decode).
 LONG_RUN = 32
@@ -44,11 +55,11 @@ def mlp(
         inner = []
         parts = _parts(kept, 1)
         for part in parts:
-            value = _rows(x, weights.up, weights.up_bias, part)
+            value = rows_of(x, weights.up, weights.up_bias, part)
             if weights.gate is None:
                 inner.append(act(value))
             else:
-                inner.append(act(_rows(x, weights.gate, weights.gate_bias, part)) * value)
+                inner.append(act(rows_of(x, weights.gate, weights.gate_bias, part)) * value)
         return _project_out(inner, x, weights.down, weights.down_bias, parts)
 
     return _each_plan(run, hidden, survivors, residual)
@@ -72,9 +83,7 @@ def attention(
 
     def run(samples: Part, kept: Tensor) -> Tensor:
         x = apply_norm(hidden[samples], weights.norm)
-        turn = angles
-        if angles is not None and angles[0].shape[0] > 1:
-            turn = (angles[0][samples], angles[1][samples])
+        turn = angles_of(angles, samples)
         q = _heads(x, weights.query, weights.query_bias, kept, group * head_dim, head_dim)
         k = _heads(x, weights.key, weights.key_bias, kept, head_dim, head_dim)
         v = _heads(x, weights.value, weights.value_bias, kept, head_dim, head_dim)
@@ -187,6 +196,34 @@ def merge_tokens(x: Tensor, target: Tensor, weight: Tensor, length: int) -> Tens
     return out.scatter_add(1, place, x * share[:, :, None])
 
 
+def plan_groups(survivors: Survivors) -> list[tuple[Part, Tensor]]:
+    """(samples, surviving lanes) for each distinct plan; one plan serves all samples."""
+    if survivors.plans == 1:
+        return [(slice(None), survivors.kept(0))]
+    groups: dict[tuple[int, ...], tuple[list[int], Tensor]] = {}
+    for plan in range(survivors.plans):
+        kept = survivors.kept(plan)
+        groups.setdefault(tuple(kept.tolist()), ([], kept))[0].append(plan)
+    return [(torch.tensor(s, device=kept.device), kept) for s, kept in groups.values()]
+
+
+def angles_of(angles: tuple[Tensor, Tensor] | None, samples: Part) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines of some samples; a single row serves all."""
+    if angles is None or angles[0].shape[0] == 1:
+        return angles
+    return angles[0][samples], angles[1][samples]
+
+
+def features(kept: Tensor, width: int) -> Tensor:
+    """Weight rows (or columns) of lanes that are `width` features each."""
+    return (kept[:, None] * width + torch.arange(width, device=kept.device)).flatten()
+
+
+def rows_of(x: Tensor, weight: Tensor, bias: Tensor | None, part: Part) -> Tensor:
+    """A linear layer's output features `part`."""
+    return F.linear(x, weight[part], None if bias is None else bias[part])
+
+
 def _each_plan(
     run: Callable[[Part, Tensor], Tensor],
     hidden: Tensor,
@@ -194,44 +231,35 @@ def _each_plan(
     residual: Tensor | None,
 ) -> Tensor:
     # run(samples, surviving lanes) -> (rows, features), for each group of samples with one plan.
-    plans: dict[tuple[int, ...], tuple[Tensor, list[int]]] = {}
-    for plan in range(survivors.plans):
-        kept = survivors.kept(plan)
-        plans.setdefault(tuple(kept.tolist()), (kept, []))[1].append(plan)
-    if len(plans) == 1:
-        out = run(slice(None), next(iter(plans.values()))[0])
-        out = out.view(*hidden.shape[:-1], -1)
+    groups = plan_groups(survivors)
+    results = [run(samples, kept) for samples, kept in groups]
+    shape = (*hidden.shape[:-1], results[0].shape[-1])
+    if len(groups) == 1:
+        out = results[0].view(shape)
     else:
-        groups = [(kept, torch.tensor(s, device=hidden.device)) for kept, s in plans.values()]
-        results = [run(samples, kept) for kept, samples in groups]
-        rows = torch.cat([r.view(-1, *hidden.shape[1:-1], r.shape[-1]) for r in results])
-        out = rows[torch.cat([samples for _, samples in groups]).argsort()]
-    return out if residual is None else out + residual
+        out = hidden.new_empty(shape)
+        for (samples, _), result in zip(groups, results, strict=True):
+            out[samples] = result.view(-1, *shape[1:])
+    return out if residual is None else out.add_(residual)
 
 
 def _parts(kept: Tensor, width: int) -> list[Part]:
     # Surviving lanes, each of `width` features: as runs to view, or as one list to gather.
     if not len(kept):
         return []
-    # A backward through views would fill a tensor of the weight's size for every run.
-    if not torch.is_grad_enabled():
-        breaks = (kept.diff() != 1).nonzero().flatten()
-        starts = [int(kept[0]), *kept[breaks + 1].tolist()]
-        stops = [*kept[breaks].tolist(), int(kept[-1])]
-        if len(kept) * width >= LONG_RUN * len(starts):
-            return [slice(a * width, (b + 1) * width) for a, b in zip(starts, stops, strict=True)]
-    return [(kept[:, None] * width + torch.arange(width, device=kept.device)).flatten()]
-
-
-def _rows(x: Tensor, weight: Tensor, bias: Tensor | None, part: Part) -> Tensor:
-    return F.linear(x, weight[part], None if bias is None else bias[part])
+    breaks = (kept.diff() != 1).nonzero().flatten()
+    starts = [int(kept[0]), *kept[breaks + 1].tolist()]
+    stops = [*kept[breaks].tolist(), int(kept[-1])]
+    if len(kept) * width < LONG_RUN * len(starts):
+        return [features(kept, width)]
+    return [slice(a * width, (b + 1) * width) for a, b in zip(starts, stops, strict=True)]
 
 
 def _heads(
     x: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor, width: int, head_dim: int
 ) -> Tensor:
     # (..., surviving heads, head_dim)
-    parts = [_rows(x, weight, bias, part) for part in _parts(kept, width)]
+    parts = [rows_of(x, weight, bias, part) for part in _parts(kept, width)]
     joined = torch.cat(parts, dim=-1) if parts else x[..., :0]
     return joined.unflatten(-1, (-1, head_dim))
 
