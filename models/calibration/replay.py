@@ -44,7 +44,9 @@ class Replay:
         # Repeating along the first axis makes a batch of every layout of image arguments: whole
         # images, tiles, or patches with their grids.
         self._inputs = {
-            name: value.repeat(rows, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value
+            name: value.repeat(rows, *[1] * (value.ndim - 1))
+            if isinstance(value, Tensor)
+            else value
             for name, value in sample.inputs.items()
         }
         self._inputs["use_cache"] = False

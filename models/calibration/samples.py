@@ -79,7 +79,9 @@ def read_questions(images: Path, prompts: Path | None) -> list[Question]:
     if prompts is None:
         found = sorted(p for p in images.iterdir() if p.suffix.lower() in _SUFFIXES)
         if not found:
-            raise InputError(f"the folder '{images}' holds no images ({', '.join(sorted(_SUFFIXES))})")
+            raise InputError(
+                f"the folder '{images}' holds no images ({', '.join(sorted(_SUFFIXES))})"
+            )
         return [Question(path, DEFAULT_PROMPT) for path in found]
     try:
         lines = prompts.read_text(encoding="utf-8").splitlines()
@@ -109,7 +111,9 @@ def _question(line: str, where: str, images: Path) -> Question:
     except json.JSONDecodeError:
         raise InputError(f"{where} is not JSON") from None
     if not isinstance(record, dict) or not isinstance(record.get("image"), str):
-        raise InputError(f'{where} is not of the form {{"image": ..., "prompt": ..., "answer": ...}}')
+        raise InputError(
+            f'{where} is not of the form {{"image": ..., "prompt": ..., "answer": ...}}'
+        )
     prompt, answer = record.get("prompt", DEFAULT_PROMPT), record.get("answer")
     if not isinstance(prompt, str) or not (answer is None or isinstance(answer, str)):
         raise InputError(f"prompt and answer in {where} must be text")
@@ -138,9 +142,7 @@ def _sample(model: nn.Module, processor: Any, question: Question) -> Sample:
 
 
 @torch.no_grad()
-def sample_of(
-    model: Any, inputs: Mapping[str, Any], answer: Sequence[int] | None = None
-) -> Sample:
+def sample_of(model: Any, inputs: Mapping[str, Any], answer: Sequence[int] | None = None) -> Sample:
     """Put an answer behind a prompt.
 
     Args:

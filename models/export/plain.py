@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.initialization import no_init_weights
 
 from planner.models.bindings import BoundSite
-from planner.models.export.weights import kept_weights
+from planner.models.export.weights import cast, kept_weights
 from planner.models.program import LayerProgram, Program
 
 __all__ = ["NotPlain", "save_plain"]
@@ -22,13 +22,20 @@ class NotPlain(Exception):
     """A plan that no stock config can say, and why, in one sentence."""
 
 
-def save_plain(model: Any, program: Program, folder: Path, **facts: str) -> Any:
+def save_plain(
+    model: Any,
+    program: Program,
+    folder: Path,
+    stored_dtype: torch.dtype | None = None,
+    **facts: str,
+) -> Any:
     """Write config and weights that stock transformers loads.
 
     Args:
         model: the base model.
         program: of one plan without token stages.
         folder: an empty one.
+        stored_dtype: of weights in the file; by default as in the model.
         facts: further keys of the config.
 
     Returns:
@@ -55,7 +62,7 @@ def save_plain(model: Any, program: Program, folder: Path, **facts: str) -> Any:
     smaller.load_state_dict(weights, assign=True)
     smaller.tie_weights()
     smaller.generation_config = copy.deepcopy(model.generation_config)
-    smaller.save_pretrained(folder)
+    smaller.save_pretrained(folder, state_dict=cast(smaller.state_dict(), stored_dtype))
     loaded = type(model).from_pretrained(
         folder, dtype=model.dtype, attn_implementation=model.config._attn_implementation
     )
@@ -87,7 +94,9 @@ def _smaller_config(model: Any, program: Program, kept: Sequence[LayerProgram]) 
             text.intermediate_size = neurons[0]
         text.num_hidden_layers = len(kept)
     except AttributeError as error:
-        raise NotPlain(f"the config of {type(model).__name__} says its sizes otherwise: {error}")
+        raise NotPlain(
+            f"the config of {type(model).__name__} says its sizes otherwise: {error}"
+        ) from None
     chosen = [layer.layer.index for layer in kept]
     for name, value in vars(text).items():
         # What a config says layer by layer, such as layer_types.
@@ -99,7 +108,7 @@ def _smaller_config(model: Any, program: Program, kept: Sequence[LayerProgram]) 
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise NotPlain(
             f"transformers refuses such a {type(text).__name__}: "
-            f"{(lines or [type(error).__name__])[-1].rstrip('.')}"
+            f"{(lines or [type(error).__name__])[-1].removeprefix('ValueError: ').rstrip('.')}"
         ) from None
 
 

@@ -25,7 +25,7 @@ from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.models.attention import AttentionBlock, probe
 from planner.models.bindings import BoundSite
-from planner.models.export.weights import kept_weights
+from planner.models.export.weights import cast, kept_weights
 from planner.models.program import Program
 
 __all__ = ["RECORD", "load", "save_planned"]
@@ -35,7 +35,14 @@ RECORD = "planner.json"
 _WEIGHTS = "planner{suffix}.safetensors"
 
 
-def save_planned(model: Any, graph: Graph, program: Program, folder: Path, **facts: str) -> None:
+def save_planned(
+    model: Any,
+    graph: Graph,
+    program: Program,
+    folder: Path,
+    stored_dtype: torch.dtype | None = None,
+    **facts: str,
+) -> None:
     """Write the base config, a record of what is narrowed, and the weights.
 
     Args:
@@ -43,6 +50,7 @@ def save_planned(model: Any, graph: Graph, program: Program, folder: Path, **fac
         graph: of the model.
         program: of one plan without token stages.
         folder: an empty one.
+        stored_dtype: of weights in the file; by default as in the model.
         facts: further keys of the record.
     """
     config = copy.deepcopy(model.config)
@@ -51,9 +59,7 @@ def save_planned(model: Any, graph: Graph, program: Program, folder: Path, **fac
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     off = {
-        layer.layer.path: layer.layer.index
-        for layer in program.layers
-        if not layer.groups[0].on
+        layer.layer.path: layer.layer.index for layer in program.layers if not layer.groups[0].on
     }
     record = {
         "planner_export": FORMAT,
@@ -61,14 +67,27 @@ def save_planned(model: Any, graph: Graph, program: Program, folder: Path, **fac
         "skipped_layers": off,
         "attention": _attention(model, graph, program),
     }
-    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    state = kept_weights(model, program)
+    state = cast(kept_weights(model, program), stored_dtype)
     skipped = tuple(f"{path}." for path in off)
     for name, buffer in model.named_buffers():
         # Those that a model computes as it is built, which `load` does without.
         if name not in state and not name.startswith(skipped):
             state[name] = buffer
+    record["shared"] = _take_shared(state)
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     save_torch_state_dict(state, folder, filename_pattern=_WEIGHTS)
+
+
+def _take_shared(state: dict[str, Tensor]) -> dict[str, str]:
+    """Take out weights that stand under another name as well: name -> that other name."""
+    first: dict[tuple[Any, ...], str] = {}
+    shared: dict[str, str] = {}
+    for name, value in list(state.items()):
+        key = (value.data_ptr(), value.shape, value.stride())
+        if value.numel() and first.setdefault(key, name) != name:
+            shared[name] = first[key]
+            del state[name]
+    return shared
 
 
 def _attention(model: Any, graph: Graph, program: Program) -> dict[str, Any]:
@@ -85,7 +104,9 @@ def _attention(model: Any, graph: Graph, program: Program) -> dict[str, Any]:
         if key not in blocks:
             width = int(graph.properties["hidden_size"])
             blocks[key] = probe(model.get_decoder(), site, width)
-        found[site.site.module] = _changes(blocks[key], site, lanes, layer.layer.index)
+        changes = _changes(blocks[key], site, lanes, layer.layer.index)
+        if any(changes.values()):
+            found[site.site.module] = changes
     return found
 
 
@@ -132,7 +153,11 @@ def load(folder: str | Path) -> Any:
         layer = model.get_submodule(path)
         layer._modules.clear()
         layer.forward = _Skipped(index)
-    _fill(model, state)
+    _fill(
+        model,
+        config.dtype,
+        state | {name: state[other] for name, other in record["shared"].items()},
+    )
     for path, changes in record["attention"].items():
         _change_attention(model, model.get_submodule(path), changes)
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
@@ -143,20 +168,21 @@ def load(folder: str | Path) -> Any:
     return model.eval()
 
 
-def _fill(model: Any, state: Mapping[str, Tensor]) -> None:
-    """Put weights in place, whatever their sizes."""
+def _fill(model: Any, dtype: torch.dtype, state: Mapping[str, Tensor]) -> None:
+    """Put weights in place, whatever their sizes, in the precision that the config names."""
     for name, value in state.items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         if leaf in module._buffers:
             module._buffers[leaf] = value
             continue
+        value = value.to(dtype) if value.is_floating_point() else value
         module._parameters[leaf] = nn.Parameter(value, requires_grad=value.is_floating_point())
         if leaf == "weight" and isinstance(module, nn.Linear):
             module.out_features, module.in_features = value.shape
         elif leaf == "weight" and isinstance(module, Conv1D):
             module.nx, module.nf = value.shape
-    # A weight that two modules share is stored once.
+    # What was one parameter under two names is one again.
     model.tie_weights()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from planner.models.bindings import BoundLinear, Runs
 from planner.models.program import Program
 
-__all__ = ["kept_weights"]
+__all__ = ["cast", "kept_weights"]
 
 
 def kept_weights(model: Any, program: Program) -> dict[str, Tensor]:
@@ -36,6 +37,17 @@ def kept_weights(model: Any, program: Program) -> dict[str, Tensor]:
                 for linear in site.linears:
                     state |= _sliced(linear, lanes)
     return state
+
+
+def cast(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Weights in another precision (None: as they are); names of one tensor stay that."""
+    done: dict[tuple[int, torch.Size], Tensor] = {}
+    return {
+        name: value
+        if dtype is None or not value.is_floating_point()
+        else done.setdefault((value.data_ptr(), value.shape), value.to(dtype))
+        for name, value in state.items()
+    }
 
 
 @torch.no_grad()

@@ -61,6 +61,7 @@ def export(
     folder: Path,
     inputs: Mapping[str, Any],
     companions: Path | None = None,
+    stored_dtype: torch.dtype | None = None,
 ) -> Exported:
     """Write a plan's model as a checkpoint.
 
@@ -73,6 +74,7 @@ def export(
         folder: to be made; an empty one may be there.
         inputs: arguments of the model, images included, on which what was written is compared.
         companions: folder to copy processor and tokenizer files from.
+        stored_dtype: of weights in the file; by default as in the model.
 
     Raises:
         InputError: the plan is not of this model, or the folder is not empty.
@@ -91,17 +93,17 @@ def export(
     why_not = ""
     with _whole_folder(folder) as temporary:
         try:
-            smaller = save_plain(model, program, temporary, **origin)
+            smaller = save_plain(model, program, temporary, stored_dtype, **origin)
             error = _error(smaller, inputs, expected)
             if error > _tolerance(expected):
                 raise NotPlain(
-                    f"{type(model).__name__} of these sizes computes something else (relative "
-                    f"error {error:.1e}), so something in it depends on layer numbers or sizes"
+                    f"a smaller {type(model).__name__} computes something else (relative error "
+                    f"{error:.1e}), so what it does depends on the number of a layer or a size"
                 )
         except NotPlain as reason:
             why_not = str(reason)
             _clear(temporary)
-            save_planned(model, graph, program, temporary, **origin)
+            save_planned(model, graph, program, temporary, stored_dtype, **origin)
             smaller = load(temporary)
             error = _error(smaller, inputs, expected)
             if error > _tolerance(expected):
@@ -111,9 +113,7 @@ def export(
         (temporary / "plan.yaml").write_text(text, encoding="utf-8")
         if companions is not None:
             _copy_companions(companions, temporary)
-    return Exported(
-        folder, not why_not, why_not, _parameters(smaller), _parameters(model), error
-    )
+    return Exported(folder, not why_not, why_not, _parameters(smaller), _parameters(model), error)
 
 
 def _parameters(model: nn.Module) -> int:
@@ -145,6 +145,8 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
+        for path in temporary.iterdir():
+            path.chmod(0o666 & ~umask)
         # An empty folder of that name gives way.
         temporary.replace(folder)
     except OSError as error:
@@ -163,4 +165,3 @@ def _copy_companions(source: Path, target: Path) -> None:
         is_index = path.name.endswith(".index.json")
         if path.suffix in _COMPANIONS and path.name not in _OWN and not is_index:
             shutil.copyfile(path, target / path.name)
-

@@ -11,6 +11,7 @@ from planner.cli.bench import bench_command
 from planner.cli.calibrate import calibrate_command
 from planner.cli.compile import compile_command
 from planner.cli.devices import devices_command
+from planner.cli.export import export_command
 from planner.cli.inspect import inspect_command
 from planner.cli.models import models_command
 from planner.cli.run import run_command
@@ -49,3 +50,4 @@ app.command("devices")(devices_command)
 app.command("run")(run_command)
 app.command("bench")(bench_command)
 app.command("calibrate-utilities")(calibrate_command)
+app.command("export")(export_command)

@@ -70,6 +70,10 @@ def compile_command(
     mlp_groups: Annotated[
         int | None, typer.Option("--mlp-groups", help="Groups an MLP is divided into.")
     ] = None,
+    uniform: Annotated[
+        bool,
+        typer.Option("--uniform", help="Equal widths in all layers, as a plain export needs."),
+    ] = False,
     time_limit: Annotated[
         float, typer.Option("--time-limit", help="Seconds the solver may take.")
     ] = 60.0,
@@ -106,6 +110,7 @@ def compile_command(
         new_tokens=new_tokens,
         batch=batch,
         mlp_groups=mlp_groups,
+        uniform=uniform,
         time_limit_seconds=time_limit,
         trust_remote_code=trust_remote_code,
     )

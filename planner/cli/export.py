@@ -1,0 +1,112 @@
+"""``planner export``: a plan's model as a smaller checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from planner.cli.options import Model, TrustRemoteCode
+from planner.cli.output import Json, Quiet, amount, print_json, status
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["export_command"]
+
+# As safetensors names them.
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+def export_command(
+    model: Model,
+    plan: Annotated[Path, typer.Option("--plan", help="The plan file.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="New folder.")],
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the weights that a plan keeps as a checkpoint of their own.
+
+    Where a stock config can say the plan's sizes, stock transformers loads the folder; otherwise
+    planner.models.export.load does.
+    """
+    from planner.catalog import find_model
+    from planner.compiler import lowered_graph
+    from planner.ir.errors import InputError
+    from planner.loading import load_model, noise_image, prompt_inputs
+    from planner.models.export import export
+    from planner.plan import load_plan
+
+    wanted = load_plan(plan)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"'{output}' is there already and not empty: name a new folder")
+    with status(not (quiet or as_json)) as update:
+        update("load")
+        dtype = _named_dtype(find_model(model, trust_remote_code).config)
+        stock, processor, source = load_model(model, dtype, "cpu", trust_remote_code)
+        update("lower")
+        graph = lowered_graph(source)[0]
+        wanted.check(graph)
+        picture = noise_image() if hasattr(processor, "image_processor") else None
+        inputs = prompt_inputs(stock, processor, "Describe this image.", picture)
+        update("export")
+        folder = source.folder
+        done = export(stock, graph, wanted, output, inputs, folder, _stored_dtype(folder))
+        if source.folder is None:
+            processor.save_pretrained(output)
+    if as_json:
+        print_json(
+            {
+                "folder": str(done.folder),
+                "plain": done.plain,
+                "why_not_plain": done.why_not or None,
+                "parameters": done.parameters,
+                "base_parameters": done.base_parameters,
+                "relative_error": done.error,
+                "token_stages": len(wanted.tokens),
+            }
+        )
+    elif not quiet:
+        share = done.parameters / done.base_parameters
+        print(
+            f"{amount(done.parameters, 'count')} of {amount(done.base_parameters, 'count')} "
+            f"parameters ({share:.1%}); logits differ from the planned model's by {done.error:.1e}"
+        )
+        if wanted.tokens:
+            print(
+                "note: token stages are not part of weights; plan.yaml in the folder names them, "
+                "and running them takes planner"
+            )
+        if done.plain:
+            print("a plain checkpoint: stock transformers loads it with from_pretrained")
+        else:
+            print(f"not a plain checkpoint: {done.why_not}")
+            print("load it with planner.models.export.load")
+        print(f"wrote {done.folder}")
+
+
+def _named_dtype(config: dict[str, Any]) -> str:
+    """The precision that a config names."""
+    for part in (config, config.get("text_config") or {}):
+        for name in ("dtype", "torch_dtype"):
+            if isinstance(part.get(name), str):
+                return str(part[name])
+    return "float32"
+
+
+def _stored_dtype(folder: Path | None) -> torch.dtype | None:
+    """The precision of the weights in a folder's files, which the config need not name."""
+    import torch
+    from safetensors import safe_open
+
+    found: dict[torch.dtype, int] = {}
+    for path in sorted(folder.glob("*.safetensors")) if folder else ():
+        with safe_open(path, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118, it is no mapping
+                dtype = _DTYPES.get(weights.get_slice(name).get_dtype())
+                if dtype is not None:
+                    kind = getattr(torch, dtype)
+                    found[kind] = found.get(kind, 0) + 1
+    return max(found, key=lambda kind: found[kind]) if found else None
