@@ -37,7 +37,9 @@ class SiteChoices:
         name: the site's name in the Graph; unique in the Problem.
         utilities: shape (switches,): what keeping each switch is worth; may be negative.
         costs: shape (token options, metrics, switches + 1), int64: cost of keeping n switches,
-            non-negative and non-decreasing in n.
+            non-negative and non-decreasing in n. Where real numbers are rounded, round each step
+            and add up, rather than each total: switches whose steps cost exactly the same are
+            interchangeable, and solvers gain much from that.
         minimum: fewest switches kept while the layer is on.
     """
 
@@ -238,7 +240,7 @@ def _check_site(site: SiteChoices, options: int, metrics: int) -> None:
         raise InputError(f"a utility of site {site.name} is not a finite number")
     if not 0 <= site.minimum <= site.switches:
         raise InputError(
-            f"site {site.name} has {site.switches} switches, so its minimum cannot be {site.minimum}"
+            f"the minimum of site {site.name} is {site.minimum}, not between 0 and {site.switches}"
         )
 
 

@@ -9,7 +9,7 @@ utility, so a site is a chain: keeping n switches means the best n, and is worth
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -27,6 +27,9 @@ FORBIDDEN = -(1 << 60)
 
 # float64 holds every integer up to 2^53.
 _UTILITY_BITS = 52
+
+# Step costs that differ by no more, and by no more than a hundredth, differ by rounding.
+_ROUNDING = 4
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,34 @@ class Branch:
     @cached_property
     def minimum(self) -> Ints:
         """Fewest switches of each site that may be kept; shape (sites,)."""
-        return (self.gain > FORBIDDEN).argmax(axis=1).astype(np.int64)
+        return np.asarray((self.gain > FORBIDDEN).argmax(axis=1), dtype=np.int64)
+
+    @cached_property
+    def largest_utility(self) -> int:
+        """Sum of the largest absolute utilities that anything in the branch can have."""
+        allowed = np.where(self.gain > FORBIDDEN, self.gain, 0)
+        total = abs(self.utility) + np.abs(self.layer_utility).sum()
+        return int(total + np.abs(allowed).max(axis=1).sum())
+
+    @cached_property
+    def largest_cost(self) -> Costs:
+        """Sum of the room and of the largest costs in the branch; shape (metrics,)."""
+        total = np.abs(self.room) + self.layer_cost.sum(axis=1)
+        return np.asarray(total + self.cost.max(axis=2).sum(axis=1))
+
+    def layer_totals(self, counts: Ints) -> tuple[Ints, Costs]:
+        """Utility and cost of each layer with its sites at given counts.
+
+        Args:
+            counts: shape (sites,).
+
+        Returns:
+            Shapes (layers,) and (metrics, layers).
+        """
+        utility, cost = self.layer_utility.copy(), self.layer_cost.T.copy()
+        np.add.at(utility, self.site_layer, self.gain[self.site_index, counts])
+        np.add.at(cost, self.site_layer, self.cost[:, self.site_index, counts].T)
+        return utility, cost.T
 
     def assign(self, on: Flags, counts: Ints) -> Assignment:
         """Total utility and cost of layers and counts."""
@@ -140,6 +170,29 @@ class Branch:
     def cheapest(self) -> Assignment:
         """Every optional layer off, every site of the others at its minimum."""
         return self.assign(~self.optional, self.minimum)
+
+    def levelled(self) -> Branch | None:
+        """The branch with steps whose costs differ by rounding made equal, at the lowest of them.
+
+        A roofline rounded to whole nanoseconds has steps of 6452 and 6453 in any order, which hides
+        that they are interchangeable. No cost is raised, so what fits this branch fits the other.
+
+        Returns:
+            None if no step changes.
+        """
+        steps = np.diff(self.cost, axis=2)
+        level = steps.copy()
+        for metric, row in zip(steps, level):
+            lowest = 0
+            for value in np.unique(metric[metric > 0]).tolist():
+                if value > lowest + min(_ROUNDING, lowest // 100):
+                    lowest = value
+                row[metric == value] = lowest
+        if (level == steps).all():
+            return None
+        cost = self.cost.copy()
+        cost[:, :, 1:] = cost[:, :, :1] + np.cumsum(level, axis=2)
+        return replace(self, cost=cost)
 
     def fits(self, cost: Costs) -> bool:
         """Whether a cost is within the room in every metric."""

@@ -55,7 +55,7 @@ def solve_core(
     Args:
         core: the core.
         target: utilities below it are of no interest.
-        ceiling: an upper bound on the utility of the core's assignments.
+        ceiling: an upper bound on the utility of all of the core's assignments that fit.
         seconds: wall-clock limit.
         rounds: how often to go through the strategies before giving up; None: until time is up.
     """

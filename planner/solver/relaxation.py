@@ -3,7 +3,8 @@
 With a price per unit of each metric instead of limits, sites and layers decide on their own:
 
     bound(prices) = utility + prices . room + sum over layers of max(0, worth of the layer),
-    worth of a layer = utility - prices . cost + sum over sites of max_n (gain(n) - prices . cost(n))
+    worth of a layer = utility - prices . cost
+                       + sum over sites of max over n of (gain(n) - prices . cost(n)).
 
 Any prices >= 0 give a valid bound (Everett 1963, doi:10.1287/opre.11.3.399); the tightest equals
 the bound of the linear program over convex combinations, whose dual values they are. GLOP solves
@@ -14,6 +15,7 @@ so decisions whose loss exceeds the distance to a known answer are settled (redu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -104,7 +106,8 @@ def best_prices(branch: Branch) -> Floats:
         ),
         shape=(branch.sites, branch.layers + columns),
     )
-    model = model_builder_helper.ModelBuilderHelper()
+    # The stubs of this method name scalars where it takes arrays.
+    model: Any = model_builder_helper.ModelBuilderHelper()
     model.fill_model_from_sparse_data(
         np.concatenate([np.where(branch.optional, 0.0, 1.0), np.zeros(columns)]),
         np.concatenate([np.ones(branch.layers), np.full(columns, np.inf)]),
@@ -124,10 +127,6 @@ def best_prices(branch: Branch) -> Floats:
 
 def _rounding_error(branch: Branch, prices: Floats) -> float:
     """Twice the a-priori error of the sums in `relax` (Higham 2002, section 4.2)."""
-    allowed = np.where(branch.gain > FORBIDDEN, branch.gain, 0)
-    magnitude = abs(branch.utility) + float(np.abs(branch.layer_utility).sum())
-    magnitude += float(np.abs(allowed).max(axis=1, initial=0).sum())
-    most = branch.layer_cost.sum(axis=1) + branch.cost.max(axis=2, initial=0).sum(axis=1)
-    magnitude += float(prices @ (most + np.abs(branch.room)))
+    magnitude = branch.largest_utility + float(prices @ branch.largest_cost)
     terms = len(prices) + branch.sites + branch.layers + 16
     return 2.0 * terms * float(np.finfo(np.float64).eps) * magnitude

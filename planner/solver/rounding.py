@@ -6,6 +6,7 @@ is taken; when there is none left, an exchange makes room with one move and uses
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,8 @@ __all__ = ["improve", "round_down"]
 # An exchange looks at this many of the most promising moves of either kind.
 _EXCHANGED = 128
 _ROUNDS = 100
-_BISECTIONS = 20
+_SMALLEST_RISE = 2.0**-24
+_BISECTIONS = 10
 
 
 def round_down(branch: Branch, relaxation: Relaxation) -> Assignment:
@@ -33,16 +35,16 @@ def round_down(branch: Branch, relaxation: Relaxation) -> Assignment:
     if branch.fits(relaxation.assignment.cost):
         return relaxation.assignment
     best = branch.cheapest()
-    low, high = 1.0, 2.0**_BISECTIONS
-    # Most often a price a trifle higher is enough, so the bisection is geometric.
+    # Most often prices a trifle higher are enough, so the bisection is of the logarithm.
+    low, high = _SMALLEST_RISE, 1.0 / _SMALLEST_RISE
     for _ in range(_BISECTIONS):
-        middle = 1.0 + float(np.sqrt((max(low - 1.0, 2.0**-30)) * (high - 1.0)))
-        taken = relax(branch, relaxation.prices * middle).assignment
+        rise = math.sqrt(low * high)
+        taken = relax(branch, relaxation.prices * (1.0 + rise)).assignment
         if branch.fits(taken.cost):
-            high = middle
+            high = rise
             best = max(best, taken, key=lambda assignment: assignment.utility)
         else:
-            low = middle
+            low = rise
     return best
 
 
@@ -108,10 +110,7 @@ def _moves(branch: Branch, current: Assignment, entry: Ints) -> _Moves:
     cost = branch.cost[:, site, count] - branch.cost[:, site, current.counts[site]]
 
     inside = np.where(current.on[branch.site_layer], current.counts, entry)
-    layer_utility = branch.layer_utility.copy()
-    np.add.at(layer_utility, branch.site_layer, branch.gain[rows, inside])
-    layer_cost = branch.layer_cost.copy()
-    np.add.at(layer_cost, (slice(None), branch.site_layer), branch.cost[:, rows, inside])
+    layer_utility, layer_cost = branch.layer_totals(inside)
     layer = np.flatnonzero(branch.optional)
     direction = np.where(current.on[layer], -1, 1)
     return _Moves(

@@ -10,13 +10,13 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from planner.solver.branch import Assignment, Branch
 from planner.solver.core import Core
-from planner.solver.cpsat import solve_core
+from planner.solver.cpsat import CoreAnswer, solve_core
 from planner.solver.relaxation import Floats, Relaxation, best_prices, relax
 from planner.solver.rounding import improve, round_down
 
@@ -98,7 +98,14 @@ class _Search:
     @property
     def target(self) -> int:
         """The smallest utility that is still of interest."""
+        if self.best is None:
+            return _NOTHING
         return self.utility + int(self.gap * abs(self.utility)) + 1
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the deadline."""
+        return self.deadline - time.perf_counter()
 
     def offer(self, index: int, assignment: Assignment) -> None:
         """Remember an answer if it is the best so far."""
@@ -113,7 +120,7 @@ class _Search:
         relaxations: dict[int, Relaxation] = {}
         prices: Floats | None = None
         while waiting and -waiting[0][0] >= self.target:
-            if self.best is not None and time.perf_counter() > self.deadline:
+            if self.best is not None and self.seconds_left < 0:
                 break
             negative, index, stage = heapq.heappop(waiting)
             bound = -negative
@@ -140,22 +147,19 @@ class _Search:
     def settle(self, index: int, branch: Branch, relaxation: Relaxation) -> None:
         """Find the best of one branch, or prove that it does not beat the best so far."""
         losses = np.sort(np.concatenate([relaxation.loss.ravel(), np.abs(relaxation.worth)]))
-        columns, covered = _FIRST_COLUMNS, -1.0
+        levelled = branch.levelled()
+        columns = _FIRST_COLUMNS
+        covered: float = -1
         while (reach := relaxation.bound - self.target) > covered:
             # Every site has one count that loses nothing: the one that the relaxation takes.
-            position = min(branch.sites + columns, len(losses) - 1)
-            depth = min(float(losses[position]), reach)
+            wanted = branch.sites + columns
+            depth = min(float(losses[wanted]), reach) if wanted < len(losses) else reach
+            columns *= _GROWTH
             if depth <= covered:
-                columns *= _GROWTH
                 continue
-            last = depth == reach or position == len(losses) - 1
-            answer = solve_core(
-                Core.of(branch, relaxation, depth + relaxation.margin),
-                self.target,
-                relaxation.bound,
-                seconds=self.deadline - time.perf_counter(),
-                rounds=None if last else 1,
-            )
+            last = depth == reach
+            rounds = None if last else 1
+            answer = self.solve(branch, levelled, relaxation, depth + relaxation.margin, rounds)
             if answer.assignment is not None:
                 self.offer(index, answer.assignment)
             if last:
@@ -163,5 +167,28 @@ class _Search:
                 return
             if answer.finished:
                 covered = depth
-            columns *= _GROWTH
         self.settled = max(self.settled, min(relaxation.bound, self.target - 1))
+
+    def solve(
+        self,
+        branch: Branch,
+        levelled: Branch | None,
+        relaxation: Relaxation,
+        depth: float,
+        rounds: int | None,
+    ) -> CoreAnswer:
+        """Solve the core of a given depth, on levelled costs first if that can settle it."""
+        ceiling = relaxation.bound
+        if levelled is not None:
+            # Its own bound: levelled costs let more fit.
+            loose_ceiling = relax(levelled, relaxation.prices).bound
+            core = Core.of(levelled, relaxation, depth)
+            answer = solve_core(core, self.target, loose_ceiling, self.seconds_left, rounds=1)
+            found = answer.assignment
+            if found is not None:
+                found = branch.assign(found.on, found.counts)
+            if answer.finished and (found is None or branch.fits(found.cost)):
+                return replace(answer, assignment=found)
+            ceiling = min(ceiling, answer.bound)
+        core = Core.of(branch, relaxation, depth)
+        return solve_core(core, self.target, ceiling, self.seconds_left, rounds)
