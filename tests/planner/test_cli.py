@@ -165,7 +165,7 @@ def test_two_processes_share_the_cache(tmp_path):
     assert [process.returncode for process in running] == [0, 0], outputs
     plans = [(tmp_path / str(i) / "plan.yaml").read_bytes() for i in range(2)]
     assert plans[0] == plans[1]
-    assert not [p for p in (tmp_path / "cache").rglob(".*")]
+    assert not list((tmp_path / "cache").rglob(".*"))
 
 
 def test_quiet_prints_nothing(cli):

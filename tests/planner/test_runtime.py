@@ -1,5 +1,6 @@
 """Stock models under budgets, from Python and from the command line, on the shipped tiny-llava."""
 
+import contextlib
 import gc
 
 import pytest
@@ -20,10 +21,8 @@ def loaded():
 @pytest.fixture
 def model(loaded):
     yield loaded[0]
-    try:
+    with contextlib.suppress(InputError):
         planner.restore(loaded[0])
-    except InputError:
-        pass
 
 
 @pytest.fixture
