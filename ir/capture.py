@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from planner.ir.eager import fuse_attention
+
 __all__ = ["WRAPPED", "Captured", "Stack", "build_on_meta", "capture"]
 
 # A module that only lends its face to a model keeps the model under this name, left out of paths.
@@ -235,5 +237,6 @@ def capture(
         for node in program.graph.nodes
         if node.op == "placeholder" and node.name.split(".")[0] in activations
     )
+    fuse_attention(program.graph, entering)
     by_path = {stack.path: stack for stack in stacks.values()}
     return Captured(program.graph, parameters, by_path, leaves, entering)

@@ -173,22 +173,20 @@ class _Raiser:
                 pending.extend(node.all_input_nodes)
             ordered = [n for n in self.captured.graph.nodes if n in members]
             # A value that others read as well stays an operator of its own.
-            while ordered and any(
-                user not in members and user is not attention
-                for node in ordered[:-1]
-                for user in node.users
-            ):
-                outside = next(
-                    i
-                    for i, node in enumerate(ordered)
-                    if any(u not in members and u is not attention for u in node.users)
-                )
-                ordered = ordered[outside + 1 :]
-                members = set(ordered)
+            while (last := self._read_outside(ordered, attention)) is not None:
+                ordered = ordered[last + 1 :]
             work = [n for n in ordered if opname(n) not in VIEWS and opname(n) != "cat"]
             # A single operation is no rotation but scaling, say.
             if len(work) > 1:
                 self._claim(_Group("rotary", suffix=f"rotary_{letter}"), ordered)
+
+    def _read_outside(self, chain: list[fx.Node], end: fx.Node) -> int | None:
+        """Position of the first node of a chain that other nodes than the chain and `end` read."""
+        members = {*chain, end}
+        for position, node in enumerate(chain[:-1]):
+            if any(user in self.live and user not in members for user in node.users):
+                return position
+        return None
 
     def _group_scans(self, members: list[fx.Node]) -> None:
         """Runs of work around products of activations, without softmax: a recurrence."""
