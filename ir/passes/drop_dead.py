@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from planner.ir.graph import Graph
-from planner.ir.passes.structure import needed
+from planner.ir.passes.structure import needed, within
 
 __all__ = ["DropDead"]
 
@@ -20,10 +20,14 @@ class DropDead:
     name: ClassVar[str] = "drop-dead"
 
     def apply(self, graph: Graph) -> Graph:
-        """The graph without dead operators; a site that narrowed only those goes too."""
+        """The graph without dead operators; a site of nothing but those goes too."""
         kept = needed(graph)
-        operators = [operator for operator in graph if operator.name in kept]
-        before = {name for operator in graph for _, name in operator.narrowed_by}
-        after = {name for operator in operators for _, name in operator.narrowed_by}
-        gone = before - after
-        return graph.replacing(operators, (s for s in graph.sites if s.name not in gone))
+        alive = graph.replacing(operator for operator in graph if operator.name in kept)
+        narrowed = {name for operator in alive for _, name in operator.narrowed_by}
+        sites = (
+            site
+            for site in graph.sites
+            if site.kind == "tokens"
+            or (within(alive, site) if site.kind == "layer" else site.name in narrowed)
+        )
+        return alive.replacing(alive.operators, sites)

@@ -74,7 +74,8 @@ def _boundary(graph: Graph, layer: int) -> int:
         and (not stacks or any(operator.module.startswith(stack) for stack in stacks))
     ]
     if not numbered:
-        raise InputError(f"'{graph.name}' has no decoder layers, so no tokens can be dropped")
+        # All layers are left out: only what follows them is left, the norm before lm_head.
+        return max(i for i, o in enumerate(graph) if o.part == "decoder" and o.kind != "input")
     later = (position for position, number in numbered if number >= layer)
     return next(later, numbered[-1][0] + 1)
 
