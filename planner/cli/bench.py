@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from planner.cli.options import Dtype, Model, TrustRemoteCode
-from planner.cli.output import Json, Quiet, amount, print_json, status, table
+from planner.cli.output import Json, Quiet, Verbose, amount, print_json, status, table
 
 __all__ = ["bench_command"]
 
@@ -27,6 +27,7 @@ def bench_command(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Measure prefill and decoding under budgets, against the base model in the same run."""
     from planner.ir.errors import InputError
@@ -40,7 +41,7 @@ def bench_command(
     for name, value, least in (("decode", decode, 2), ("repeat", repeat, 1), ("batch", batch, 1)):
         if value < least:
             raise InputError(f"--{name} must be at least {least}")
-    with status(not (quiet or as_json)) as update:
+    with status(not (quiet or as_json), verbose) as update:
         update("load")
         stock, processor, source = load_model(model, dtype, device, trust_remote_code)
         picture = noise_image() if "vision_config" in source.config else None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from planner.cli.options import Model, TrustRemoteCode
-from planner.cli.output import Json, Quiet, print_json, status, table
+from planner.cli.output import Json, Quiet, Verbose, print_json, status, table
 
 if TYPE_CHECKING:
     from planner.models.calibration import Calibrated
@@ -48,6 +48,7 @@ def calibrate_command(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Measure what every layer, head and MLP group is worth, without training.
 
@@ -70,7 +71,7 @@ def calibrate_command(
     questions = read_questions(images, prompts)
     output_folder(output.parent)
     started = time.perf_counter()
-    with status(not (quiet or as_json)) as update:
+    with status(not (quiet or as_json), verbose) as update:
         update("load")
         stock, processor, source = load_model(model, dtype, device, trust_remote_code)
         update("lower")

@@ -115,7 +115,7 @@ def compile_command(
         trust_remote_code=trust_remote_code,
     )
     output_folder(folder)
-    with status(not (quiet or as_json)) as update:
+    with status(not (quiet or as_json), verbose) as update:
         compiled = compile_plan(request, update)
         for line in explain(compiled, level):
             say(line)

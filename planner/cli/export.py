@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from planner.cli.options import Model, TrustRemoteCode
-from planner.cli.output import Json, Quiet, amount, print_json, status
+from planner.cli.output import Json, Quiet, Verbose, amount, print_json, status
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,7 @@ def export_command(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Write the weights that a plan keeps as a checkpoint of their own.
 
@@ -42,7 +43,7 @@ def export_command(
     wanted = load_plan(plan)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"'{output}' is there already and not empty: name a new folder")
-    with status(not (quiet or as_json)) as update:
+    with status(not (quiet or as_json), verbose) as update:
         update("load")
         dtype = _named_dtype(find_model(model, trust_remote_code).config)
         stock, processor, source = load_model(model, dtype, "cpu", trust_remote_code)

@@ -16,7 +16,7 @@ from planner.cli.options import (
     TextTokens,
     TrustRemoteCode,
 )
-from planner.cli.output import Json, Quiet, amount, print_json, status, table
+from planner.cli.output import Json, Quiet, Verbose, amount, print_json, status, table
 
 if TYPE_CHECKING:
     from planner.ir.cost import Cost
@@ -43,6 +43,7 @@ def inspect_command(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Show the cost of a model: FLOPs, bytes, roofline seconds, KV bytes, parameters."""
     from planner.catalog import find_model
@@ -59,7 +60,7 @@ def inspect_command(
         raise InputError(f"unknown --step '{step}': choose prefill or decode")
     chip = find_device(device or DEFAULT_DEVICE)
     loaded = load_plan(plan) if plan else None
-    with status(not (quiet or as_json)) as update:
+    with status(not (quiet or as_json), verbose) as update:
         update("lower")
         graph, _, _ = lowered_graph(find_model(model, trust_remote_code))
     load = Workload.default(graph, image_tokens, text_tokens, new_tokens, batch)

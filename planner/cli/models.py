@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from planner.cli.output import Json, Quiet, print_json, say, table
+from planner.cli.output import Json, Quiet, Verbose, print_json, say, table
 
 __all__ = ["models_command"]
 
@@ -25,6 +25,7 @@ def models_command(
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """List model aliases; with --check, what can be lowered."""
     from planner.catalog import aliases
@@ -32,17 +33,24 @@ def models_command(
     if not check:
         if as_json:
             print_json({"aliases": aliases()})
-        else:
+        elif not quiet:
             table(["alias", "model"], [[name, what] for name, what in aliases().items()])
         return
     results = check_models(only, show=not (quiet or as_json))
     if as_json:
         print_json({"models": results})
         return
+    if quiet:
+        return
     lowered = [r for r in results if r["lowered"]]
     with_sites = [r for r in lowered if r["sites"]]
     rows = [
-        [r["model_type"], "yes" if r["lowered"] else "no", str(r["sites"]), r["reason"][:110]]
+        [
+            r["model_type"],
+            "yes" if r["lowered"] else "no",
+            str(r["sites"]),
+            r["reason"] if verbose else r["reason"][:110],
+        ]
         for r in results
     ]
     table(["model type", "lowered", "sites", "remarks"], rows)

@@ -95,17 +95,19 @@ def _is_number(text: str) -> bool:
 
 
 @contextmanager
-def status(show: bool) -> Iterator[Any]:
+def status(show: bool, verbose: bool = False) -> Iterator[Any]:
     """Say on stderr what is being done once it takes longer than two seconds.
 
-    Yields a function that takes the name of the stage.
+    Yields a function that takes the name of the stage. Where `verbose`, every stage is a line.
     """
     current = {"stage": ""}
 
     def update(stage: str) -> None:
         current["stage"] = stage
+        if show and verbose:
+            say(f"planner: {stage}")
 
-    if not show:
+    if not show or verbose:
         yield update
         return
     done = threading.Event()

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from planner.cli.options import Dtype, Model, TrustRemoteCode
-from planner.cli.output import Json, Quiet, amount, print_json, status
+from planner.cli.output import Json, Quiet, Verbose, amount, print_json, status
 
 __all__ = ["run_command"]
 
@@ -35,6 +35,7 @@ def run_command(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Answer one question, running only what the plan keeps."""
     from planner.budgets import Budget
@@ -49,7 +50,7 @@ def run_command(
     loaded = load_plan(plan) if plan else None
     wanted = Budget.of(budget or ["0.65"])
     picture = load_image(image) if image else None
-    with status(not (quiet or as_json)) as update:
+    with status(not (quiet or as_json), verbose) as update:
         update("load")
         stock, processor, _ = load_model(model, dtype, device, trust_remote_code)
         inputs = prompt_inputs(stock, processor, prompt, picture)

@@ -177,3 +177,13 @@ def test_print_between_passes_shows_every_pass(cli):
     assert code == 0
     for name in ("specialise", "narrow-tokens"):
         assert f"-- {name}" in err
+
+
+def test_every_command_takes_json_quiet_and_verbose():
+    from typer.main import get_command
+
+    from planner.cli.app import app
+
+    for name, command in get_command(app).commands.items():
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert options >= {"--json", "-q", "-v"}, name
