@@ -22,7 +22,7 @@ from planner.ir.graph import Graph
 from planner.plan import Plan, TokenStage
 from planner.pricing import Pricing
 from planner.problem import Choice, Problem
-from planner.solver import Solution, solve
+from planner.solver import Solution, solve, solve_uniform
 from planner.switches import SwitchSet, with_switches
 from planner.utilities import Utilities, load_utilities, prior, uniform
 
@@ -48,6 +48,7 @@ class Request:
     new_tokens: int = DEFAULT_NEW_TOKENS
     batch: int = 1
     mlp_groups: int | None = None
+    uniform: bool = False
     time_limit_seconds: float = 60.0
     trust_remote_code: bool = False
 
@@ -138,7 +139,8 @@ def plan_graph(
         else:
             problem = pricing.problem(budget, utilities)
     with stage("solve"):
-        solution = solve(problem, time_limit_seconds=request.time_limit_seconds)
+        decide = solve_uniform if request.uniform else solve
+        solution = decide(problem, time_limit_seconds=request.time_limit_seconds)
     with stage("check"):
         plan = _plan(graph, pricing, problem, solution, budget, utilities, request, device)
     return Compiled(plan, graph, pricing, problem, solution)
