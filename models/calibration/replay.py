@@ -18,7 +18,9 @@ from planner.models.bindings import BoundLayer
 from planner.models.calibration.samples import Sample
 from planner.models.patches import Patches
 
-__all__ = ["Replay"]
+__all__ = ["NOT_FINITE", "Replay"]
+
+NOT_FINITE = "the model's output is not finite for a sample: look for broken weights or images"
 
 
 class Replay:
@@ -32,6 +34,9 @@ class Replay:
 
     Attributes:
         base: log-probabilities of the dense model at the answer, shape (answer, vocabulary).
+
+    Raises:
+        InputError: the dense model's output is not finite.
     """
 
     def __init__(
@@ -73,10 +78,13 @@ class Replay:
 
         hooks = [layer.module.register_forward_hook(note(layer.index)) for layer in self.layers]
         try:
-            return self.log_probabilities(0)[0].clone()
+            found = self.log_probabilities(0)[0].clone()
         finally:
             for hook in hooks:
                 hook.remove()
+        if not torch.isfinite(found).all():
+            raise InputError(NOT_FINITE)
+        return found
 
     def log_probabilities(self, start: int) -> Tensor:
         """What the model says at the answer under the gates that are active now.

@@ -19,7 +19,7 @@ from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.loading import count_image_tokens
 from planner.models.calibration.leave_one_out import Switch, leave_one_out, switches_of
-from planner.models.calibration.replay import Replay
+from planner.models.calibration.replay import NOT_FINITE, Replay
 from planner.models.calibration.samples import Sample
 from planner.models.calibration.store import Store
 from planner.models.calibration.taylor import DRAWS, taylor
@@ -195,9 +195,7 @@ class _Run:
 
     def _note(self, place: Array, values: Array) -> None:
         if not np.isfinite(values).all():
-            raise InputError(
-                "the model's output is not finite for a sample: look for broken weights or images"
-            )
+            raise InputError(NOT_FINITE)
         place[...] = values
         self.store.save()
         self.progress(self.done, self.total)
