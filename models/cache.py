@@ -8,7 +8,6 @@ do that and still tell the stock code the lengths it reckons with: all tokens se
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -274,10 +273,21 @@ def plan_cache(
             store = None
             if group.on and group.heads != ():
                 # Behind a token stage a sliding window counts dropped tokens too: see `forget`.
-                store = DynamicLayer() if group.stages else copy.deepcopy(layers[index])
+                store = DynamicLayer() if group.stages else _like(layers[index])
             parts.append(Part(members, store))
         layers[index] = PlannedLayer(layers[index], program.key, parts)
     return layers
+
+
+def _like(layer: CacheLayerMixin) -> CacheLayerMixin:
+    """Another empty layer; by its constructor, which torch.compile can see through."""
+    if type(layer) is DynamicLayer:
+        return DynamicLayer()
+    if type(layer) is DynamicSlidingWindowLayer:
+        return DynamicSlidingWindowLayer(layer.sliding_window)
+    if type(layer) is StaticLayer:
+        return StaticLayer(layer.max_cache_len)
+    return StaticSlidingWindowLayer(layer.max_cache_len, layer.max_cache_len)
 
 
 def _check_kind(layer: CacheLayerMixin, program: Program) -> None:

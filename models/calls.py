@@ -165,7 +165,8 @@ class Calls:
         layers = None if cache is None else plan_cache(cache, self.program, rows)
         call = Call(batch, tokens, layers[0].total if layers else 0, layers, rows)
         if tokens > 1 or not call.past:
-            if not torch.isfinite(hidden).all():
+            # Under torch.compile the look at values would break the graph.
+            if not torch.compiler.is_compiling() and not torch.isfinite(hidden).all():
                 raise InputError(
                     "the prompt's embeddings are not all finite numbers; look for NaN or infinity "
                     "in the image"
@@ -201,6 +202,7 @@ class Calls:
             ]
         return self._rows[key]
 
+    @torch.compiler.disable
     def _find_images(self, call: Call, hidden: Tensor) -> None:
         ids = self._arguments.get("input_ids")
         if ids is None or tuple(ids.shape[:2]) != (call.batch, call.tokens):
@@ -223,6 +225,8 @@ class Calls:
             if Needs.MARKS in selector.needs and call.image is not None:
                 call.marks[selector] = selector.mark(hidden, image, call.new_valid())
 
+    # How many tokens go on follows from values, which torch.compile does not look at.
+    @torch.compiler.disable
     def select(self, call: Call, group: LayerGroup, rows: Tensor | None, hidden: Tensor) -> Tensor:
         """Let a token stage choose what goes on, for the rows of one group.
 

@@ -123,6 +123,7 @@ class Executor:
         """Shadow what the program touches; `keep`: it will stay, so weights are copied at once."""
         # Probing runs the model, so it comes before any change.
         blocks = [self._block(layer) for layer in program.layers]
+        self.slices.begin()
         self._calls = calls = Calls(self.model, program)
         for layer, block in zip(program.layers, blocks, strict=True):
             forward = LayerForward(calls, layer, self._setups(layer, block, calls, keep))
