@@ -320,9 +320,7 @@ class Pricing:
             fixed = np.stack([self.fixed(layer, option, sites)[rows] for option in options])
             worth = 0.0
             if not sites and optional:
-                worth = sum(float(utilities.of_site(s).sum()) for s in here if s.kind != "layer")
-                if not worth:
-                    worth = float(utilities.of_site(here[0]).sum())
+                worth = utilities.of_layer(here)
             layers.append(
                 LayerChoices(
                     name=f"layer.{layer}",

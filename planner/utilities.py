@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +62,20 @@ class Utilities:
                 f"which has {site.switches} switches"
             )
         return values
+
+    def of_layer(self, sites: Sequence[Site]) -> float:
+        """Worth of a layer as a whole, where nothing inside it is switched.
+
+        Its own value, for switches are not additive: each of several that do the same may be worth
+        little while all of them are worth much. Without one, the sum of what is inside.
+
+        Args:
+            sites: of the layer, the layer's own among them.
+        """
+        own = next((s for s in sites if s.kind == "layer"), None)
+        if own is not None and own.name in self.sites:
+            return float(self.of_site(own).sum())
+        return sum(float(self.of_site(site).sum()) for site in sites if site is not own)
 
 
 def depth_weight(layer: int, layers: int) -> float:

@@ -219,7 +219,8 @@ class _Run:
             chosen = {"all": np.ones(len(kinds), dtype=bool)}
             chosen |= {kind: kinds == kind for kind in dict.fromkeys(kinds.tolist())}
             correlation = {n: _spearman(worth[some], estimate[some]) for n, some in chosen.items()}
-        tokens, saturation, curve = 0.0, None, ()
+        tokens, saturation = 0.0, None
+        curve: tuple[tuple[float, float], ...] = ()
         if "tokens" in arrays:
             fractions, losses = arrays["tokens"].mean(0)
             tokens, saturation = fit(fractions, losses)

@@ -12,6 +12,8 @@ from families import FAMILIES
 from plans import plan_of
 
 from planner.budgets import Budget
+from planner.catalog import tiny_llava_folder
+from planner.cli import run
 from planner.ir.cost import Workload
 from planner.ir.cost.devices import device
 from planner.ir.errors import InputError
@@ -330,6 +332,63 @@ def test_a_file_is_for_its_own_model(tmp_path):
     np.savez(tmp_path / "v.npz", **{"heads.99": np.ones(2)})
     with pytest.raises(InputError, match=r"heads\.99, which 'llava' does not have"):
         load_utilities(tmp_path / "v.npz", graph)
+
+
+def test_a_layer_is_worth_what_was_measured_of_it_as_a_whole():
+    _, graph = planted()
+    sites = {site.name: np.ones(site.switches) for site in graph.sites} | {"layer.1": np.array([9])}
+    here = graph.sites_at(1)
+    assert Utilities("measured", sites, 0).of_layer(here) == 9
+    del sites["layer.1"]
+    inside = sum(site.switches for site in here if site.kind != "layer")
+    assert Utilities("measured", sites, 0).of_layer(here) == inside
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The shipped model's images, questions and a way to run commands there."""
+    from planner.training.data import SceneQuestions
+
+    with (tmp_path / "prompts.jsonl").open("w") as lines:
+        for number, sample in enumerate(SceneQuestions("val", 3)):
+            sample.image.save(tmp_path / f"{number}.png")
+            turn = sample.turns[0]
+            record = {"image": f"{number}.png", "prompt": turn.question, "answer": turn.answer}
+            lines.write(json.dumps(record) + "\n")
+    return tmp_path
+
+
+def test_from_images_to_a_checkpoint_on_the_command_line(folder, capsys):
+    def command(*arguments):
+        code = run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    model, utilities = ("--model", "tiny-llava"), folder / "u.npz"
+    asked = ("calibrate-utilities", *model, "--images", folder, "-o", utilities, "--samples", 2)
+    code, out, err = command(*asked, "--prompts", folder / "prompts.jsonl", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["samples"], found["measure"], found["switches"]) == (2, "loss", 8 * (1 + 8 + 3))
+    assert set(found["rank_correlation"]) == {"all", "layer", "heads", "mlp"}
+    assert found["tokens"]["selector"] == "fastv"
+    code, out, err = command(*asked, "--method", "taylor", "-q")
+    assert (code, out, err) == (0, "", "")
+    plan = ("compile", *model, "--utilities", utilities, "--switches", "layers", "--budget", 0.8)
+    assert command(*plan, "-o", folder / "plan", "-q")[0] == 0
+    export = ("export", *model, "--plan", folder / "plan/plan.yaml", "-o", folder / "smaller")
+    code, out, err = command(*export)
+    assert code == 0, err
+    assert "stock transformers loads it" in out
+    assert (folder / "smaller/tokenizer.json").is_file()
+    weights = folder / "smaller/model.safetensors"
+    assert weights.stat().st_size < (tiny_llava_folder() / "model.safetensors").stat().st_size
+    code, out, err = command(*export)
+    assert (code, out) == (2, "")
+    assert "not empty" in err
+    code, _, err = command("compile", "--model", "mipha-3b", "--utilities", utilities)
+    assert code == 2
+    assert "another model" in err
 
 
 def test_bad_arguments_and_broken_weights():
