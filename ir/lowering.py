@@ -32,6 +32,7 @@ from planner.ir.inputs import decoder_inputs, token_marker, vision_inputs
 from planner.ir.raising import Raised, Surroundings, raise_operators
 from planner.ir.sharing import without_shared
 from planner.ir.text import fingerprint
+from planner.ir.verify import verify
 
 __all__ = ["Lowered", "NotLowered", "lower", "lower_config", "lower_model"]
 
@@ -334,9 +335,9 @@ def lower(model: Any, name: str, dtype_bytes: int = 2) -> Lowered:
         "image_tokens": _image_tokens(vision, width) if vision else 0,
         "dtype_bytes": dtype_bytes,
     }
-    operators, sites, shared = without_shared(operators, decoded.sites)
-    graph = Graph(name, tuple(operators), tuple(sites), properties)
+    graph, shared = without_shared(Graph(name, tuple(operators), tuple(decoded.sites), properties))
     graph = replace(graph, properties={**properties, "fingerprint": fingerprint(graph)})
+    verify(graph)
     return Lowered(graph, tuple(dict.fromkeys((*notes, *decoded.reasons, *shared))))
 
 

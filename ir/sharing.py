@@ -1,4 +1,4 @@
-"""Sharing: blocks that cannot be narrowed because other layers read what lies inside them.
+"""Sharing: sites that are none because something outside them depends on what lies inside.
 
 Some models let later layers attend to an earlier layer's keys and values. That layer's heads belong
 to all of its readers, and it cannot be left out.
@@ -6,67 +6,60 @@ to all of its readers, and it cannot be left out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
-from planner.ir.graph import Operator, Site
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph
+from planner.ir.structure import exit_of, residual_entry, within
 
 __all__ = ["without_shared"]
 
 
-def without_shared(
-    operators: Sequence[Operator], sites: Sequence[Site]
-) -> tuple[list[Operator], list[Site], list[str]]:
-    """Drop the sites that something outside them depends on.
+def without_shared(graph: Graph) -> tuple[Graph, list[str]]:
+    """The graph without such sites, and one sentence for each kind of site."""
+    reasons = _narrowed_elsewhere(graph) | _not_left_out(graph)
+    if not reasons:
+        return graph, []
+    operators = (
+        replace(o, narrowed_by=tuple(p for p in o.narrowed_by if p[1] not in reasons))
+        for o in graph
+    )
+    sites = (site for site in graph.sites if site.name not in reasons)
+    return graph.replacing(operators, sites), _summary(reasons)
 
-    Returns:
-        operators that are no longer narrowed by those sites, the sites that are left, and one
-        sentence for each that is not.
-    """
-    shared = _narrowed_elsewhere(operators) | _read_inside(operators, sites)
-    kept = [site for site in sites if site.name not in shared]
-    reasons = [
-        f"{site.module}: other layers read what it computes ({site.name})"
-        for site in sites
-        if site.name in shared
+
+def _summary(reasons: dict[str, str]) -> list[str]:
+    """The first reason of each kind of site, and how many sites there are besides."""
+    kinds: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        kinds.setdefault(name.partition(".")[0], []).append(reason)
+    return [
+        first + (f" (and {len(others)} layers more)" if others else "")
+        for first, *others in kinds.values()
     ]
-    if not shared:
-        return list(operators), kept, reasons
-    freed = [
-        replace(o, narrowed_by=tuple(p for p in o.narrowed_by if p[1] not in shared))
-        for o in operators
-    ]
-    return freed, kept, reasons
 
 
-def _narrowed_elsewhere(operators: Sequence[Operator]) -> set[str]:
-    """Sites with a narrowed output that is read where the site does not narrow."""
+def _narrowed_elsewhere(graph: Graph) -> dict[str, str]:
+    """Sites with a narrowed output that is read where the site does not narrow -> why."""
     narrows = {
-        o.name: {site for what, site in o.narrowed_by if what.startswith("shape.")}
-        for o in operators
+        o.name: {site for what, site in o.narrowed_by if what.startswith("shape.")} for o in graph
     }
-    return {
-        site
-        for reader in operators
-        for source in reader.inputs
-        for site in narrows.get(source, set()) - {site for _, site in reader.narrowed_by}
-    }
-
-
-def _read_inside(operators: Sequence[Operator], sites: Sequence[Site]) -> set[str]:
-    """Layer sites with several operators that are read from outside."""
-    layer_of = {site.module: site.name for site in sites if site.kind == "layer"}
-    stacks = {module.rpartition(".")[0] for module in layer_of}
-    home: dict[str, str] = {}
-    for operator in operators:
-        for stack in stacks:
-            if operator.module.startswith(stack + "."):
-                index = operator.module[len(stack) + 1 :].partition(".")[0]
-                home[operator.name] = layer_of.get(f"{stack}.{index}", "")
-    read: dict[str, set[str]] = {}
-    for reader in operators:
+    reasons = {}
+    for reader in graph:
+        by = {site for _, site in reader.narrowed_by}
         for source in reader.inputs:
-            layer = home.get(source, "")
-            if layer and home.get(reader.name, "") != layer:
-                read.setdefault(layer, set()).add(source)
-    return {layer for layer, sources in read.items() if len(sources) > 1}
+            for site in narrows[source] - by:
+                reasons[site] = f"{site}: {reader.name} reads {source}, which it does not narrow"
+    return reasons
+
+
+def _not_left_out(graph: Graph) -> dict[str, str]:
+    """Layers that cannot be left out -> why."""
+    reasons = {}
+    for site in graph.sites_of("layer"):
+        inside = within(graph, site)
+        try:
+            residual_entry(graph, site, inside, exit_of(graph, site, inside))
+        except InputError as error:
+            reasons[site.name] = str(error)
+    return reasons

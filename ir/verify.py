@@ -185,13 +185,14 @@ def _elements(operator: Operator) -> int:
 
 
 def _features(graph: Graph) -> Iterator[str]:
-    """A linear reads no more features than its input has (it may read a part of them)."""
+    """A linear takes the features of its input: all, a part, or the same ones several times."""
     known = graph.by_name
     for operator in graph:
         if operator.kind in LINEAR_KINDS and len(operator.inputs) == 1:
             source = known[operator.inputs[0]]
             out, columns = operator.integer("out"), operator.integer("in")
-            if _elements(operator) // out * columns > _elements(source):
+            have, taken = _elements(source), _elements(operator) // out * columns
+            if taken > have and taken % have:
                 yield f"operator {operator.name} takes {columns} features, {source.name} has fewer"
 
 

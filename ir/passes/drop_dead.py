@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from planner.ir.graph import Graph
-from planner.ir.passes.structure import needed, within
+from planner.ir.structure import needed, within
 
 __all__ = ["DropDead"]
 

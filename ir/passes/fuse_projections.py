@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from planner.ir.dims import Dim
 from planner.ir.graph import Graph, Operator
-from planner.ir.passes.structure import redirected
+from planner.ir.structure import redirected
 
 __all__ = ["FuseProjections"]
 

@@ -10,7 +10,7 @@ from planner.ir.dims import Dim
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator
 from planner.ir.narrowing import scores_by_attention
-from planner.ir.passes.structure import redirected
+from planner.ir.structure import redirected
 
 if TYPE_CHECKING:
     from planner.plan import TokenStage

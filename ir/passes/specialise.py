@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator, Site
 from planner.ir.narrowing import narrowed
-from planner.ir.passes.structure import exit_of, needed, redirected, residual_entry, within
+from planner.ir.structure import exit_of, needed, redirected, residual_entry, within
 
 if TYPE_CHECKING:
     from planner.plan import Plan

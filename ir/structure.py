@@ -1,4 +1,4 @@
-"""What passes ask of a Graph's structure, and the rewrites that they share."""
+"""What lowering and passes ask of a Graph's structure, and the rewrites that passes share."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def exit_of(graph: Graph, site: Site, inside: set[str]) -> str:
         InputError: where there are several, so that the layer cannot be left out.
     """
     network = graph.network
-    read = [n for n in network if n in inside and any(r not in inside for r in network[n])]
+    read = sorted(name for name in inside if any(r not in inside for r in network[name]))
     if not read:
         read = [operator.name for operator in graph if operator.name in inside][-1:]
     if len(read) != 1:
