@@ -1,6 +1,7 @@
-"""Every kernel at the shapes of a LLaVA-1.5-7B decoder layer, as launches to compile.
+"""Every kernel at the shapes of LLaVA-1.5-7B, as launches to compile.
 
-Enters: a target. Leaves: named launches, made by running the blocks on meta tensors.
+Enters: a target. Leaves: named launches, made by running on meta tensors a decoder layer (prefill
+of 640 tokens, one decode step), token selection, and a vision layer (CLIP ViT-L/14-336).
 """
 
 from __future__ import annotations
@@ -8,93 +9,116 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from planner.kernels import fused
 from planner.kernels.launch import Launch, recorded
-from planner.kernels.norm import normalize
 from planner.kernels.records import AttentionWeights, KVCache, MLPWeights, Norm, Survivors
 from planner.kernels.tiles import Target
-from planner.kernels.tokens import merge_tokens
 
 __all__ = ["catalogue"]
 
 HIDDEN, HEADS, HEAD_DIM, NEURONS = 4096, 32, 128, 11008
-PROMPT, CACHED = 640, 1024
-
-
-def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-
-def _index(*shape: int) -> torch.Tensor:
-    return _meta(*shape, dtype=torch.int32)
+PROMPT, CACHED, SELECTED = 640, 1024, 352
+VISION_HIDDEN, VISION_HEADS, VISION_NEURONS, PATCHES = 1024, 16, 4096, 577
 
 
 def catalogue(target: Target, dtype: torch.dtype = torch.bfloat16) -> dict[str, Launch]:
     """Launches by name: ``prefill/project_qkv_kernel``, ``decode/attend_split_kernel``, ..."""
-    norm = Norm(_meta(HIDDEN, dtype=dtype))
-    square = _meta(HIDDEN, HIDDEN, dtype=dtype)
-    attention = AttentionWeights(square, square, square, square, HEAD_DIM, norm=norm)
-    wide = _meta(NEURONS, HIDDEN, dtype=dtype)
-    mlp = MLPWeights(wide, _meta(HIDDEN, NEURONS, dtype=dtype), wide, norm=norm)
-    plain = MLPWeights(wide, mlp.down, activation="gelu")
-    heads = Survivors(_index(1, HEADS), _index(1))
-    neurons = Survivors(_index(1, NEURONS // 8), _index(1), 8)
-    cache = KVCache(
-        _meta(HEADS * CACHED, HEAD_DIM, dtype=dtype),
-        _meta(HEADS * CACHED, HEAD_DIM, dtype=dtype),
-        _index(1),
-        _index(1),
-        _index(1),
-    )
-
-    def block(tokens: int) -> None:
-        hidden = _meta(1, tokens, HIDDEN, dtype=dtype)
-        angles = (_meta(1, tokens, HEAD_DIM, dtype=dtype),) * 2
-        fused.attention(
-            hidden,
-            attention,
-            heads,
-            angles,
-            _index(1, tokens),
-            hidden,
-            cache=cache,
-            key_positions=_index(1, CACHED),
-        )
-        fused.mlp(hidden, mlp, neurons, hidden)
-
-    def tokens() -> None:
-        hidden = _meta(1, PROMPT, HIDDEN, dtype=dtype)
-        fused.select_tokens(
-            hidden,
-            _meta(1, HEADS, HEAD_DIM, dtype=dtype),
-            cache,
-            heads,
-            _index(1, PROMPT),
-            _meta(1, PROMPT, dtype=torch.bool),
-            _index(1),
-            352,
-            scale=1.0,
-        )
-        merge_tokens(hidden, _index(1, PROMPT), _meta(1, PROMPT, dtype=torch.float32), 352)
-
-    def others() -> None:
-        hidden = _meta(1, PROMPT, HIDDEN, dtype=dtype)
-        fused.mlp(hidden, plain, neurons, hidden)
-        normalize(hidden, Norm(_meta(HIDDEN), _meta(HIDDEN), kind="layer"))
-
-    parts: dict[str, Callable[[], None]] = {
-        "prefill": lambda: block(PROMPT),
-        "decode": lambda: block(1),
-        "tokens": tokens,
-        "layernorm, plain mlp": others,
+    parts: dict[str, Callable[[torch.dtype], None]] = {
+        "prefill": lambda dtype: _decoder_layer(dtype, PROMPT),
+        "decode": lambda dtype: _decoder_layer(dtype, 1),
+        "tokens": _token_selection,
+        "vision": _vision_layer,
     }
     named: dict[str, Launch] = {}
     for part, run in parts.items():
         with recorded(target) as launches:
-            run()
+            run(dtype)
         for launch in launches:
             name = f"{part}/{launch.kernel.fn.__name__}"
             known = sum(n == name or n.startswith(f"{name} ") for n in named)
             named[f"{name} {known + 1}" if known else name] = launch
     return named
+
+
+def _meta(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _index(*shape: int) -> Tensor:
+    return _meta(torch.int32, *shape)
+
+
+def _heads_and_cache(dtype: torch.dtype) -> tuple[Survivors, KVCache]:
+    store = _meta(dtype, HEADS * CACHED, HEAD_DIM)
+    return Survivors(_index(1, HEADS), _index(1)), KVCache(store, store, *[_index(1)] * 3)
+
+
+def _decoder_layer(dtype: torch.dtype, tokens: int) -> None:
+    hidden = _meta(dtype, 1, tokens, HIDDEN)
+    norm = Norm(_meta(dtype, HIDDEN))
+    square = _meta(dtype, HIDDEN, HIDDEN)
+    attention = AttentionWeights(square, square, square, square, HEAD_DIM, norm=norm)
+    up, down = _meta(dtype, NEURONS, HIDDEN), _meta(dtype, HIDDEN, NEURONS)
+    mlp = MLPWeights(up, down, gate=up, norm=norm)
+    heads, cache = _heads_and_cache(dtype)
+    fused.attention(
+        hidden,
+        attention,
+        heads,
+        (_meta(dtype, 1, tokens, HEAD_DIM),) * 2,
+        _index(1, tokens),
+        hidden,
+        cache=cache,
+        key_positions=_index(1, CACHED),
+    )
+    fused.mlp(hidden, mlp, Survivors(_index(1, NEURONS // 8), _index(1), 8), hidden)
+
+
+def _token_selection(dtype: torch.dtype) -> None:
+    hidden = _meta(dtype, 1, PROMPT, HIDDEN)
+    heads, cache = _heads_and_cache(dtype)
+    fused.select_tokens(
+        hidden,
+        _meta(dtype, 1, HEADS, HEAD_DIM),
+        cache,
+        heads,
+        _index(1, PROMPT),
+        _meta(torch.bool, 1, PROMPT),
+        _index(1),
+        SELECTED,
+        scale=1.0,
+    )
+    fused.merge_tokens(hidden, _index(1, PROMPT), _meta(torch.float32, 1, PROMPT), SELECTED)
+
+
+def _vision_layer(dtype: torch.dtype) -> None:
+    hidden = _meta(dtype, 1, PATCHES, VISION_HIDDEN)
+    bias = _meta(dtype, VISION_HIDDEN)
+    norm = Norm(bias, bias, kind="layer")
+    square = _meta(dtype, VISION_HIDDEN, VISION_HIDDEN)
+    attention = AttentionWeights(
+        square,
+        square,
+        square,
+        square,
+        VISION_HIDDEN // VISION_HEADS,
+        query_bias=bias,
+        key_bias=bias,
+        value_bias=bias,
+        output_bias=bias,
+        norm=norm,
+    )
+    mlp = MLPWeights(
+        _meta(dtype, VISION_NEURONS, VISION_HIDDEN),
+        _meta(dtype, VISION_HIDDEN, VISION_NEURONS),
+        activation="quick_gelu",
+        up_bias=_meta(dtype, VISION_NEURONS),
+        down_bias=bias,
+        norm=norm,
+    )
+    heads = Survivors(_index(1, VISION_HEADS), _index(1))
+    neurons = Survivors(_index(1, VISION_NEURONS // 8), _index(1), 8)
+    fused.attention(hidden, attention, heads, None, _index(1, PATCHES), hidden, causal=False)
+    fused.mlp(hidden, mlp, neurons, hidden)

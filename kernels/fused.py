@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from planner.ir.errors import InputError
 from planner.kernels.decode import decode
 from planner.kernels.mlp import project_up
 from planner.kernels.output import project_out
@@ -19,10 +20,16 @@ from planner.kernels.tokens import choose_tokens, gather_tokens, merge_tokens, s
 __all__ = ["attention", "merge_tokens", "mlp", "select_tokens"]
 
 
+def _require_rows(*weights: Tensor | None) -> None:
+    if any(weight is not None and not weight.is_contiguous() for weight in weights):
+        raise InputError("Kernels read weights as nn.Linear stores them; one of these is strided.")
+
+
 def mlp(
     hidden: Tensor, weights: MLPWeights, survivors: Survivors, residual: Tensor | None = None
 ) -> Tensor:
     """The MLP block over surviving neurons; arguments and result as `naive.mlp`."""
+    _require_rows(weights.up, weights.gate, weights.down)
     shape = hidden.shape
     # One plan for the batch: all its rows are one product.
     rows = hidden.contiguous().view(survivors.plans, -1, shape[-1])
@@ -63,13 +70,11 @@ def attention(
     Returns:
         (batch, tokens, hidden).
     """
+    _require_rows(weights.query, weights.key, weights.value, weights.output)
     hidden = hidden.contiguous()
     batch, tokens, _ = hidden.shape
     if cache is None or key_positions is None:
-        groups = [survivors.slots] * batch
-        cache = KVCache.empty(
-            groups, [tokens] * batch, weights.head_dim, dtype=hidden.dtype, device=hidden.device
-        )
+        cache = KVCache.regular(batch, survivors.slots, tokens, weights.head_dim, hidden)
         key_positions = positions
     queries = project_qkv(hidden, weights, survivors, angles, cache)
     attend_to = decode if tokens == 1 else attend

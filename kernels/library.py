@@ -8,6 +8,7 @@ as opaque to a compiler as the forward.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -39,8 +40,12 @@ MERGE = "Tensor hidden, Tensor target, Tensor weight, SymInt length"
 
 def _backend(tensor: Tensor) -> Any:
     # Triton is not on every platform; there and on other devices sliced weights do the work.
-    on_triton = tensor.is_cuda and find_spec("triton") is not None
-    return import_module("planner.kernels.fused" if on_triton else "planner.kernels.sliced")
+    return _fused() if tensor.is_cuda else sliced
+
+
+@cache
+def _fused() -> Any:
+    return sliced if find_spec("triton") is None else import_module("planner.kernels.fused")
 
 
 def _pack_norm(norm: Norm | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

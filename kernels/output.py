@@ -56,7 +56,15 @@ def project_out_kernel(
     # Rows and columns beyond the end read the last one; they are not stored.
     a_row = a + (sample * rows + tl.minimum(row, rows - 1)).to(tl.int64)[:, None] * (slots * WIDTH)
     weight_row = weight + tl.minimum(column, features_out - 1).to(tl.int64)[:, None] * features_in
+    address = (sample * rows + row).to(tl.int64)[:, None] * features_out + column[None, :]
+    mask = (row < rows)[:, None] & (column < features_out)[None, :]
+    # The sum starts from the residual: added at the end, it would need registers beside the sum.
     accumulator = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    if residual is not None:
+        accumulator += tl.load(residual + address, mask=mask, other=0.0).to(tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + column, mask=column < features_out, other=0.0)
+        accumulator += shift.to(tl.float32)[None, :]
     for start in range(0, survivors, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         inside = k < survivors
@@ -67,13 +75,6 @@ def project_out_kernel(
         p = tl.load(a_row + k[None, :], mask=inside[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         w = tl.load(weight_row + feature[None, :], mask=inside[None, :], other=0.0)
         accumulator = tl.dot(p, tl.trans(w), accumulator, input_precision="ieee")
-    inside = column < features_out
-    if bias is not None:
-        accumulator += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    address = (sample * rows + row).to(tl.int64)[:, None] * features_out + column[None, :]
-    mask = (row < rows)[:, None] & inside[None, :]
-    if residual is not None:
-        accumulator += tl.load(residual + address, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + address, accumulator.to(out.dtype.element_ty), mask=mask)
 
 

@@ -252,6 +252,16 @@ class KVCache:
             torch.zeros(len(room), dtype=torch.int32, device=device),
         )
 
+    @staticmethod
+    def regular(batch: int, slots: int, tokens: int, head_dim: int, like: Tensor) -> KVCache:
+        """A cache of equal samples, made on the device of `like` without reading or waiting."""
+        store = like.new_empty(2, batch * slots * tokens, head_dim)
+        sample = torch.arange(batch, dtype=torch.int32, device=like.device)
+        room = torch.full_like(sample, tokens)
+        return KVCache(
+            store[0], store[1], sample * (slots * tokens), room, torch.zeros_like(sample)
+        )
+
     def rows(self, sample: int, slot: int, tokens: int) -> slice:
         """Rows of the first `tokens` tokens of one group. Reads the tensors."""
         start = int(self.first[sample]) + slot * int(self.room[sample])

@@ -262,7 +262,7 @@ def attention_tile(
     """
     width = max(16, power_of_two(head_dim))
     block_m = min(128 if width <= 128 and element_bytes == 2 else 64, power_of_two(max(tokens, 16)))
-    warps = 8 if block_m * width >= 128 * 128 or width >= 256 else 4
+    warps = 8 if block_m == 128 or width >= 256 else 4
     # Without wgmma, scores pass through registers into the second product.
     block_n = 64 if width * element_bytes <= (256 if target.warpgroup else 128) else 32
     budget = target.shared_bytes - block_m * width * element_bytes

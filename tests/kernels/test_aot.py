@@ -38,13 +38,14 @@ def test_kernels_fit_and_use_tensor_cores(name, target):
     _check(compiled)
     if compiled.name not in MATRIX_KERNELS:
         return
-    many_rows = name.startswith(("prefill", "tokens/merge", "layernorm"))
+    many_rows = name.startswith(("prefill", "tokens/merge", "vision"))
     kind = "wgmma" if target == "sm_90" and many_rows else "mma"
     assert compiled.tensor_core[kind] > 0
     # Weights and keys arrive in 16-byte vectors; a lost alignment hint makes them 2-byte loads.
     assert ", 0x10" in compiled.ptx
     assert "cp.async" in compiled.ptx
-    assert "ld.global.b16" not in compiled.ptx
+    if not name.startswith("vision"):  # whose biases are read one by one, once per program
+        assert "ld.global.b16" not in compiled.ptx
 
 
 def test_float16_and_float32_compile_too():

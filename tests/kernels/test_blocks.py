@@ -1,5 +1,7 @@
 """Whole blocks, as Triton kernels (interpreted) and on sliced weights, against masked ones."""
 
+import dataclasses
+
 import pytest
 import torch
 from blocks import (
@@ -13,6 +15,7 @@ from blocks import (
     random_mlp,
 )
 
+from planner.ir.errors import InputError
 from planner.kernels import fused, naive, sliced
 from planner.kernels.records import Survivors, neuron_width
 
@@ -173,6 +176,13 @@ def test_decoding_step_by_step_is_one_long_prefill(backend, shared):
         assert_close(got, want[:, now], torch.float32)
         cache.lengths.add_(tokens)
         done += tokens
+
+
+def test_strided_weights_are_refused_by_kernels():
+    weights = random_mlp(40, 64)
+    strided = dataclasses.replace(weights, up=weights.up.T.contiguous().T)
+    with pytest.raises(InputError, match="one of these is strided"):
+        fused.mlp(torch.randn(1, 5, 40), strided, Survivors.of([[1]], 64, 8))
 
 
 @BACKENDS
