@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import norm, spearmanr
 from torch import nn
 
 from planner.ir.errors import InputError
@@ -28,7 +28,7 @@ from planner.models.executor import Executor
 from planner.models.masked import MaskedExecutor
 from planner.switches import SwitchSet
 
-__all__ = ["METHODS", "Calibrated", "calibrate"]
+__all__ = ["METHODS", "Calibrated", "calibrate", "not_negative"]
 
 Array = npt.NDArray[np.float64]
 METHODS = ("leave-one-out", "taylor")
@@ -39,7 +39,7 @@ class Calibrated:
     """What was measured, in nats per answer token.
 
     Attributes:
-        sites: site name -> shape (switches,): mean over samples.
+        sites: site name -> shape (switches,): mean over samples; with ``loss`` see `not_negative`.
         tokens: worth of all image tokens; 0 where there are none.
         saturation: of their curve, see `planner.utilities.Utilities`; None where there are none.
         token_losses: (kept fraction, mean loss), ascending.
@@ -209,9 +209,11 @@ class _Run:
         """Averages."""
         arrays = self.store.arrays
         estimate = arrays["taylor"].mean(0)
-        worth = arrays["leave_one_out"].mean(0) if "leave_one_out" in arrays else estimate
+        effects = arrays[self.method.replace("-", "_")]
+        worth = effects.mean(0)
         sites: dict[str, list[float]] = {}
-        for switch, value in zip(self.switches, worth.tolist(), strict=True):
+        values = not_negative(effects) if self.measure == "loss" else worth
+        for switch, value in zip(self.switches, values.tolist(), strict=True):
             sites.setdefault(switch.site.name, []).append(value)
         correlation = {}
         if "leave_one_out" in arrays:
@@ -236,6 +238,30 @@ class _Run:
             self.measure,
             len(self.samples),
         )
+
+
+def not_negative(effects: Array) -> Array:
+    """Means over samples, knowing that no switch does harm.
+
+    On a few samples the loss falls for some switches by chance when they are off, and a plan would
+    leave those off whatever the budget. So the value is the mean of what the samples say, a normal
+    distribution around their mean with its standard error, cut off below 0: nearly the mean where
+    that is clear, small and positive where it is not.
+
+    Args:
+        effects: shape (samples, switches).
+
+    Returns:
+        Shape (switches,).
+    """
+    mean = effects.mean(0)
+    if len(effects) < 2:
+        return np.maximum(mean, 0)
+    error = effects.std(0, ddof=1) / np.sqrt(len(effects))
+    known = error == 0
+    error = np.where(known, 1, error)
+    hazard = np.exp(norm.logpdf(-mean / error) - norm.logsf(-mean / error))
+    return np.maximum(np.where(known, mean, mean + error * hazard), 0)
 
 
 def _spearman(one: Array, other: Array) -> float:

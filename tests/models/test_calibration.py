@@ -21,6 +21,7 @@ from planner.ir.lowering import lower_model
 from planner.models.calibration import Sample, calibrate, read_questions, sample_of
 from planner.models.calibration.leave_one_out import as_gates, leave_one_out, measure, switches_of
 from planner.models.calibration.replay import Replay
+from planner.models.calibration.run import not_negative
 from planner.models.calibration.taylor import taylor
 from planner.models.calibration.token_stages import fit
 from planner.models.executor import Executor
@@ -238,6 +239,22 @@ def test_partial_results_of_another_run_are_refused(tmp_path):
     partial.write_bytes(b"PK")
     with pytest.raises(InputError, match="delete it"):
         run(samples)
+
+
+def test_noise_below_zero_becomes_small_and_positive():
+    generator = np.random.default_rng(0)
+    means = np.array([0.5, 0.01, 0.0, -0.01, -0.5, 0.0])
+    effects = means + 0.1 * generator.standard_normal((64, 6))
+    effects[:, 5] = 0
+    found, error = not_negative(effects), 0.1 / 8
+    assert found[0] == pytest.approx(effects[:, 0].mean(), rel=1e-6)
+    assert ((found[1:5] > 0) & (found[1:5] < 3 * error)).all()
+    assert found[5] == 0
+    # Against drawing from the normal distribution and keeping what is positive.
+    mean, sigma = effects[:, 2].mean(), effects[:, 2].std(ddof=1) / 8
+    drawn = generator.normal(mean, sigma, 200_000)
+    assert found[2] == pytest.approx(drawn[drawn > 0].mean(), rel=0.02)
+    assert not_negative(np.array([[-1.0, 2.0]])).tolist() == [0, 2]
 
 
 def test_the_curve_of_image_tokens_is_found_again():
