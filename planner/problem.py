@@ -37,9 +37,7 @@ class SiteChoices:
         name: the site's name in the Graph; unique in the Problem.
         utilities: shape (switches,): what keeping each switch is worth; may be negative.
         costs: shape (token options, metrics, switches + 1), int64: cost of keeping n switches,
-            non-negative and non-decreasing in n. Where real numbers are rounded, round each step
-            and add up, rather than each total: switches whose steps cost exactly the same are
-            interchangeable, and solvers gain much from that.
+            non-negative and non-decreasing in n.
         minimum: fewest switches kept while the layer is on.
     """
 

@@ -64,7 +64,8 @@ def solve_core(
         return CoreAnswer(None, target - 1, True)
     unit = _common_divisor(core.utility)
     base = core.base.utility
-    low, high = -((base - target) // unit), (ceiling - base) // unit
+    most = int(core.upper @ np.maximum(core.utility, 0))
+    low, high = -((base - target) // unit), min(ceiling - base, most) // unit
     if low > high:
         return CoreAnswer(None, target - 1, True)
     model, columns, worth = _model(core, unit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from functools import partial
 
+from planner.ir.errors import InputError
 from planner.problem import Choice, Problem
 from planner.solver.branch import Tables
 from planner.solver.search import Candidate, search
@@ -31,10 +32,12 @@ def solve(
         hint: a choice to start from, for example a scheduler's; ignored if it is not feasible.
 
     Raises:
-        InputError: if the problem's tables are inconsistent.
+        InputError: if the problem's tables are inconsistent, or `gap` is not in [0, 1).
         Infeasible: if no choice respects the limits.
     """
     begin = time.perf_counter()
+    if not 0 <= gap < 1:
+        raise InputError(f"a gap lies between 0 and 1, not at {gap}")
     problem.check()
     options = feasible_options(problem)
     tables = Tables(problem)
