@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from planner.ir.eager import fuse_attention
+from planner.ir.writes import join_writes
 
 __all__ = ["WRAPPED", "Captured", "Stack", "build_on_meta", "capture"]
 
@@ -237,6 +238,7 @@ def capture(
         for node in program.graph.nodes
         if node.op == "placeholder" and node.name.split(".")[0] in activations
     )
+    join_writes(program.graph)
     fuse_attention(program.graph, entering)
     by_path = {stack.path: stack for stack in stacks.values()}
     return Captured(program.graph, parameters, by_path, leaves, entering)

@@ -8,6 +8,7 @@ attention looks alike from there on: the same products, and scores that are neve
 from __future__ import annotations
 
 from collections.abc import Container
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -93,7 +94,7 @@ def _output(softmax: fx.Node) -> fx.Node | None:
 def _fit(scores: fx.Node, output: fx.Node) -> bool:
     """Whether both are products of (samples, heads, tokens, features), over the same keys."""
     operands = [*scores.args[:2], output.args[1], scores, output]
-    values = [node.meta.get("val") for node in operands if isinstance(node, fx.Node)]
+    values: list[Any] = [n.meta.get("val") for n in operands if isinstance(n, fx.Node)]
     if len(values) < 5 or not all(isinstance(v, Tensor) and v.ndim == 4 for v in values):
         return False
     query, keys, value, score, result = (tuple(v.shape) for v in values)

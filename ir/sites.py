@@ -256,8 +256,9 @@ def _heads(
             label.source,
             [sorted(set(gates[columns == lane].tolist())) for lane in range(lanes)],
         )
-    sources = {attention, *assignment.sources()}
-    if not all(_closed(end, sources, live) for end in (*attention.args[:3], sink.args[0])):  # type: ignore[arg-type]
+    ends: tuple[fx.Node, ...] = (*attention.args[:3], sink.args[0])  # type: ignore[assignment]
+    sources = {attention} | {label.source for end in ends for label in tracer.of(end)}
+    if not all(_closed(end, sources, live) for end in ends):
         return refuse("it is computed with more than this layer's projections")
     bindings = _bindings(assignment, weights)
     if bindings is None:
@@ -407,11 +408,7 @@ def _narrow(
         for label in labels[1:]:
             # Joined values come from several sources, each from one of them.
             lanes = torch.maximum(lanes, _lane_index(label, tables[label.source], tokens))
-        axes = [
-            axis
-            for axis in range(lanes.ndim)
-            if lanes.shape[axis] > 1 and bool((lanes.narrow(axis, 0, 1) != lanes).any())
-        ]
+        axes = [axis for axis in range(lanes.ndim) if _varies(lanes, axis)]
         if len(axes) != 1:
             continue
         # The samples' dimension is always first in the Graph, whether or not the node has one.
@@ -420,3 +417,10 @@ def _narrow(
         if opname(node) == "linear" and node in tables:
             pairs.append(("out", kind))
         found.narrowed[node] = tuple(pairs)
+
+
+def _varies(lanes: Tensor, axis: int) -> bool:
+    """Whether lanes differ along an axis; elements of no lane (-1) are the same for all."""
+    highest = lanes.amax(axis)
+    lowest = torch.where(lanes < 0, highest.unsqueeze(axis), lanes).amin(axis)
+    return bool((highest != lowest).any())
