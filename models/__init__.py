@@ -13,5 +13,7 @@ and nothing else. Imports `planner.ir` and `planner.plan`; nothing in here knows
     layers     what stands in for `forward` of layers and attention blocks
     executor   all of it on a model, and off again
     masked     the same plans by masks: the oracle in tests, and what training differentiates
+    calibration/ what switches are worth, measured on a few images
+    export/    a plan's model as a checkpoint of its own
     selectors/ rules that pick image tokens
 """

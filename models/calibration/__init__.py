@@ -13,10 +13,12 @@ becomes a utilities file for the solver. Everything is in nats per answer token.
     run            all of it in order
 """
 
+from planner.models.calibration.measures import MEASURES
 from planner.models.calibration.run import METHODS, Calibrated, calibrate
 from planner.models.calibration.samples import Sample, read_questions, read_samples, sample_of
 
 __all__ = [
+    "MEASURES",
     "METHODS",
     "Calibrated",
     "Sample",

@@ -19,6 +19,7 @@ from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.loading import count_image_tokens
 from planner.models.calibration.leave_one_out import Switch, leave_one_out, switches_of
+from planner.models.calibration.measures import MEASURES
 from planner.models.calibration.replay import NOT_FINITE, Replay
 from planner.models.calibration.samples import Sample
 from planner.models.calibration.store import Store
@@ -95,6 +96,8 @@ def calibrate(
     """
     if method not in METHODS:
         raise InputError(f"unknown method '{method}': choose from {', '.join(METHODS)}")
+    if measure not in MEASURES:
+        raise InputError(f"unknown measure '{measure}': choose from {', '.join(MEASURES)}")
     if not samples or batch < 1:
         raise InputError("a calibration needs at least one sample, and a batch of at least 1")
     run = _Run(model, graph, samples, measure, method, batch, seed, partial, progress)

@@ -38,6 +38,10 @@ def calibrate_command(
         str,
         typer.Option("--method", help="leave-one-out, or taylor (one backward pass a sample)."),
     ] = "leave-one-out",
+    measure: Annotated[
+        str | None,
+        typer.Option("--measure", help="loss (needs answers), or kl [default: loss with answers]."),
+    ] = None,
     samples: Annotated[int, typer.Option("--samples", help="Most samples to use.")] = 32,
     batch: Annotated[int, typer.Option("--batch", help="Switches measured at once.")] = 16,
     seed: Annotated[int, typer.Option("--seed", help="Which samples are drawn.")] = 0,
@@ -58,7 +62,13 @@ def calibrate_command(
     from planner.files import output_folder
     from planner.ir.errors import InputError
     from planner.loading import load_model
-    from planner.models.calibration import METHODS, calibrate, read_questions, read_samples
+    from planner.models.calibration import (
+        MEASURES,
+        METHODS,
+        calibrate,
+        read_questions,
+        read_samples,
+    )
     from planner.switches import with_switches
     from planner.utilities import Utilities, save_utilities
 
@@ -69,6 +79,12 @@ def calibrate_command(
     if output.suffix != ".npz":
         raise InputError(f"the output '{output}' must be an .npz file")
     questions = read_questions(images, prompts)
+    answered = questions[0].answer is not None
+    measure = measure or ("loss" if answered else "kl")
+    if measure not in MEASURES:
+        raise InputError(f"unknown measure '{measure}': choose from {', '.join(MEASURES)}")
+    if measure == "loss" and not answered:
+        raise InputError("--measure loss needs answers in the prompts file")
     output_folder(output.parent)
     started = time.perf_counter()
     with status(not (quiet or as_json), verbose) as update:
@@ -83,7 +99,7 @@ def calibrate_command(
             stock,
             graph,
             chosen,
-            measure="kl" if questions[0].answer is None else "loss",
+            measure=measure,
             method=method,
             batch=batch,
             seed=seed,

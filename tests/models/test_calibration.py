@@ -391,6 +391,9 @@ def test_from_images_to_a_checkpoint_on_the_command_line(folder, capsys):
     assert found["tokens"]["selector"] == "fastv"
     code, out, err = command(*asked, "--method", "taylor", "-q")
     assert (code, out, err) == (0, "", "")
+    code, out, err = command(*asked, "--measure", "loss")
+    assert (code, out) == (2, "")
+    assert "needs answers" in err
     plan = ("compile", *model, "--utilities", utilities, "--switches", "layers", "--budget", 0.8)
     assert command(*plan, "-o", folder / "plan", "-q")[0] == 0
     export = ("export", *model, "--plan", folder / "plan/plan.yaml", "-o", folder / "smaller")
@@ -413,6 +416,8 @@ def test_bad_arguments_and_broken_weights():
     samples = samples_of(family, 1)
     with pytest.raises(InputError, match="unknown method"):
         calibrate(family.model, graph, samples, method="guess")
+    with pytest.raises(InputError, match="unknown measure"):
+        calibrate(family.model, graph, samples, measure="taste")
     with pytest.raises(InputError, match="at least one sample"):
         calibrate(family.model, graph, [])
     with pytest.raises(InputError, match="not a batch of 2"):
