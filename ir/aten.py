@@ -59,6 +59,8 @@ VIEWS = frozenset(
         "moveaxis",
         "tensor_split",
         "chunk_cat",
+        "view_as_complex",
+        "view_as_real",
     ]
 )
 # Fused attention.

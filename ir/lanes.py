@@ -117,6 +117,11 @@ class LaneTracer:
         if name in ("to", "to_copy", "type_as", "dropout", "native_dropout", "detach", "alias",
                     "float", "half", "bfloat16", "lift_fresh_copy"):  # fmt: skip
             return index
+        # A complex number carries the numbers of both its parts; float32 holds them exactly.
+        if name == "view_as_complex":
+            return torch.view_as_complex(index.float().contiguous())
+        if name == "view_as_real":
+            return torch.view_as_real(index).int()
         if any(isinstance(a, fx.Node) for a in node.args[1:]):
             return None
         target: Callable[..., Any] = node.target  # type: ignore[assignment]

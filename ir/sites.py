@@ -354,7 +354,7 @@ def _closed(end: fx.Node, sources: set[fx.Node], live: set[fx.Node]) -> bool:
 
 def _lane_index(label: Label, lane_of: Tensor, tokens: int) -> Tensor:
     """Lane of each element of a value for one token, -1 where the label does not reach."""
-    index = label.index
+    index = label.index.real.int() if label.index.is_complex() else label.index
     for axis, size in enumerate(index.shape):
         if size == tokens:
             index = index.narrow(axis, 0, 1)
