@@ -299,6 +299,7 @@ def build_trainer(
         lr_scheduler_kwargs={
             "num_decay_steps": steps // 3 if tower else config.decay_steps,
             "min_lr_ratio": 0.02,
+            "decay_type": "1-sqrt",
         },
         max_grad_norm=1.0,
         save_steps=config.save_steps,

@@ -140,6 +140,21 @@ def test_a_bad_file_is_one_sentence(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
+def test_patches_are_labelled_with_what_their_cell_shows():
+    for i in range(30):
+        scene = SceneQuestions("train", 30)[i].scene
+        labels = tiny_llava.patch_concepts(scene, patch_size=8).reshape(7, 7, -1)
+        for row in range(3):
+            for column in range(3):
+                shown = set(scene.text) if scene.text and row == scene.text_row else set()
+                for o in scene.objects:
+                    if (o.row, o.column) == (row, column):
+                        shown = {o.size, o.color, o.shape}
+                patch = labels[3 * row, 3 * column]  # corners and middles lie inside their cells
+                named = {tiny_llava.CONCEPTS[j] for j in patch.nonzero().flatten()}
+                assert named == shown
+
+
 def test_an_exported_folder_is_what_stock_classes_load(tmp_path):
     config = {**SMALL, "output_dir": str(tmp_path / "run"), "export_dir": str(tmp_path / "model")}
     trained = train(config)

@@ -55,7 +55,13 @@ class Conversation:
     scene: Scene | None = None
 
 
-FAMILY_WEIGHTS = {"existence": 2, "attribute": 3, "count": 3, "spatial": 4, "text": 3}
+FAMILY_WEIGHTS: dict[str, float] = {
+    "existence": 2,
+    "attribute": 3,
+    "count": 3,
+    "spatial": 4,
+    "text": 3,
+}
 
 
 class SceneConversations(Sequence[Conversation]):
