@@ -1,9 +1,13 @@
 """Blocks as torch custom ops, namespace ``planner``: one operator in the graph, same shape out.
 
-Survivors are tensors, so another plan or budget neither recompiles nor breaks a graph, and samples
-of one batch may carry different plans. CUDA tensors run Triton kernels, all others PyTorch on
-sliced weights. The public functions take the records of `planner.kernels.records`; the ops beneath
-take what is in them, one by one, as an op's schema must.
+This is the face of the folder. Enters: activations, a block's stock weights, and the units of it
+that survive. Leaves: the block's output, computed from those units alone. Survivors are tensors, so
+another plan or budget neither recompiles nor breaks a graph, and samples of one batch may carry
+different plans. CUDA tensors run Triton kernels, all others PyTorch on sliced weights. Imports
+nothing of planner but its errors.
+
+The functions here take the records of `planner.kernels.records`; the ops beneath take what is in
+them, one by one, as an op's schema must.
 """
 
 from __future__ import annotations

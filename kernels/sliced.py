@@ -9,6 +9,7 @@ call; a plan that stays is better served by an executor that slices once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ def mlp(
         x = apply_norm(hidden[samples], weights.norm).flatten(end_dim=-2)
         act = ACTIVATIONS[weights.activation]
         inner = []
-        parts = _parts(kept, 1)
+        (parts,) = _parts(kept, 1)
         for part in parts:
             value = rows_of(x, weights.up, weights.up_bias, part)
             if weights.gate is None:
@@ -80,13 +81,15 @@ def attention(
 ) -> Tensor:
     """The attention block over surviving KV groups; arguments and result as `fused.attention`."""
     head_dim, group = weights.head_dim, weights.group
+    attend = partial(_attend, scale=weights.softmax_scale, causal=causal, window=window)
 
     def run(samples: Part, kept: Tensor) -> Tensor:
         x = apply_norm(hidden[samples], weights.norm)
         turn = angles_of(angles, samples)
-        q = _heads(x, weights.query, weights.query_bias, kept, group * head_dim, head_dim)
-        k = _heads(x, weights.key, weights.key_bias, kept, head_dim, head_dim)
-        v = _heads(x, weights.value, weights.value_bias, kept, head_dim, head_dim)
+        wide, narrow = _parts(kept, group * head_dim, head_dim)
+        q = _heads(x, weights.query, weights.query_bias, wide, head_dim)
+        k = _heads(x, weights.key, weights.key_bias, narrow, head_dim)
+        v = _heads(x, weights.value, weights.value_bias, narrow, head_dim)
         eps, offset = weights.head_norm_eps, weights.head_norm_offset
         if weights.query_norm is not None:
             q = normalize(q, Norm(weights.query_norm, eps=eps, offset=offset))
@@ -94,35 +97,20 @@ def attention(
             k = normalize(k, Norm(weights.key_norm, eps=eps, offset=offset))
         if turn is not None:
             q, k = rotate(q, *turn), rotate(k, *turn)
-        scale = weights.softmax_scale
-        place = positions[samples]
+        places = positions[samples]
         if cache is None or key_positions is None:
-            mixed = _attend(q, k, v, place, place, scale, causal, window)
+            mixed = attend(q, k, v, places, places)
         else:
-            chosen = torch.arange(hidden.shape[0])[samples].tolist()
-            mixed = torch.stack(
-                [
-                    _attend_cached(
-                        q[i],
-                        k[i],
-                        v[i],
-                        sample,
-                        cache,
-                        place[i],
-                        key_positions,
-                        scale,
-                        causal,
-                        window,
-                    )
-                    for i, sample in enumerate(chosen)
-                ]
-            )
+            chosen = torch.arange(len(hidden))[samples].tolist()
+            rows = [
+                _attend_cached(attend, q[i], k[i], v[i], places[i], cache, key_positions, sample)
+                for i, sample in enumerate(chosen)
+            ]
+            mixed = torch.stack(rows)
         flat = mixed.flatten(start_dim=-2).flatten(end_dim=-2)
-        parts = _parts(kept, group * head_dim)
-        sizes = [p.stop - p.start if isinstance(p, slice) else len(p) for p in parts]
-        return _project_out(
-            list(flat.split(sizes, dim=-1)), flat, weights.output, weights.output_bias, parts
-        )
+        sizes = [p.stop - p.start if isinstance(p, slice) else len(p) for p in wide]
+        inner = list(flat.split(sizes, dim=-1))
+        return _project_out(inner, flat, weights.output, weights.output_bias, wide)
 
     return _each_plan(run, hidden, survivors, residual)
 
@@ -243,24 +231,26 @@ def _each_plan(
     return out if residual is None else out.add_(residual)
 
 
-def _parts(kept: Tensor, width: int) -> list[Part]:
-    # Surviving lanes, each of `width` features: as runs to view, or as one list to gather.
+def _parts(kept: Tensor, *widths: int) -> list[list[Part]]:
+    # Weight features of surviving lanes, for weights with so many features per lane: runs to view
+    # or one list to gather.
     if not len(kept):
-        return []
+        return [[] for _ in widths]
     breaks = (kept.diff() != 1).nonzero().flatten()
     starts = [int(kept[0]), *kept[breaks + 1].tolist()]
-    stops = [*kept[breaks].tolist(), int(kept[-1])]
-    if len(kept) * width < LONG_RUN * len(starts):
-        return [features(kept, width)]
-    return [slice(a * width, (b + 1) * width) for a, b in zip(starts, stops, strict=True)]
+    stops = [*(kept[breaks] + 1).tolist(), int(kept[-1]) + 1]
+    if len(kept) * min(widths) < LONG_RUN * len(starts):
+        return [[features(kept, width)] for width in widths]
+    runs = list(zip(starts, stops, strict=True))
+    return [[slice(a * width, b * width) for a, b in runs] for width in widths]
 
 
 def _heads(
-    x: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor, width: int, head_dim: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, parts: list[Part], head_dim: int
 ) -> Tensor:
     # (..., surviving heads, head_dim)
-    parts = [rows_of(x, weight, bias, part) for part in _parts(kept, width)]
-    joined = torch.cat(parts, dim=-1) if parts else x[..., :0]
+    projected = [rows_of(x, weight, bias, part) for part in parts]
+    joined = torch.cat(projected, dim=-1) if projected else x[..., :0]
     return joined.unflatten(-1, (-1, head_dim))
 
 
@@ -283,6 +273,7 @@ def _attend(
     v: Tensor,
     positions: Tensor,
     key_positions: Tensor,
+    *,
     scale: float,
     causal: bool,
     window: int | None,
@@ -314,16 +305,14 @@ def _cached(store: Tensor, cache: KVCache, sample: int, groups: int, tokens: int
 
 
 def _attend_cached(
+    attend: Callable[..., Tensor],
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    sample: int,
-    cache: KVCache,
     positions: Tensor,
+    cache: KVCache,
     key_positions: Tensor,
-    scale: float,
-    causal: bool,
-    window: int | None,
+    sample: int,
 ) -> Tensor:
     # One sample, (tokens, heads, head_dim) each; appends k and v and attends to all there is.
     tokens, groups, _ = k.shape
@@ -334,14 +323,12 @@ def _attend_cached(
     values = _cached(cache.values, cache, sample, groups, held + tokens)
     keys[:, held:] = k.transpose(0, 1)
     values[:, held:] = v.transpose(0, 1)
-    mixed = _attend(
+    places = key_positions[sample, : held + tokens]
+    mixed = attend(
         q[None],
         keys.transpose(0, 1)[None],
         values.transpose(0, 1)[None],
         positions[None],
-        key_positions[None, sample, : held + tokens],
-        scale,
-        causal,
-        window,
+        places[None],
     )
     return mixed[0]

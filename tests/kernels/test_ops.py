@@ -200,6 +200,14 @@ def test_plans_must_fit_the_batch():
         ops.mlp(x.transpose(0, 1), weights, survivors, residual)
 
 
+def test_the_package_called_kernels_is_hugging_face_s():
+    import kernels
+    import planner.kernels
+
+    assert hasattr(kernels, "get_kernel")
+    assert not set(kernels.__path__) & set(planner.kernels.__path__)
+
+
 def test_ops_work_without_triton():
     program = """
 import sys
