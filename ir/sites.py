@@ -421,6 +421,8 @@ def _narrow(
 
 def _varies(lanes: Tensor, axis: int) -> bool:
     """Whether lanes differ along an axis; elements of no lane (-1) are the same for all."""
+    if lanes.shape[axis] < 2 or not lanes.numel():
+        return False
     highest = lanes.amax(axis)
     lowest = torch.where(lanes < 0, highest.unsqueeze(axis), lanes).amin(axis)
     return bool((highest != lowest).any())

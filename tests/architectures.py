@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+import torch
 import transformers
 
-__all__ = ["ARCHITECTURES", "TEXT_ONLY", "Architecture", "small_llava"]
+__all__ = ["ARCHITECTURES", "PECULIAR", "TEXT_ONLY", "Architecture", "peculiar", "small_llava"]
 
 
 @dataclass(frozen=True)
@@ -119,3 +120,73 @@ def small_llava(layers=3, heads=4, groups=2, neurons=96, text_type="llama", **te
     return transformers.LlavaConfig(
         text_config=sizes | text, vision_config=vision, image_token_index=120
     )
+
+
+_SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "pad_token_id": 0,
+}
+# Text models whose layers hide their heads: in one fused projection, one head after another or
+# interleaved; behind capped logits, that no fused attention computes; in latent keys and values;
+# behind a rotation by complex numbers; behind a gate. Name -> (config, KV groups).
+PECULIAR = {
+    "phi3": lambda: (transformers.Phi3Config(**_SIZES), 2),
+    "gpt_neox": lambda: (transformers.GPTNeoXConfig(**_SIZES), 4),
+    "opt": lambda: (
+        transformers.OPTConfig(**_SIZES, ffn_dim=96, word_embed_proj_dim=64),
+        4,
+    ),
+    "gemma2": lambda: (transformers.Gemma2Config(**_SIZES), 2),
+    "deepseek_v3": lambda: (
+        transformers.DeepseekV3Config(
+            **_SIZES | {"num_key_value_heads": 4, "head_dim": 8},
+            moe_intermediate_size=32,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=2,
+            kv_lora_rank=24,
+            q_lora_rank=40,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=16,
+            v_head_dim=16,
+        ),
+        4,
+    ),
+    "llama4": lambda: (
+        transformers.Llama4TextConfig(
+            **_SIZES, intermediate_size_mlp=96, num_local_experts=2, moe_layers=[]
+        ),
+        2,
+    ),
+    "qwen3_next": lambda: (
+        transformers.Qwen3NextConfig(
+            **_SIZES,
+            layer_types=["full_attention", "full_attention"],
+            num_experts=0,
+            mlp_only_layers=[0, 1],
+        ),
+        2,
+    ),
+}
+
+
+def peculiar(name):
+    """A random model of `PECULIAR` in which every head matters, and its number of KV groups."""
+    config, groups = PECULIAR[name]()
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+    return model, groups

@@ -4,9 +4,10 @@ import re
 import networkx as nx
 import pytest
 import torch
-from architectures import ARCHITECTURES, TEXT_ONLY
+from architectures import ARCHITECTURES, PECULIAR, TEXT_ONLY, peculiar
 from families import FAMILIES
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig
 
 from planner.ir.cost import Workload, price, total
@@ -230,6 +231,55 @@ def test_switching_lanes_off_is_zeroing_what_they_compute(name, tiny_graph):
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
         if off:
             assert (base - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", PECULIAR)
+def test_heads_are_found_however_they_are_laid_out(name):
+    """Heads whose rows are zeroed in every projection add nothing to the residual stream.
+
+    Had a binding named rows of a head that is kept, the logits would change; had it missed rows of
+    the values, the head would still speak.
+    """
+    model, groups = peculiar(name)
+    graph = lower_model(model, name)
+    for layer in range(2):
+        assert graph.sites_by_name[f"heads.{layer}"].lanes == groups
+        assert graph.sites_by_name[f"mlp.{layer}"].lanes == 96
+    tokens = torch.arange(3, 17)[None]
+    for kind, on in (("heads", [groups - 1]), ("mlp", range(0, 96, 3))):
+        site = graph.sites_by_name[f"{kind}.1"]
+        off = [lane for lane in range(site.lanes) if lane not in on]
+        silenced, zeroed = copy.deepcopy(model), copy.deepcopy(model)
+        with torch.no_grad():
+            for binding in site.bindings:
+                features = binding.features(off)
+                if binding.axis == "in":
+                    silenced.get_submodule(binding.module).weight[:, features] = 0
+                else:
+                    linear = zeroed.get_submodule(binding.module)
+                    linear.weight[features] = 0
+                    if linear.bias is not None:
+                        linear.bias[features] = 0
+            base, expected, result = (
+                net(input_ids=tokens, use_cache=False).logits for net in (model, silenced, zeroed)
+            )
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+        assert (base - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["gemma2", "deepseek_v3", "llama4"])
+def test_products_of_peculiar_attention_are_all_counted(name):
+    model, _ = peculiar(name)
+    model.set_attn_implementation("eager")
+    graph = lower_model(model, name)
+    kinds = {o.kind for o in graph if o.layer == 0}
+    assert "attention" in kinds
+    assert not kinds & {"matmul", "softmax"}
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(input_ids=torch.arange(3, 17)[None], use_cache=False, logits_to_keep=1)
+    sizes = Workload(0, text_tokens=14).prefill()
+    assert total(price(o, graph, sizes) for o in graph).flops == counter.get_total_flops()
 
 
 def test_a_lowered_model_is_its_lowered_config(tiny_graph):
