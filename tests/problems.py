@@ -284,7 +284,7 @@ def medium_problem(
         costs = np.tile(np.array([[5], [4], [3]]), (1, metrics))
         layers.append(LayerChoices(str(index), float(worth(1)[0]), costs, sites, index != 1))
     outside = np.full(metrics, 7)
-    tokens = [TokenOption((keep,), keep / 2, outside) for keep in (8, 6, 4)]
+    tokens = [TokenOption((keep,), keep * 5.0, outside) for keep in (8, 6, 4)]
     most = outside + sum(
         layer.costs[0] + sum(site.costs[0, :, -1] for site in layer.sites) for layer in layers
     )

@@ -9,7 +9,7 @@ linear relaxation of the branch: a prefix is its optimum at the prefix's cost (S
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -57,7 +57,7 @@ class Hull:
     def of(branch: Branch, metric: int) -> Hull:
         """The frontier of a branch in one metric."""
         entry = branch.minimum.copy()
-        segments: list[_Segment] = []
+        ranked: list[tuple[float, _Segment]] = []
         for layer in range(branch.layers):
             own = []
             for site in np.flatnonzero(branch.site_layer == layer).tolist():
@@ -69,15 +69,16 @@ class Hull:
                 own = _with_entry(branch, metric, layer, entry, own)
             # Rounding must not put a segment before one that it builds on.
             slopes = np.minimum.accumulate([segment.slope for segment in own])
-            segments += [replace(s, slope=slope) for s, slope in zip(own, slopes.tolist())]
-        segments.sort(key=lambda segment: -segment.slope)
+            ranked += zip(slopes.tolist(), own)
+        ranked.sort(key=lambda pair: -pair[0])
+        segments = [segment for _, segment in ranked]
         base = branch.assign(~branch.optional, entry)
         gains = [base.utility, *(segment.gain for segment in segments)]
         costs = [tuple(base.cost.tolist()), *(segment.cost for segment in segments)]
         return Hull(
             branch=branch,
             metric=metric,
-            slope=np.array([segment.slope for segment in segments], dtype=np.float64),
+            slope=np.array([slope for slope, _ in ranked], dtype=np.float64),
             cost=np.cumsum(np.array(costs, dtype=np.int64), axis=0).T,
             utility=np.cumsum(np.array(gains, dtype=np.int64)),
             _segments=segments,
@@ -163,7 +164,7 @@ def _with_entry(
     cost = branch.layer_cost[:, layer] + branch.cost[:, branch.site_index, entry][:, inside].sum(1)
     absorbed = 0
     for segment in segments:
-        if gain * segment.cost[metric] >= segment.gain * int(cost[metric]):
+        if gain > 0 and gain * segment.cost[metric] >= segment.gain * int(cost[metric]):
             break
         gain += segment.gain
         cost = cost + segment.cost
