@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 from planner.kernels.launch import Launch
 from planner.kernels.tiles import Target
 
-__all__ = ["Compiled", "compile_kernel", "compile_launch"]
+__all__ = ["Compiled", "compile_kernel", "compile_launch", "specialization"]
 
 _POINTERS = {
     torch.float64: "*fp64",
@@ -85,28 +85,8 @@ def compile_kernel(
         warps: warps per program.
         stages: depth of the software pipeline.
     """
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        free = parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (value is True) or (value is False):
-            kind, aligned = "constexpr", False
-        elif isinstance(value, Tensor):
-            # Allocators align tensors; views used as weights start at whole rows.
-            kind, aligned = _POINTERS[value.dtype], True
-        elif isinstance(value, float):
-            kind, aligned = "fp32", False
-        elif value == 1 and not free:
-            kind, aligned = "constexpr", False
-        else:
-            kind, aligned = "i32", value % 16 == 0 and not free
-        signature[parameter.name] = kind
-        if kind == "constexpr":
-            constants[(index,)] = value
-        if aligned:
-            attributes[(index,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
+        ASTSource(kernel, *specialization(kernel, arguments)),
         target=GPUTarget("cuda", target.capability, 32),
         options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True},
     )
@@ -126,6 +106,38 @@ def compile_kernel(
         ptx=ptx,
         cubin=cubin,
     )
+
+
+def specialization(
+    kernel: JITFunction, arguments: Mapping[str, Any]
+) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list[list[Any]]]]:
+    """What a launch with these arguments is compiled for: types, constants and alignments.
+
+    Launches with equal specialisations share one compilation.
+    """
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for index, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        free = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (value is True) or (value is False):
+            kind, aligned = "constexpr", False
+        elif isinstance(value, Tensor):
+            # Allocators align tensors; views used as weights start at whole rows.
+            kind, aligned = _POINTERS[value.dtype], True
+        elif isinstance(value, float):
+            kind, aligned = "fp32", False
+        elif value == 1 and not free:
+            kind, aligned = "constexpr", False
+        else:
+            kind, aligned = "i32", value % 16 == 0 and not free
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[(index,)] = value
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

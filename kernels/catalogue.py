@@ -16,7 +16,7 @@ from planner.kernels.launch import Launch, recorded
 from planner.kernels.records import AttentionWeights, KVCache, MLPWeights, Norm, Survivors
 from planner.kernels.tiles import Target
 
-__all__ = ["catalogue"]
+__all__ = ["catalogue", "decoder_layer"]
 
 HIDDEN, HEADS, HEAD_DIM, NEURONS = 4096, 32, 128, 11008
 PROMPT, CACHED, SELECTED = 640, 1024, 352
@@ -26,8 +26,8 @@ VISION_HIDDEN, VISION_HEADS, VISION_NEURONS, PATCHES = 1024, 16, 4096, 577
 def catalogue(target: Target, dtype: torch.dtype = torch.bfloat16) -> dict[str, Launch]:
     """Launches by name: ``prefill/project_qkv_kernel``, ``decode/attend_split_kernel``, ..."""
     parts: dict[str, Callable[[torch.dtype], None]] = {
-        "prefill": lambda dtype: _decoder_layer(dtype, PROMPT),
-        "decode": lambda dtype: _decoder_layer(dtype, 1),
+        "prefill": lambda dtype: decoder_layer(dtype, PROMPT),
+        "decode": lambda dtype: decoder_layer(dtype, 1),
         "tokens": _token_selection,
         "vision": _vision_layer,
     }
@@ -55,7 +55,8 @@ def _heads_and_cache(dtype: torch.dtype) -> tuple[Survivors, KVCache]:
     return Survivors(_index(1, HEADS), _index(1)), KVCache(store, store, *[_index(1)] * 3)
 
 
-def _decoder_layer(dtype: torch.dtype, tokens: int) -> None:
+def decoder_layer(dtype: torch.dtype, tokens: int) -> None:
+    """Run attention and MLP of one decoder layer on meta tensors, inside `launch.recorded`."""
     hidden = _meta(dtype, 1, tokens, HIDDEN)
     norm = Norm(_meta(dtype, HIDDEN))
     square = _meta(dtype, HIDDEN, HIDDEN)

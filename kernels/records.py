@@ -75,7 +75,8 @@ class AttentionWeights:
         head_dim: lanes per head.
         scale: factor on q k^T; None means 1 / sqrt(head_dim).
         query_bias, key_bias, value_bias, output_bias: (out,) or None.
-        query_norm, key_norm: (head_dim,) RMSNorm weights over each head before rotation, or None.
+        query_norm, key_norm: (head_dim,) RMSNorm weights over each head before rotation; both or
+            None.
         head_norm_eps, head_norm_offset: of these two.
         norm: applied to the input first, or None.
     """
@@ -95,6 +96,10 @@ class AttentionWeights:
     head_norm_eps: float = 1e-6
     head_norm_offset: float = 0.0
     norm: Norm | None = None
+
+    def __post_init__(self) -> None:
+        if (self.query_norm is None) != (self.key_norm is None):
+            raise InputError("Queries and keys are normed both or neither; one weight is missing.")
 
     @property
     def kv_heads(self) -> int:

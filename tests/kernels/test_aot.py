@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from planner.kernels.aot import Compiled, compile_launch
-from planner.kernels.catalogue import catalogue
+from planner.kernels.aot import Compiled, compile_launch, specialization
+from planner.kernels.catalogue import catalogue, decoder_layer
+from planner.kernels.launch import recorded
 from planner.kernels.tiles import TARGETS, target_of
 
 NAMES = tuple(catalogue(TARGETS["sm_80"]))
@@ -46,6 +47,20 @@ def test_kernels_fit_and_use_tensor_cores(name, target):
     assert "cp.async" in compiled.ptx
     if not name.startswith("vision"):  # whose biases are read one by one, once per program
         assert "ld.global.b16" not in compiled.ptx
+
+
+def test_a_longer_prompt_compiles_nothing_new():
+    compiled_for = []
+    for tokens in (520, 577, 640, 1001):
+        with recorded(TARGETS["sm_90"]) as launches:
+            decoder_layer(torch.bfloat16, tokens)
+        compiled_for.append(
+            [
+                (x.kernel.fn.__name__, specialization(x.kernel, x.arguments), x.warps, x.stages)
+                for x in launches
+            ]
+        )
+    assert all(other == compiled_for[0] for other in compiled_for)
 
 
 def test_float16_and_float32_compile_too():

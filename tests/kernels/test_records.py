@@ -1,5 +1,8 @@
+import dataclasses
+
 import pytest
 import torch
+from blocks import random_attention
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,6 +44,12 @@ def test_shapes_that_do_not_fit_are_refused():
         Survivors.of([[0]], 37, 8)
     with pytest.raises(InputError, match="do not fit into 2 slots"):
         Survivors.of([[0, 8, 16]], 40, 8, slots=2)
+
+
+def test_a_single_head_norm_is_refused():
+    weights = random_attention(8, 1, 1, 4, head_norm=True)
+    with pytest.raises(InputError, match="both or neither"):
+        dataclasses.replace(weights, key_norm=None)
 
 
 def test_neurons_come_in_vectors_where_they_can():
