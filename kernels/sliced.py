@@ -164,8 +164,8 @@ def choose_tokens(
     # A stable sort by "kept" moves the kept tokens to the right end and leaves them in order.
     index = kept.int().argsort(dim=-1, stable=True)
     index = index.masked_fill(~kept.gather(-1, index), -1)
-    short = max(0, length - index.shape[1])
-    return F.pad(index, (short, 0), value=-1)[:, -length:].int()
+    index = F.pad(index, (max(0, length - index.shape[1]), 0), value=-1)
+    return index[:, index.shape[1] - length :].int()
 
 
 def merge_shares(target: Tensor, weight: Tensor, length: int) -> Tensor:
