@@ -77,7 +77,11 @@ def _boundary(graph: Graph, layer: int) -> int:
         # All layers are left out: only what follows them is left, the norm before lm_head.
         return max(i for i, o in enumerate(graph) if o.part == "decoder" and o.kind != "input")
     later = (position for position, number in numbered if number >= layer)
-    return next(later, numbered[-1][0] + 1)
+    boundary = next(later, numbered[-1][0] + 1)
+    # Where no layer runs between two stages the later one comes second all the same.
+    while boundary < len(graph.operators) and graph.operators[boundary].kind == "select_tokens":
+        boundary += 1
+    return boundary
 
 
 def _counts(operator: Operator) -> list[str]:
