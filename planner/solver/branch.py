@@ -9,6 +9,7 @@ utility, so a site is a chain: keeping n switches means the best n, and is worth
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -22,7 +23,7 @@ __all__ = ["FORBIDDEN", "Assignment", "Branch", "Scale", "Tables"]
 Ints = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
-#: Utility of a number of switches that may not be kept; no sum of real utilities comes near it.
+#: Utility of a number of switches that may not be kept; no sum of utilities comes near it.
 FORBIDDEN = -(1 << 60)
 
 # float64 holds every integer up to 2^53.
@@ -63,7 +64,7 @@ class Scale:
     @property
     def negligible(self) -> float:
         """About a thousandth of all utilities together; gaps are relative to no less."""
-        return self.real(1 << (_UTILITY_BITS - 10))
+        return max(self.real(1 << (_UTILITY_BITS - 10)), sys.float_info.min)
 
     def real(self, units: int) -> float:
         """Integer units as a utility."""
@@ -130,6 +131,11 @@ class Branch:
     def minimum(self) -> Ints:
         """Fewest switches of each site that may be kept; shape (sites,)."""
         return np.asarray((self.gain > FORBIDDEN).argmax(axis=1), dtype=np.int64)
+
+    @cached_property
+    def value(self) -> npt.NDArray[np.float64]:
+        """`gain` as real numbers, minus infinity where a number of switches may not be kept."""
+        return np.where(self.gain > FORBIDDEN, self.gain, -np.inf)
 
     @cached_property
     def largest_utility(self) -> int:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.problem import Costs
-from planner.solver.branch import FORBIDDEN, Assignment, Branch, Flags, Ints
+from planner.solver.branch import Assignment, Branch, Flags, Ints
 from planner.solver.columns import Columns, Step, are_loose
 from planner.solver.relaxation import Relaxation
 
@@ -54,7 +54,6 @@ class Core:
         """The decisions that lose at most `depth`."""
         off_loss = np.where(branch.optional, np.maximum(-relaxation.worth, 0.0), 0.0)
         is_open = relaxation.loss + off_loss[branch.site_layer, None] <= depth
-        is_open &= branch.gain > FORBIDDEN
         undecided = branch.optional & (np.abs(relaxation.worth) <= depth)
         settled_on = relaxation.assignment.on & ~undecided
         # Sites of layers that are off have no open count; the first will do, for it is not used.

@@ -17,7 +17,7 @@ __all__ = ["solve"]
 def solve(
     problem: Problem,
     *,
-    time_limit_seconds: float = 60.0,
+    time_limit_seconds: float = 20.0,
     gap: float = 0.0,
     hint: Choice | None = None,
 ) -> Solution:

@@ -60,7 +60,7 @@ def relax(branch: Branch, prices: Floats) -> Relaxation:
         branch: the branch.
         prices: shape (metrics,), not negative.
     """
-    value = branch.gain - np.tensordot(prices, branch.cost, 1)
+    value = branch.value - np.tensordot(prices, branch.cost, 1)
     counts = value.argmax(axis=1)
     best = value[branch.site_index, counts]
     worth = branch.layer_utility - prices @ branch.layer_cost

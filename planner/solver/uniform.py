@@ -29,7 +29,7 @@ Counts = npt.NDArray[np.int64]
 _IMPOSSIBLE = -(1 << 54)
 
 
-def solve_uniform(problem: Problem, *, time_limit_seconds: float = 60.0) -> Solution:
+def solve_uniform(problem: Problem, *, time_limit_seconds: float = 20.0) -> Solution:
     """Maximise utility within all limits, with equal counts in all layers that are on.
 
     The n-th sites of all layers keep the same number of switches. Every token option with every

@@ -13,7 +13,7 @@ from planner.solver.branch import Tables
 from planner.solver.relaxation import best_prices, relax
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(problems(), st.integers(0, 2), st.sampled_from([-0.1, 0.0, 0.1, 0.3, 0.5, 0.7, 1.0]))
 def test_every_limit_has_a_feasible_choice_and_a_bound_that_holds(problem, which, share):
     if not problem.metrics:

@@ -40,7 +40,7 @@ def grown(problem, choice, scores):
                 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(scored())
 def test_a_choice_is_always_feasible_and_leaves_nothing_that_fits(case):
     problem, scores = case
@@ -55,7 +55,7 @@ def test_a_choice_is_always_feasible_and_leaves_nothing_that_fits(case):
     assert scores.tokens[choice.token_option] == scores.tokens[fits].max()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(scored())
 def test_kept_switches_have_the_best_scores_of_their_site(case):
     problem, scores = case

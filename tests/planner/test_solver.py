@@ -18,6 +18,8 @@ from problems import (
 from planner.ir.errors import InputError
 from planner.problem import Choice, LayerChoices, Problem, SiteChoices, TokenOption
 from planner.solver import Infeasible, search, solve
+from planner.solver.branch import Tables
+from planner.solver.relaxation import relax
 
 
 def assert_optimal(problem, solution, best):
@@ -30,7 +32,7 @@ def assert_optimal(problem, solution, best):
     assert solution.gap <= 1e-9
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(problems())
 def test_optimum_is_that_of_enumeration(problem):
     best = best_by_enumeration(problem)
@@ -47,7 +49,7 @@ def test_optimum_is_that_of_enumeration_when_cp_sat_does_all_the_work(monkeypatc
     monkeypatch.setattr(search, "improve", lambda branch, start, relaxation: start)
     monkeypatch.setattr(search, "_FIRST_COLUMNS", 1)
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=120, deadline=None)
     @given(problems())
     def run(problem):
         best = best_by_enumeration(problem)
@@ -186,6 +188,18 @@ def test_utilities_of_any_magnitude(factor):
     )
     assert solve(scaled).choice == solve(problem).choice
     assert solve(scaled).status == "optimal"
+
+
+def test_no_price_makes_the_relaxation_break_a_minimum():
+    branch = Tables(one_site(minimum=3, optional=False)).branch(0)
+    assert relax(branch, np.array([2.0**70])).assignment.counts.tolist() == [3]
+
+
+def test_the_smallest_number_is_a_utility():
+    layer = LayerChoices("0", 5e-324, np.array([[1]]))
+    token = TokenOption((1,), 0.0, np.array([0]))
+    solution = solve(Problem(("cost",), np.array([1]), (token,), (layer,)))
+    assert (solution.choice.layers_on, solution.status) == ((True,), "optimal")
 
 
 def test_no_layers_no_metrics():

@@ -19,7 +19,7 @@ def counts(problem, choice):
     }
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(problems(alike=True))
 def test_optimum_is_that_of_enumeration(problem):
     best = best_uniform_by_enumeration(problem)
