@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import planner  # noqa: F401 - before the folder tests/planner can be mistaken for it
+
 # Makes ``from families import FAMILIES`` work in every folder of tests.
 sys.path.insert(0, str(Path(__file__).parent))
 
