@@ -5,7 +5,8 @@ Enters: a `planner.problem.Problem`. Leaves: a `Solution`, which is a choice wit
 
     branch -> relaxation -> rounding          tables of one token option, its bounds, first answers
     columns -> core -> cpsat -> search        what bounds leave open, solved by OR-Tools, in order
-    exact, uniform | frontier | greedy        the solvers, each a few lines on top of the above
+    hull                                      all limits of one metric at once
+    exact, uniform | frontier | greedy        the solvers, on top of the above
 """
 
 from planner.solver.exact import solve
