@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,14 +16,13 @@ from planner.ir.lanes import Label, LaneTracer, affine_blocks
 __all__ = ["Found", "LayerRegion", "find_sites"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class LayerRegion:
     """One traced layer: the marks at its beginning and end."""
 
     path: str
     begin: fx.Node
     end: fx.Node
-    node_operators: Mapping[fx.Node, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -108,7 +107,7 @@ def _one_token(index: Tensor, tokens_axis: int) -> Tensor:
 def find_sites(
     region: LayerRegion,
     tracer: LaneTracer,
-    live: set[fx.Node],
+    live: Set[fx.Node],
     weights: Mapping[fx.Node, str],
     module_of: Callable[[fx.Node], tuple[str, str]],
     tokens: int,
@@ -143,7 +142,7 @@ def find_sites(
     return found
 
 
-def _inside(region: LayerRegion, live: set[fx.Node]) -> list[fx.Node]:
+def _inside(region: LayerRegion, live: Set[fx.Node]) -> list[fx.Node]:
     nodes, active = [], False
     for node in region.begin.graph.nodes:
         if node is region.begin:
@@ -192,7 +191,7 @@ def _heads(
     region: LayerRegion,
     attention: fx.Node,
     nodes: list[fx.Node],
-    live: set[fx.Node],
+    live: Set[fx.Node],
     tracer: LaneTracer,
     weights: Mapping[fx.Node, str],
     module_of: Callable[[fx.Node], tuple[str, str]],
@@ -256,7 +255,7 @@ def _heads(
             label.source,
             [sorted(set(gates[columns == lane].tolist())) for lane in range(lanes)],
         )
-    ends: tuple[fx.Node, ...] = (*attention.args[:3], sink.args[0])  # type: ignore[assignment]
+    ends = [end for end in (*attention.args[:3], sink.args[0]) if isinstance(end, fx.Node)]
     sources = {attention} | {label.source for end in ends for label in tracer.of(end)}
     if not all(_closed(end, sources, live) for end in ends):
         return refuse("it is computed with more than this layer's projections")
@@ -281,7 +280,7 @@ def _heads(
 
 def _mlp(
     nodes: list[fx.Node],
-    live: set[fx.Node],
+    live: Set[fx.Node],
     tracer: LaneTracer,
     weights: Mapping[fx.Node, str],
     tokens: int,
@@ -335,7 +334,7 @@ def _bindings(assignment: _Lanes, weights: Mapping[fx.Node, str]) -> list[Bindin
     return list(bindings.values())
 
 
-def _closed(end: fx.Node, sources: set[fx.Node], live: set[fx.Node]) -> bool:
+def _closed(end: fx.Node, sources: set[fx.Node], live: Set[fx.Node]) -> bool:
     """Whether all activations that a value is computed from come from the given sources.
 
     What comes from elsewhere would keep its width when the sources are narrowed.
