@@ -42,7 +42,7 @@ class Executor:
         model: a stock transformers model.
         graph: its Graph, as lowered; module paths and feature layouts are taken from here alone.
         slice_bytes: bound on copies of narrowed weights kept for plans that come again; by default
-            half the bytes of the model.
+            the bytes of the model. With 0 nothing is copied.
 
     Raises:
         InputError: the graph is not of this model.
@@ -53,7 +53,7 @@ class Executor:
         self.graph = graph
         self.layers = bind(model, graph)
         if slice_bytes is None:
-            slice_bytes = sum(p.nbytes for p in model.parameters()) // 2
+            slice_bytes = sum(parameter.nbytes for parameter in model.parameters())
         self.slices = SliceStore(slice_bytes)
         self._attention: dict[Any, AttentionBlock] = {}
         # Programs, and whether each is to stay: the innermost block's is last.

@@ -26,6 +26,11 @@ def llava() -> tuple[Family, Graph]:
     return lowered("llava")
 
 
+@pytest.fixture
+def qwen3() -> tuple[Family, Graph]:
+    return lowered("qwen3")
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)

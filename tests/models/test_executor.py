@@ -204,3 +204,19 @@ def one_sample(family, inputs, row, batch, images):
             each = len(value) // batch
             alone[name] = value[row * each : (row + 1) * each]
     return alone
+
+
+@torch.no_grad()
+def test_plans_without_token_stages_compile_to_one_graph(qwen3):
+    family, graph = qwen3
+    ids = family.inputs()["input_ids"]
+    executor = Executor(family.model, graph)
+    executor.attach(plan_of(graph, layers_off=(0,), heads={1: (0,)}, mlp={1: (0, 2, 3), 2: ()}))
+    expected = family.model(ids).logits
+    compiled = torch.compile(family.model, fullgraph=True, backend="eager")
+    torch._dynamo.utils.counters.clear()
+    for _ in range(3):
+        assert close(compiled(ids).logits, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    executor.detach()
+    assert close(compiled(ids).logits, family.model(ids).logits)
