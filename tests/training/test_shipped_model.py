@@ -57,13 +57,13 @@ def test_any_lower_case_text_survives_the_tokenizer(processor, text):
 
 
 def test_answers_do_not_depend_on_the_batch(model, processor):
-    samples = [SceneQuestions("test", 12)[i] for i in range(12)]
-    together = predict(model, processor, samples, batch_size=12)
+    samples = [SceneQuestions("test", 6)[i] for i in range(6)]
+    together = predict(model, processor, samples, batch_size=6)
     assert together == predict(model, processor, samples, batch_size=1)
 
 
 def test_accuracy_is_what_the_card_says(model, processor):
-    samples = [SceneQuestions("test", 180)[i] for i in range(180)]
-    measured = evaluate(model, processor, samples)
-    assert measured["accuracy"] > 0.85
-    assert min(measured["families"].values()) > 0.7
+    samples = [SceneQuestions("test", 120)[i] for i in range(120)]
+    measured = evaluate(model, processor, samples, batch_size=120)
+    assert measured["accuracy"] > 0.88
+    assert min(measured["families"].values()) > 0.55
