@@ -66,4 +66,7 @@ def test_accuracy_is_what_the_card_says(model, processor):
     samples = [SceneQuestions("test", 120)[i] for i in range(120)]
     measured = evaluate(model, processor, samples, batch_size=120)
     assert measured["accuracy"] > 0.88
-    assert min(measured["families"].values()) > 0.55
+    # Relations between objects are its known weak spot: see the model card.
+    spatial = measured["families"].pop("spatial")
+    assert spatial > 0.4
+    assert min(measured["families"].values()) > 0.85
