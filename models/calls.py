@@ -16,8 +16,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
 from planner.ir.errors import InputError
+from planner.ir.graph import Graph
 from planner.models.attention import Recorded
 from planner.models.cache import PlannedLayer, plan_cache
+from planner.models.patches import Patches
 from planner.models.program import LayerGroup, Program
 from planner.models.selectors import (
     SELECTORS,
@@ -25,25 +27,32 @@ from planner.models.selectors import (
     DecoderSelector,
     Needs,
     Selector,
+    VisionSelector,
     parse,
 )
 from planner.models.tokens import Kept, gather, scatter
+from planner.models.vision import VisionStage
 from planner.plan import TokenStage
 
 __all__ = ["Call", "Calls", "Record", "selector_of"]
 
 
-def selector_of(stage: TokenStage) -> Selector:
-    """The selector that a plan names: ``fastv``, or with its own arguments ``fastv:k=2,r=0.5``."""
-    selector = SELECTORS.get(stage.selector)
-    if selector is None:
-        return parse(stage.selector)
-    if not issubclass(selector, DecoderSelector):
+def selector_of(stage: TokenStage) -> DecoderSelector | VisionSelector:
+    """The selector that a plan names.
+
+    With arguments, ``fastv:k=2,r=0.5``, it is taken as it is; ``fastv`` keeps as many as the stage
+    says.
+    """
+    known = SELECTORS.get(stage.selector)
+    if known is not None and issubclass(known, DecoderSelector):
+        return known.at(stage.layer, stage.keep, stage.of)
+    selector = parse(stage.selector)
+    assert isinstance(selector, DecoderSelector | VisionSelector)
+    if isinstance(selector, VisionSelector) and stage.layer:
         raise InputError(
-            f"a plan names the selector {stage.selector} with its arguments, such as "
-            f"{stage.selector}:..., because how many tokens it keeps follows from them"
+            f"the plan runs {stage.selector} at layer {stage.layer}, but it works before layer 0"
         )
-    return selector.at(stage.layer, stage.keep, stage.of)
+    return selector
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +79,7 @@ class Call:
         rows: for each layer and group the batch rows, None for all.
         image: shape (batch, tokens), bool; None where no image token is among them.
         valid: shape (batch, past + tokens), bool: False for padding; None where there is none.
+        unwanted: shape (batch, tokens), bool: what a vision selector dropped; None without one.
         left: shape (batch, tokens), bool: tokens not dropped; None before the first stage.
         kept: the same as indices.
         marks: selector -> what it marked before layer 0, shape (batch, tokens), bool.
@@ -83,6 +93,7 @@ class Call:
     rows: list[list[Tensor | None]]
     image: Tensor | None = None
     valid: Tensor | None = None
+    unwanted: Tensor | None = None
     left: Tensor | None = None
     kept: Kept | None = None
     marks: dict[Selector, Tensor] = field(default_factory=dict)
@@ -101,7 +112,9 @@ class Calls:
 
     Args:
         model: the whole model; its arguments say where images are.
+        graph: its Graph.
         program: what is active.
+        patches: where modules are shadowed, should a selector take that.
 
     Attributes:
         recorded: layers whose attention some selector scores tokens by.
@@ -112,7 +125,7 @@ class Calls:
         InputError: a token stage cannot be carried out on this model.
     """
 
-    def __init__(self, model: nn.Module, program: Program) -> None:
+    def __init__(self, model: nn.Module, graph: Graph, program: Program, patches: Patches) -> None:
         self.program = program
         self.current: Call | None = None
         self.selectors: dict[TokenStage, DecoderSelector] = {}
@@ -122,25 +135,35 @@ class Calls:
         self._image_token: int | None = None
         self._arguments: dict[str, Any] = {}
         self._hooks: list[RemovableHandle] = []
-        if program.has_tokens:
-            for plan in program.plans:
-                for stage in plan.tokens:
-                    selector = selector_of(stage)
-                    assert isinstance(selector, DecoderSelector)
-                    self.selectors[stage] = selector
-                    if Needs.QUERY_KEY in selector.needs:
-                        self.recorded.update(program.scored_by(stage))
-            self._image_token = image_token(model)
-            self._names = list(inspect.signature(type(model).forward).parameters)[1:]
-            self._hooks = [
-                model.register_forward_pre_hook(self._enter, with_kwargs=True),
-                model.register_forward_hook(self._leave, always_call=True),
-            ]
+        self._vision: VisionStage | None = None
+        if not program.has_tokens:
+            return
+        self._image_token = image_token(model)
+        self._names = list(inspect.signature(type(model).forward).parameters)[1:]
+        for stage in {stage for plan in program.plans for stage in plan.tokens}:
+            selector = selector_of(stage)
+            if isinstance(selector, VisionSelector):
+                if any(stage not in plan.tokens for plan in program.plans):
+                    raise InputError(
+                        f"{stage.selector} works on all images at once, so all plans of a batch "
+                        f"must have it"
+                    )
+                self._vision = VisionStage(model, graph, selector, patches)
+            else:
+                self.selectors[stage] = selector
+                if Needs.QUERY_KEY in selector.needs:
+                    self.recorded.update(program.scored_by(stage))
+        self._hooks = [
+            model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            model.register_forward_hook(self._leave, always_call=True),
+        ]
 
     def close(self) -> None:
         """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
+        if self._vision is not None:
+            self._vision.close()
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._arguments = dict(zip(self._names, args)) | kwargs
@@ -149,12 +172,15 @@ class Calls:
         self._arguments = {}
         self.current = None
 
-    def start(self, hidden: Tensor, kwargs: dict[str, Any]) -> Call:
+    def start(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Call, Tensor]:
         """Begin a forward pass, at the first layer.
 
         Args:
             hidden: shape (batch, tokens, width).
             kwargs: what the decoder hands the layer.
+
+        Returns:
+            The pass, and the hidden states without marks of a vision selector.
 
         Raises:
             InputError: the inputs do not go with the plan, or hold values that are not finite.
@@ -165,16 +191,16 @@ class Calls:
         layers = None if cache is None else plan_cache(cache, self.program, rows)
         call = Call(batch, tokens, layers[0].total if layers else 0, layers, rows)
         if tokens > 1 or not call.past:
+            if self.program.has_tokens:
+                hidden = self._find_images(call, hidden)
             # Under torch.compile the look at values would break the graph.
             if not torch.compiler.is_compiling() and not torch.isfinite(hidden).all():
                 raise InputError(
                     "the prompt's embeddings are not all finite numbers; look for NaN or infinity "
                     "in the image"
                 )
-            if self.program.has_tokens:
-                self._find_images(call, hidden)
         self.current = call
-        return call
+        return call, hidden
 
     def record(self, layer: int, seen: Recorded) -> None:
         """Note what a layer's attention block computes with, for the selector of a later layer."""
@@ -203,7 +229,7 @@ class Calls:
         return self._rows[key]
 
     @torch.compiler.disable
-    def _find_images(self, call: Call, hidden: Tensor) -> None:
+    def _find_images(self, call: Call, hidden: Tensor) -> Tensor:
         ids = self._arguments.get("input_ids")
         if ids is None or tuple(ids.shape[:2]) != (call.batch, call.tokens):
             raise InputError(
@@ -221,9 +247,13 @@ class Calls:
         mask = self._arguments.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():
             call.valid = mask.to(hidden.device).bool()
+        if self._vision is not None and call.image is not None:
+            call.unwanted = image & (hidden == torch.inf).all(-1)
+            hidden = hidden.masked_fill(call.unwanted[:, :, None], 0)
         for selector in self.selectors.values():
             if Needs.MARKS in selector.needs and call.image is not None:
                 call.marks[selector] = selector.mark(hidden, image, call.new_valid())
+        return hidden
 
     # How many tokens go on follows from values, which torch.compile does not look at.
     @torch.compiler.disable
@@ -244,6 +274,11 @@ class Calls:
         stage, earlier = group.stages[-1], len(group.stages) > 1
         if call.left is None:
             call.left = call.new_valid()
+        if stage not in self.selectors:
+            assert call.unwanted is not None
+            call.left &= ~call.unwanted
+            call.kept = Kept.of(call.left)
+            return hidden
         everyone = torch.arange(call.batch, device=hidden.device)
         for part, record in self._pieces(call, stage, everyone if rows is None else rows):
             kept = call.kept.rows(part) if earlier and call.kept is not None else None

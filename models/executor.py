@@ -124,7 +124,7 @@ class Executor:
         # Probing runs the model, so it comes before any change.
         blocks = [self._block(layer) for layer in program.layers]
         self.slices.begin()
-        self._calls = calls = Calls(self.model, program)
+        self._calls = calls = Calls(self.model, self.graph, program, self._patches)
         for layer, block in zip(program.layers, blocks, strict=True):
             forward = LayerForward(calls, layer, self._setups(layer, block, calls, keep))
             self._patches.set(layer.layer.module, "forward", forward)

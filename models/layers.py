@@ -91,7 +91,9 @@ class LayerForward:
         """As the stock layer: hidden states of shape (batch, tokens, width) come first."""
         kwargs.update(zip(self.names, args))
         hidden = kwargs.pop(self.names[0])
-        call = self.calls.start(hidden, kwargs) if self.index == 0 else self.calls.current
+        call = self.calls.current
+        if self.index == 0:
+            call, hidden = self.calls.start(hidden, kwargs)
         if call is None:
             raise InputError("a layer was called by itself; under a plan call the whole model")
         cached = None if call.cache is None else call.cache[self.index]

@@ -100,11 +100,12 @@ class Program:
         Raises:
             InputError: a plan does not fit the model.
         """
-        keys = tuple(plan_key(plan) for plan in plans)
-        if len(set(keys)) == 1:
-            plans, keys = plans[:1], keys[:1]
-        for plan in dict(zip(keys, plans, strict=True)).values():
+        distinct = {plan_key(plan): plan for plan in reversed(plans)}
+        for plan in distinct.values():
             check_plan(plan, graph)
+        plans = plans[:1] if len(distinct) == 1 else plans
+        keys = tuple(plan_key(plan) for plan in plans)
+        plans = [replace(plan, tokens=_in_turn(plan.tokens)) for plan in plans]
         return Program(
             keys,
             tuple(plans),
@@ -146,6 +147,16 @@ class Program:
         return any(plan.tokens for plan in self.plans)
 
 
+def _in_turn(stages: Sequence[TokenStage]) -> tuple[TokenStage, ...]:
+    """Stages in order, each of what the one before has left; from none there is none to drop."""
+    ordered: list[TokenStage] = []
+    for stage in sorted(stages, key=lambda stage: stage.layer):
+        before = ordered[-1].keep if ordered else stage.of
+        if before:
+            ordered.append(replace(stage, keep=min(stage.keep, before), of=before))
+    return tuple(ordered)
+
+
 def _groups(layer: BoundLayer, plans: Sequence[Plan]) -> tuple[LayerGroup, ...]:
     members: dict[LayerGroup, list[int]] = {}
     for index, plan in enumerate(plans):
@@ -156,9 +167,7 @@ def _groups(layer: BoundLayer, plans: Sequence[Plan]) -> tuple[LayerGroup, ...]:
 def _act(layer: BoundLayer, plan: Plan) -> LayerGroup:
     """What a layer does under one plan, for nobody yet."""
     index = layer.index
-    stages = tuple(
-        stage for stage in sorted(plan.tokens, key=lambda s: s.layer) if stage.layer <= index
-    )
+    stages = tuple(stage for stage in plan.tokens if stage.layer <= index)
     if index in plan.layers_off:
         return LayerGroup((), on=False, stages=stages)
     return LayerGroup(

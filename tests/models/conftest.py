@@ -27,6 +27,11 @@ def llava() -> tuple[Family, Graph]:
 
 
 @pytest.fixture
+def lowered_family():
+    return lowered
+
+
+@pytest.fixture
 def qwen3() -> tuple[Family, Graph]:
     return lowered("qwen3")
 

@@ -1,0 +1,125 @@
+"""Vision selectors on stock models, against the same selection put together by hand."""
+
+import pytest
+import torch
+from families import IMAGE
+from plans import plan_of
+
+from planner.ir.errors import InputError
+from planner.models.executor import Executor
+from planner.models.selectors import TowerAttention, VisionInputs, parse
+from planner.models.vision import places
+from planner.plan import TokenStage
+
+SELECTORS = [
+    "prumerge",
+    "prumerge+",
+    "prumerge+:ratio=0.25",
+    "visionzip:dominant=4,contextual=2",
+    "hired:ratio=0.3",
+]
+
+
+def close(actual, expected, relative=1e-5):
+    return (actual - expected).norm() <= relative * expected.norm()
+
+
+def by_hand(model, inputs, text):
+    """Logits of the last token of one sample, from a shorter prompt built outside the model."""
+    selector = parse(text)
+    tower = model.model.vision_tower
+    states = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+    attention = {}
+    for index in selector.tower_layers:
+        layer = tower.encoder.layers[index]
+        normed = layer.layer_norm1(states[:-1][index])
+        query, key = layer.self_attn.q_proj(normed)[:, 0], layer.self_attn.k_proj(normed)
+        attention[index] = TowerAttention(query, key, layer.self_attn.num_heads)
+    features = states[model.config.vision_feature_layer]
+    selection = selector.select(VisionInputs(features[:, 1:], features[:, 0], attention))
+    words = model.get_input_embeddings()(inputs["input_ids"])[0]
+    image = (inputs["input_ids"][0] == IMAGE).nonzero().flatten()
+    chosen, new = [], words.clone()
+    for run, (part, indices) in enumerate(zip(selection.features, selection.indices, strict=True)):
+        slots = image[run * 16 : (run + 1) * 16][places(indices, 16)]
+        new[slots] = model.model.multi_modal_projector(part)
+        chosen += slots.tolist()
+    left = sorted({*range(len(words))} - {*image.tolist()} | {*chosen})
+    out = model.model.language_model(
+        inputs_embeds=new[left][None], position_ids=torch.tensor([left])
+    )
+    return model.lm_head(out.last_hidden_state)[0, -1]
+
+
+@pytest.mark.parametrize("text", SELECTORS)
+@torch.no_grad()
+def test_a_vision_selector_equals_a_prompt_built_by_hand(llava, text):
+    family, graph = llava
+    inputs = family.inputs(2, before=(3, 6), images=2)
+    executor = Executor(family.model, graph)
+    stock = family.model(**inputs).logits
+    with executor.using(plan_of(graph, tokens=(TokenStage(0, 8, 16, text),))):
+        logits = family.model(**inputs).logits[:, -1]
+        run = family.model.generate(
+            **inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True
+        )
+    assert torch.equal(family.model(**inputs).logits, stock)
+    assert run.past_key_values.layers[0].keys.shape[2] < inputs["input_ids"].shape[1]
+    for row in range(2):
+        where = inputs["attention_mask"][row].bool()
+        alone = {
+            "input_ids": inputs["input_ids"][row, where][None],
+            "pixel_values": inputs["pixel_values"][2 * row : 2 * row + 2],
+        }
+        expected = by_hand(family.model, alone, text)
+        assert close(logits[row], expected)
+        assert run.sequences[row, -3] == expected.argmax()
+
+
+@torch.no_grad()
+def test_a_vision_selector_and_a_decoder_selector_in_turn(llava):
+    family, graph = llava
+    inputs = family.inputs(2)
+    stages = (TokenStage(0, 6, 16, "visionzip:dominant=4,contextual=2"), TokenStage(2, 2, 16))
+    with Executor(family.model, graph).using(plan_of(graph, tokens=stages, heads={3: (0,)})):
+        cache = family.model(**inputs, use_cache=True).past_key_values
+    text = inputs["input_ids"].shape[1] - 16
+    assert [layer.keys.shape[2] - text for layer in cache.layers] == [6, 6, 2, 2]
+
+
+def test_places_keep_patches_where_they_were():
+    def at(*indices):
+        return places(torch.tensor(indices), 8).tolist()
+
+    assert at(5, 2, 7) == [5, 2, 7]
+    assert at(5, 2, -1) == [5, 2, 7]
+    assert at(7, 6, -1, -1) == [7, 6, 4, 5]
+    assert at(-1, 0, 3, -1) == [1, 0, 3, 7]
+    assert at(-1, -1) == [6, 7]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "match"),
+    [
+        ("phi", "prumerge", "CLS token"),
+        ("mistral3", "visionzip:dominant=2,contextual=1", "does not compute separately"),
+        ("llava", "trim", "text tower of CLIP"),
+    ],
+)
+@torch.no_grad()
+def test_models_that_a_selector_cannot_work_with(lowered_family, name, text, match):
+    family, graph = lowered_family(name)
+    executor = Executor(family.model, graph)
+    plan = plan_of(graph, tokens=(TokenStage(0, 8, 16, text),))
+    inputs = family.inputs()
+    stock = family.model(**inputs).logits
+    with pytest.raises(InputError, match=match), executor.using(plan):
+        family.model(**inputs)
+    assert torch.equal(family.model(**inputs).logits, stock)
+    late = plan_of(graph, tokens=(TokenStage(1, 8, 16, "prumerge"),))
+    with pytest.raises(InputError, match="works before layer 0"):
+        executor.attach(late)
+    with pytest.raises(InputError, match="all plans of a batch"):
+        executor.attach(
+            [plan_of(graph), plan_of(graph, tokens=(TokenStage(0, 8, 16, "prumerge"),))]
+        )
