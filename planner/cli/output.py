@@ -107,16 +107,14 @@ def status(show: bool, verbose: bool = False) -> Iterator[Any]:
         if show and verbose:
             say(f"planner: {stage}")
 
-    if not show or verbose:
+    # In a log, a spinner is noise: there, progress is what --verbose says.
+    if not show or verbose or not sys.stderr.isatty():
         yield update
         return
     done = threading.Event()
 
     def spin() -> None:
         if done.wait(_SHOW_AFTER_SECONDS):
-            return
-        if not sys.stderr.isatty():
-            say(f"planner: {current['stage']} ...")
             return
         from rich.console import Console
 
