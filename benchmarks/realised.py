@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CLIPVisionConfig,
@@ -144,8 +145,8 @@ class Bench:
             return model(**self.inputs, logits_to_keep=1).logits
 
     def flops(self, model: Any) -> int:
-        """Of a prefill, counted."""
-        with FlopCounterMode(display=False) as counter:
+        """Of a prefill, counted; the counter knows attention by its two products alone."""
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             self.prefill(model)
         return counter.get_total_flops()
 

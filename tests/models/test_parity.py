@@ -51,7 +51,7 @@ def assert_same_run(actual, expected):
     assert torch.equal(tokens, right_tokens)
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(data=st.data())
 def test_narrowed_equals_masked(each_family, data):
     family, graph = each_family
