@@ -65,17 +65,12 @@ class SwitchSet:
             image_tokens: of one sample.
 
         Raises:
-            InputError: where the selector does not exist, works elsewhere than inside the decoder,
-                or keeps a number that depends on content (no cost could be promised).
+            InputError: where the selector does not exist, or keeps a number that depends on content
+                (no cost could be promised).
         """
-        from planner.models.selectors import DecoderSelector, parse
+        from planner.models.selectors import parse
 
         selector = parse(text)
-        if not isinstance(selector, DecoderSelector):
-            raise InputError(
-                f"{text} works before the decoder, on the vision encoder's features, where plans "
-                "cannot place it yet; choose a selector that works inside the decoder"
-            )
         counts = selector.counts(image_tokens)
         if any(count is None for count in counts):
             raise InputError(f"how many tokens {text} keeps depends on the image: it has no cost")
