@@ -5,15 +5,20 @@ and nothing else. Imports `planner.ir` and `planner.plan`; nothing in here knows
 
     bindings   sites of the Graph -> modules and feature layouts
     slices     linears that compute with some of their features
+    patches    instance attributes set for a while, and undone exactly
     attention  what else narrowing heads asks of an attention block
     program    a plan (or one per sample) as what every layer does
     tokens     which tokens go on, and how a layer's arguments shrink with them
     cache      KV caches that hold what is kept
-    calls      one forward pass: rows, past, images, token selectors
+    recording  seeing queries and keys
+    vision     selectors between vision tower and projector
+    calls      one forward pass: rows, past, images, what is left
+    stages     token stages: images found, selectors run
+    passes     forward passes begun and ended
     layers     what stands in for `forward` of layers and attention blocks
     executor   all of it on a model, and off again
     masked     the same plans by masks: the oracle in tests, and what training differentiates
-    calibration/ what switches are worth, measured on a few images
-    export/    a plan's model as a checkpoint of its own
     selectors/ rules that pick image tokens
+    calibration/ utilities measured on a user's images
+    export/    narrowed checkpoints
 """

@@ -8,35 +8,22 @@ run on a few tokens, narrowed, and compared with itself with the same heads mask
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from planner.ir.errors import InputError
 from planner.models.bindings import BoundSite, Runs
-from planner.models.patches import Patches
+from planner.models.patches import ConfigView, Patches
 from planner.models.slices import LinearForward, SliceStore
 
-__all__ = ["AttentionBlock", "ConfigView", "Recorded", "probe", "recording"]
+__all__ = ["AttentionBlock", "probe"]
 
 PROBE_TOKENS = 5
-RECORDING = "planner_recording"
-
-
-class ConfigView:
-    """A module's config with some attributes replaced, the rest read from the original."""
-
-    def __init__(self, config: Any, **replaced: Any) -> None:
-        self.__dict__.update(replaced, original_config=config)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["original_config"], name)
 
 
 @dataclass(frozen=True)
@@ -210,41 +197,3 @@ def _agrees(
     error = (result.double() - expected.double()).norm()
     precision = torch.finfo(expected.dtype).eps ** 0.5
     return bool(error <= precision * expected.double().norm())
-
-
-@dataclass(frozen=True, eq=False)
-class Recorded:
-    """What one attention block computed with.
-
-    Attributes:
-        query: shape (rows, heads, tokens, head_dim), rotated.
-        key: shape (rows, kv heads, keys, head_dim), rotated.
-        mask: as the block got it.
-        scaling: factor on the scores; None is 1/sqrt(head_dim).
-    """
-
-    query: Tensor
-    key: Tensor
-    mask: Tensor | None
-    scaling: float | None
-
-
-def _record(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
-) -> Any:
-    """An attention function that notes queries and keys, then calls the one configured."""
-    view: Any = module.config
-    view.record(Recorded(query, key, mask, kwargs.get("scaling")))
-    # The eager function is no part of the interface: every modelling file has its own.
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    configured = view.original_config._attn_implementation
-    attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(configured, eager)
-    return attend(module, query, key, value, mask, **kwargs)
-
-
-ALL_ATTENTION_FUNCTIONS.register(RECORDING, _record)
-
-
-def recording(config: Any, record: Callable[[Recorded], None], **replaced: Any) -> ConfigView:
-    """A config under which an attention block hands what it computes with to `record`."""
-    return ConfigView(config, _attn_implementation=RECORDING, record=record, **replaced)

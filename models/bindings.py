@@ -118,7 +118,6 @@ class BoundLayer:
     index: int
     path: str
     module: nn.Module
-    optional: bool
     heads: BoundSite | None
     mlp: BoundSite | None
 
@@ -169,7 +168,6 @@ def bind(model: nn.Module, graph: Graph) -> tuple[BoundLayer, ...]:
                     index,
                     path,
                     model.get_submodule(path),
-                    layer is not None,
                     _bind_site(model, sites.get(("heads", index))),
                     _bind_site(model, sites.get(("mlp", index))),
                 )

@@ -21,13 +21,15 @@ from torch import nn
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.models.attention import AttentionBlock, ConfigView, probe, recording
+from planner.models.attention import AttentionBlock, probe
 from planner.models.bindings import BoundLayer, BoundLinear, bind
-from planner.models.calls import Calls
 from planner.models.layers import AttentionForward, LayerForward, Setup
-from planner.models.patches import Patches
+from planner.models.passes import Passes
+from planner.models.patches import ConfigView, Patches
 from planner.models.program import LayerGroup, LayerProgram, Program
+from planner.models.recording import recording
 from planner.models.slices import LinearForward, SliceStore
+from planner.models.stages import TokenStages
 from planner.plan import Plan
 
 __all__ = ["Executor"]
@@ -59,7 +61,7 @@ class Executor:
         # Programs, and whether each is to stay: the innermost block's is last.
         self._active: list[tuple[Program, bool]] = []
         self._patches = Patches()
-        self._calls: Calls | None = None
+        self._stages: TokenStages | None = None
 
     @property
     def program(self) -> Program | None:
@@ -112,9 +114,9 @@ class Executor:
 
     def _switch(self, active: list[tuple[Program, bool]]) -> None:
         self._patches.undo()
-        if self._calls is not None:
-            self._calls.close()
-            self._calls = None
+        if self._stages is not None:
+            self._stages.close()
+            self._stages = None
         self._active = active
         if active and not active[-1][0].is_dense:
             self._install(*active[-1])
@@ -124,9 +126,11 @@ class Executor:
         # Probing runs the model, so it comes before any change.
         blocks = [self._block(layer) for layer in program.layers]
         self.slices.begin()
-        self._calls = calls = Calls(self.model, self.graph, program, self._patches)
+        if program.has_tokens:
+            self._stages = TokenStages(self.model, self.graph, program, self._patches)
+        passes = Passes(program, self._stages)
         for layer, block in zip(program.layers, blocks, strict=True):
-            forward = LayerForward(calls, layer, self._setups(layer, block, calls, keep))
+            forward = LayerForward(passes, layer, self._setups(layer, block, passes, keep))
             self._patches.set(layer.layer.module, "forward", forward)
 
     def _block(self, layer: LayerProgram) -> AttentionBlock | None:
@@ -144,7 +148,7 @@ class Executor:
         return self._attention[key]
 
     def _setups(
-        self, layer: LayerProgram, block: AttentionBlock | None, calls: Calls, keep: bool
+        self, layer: LayerProgram, block: AttentionBlock | None, passes: Passes, keep: bool
     ) -> tuple[Setup, ...]:
         """How the layer runs for each of its groups, with the modules that this takes in place."""
         heads, mlp = layer.layer.heads, layer.layer.mlp
@@ -166,7 +170,7 @@ class Executor:
                 lanes = getattr(group, kind)
                 narrowed = None if lanes is None else self.slices.get(linear, lanes, keep)
                 weights.append((forward, narrowed))
-            attributes = _attributes(layer.layer, group, block, calls)
+            attributes = _attributes(layer.layer, group, block, passes)
             setups.append(Setup(group, tuple(weights), heads, attributes, attention))
         if heads is not None:
             for name, value in setups[0].attributes.items():
@@ -176,7 +180,7 @@ class Executor:
 
 
 def _attributes(
-    layer: BoundLayer, group: LayerGroup, block: AttentionBlock | None, calls: Calls
+    layer: BoundLayer, group: LayerGroup, block: AttentionBlock | None, passes: Passes
 ) -> dict[str, Any]:
     """What an attention block's own attributes must be for a group: head counts, and its config."""
     if layer.heads is None:
@@ -188,8 +192,9 @@ def _attributes(
         attributes |= block.changes(kept, "module")
         replaced |= block.changes(kept, "config")
     config = getattr(layer.heads.module, "config", None)
-    if layer.index in calls.recorded and config is not None:
-        record = partial(calls.record, layer.index)
+    recorded = passes.stages.recorded if passes.stages is not None else ()
+    if layer.index in recorded and config is not None:
+        record = partial(passes.record, layer.index)
         attributes["config"] = recording(config, record, **replaced)
     elif replaced:
         attributes["config"] = ConfigView(config, **replaced)

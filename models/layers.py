@@ -13,7 +13,8 @@ from planner.ir.errors import InputError
 from planner.models.attention import AttentionBlock
 from planner.models.bindings import BoundSite
 from planner.models.cache import PlannedLayer
-from planner.models.calls import Call, Calls
+from planner.models.calls import Call
+from planner.models.passes import Passes
 from planner.models.program import LayerGroup, LayerProgram
 from planner.models.slices import LinearForward, Narrowed
 from planner.models.tokens import (
@@ -77,9 +78,10 @@ class Setup:
 class LayerForward:
     """Stands in for one decoder layer: runs the stock layer once per group, on what is left."""
 
-    def __init__(self, calls: Calls, program: LayerProgram, setups: tuple[Setup, ...]) -> None:
-        self.calls = calls
+    def __init__(self, passes: Passes, program: LayerProgram, setups: tuple[Setup, ...]) -> None:
+        self.passes = passes
         self.index = program.layer.index
+        self.is_last = program is passes.program.layers[-1]
         self.setups = setups
         self.stock: Any = program.layer.module.forward
         self.names = list(inspect.signature(self.stock).parameters)
@@ -91,14 +93,17 @@ class LayerForward:
         """As the stock layer: hidden states of shape (batch, tokens, width) come first."""
         kwargs.update(zip(self.names, args))
         hidden = kwargs.pop(self.names[0])
-        call = self.calls.current
         if self.index == 0:
-            call, hidden = self.calls.start(hidden, kwargs)
+            hidden = self.passes.begin(hidden, kwargs)
+        call = self.passes.current
         if call is None:
             raise InputError("a layer was called by itself; under a plan call the whole model")
         cached = None if call.cache is None else call.cache[self.index]
         run = self._run_simple if self.is_simple else self._run_groups
-        return run(call, hidden, kwargs, cached)
+        output = run(call, hidden, kwargs, cached)
+        if self.is_last:
+            self.passes.end()
+        return output
 
     def _run_simple(
         self, call: Call, hidden: Tensor, kwargs: dict[str, Any], cached: PlannedLayer | None
@@ -119,7 +124,8 @@ class LayerForward:
         for setup, rows in zip(self.setups, rows_of, strict=True):
             stages = setup.group.stages
             if stages and stages[-1].layer == self.index:
-                hidden = self.calls.select(call, setup.group, rows, hidden)
+                assert self.passes.stages is not None
+                hidden = self.passes.stages.select(call, setup.group, rows, hidden)
         output = hidden.clone()
         for number, (setup, rows) in enumerate(zip(self.setups, rows_of, strict=True)):
             if not setup.group.on:
@@ -136,7 +142,7 @@ class LayerForward:
             setup.activate()
             if cached is not None:
                 cached.begin(number)
-            self.calls.serving = (rows, None if keys is None else keys.positions >= 0)
+            self.passes.serving = (rows, None if keys is None else keys.positions >= 0)
             results = self.stock(inputs, **self._narrowed(call, kwargs, rows, kept, keys))
             if not isinstance(results, Tensor):
                 raise InputError(

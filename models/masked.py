@@ -19,9 +19,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.models.attention import ConfigView
 from planner.models.bindings import BoundSite, bind
-from planner.models.patches import Patches
+from planner.models.patches import ConfigView, Patches
 from planner.models.program import check_plan
 from planner.plan import Plan
 

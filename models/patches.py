@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any, Self
 
-__all__ = ["Patches"]
+__all__ = ["ConfigView", "Patches"]
 
 _ABSENT = object()
 
@@ -45,3 +45,13 @@ class Patches:
         traceback: TracebackType | None,
     ) -> None:
         self.undo()
+
+
+class ConfigView:
+    """A module's config with some attributes replaced, the rest read from the original."""
+
+    def __init__(self, config: Any, **replaced: Any) -> None:
+        self.__dict__.update(replaced, original_config=config)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["original_config"], name)

@@ -73,11 +73,6 @@ class LayerProgram:
     layer: BoundLayer
     groups: tuple[LayerGroup, ...]
 
-    @property
-    def is_stock(self) -> bool:
-        """Whether the layer does all it does in the base model, for all samples alike."""
-        return self.groups == (replace(self.groups[0], on=True, heads=None, mlp=None, stages=()),)
-
 
 @dataclass(frozen=True)
 class Program:

@@ -1,0 +1,99 @@
+"""The forward passes of a model under one program: begun, found by every layer, and ended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from planner.ir.errors import InputError
+from planner.models.cache import plan_cache
+from planner.models.calls import Call, Record
+from planner.models.program import Program
+from planner.models.recording import Recorded
+from planner.models.stages import TokenStages
+
+__all__ = ["Passes"]
+
+
+class Passes:
+    """Begins a `Call` at the first layer, shows it to all layers and ends it at the last.
+
+    Args:
+        program: what is active.
+        stages: its token stages; None where no token is dropped.
+
+    Attributes:
+        current: the pass being made.
+        serving: batch rows that a layer is running for, None for all, and which keys are no
+            padding, None for all; set by layers before they run.
+    """
+
+    def __init__(self, program: Program, stages: TokenStages | None) -> None:
+        self.program = program
+        self.stages = stages
+        self.current: Call | None = None
+        self.serving: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._rows: dict[tuple[int, torch.device], list[list[Tensor | None]]] = {}
+
+    def begin(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Begin a forward pass, before layer 0.
+
+        Args:
+            hidden: shape (batch, tokens, width).
+            kwargs: what the decoder hands the layer.
+
+        Returns:
+            The hidden states, without marks of a vision selector.
+
+        Raises:
+            InputError: the inputs do not go with the plan, or hold values that are not finite.
+        """
+        batch, tokens = hidden.shape[:2]
+        rows = self._rows_of(batch, hidden.device)
+        cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+        layers = None if cache is None else plan_cache(cache, self.program, rows)
+        call = Call(batch, tokens, layers[0].total if layers else 0, layers, rows)
+        if tokens > 1 or not call.past:
+            if self.stages is not None:
+                hidden = self.stages.enter(call, hidden)
+            # Under torch.compile the look at values would break the graph.
+            if not torch.compiler.is_compiling() and not torch.isfinite(hidden).all():
+                raise InputError(
+                    "the prompt's embeddings are not all finite numbers; look for NaN or infinity "
+                    "in the image"
+                )
+        self.current = call
+        return hidden
+
+    def end(self) -> None:
+        """Let go of the pass, and with it of the cache."""
+        self.current = None
+
+    def record(self, layer: int, seen: Recorded) -> None:
+        """Note what a layer's attention block computes with, for the selector of a later layer."""
+        if self.current is not None and self.current.image is not None:
+            rows, valid = self.serving
+            self.current.records.setdefault(layer, []).append(Record(rows, valid, seen))
+
+    def _rows_of(self, batch: int, device: torch.device) -> list[list[Tensor | None]]:
+        """Batch rows by layer and group, None for all; under beam search a sample has several."""
+        key = (batch, device)
+        if key not in self._rows:
+            plans = len(self.program.plans)
+            copies, rest = divmod(batch, plans)
+            if rest:
+                raise InputError(
+                    f"there are {plans} plans for a batch of {batch}; give one for each"
+                )
+            samples = torch.arange(batch, device=device).view(plans, copies)
+            self._rows[key] = [
+                [
+                    None if len(layer.groups) == 1 else samples[list(group.samples)].flatten()
+                    for group in layer.groups
+                ]
+                for layer in self.program.layers
+            ]
+        return self._rows[key]

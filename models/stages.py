@@ -1,0 +1,254 @@
+"""Token stages: which image tokens there are, and which of them go on from a layer."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph
+from planner.models.calls import Call, Record
+from planner.models.patches import Patches
+from planner.models.program import LayerGroup, Program
+from planner.models.selectors import (
+    SELECTORS,
+    DecoderInputs,
+    DecoderSelector,
+    Needs,
+    VisionSelector,
+    parse,
+)
+from planner.models.tokens import Kept, gather, scatter
+from planner.models.vision import VisionStage
+from planner.plan import TokenStage
+
+__all__ = ["TokenStages", "selector_of"]
+
+
+def selector_of(stage: TokenStage) -> DecoderSelector | VisionSelector:
+    """The selector that a plan names.
+
+    With arguments, ``fastv:k=2,r=0.5``, it is taken as it is; ``fastv`` keeps as many as the stage
+    says.
+    """
+    known = SELECTORS.get(stage.selector)
+    if known is not None and issubclass(known, DecoderSelector):
+        return known.at(stage.layer, stage.keep, stage.of)
+    selector = parse(stage.selector)
+    assert isinstance(selector, DecoderSelector | VisionSelector)
+    if isinstance(selector, VisionSelector) and stage.layer:
+        raise InputError(
+            f"the plan runs {stage.selector} at layer {stage.layer}, but it works before layer 0"
+        )
+    return selector
+
+
+class TokenStages:
+    """Carries out the token stages of a program.
+
+    Args:
+        model: the whole model; its arguments say where images are.
+        graph: its Graph.
+        program: what is active.
+        patches: where modules are shadowed, should a selector take that.
+
+    Attributes:
+        recorded: layers whose attention some selector scores tokens by.
+
+    Raises:
+        InputError: a stage cannot be carried out on this model.
+    """
+
+    def __init__(self, model: nn.Module, graph: Graph, program: Program, patches: Patches) -> None:
+        self.program = program
+        self.selectors: dict[TokenStage, DecoderSelector] = {}
+        self.recorded: set[int] = set()
+        self._vision: VisionStage | None = None
+        self._image_token = image_token(model)
+        for stage in {stage for plan in program.plans for stage in plan.tokens}:
+            selector = selector_of(stage)
+            if isinstance(selector, VisionSelector):
+                if any(stage not in plan.tokens for plan in program.plans):
+                    raise InputError(
+                        f"{stage.selector} works on all images at once, so all plans of a batch "
+                        f"must have it"
+                    )
+                self._vision = VisionStage(model, graph, selector, patches)
+            else:
+                self.selectors[stage] = selector
+                if Needs.QUERY_KEY in selector.needs:
+                    self.recorded.update(program.scored_by(stage))
+        self._names = list(inspect.signature(type(model).forward).parameters)[1:]
+        self._arguments: dict[str, Any] = {}
+        self._hooks: list[RemovableHandle] = [
+            model.register_forward_pre_hook(self._remember, with_kwargs=True),
+            model.register_forward_hook(self._forget, always_call=True),
+        ]
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+        if self._vision is not None:
+            self._vision.close()
+
+    def _remember(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._arguments = dict(zip(self._names, args)) | kwargs
+
+    def _forget(self, *_: Any) -> None:
+        self._arguments = {}
+
+    @torch.compiler.disable
+    def enter(self, call: Call, hidden: Tensor) -> Tensor:
+        """Find the images of a prompt, before layer 0.
+
+        Args:
+            call: this forward pass; images and padding are noted in it.
+            hidden: shape (batch, tokens, width).
+
+        Returns:
+            The hidden states, without marks of a vision selector.
+
+        Raises:
+            InputError: there is no image, or no telling where.
+        """
+        ids = self._arguments.get("input_ids")
+        if ids is None or tuple(ids.shape[:2]) != (call.batch, call.tokens):
+            raise InputError(
+                "a plan with token stages finds the images by their tokens: call the whole model, "
+                "with input_ids rather than inputs_embeds"
+            )
+        image = ids.to(hidden.device) == self._image_token
+        if image.any():
+            call.image = image
+        elif not call.past:
+            raise InputError(
+                "the plan drops image tokens and the prompt has no image; pass one, or use a plan "
+                "without token stages"
+            )
+        mask = self._arguments.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():
+            call.valid = mask.to(hidden.device).bool()
+        if self._vision is not None and call.image is not None:
+            call.unwanted = image & (hidden == torch.inf).all(-1)
+            hidden = hidden.masked_fill(call.unwanted[:, :, None], 0)
+        for selector in self.selectors.values():
+            if Needs.MARKS in selector.needs and call.image is not None:
+                call.marks[selector] = selector.mark(hidden, image, call.new_valid())
+        return hidden
+
+    # How many tokens go on follows from values, which torch.compile does not look at.
+    @torch.compiler.disable
+    def select(self, call: Call, group: LayerGroup, rows: Tensor | None, hidden: Tensor) -> Tensor:
+        """Let a token stage choose what goes on, for the rows of one group.
+
+        Args:
+            call: this forward pass; what is left is noted in it.
+            group: its last stage is applied.
+            rows: batch rows of the group, None for all.
+            hidden: shape (batch, tokens, width): what is about to enter the stage's layer.
+
+        Returns:
+            The hidden states; a copy where the selector changed some.
+        """
+        if call.image is None:
+            return hidden
+        stage, earlier = group.stages[-1], len(group.stages) > 1
+        if call.left is None:
+            call.left = call.new_valid()
+        if stage not in self.selectors:
+            assert call.unwanted is not None
+            call.left &= ~call.unwanted
+            call.kept = Kept.of(call.left)
+            return hidden
+        everyone = torch.arange(call.batch, device=hidden.device)
+        for part, record in self._pieces(call, stage, everyone if rows is None else rows):
+            kept = call.kept.rows(part) if earlier and call.kept is not None else None
+            inputs = self._inputs(call, self.selectors[stage], part, kept, hidden, record)
+            selection = self.selectors[stage].select(inputs, stage.layer)
+            keep = selection.keep
+            if kept is not None:
+                # Padding stands for tokens dropped before, which stay dropped.
+                keep = torch.zeros_like(call.left[part]).scatter(1, kept.index, keep)
+            if selection.hidden_states is not None:
+                everything = kept or Kept.of(torch.ones_like(call.left[part]))
+                hidden = scatter(hidden.clone(), part, everything, selection.hidden_states)
+            call.left[part] &= keep
+        call.kept = Kept.of(call.left)
+        return hidden
+
+    def _pieces(
+        self, call: Call, stage: TokenStage, rows: Tensor
+    ) -> list[tuple[Tensor, Record | None]]:
+        """Rows that can be scored together: those that one run of an attention block served."""
+        if Needs.QUERY_KEY not in self.selectors[stage].needs:
+            return [(rows, None)]
+        copies = call.batch // len(self.program.plans)
+        pieces: list[tuple[Tensor, Record | None]] = []
+        for layer, samples in self.program.scored_by(stage).items():
+            for record in call.records.get(layer, []):
+                mine = torch.isin(rows // copies, torch.tensor(samples, device=rows.device))
+                if record.rows is not None:
+                    mine &= torch.isin(rows, record.rows)
+                if mine.any():
+                    pieces.append((rows[mine], record))
+        if sum(len(part) for part, _ in pieces) != len(rows):
+            raise InputError(
+                f"{stage.selector} scores tokens by the attention of a layer before layer "
+                f"{stage.layer}, and this model's attention cannot be seen from outside"
+            )
+        return pieces
+
+    def _inputs(
+        self,
+        call: Call,
+        selector: DecoderSelector,
+        rows: Tensor,
+        kept: Kept | None,
+        hidden: Tensor,
+        record: Record | None,
+    ) -> DecoderInputs:
+        assert call.image is not None
+        image, states = call.image[rows], hidden[rows]
+        valid = call.new_valid()[rows]
+        marks = call.marks[selector][rows] if selector in call.marks else None
+        if kept is not None:
+            image, valid = gather(image, kept.index, -1) & kept.valid, kept.valid
+            states = gather(states, kept.index, -2)
+            marks = None if marks is None else gather(marks, kept.index, -1) & valid
+        if record is None:
+            return DecoderInputs(image, valid, marks=marks, hidden_states=states)
+        seen, own = record.seen, rows
+        if record.rows is not None:
+            own = torch.searchsorted(record.rows, rows)
+        if record.valid is not None:
+            valid = record.valid[own]
+        elif call.valid is not None:
+            valid = call.valid[rows]
+        else:
+            valid = torch.ones_like(image[:, :1]).expand(-1, seen.key.shape[2])
+        mask = seen.mask
+        if mask is not None:
+            # Flash attention's masks say what is padding, which `valid` does too.
+            mask = None if mask.ndim == 2 else mask[own] if mask.shape[0] > 1 else mask
+        return DecoderInputs(
+            image, valid, seen.query[own], seen.key[own], seen.scaling, mask, marks, states
+        )
+
+
+def image_token(model: nn.Module) -> int:
+    """The placeholder of an image in the prompt.
+
+    Raises:
+        InputError: the model has none.
+    """
+    config = model.config
+    for name in ("image_token_id", "image_token_index"):
+        token = getattr(config, name, None)
+        if isinstance(token, int):
+            return token
+    raise InputError(f"{type(model).__name__} takes no images, so a plan cannot drop image tokens")
