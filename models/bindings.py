@@ -99,11 +99,16 @@ class BoundLinear:
 
 @dataclass(frozen=True, eq=False)
 class BoundSite:
-    """An attention block or MLP and its linears."""
+    """An attention block or MLP and its linears.
+
+    `obstacle` says why it cannot be narrowed after all: its weights are no plain matrices. The
+    linears are left out then.
+    """
 
     site: Site
     module: nn.Module
     linears: tuple[BoundLinear, ...]
+    obstacle: str = ""
 
     @property
     def sink(self) -> BoundLinear:
@@ -124,12 +129,6 @@ class BoundLayer:
 
 def _bind_linear(model: nn.Module, site: Site, binding: Binding) -> BoundLinear:
     module = model.get_submodule(binding.module)
-    weight = getattr(module, "weight", None)
-    if not isinstance(module, nn.Linear | Conv1D) or weight is None or weight.ndim != 2:
-        raise InputError(
-            f"{binding.module} is a {type(module).__name__}, and only plain linear layers with "
-            f"whole weights can be narrowed; load the model without quantisation or adapters"
-        )
     linear = BoundLinear(binding.module, module, binding, ())
     owned = linear.runs(((0, site.lanes),))
     edges = [0, *(edge for run in owned for edge in run), linear.features]
@@ -144,18 +143,24 @@ def _bind_linear(model: nn.Module, site: Site, binding: Binding) -> BoundLinear:
 def _bind_site(model: nn.Module, site: Site | None) -> BoundSite | None:
     if site is None:
         return None
-    return BoundSite(
-        site,
-        model.get_submodule(site.module),
-        tuple(_bind_linear(model, site, binding) for binding in site.bindings),
-    )
+    module = model.get_submodule(site.module)
+    for binding in site.bindings:
+        linear = model.get_submodule(binding.module)
+        weight = getattr(linear, "weight", None)
+        plain = isinstance(linear, nn.Linear | Conv1D) and isinstance(weight, Tensor)
+        if not plain or weight.ndim != 2 or not weight.is_floating_point() or weight.is_meta:
+            return BoundSite(
+                site, module, (), f"the weights of {binding.module} are no plain matrix in memory"
+            )
+    linears = tuple(_bind_linear(model, site, binding) for binding in site.bindings)
+    return BoundSite(site, module, linears)
 
 
 def bind(model: nn.Module, graph: Graph) -> tuple[BoundLayer, ...]:
     """Find the modules of every decoder layer.
 
     Raises:
-        InputError: the Graph is of another model, or a weight is not a plain matrix.
+        InputError: the Graph is of another model.
     """
     sites: dict[tuple[str, int], Site] = {(s.kind, s.layer): s for s in graph.sites}
     layers = []

@@ -56,6 +56,10 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
         stock: the empty stock layer that this one replaces.
         key: of the program; a plan is fixed for the life of a cache.
         parts: one per group of the layer.
+
+    Attributes:
+        total: tokens that have passed, stored or not.
+        ends_in_image: whether the last token of the last prompt, of some sample, was of an image.
     """
 
     def __init__(self, stock: CacheLayerMixin, key: PlanKey, parts: Sequence[Part]) -> None:
@@ -64,6 +68,7 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.key = key
         self.parts = list(parts)
         self.total = 0
+        self.ends_in_image = False
         self.is_sliding = stock.is_sliding
         self.is_compileable = stock.is_compileable
         self._writing: Part | None = None

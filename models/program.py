@@ -182,6 +182,11 @@ def _lanes(
 ) -> Runs | None:
     if kept is None or bound is None:
         return None
+    if bound.obstacle:
+        raise InputError(
+            f"the plan narrows {bound.site.name}, but {bound.obstacle}; load the model without "
+            f"quantisation, adapters or offloading"
+        )
     site = bound.site
     if kind == "mlp":
         site = replace(site, switches=plan.mlp_switches[layer])

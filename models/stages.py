@@ -130,6 +130,13 @@ class TokenStages:
                 "the plan drops image tokens and the prompt has no image; pass one, or use a plan "
                 "without token stages"
             )
+        if call.cache is not None:
+            if call.cache[0].ends_in_image and image[:, 0].any():
+                raise InputError(
+                    "prefill_chunk_size cuts an image in two, so its tokens cannot be compared; "
+                    "leave it out, or use a plan without token stages"
+                )
+            call.cache[0].ends_in_image = bool(image[:, -1].any())
         mask = self._arguments.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():
             call.valid = mask.to(hidden.device).bool()
@@ -228,7 +235,8 @@ class TokenStages:
         if record.valid is not None:
             valid = record.valid[own]
         elif call.valid is not None:
-            valid = call.valid[rows]
+            # A sliding window holds the last keys only.
+            valid = call.valid[rows][:, -seen.key.shape[2] :]
         else:
             valid = torch.ones_like(image[:, :1]).expand(-1, seen.key.shape[2])
         mask = seen.mask

@@ -223,6 +223,37 @@ def test_flash_attention_gets_its_own_kind_of_masks(llava):
 
 
 @torch.no_grad()
+def test_prompts_in_chunks(llava, lowered_family):
+    options = {"max_new_tokens": 4, "do_sample": False, "prefill_chunk_size": 9}
+    for family, graph in (llava, lowered_family("gemma3")):
+        inputs = family.inputs(2, before=(3, 6))
+        executor = Executor(family.model, graph)
+        with executor.using(planned(graph, heads={})):
+            expected = family.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+            assert torch.equal(family.model.generate(**inputs, **options), expected)
+        with executor.using(planned(graph, tokens=STAGES)), refused("cuts an image in two"):
+            family.model.generate(**inputs, **options)
+
+
+def test_quantised_weights_are_refused_where_they_would_be_narrowed(llava):
+    family, graph = llava
+    inputs = family.inputs()
+    linear = family.model.model.language_model.layers[1].mlp.up_proj
+    weight = linear.weight
+    linear.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    try:
+        executor = Executor(family.model, graph)
+        executor.attach(plan_of(graph, heads={1: (0,)}, layers_off=(2,)))
+        with refused("no plain matrix"):
+            executor.attach(plan_of(graph, mlp={1: (0,)}))
+        executor.detach()
+    finally:
+        linear.weight = weight
+    with Executor(family.model, graph).using(plan_of(graph, mlp={1: (0,)})):
+        assert family.model(**inputs).logits.isfinite().all()
+
+
+@torch.no_grad()
 def test_labels_and_hidden_states_keep_their_stock_shapes(llava):
     family, graph = llava
     inputs = family.inputs(2)
