@@ -22,7 +22,8 @@ from planner.ir.folding import Span, copies, layer_of, narrowed_alike, sites_ali
 from planner.ir.graph import Operator, Site
 from planner.ir.grouping import Group, group_nodes
 from planner.ir.lanes import LaneTracer
-from planner.ir.sites import Found, LayerRegion, find_sites
+from planner.ir.sites import Found, find_sites
+from planner.ir.traced import TracedLayer
 
 __all__ = ["Raised", "Surroundings", "raise_operators"]
 
@@ -68,9 +69,10 @@ class _Raiser:
         # Node -> name of the operator that computes its value; operator -> its last node.
         self.source: dict[fx.Node, str] = {}
         self.emitted: dict[str, fx.Node] = {}
-        # Path of a traced layer -> where it begins and ends.
+        # Path of a traced layer -> where it stands, and the layer itself once it has ended.
         self.spans: dict[str, Span] = {}
-        self.regions: dict[str, LayerRegion] = {}
+        self.begun: dict[str, fx.Node] = {}
+        self.traced: dict[str, TracedLayer] = {}
 
     def run(self) -> Raised:
         outputs: tuple[str, ...] = ()
@@ -169,10 +171,12 @@ class _Raiser:
         here = len(self.operators)
         if role == "begin":
             self.spans[path] = Span(here, here, before, before)
-            self.regions[path] = LayerRegion(path, node, node)
+            self.begun[path] = node
         elif role == "end":
             self.spans[path] = replace(self.spans[path], stop=here, end=before)
-            self.regions[path] = replace(self.regions[path], end=node)
+            self.traced[path] = TracedLayer(
+                path, self.begun[path], node, self.flow, self.tracer, self.around.marker
+            )
         else:
             self.source[node] = self._repeat(path, before)
 
@@ -203,11 +207,11 @@ class _Raiser:
         narrowed: dict[str, tuple[tuple[str, str], ...]] = {}
         kv_lanes: dict[str, int] = {}
         for kind in sorted(set(stack.kinds)):
-            region = self.regions.get(f"{main}.{kind}")
-            if region is None or region.end is region.begin:
+            layer = self.traced.get(f"{main}.{kind}")
+            if layer is None:
                 reasons.append(f"{main}.{kind} does not pass a hidden state on")
                 continue
-            result = self._found(region)
+            result = self._found(layer)
             reasons += result.reasons
             found[kind] = [self._in_model(site) for site in result.sites]
             for node, narrowing in result.narrowed.items():
@@ -219,18 +223,15 @@ class _Raiser:
         self.operators = narrowed_alike(self.operators, stack, prefix, sites, narrowed, kv_lanes)
         return sites, reasons
 
-    def _found(self, region: LayerRegion) -> Found:
+    def _found(self, layer: TracedLayer) -> Found:
         """What can be narrowed in one traced layer."""
-        flow = self.flow
-        found = find_sites(
-            region, self.tracer, flow.live, flow.linears, flow.module, self.around.marker
-        )
-        span = self.spans[region.path]
+        found = find_sites(layer)
+        span = self.spans[layer.path]
         kinds = {operator.kind for operator in self.operators[span.start : span.stop]}
         if "scan" in kinds and "attention" not in kinds:
             # Stock caches ask the last recurrent layer how far a sequence has come.
             found.sites = [site for site in found.sites if site.kind != "layer"]
-            found.reasons.append(f"{region.path}: its recurrent state cannot be left out")
+            found.reasons.append(f"{layer.path}: its recurrent state cannot be left out")
         return found
 
     def _in_model(self, site: Site) -> Site:
