@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -140,6 +140,16 @@ def _bind_linear(model: nn.Module, site: Site, binding: Binding) -> BoundLinear:
     return BoundLinear(binding.module, module, binding, merge(_pairs(edges)))
 
 
+def _is_matrix(weight: Any) -> bool:
+    """Whether this is a whole weight: not packed by quantisation, not left on disk."""
+    return (
+        isinstance(weight, Tensor)
+        and weight.ndim == 2
+        and weight.is_floating_point()
+        and not weight.is_meta
+    )
+
+
 def _bind_site(model: nn.Module, site: Site | None) -> BoundSite | None:
     if site is None:
         return None
@@ -147,8 +157,7 @@ def _bind_site(model: nn.Module, site: Site | None) -> BoundSite | None:
     for binding in site.bindings:
         linear = model.get_submodule(binding.module)
         weight = getattr(linear, "weight", None)
-        plain = isinstance(linear, nn.Linear | Conv1D) and isinstance(weight, Tensor)
-        if not plain or weight.ndim != 2 or not weight.is_floating_point() or weight.is_meta:
+        if not isinstance(linear, nn.Linear | Conv1D) or not _is_matrix(weight):
             return BoundSite(
                 site, module, (), f"the weights of {binding.module} are no plain matrix in memory"
             )

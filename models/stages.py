@@ -67,8 +67,8 @@ class TokenStages:
         self.program = program
         self.selectors: dict[TokenStage, DecoderSelector] = {}
         self.recorded: set[int] = set()
-        self._vision: VisionStage | None = None
         self._image_token = image_token(model)
+        vision = None
         for stage in {stage for plan in program.plans for stage in plan.tokens}:
             selector = selector_of(stage)
             if isinstance(selector, VisionSelector):
@@ -77,11 +77,13 @@ class TokenStages:
                         f"{stage.selector} works on all images at once, so all plans of a batch "
                         f"must have it"
                     )
-                self._vision = VisionStage(model, graph, selector, patches)
+                vision = selector
             else:
                 self.selectors[stage] = selector
                 if Needs.QUERY_KEY in selector.needs:
                     self.recorded.update(program.scored_by(stage))
+        # Hooks come last: nothing is left behind where a stage is refused.
+        self._vision = None if vision is None else VisionStage(model, graph, vision, patches)
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._arguments: dict[str, Any] = {}
         self._hooks: list[RemovableHandle] = [

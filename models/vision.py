@@ -71,7 +71,7 @@ class VisionStage:
         self._heads: dict[int, int] = {}
         self._hooks: list[RemovableHandle] = []
         projector, source = _projector(graph)
-        self._watch(model, "features", source)
+        watched = {"features": source}
         attention = sorted(
             (o for o in graph if o.part == "vision" and o.kind == "attention"),
             key=lambda operator: operator.layer or 0,
@@ -84,8 +84,9 @@ class VisionStage:
                     f"tower does not compute separately"
                 )
             self._heads[index] = attention[index].integer("heads")
-            self._watch(model, f"query {index}", query.module)
-            self._watch(model, f"key {index}", key.module)
+            watched |= {f"query {index}": query.module, f"key {index}": key.module}
+        for what, path in watched.items():
+            self._watch(model, what, path)
         module = model.get_submodule(projector)
         self._stock: Any = module.forward
         patches.set(module, "forward", self._project)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plans import MLP_SWITCHES, dense_plan, plan_of, plans
+from restored import same_state, snapshot
 
 from planner.ir.cost import Workload
 from planner.ir.cost.devices import device
@@ -20,31 +21,6 @@ RELATIVE = 1e-5
 
 def close(actual, expected):
     return (actual - expected).norm() <= RELATIVE * expected.norm()
-
-
-def snapshot(model):
-    """Everything of a model that an executor could leave changed."""
-    state = {}
-    for path, module in model.named_modules():
-        attributes = {
-            name: value if not isinstance(value, dict) else dict(value)
-            for name, value in module.__dict__.items()
-        }
-        state[path] = attributes
-    return state
-
-
-def same_state(before, after):
-    for path, attributes in before.items():
-        assert attributes.keys() == after[path].keys(), path
-        for name, value in attributes.items():
-            other = after[path][name]
-            if isinstance(value, dict):
-                assert value.keys() == other.keys(), (path, name)
-                assert all(value[key] is other[key] for key in value), (path, name)
-            elif name not in ("rope_deltas",):
-                assert value is other or value == other, (path, name)
-    return True
 
 
 def mixed_plan(graph, tokens=()):

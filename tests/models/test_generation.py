@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import IMAGE
 from plans import dense_plan, plan_of
+from restored import same_state, snapshot
 from transformers import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -275,6 +276,7 @@ def test_bad_input_is_refused_in_one_sentence_and_the_model_stays_good(llava):
     executor = Executor(family.model, graph)
     inputs = family.inputs()
     stock = family.model(**inputs).logits
+    before = snapshot(family.model)
     text = {name: inputs[name][:, -5:] for name in ("input_ids", "attention_mask")}
     plan, tokens = planned(graph), planned(graph, tokens=STAGES)
     with executor.using(tokens), refused("the prompt has no image"):
@@ -303,6 +305,7 @@ def test_bad_input_is_refused_in_one_sentence_and_the_model_stays_good(llava):
         with refused(match):
             executor.attach(plan_of(graph, **broken))
     assert executor.program is None
+    assert same_state(before, snapshot(family.model))
     assert torch.equal(family.model(**inputs).logits, stock)
 
 

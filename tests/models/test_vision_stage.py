@@ -4,6 +4,7 @@ import pytest
 import torch
 from families import IMAGE
 from plans import plan_of
+from restored import same_state, snapshot
 
 from planner.ir.errors import InputError
 from planner.models.executor import Executor
@@ -113,6 +114,7 @@ def test_models_that_a_selector_cannot_work_with(lowered_family, name, text, mat
     plan = plan_of(graph, tokens=(TokenStage(0, 8, 16, text),))
     inputs = family.inputs()
     stock = family.model(**inputs).logits
+    before = snapshot(family.model)
     with pytest.raises(InputError, match=match), executor.using(plan):
         family.model(**inputs)
     assert torch.equal(family.model(**inputs).logits, stock)
@@ -123,3 +125,4 @@ def test_models_that_a_selector_cannot_work_with(lowered_family, name, text, mat
         executor.attach(
             [plan_of(graph), plan_of(graph, tokens=(TokenStage(0, 8, 16, "prumerge"),))]
         )
+    assert same_state(before, snapshot(family.model))
