@@ -24,10 +24,10 @@ from transformers.cache_utils import (
 )
 
 from planner.ir.errors import InputError
-from planner.models.program import Program
+from planner.models.program import LayerProgram, Program
 from planner.models.tokens import Keys
 
-__all__ = ["Part", "PlannedLayer", "kv_bytes", "plan_cache"]
+__all__ = ["Part", "PlannedLayer", "kv_bytes", "plan_cache", "redirect_cache"]
 
 PlanKey = tuple[object, ...]
 _DYNAMIC = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -273,15 +273,33 @@ def plan_cache(
         layers.extend(cache.layer_class_to_replicate() for _ in range(count - len(layers)))
     for index, layer in enumerate(program.layers):
         _check_kind(layers[index], program)
-        parts = []
-        for group, members in zip(layer.groups, rows[index], strict=True):
-            store = None
-            if group.on and group.heads != ():
-                # Behind a token stage a sliding window counts dropped tokens too: see `forget`.
-                store = DynamicLayer() if group.stages else _like(layers[index])
-            parts.append(Part(members, store))
+        parts = _parts(layer, layers[index], rows[index])
         layers[index] = PlannedLayer(layers[index], program.key, parts)
     return layers
+
+
+def redirect_cache(
+    layers: Sequence[PlannedLayer], program: Program, rows: Sequence[Sequence[Tensor | None]]
+) -> None:
+    """Let layers that nothing has passed yet obey another program; the others must do as before."""
+    for index, (layer, cached) in enumerate(zip(program.layers, layers, strict=True)):
+        cached.key = program.key
+        if not cached.total:
+            cached.parts = _parts(layer, cached.stock, rows[index])
+
+
+def _parts(
+    layer: LayerProgram, stock: CacheLayerMixin, rows: Sequence[Tensor | None]
+) -> list[Part]:
+    """Empty parts, one per group of a layer."""
+    parts = []
+    for group, members in zip(layer.groups, rows, strict=True):
+        store = None
+        if group.on and group.heads != ():
+            # Behind a token stage a sliding window counts dropped tokens too: see `_forget`.
+            store = DynamicLayer() if group.stages else _like(stock)
+        parts.append(Part(members, store))
+    return parts
 
 
 def _like(layer: CacheLayerMixin) -> CacheLayerMixin:

@@ -34,6 +34,7 @@ class Call:
     Attributes:
         batch: rows.
         tokens: tokens of this pass, before any is dropped.
+        device: where it runs.
         past: tokens before them.
         cache: the planned cache layers, None where there is no cache.
         rows: for each layer and group the batch rows, None for all.
@@ -48,6 +49,7 @@ class Call:
 
     batch: int
     tokens: int
+    device: torch.device
     past: int
     cache: list[PlannedLayer] | None
     rows: list[list[Tensor | None]]

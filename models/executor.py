@@ -22,14 +22,14 @@ from torch import nn
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.models.attention import AttentionBlock, probe
-from planner.models.bindings import BoundLayer, BoundLinear, bind
+from planner.models.bindings import BoundLayer, BoundLinear, BoundSite, bind
 from planner.models.layers import AttentionForward, LayerForward, Setup
 from planner.models.passes import Passes
 from planner.models.patches import ConfigView, Patches
 from planner.models.program import LayerGroup, LayerProgram, Program
 from planner.models.recording import recording
 from planner.models.slices import LinearForward, SliceStore
-from planner.models.stages import TokenStages
+from planner.models.stages import Places, TokenStages
 from planner.plan import Plan
 
 __all__ = ["Executor"]
@@ -62,6 +62,8 @@ class Executor:
         self._active: list[tuple[Program, bool]] = []
         self._patches = Patches()
         self._stages: TokenStages | None = None
+        self._passes: Passes | None = None
+        self._places: Places | None = None
 
     @property
     def program(self) -> Program | None:
@@ -77,7 +79,7 @@ class Executor:
         Raises:
             InputError: a plan does not fit the model; nothing has changed then.
         """
-        before, program = self._active, self._build(plans)
+        before, program = self._active, self.build(plans)
         try:
             self._switch([(program, True)])
         except BaseException:
@@ -86,6 +88,7 @@ class Executor:
 
     def detach(self) -> None:
         """Give the model back exactly as it was."""
+        self._places = None
         self._switch([])
         self.slices.clear()
 
@@ -99,36 +102,89 @@ class Executor:
         Raises:
             InputError: a plan does not fit the model; nothing has changed then.
         """
-        before, program = self._active, self._build(plans)
+        before, program = self._active, self.build(plans)
         try:
             self._switch([*before, (program, False)])
             yield
         finally:
             self._switch(before)
 
-    def _build(self, plans: Plans) -> Program:
+    def prepare(self) -> None:
+        """Learn ahead all that narrowing heads takes, which runs blocks of the model.
+
+        `redirect` cannot do that in the middle of a forward pass.
+        """
+        for layer in self.layers:
+            if layer.heads is not None and not layer.heads.obstacle:
+                self._probed(layer.heads)
+
+    def follow(self, program: Program, places: Places | None = None) -> None:
+        """Make a program active that `redirect` may change; even a dense one is then installed.
+
+        Args:
+            program: of plans that `build` has checked.
+            places: see `TokenStages`.
+        """
+        self._places = places
+        self._switch([(program, False)], always=True)
+
+    def resume(self, program: Program) -> None:
+        """Go on with another program between two forward passes; it has the same token stages."""
+        self._patches.undo()
+        self._active = [(program, False)]
+        self._install(program, False)
+
+    def redirect(self, plans: Plans) -> Program:
+        """Go on under other plans in the middle of a prompt's forward pass.
+
+        Call between two layers, under a program set by `follow`. The layers that have run must do
+        the same under the old plans and the new, and the token stages must be among them.
+
+        Returns:
+            The new program, for `resume` when the same cache is met again.
+
+        Raises:
+            InputError: a plan does not fit the model, or no pass is being made.
+        """
+        passes, program = self._passes, self.build(plans)
+        if passes is None or passes.current is None:
+            raise InputError("plans can be changed in mid-pass only while a prompt is being read")
+        self._patches.undo()
+        self._active = [(program, False)]
+        self._install(program, False, passes)
+        return program
+
+    def build(self, plans: Plans) -> Program:
+        """Check plans and work out who does what; raises InputError where one does not fit."""
         plans = [plans] if isinstance(plans, Plan) else list(plans)
         if not plans:
             raise InputError("an empty list of plans; give one plan, or one per sample")
         return Program.build(plans, self.graph, self.layers)
 
-    def _switch(self, active: list[tuple[Program, bool]]) -> None:
+    def _switch(self, active: list[tuple[Program, bool]], always: bool = False) -> None:
         self._patches.undo()
         if self._stages is not None:
             self._stages.close()
             self._stages = None
+        self._passes = None
         self._active = active
-        if active and not active[-1][0].is_dense:
+        if active and (always or not active[-1][0].is_dense):
             self._install(*active[-1])
 
-    def _install(self, program: Program, keep: bool) -> None:
-        """Shadow what the program touches; `keep`: it will stay, so weights are copied at once."""
+    def _install(self, program: Program, keep: bool, under_way: Passes | None = None) -> None:
+        """Shadow what the program touches.
+
+        `keep`: it will stay, so weights are copied at once. `under_way`: a pass to go on with.
+        """
         # Probing runs the model, so it comes before any change.
         blocks = [self._block(layer) for layer in program.layers]
         self.slices.begin()
-        if program.has_tokens:
-            self._stages = TokenStages(self.model, self.graph, program, self._patches)
+        if program.has_tokens and self._stages is None:
+            self._stages = TokenStages(self.model, self.graph, program, self._places)
         passes = Passes(program, self._stages)
+        if under_way is not None:
+            passes.take_over(under_way)
+        self._passes = passes
         for layer, block in zip(program.layers, blocks, strict=True):
             forward = LayerForward(passes, layer, self._setups(layer, block, passes, keep))
             self._patches.set(layer.layer.module, "forward", forward)
@@ -138,6 +194,9 @@ class Executor:
         site = layer.layer.heads
         if site is None or all(group.heads is None for group in layer.groups):
             return None
+        return self._probed(site)
+
+    def _probed(self, site: BoundSite) -> AttentionBlock:
         # Blocks of one class and one layout behave alike.
         layout = tuple((linear.features, linear.binding.blocks) for linear in site.linears)
         key = (type(site.module), site.site.lanes, layout)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from planner.ir.errors import InputError
-from planner.models.cache import plan_cache
+from planner.models.cache import plan_cache, redirect_cache
 from planner.models.calls import Call, Record
 from planner.models.program import Program
 from planner.models.recording import Recorded
@@ -51,11 +51,13 @@ class Passes:
         Raises:
             InputError: the inputs do not go with the plan, or hold values that are not finite.
         """
+        self.serving = (None, None)
         batch, tokens = hidden.shape[:2]
         rows = self._rows_of(batch, hidden.device)
         cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
         layers = None if cache is None else plan_cache(cache, self.program, rows)
-        call = Call(batch, tokens, layers[0].total if layers else 0, layers, rows)
+        past = layers[0].total if layers else 0
+        call = Call(batch, tokens, hidden.device, past, layers, rows)
         if tokens > 1 or not call.past:
             if self.stages is not None:
                 hidden = self.stages.enter(call, hidden)
@@ -67,6 +69,15 @@ class Passes:
                 )
         self.current = call
         return hidden
+
+    def take_over(self, other: Passes) -> None:
+        """Go on with a pass that another program began; the layers to come obey this one."""
+        call = other.current
+        assert call is not None
+        call.rows = self._rows_of(call.batch, call.device)
+        if call.cache is not None:
+            redirect_cache(call.cache, self.program, call.rows)
+        self.current = call
 
     def end(self) -> None:
         """Let go of the pass, and with it of the cache."""

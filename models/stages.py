@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch.utils.hooks import RemovableHandle
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.models.calls import Call, Record
-from planner.models.patches import Patches
 from planner.models.program import LayerGroup, Program
 from planner.models.selectors import (
     SELECTORS,
@@ -26,7 +26,9 @@ from planner.models.tokens import Kept, gather, scatter
 from planner.models.vision import VisionStage
 from planner.plan import TokenStage
 
-__all__ = ["TokenStages", "selector_of"]
+__all__ = ["Places", "TokenStages", "selector_of"]
+
+Places = Callable[[Tensor, bool], Tensor]
 
 
 def selector_of(stage: TokenStage) -> DecoderSelector | VisionSelector:
@@ -54,7 +56,8 @@ class TokenStages:
         model: the whole model; its arguments say where images are.
         graph: its Graph.
         program: what is active.
-        patches: where modules are shadowed, should a selector take that.
+        places: carries what is known of the model's tokens, shape (batch, tokens), over to the
+            tokens that the decoder gets, with the given value for those in addition.
 
     Attributes:
         recorded: layers whose attention some selector scores tokens by.
@@ -63,8 +66,11 @@ class TokenStages:
         InputError: a stage cannot be carried out on this model.
     """
 
-    def __init__(self, model: nn.Module, graph: Graph, program: Program, patches: Patches) -> None:
+    def __init__(
+        self, model: nn.Module, graph: Graph, program: Program, places: Places | None = None
+    ) -> None:
         self.program = program
+        self._places = places or (lambda known, value: known)
         self.selectors: dict[TokenStage, DecoderSelector] = {}
         self.recorded: set[int] = set()
         self._image_token = image_token(model)
@@ -83,7 +89,7 @@ class TokenStages:
                 if Needs.QUERY_KEY in selector.needs:
                     self.recorded.update(program.scored_by(stage))
         # Hooks come last: nothing is left behind where a stage is refused.
-        self._vision = None if vision is None else VisionStage(model, graph, vision, patches)
+        self._vision = None if vision is None else VisionStage(model, graph, vision)
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._arguments: dict[str, Any] = {}
         self._hooks: list[RemovableHandle] = [
@@ -118,13 +124,16 @@ class TokenStages:
         Raises:
             InputError: there is no image, or no telling where.
         """
-        ids = self._arguments.get("input_ids")
-        if ids is None or tuple(ids.shape[:2]) != (call.batch, call.tokens):
+        ids, image = self._arguments.get("input_ids"), None
+        if ids is not None:
+            image = ids.to(hidden.device) == self._image_token
+            # Masks cover all tokens from the first on, ids just those of this pass.
+            image = image if call.past else self._places(image, False)
+        if image is None or tuple(image.shape[:2]) != (call.batch, call.tokens):
             raise InputError(
                 "a plan with token stages finds the images by their tokens: call the whole model, "
                 "with input_ids rather than inputs_embeds"
             )
-        image = ids.to(hidden.device) == self._image_token
         if image.any():
             call.image = image
         elif not call.past:
@@ -141,7 +150,7 @@ class TokenStages:
             call.cache[0].ends_in_image = bool(image[:, -1].any())
         mask = self._arguments.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():
-            call.valid = mask.to(hidden.device).bool()
+            call.valid = self._places(mask.to(hidden.device).bool(), True)
         if self._vision is not None and call.image is not None:
             call.unwanted = image & (hidden == torch.inf).all(-1)
             hidden = hidden.masked_fill(call.unwanted[:, :, None], 0)

@@ -52,15 +52,12 @@ class VisionStage:
         model: a stock image-text model.
         graph: its Graph, which says where tower and projector are.
         selector: what picks.
-        patches: what the projector's `forward` is shadowed with.
 
     Raises:
         InputError: the model has no tower and projector that the selector can work with.
     """
 
-    def __init__(
-        self, model: nn.Module, graph: Graph, selector: VisionSelector, patches: Patches
-    ) -> None:
+    def __init__(self, model: nn.Module, graph: Graph, selector: VisionSelector) -> None:
         if Needs.TEXT_EMBEDDING in selector.needs:
             raise InputError(
                 f"{selector.name} compares patches with the prompt in CLIP's joint space, and "
@@ -89,10 +86,12 @@ class VisionStage:
             self._watch(model, what, path)
         module = model.get_submodule(projector)
         self._stock: Any = module.forward
-        patches.set(module, "forward", self._project)
+        self._patches = Patches()
+        self._patches.set(module, "forward", self._project)
 
     def close(self) -> None:
-        """Remove the hooks."""
+        """Give the model back as it was."""
+        self._patches.undo()
         for hook in self._hooks:
             hook.remove()
 

@@ -23,7 +23,7 @@ from planner.ir.graph import Graph
 from planner.problem import Choice, LayerChoices, Problem, SiteChoices, TokenOption
 from planner.utilities import Utilities
 
-__all__ = ["UNITS_PER_LAYER", "faithful_problem", "unfold", "unit_count"]
+__all__ = ["UNITS_PER_LAYER", "counted_fraction", "faithful_problem", "unfold", "unit_count"]
 
 UNITS_PER_LAYER = 4
 
@@ -34,7 +34,8 @@ def unit_count(layers: int, fraction: Fraction, per_layer: int = 1) -> int:
     return max(0, math.floor(layers * per_layer * fraction) - lower)
 
 
-def _fraction(budget: Budget, name: str) -> Fraction:
+def counted_fraction(budget: Budget, name: str) -> Fraction:
+    """The one fraction that a counting switch set can keep to; InputError for any other budget."""
     limits = budget.limits
     if len(limits) != 1 or limits[0].metric != "flops" or limits[0].fraction is None:
         raise InputError(
@@ -47,7 +48,7 @@ def faithful_problem(graph: Graph, budget: Budget, utilities: Utilities, name: s
     """The counting Problem of ``adallava-l`` or ``adallava-h``."""
     layers = graph.layers
     per_layer = 1 if name == "adallava-l" else UNITS_PER_LAYER
-    count = unit_count(layers, _fraction(budget, name), per_layer)
+    count = unit_count(layers, counted_fraction(budget, name), per_layer)
     choices = []
     for layer in range(layers):
         here = [s for s in graph.sites if s.layer == layer and s.kind != "layer"]

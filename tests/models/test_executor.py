@@ -192,3 +192,15 @@ def test_plans_without_token_stages_compile_to_one_graph(qwen3):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     executor.detach()
     assert close(compiled(ids).logits, family.model(ids).logits)
+
+
+@torch.no_grad()
+def test_a_second_prompt_under_a_token_stage_is_scored_by_itself(llava):
+    """What was padding in the first prompt must not be taken for padding of the second."""
+    family, graph = llava
+    plan = plan_of(graph, tokens=(TokenStage(2, 5, 16, "fastv"),))
+    long, short = family.inputs(batch=2, after=(6, 3)), family.inputs(batch=2, seed=1, after=(2, 1))
+    with Executor(family.model, graph).using(plan):
+        expected = family.model(**short).logits
+        family.model(**long)
+        assert torch.equal(family.model(**short).logits, expected)

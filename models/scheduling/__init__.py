@@ -1,0 +1,26 @@
+"""Schedulers: networks that turn an input and a budget into a plan, while the prompt is read.
+
+Enters: a stock model, its Graph, and a `Scheduler` (trained by `planner.training`). Leaves: the
+model obeying, sample by sample, the plans that the scheduler makes.
+
+    latency     the budget as a token (AdaLLaVA's latency encoder)
+    insertion   that token put into a prompt behind the model's back, and its output taken out
+    layouts     which switches the logits stand for; from logits to plans that keep to the budget
+    scheduler   the network, and its folder on disk
+    scheduled   a model running under it
+"""
+
+from planner.models.scheduling.layouts import LAYOUTS, Layout, Taken, layout_of
+from planner.models.scheduling.scheduled import Scheduled
+from planner.models.scheduling.scheduler import Scheduler, load_scheduler, save_scheduler
+
+__all__ = [
+    "LAYOUTS",
+    "Layout",
+    "Scheduled",
+    "Scheduler",
+    "Taken",
+    "layout_of",
+    "load_scheduler",
+    "save_scheduler",
+]

@@ -1,0 +1,271 @@
+"""Which switches a scheduler's logits stand for, and how logits become plans that keep to a budget.
+
+AdaLLaVA (arXiv 2503.10905), section 3.5: switches sit on the upper half of the decoder; the lower
+half always runs and carries the latency token to the scheduler. A budget is a number of switches
+(``adallava-l``: layers; ``adallava-h``: units of a quarter of a layer's heads and MLP groups), or,
+in ``cost``, what the cost model says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from planner.budgets import Budget
+from planner.faithful import UNITS_PER_LAYER, counted_fraction, unit_count
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph
+from planner.models.masked import Gates
+from planner.plan import Plan
+
+__all__ = ["LAYOUTS", "LayerSwitches", "Layout", "Taken", "UnitSwitches", "layout_of"]
+
+# Which switches are on, (batch, size), one column per logit: bool, or 0 and 1 with a gradient.
+Taken = Tensor
+
+
+class Layout(Protocol):
+    """Switches in the order of a scheduler's logits.
+
+    Attributes:
+        name: what users call it; a row of `LAYOUTS`.
+        graph: of the model.
+        first: the decoder layer where the switches begin; layers before it always run.
+        size: how many logits there are.
+        steps: the largest limit; at it everything is on.
+    """
+
+    name: str
+    graph: Graph
+    first: int
+    size: int
+    steps: int
+
+    def limit(self, budget: Budget) -> int:
+        """How much may be switched on under a budget, from 0 to `steps`.
+
+        Raises:
+            InputError: this layout cannot keep to such a budget.
+        """
+        ...
+
+    def decide(self, logits: Tensor, limits: Tensor) -> Taken:
+        """The best-scored switches that limits (batch,) allow, for logits (batch, size)."""
+        ...
+
+    def gates(self, taken: Taken) -> Gates:
+        """For the masked model. Where `taken` has a gradient, so have the gates."""
+        ...
+
+    def plan(self, taken: Taken, base: Plan) -> Plan:
+        """One sample's switches, shape (size,), as a plan; all else as in `base`."""
+        ...
+
+
+def _upper_half(graph: Graph) -> list[int]:
+    layers = list(range(graph.layers // 2, graph.layers))
+    if not graph.layers // 2:
+        raise InputError(f"'{graph.name}' has {graph.layers} layers, too few for a scheduler")
+    return layers
+
+
+@dataclass(frozen=True)
+class LayerSwitches:
+    """AdaLLaVA-L: one switch for each layer of the upper half."""
+
+    graph: Graph
+    name: str = "adallava-l"
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers that have a switch."""
+        missing = [
+            n for n in _upper_half(self.graph) if f"layer.{n}" not in self.graph.sites_by_name
+        ]
+        if missing:
+            raise InputError(f"'{self.graph.name}' cannot do without layer {missing[0]}")
+        return _upper_half(self.graph)
+
+    @property
+    def first(self) -> int:
+        """See `Layout`."""
+        return self.graph.layers // 2
+
+    @property
+    def size(self) -> int:
+        """See `Layout`."""
+        return len(self.layers)
+
+    steps = size
+
+    def limit(self, budget: Budget) -> int:
+        """See `Layout`; floor(L b) - L/2 layers of the upper half."""
+        return unit_count(self.graph.layers, counted_fraction(budget, self.name))
+
+    def decide(self, logits: Tensor, limits: Tensor) -> Taken:
+        """See `Layout`."""
+        ranks = logits.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+        return ranks < limits.to(ranks)[:, None]
+
+    def gates(self, taken: Taken) -> Gates:
+        """See `Layout`."""
+        columns = taken if taken.is_floating_point() else taken.float()
+        return Gates(layers={layer: columns[:, n] for n, layer in enumerate(self.layers)})
+
+    def plan(self, taken: Taken, base: Plan) -> Plan:
+        """See `Layout`."""
+        off = tuple(n for n, on in zip(self.layers, taken.tolist(), strict=True) if not on)
+        return replace(base, layers_off=off)
+
+
+@dataclass(frozen=True)
+class UnitSwitches:
+    """AdaLLaVA-H: a logit per head and per MLP group of the upper half, taken in units.
+
+    A unit is a quarter of a layer's heads with a quarter of its groups (8 and 8 of 32 on the 7B
+    model): the layer of the best logit that is left gives its best heads and, independently, its
+    best groups that are left. Under grouped-query attention a switch is a KV group. There are as
+    many MLP groups as heads. Logits go by layer, heads before groups.
+    """
+
+    graph: Graph
+    name: str = "adallava-h"
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers that have switches."""
+        return _upper_half(self.graph)
+
+    @property
+    def heads(self) -> int:
+        """Switches of an attention block, and of an MLP.
+
+        Raises:
+            InputError: the model has no such sites, or they cannot be quartered.
+        """
+        counts = set()
+        for layer in self.layers:
+            for kind in ("heads", "mlp"):
+                if f"{kind}.{layer}" not in self.graph.sites_by_name:
+                    raise InputError(
+                        f"'{self.graph.name}' has no {kind} to switch in layer {layer}"
+                    )
+            counts.add(self.graph.sites_by_name[f"heads.{layer}"].switches)
+        if len(counts) > 1 or min(counts) % UNITS_PER_LAYER:
+            raise InputError(
+                f"adallava-h takes a quarter of a layer's heads at a time, and '{self.graph.name}' "
+                f"has {', '.join(map(str, sorted(counts)))} KV groups in a layer; use adallava-l"
+            )
+        return counts.pop()
+
+    @property
+    def rank(self) -> int:
+        """Heads, and groups, in a unit."""
+        return self.heads // UNITS_PER_LAYER
+
+    @property
+    def first(self) -> int:
+        """See `Layout`."""
+        return self.graph.layers // 2
+
+    @property
+    def size(self) -> int:
+        """See `Layout`."""
+        return len(self.layers) * 2 * self.heads
+
+    @property
+    def steps(self) -> int:
+        """See `Layout`."""
+        return len(self.layers) * UNITS_PER_LAYER
+
+    def limit(self, budget: Budget) -> int:
+        """See `Layout`; floor(4 L b) - 2 L units."""
+        fraction = counted_fraction(budget, self.name)
+        return unit_count(self.graph.layers, fraction, UNITS_PER_LAYER)
+
+    def decide(self, logits: Tensor, limits: Tensor) -> Taken:
+        """See `Layout`."""
+        taken = torch.zeros_like(logits, dtype=torch.bool)
+        for step in range(int(limits.max()) if len(limits) else 0):
+            unit = self.next_unit(logits, taken)
+            taken = taken | (unit & (step < limits)[:, None])
+        return taken
+
+    def next_unit(self, logits: Tensor, taken: Taken) -> Taken:
+        """The unit that comes after those taken; shape (batch, size), bool."""
+        batch, heads = len(logits), self.heads
+        left = logits.detach().masked_fill(taken, -torch.inf)
+        layer = left.argmax(-1) // (2 * heads)
+        sites = left.view(batch, -1, 2, heads)
+        rows = torch.arange(batch, device=logits.device)
+        best = sites[rows, layer].topk(self.rank, -1).indices  # (batch, 2, rank)
+        unit = torch.zeros_like(sites, dtype=torch.bool)
+        unit[rows, layer] = torch.zeros_like(sites[:, 0], dtype=torch.bool).scatter(-1, best, True)
+        return unit.view(batch, -1)
+
+    def gates(self, taken: Taken) -> Gates:
+        """See `Layout`."""
+        batch = len(taken)
+        columns = (taken if taken.is_floating_point() else taken.float()).view(
+            batch, -1, 2, self.heads
+        )
+        layers: dict[int, Tensor] = {}
+        if not taken.requires_grad:
+            # A layer with nothing left is off with its biases too. In training it has none to
+            # leave out (Llama), and a closed gate would hide its switches from the gradient.
+            layers = {n: columns[:, i].flatten(1).amax(-1) for i, n in enumerate(self.layers)}
+        return Gates(
+            layers=layers,
+            heads={layer: columns[:, n, 0] for n, layer in enumerate(self.layers)},
+            mlp={layer: columns[:, n, 1] for n, layer in enumerate(self.layers)},
+        )
+
+    def plan(self, taken: Taken, base: Plan) -> Plan:
+        """See `Layout`."""
+        off: list[int] = []
+        kept: dict[str, dict[int, tuple[int, ...]]] = {"heads": {}, "mlp": {}}
+        for layer, sites in zip(self.layers, taken.view(-1, 2, self.heads), strict=True):
+            if not sites.any():
+                off.append(layer)
+                continue
+            for kind, row in zip(kept, sites, strict=True):
+                if not row.all():
+                    kept[kind][layer] = tuple(row.nonzero().flatten().tolist())
+        groups = dict.fromkeys(kept["mlp"], self.heads)
+        return replace(
+            base,
+            layers_off=tuple(off),
+            heads=kept["heads"],
+            mlp=kept["mlp"],
+            mlp_switches=groups,
+        )
+
+
+LAYOUTS: Mapping[str, Callable[[Graph], Layout]] = {
+    "adallava-l": LayerSwitches,
+    "adallava-h": UnitSwitches,
+}
+
+
+def layout_of(name: str, graph: Graph) -> Layout:
+    """The layout that users call `name`.
+
+    Raises:
+        InputError: there is none, or the model cannot have it.
+    """
+    if name not in LAYOUTS:
+        raise InputError(
+            f"unknown switches '{name}' of a scheduler: choose from {', '.join(LAYOUTS)}"
+        )
+    layout = LAYOUTS[name](graph)
+    _ = layout.size
+    return layout
+
+
+def limits_of(layout: Layout, budgets: Sequence[Any]) -> list[int]:
+    """Limits of several budgets, each a fraction, a text or a Budget."""
+    return [layout.limit(Budget.of(budget)) for budget in budgets]
