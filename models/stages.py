@@ -26,7 +26,7 @@ from planner.models.tokens import Kept, gather, scatter
 from planner.models.vision import VisionStage
 from planner.plan import TokenStage
 
-__all__ = ["Places", "TokenStages", "selector_of"]
+__all__ = ["Places", "TokenStages", "selector_of", "stages_of"]
 
 Places = Callable[[Tensor, bool], Tensor]
 
@@ -47,6 +47,21 @@ def selector_of(stage: TokenStage) -> DecoderSelector | VisionSelector:
             f"the plan runs {stage.selector} at layer {stage.layer}, but it works before layer 0"
         )
     return selector
+
+
+def stages_of(text: str, image_tokens: int) -> tuple[TokenStage, ...]:
+    """The token stages of a selector such as ``fastv:k=2,r=0.5``, on so many image tokens.
+
+    Raises:
+        InputError: there is no such selector, or it keeps a number that depends on content.
+    """
+    selector = parse(text)
+    stages = []
+    for layer, count in zip(selector.layers, selector.counts(image_tokens), strict=True):
+        if count is None:
+            raise InputError(f"how many tokens {text} keeps depends on the image: it has no cost")
+        stages.append(TokenStage(layer, count, image_tokens, str(selector)))
+    return tuple(stages)
 
 
 class TokenStages:

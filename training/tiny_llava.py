@@ -57,6 +57,7 @@ CHAT_TEMPLATE = """{% for message in messages %}\
 class TinyLlavaConfig(Config):
     """Everything that makes one tiny-llava; times are in steps, a batch counts images."""
 
+    recipe: str = "tiny-llava"
     output_dir: str
     export_dir: str | None = None
     seed: int = 0

@@ -10,16 +10,25 @@ model obeying, sample by sample, the plans that the scheduler makes.
     scheduled   a model running under it
 """
 
-from planner.models.scheduling.layouts import LAYOUTS, Layout, Taken, layout_of
+from planner.models.scheduling.layouts import (
+    LAYOUTS,
+    LayerSwitches,
+    Layout,
+    Taken,
+    UnitSwitches,
+    layout_of,
+)
 from planner.models.scheduling.scheduled import Scheduled
 from planner.models.scheduling.scheduler import Scheduler, load_scheduler, save_scheduler
 
 __all__ = [
     "LAYOUTS",
+    "LayerSwitches",
     "Layout",
     "Scheduled",
     "Scheduler",
     "Taken",
+    "UnitSwitches",
     "layout_of",
     "load_scheduler",
     "save_scheduler",

@@ -57,6 +57,10 @@ class Layout(Protocol):
         """The best-scored switches that limits (batch,) allow, for logits (batch, size)."""
         ...
 
+    def spent(self, taken: Taken) -> int:
+        """How much of a limit one sample's switches, shape (size,), use up."""
+        ...
+
     def gates(self, taken: Taken) -> Gates:
         """For the masked model. Where `taken` has a gradient, so have the gates."""
         ...
@@ -110,6 +114,10 @@ class LayerSwitches:
         """See `Layout`."""
         ranks = logits.argsort(dim=-1, descending=True, stable=True).argsort(-1)
         return ranks < limits.to(ranks)[:, None]
+
+    def spent(self, taken: Taken) -> int:
+        """See `Layout`."""
+        return int(taken.sum())
 
     def gates(self, taken: Taken) -> Gates:
         """See `Layout`."""
@@ -194,6 +202,10 @@ class UnitSwitches:
             unit = self.next_unit(logits, taken)
             taken = taken | (unit & (step < limits)[:, None])
         return taken
+
+    def spent(self, taken: Taken) -> int:
+        """See `Layout`."""
+        return int(taken.sum()) // (2 * self.rank)
 
     def next_unit(self, logits: Tensor, taken: Taken) -> Taken:
         """The unit that comes after those taken; shape (batch, size), bool."""

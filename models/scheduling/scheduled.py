@@ -170,6 +170,8 @@ class Scheduled:
     Attributes:
         taken: what was switched on for the last prompt, shape (batch, size).
         logits: the scheduler's for the last prompt, shape (batch, size).
+        limits: shape (1,) or (batch,): of the prompts to come, in the layout's measure.
+        decisions: `taken` of every prompt since `attach`.
         at: shape (batch,): places of the latency token in the prompts to come; None for the end.
     """
 
@@ -189,12 +191,13 @@ class Scheduled:
         self.layout = scheduler.layout
         self.taken: Tensor | None = None
         self.logits: Tensor | None = None
+        self.decisions: list[Tensor] = []
         self.at: Tensor | None = None
         self._mask = mask
         self._decide = decide or self.layout.decide
         self._executor = executor
         self._masked: MaskedExecutor | None = None
-        self._limits = torch.tensor([self.layout.steps])
+        self.limits = torch.tensor([self.layout.steps])
         self._obeying: Obeying | None = None
         self._patches = Patches()
         self._hooks = ExitStack()
@@ -240,7 +243,8 @@ class Scheduled:
 
     def attach_limits(self, limits: Tensor, base: Plan | None = None) -> None:
         """As `attach`, with limits in the layout's own measure, shape (1,) or (batch,)."""
-        self._limits = limits
+        self.limits = limits
+        self.decisions = []
         self._obeying = self._make_obeying(base or self.base())
         decoder: Any = self.model.get_decoder()
         self._stock = decoder.forward
@@ -322,13 +326,13 @@ class Scheduled:
                 "a static cache has no room for the latency token; leave cache_implementation at "
                 "its default"
             )
-        copies, rest = divmod(batch, len(self._limits))
+        copies, rest = divmod(batch, len(self.limits))
         if rest:
-            raise InputError(f"there are {len(self._limits)} budgets for a batch of {batch}")
+            raise InputError(f"there are {len(self.limits)} budgets for a batch of {batch}")
         at = self.at
         if at is None:
             at = end_of_prompt(kwargs.get("attention_mask"), batch, tokens, hidden.device)
-        limits = self._limits.to(hidden.device).repeat_interleave(copies)
+        limits = self.limits.to(hidden.device).repeat_interleave(copies)
         session = _Session(Insertion(at.to(hidden.device)), limits)
         if cache is not None:
             length = _Length(cache)
@@ -367,6 +371,8 @@ class Scheduled:
         self._current = None
         self.logits = self.scheduler(session.insertion.take(output))
         self.taken = self._decide(self.logits, session.limits)
+        if not self.taken.requires_grad:
+            self.decisions.append(self.taken.cpu())
         session.decided = self._obeying.obey(self.taken)
 
 

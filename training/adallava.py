@@ -1,0 +1,329 @@
+"""AdaLLaVA: a scheduler and its model trained together (arXiv 2503.10905).
+
+    planner train training/configs/adallava-l.yaml [--set learning_rate=1e-4 ...]
+
+Every sample comes with a budget drawn uniformly over what its switches can be; a plan within the
+budget is drawn from the scheduler, masks carry it out, and the gradient of the answer's
+cross-entropy reaches the decoder and, through the estimator, the scheduler. The result is a folder
+with a checkpoint that stock transformers loads, its processor, and the scheduler.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
+
+from planner.catalog import find_model
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph
+from planner.ir.lowering import lower_model
+from planner.models.scheduling import Scheduled, Scheduler, UnitSwitches, save_scheduler
+from planner.training.config import Config, parse_config
+from planner.training.costs import EqualCosts
+from planner.training.data import Conversation, LlavaConversations, Packer, SceneConversations
+from planner.training.data.conversations import FAMILY_WEIGHTS
+from planner.training.data.packing import IGNORE
+from planner.training.estimators import Deterministic, Estimator, GumbelSequential, parse
+from planner.training.tiny_llava import export as export_half
+from planner.training.trainer import RunTrainer
+from planner.training.unit_sampling import draw_units
+
+__all__ = ["AdaLlavaConfig", "AdaptiveModel", "BudgetCollator", "train"]
+
+
+class AdaLlavaConfig(Config):
+    """Everything that makes one AdaLLaVA model; a batch counts conversations."""
+
+    recipe: str = "adallava"
+    output_dir: str
+    export_dir: str | None = None
+    # Write the weights as fp16, to be shipped; the config asks for float32 still.
+    export_half: bool = False
+    seed: int = 0
+
+    model: str = "tiny-llava"
+    switches: str = "adallava-l"
+    estimator: str = "gumbel:temperature=5"
+    # Of the deterministic ablation: weight of what a plan costs beyond its budget.
+    penalty: float = 1.0
+
+    # LLaVA's conversation JSON and its images; rendered scenes where there is none.
+    conversations: str | None = None
+    image_folder: str | None = None
+    on_error: str = "raise"
+    scenes: int = 1_000_000
+    data_seed: int = 1
+    # How many turns a batch's conversations have, one of these drawn per batch.
+    turns: list[int] = [1]
+    description_share: float = 0.1
+    family_weights: dict[str, float] = FAMILY_WEIGHTS
+    max_text_tokens: int = 110
+
+    max_steps: int = 1000
+    batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 5e-4
+    scheduler_learning_rate: float | None = None
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.03
+    lr_schedule: str = "cosine"
+    freeze_vision: bool = True
+    dtype: str = "float32"
+    gradient_checkpointing: bool = False
+    fsdp: str = ""
+    fsdp_layer: str | None = None
+    deepspeed: str | None = None
+
+    save_steps: int = 200
+    logging_steps: int = 20
+    dataloader_workers: int = 0
+
+
+class AdaptiveModel(nn.Module):
+    """A stock model and its scheduler as one module to train.
+
+    Args:
+        model: a stock image-text model.
+        graph: its Graph.
+        scheduler: of that model.
+        estimator: how plans are drawn and what their gradient is.
+        penalty: see `AdaLlavaConfig`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        scheduler: Scheduler,
+        estimator: Estimator,
+        penalty: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if isinstance(scheduler.layout, UnitSwitches) and not isinstance(
+            estimator, GumbelSequential
+        ):
+            raise InputError(f"{scheduler.layout.name} draws units: its estimator is gumbel")
+        self.model = model
+        self.scheduler = scheduler
+        self.estimator = estimator
+        self.penalty = penalty
+        self._seeds: Tensor | None = None
+        # Not a submodule: the model and the scheduler are ones already.
+        scheduled = Scheduled(model, graph, scheduler, mask=True, decide=self._draw)
+        self._scheduled = [scheduled]
+        scheduled.attach_limits(torch.tensor([scheduler.layout.steps]))
+
+    @property
+    def scheduled(self) -> Scheduled:
+        """The model running under its scheduler."""
+        return self._scheduled[0]
+
+    def forward(self, labels: Tensor, limits: Tensor, seeds: Tensor, **inputs: Any) -> Any:
+        """The stock model's output with its loss, under plans drawn within limits.
+
+        Args:
+            labels: shape (batch, tokens); the latency token stands before the last answer.
+            limits: shape (batch,), in the layout's measure.
+            seeds: shape (batch,): of the noise; a sample's draws do not depend on its batch.
+            inputs: the model's other arguments.
+        """
+        self.scheduled.at = last_answer(labels)
+        self.scheduled.limits = limits
+        self._seeds = seeds
+        output = self.model(**inputs, labels=labels, use_cache=False)
+        if isinstance(self.estimator, Deterministic):
+            taken = self.scheduled.taken
+            assert taken is not None
+            excess = self.estimator.penalty(taken, EqualCosts(), limits)
+            output.loss = output.loss + self.penalty * excess / self.scheduler.layout.steps
+        return output
+
+    def _draw(self, logits: Tensor, limits: Tensor) -> Tensor:
+        layout = self.scheduler.layout
+        assert self._seeds is not None
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in self._seeds]
+        if isinstance(layout, UnitSwitches):
+            assert isinstance(self.estimator, GumbelSequential)
+            noise = torch.stack(
+                [
+                    torch.empty(layout.steps, layout.size).exponential_(generator=g)
+                    for g in generators
+                ],
+                dim=1,
+            )
+            gumbel = -noise.log().to(logits.device)
+            return draw_units(layout, logits, limits, gumbel, self.estimator.temperature)
+        costs, draw = EqualCosts(), self.estimator.draw
+        rows = zip(logits.split(1), limits.split(1), generators, strict=True)
+        return torch.cat([draw(row, costs, limit, noise).gates for row, limit, noise in rows])
+
+
+def last_answer(labels: Tensor) -> Tensor:
+    """Where the last answer begins, shape (batch,), for labels (batch, tokens)."""
+    answered = labels != IGNORE
+    starts = answered.clone()
+    starts[:, 1:] &= ~answered[:, :-1]
+    places = torch.arange(labels.shape[1], device=labels.device)
+    return (starts * places).amax(1).clamp(min=1)
+
+
+class BudgetCollator:
+    """Batches of conversations, each with a budget: `limits` and `seeds` follow from its id.
+
+    Args:
+        packer: makes dialogues.
+        steps: the largest limit; they are uniform over 0 to it.
+        seed: of the draws.
+        turns: lengths of conversations; a batch draws one.
+    """
+
+    def __init__(self, packer: Packer, steps: int, seed: int, turns: Sequence[int]) -> None:
+        self.packer, self.steps, self.seed, self.turns = packer, steps, seed, tuple(turns)
+
+    def __call__(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
+        """One training batch, with `ids` for error messages."""
+        draws = [random.Random(f"{self.seed}-{c.id}") for c in conversations]
+        turns = draws[0].choice(self.turns)
+        cut = [Conversation(c.id, c.image, c.turns[:turns], c.scene) for c in conversations]
+        return {
+            **self.packer(cut),
+            "limits": torch.tensor([draw.randint(0, self.steps) for draw in draws]),
+            "seeds": torch.tensor([draw.getrandbits(62) for draw in draws]),
+            "ids": [c.id for c in conversations],
+        }
+
+
+def train(config: dict[str, Any] | AdaLlavaConfig) -> AdaptiveModel:
+    """Train, or go on from the last checkpoint; export where `export_dir` is set."""
+    if isinstance(config, dict):
+        config = parse_config(AdaLlavaConfig, config)
+    trainer, adaptive, processor = build_trainer(config)
+    trainer.run()
+    adaptive.scheduled.detach()
+    if config.export_dir is not None and trainer.args.should_save:
+        export(adaptive, processor, config)
+    return adaptive
+
+
+def build_trainer(config: AdaLlavaConfig) -> tuple[RunTrainer, AdaptiveModel, Any]:
+    """(trainer ready to start or resume, what it trains, processor)."""
+    set_seed(config.seed)
+    source = find_model(config.model, False)
+    where = str(source.folder or source.hub_id or config.model)
+    dtype = getattr(torch, config.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise InputError(f"unknown dtype '{config.dtype}'")
+    model = AutoModelForImageTextToText.from_pretrained(where, dtype=dtype)
+    processor = AutoProcessor.from_pretrained(where)
+    graph = lower_model(model, config.model.rstrip("/").rpartition("/")[2])
+    if config.freeze_vision:
+        _freeze_vision(model)
+    scheduler = Scheduler.of(graph, config.switches)
+    adaptive = AdaptiveModel(model, graph, scheduler, parse(config.estimator), config.penalty)
+    packer = Packer(processor, config.max_text_tokens, dialogue_share=1.0)
+    collator = BudgetCollator(packer, scheduler.layout.steps, config.seed, config.turns)
+    trainer = RunTrainer(
+        model=adaptive,
+        args=_arguments(config),
+        train_dataset=_dataset(config),
+        data_collator=collator,
+        processing_class=processor,
+        optimizers=(_optimizer(adaptive, config), None),
+    )
+    return trainer, adaptive, processor
+
+
+def _freeze_vision(model: Any) -> None:
+    """The vision encoder stays as it is, as in LLaVA's second stage; its projector is trained."""
+    tower = model.get_encoder("image")
+    if tower is not None:
+        tower.requires_grad_(False)
+
+
+def _optimizer(adaptive: AdaptiveModel, config: AdaLlavaConfig) -> torch.optim.Optimizer:
+    rate = config.scheduler_learning_rate or config.learning_rate
+    groups = [
+        {"params": [p for p in adaptive.model.parameters() if p.requires_grad]},
+        {"params": list(adaptive.scheduler.parameters()), "lr": rate},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)
+    )
+
+
+def _dataset(config: AdaLlavaConfig) -> Sequence[Conversation]:
+    if config.conversations is not None:
+        if config.image_folder is None:
+            raise InputError("conversations need their image_folder")
+        return LlavaConversations(config.conversations, config.image_folder, config.on_error)
+    return SceneConversations(
+        "train",
+        config.scenes,
+        config.data_seed + 10 * config.seed,
+        max(config.turns),
+        max(0, max(config.turns) - 1),
+        config.description_share,
+        config.family_weights,
+    )
+
+
+def _arguments(config: AdaLlavaConfig) -> TrainingArguments:
+    distributed: dict[str, Any] = {}
+    if config.fsdp:
+        distributed["fsdp"] = config.fsdp
+        distributed["fsdp_config"] = {"transformer_layer_cls_to_wrap": config.fsdp_layer}
+    if config.deepspeed:
+        distributed["deepspeed"] = config.deepspeed
+    return TrainingArguments(
+        output_dir=config.output_dir,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_checkpointing=config.gradient_checkpointing,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_schedule,
+        warmup_steps=round(config.warmup_ratio * config.max_steps),
+        max_grad_norm=1.0,
+        bf16=config.dtype == "bfloat16",
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        dataloader_num_workers=config.dataloader_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to=_reports(),
+        seed=config.seed,
+        data_seed=config.seed,
+        **distributed,
+    )
+
+
+def _reports() -> list[str]:
+    """TensorBoard where it is installed."""
+    from transformers.integrations import is_tensorboard_available
+
+    return ["tensorboard"] if is_tensorboard_available() else []
+
+
+def export(adaptive: AdaptiveModel, processor: Any, config: AdaLlavaConfig) -> None:
+    """Write the checkpoint, the processor, the scheduler and the configuration into a folder."""
+    assert config.export_dir is not None
+    folder = Path(config.export_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.export_half:
+        export_half(adaptive.model, processor, folder)
+    else:
+        adaptive.model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    adaptive.scheduler.provenance = {
+        "recipe": config.model_dump(exclude={"output_dir", "export_dir"}),
+    }
+    save_scheduler(adaptive.scheduler, folder)

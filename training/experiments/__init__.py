@@ -1,0 +1,83 @@
+"""Tables of the AdaLLaVA paper on a small model: what is trained, what is measured, on what.
+
+    planner experiment table1 [--seeds 0,1,2] [--samples 600]
+
+Every cell is measured once and kept in the working folder, so a run that was stopped goes on. A
+seed stands for the training run and for the test questions, so the base model has a spread too.
+
+    tables      which cells make which table
+    bench       training and measuring them
+    page        tables as text and pictures
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from planner.ir.errors import InputError
+from planner.training.experiments.bench import Bench, Progress
+from planner.training.experiments.tables import EXPERIMENTS
+
+__all__ = ["EXPERIMENTS", "run_experiment", "summarise"]
+
+
+def run_experiment(
+    name: str,
+    work: Path,
+    seeds: Sequence[int] = (0, 1, 2),
+    samples: int = 600,
+    overrides: Sequence[str] = (),
+    progress: Progress = lambda text: None,
+) -> dict[str, Any]:
+    """Train what is missing, measure what is missing, and give back the whole table.
+
+    Args:
+        name: of `EXPERIMENTS`.
+        work: where models and cells are kept.
+        seeds: training runs.
+        samples: test questions per seed.
+        overrides: of every training configuration, such as ``max_steps=10``.
+        progress: told what comes next.
+
+    Raises:
+        InputError: no such experiment.
+        PlannerError: skipping and masking disagree; nothing is reported then.
+    """
+    if name not in EXPERIMENTS:
+        raise InputError(f"unknown experiment '{name}': choose from {', '.join(EXPERIMENTS)}")
+    experiment = EXPERIMENTS[name]
+    rows = []
+    for seed in seeds:
+        bench = Bench(work, seed, samples, tuple(overrides), progress)
+        for cell in experiment.cells:
+            rows.append({"seed": seed, **bench.measured(cell)})
+    return {
+        "experiment": name,
+        "title": experiment.title,
+        "seeds": list(seeds),
+        "samples": samples,
+        "overrides": list(overrides),
+        "cells": rows,
+        "summary": summarise(rows),
+    }
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over seeds of every row, in the order of the first seed."""
+    groups: dict[tuple[str, str, float], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["tokens"], row["budget"]), []).append(row)
+    summary = []
+    for (method, tokens, budget), members in groups.items():
+        entry: dict[str, Any] = {"method": method, "tokens": tokens, "budget": budget}
+        for measure in ("accuracy", "cost_fraction", "utilisation", "success"):
+            values = [float(member[measure]) for member in members]
+            entry[measure] = mean(values)
+            entry[f"{measure}_spread"] = stdev(values) if len(values) > 1 else 0.0
+        families = members[0]["families"]
+        entry["families"] = {f: mean(m["families"][f] for m in members) for f in families}
+        summary.append(entry)
+    return summary

@@ -1,0 +1,89 @@
+"""Which cells make which table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+__all__ = ["EXPERIMENTS", "Cell", "Experiment"]
+
+BUDGETS = (1.0, 0.85, 0.6, 0.5)
+PRUMERGE, FASTV = "prumerge+:ratio=0.125", "fastv:k=2,r=0.5"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measured accuracy.
+
+    Attributes:
+        method: the row's name.
+        budget: of the base model.
+        tokens: a token selector, "" for none.
+        config: file name of the training configuration; "" for the model as it is shipped.
+        overrides: of that configuration.
+        rule: how a trained model's switches are chosen: ``scheduler``, ``random``, ``depth`` or
+            ``threshold``; or, without training, ``base``, ``prior`` or ``calibrated``.
+        switches: of a static plan.
+    """
+
+    method: str
+    budget: float
+    tokens: str = ""
+    config: str = ""
+    overrides: tuple[str, ...] = ()
+    rule: str = "scheduler"
+    switches: str = ""
+
+    @property
+    def key(self) -> str:
+        """What tells it from other cells, as a file name."""
+        parts = [self.method, self.tokens, f"{self.budget:g}"]
+        return "_".join(p for p in parts if p).replace(" ", "-").replace(":", "-")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A table: what it is called, and its cells."""
+
+    title: str
+    cells: Sequence[Cell]
+
+
+def _table1() -> Iterator[Cell]:
+    for tokens in ("", PRUMERGE, FASTV):
+        yield Cell("tiny-llava", 1.0, tokens, rule="base")
+        for name in ("adallava-l", "adallava-h"):
+            for budget in BUDGETS:
+                yield Cell(name, budget, tokens, f"{name}.yaml")
+
+
+def _baselines() -> Iterator[Cell]:
+    for budget in (0.85, 0.6, 0.5):
+        for name in ("adallava-l", "adallava-h"):
+            yield Cell(name, budget, "", f"{name}.yaml")
+            for rule in ("random", "depth"):
+                yield Cell(f"{name}, {rule} plans", budget, "", f"{name}.yaml", rule=rule)
+        for rule in ("prior", "calibrated"):
+            for switches in ("layers", "layers,heads,mlp"):
+                method = f"static, {rule}, {switches.replace(',', ' ')}"
+                yield Cell(method, budget, rule=rule, switches=switches)
+
+
+def _table3() -> Iterator[Cell]:
+    for budget in (0.95, 0.85, 0.75, 0.6):
+        yield Cell("probabilistic", budget, "", "adallava-l.yaml")
+        yield Cell(
+            "deterministic",
+            budget,
+            "",
+            "adallava-l.yaml",
+            ("estimator=deterministic",),
+            rule="threshold",
+        )
+
+
+EXPERIMENTS: Mapping[str, Experiment] = {
+    "table1": Experiment("Accuracy under budgets, with and without token selection", [*_table1()]),
+    "baselines": Experiment("The scheduler against simpler ways to decide", [*_baselines()]),
+    "table3": Experiment("Probabilistic against deterministic scheduling", [*_table3()]),
+}
