@@ -24,10 +24,8 @@ it. A new method is its own file, a line in the registry below and its twin in t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
 
-from planner.ir.errors import InputError
-from planner.models.selectors.arguments import Arguments
+from planner.models.selectors.arguments import read_named
 from planner.models.selectors.base import (
     DecoderInputs,
     DecoderSelection,
@@ -92,29 +90,12 @@ SELECTORS: Mapping[str, type[Selector]] = {
 
 KV_POLICIES: Mapping[str, type[H2O]] = {"h2o": H2O}
 
-T = TypeVar("T", bound=Arguments)
-
 
 def parse(text: str) -> Selector:
     """Read a selector, for example ``fastv:k=2,r=0.5``; InputError says what is wrong."""
-    return _parse(text, SELECTORS, "token selector")
+    return read_named(text, SELECTORS, "token selector")
 
 
 def parse_kv_policy(text: str) -> H2O:
     """Read a KV cache policy, for example ``h2o:heavy=0.25,recent=0.25``."""
-    return _parse(text, KV_POLICIES, "KV cache policy")
-
-
-def _parse(text: str, registry: Mapping[str, type[T]], what: str) -> T:
-    name, _, rest = text.strip().partition(":")
-    if name not in registry:
-        raise InputError(f"There is no {what} '{name}'; known: {', '.join(registry)}.")
-    arguments: dict[str, str] = {}
-    for part in rest.split(",") if rest else ():
-        field, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or not field or not value:
-            raise InputError(f"'{text}' is not of the form {name}:field=value,field=value.")
-        if field in arguments:
-            raise InputError(f"'{text}' gives {field} twice.")
-        arguments[field] = value
-    return registry[name].read(arguments)
+    return read_named(text, KV_POLICIES, "KV cache policy")

@@ -1,14 +1,14 @@
-"""The text form of a selector: ``name:field=value,field=value``."""
+"""Methods with parameters as text: ``name:field=value,field=value``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, Self, get_args, get_type_hints
+from typing import Any, ClassVar, Self, TypeVar, get_args, get_type_hints
 
 from planner.ir.errors import InputError
 
-__all__ = ["Arguments"]
+__all__ = ["Arguments", "read_named"]
 
 
 def _read_flag(text: str) -> bool:
@@ -83,3 +83,22 @@ class Arguments:
         if not good:
             text = _write(getattr(self, field))
             raise InputError(f"{self.name}:{field}={text} is out of range: {field} is {wanted}.")
+
+
+T = TypeVar("T", bound=Arguments)
+
+
+def read_named(text: str, registry: Mapping[str, type[T]], what: str) -> T:
+    """Read ``name:field=value,...`` as one of a registry; InputError says what is wrong."""
+    name, _, rest = text.strip().partition(":")
+    if name not in registry:
+        raise InputError(f"There is no {what} '{name}'; known: {', '.join(registry)}.")
+    arguments: dict[str, str] = {}
+    for part in rest.split(",") if rest else ():
+        field, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not field or not value:
+            raise InputError(f"'{text}' is not of the form {name}:field=value,field=value.")
+        if field in arguments:
+            raise InputError(f"'{text}' gives {field} twice.")
+        arguments[field] = value
+    return registry[name].read(arguments)

@@ -1,0 +1,408 @@
+"""Estimators: how a scheduler's logits become switches, and how gradients get back through them.
+
+Enters: logits (batch, switches), what switches cost, and what each sample may spend. Leaves:
+switches that keep to it, in training with a gradient (`Estimator.draw`), at inference without noise
+(`Estimator.decide`).
+
+| estimator     | sample                               | gradient                                 |
+|---------------|--------------------------------------|------------------------------------------|
+| gumbel        | one by one, fresh noise each         | softmax of every draw, straight-through  |
+| gumbel-topk   | the best under one noise             | relaxed top-k, straight-through          |
+| simple        | exact, from the subsets that fill up | of the exact marginals                   |
+| deterministic | a threshold; no limit is enforced    | sigmoid, straight-through; and a penalty |
+
+With costs that are not equal, a switch is a candidate while it still fits what is left, and draws
+go on until none does. So every sample keeps to its limit and leaves no room for a further switch.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from planner.ir.errors import InputError
+from planner.models.selectors.arguments import Arguments, read_named
+from planner.training.costs import Costs
+from planner.training.subsets import Subsets
+
+__all__ = [
+    "ESTIMATORS",
+    "Deterministic",
+    "Drawn",
+    "Estimator",
+    "GumbelSequential",
+    "GumbelTopK",
+    "Simple",
+    "log_probability",
+    "parse",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Sampled switches.
+
+    Attributes:
+        gates: shape (batch, switches), 0 or 1 in value; the estimator's gradient flows through.
+        taken: shape (batch, switches), bool: the same without a gradient.
+        log_probability: shape (batch,), differentiable, where the estimator knows it: of `order`,
+            or where that is None of the set `taken`.
+        order: shape (batch, draws), int64: switches in the order drawn, -1 after the last.
+    """
+
+    gates: Tensor
+    taken: Tensor
+    log_probability: Tensor | None = None
+    order: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Estimator(Arguments):
+    """Samples switches under limits; read from, and written as, ``gumbel:temperature=5``."""
+
+    @abstractmethod
+    def draw(
+        self,
+        logits: Tensor,
+        costs: Costs,
+        limits: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Drawn:
+        """Sample switches, for training.
+
+        Args:
+            logits: shape (batch, switches).
+            costs: of the switches.
+            limits: shape (batch,), int64, not negative: what every sample may spend.
+            generator: of the noise, on the device of the logits.
+
+        Raises:
+            InputError: a limit is negative, or the estimator cannot work with such costs.
+        """
+
+    def decide(self, logits: Tensor, costs: Costs, limits: Tensor) -> Tensor:
+        """The best-scored switches that fit, for inference: no noise.
+
+        Switches are taken by logit while they fit what is left, and passed over otherwise; the rule
+        of `planner.solver.take_while_fits`.
+
+        Args:
+            logits: shape (batch, switches).
+            costs: of the switches.
+            limits: shape (batch,), int64, not negative.
+
+        Returns:
+            Shape (batch, switches), bool.
+        """
+        best = _by_rank(costs.ranked(logits.detach()))
+        taken = torch.zeros_like(logits, dtype=torch.bool)
+        for turn in _turns(best, taken, costs, limits):
+            taken = turn.taken
+        return taken
+
+
+@dataclass(frozen=True, eq=False)
+class _Turn:
+    """One draw for every sample that still has candidates.
+
+    Attributes:
+        candidates: shape (batch, switches), bool: not taken, and fitting what is left.
+        active: shape (batch,), bool: whether the sample has candidates.
+        pick: shape (batch,), int64: the switch taken, where active.
+        taken: shape (batch, switches), bool: after the draw.
+    """
+
+    candidates: Tensor
+    active: Tensor
+    pick: Tensor
+    taken: Tensor
+
+
+def _turns(
+    choose: Callable[[Tensor], Tensor], taken: Tensor, costs: Costs, limits: Tensor
+) -> Iterator[_Turn]:
+    """Take one switch after the other while any fits, in all samples at once.
+
+    Args:
+        choose: candidates (batch, switches) -> one of them for each sample, (batch,).
+        taken: shape (batch, switches), bool: what is on at the start, all of it paid for.
+        costs: of the switches.
+        limits: shape (batch,).
+    """
+    _check(limits)
+    left = limits.to(taken.device, torch.int64)
+    while True:
+        price = costs.of_next(taken)
+        candidates = ~taken & (price <= left[:, None])
+        active = candidates.any(-1)
+        if not active.any():
+            return
+        pick = choose(candidates)
+        chosen = torch.zeros_like(taken).scatter(1, pick[:, None], active[:, None])
+        taken = taken | chosen
+        left = left - torch.where(chosen, price, 0).sum(-1)
+        yield _Turn(candidates, active, pick, taken)
+
+
+def _check(limits: Tensor) -> None:
+    if (limits < 0).any():
+        raise InputError(f"a limit of {int(limits.min())} leaves nothing to choose")
+
+
+def _by_rank(order: Tensor) -> Callable[[Tensor], Tensor]:
+    """Choose the candidate that comes first in an order of switches, (batch, switches)."""
+    rank = order.argsort(-1)
+    last = order.shape[-1]
+    return lambda candidates: rank.masked_fill(~candidates, last).argmin(-1)
+
+
+def _gumbel(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard Gumbel noise in float32, -log of exponential noise."""
+    noise = torch.empty_like(like, dtype=torch.float32, requires_grad=False)
+    tiny = torch.finfo(torch.float32).tiny
+    return -noise.exponential_(generator=generator).clamp_(min=tiny).log()
+
+
+def _straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """`hard` in value, exactly; the gradient of `soft`."""
+    return hard.to(soft) + (soft - soft.detach())
+
+
+@dataclass(frozen=True)
+class GumbelSequential(Estimator):
+    """AdaLLaVA's sampling (arXiv 2503.10905, sections 3.3 and 3.4 and supplement).
+
+    One draw after the other, fresh Gumbel noise each, what was drawn at -inf; every draw is one-hot
+    with the gradient of its softmax (Jang et al., arXiv 1611.01144), and draws are summed.
+
+    Attributes:
+        temperature: of the softmax; it does not change what is drawn.
+    """
+
+    name: ClassVar[str] = "gumbel"
+    temperature: float = 5.0
+
+    def __post_init__(self) -> None:
+        self.check("temperature", self.temperature > 0, "more than 0")
+
+    def draw(
+        self,
+        logits: Tensor,
+        costs: Costs,
+        limits: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Drawn:
+        """See `Estimator`; with the log-probability of the order."""
+        scores = logits.float()
+        taken = torch.zeros_like(scores, dtype=torch.bool)
+        soft = 0 * scores  # a function of the logits even where nothing is drawn
+        noisy = scores
+
+        def choose(candidates: Tensor) -> Tensor:
+            nonlocal noisy
+            noisy = scores + _gumbel(scores, generator)
+            return noisy.detach().masked_fill(~candidates, -torch.inf).argmax(-1)
+
+        total = soft.sum(-1)
+        picks = []
+        for turn in _turns(choose, taken, costs, limits):
+            taken = turn.taken
+            soft = soft + _softmax(noisy / self.temperature, turn.candidates)
+            total = total + _log_chance(scores, turn)
+            picks.append(turn.pick.masked_fill(~turn.active, -1))
+        order = torch.stack(picks, 1) if picks else taken.new_zeros((len(taken), 0)).long()
+        return Drawn(_straight_through(taken, soft), taken, total, order)
+
+
+def log_probability(order: Tensor, logits: Tensor, costs: Costs, limits: Tensor) -> Tensor:
+    """Log-probability that `GumbelSequential` draws switches in an order (Plackett-Luce).
+
+    At every draw, the log-softmax of the logits over the candidates. Policy gradients need it under
+    logits other than those that the order was drawn from.
+
+    Args:
+        order: shape (batch, draws), as in `Drawn`.
+        logits: shape (batch, switches).
+        costs: that the order was drawn with.
+        limits: that it was drawn with, shape (batch,).
+
+    Returns:
+        Shape (batch,), differentiable.
+    """
+    scores = logits.float()
+    columns = iter(order.unbind(1))
+    taken = torch.zeros_like(scores, dtype=torch.bool)
+    total = scores.new_zeros(len(scores))
+    for turn in _turns(lambda _: next(columns).clamp(min=0), taken, costs, limits):
+        total = total + _log_chance(scores, turn)
+    return total
+
+
+def _softmax(scores: Tensor, among: Tensor) -> Tensor:
+    """Softmax over some switches, 0 elsewhere; rows without any are 0 throughout."""
+    empty = ~among.any(-1, keepdim=True)
+    shares = scores.masked_fill(~among & ~empty, -torch.inf).softmax(-1)
+    return shares.masked_fill(~among, 0)
+
+
+def _log_chance(scores: Tensor, turn: _Turn) -> Tensor:
+    """Log-probability of a turn's picks, 0 for samples without candidates; shape (batch,)."""
+    out = turn.active[:, None] & ~turn.candidates
+    chances = scores.masked_fill(out, -torch.inf).log_softmax(-1)
+    return torch.where(turn.active, chances.gather(1, turn.pick[:, None])[:, 0], 0)
+
+
+@dataclass(frozen=True)
+class GumbelTopK(Estimator):
+    """One noise for all draws: the best under it that fit, and a relaxed top-k behind them.
+
+    The best k under Gumbel noise are a sample without replacement (Kool et al., arXiv 1903.06059).
+    The gradient is that of k softmaxes, each with the switches before it pushed down by log(1 - p)
+    (Xie and Ermon, arXiv 1901.10517, section 4).
+
+    Attributes:
+        temperature: of the relaxation; it does not change what is drawn.
+    """
+
+    name: ClassVar[str] = "gumbel-topk"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.check("temperature", self.temperature > 0, "more than 0")
+
+    def draw(
+        self,
+        logits: Tensor,
+        costs: Costs,
+        limits: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Drawn:
+        """See `Estimator`."""
+        scores = logits.float()
+        keys = scores + _gumbel(scores, generator)
+        taken = torch.zeros_like(scores, dtype=torch.bool)
+        soft = 0 * scores  # a function of the logits even where nothing is drawn
+        tiny = torch.finfo(scores.dtype).tiny
+        for turn in _turns(_by_rank(costs.ranked(keys.detach())), taken, costs, limits):
+            # What was taken is pushed down only as far as the relaxation took it.
+            share = _softmax(keys / self.temperature, turn.candidates | taken)
+            soft = soft + share
+            keys = keys + (1 - share).clamp(min=tiny).log()
+            taken = turn.taken
+        return Drawn(_straight_through(taken, soft), taken)
+
+
+@dataclass(frozen=True)
+class Simple(Estimator):
+    """SIMPLE (Ahmed et al., arXiv 2210.01941): exact samples, and the gradient of exact marginals.
+
+    Subsets that leave no room for a further switch have probability proportional to the product of
+    exp(logit) over what they hold; with equal costs these are the subsets of k switches. Costs must
+    add up. Where they need more than `columns` steps to the limit, they are counted in coarser
+    units, rounded up, and room that this leaves is filled by logit.
+
+    Attributes:
+        columns: largest number of steps in which a limit is counted.
+    """
+
+    name: ClassVar[str] = "simple"
+    columns: int = 1024
+
+    def __post_init__(self) -> None:
+        self.check("columns", self.columns > 0, "at least 1")
+
+    def draw(
+        self,
+        logits: Tensor,
+        costs: Costs,
+        limits: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Drawn:
+        """See `Estimator`; with the log-probability of the set, where costs were not rounded."""
+        if not costs.additive:
+            raise InputError("simple needs costs that add up: use gumbel or gumbel-topk here")
+        _check(limits)
+        nothing = torch.zeros_like(logits, dtype=torch.bool)
+        prices = costs.of_next(nothing)
+        subsets = Subsets.of(logits, prices, limits, self.columns)
+        taken = sampled = subsets.sample(generator)
+        left = limits.to(logits.device) - torch.where(sampled, prices, 0).sum(-1)
+        best = _by_rank(costs.ranked(logits.detach()))
+        for turn in _turns(best, sampled, costs, left):
+            taken = turn.taken
+        gates = taken.float()
+        if subsets.weights.requires_grad:
+            gates = _straight_through(taken, subsets.marginals().float())
+        log_chance = subsets.log_probability(sampled).float() if subsets.exact else None
+        return Drawn(gates, taken, log_chance)
+
+
+@dataclass(frozen=True)
+class Deterministic(Estimator):
+    """The paper's ablation (arXiv 2503.10905, section 3.3 and Table 3): a hard plan, no sampling.
+
+    A switch is on where its logit is positive, whatever the limit; the loss has `penalty` added.
+
+    Attributes:
+        weight: lambda, the weight of the penalty.
+    """
+
+    name: ClassVar[str] = "deterministic"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.check("weight", self.weight >= 0, "0 or more")
+
+    def draw(
+        self,
+        logits: Tensor,
+        costs: Costs,
+        limits: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Drawn:
+        """See `Estimator`, but that nothing is random and no limit is kept to."""
+        taken = self.decide(logits, costs, limits)
+        return Drawn(_straight_through(taken, logits.float().sigmoid()), taken)
+
+    def decide(self, logits: Tensor, costs: Costs, limits: Tensor) -> Tensor:
+        """Switches with positive logits; shape (batch, switches), bool."""
+        return logits > 0
+
+    def penalty(self, gates: Tensor, costs: Costs, limits: Tensor) -> Tensor:
+        """lambda * max(0, cost - limit) / limit, the cost in excess as a share of the limit.
+
+        Args:
+            gates: shape (batch, switches), of `draw`.
+            costs: of the switches; they must add up.
+            limits: shape (batch,); one of 0 counts as 1.
+
+        Returns:
+            Shape (batch,), differentiable.
+
+        Raises:
+            InputError: costs do not add up.
+        """
+        if not costs.additive:
+            raise InputError("the penalty needs costs that add up")
+        prices = costs.of_next(torch.zeros_like(gates, dtype=torch.bool)).double()
+        limit = limits.to(prices).clamp(min=1)
+        excess = ((gates.double() * prices).sum(-1) - limits.to(prices)) / limit
+        return (self.weight * excess.relu()).float()
+
+
+ESTIMATORS: Mapping[str, type[Estimator]] = {
+    "gumbel": GumbelSequential,
+    "gumbel-topk": GumbelTopK,
+    "simple": Simple,
+    "deterministic": Deterministic,
+}
+
+
+def parse(text: str) -> Estimator:
+    """Read an estimator, for example ``gumbel:temperature=5``; InputError says what is wrong."""
+    return read_named(text, ESTIMATORS, "estimator")

@@ -1,0 +1,174 @@
+"""Exact distributions over subsets that fill a limit, by a dynamic programme over cost.
+
+SIMPLE (Ahmed et al., arXiv 2210.01941) computes partition function, samples and marginals of the
+k-subsets. Here costs may differ, and the subsets are those that fit and leave no room for another
+item; with equal costs these are the k-subsets.
+
+Sort items by cost. In such a subset everything before the first missing item m is present, and what
+is left is less than the cost of m, which is the cheapest one missing. So the subsets fall into
+disjoint classes by m, and each is a sum over totals of the items after m.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Subsets"]
+
+# Stands for log 0: differentiable without NaN, and exp of it is 0.
+_LOG_ZERO = -1e300
+
+
+@dataclass(frozen=True, eq=False)
+class Subsets:
+    """P(subset) proportional to the product of exp(weight) over its items; in float64.
+
+    Attributes:
+        weights: shape (batch, items), float64, items by ascending cost.
+        costs: shape (batch, items), int64, ascending; more than the limit counts as limit + 1.
+        limits: shape (batch,), int64.
+        order: shape (batch, items): which item stands at each place.
+        exact: whether costs are as given, and not rounded up to coarser units.
+    """
+
+    weights: Tensor
+    costs: Tensor
+    limits: Tensor
+    order: Tensor
+    exact: bool
+
+    @staticmethod
+    def of(weights: Tensor, costs: Tensor, limits: Tensor, columns: int) -> Subsets:
+        """The subsets of items that fill their limits.
+
+        Args:
+            weights: shape (batch, items), log-weights; may have a gradient.
+            costs: shape (batch, items), int64, not negative.
+            limits: shape (batch,), int64, not negative.
+            columns: count the limit in at most so many steps. Costs are divided by their greatest
+                common divisor, or, where that is not enough, by a larger unit and rounded up.
+        """
+        limits = limits.to(weights.device)
+        costs = torch.minimum(costs, limits[:, None] + 1)
+        largest = max(int(limits.max()), 1)
+        unit = _common_divisor(torch.where(costs > limits[:, None], 0, costs))
+        exact = largest // unit <= columns
+        if not exact:
+            unit = -(-largest // columns)
+        limits = limits // unit
+        costs = torch.minimum(-(-costs // unit), limits[:, None] + 1)
+        costs, order = costs.sort(dim=-1, stable=True)
+        return Subsets(weights.double().gather(1, order), costs, limits, order, exact)
+
+    @cached_property
+    def _totals(self) -> list[Tensor]:
+        """For items from each place on, log of the weight of all their subsets by total cost.
+
+        `items` + 1 tensors of shape (batch, largest limit + 1).
+        """
+        batch, items = self.weights.shape
+        width = int(self.limits.max()) + 1
+        column = torch.arange(width, device=self.weights.device)
+        row = self.weights.new_full((batch, width), _LOG_ZERO)
+        row = row.index_fill(1, column[:1], 0.0)
+        rows = [row]
+        for place in reversed(range(items)):
+            before = column - self.costs[:, place, None]
+            moved = row.gather(1, before.clamp(min=0)) + self.weights[:, place, None]
+            moved = moved.masked_fill(before < 0, _LOG_ZERO)
+            # Not logaddexp, whose second derivative overflows where one side is log 0.
+            row = torch.stack([row, moved]).logsumexp(0)
+            rows.append(row)
+        return rows[::-1]
+
+    @cached_property
+    def _classes(self) -> tuple[Tensor, Tensor]:
+        """By the first missing item, `items` for none: log-weight, and cost of the items before it.
+
+        Both of shape (batch, items + 1).
+        """
+        items = self.weights.shape[1]
+        zero = self.weights.new_zeros(len(self.weights), 1)
+        weight = torch.cat([zero, self.weights.cumsum(-1)], 1)
+        cost = torch.cat([zero.long(), self.costs.cumsum(-1)], 1)
+        classes = [self._window(place, cost[:, place]).logsumexp(-1) for place in range(items)]
+        whole = zero[:, 0].masked_fill(cost[:, -1] > self.limits, _LOG_ZERO)
+        return weight + torch.stack([*classes, whole], 1), cost
+
+    def _window(self, place: int, spent: Tensor) -> Tensor:
+        """Totals of the items after a place that fill up what is left without it.
+
+        Args:
+            place: of the missing item.
+            spent: shape (batch,), cost of the items before it.
+
+        Returns:
+            Shape (batch, largest limit + 1): log-weights, log 0 for other totals.
+        """
+        totals = self._totals[place + 1]
+        column = torch.arange(totals.shape[1], device=totals.device)
+        left = (self.limits - spent)[:, None]
+        fills = (column <= left) & (column > left - self.costs[:, place, None])
+        return totals.masked_fill(~fills, _LOG_ZERO)
+
+    @cached_property
+    def log_partition(self) -> Tensor:
+        """Log of the summed weight of all subsets; shape (batch,)."""
+        return self._classes[0].logsumexp(-1)
+
+    def log_probability(self, taken: Tensor) -> Tensor:
+        """Of subsets that fill their limits, (batch, items) in the order given to `of`."""
+        here = taken.gather(1, self.order)
+        return torch.where(here, self.weights, 0).sum(-1) - self.log_partition
+
+    def marginals(self) -> Tensor:
+        """Probability that each item is in the subset, differentiable; shape (batch, items)."""
+        total = self.log_partition.sum()
+        (found,) = torch.autograd.grad(total, self.weights, create_graph=True)
+        return torch.zeros_like(found).scatter(1, self.order, found)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """One subset for each row; shape (batch, items), bool, in the order given to `of`."""
+        # Outside `no_grad`: what is remembered here, marginals are differentiated through.
+        classes, spent = self._classes
+        with torch.no_grad():
+            taken = self._sample(classes, spent, generator)
+        return torch.zeros_like(taken).scatter(1, self.order, taken)
+
+    def _sample(self, classes: Tensor, spent: Tensor, generator: torch.Generator | None) -> Tensor:
+        """By places: first the class, then the total after the missing item, then what makes it."""
+        items = self.weights.shape[1]
+        missing = _categorical(classes, generator)
+        taken = torch.arange(items, device=classes.device) < missing[:, None]
+        left = torch.zeros_like(missing)
+        for place in range(items):
+            total = _categorical(self._window(place, spent[:, place]), generator)
+            after = self._totals[place + 1]
+            rest = left - self.costs[:, place]
+            with_it = self.weights[:, place] + _at(after, rest)
+            chance = torch.sigmoid(with_it - _at(after, left))
+            drawn = torch.rand(chance.shape, generator=generator, device=chance.device) < chance
+            drawn &= (missing < place) & (rest >= 0)
+            taken[:, place] |= drawn
+            left = torch.where(missing == place, total, torch.where(drawn, rest, left))
+        return taken
+
+
+def _at(totals: Tensor, cost: Tensor) -> Tensor:
+    """One column of each row, log 0 where there is none."""
+    found = totals.gather(1, cost.clamp(min=0)[:, None])[:, 0]
+    return found.masked_fill(cost < 0, _LOG_ZERO)
+
+
+def _categorical(weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One index for each row of log-weights, (batch, n)."""
+    return torch.multinomial(weights.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def _common_divisor(costs: Tensor) -> int:
+    return max(int(np.gcd.reduce(costs.cpu().numpy(), axis=None)), 1)
