@@ -89,7 +89,10 @@ def _narrow(linear: BoundLinear, runs: Runs, into: Tensor | None = None) -> Narr
         shape = list(weight.shape)
         shape[dim] = sum(part.shape[dim] for part in weights)
         whole = into[: shape[0] * shape[1]].view(shape)
-        weights = [torch.cat(weights, dim, out=whole)]
+        # Copies run on all threads, `torch.cat` on one.
+        for place, part in zip(whole.split([w.shape[dim] for w in weights], dim), weights):
+            place.copy_(part)
+        weights = [whole]
         if axis == "out" and bias is not None:
             biases = [torch.cat([bias[start:stop] for start, stop in runs])]
     elif axis == "out":
