@@ -1,6 +1,6 @@
 """What estimators draw: feasible, filled up, and distributed as they say."""
 
-from itertools import combinations, permutations
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from planner.ir.errors import InputError
 from planner.training.costs import EqualCosts, UnequalCosts
 from planner.training.estimators import ESTIMATORS, log_probability, parse
+from planner.training.gradient_check import fillings
 from planner.training.subsets import Subsets
 
 SAMPLERS = ("gumbel", "gumbel-topk", "simple", "simple:columns=7")
@@ -20,21 +21,9 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def maximal_subsets(costs: list[int], limit: int) -> list[tuple[int, ...]]:
-    """All subsets that fit and leave no room for another item."""
-    items = range(len(costs))
-    found = []
-    for size in range(len(costs) + 1):
-        for subset in combinations(items, size):
-            left = limit - sum(costs[i] for i in subset)
-            if left >= 0 and all(costs[i] > left for i in items if i not in subset):
-                found.append(subset)
-    return found
-
-
 def orders(costs: list[int], limit: int) -> list[tuple[int, ...]]:
     """All orders in which items can be drawn until none fits."""
-    return [order for subset in maximal_subsets(costs, limit) for order in permutations(subset)]
+    return [order for subset in fillings(costs, limit) for order in permutations(subset)]
 
 
 @st.composite
@@ -99,7 +88,7 @@ def test_simple_s_partition_and_marginals_are_those_of_enumeration(knapsack):
     marginals = subsets.marginals()
     for row in range(len(logits)):
         weights = logits[row].detach().double().numpy()
-        sets = maximal_subsets(costs[row].tolist(), int(limits[row]))
+        sets = fillings(costs[row].tolist(), int(limits[row]))
         chance = np.array([weights[list(each)].sum() for each in sets])
         partition = np.logaddexp.reduce(chance)
         chance = np.exp(chance - partition)
@@ -125,7 +114,7 @@ def test_simple_samples_what_it_says(costs, limit):
     drawn = parse("simple").draw(
         logits.repeat(draws, 1), prices, torch.full((draws,), limit), generator(3)
     )
-    sets = maximal_subsets(costs, limit)
+    sets = fillings(costs, limit)
     seen = dict.fromkeys(sets, 0)
     for row in drawn.taken.unique(dim=0):
         each = tuple(row.nonzero()[:, 0].tolist())
@@ -154,7 +143,7 @@ def test_gumbel_draws_orders_with_their_probability(name, costs, limit):
     drawn = parse(name).draw(
         logits.repeat(draws, 1), prices, torch.full((draws,), limit), generator(5)
     )
-    for subset in maximal_subsets(costs, limit):
+    for subset in fillings(costs, limit):
         expected = sum(c for c, o in zip(chance.tolist(), ordered) if set(o) == set(subset))
         row = torch.tensor([i in subset for i in range(len(costs))])
         share = (drawn.taken == row).all(-1).float().mean().item()

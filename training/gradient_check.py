@@ -1,0 +1,192 @@
+"""How good estimators' gradients are, where the exact gradient can be had by enumeration.
+
+    python -m planner.training.gradient_check [--draws N] [--seed N] [--json]
+
+The objective is the mean of f over an estimator's own samples, for a linear and for a pairwise f of
+six switches. Beside the estimators stand score functions (REINFORCE), which are unbiased: the
+gradient of f times the log-probability, f without its mean over the draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations, permutations
+
+import torch
+from torch import Tensor
+
+from planner.training.costs import UnequalCosts
+from planner.training.estimators import log_probability, parse
+
+__all__ = ["CASES", "METHODS", "Case", "Check", "check", "exact_gradient", "fillings"]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A function of switches, and who may be on.
+
+    Attributes:
+        name: of the case.
+        logits: shape (switches,).
+        costs: shape (switches,), int64.
+        limit: of the cost.
+        linear: shape (switches,): f is this, times the gates ...
+        pairs: shape (switches, switches): ... plus this between the gates.
+    """
+
+    name: str
+    logits: Tensor
+    costs: Tensor
+    limit: int
+    linear: Tensor
+    pairs: Tensor
+
+    def f(self, gates: Tensor) -> Tensor:
+        """Of gates (batch, switches); shape (batch,)."""
+        return gates @ self.linear + ((gates @ self.pairs) * gates).sum(-1)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One method's gradient in one case.
+
+    Attributes:
+        method: as `planner.training.estimators.parse` reads it; "score of ..." for score functions.
+        case: name of the case.
+        bias: norm of (mean gradient - exact gradient), relative to the exact gradient.
+        bias_error: standard error of the mean gradient, in the same unit: bias below it is none.
+        cosine: between the mean gradient and the exact one.
+        deviation: root of the summed variances of one draw, in the same unit.
+    """
+
+    method: str
+    case: str
+    bias: float
+    bias_error: float
+    cosine: float
+    deviation: float
+
+
+def _cases() -> Iterator[Case]:
+    switches = 6
+    generator = torch.Generator().manual_seed(7)
+    logits = torch.randn(switches, generator=generator)
+    linear = torch.randn(switches, generator=generator)
+    pairs = torch.randn(switches, switches, generator=generator).triu(1)
+    equal = torch.ones(switches, dtype=torch.int64)
+    unequal = torch.tensor([3, 1, 2, 5, 2, 4])
+    yield Case("3 of 6, linear", logits, equal, 3, linear, torch.zeros_like(pairs))
+    yield Case("3 of 6, pairwise", logits, equal, 3, linear, pairs)
+    yield Case("unequal costs, pairwise", logits, unequal, 8, linear, pairs)
+
+
+CASES: tuple[Case, ...] = tuple(_cases())
+METHODS: tuple[str, ...] = (
+    "gumbel:temperature=5",
+    "gumbel:temperature=1",
+    "gumbel:temperature=0.5",
+    "gumbel-topk:temperature=1",
+    "gumbel-topk:temperature=0.5",
+    "simple",
+    "score of gumbel",
+    "score of simple",
+)
+_SCORE = "score of "
+
+
+def fillings(costs: Sequence[int], limit: int) -> list[tuple[int, ...]]:
+    """All subsets that fit a limit and leave no room for another item, by enumeration."""
+    items = range(len(costs))
+    found = []
+    for size in range(len(costs) + 1):
+        for subset in combinations(items, size):
+            left = limit - sum(costs[i] for i in subset)
+            if left >= 0 and all(costs[i] > left for i in items if i not in subset):
+                found.append(subset)
+    return found
+
+
+def exact_gradient(case: Case, method: str) -> Tensor:
+    """Gradient of the mean of f over a method's samples, by enumeration; shape (switches,)."""
+    logits = case.logits.clone().requires_grad_()
+    subsets = fillings(case.costs.tolist(), case.limit)
+    if method.removeprefix(_SCORE).startswith("simple"):
+        chances = torch.stack([logits[list(subset)].sum() for subset in subsets]).softmax(0)
+        members = subsets
+    else:
+        # In every order, for what is drawn early decides what still fits.
+        members = [order for subset in subsets for order in permutations(subset)]
+        columns = torch.full((len(members), max(map(len, members))), -1)
+        for row, order in zip(columns, members):
+            row[: len(order)] = torch.tensor(order, dtype=torch.int64)
+        rows = logits.expand(len(members), -1)
+        limits = torch.full((len(members),), case.limit)
+        chances = log_probability(columns, rows, UnequalCosts(case.costs[None]), limits).exp()
+    gates = torch.zeros(len(members), len(logits))
+    for row, subset in zip(gates, members):
+        row[list(subset)] = 1
+    (gradient,) = torch.autograd.grad(chances @ case.f(gates), logits)
+    return gradient
+
+
+def check(case: Case, method: str, draws: int = 50_000, seed: int = 0) -> Check:
+    """Compare a method's gradients with the exact one.
+
+    Args:
+        case: what to differentiate.
+        method: one of `METHODS`, or another estimator with its arguments.
+        draws: how many.
+        seed: of the noise.
+    """
+    estimator = parse(method.removeprefix(_SCORE))
+    logits = case.logits.repeat(draws, 1).requires_grad_()
+    limits = torch.full((draws,), case.limit)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = estimator.draw(logits, UnequalCosts(case.costs[None]), limits, generator)
+    values = case.f(drawn.gates)
+    if method.startswith(_SCORE):
+        assert drawn.log_probability is not None
+        values = values.detach()
+        values = (values - values.mean()) * drawn.log_probability
+    # Rows do not see one another, so row r of the gradient is that of draw r.
+    (found,) = torch.autograd.grad(values.sum(), logits)
+    exact = exact_gradient(case, method)
+    scale = exact.norm().item()
+    deviation = found.var(0).sum().sqrt().item() / scale
+    return Check(
+        method,
+        case.name,
+        bias=(found.mean(0) - exact).norm().item() / scale,
+        bias_error=deviation / draws**0.5,
+        cosine=torch.cosine_similarity(found.mean(0), exact, 0).item(),
+        deviation=deviation,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Estimators' gradients against exact ones.")
+    parser.add_argument("--draws", type=int, default=50_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    if options.draws < 2:
+        parser.error("--draws must be at least 2")
+    found = [check(case, name, options.draws, options.seed) for case in CASES for name in METHODS]
+    if options.json:
+        print(json.dumps([asdict(row) for row in found], indent=1))
+        return
+    print("| case | method | bias | standard error | cosine | deviation of one draw |")
+    print("|---|---|---|---|---|---|")
+    for row in found:
+        print(
+            f"| {row.case} | {row.method} | {row.bias:.3f} | {row.bias_error:.3f} "
+            f"| {row.cosine:.3f} | {row.deviation:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
