@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from planner.ir.aten import ACTIVATIONS, ATTENTION, HEAVY, NORMS, REDUCTIONS, VIEWS, opname
 from planner.ir.dims import Dim
+from planner.ir.eager import CAPPED
 from planner.ir.flow import Flow
 from planner.ir.graph import Value
 
@@ -128,13 +129,14 @@ def _attention(it: _Described) -> dict[str, Value]:
         count = int(operand.shape[1])
         return count // it.marker if _counts_tokens(count, it.marker) else count
 
-    return {
+    described: dict[str, Value] = {
         "heads": heads(query),
         "kv_heads": heads(key),
         "head_dim": int(query.shape[-1]),
         "value_dim": int(value.shape[-1]),
         "keys": Dim.of("context") if it.marker and keys == it.marker else keys,
     }
+    return described | ({"capped": 1} if it.node.meta.get(CAPPED) else {})
 
 
 def _experts(it: _Described) -> dict[str, Value]:
@@ -160,8 +162,28 @@ def _embedding(it: _Described) -> dict[str, Value]:
 
 def _norm(it: _Described) -> dict[str, Value]:
     shapes = it.input_shapes
-    bias = opname(it.node) == "layer_norm" and it.has(3)
-    return {"width": shapes[0][-1] if shapes and shapes[0] else 1, "bias": int(bias)}
+    centred = opname(it.node) == "layer_norm"
+    bias = centred and it.has(3)
+    described: dict[str, Value] = {
+        "width": shapes[0][-1] if shapes and shapes[0] else 1,
+        "bias": int(bias),
+    }
+    # One with a bias is a LayerNorm in any case.
+    return described | ({"centred": 1} if centred and not bias else {})
+
+
+def _rotary(it: _Described) -> dict[str, Value]:
+    turned = [n.meta["val"] for n in it.nodes if _KINDS.get(opname(n)) == "multiply"]
+    lanes = max((int(value.shape[-1]) for value in turned if not value.is_complex()), default=0)
+    return {"lanes": lanes} if 0 < lanes < int(it.node.meta["val"].shape[-1]) else {}
+
+
+def _activation(it: _Described) -> dict[str, Value]:
+    if any(node.kwargs.get("approximate") == "tanh" for node in it.nodes):
+        return {"function": "gelu_tanh"}
+    names = {opname(node) for node in it.nodes}
+    # The same, written out.
+    return {"function": "gelu_new"} if {"pow", "tanh"} <= names else _function(it)
 
 
 def _function(it: _Described) -> dict[str, Value]:
@@ -180,7 +202,8 @@ _ATTRIBUTES: Mapping[str, Callable[[_Described], dict[str, Value]]] = MappingPro
         "scan": _scan,
         "embedding": _embedding,
         "norm": _norm,
-        "activation": _function,
+        "rotary": _rotary,
+        "activation": _activation,
         "reduce": _function,
         "elementwise": _function,
     }

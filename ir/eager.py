@@ -15,8 +15,10 @@ from torch import Tensor, fx
 
 from planner.ir.aten import HEAVY, VIEWS, opname
 
-__all__ = ["fuse_attention"]
+__all__ = ["CAPPED", "fuse_attention"]
 
+# Key of a fused attention's meta: its scores go through tanh.
+CAPPED = "planner_capped"
 _PRODUCTS = frozenset(["matmul", "bmm"])
 # New tensors of an activation's size, for masks.
 _CREATIONS = frozenset(
@@ -44,7 +46,7 @@ def fuse_attention(graph: fx.Graph, activations: Container[str]) -> None:
                 torch.ops.aten.scaled_dot_product_attention.default, (query, key, value)
             )
         key.meta = {**keys.meta, "val": keys.meta["val"].transpose(-2, -1)}
-        fused.meta = dict(output.meta)
+        fused.meta = {**output.meta, CAPPED: _is_capped(softmax, scores)}
         output.replace_all_uses_with(fused)
 
 
@@ -73,6 +75,17 @@ def _scores(softmax: fx.Node, reached: set[fx.Node]) -> fx.Node | None:
             else:
                 pending.append(node)
     return products[0] if len(products) == 1 and opname(products[0]) in _PRODUCTS else None
+
+
+def _is_capped(softmax: fx.Node, scores: fx.Node) -> bool:
+    """Whether the work between scores and softmax bounds the scores."""
+    pending, seen = [softmax], {scores}
+    while pending:
+        for node in pending.pop().all_input_nodes:
+            if node not in seen:
+                seen.add(node)
+                pending.append(node)
+    return any(opname(node) == "tanh" for node in seen)
 
 
 def _output(softmax: fx.Node) -> fx.Node | None:

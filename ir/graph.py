@@ -27,9 +27,10 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "matmul": "batched product of two activations; attribute inner",
         "conv": "convolution; attributes in (channels per group), out, kernel (taps), bias",
         "attention": "softmax(q k^T) v; attributes heads, kv_heads, head_dim, value_dim, keys, and "
-        "window where the cache keeps only the latest tokens",
-        "norm": "RMSNorm, LayerNorm or GroupNorm; attributes width, bias",
-        "rotary": "rotation of queries or keys by position",
+        "window where the cache keeps only the latest tokens, capped where scores are bounded",
+        "norm": "RMSNorm, LayerNorm or GroupNorm; attributes width, bias, and centred for a "
+        "LayerNorm without a bias",
+        "rotary": "rotation of queries or keys by position; attribute lanes where only these turn",
         "activation": "an elementwise non-linearity; attribute function",
         "multiply": "elementwise product",
         "add": "elementwise sum, residual connections among them",

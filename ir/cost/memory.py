@@ -13,7 +13,9 @@ __all__ = ["activation_bytes", "peak_bytes"]
 # Stock code computes norms, rotations and some activations (tanh-approximated GELU) in several
 # steps, holding up to three values of the output's size on the way.
 _INTERMEDIATES = 3
-_SINGLE_ACTIVATIONS = frozenset(["silu", "gelu", "relu", "leaky_relu", "elu", "mish", "hardswish"])
+_SINGLE_ACTIVATIONS = frozenset(
+    ["silu", "gelu", "gelu_tanh", "relu", "leaky_relu", "elu", "mish", "hardswish"]
+)
 _SINGLE_PRECISION = 4
 
 
