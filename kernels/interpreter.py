@@ -26,13 +26,29 @@ from triton.runtime.interpreter import (
 )
 from triton.runtime.jit import JITFunction
 
-__all__ = ["interpret"]
+__all__ = ["interpret", "interpreting"]
 
 
 def interpret(kernel: JITFunction, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
     """Run every program of `grid`; outputs are written into the CPU tensors among `arguments`."""
     with _callable_device_functions(), _bfloat16():
         _interpreted(kernel.fn).run(grid=grid, warmup=False, **arguments)
+
+
+@contextmanager
+def interpreting() -> Iterator[None]:
+    """Interpret every launch ``kernel[grid](...)`` inside the block, whoever makes it."""
+    compiled = JITFunction.run
+
+    def run(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        named = {k: v for k, v in options.items() if k in self.arg_names}
+        interpret(self, grid, dict(zip(self.arg_names, arguments, strict=False)) | named)
+
+    JITFunction.run = run
+    try:
+        yield
+    finally:
+        JITFunction.run = compiled
 
 
 @cache

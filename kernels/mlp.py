@@ -67,10 +67,11 @@ def project_up_kernel(
     part = tl.arange(0, PARTS * BLOCK_N)
     column = column_tile * BLOCK_N + part // PARTS
     neuron = surviving_features(units, column, column < survivors, WIDTH)
-    weight_row = up_weight
     if PARTS == 2:
         # Alignment does not survive the choice between pointers unless it is stated.
         weight_row = tl.multiple_of(tl.where(part % 2 == 0, gate_weight, up_weight), 16)
+    else:
+        weight_row = up_weight
     weight_row += neuron.to(tl.int64) * depth
     k = tl.arange(0, BLOCK_K)
     x_tile = x_row[:, None] + k[None, :]  # [BLOCK_M, BLOCK_K]

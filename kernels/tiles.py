@@ -28,6 +28,7 @@ __all__ = [
     "decode_splits",
     "decode_tile",
     "fold_norm",
+    "matmul_seconds",
     "matmul_tile",
     "target_of",
 ]
@@ -163,7 +164,7 @@ def matmul_tile(
     best = min(
         candidates,
         key=lambda tile: (
-            _seconds(tile, rows, columns, depth, target, samples, element_bytes, parts),
+            matmul_seconds(tile, rows, columns, depth, target, samples, element_bytes, parts),
             # ties: the least shared memory, then a fixed order
             _shared_bytes(tile, element_bytes, parts),
             tile.block_m,
@@ -214,7 +215,7 @@ def _shared_bytes(tile: Tile, element_bytes: int, parts: int) -> int:
     return max(tile.stages * step, store)
 
 
-def _seconds(
+def matmul_seconds(
     tile: Tile,
     rows: int,
     columns: int,
@@ -224,6 +225,7 @@ def _seconds(
     element_bytes: int,
     parts: int,
 ) -> float:
+    """What a tile of `matmul_tile`'s product takes, by the model; arguments as there."""
     wide = tile.block_n * parts
     programs = samples * ceil(rows / tile.block_m) * ceil(columns / tile.block_n)
     resident = min(
