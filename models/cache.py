@@ -25,6 +25,10 @@ from transformers.cache_utils import (
 
 from planner.ir.errors import InputError
 from planner.models.program import LayerProgram, Program
+from planner.models.recording import Recorded
+from planner.models.selectors import HeavyHitters
+from planner.models.selectors.attention import visible_keys
+from planner.models.selectors.h2o import attention_received
 from planner.models.tokens import Keys
 
 __all__ = ["Part", "PlannedLayer", "kv_bytes", "plan_cache", "redirect_cache"]
@@ -41,12 +45,15 @@ class Part:
     Attributes:
         rows: batch rows of the group, ascending, shape (rows,); None for the whole batch.
         store: the stock cache layer that holds them; None where the layer is off.
-        keys: which tokens are stored; None while nothing was dropped.
+        keys: which tokens are stored; None while nothing was dropped. Where heads hold different
+            tokens it shows those of the first one: as many, and all of them earlier than any query.
+        hitters: what evicts from the store; None where nothing does.
     """
 
     rows: Tensor | None
     store: CacheLayerMixin | None
     keys: Keys | None = None
+    hitters: HeavyHitters | None = None
 
 
 class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -113,6 +120,21 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
             part.keys = Keys(keys.positions[:, count:], keys.padded)
             part.store.keys = part.store.keys[..., count:, :]
             part.store.values = part.store.values[..., count:, :]
+
+    def evict(self, group: int, seen: Recorded) -> None:
+        """Keep of a group's store what its policy keeps, after its attention block has run."""
+        part = self.parts[group]
+        if part.store is None or part.hitters is None or part.keys is None:
+            return
+        valid = _visible(seen, part.keys)
+        mask = None if seen.mask is None or seen.mask.ndim == 2 else seen.mask
+        received = attention_received(seen.query, seen.key, valid, mask, seen.scaling)
+        index, left = part.hitters.observe(received, valid)
+        places = index[..., None]
+        part.store.keys = part.store.keys.take_along_dim(places, -2)
+        part.store.values = part.store.values.take_along_dim(places, -2)
+        positions = part.keys.positions.gather(1, index[:, 0]).masked_fill(~left, -1)
+        part.keys = Keys(positions, not bool(left.all()))
 
     # -- the stock interface -------------------------------------------------------------------
 
@@ -181,6 +203,8 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Forget all tokens."""
         for part in self.parts:
             part.keys = None
+            if part.hitters is not None:
+                part.hitters = HeavyHitters(part.hitters.policy)
             if part.store is not None:
                 part.store.reset()
         self.total = 0
@@ -192,6 +216,8 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
         if not count:
             return
         for part in self.parts:
+            if part.hitters is not None:
+                raise InputError("a cache that evicts cannot be cropped: what it evicted is gone")
             if part.keys is not None:
                 positions = part.keys.positions
                 last = torch.arange(self.total - count, self.total, device=positions.device)
@@ -219,6 +245,8 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
             if part.keys is not None:
                 positions = part.keys.positions.repeat_interleave(repeats, 0)
                 part.keys = Keys(positions, part.keys.padded)
+            if part.hitters is not None:
+                part.hitters.repeat(repeats)
             if part.rows is not None:
                 copies = torch.arange(repeats, device=part.rows.device)
                 part.rows = (part.rows[:, None] * repeats + copies).flatten()
@@ -240,6 +268,20 @@ def _take(part: Part, rows: Tensor) -> None:
         part.store.reorder_cache(rows)
     if part.keys is not None:
         part.keys = Keys(part.keys.positions[rows], part.keys.padded)
+    if part.hitters is not None:
+        part.hitters.reorder(rows)
+
+
+def _visible(seen: Recorded, keys: Keys) -> Tensor:
+    """Which keys are no padding: those that some query sees; shape (rows, keys), bool."""
+    valid = keys.positions >= 0
+    if seen.mask is None:
+        return valid
+    if seen.mask.ndim == 2:
+        return valid & seen.mask.bool()
+    queries = seen.query.shape[2]
+    rows = torch.arange(queries, device=valid.device).expand(len(valid), -1)
+    return visible_keys(rows, valid, seen.mask, queries).any(1)
 
 
 def plan_cache(
@@ -297,8 +339,9 @@ def _parts(
         store = None
         if group.on and group.heads != ():
             # Behind a token stage a sliding window counts dropped tokens too: see `_forget`.
-            store = DynamicLayer() if group.stages else _like(stock)
-        parts.append(Part(members, store))
+            store = DynamicLayer() if group.has_keys else _like(stock)
+        hitters = None if group.kv is None else HeavyHitters(group.kv)
+        parts.append(Part(members, store, hitters=hitters))
     return parts
 
 
@@ -318,6 +361,11 @@ def _check_kind(layer: CacheLayerMixin, program: Program) -> None:
         raise InputError(
             "a static cache is as long as the whole prompt in every layer, so it cannot hold a "
             "plan that drops tokens; leave cache_implementation at its default"
+        )
+    if program.evicts and type(layer) is not DynamicLayer:
+        raise InputError(
+            f"nothing can be evicted from a cache of {type(layer).__name__}; leave "
+            f"cache_implementation at its default"
         )
     if type(layer) not in (*_DYNAMIC, *_STATIC):
         raise InputError(

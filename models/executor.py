@@ -22,7 +22,7 @@ from torch import nn
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.models.attention import AttentionBlock, probe
-from planner.models.bindings import BoundLayer, BoundLinear, BoundSite, bind
+from planner.models.bindings import BoundLinear, BoundSite, bind
 from planner.models.layers import AttentionForward, LayerForward, Setup
 from planner.models.passes import Passes
 from planner.models.patches import ConfigView, Patches
@@ -229,7 +229,7 @@ class Executor:
                 lanes = getattr(group, kind)
                 narrowed = None if lanes is None else self.slices.get(linear, lanes, keep)
                 weights.append((forward, narrowed))
-            attributes = _attributes(layer.layer, group, block, passes)
+            attributes = _attributes(layer, group, block, passes)
             setups.append(Setup(group, tuple(weights), heads, attributes, attention))
         if heads is not None:
             for name, value in setups[0].attributes.items():
@@ -239,9 +239,10 @@ class Executor:
 
 
 def _attributes(
-    layer: BoundLayer, group: LayerGroup, block: AttentionBlock | None, passes: Passes
+    program: LayerProgram, group: LayerGroup, block: AttentionBlock | None, passes: Passes
 ) -> dict[str, Any]:
     """What an attention block's own attributes must be for a group: head counts, and its config."""
+    layer = program.layer
     if layer.heads is None:
         return {}
     attributes: dict[str, Any] = {}
@@ -252,7 +253,8 @@ def _attributes(
         replaced |= block.changes(kept, "config")
     config = getattr(layer.heads.module, "config", None)
     recorded = passes.stages.recorded if passes.stages is not None else ()
-    if layer.index in recorded and config is not None:
+    evicts = any(other.kv is not None for other in program.groups)
+    if (evicts or layer.index in recorded) and config is not None:
         record = partial(passes.record, layer.index)
         attributes["config"] = recording(config, record, **replaced)
     elif replaced:

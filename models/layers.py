@@ -85,7 +85,7 @@ class LayerForward:
         self.setups = setups
         self.stock: Any = program.layer.module.forward
         self.names = list(inspect.signature(self.stock).parameters)
-        self.is_simple = len(setups) == 1 and not setups[0].group.stages
+        self.is_simple = len(setups) == 1 and not setups[0].group.has_keys
         heads = program.layer.heads
         self.block: Any = None if heads is None else heads.module
 
@@ -137,7 +137,7 @@ class LayerForward:
             if kept is not None:
                 inputs = gather(inputs, kept.index, -2)
             keys = None
-            if setup.group.stages:
+            if setup.group.has_keys:
                 keys = _keys(call, number, inputs, kept, cached)
             setup.activate()
             if cached is not None:
@@ -150,6 +150,8 @@ class LayerForward:
                     f"transformers 5; use a newer version"
                 )
             output = scatter(output, rows, kept, results)
+            if setup.group.kv is not None:
+                self.passes.evict(self.index, number)
         if cached is not None:
             cached.advance(call.tokens)
         return output
@@ -186,7 +188,7 @@ class LayerForward:
 def _keys(
     call: Call, group: int, inputs: Tensor, kept: Kept | None, cached: PlannedLayer | None
 ) -> Keys | None:
-    """What the tokens of a group can attend to in a layer, behind a token stage."""
+    """What the tokens of a group can attend to in a layer that has keys for some only."""
     if kept is not None:
         positions, padded = kept.positions(call.past), kept.is_ragged
     elif cached is None:

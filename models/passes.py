@@ -29,6 +29,7 @@ class Passes:
         current: the pass being made.
         serving: batch rows that a layer is running for, None for all, and which keys are no
             padding, None for all; set by layers before they run.
+        seen: what the attention block computed with that ran last, where somebody asks.
     """
 
     def __init__(self, program: Program, stages: TokenStages | None) -> None:
@@ -36,6 +37,7 @@ class Passes:
         self.stages = stages
         self.current: Call | None = None
         self.serving: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.seen: Recorded | None = None
         self._rows: dict[tuple[int, torch.device], list[list[Tensor | None]]] = {}
 
     def begin(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -79,13 +81,32 @@ class Passes:
             redirect_cache(call.cache, self.program, call.rows)
         self.current = call
 
+    def evict(self, layer: int, group: int) -> None:
+        """Let a layer's cache evict, once its attention block has run for a group.
+
+        Raises:
+            InputError: the block's attention was not seen.
+        """
+        seen, self.seen = self.seen, None
+        assert self.current is not None
+        if self.current.cache is None:
+            return
+        if seen is None:
+            raise InputError(
+                f"the cache of layer {layer} evicts by attention, and this model's attention "
+                f"cannot be seen from outside; plan without a KV policy"
+            )
+        self.current.cache[layer].evict(group, seen)
+
     def end(self) -> None:
         """Let go of the pass, and with it of the cache."""
-        self.current = None
+        self.current = self.seen = None
 
     def record(self, layer: int, seen: Recorded) -> None:
-        """Note what a layer's attention block computes with, for the selector of a later layer."""
-        if self.current is not None and self.current.image is not None:
+        """Note what a layer's attention block computes with, for its cache or a later selector."""
+        self.seen = seen
+        scored = self.stages is not None and layer in self.stages.recorded
+        if scored and self.current is not None and self.current.image is not None:
             rows, valid = self.serving
             self.current.records.setdefault(layer, []).append(Record(rows, valid, seen))
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.models.bindings import BoundLayer, BoundSite, Runs, runs_of
+from planner.models.selectors import H2O, parse_kv_policy
 from planner.plan import Plan, TokenStage
 
 __all__ = ["LayerGroup", "LayerProgram", "Program", "check_plan", "plan_key"]
@@ -27,6 +28,7 @@ def plan_key(plan: Plan) -> tuple[object, ...]:
         ),
         tuple(sorted((layer, plan.mlp_switches.get(layer)) for layer in plan.mlp)),
         plan.tokens,
+        plan.kv,
     )
 
 
@@ -45,6 +47,14 @@ def check_plan(plan: Plan, graph: Graph) -> None:
             )
     if len({stage.layer for stage in plan.tokens}) < len(plan.tokens):
         raise InputError("the plan has two token stages at one layer")
+    if plan.kv:
+        parse_kv_policy(plan.kv)
+        for operator in graph:
+            if operator.part == "decoder" and operator.get("window"):
+                raise InputError(
+                    f"{plan.kv} cannot be combined with the sliding window of layer "
+                    f"{operator.layer} of '{graph.name}', which evicts by itself"
+                )
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,7 @@ class LayerGroup:
         heads: kept lanes (KV groups) as intervals; None for all of them.
         mlp: kept lanes (neurons) as intervals; None for all of them.
         stages: token stages up to and including this layer.
+        kv: by what the cache evicts; None where nothing is evicted.
     """
 
     samples: tuple[int, ...]
@@ -64,6 +75,12 @@ class LayerGroup:
     heads: Runs | None = None
     mlp: Runs | None = None
     stages: tuple[TokenStage, ...] = ()
+    kv: H2O | None = None
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether this layer has keys for some tokens only, so must know which."""
+        return bool(self.stages) or self.kv is not None
 
 
 @dataclass(frozen=True)
@@ -141,6 +158,11 @@ class Program:
         """Whether tokens are dropped somewhere, for some sample."""
         return any(plan.tokens for plan in self.plans)
 
+    @property
+    def evicts(self) -> bool:
+        """Whether the cache evicts, for some sample."""
+        return any(plan.kv for plan in self.plans)
+
 
 def _in_turn(stages: Sequence[TokenStage]) -> tuple[TokenStage, ...]:
     """Stages in order, each of what the one before has left; from none there is none to drop."""
@@ -165,11 +187,13 @@ def _act(layer: BoundLayer, plan: Plan) -> LayerGroup:
     stages = tuple(stage for stage in plan.tokens if stage.layer <= index)
     if index in plan.layers_off:
         return LayerGroup((), on=False, stages=stages)
+    heads = _lanes(plan, "heads", layer.heads, index, plan.heads.get(index))
     return LayerGroup(
         (),
-        heads=_lanes(plan, "heads", layer.heads, index, plan.heads.get(index)),
+        heads=heads,
         mlp=_lanes(plan, "mlp", layer.mlp, index, plan.mlp.get(index)),
         stages=stages,
+        kv=parse_kv_policy(plan.kv) if plan.kv and heads != () else None,
     )
 
 

@@ -40,6 +40,7 @@ class Request:
     budget: Any = 0.65
     switches: str = "all"
     tokens: str | None = None
+    kv: str | None = None
     utilities: str = "prior"
     device: str | None = None
     scope: str | None = None
@@ -132,6 +133,8 @@ def plan_graph(
         )
         if request.tokens is not None:
             switches = switches.with_selector(request.tokens, load.image_tokens)
+        if request.kv is not None:
+            switches = switches.with_kv_policy(request.kv)
         pricing = Pricing(graph, load, switches, find_device(device), scope)
         utilities = _utilities(request.utilities, graph, pricing)
         if switches.faithful:
@@ -197,6 +200,7 @@ def _plan(
         mlp=mlp,
         mlp_switches=groups,
         tokens=tuple(stages),
+        kv="" if pricing.switches.kv is None else str(pricing.switches.kv),
         budget=budget.describe(),
     )
     costs = pricing.cost_of(plan)

@@ -16,7 +16,16 @@ from planner.files import write_text
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 
-__all__ = ["FORMAT", "Plan", "TokenStage", "load_plan", "print_ranges", "read_ranges", "save_plan"]
+__all__ = [
+    "FORMAT",
+    "Plan",
+    "TokenStage",
+    "load_plan",
+    "plan_digest",
+    "print_ranges",
+    "read_ranges",
+    "save_plan",
+]
 
 FORMAT = 1
 
@@ -48,6 +57,8 @@ class Plan:
         mlp: layer -> kept switches of its MLP, ascending. Absent: all.
         mlp_switches: into how many switches each layer's neurons are divided (see `Site.bounds`).
         tokens: token stages by layer.
+        kv: the policy by which the KV cache evicts, for example ``h2o:heavy=0.2,recent=0.2``; ""
+            keeps everything.
         budget: what was asked for, for example ``{"flops": "0.65 of base"}``.
         cost: metric -> ``{"plan": x, "base": y, "fraction": x / y}``; FLOPs, seconds, bytes.
         utilisation: metric -> share of its limit that the plan uses.
@@ -63,6 +74,7 @@ class Plan:
     mlp: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     mlp_switches: Mapping[int, int] = field(default_factory=dict)
     tokens: tuple[TokenStage, ...] = ()
+    kv: str = ""
     budget: Mapping[str, Any] = field(default_factory=dict)
     cost: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     utilisation: Mapping[str, float] = field(default_factory=dict)
@@ -72,7 +84,7 @@ class Plan:
     @property
     def is_dense(self) -> bool:
         """Whether everything stays on."""
-        return not (self.layers_off or self.heads or self.mlp or self.tokens)
+        return not (self.layers_off or self.heads or self.mlp or self.tokens or self.kv)
 
     def check(self, graph: Graph) -> None:
         """Raise InputError unless this plan was made for this graph and fits it."""
@@ -165,6 +177,8 @@ class _File(BaseModel):
     heads: dict[int, str]
     mlp: dict[int, _Mlp]
     tokens: list[_Stage]
+    # Absent in plans of before there were policies.
+    kv: str = "none"
     budget: dict[str, Any]
     cost: dict[str, dict[str, float]]
     utilisation: dict[str, float]
@@ -188,6 +202,7 @@ def _document(plan: Plan) -> dict[str, Any]:
             {"layer": s.layer, "keep": s.keep, "of": s.of, "selector": s.selector}
             for s in plan.tokens
         ],
+        "kv": plan.kv or "none",
         "budget": dict(plan.budget),
         "cost": {metric: dict(values) for metric, values in plan.cost.items()},
         "utilisation": dict(plan.utilisation),
@@ -203,11 +218,20 @@ def _digest(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _readable(plan: Plan) -> dict[str, Any]:
+    """The document as a reader will see it: through YAML once."""
+    document: dict[str, Any] = yaml.safe_load(yaml.safe_dump(_document(plan), sort_keys=False))
+    return document
+
+
+def plan_digest(plan: Plan) -> str:
+    """The digest that the plan's file carries."""
+    return _digest(_readable(plan))
+
+
 def dump_plan(plan: Plan) -> str:
     """The plan as YAML: equal plans give equal bytes."""
-    document = _document(plan)
-    # Through YAML once, so that the digest is of what a reader will see.
-    document = yaml.safe_load(yaml.safe_dump(document, sort_keys=False))
+    document = _readable(plan)
     document["digest"] = _digest(document)
     body = yaml.safe_dump(document, sort_keys=False, width=100)
     return f"# A plan of planner {FORMAT}: which switches of the model stay on.\n{body}"
@@ -259,6 +283,7 @@ def load_plan(path: Path) -> Plan:
             mlp={layer: read_ranges(entry.keep) for layer, entry in parsed.mlp.items()},
             mlp_switches={layer: entry.of for layer, entry in parsed.mlp.items()},
             tokens=tuple(TokenStage(s.layer, s.keep, s.of, s.selector) for s in parsed.tokens),
+            kv="" if parsed.kv == "none" else parsed.kv,
             budget=parsed.budget,
             cost=parsed.cost,
             utilisation=parsed.utilisation,

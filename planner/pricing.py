@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -91,6 +91,9 @@ class Pricing:
             sizes["context"] -= dropped
             if not context:
                 sizes["query"] -= dropped
+        if layer is not None and context and self.switches.kv is not None:
+            prompt = self._sizes(layer, option, context=False)["query"]
+            sizes["context"] = self.switches.kv.kept(prompt, load.new_tokens)
         return sizes
 
     # -- cost of a set of operators ----------------------------------------------------------
@@ -105,6 +108,13 @@ class Pricing:
         """(flops, latency in ps, KV bytes, memory bytes) of operators; shape (4,)."""
         prefill = self._sizes(layer, option, context=False)
         costs = [price(operator, graph, prefill, self.device) for operator in operators]
+        if self.switches.kv is not None and layer is not None:
+            # A cache that evicts computes the scores of all queries once more: one product of two.
+            twice = [c for o, c in zip(operators, costs, strict=True) if o.kind == "attention"]
+            costs += [
+                replace(cost, flops=cost.flops // 2, seconds=cost.seconds / 2, parameters=0)
+                for cost in twice
+            ]
         end = self._sizes(layer, option, context=True)
         kv = sum(price(o, graph, end).kv_bytes for o in operators if o.kind == "attention")
         weights = sum(c.parameters for c in costs) * int(self.graph.properties["dtype_bytes"])
@@ -249,6 +259,8 @@ class Pricing:
     @cached_property
     def base(self) -> dict[str, float]:
         """Cost of the base model per metric: FLOPs, seconds, bytes, bytes."""
+        if self.switches.kv is not None:
+            return replace(self, switches=replace(self.switches, kv=None), _layer_memo={}).base
         option = (self.workload.image_tokens,) * len(self.stages)
         cost = self.outside(option)
         for layer in range(self.graph.layers):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Site
 
-__all__ = ["AXES", "SwitchSet", "mlp_switches", "with_switches"]
+__all__ = ["AXES", "KvPolicy", "SwitchSet", "mlp_switches", "with_switches"]
 
 AXES = ("tokens", "layers", "heads", "mlp")
 _SITE_KIND = {"layers": "layer", "heads": "heads", "mlp": "mlp"}
@@ -16,6 +17,13 @@ _SITE_KIND = {"layers": "layer", "heads": "heads", "mlp": "mlp"}
 # arXiv 2403.06764) and Dynamic-LLaVA (section 3 of arXiv 2412.00876) do.
 _TOKEN_LAYER = 2
 _TILE = 128
+
+
+class KvPolicy(Protocol):
+    """By what a KV cache evicts; written as its text."""
+
+    def kept(self, prompt: int, new: int = 0) -> int:
+        """Entries of each head's cache after a prompt and some decoded tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +38,7 @@ class SwitchSet:
         token_layers: decoder layers before which image tokens may be dropped.
         token_selector: the rule that picks them.
         token_counts: image tokens kept at each of `token_layers`, where a selector fixes them.
+        kv: evicts from the cache of every layer; None keeps everything.
     """
 
     name: str
@@ -38,6 +47,7 @@ class SwitchSet:
     token_layers: tuple[int, ...] = (_TOKEN_LAYER,)
     token_selector: str = "fastv"
     token_counts: tuple[int, ...] | None = None
+    kv: KvPolicy | None = None
 
     @staticmethod
     def parse(text: str) -> SwitchSet:
@@ -81,6 +91,15 @@ class SwitchSet:
             token_selector=str(selector),
             token_counts=tuple(int(count) for count in counts if count is not None),
         )
+
+    def with_kv_policy(self, text: str) -> SwitchSet:
+        """The same switches with a cache that evicts, such as ``h2o:heavy=0.2,recent=0.2``.
+
+        Imports torch. Raises InputError where there is no such policy.
+        """
+        from planner.models.selectors import parse_kv_policy
+
+        return replace(self, kv=parse_kv_policy(text))
 
     def usable(self, graph: Graph) -> tuple[Site, ...]:
         """The graph's sites on these axes."""

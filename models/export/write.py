@@ -83,11 +83,11 @@ def export(
     plan.check(graph)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"'{folder}' is there already and not empty: name a new folder")
-    without_tokens = replace(plan, tokens=())
+    narrowed = replace(plan, tokens=(), kv="")
     executor = Executor(model, graph)
-    with torch.no_grad(), executor.using(without_tokens):
+    with torch.no_grad(), executor.using(narrowed):
         expected = model(**inputs).logits
-    program = Program.build([without_tokens], graph, executor.layers)
+    program = Program.build([narrowed], graph, executor.layers)
     text = dump_plan(plan)
     origin = {"planner_plan": f"plan.yaml, sha256 {sha256(text.encode()).hexdigest()[:16]}"}
     why_not = ""

@@ -140,3 +140,8 @@ class HeavyHitters:
         if self.scores is not None:
             self.scores = self.scores[samples]
             self.heavy, self.recent = self.heavy[samples], self.recent[samples]
+
+    def repeat(self, repeats: int) -> None:
+        """Every sample becomes `repeats` samples, one after the other."""
+        samples = torch.arange(len(self.heavy), device=self.heavy.device)
+        self.reorder(samples.repeat_interleave(repeats))

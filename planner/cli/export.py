@@ -67,6 +67,7 @@ def export_command(
                 "base_parameters": done.base_parameters,
                 "relative_error": done.error,
                 "token_stages": len(wanted.tokens),
+                "kv": wanted.kv or None,
             }
         )
     elif not quiet:
@@ -75,10 +76,10 @@ def export_command(
             f"{amount(done.parameters, 'count')} of {amount(done.base_parameters, 'count')} "
             f"parameters ({share:.1%}); logits differ from the planned model's by {done.error:.1e}"
         )
-        if wanted.tokens:
+        if wanted.tokens or wanted.kv:
             print(
-                "note: token stages are not part of weights; plan.yaml in the folder names them, "
-                "and running them takes planner"
+                "note: token stages and KV policies are not part of weights; plan.yaml in the "
+                "folder names them, and running them takes planner"
             )
         if done.plain:
             print("a plain checkpoint: stock transformers loads it with from_pretrained")
