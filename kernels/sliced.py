@@ -33,7 +33,9 @@ __all__ = [
     "merge_shares",
     "merge_tokens",
     "mlp",
+    "parts_of",
     "plan_groups",
+    "project_columns",
     "rows_of",
     "select_tokens",
 ]
@@ -54,14 +56,14 @@ def mlp(
         x = apply_norm(hidden[samples], weights.norm).flatten(end_dim=-2)
         act = ACTIVATIONS[weights.activation]
         inner = []
-        (parts,) = _parts(kept, 1)
+        (parts,) = parts_of(kept, 1)
         for part in parts:
             value = rows_of(x, weights.up, weights.up_bias, part)
             if weights.gate is None:
                 inner.append(act(value))
             else:
-                inner.append(act(rows_of(x, weights.gate, weights.gate_bias, part)) * value)
-        return _project_out(inner, x, weights.down, weights.down_bias, parts)
+                inner.append(value.mul_(act(rows_of(x, weights.gate, weights.gate_bias, part))))
+        return project_columns(inner, x, weights.down, weights.down_bias, parts)
 
     return _each_plan(run, hidden, survivors, residual)
 
@@ -86,7 +88,7 @@ def attention(
     def run(samples: Part, kept: Tensor) -> Tensor:
         x = apply_norm(hidden[samples], weights.norm)
         turn = angles_of(angles, samples)
-        wide, narrow = _parts(kept, group * head_dim, head_dim)
+        wide, narrow = parts_of(kept, group * head_dim, head_dim)
         q = _heads(x, weights.query, weights.query_bias, wide, head_dim)
         k = _heads(x, weights.key, weights.key_bias, narrow, head_dim)
         v = _heads(x, weights.value, weights.value_bias, narrow, head_dim)
@@ -110,7 +112,7 @@ def attention(
         flat = mixed.flatten(start_dim=-2).flatten(end_dim=-2)
         sizes = [p.stop - p.start if isinstance(p, slice) else len(p) for p in wide]
         inner = list(flat.split(sizes, dim=-1))
-        return _project_out(inner, flat, weights.output, weights.output_bias, wide)
+        return project_columns(inner, flat, weights.output, weights.output_bias, wide)
 
     return _each_plan(run, hidden, survivors, residual)
 
@@ -185,13 +187,15 @@ def merge_tokens(x: Tensor, target: Tensor, weight: Tensor, length: int) -> Tens
 
 
 def plan_groups(survivors: Survivors) -> list[tuple[Part, Tensor]]:
-    """(samples, surviving lanes) for each distinct plan; one plan serves all samples."""
+    """(samples, surviving lanes) for each distinct plan; a plan that all share serves all."""
     if survivors.plans == 1:
         return [(slice(None), survivors.kept(0))]
     groups: dict[tuple[int, ...], tuple[list[int], Tensor]] = {}
     for plan in range(survivors.plans):
         kept = survivors.kept(plan)
         groups.setdefault(tuple(kept.tolist()), ([], kept))[0].append(plan)
+    if len(groups) == 1:
+        return [(slice(None), kept) for _, kept in groups.values()]
     return [(torch.tensor(s, device=kept.device), kept) for s, kept in groups.values()]
 
 
@@ -231,9 +235,11 @@ def _each_plan(
     return out if residual is None else out.add_(residual)
 
 
-def _parts(kept: Tensor, *widths: int) -> list[list[Part]]:
-    # Weight features of surviving lanes, for weights with so many features per lane: runs to view
-    # or one list to gather.
+def parts_of(kept: Tensor, *widths: int) -> list[list[Part]]:
+    """Weight features of surviving lanes, for weights with so many features per lane.
+
+    Runs to view where runs are long, else one list to gather; none where nothing survives.
+    """
     if not len(kept):
         return [[] for _ in widths]
     breaks = (kept.diff() != 1).nonzero().flatten()
@@ -254,10 +260,18 @@ def _heads(
     return joined.unflatten(-1, (-1, head_dim))
 
 
-def _project_out(
+def project_columns(
     inner: list[Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, parts: list[Part]
 ) -> Tensor:
-    # Sum over parts of inner @ weight[:, part].T, plus bias; x gives rows where nothing survives.
+    """Sum over parts of ``inner @ weight[:, part].T``, plus bias.
+
+    Args:
+        inner: (rows, features of the part) for each part.
+        x: (rows, ...); gives the rows where nothing survives.
+        weight: (out, in).
+        bias: (out,) or None.
+        parts: input features.
+    """
     out = None
     for value, part in zip(inner, parts, strict=True):
         columns = weight[:, part]
