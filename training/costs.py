@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from planner.flags import choice_of
 from planner.ir.errors import InputError
 from planner.problem import Choice, Problem
 from planner.solver.solution import Infeasible
@@ -99,9 +100,9 @@ class UnequalCosts:
 class SiteCosts:
     """Costs of the switches of a `planner.problem.Problem` with one metric.
 
-    Switches go by layer: the layer's own, where it can be off, then those of its sites. A layer's
-    own switch costs what the layer needs with its sites at their minimum; the others cannot be
-    taken before it, and each costs the step of its site's table from the count that is on.
+    Switches are in the order of `planner.flags`. A layer's own costs what the layer needs with its
+    sites at their minimum; the others cannot be taken before it, and each costs the step of its
+    site's table from the count that is on.
 
     Attributes:
         problem: where the costs come from.
@@ -221,17 +222,8 @@ class SiteCosts:
     def choices(self, taken: Tensor) -> list[Choice]:
         """What each row of `taken`, (batch, switches), says of the problem."""
         options = self.token_options.expand(len(taken)).tolist()
-        return [self._choice(row, option) for row, option in zip(taken.cpu(), options)]
-
-    def _choice(self, taken: Tensor, option: int) -> Choice:
-        sites, on, kept, place = self.problem.sites, [], {}, 0
-        for layer in self.problem.layers:
-            on.append(bool(taken[place]) if layer.optional else True)
-            place += layer.optional
-            place += sum(site.switches for site in layer.sites)
-        for number, site in enumerate(sites):
-            kept[site.name] = tuple(taken[self.site == number].nonzero()[:, 0].tolist())
-        return Choice(option, tuple(on), kept)
+        rows, options = taken.cpu().numpy(), self.token_options.expand(len(taken)).tolist()
+        return [choice_of(self.problem, row, option) for row, option in zip(rows, options)]
 
 
 def _best_first(scores: Tensor) -> Tensor:

@@ -14,16 +14,24 @@ becomes a utilities file for the solver. Everything is in nats per answer token.
 """
 
 from planner.models.calibration.measures import MEASURES
-from planner.models.calibration.run import METHODS, Calibrated, calibrate
-from planner.models.calibration.samples import Sample, read_questions, read_samples, sample_of
+from planner.models.calibration.run import METHODS, Calibrated, calibrate, weights_digest
+from planner.models.calibration.samples import (
+    Sample,
+    answered,
+    read_questions,
+    read_samples,
+    sample_of,
+)
 
 __all__ = [
     "MEASURES",
     "METHODS",
     "Calibrated",
     "Sample",
+    "answered",
     "calibrate",
     "read_questions",
     "read_samples",
     "sample_of",
+    "weights_digest",
 ]

@@ -29,7 +29,7 @@ from planner.models.executor import Executor
 from planner.models.masked import MaskedExecutor
 from planner.switches import SwitchSet
 
-__all__ = ["METHODS", "Calibrated", "calibrate", "not_negative"]
+__all__ = ["METHODS", "Calibrated", "calibrate", "not_negative", "weights_digest"]
 
 Array = npt.NDArray[np.float64]
 METHODS = ("leave-one-out", "taylor")
@@ -148,7 +148,7 @@ class _Run:
     def _key(self) -> str:
         facts = {
             "fingerprint": self.graph.properties["fingerprint"],
-            "weights": _weights_digest(self.model),
+            "weights": weights_digest(self.model),
             "sites": {s.name: s.switches for s in self.graph.sites},
             "samples": [sample.digest() for sample in self.samples],
             "options": [self.measure, self.method, self.batch, self.seed, self.selector],
@@ -274,7 +274,7 @@ def _spearman(one: Array, other: Array) -> float:
     return float(found.statistic)
 
 
-def _weights_digest(model: nn.Module) -> str:
+def weights_digest(model: nn.Module) -> str:
     """Tells checkpoints of one architecture apart, from a few numbers of every weight."""
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from planner.ir.errors import InputError
 from planner.loading import load_image, prompt_inputs
 
-__all__ = ["Question", "Sample", "read_questions", "read_samples", "sample_of"]
+__all__ = ["Question", "Sample", "answered", "read_questions", "read_samples", "sample_of"]
 
 DEFAULT_PROMPT = "Describe this image."
 # Tokens of the base model's own answer: enough to leave the first word behind, few enough to be
@@ -127,15 +127,19 @@ def read_samples(
 ) -> list[Sample]:
     """At most `count` of the questions, drawn by the seed, as samples."""
     chosen = random.Random(seed).sample(range(len(questions)), min(count, len(questions)))
-    return [_sample(model, processor, questions[index]) for index in sorted(chosen)]
+    some = [questions[index] for index in sorted(chosen)]
+    return [answered(model, processor, q.prompt, load_image(q.image), q.answer) for q in some]
 
 
-def _sample(model: nn.Module, processor: Any, question: Question) -> Sample:
-    inputs = prompt_inputs(model, processor, question.prompt, load_image(question.image))
-    if question.answer is None:
+def answered(
+    model: nn.Module, processor: Any, prompt: str, image: Any, answer: str | None
+) -> Sample:
+    """A question about a picture with its answer, or the model's own, behind it."""
+    inputs = prompt_inputs(model, processor, prompt, image)
+    if answer is None:
         return sample_of(model, inputs)
     tokenizer = getattr(processor, "tokenizer", processor)
-    tokens = list(tokenizer(question.answer, add_special_tokens=False)["input_ids"])
+    tokens = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
     if tokenizer.eos_token_id is not None:
         tokens.append(tokenizer.eos_token_id)
     return sample_of(model, inputs, tokens)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from planner.cli.options import Model, TrustRemoteCode
-from planner.cli.output import Json, Quiet, Verbose, print_json, status, table
+from planner.cli.output import Json, Quiet, Verbose, print_json, progress_bar, status, table
 
 if TYPE_CHECKING:
     from planner.models.calibration import Calibrated
@@ -94,7 +92,7 @@ def calibrate_command(
         graph = with_switches(lowered_graph(source)[0])
         update("read the images")
         chosen = read_samples(stock, processor, questions, samples, seed)
-    with _bar(not (quiet or as_json)) as progress:
+    with progress_bar(not (quiet or as_json), "measure") as progress:
         found = calibrate(
             stock,
             graph,
@@ -116,33 +114,6 @@ def calibrate_command(
         print_json({"utilities": str(output), "model": model, **facts, "seconds": seconds})
     elif not quiet:
         _print_summary(found, output, seconds)
-
-
-@contextmanager
-def _bar(show: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr."""
-    if not show:
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("measure"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("measure", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _facts(found: Calibrated) -> dict[str, Any]:

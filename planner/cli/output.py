@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -18,6 +18,7 @@ __all__ = [
     "Verbose",
     "amount",
     "print_json",
+    "progress_bar",
     "say",
     "status",
     "table",
@@ -129,3 +130,30 @@ def status(show: bool, verbose: bool = False) -> Iterator[Any]:
     finally:
         done.set()
         thread.join(timeout=1)
+
+
+@contextmanager
+def progress_bar(show: bool, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr; yields a function of what is done and of all there is."""
+    if not show:
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,170 @@
+"""An audit summed up: one document of numbers, for people and programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from planner.audit.crosscheck import UNIT
+from planner.audit.labels import Labels
+from planner.audit.surrogate import Surrogate, measure_surrogate
+from planner.audit.verdicts import Verdict, judge
+from planner.flags import Flags
+from planner.ir.graph import Graph
+from planner.solver import TOLERANCE
+
+__all__ = ["Audit", "audit"]
+
+#: Labels that are shown with the plan that dominates them.
+EXAMPLES = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """What an audit found.
+
+    Attributes:
+        labels: what was audited.
+        verdicts: one per label.
+        surrogates: one per label whose plans were all tried.
+        summary: the numbers; see docs/audit.md.
+    """
+
+    labels: Labels
+    verdicts: Sequence[Verdict]
+    surrogates: Sequence[Surrogate]
+    summary: dict[str, Any]
+
+
+def audit(
+    labels: Labels,
+    graph: Graph,
+    *,
+    exact: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Audit:
+    """Judge every label; arguments and errors are those of `planner.audit.judge`."""
+    verdicts = judge(labels, graph, exact=exact, progress=progress)
+    surrogates = measure_surrogate(labels, labels.problems(graph), verdicts)
+    terms = labels.terms
+    summary: dict[str, Any] = {
+        "labels": len(labels),
+        "samples": len(set(labels.samples)),
+        "model": terms.model,
+        "switches": terms.switches,
+        "source": terms.source,
+        **_figures(verdicts),
+        "dominated": _dominated(labels, verdicts),
+        "seconds": sum(v.seconds for v in verdicts),
+        "seconds_per_label": float(np.mean([v.seconds for v in verdicts])),
+        "budgets": [
+            {
+                "budget": budget,
+                "labels": int((labels.budgets == budget).sum()),
+                **_figures([v for v, b in zip(verdicts, labels.budgets.tolist()) if b == budget]),
+            }
+            for budget in sorted(set(labels.budgets.tolist()))
+        ],
+    }
+    if exact:
+        summary["exact"] = _exact(labels, verdicts)
+    if surrogates:
+        summary["surrogate"] = _surrogate(labels, surrogates)
+    return Audit(labels, verdicts, surrogates, summary)
+
+
+def _figures(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    used = np.array([v.utilisation for v in verdicts])
+    gaps = np.array([v.gap for v in verdicts])
+    lost = np.array([v.lost for v in verdicts])
+    return {
+        "infeasible": sum(not v.feasible for v in verdicts),
+        "priced_wrong": sum(not v.priced_right for v in verdicts),
+        "utilisation": {
+            "mean": float(used.mean()),
+            "min": float(used.min()),
+            "optimum": float(np.mean([v.best_utilisation for v in verdicts])),
+        },
+        "gap": _spread(gaps),
+        "lost": _spread(lost),
+        "optimal": float(np.mean([v.feasible and v.gap <= TOLERANCE for v in verdicts])),
+        "proven": float(np.mean([v.proven for v in verdicts])),
+    }
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    return {
+        "mean": float(values.mean()),
+        "p95": float(np.quantile(values, 0.95)),
+        "max": float(values.max()),
+    }
+
+
+def _dominated(labels: Labels, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    found = [index for index, v in enumerate(verdicts) if v.dominating is not None]
+    worst = sorted(found, key=lambda i: verdicts[i].utility - verdicts[i].dominating_utility)
+    examples = []
+    for index in worst[:EXAMPLES]:
+        verdict = verdicts[index]
+        assert verdict.dominating is not None
+        examples.append(
+            {
+                "sample": labels.samples[index],
+                "budget": float(labels.budgets[index]),
+                **_change(labels, labels.plans[index], verdict.dominating),
+                "utility": [verdict.utility, verdict.dominating_utility],
+                "cost": [verdict.cost, verdict.dominating_cost],
+            }
+        )
+    return {"count": len(found), "share": len(found) / len(verdicts), "examples": examples}
+
+
+def _change(labels: Labels, label: Flags, better: Flags) -> dict[str, list[str]]:
+    """By which switches two plans differ."""
+    return {
+        "without": [n for n, a, b in zip(labels.switches, label, better) if a and not b],
+        "with": [n for n, a, b in zip(labels.switches, label, better) if b and not a],
+    }
+
+
+def _exact(labels: Labels, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """How the second solver's optima compare, rounding of its utilities allowed for."""
+    rounding = np.abs(labels.utilities).max(axis=1) * UNIT * len(labels.switches)
+    apart = np.array([abs((v.exact or 0.0) - v.optimum) for v in verdicts])
+    allowed = rounding + np.array([TOLERANCE * abs(v.optimum) for v in verdicts])
+    return {"checked": len(verdicts), "different": int((apart > allowed).sum())}
+
+
+def _surrogate(labels: Labels, surrogates: Sequence[Surrogate]) -> dict[str, Any]:
+    """Means over samples, by budget; budgets that leave one plan say nothing and are left out."""
+    rows = []
+    for budget in sorted(set(labels.budgets.tolist())):
+        here = [s for s in surrogates if labels.budgets[s.label] == budget and len(s.losses) > 1]
+        if not here:
+            continue
+        rows.append(
+            {
+                "budget": budget,
+                "samples": len(here),
+                "plans": len(here[0].losses),
+                "rank_additive": _mean([s.rank_additive for s in here]),
+                "rank_pairwise": _mean([s.rank_pairwise for s in here]),
+                "error_additive": _mean(
+                    [float(np.abs(s.additive - s.losses).mean()) for s in here]
+                ),
+                "error_pairwise": _mean(
+                    [float(np.abs(s.pairwise - s.losses).mean()) for s in here]
+                ),
+                "regret": {who: _mean([s.regret[who] for s in here]) for who in here[0].regret},
+            }
+        )
+    return {"samples": len({labels.samples[s.label] for s in surrogates}), "budgets": rows}
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of those that are numbers; NaN where none is."""
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")

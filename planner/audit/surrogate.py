@@ -1,0 +1,153 @@
+"""How far utilities are from the truth: the loss of every plan there is, against what they predict.
+
+The additive surrogate says that what two switches are worth off together is the sum of what each is
+worth; the pairwise one adds, for every pair, what was measured beyond that. Both predict the change
+of the loss, and a decision is judged by its regret: its true loss less that of the best plan within
+the limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import spearmanr
+
+from planner.audit.heuristic import decide
+from planner.audit.labels import Labels
+from planner.audit.verdicts import Verdict
+from planner.flags import Flags, with_utilities
+from planner.problem import Problem
+
+__all__ = ["Surrogate", "all_plans", "measure_surrogate", "predictions"]
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Surrogate:
+    """One label's problem, every plan of which was tried.
+
+    Attributes:
+        label: its number in the file.
+        losses: shape (plans,): change of the loss under the plans that fill the limit.
+        additive: shape (plans,): as predicted.
+        pairwise: shape (plans,): as predicted.
+        rank_additive: Spearman's correlation with the losses; NaN where all are alike.
+        rank_pairwise: the same.
+        regret: who decided -> regret, nats per answer token.
+    """
+
+    label: int
+    losses: Floats
+    additive: Floats
+    pairwise: Floats
+    rank_additive: float
+    rank_pairwise: float
+    regret: dict[str, float]
+
+
+def all_plans(switches: int) -> Flags:
+    """Every plan of so many switches, shape (2 ^ switches, switches), in the order of `losses`."""
+    numbers = np.arange(1 << switches)[:, None]
+    return (numbers >> np.arange(switches)[None, :]) % 2 == 1
+
+
+def predictions(losses: Floats, plans: Flags) -> tuple[Floats, Floats]:
+    """(additive, pairwise) predictions for plans, from the losses without one and two switches.
+
+    Args:
+        losses: shape (2 ^ switches,), of all plans.
+        plans: shape (plans, switches).
+    """
+    switches = plans.shape[1]
+    full = (1 << switches) - 1
+    bits = 1 << np.arange(switches)
+    single = losses[full - bits]
+    both = losses[full - (bits[:, None] | bits[None, :])]
+    beyond = np.triu(both - single[:, None] - single[None, :], 1)
+    off = (~plans).astype(np.float64)
+    additive = off @ single
+    return additive, additive + ((off @ beyond) * off).sum(-1)
+
+
+def measure_surrogate(
+    labels: Labels, problems: Mapping[float, Problem], verdicts: Sequence[Verdict]
+) -> list[Surrogate]:
+    """Every label whose losses were measured; its problem has switches of layers alone."""
+    static = _static(labels, problems)
+    return [_measure(labels, index, problems, verdicts[index], static) for index in labels.losses]
+
+
+def _costs(problem: Problem, plans: Flags) -> npt.NDArray[np.int64]:
+    """Cost of each plan of a problem of layers; shape (plans,)."""
+    each = np.array([layer.costs[0, 0] for layer in problem.layers if layer.optional])
+    costs: npt.NDArray[np.int64] = problem.smallest_costs()[0, 0] + plans @ each
+    return costs
+
+
+def _fills(problem: Problem, plans: Flags) -> Flags:
+    """Which plans fit and leave no room for a further layer; shape (plans,)."""
+    left = int(problem.limits[0]) - _costs(problem, plans)
+    each = np.array([layer.costs[0, 0] for layer in problem.layers if layer.optional])
+    cheapest = np.where(plans, np.iinfo(np.int64).max, each).min(axis=1, initial=1 << 62)
+    fills: Flags = (left >= 0) & (left < cheapest)
+    return fills
+
+
+def _static(labels: Labels, problems: Mapping[float, Problem]) -> dict[float, int]:
+    """Budget -> the plan that is best for all samples together."""
+    totals: dict[float, Floats] = {}
+    for index, losses in labels.losses.items():
+        budget = float(labels.budgets[index])
+        totals[budget] = totals.get(budget, 0.0) + losses
+    plans = all_plans(len(labels.switches))
+    found = {}
+    for budget, total in totals.items():
+        fits = _costs(problems[budget], plans) <= problems[budget].limits[0]
+        found[budget] = int(np.where(fits, total, np.inf).argmin())
+    return found
+
+
+def _measure(
+    labels: Labels,
+    index: int,
+    problems: Mapping[float, Problem],
+    verdict: Verdict,
+    static: Mapping[float, int],
+) -> Surrogate:
+    losses, budget = labels.losses[index], float(labels.budgets[index])
+    problem = with_utilities(problems[budget], labels.utilities[index])
+    plans = all_plans(len(labels.switches))
+    fits = _costs(problem, plans) <= problem.limits[0]
+    fills = _fills(problem, plans)
+    additive, pairwise = predictions(losses, plans)
+    best = losses[fits].min()
+
+    def regret(flags: Flags) -> float:
+        return float(losses[(flags << np.arange(len(flags))).sum()] - best)
+
+    return Surrogate(
+        label=index,
+        losses=losses[fills],
+        additive=additive[fills],
+        pairwise=pairwise[fills],
+        rank_additive=_rank(additive[fills], losses[fills]),
+        rank_pairwise=_rank(pairwise[fills], losses[fills]),
+        regret={
+            "label": regret(labels.plans[index]),
+            "heuristic": regret(decide(problem)),
+            "solver": regret(verdict.best),
+            "pairwise": float(losses[np.where(fits, pairwise, np.inf).argmin()] - best),
+            "static": float(losses[static[budget]] - best),
+            "random": float(losses[fills].mean() - best),
+        },
+    )
+
+
+def _rank(predicted: Floats, true: Floats) -> float:
+    if len(true) < 2 or np.ptp(predicted) == 0 or np.ptp(true) == 0:
+        return float("nan")
+    return float(spearmanr(predicted, true).statistic)

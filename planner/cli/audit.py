@@ -1,0 +1,119 @@
+"""``planner audit``: labels against the proven optimum of their own problems."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from planner.cli.options import TrustRemoteCode
+from planner.cli.output import Json, Quiet, Verbose, print_json, progress_bar, status, table
+
+__all__ = ["audit_command"]
+
+
+def audit_command(
+    labels: Annotated[Path, typer.Argument(help="File that planner labels wrote.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="What to price plans on [default: the file's model]."),
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Check every optimum with a plain CP-SAT model too.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write a page (.html) as well.")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Solve every label's problem to proven optimality and say how far off the label is."""
+    from planner.audit import audit, read_labels
+    from planner.audit.page import page
+    from planner.catalog import find_model
+    from planner.compiler import lowered_graph
+    from planner.files import output_folder, write_text
+    from planner.ir.errors import InputError
+
+    if output is not None and output.suffix != ".html":
+        raise InputError(f"the output '{output}' must be an .html file")
+    with status(not (quiet or as_json), verbose) as update:
+        update("read the labels")
+        read = read_labels(labels)
+        update("lower")
+        graph = lowered_graph(find_model(model or read.terms.model, trust_remote_code))[0]
+    if output is not None:
+        output_folder(output.parent)
+    with progress_bar(not (quiet or as_json), "labels") as progress:
+        found = audit(read, graph, exact=exact, progress=progress)
+    if output is not None:
+        write_text(output, page(found))
+    if as_json:
+        print_json({"file": str(labels), **found.summary})
+    elif not quiet:
+        _print_summary(found.summary, verbose)
+        if output is not None:
+            print(f"wrote {output}")
+
+
+def _print_summary(summary: dict[str, Any], verbose: bool) -> None:
+    print(
+        f"{summary['labels']} labels for {summary['model']} ({summary['samples']} samples, "
+        f"{summary['switches']}), plans from {summary['source']}"
+    )
+    print()
+    rows = [_row("all", summary), *(_row(f"{b['budget']:g}", b) for b in summary["budgets"])]
+    headers = ["budget", "labels", "infeasible", "used", "gap", "95 %", "largest", "optimal"]
+    table([*headers, "proven"], rows)
+    print()
+    if summary["priced_wrong"]:
+        print(f"{summary['priced_wrong']} labels state another cost or limit than the cost model")
+    dominated = summary["dominated"]
+    print(
+        f"{dominated['count']} labels are dominated: another plan is worth more and costs no more"
+    )
+    for example in dominated["examples"] if verbose else ():
+        print(
+            f"  {example['sample']} at {example['budget']:g}: "
+            f"off {', '.join(example['without']) or '-'}, on {', '.join(example['with']) or '-'}"
+        )
+    if "exact" in summary:
+        exact = summary["exact"]
+        print(f"CP-SAT contradicts {exact['different']} of {exact['checked']} optima")
+    if summary.get("surrogate", {}).get("budgets"):
+        _print_surrogate(summary["surrogate"])
+    print(f"{summary['seconds']:.1f} s, {1e3 * summary['seconds_per_label']:.1f} ms a label")
+
+
+def _row(name: str, figures: dict[str, Any]) -> list[str]:
+    gap = figures["gap"]
+    return [
+        name,
+        str(figures["labels"]),
+        str(figures["infeasible"]),
+        f"{figures['utilisation']['mean']:.2%}",
+        *(f"{gap[which]:.3%}" for which in ("mean", "p95", "max")),
+        f"{figures['optimal']:.1%}",
+        f"{figures['proven']:.1%}",
+    ]
+
+
+def _print_surrogate(surrogate: dict[str, Any]) -> None:
+    print()
+    print(f"every plan tried on {surrogate['samples']} samples; regret in nats per answer token")
+    deciders = list(surrogate["budgets"][0]["regret"])
+    rows = [
+        [
+            f"{row['budget']:g}",
+            str(row["plans"]),
+            f"{row['rank_additive']:.3f}",
+            f"{row['rank_pairwise']:.3f}",
+            *(f"{row['regret'][who]:.4f}" for who in deciders),
+        ]
+        for row in surrogate["budgets"]
+    ]
+    table(["budget", "plans", "rank, additive", "rank, pairwise", *deciders], rows)
+    print()

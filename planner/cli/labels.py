@@ -1,0 +1,186 @@
+"""``planner labels``: a target plan per sample and budget, from measured utilities."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from planner.cli.options import Dtype, Model, TrustRemoteCode, parse_fractions
+from planner.cli.output import Json, Quiet, Verbose, print_json, progress_bar, status
+from planner.cli.scheduled import SchedulerOption
+
+if TYPE_CHECKING:
+    from planner.models.calibration import Sample
+
+__all__ = ["labels_command"]
+
+# Of a question about a scene and what stands around it, about.
+_TEXT_TOKENS = 16
+
+
+def labels_command(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Labels file (.parquet) for planner audit.")
+    ],
+    budgets: Annotated[
+        str, typer.Option("--budgets", help="Fractions of the base model, by commas.")
+    ] = "0.6,0.7,0.8,0.9",
+    switches: Annotated[
+        str,
+        typer.Option("--switches", help="adallava-l (counted), or some of layers,heads,mlp."),
+    ] = "adallava-l",
+    scheduler: SchedulerOption = None,
+    samples: Annotated[int, typer.Option("--samples", help="How many questions.")] = 256,
+    tried: Annotated[
+        int,
+        typer.Option(
+            "--try-all", help="Questions of which every plan's true loss is measured as well."
+        ),
+    ] = 0,
+    images: Annotated[
+        Path | None, typer.Option("--images", help="Folder of pictures [default: drawn scenes].")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", help='JSON lines {"image", "prompt", "answer"} for --images.'),
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="Of scenes: train, val, test.")] = "train",
+    seed: Annotated[int, typer.Option("--seed", help="Which questions.")] = 0,
+    batch: Annotated[int, typer.Option("--batch", help="Plans that run at once.")] = 128,
+    mlp_groups: Annotated[
+        int | None, typer.Option("--mlp-groups", help="Groups an MLP is divided into.")
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Annotated[str, typer.Option("--on", help="Where to run: cpu, cuda.")] = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure what switches are worth to each sample, and decide its plan for every budget.
+
+    A killed run continues when the same command is given again.
+    """
+    from planner.audit import Terms, write_labels
+    from planner.files import output_folder
+    from planner.ir.errors import InputError
+    from planner.ir.lowering import lower_model
+    from planner.loading import load_model
+    from planner.training.labels import label_samples
+
+    fractions = list(dict.fromkeys(parse_fractions(budgets)))
+    for name, value in (("samples", samples), ("batch", batch)):
+        if value < 1:
+            raise InputError(f"--{name} must be at least 1")
+    if tried < 0:
+        raise InputError("--try-all must be 0 or more")
+    if output.suffix != ".parquet":
+        raise InputError(f"the output '{output}' must be a .parquet file")
+    if prompts is not None and images is None:
+        raise InputError("--prompts needs --images")
+    output_folder(output.parent)
+    started = time.perf_counter()
+    with status(not (quiet or as_json), verbose) as update:
+        update("load")
+        scheduled = None
+        if scheduler is not None:
+            from planner.scheduling import compile_schedule, load_scheduled
+
+            schedule = compile_schedule(
+                model, fractions[0], scheduler, trust_remote_code=trust_remote_code
+            )
+            stock, processor, scheduled = load_scheduled(
+                schedule, dtype, device, trust_remote_code, mask=True
+            )
+            if scheduled.layout.name != switches:
+                raise InputError(
+                    f"the scheduler decides {scheduled.layout.name}, and the labels are for "
+                    f"{switches}: give --switches {scheduled.layout.name}"
+                )
+            graph = scheduled.graph
+        else:
+            stock, processor, _ = load_model(model, dtype, device, trust_remote_code)
+            update("lower")
+            graph = lower_model(stock, model)
+        terms = Terms(
+            model=model,
+            fingerprint=str(graph.properties["fingerprint"]),
+            switches=switches,
+            source=f"scheduler {scheduler}" if scheduler else "heuristic",
+            image_tokens=int(graph.properties.get("image_tokens", 0)),
+            text_tokens=_TEXT_TOKENS,
+            mlp_groups=mlp_groups,
+        )
+        terms.problem(graph, fractions[0])
+        update("read the questions")
+        if images is None:
+            chosen = _scenes(stock, processor, samples, split, seed)
+        else:
+            chosen = _pictures(stock, processor, images, prompts, samples, seed)
+    with progress_bar(not (quiet or as_json), "samples") as progress:
+        labels = label_samples(
+            stock,
+            graph,
+            chosen,
+            terms,
+            fractions,
+            tried=tried,
+            batch=batch,
+            scheduled=scheduled,
+            partial=output.with_name(output.name + ".partial"),
+            progress=progress,
+        )
+    write_labels(output, labels)
+    facts: dict[str, Any] = {
+        "labels": len(labels),
+        "samples": len(chosen),
+        "budgets": fractions,
+        "model": model,
+        "switches": switches,
+        "source": terms.source,
+        "tried": min(tried, len(chosen)),
+        "seconds": time.perf_counter() - started,
+    }
+    if as_json:
+        print_json({"output": str(output), **facts})
+    elif not quiet:
+        print(
+            f"{facts['labels']} labels for {model}: {facts['samples']} samples under "
+            f"{len(fractions)} budgets, {len(labels.switches)} switches ({switches}), "
+            f"plans from {terms.source}"
+        )
+        if facts["tried"]:
+            print(f"every one of {1 << len(labels.switches)} plans tried on {facts['tried']}")
+        print(f"wrote {output} in {facts['seconds']:.1f} s; see: planner audit {output}")
+
+
+def _scenes(
+    model: Any, processor: Any, count: int, split: str, seed: int
+) -> list[tuple[str, Sample]]:
+    """Questions about drawn scenes."""
+    from planner.ir.errors import InputError
+    from planner.models.calibration import answered
+    from planner.training.data import SPLITS, SceneQuestions
+
+    if split not in SPLITS:
+        raise InputError(f"unknown split '{split}': choose from {', '.join(SPLITS)}")
+    chosen = []
+    for asked in SceneQuestions(split, count, seed):
+        turn = asked.turns[0]
+        sample = answered(model, processor, turn.question, asked.image, turn.answer)
+        chosen.append((asked.id, sample))
+    return chosen
+
+
+def _pictures(
+    model: Any, processor: Any, images: Path, prompts: Path | None, count: int, seed: int
+) -> list[tuple[str, Sample]]:
+    """A user's own questions; a sample's name begins with its number."""
+    from planner.models.calibration import read_questions, read_samples
+
+    found = read_samples(model, processor, read_questions(images, prompts), count, seed)
+    return [(f"{index}-{sample.digest()}", sample) for index, sample in enumerate(found)]
