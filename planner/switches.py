@@ -83,7 +83,11 @@ class SwitchSet:
         selector = parse(text)
         counts = selector.counts(image_tokens)
         if any(count is None for count in counts):
-            raise InputError(f"how many tokens {text} keeps depends on the image: it has no cost")
+            raise InputError(
+                f"how many tokens {text} keeps depends on the image, and may be all of them, so no "
+                f"cost below the base model's can be promised; take one that keeps a fixed number, "
+                f"such as prumerge+:ratio=0.25 or visionzip"
+            )
         return replace(
             self,
             axes=tuple(axis for axis in AXES if axis in (*self.axes, "tokens")),

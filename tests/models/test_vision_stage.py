@@ -77,6 +77,52 @@ def test_a_vision_selector_equals_a_prompt_built_by_hand(llava, text):
         assert run.sequences[row, -3] == expected.argmax()
 
 
+@pytest.mark.parametrize("text", SELECTORS)
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_a_batch_equals_one_by_one_and_dropped_tokens_are_never_cached(llava, text, side):
+    family, graph = llava
+    inputs = family.inputs(3, before=(3, 6, 1), after=(5, 2), images=2, padding_side=side)
+    with Executor(family.model, graph).using(
+        plan_of(graph, tokens=(TokenStage(0, 8, 32, text),), heads={1: (0,)})
+    ):
+        together = family.model(**inputs, use_cache=True)
+        keys = together.past_key_values.layers[0].parts[0].keys
+        for row in range(3):
+            where = inputs["attention_mask"][row].bool()
+            alone = {
+                "input_ids": inputs["input_ids"][row, where][None],
+                "pixel_values": inputs["pixel_values"][2 * row : 2 * row + 2],
+            }
+            output = family.model(**alone, use_cache=True)
+            assert close(together.logits[row, where.nonzero()[-1]], output.logits[:, -1])
+            places = keys.positions[row]
+            real = places[places >= 0]
+            cached = output.past_key_values.layers[0].keys.shape[2]
+            image = int((inputs["input_ids"][row, real] == IMAGE).sum())
+            assert int(where[real].sum()) == cached < int(where.sum())
+            assert image == cached - int((alone["input_ids"] != IMAGE).sum())
+
+
+@pytest.mark.parametrize("text", SELECTORS)
+def test_a_second_question_behind_a_vision_selector(llava, text):
+    family, graph = llava
+    inputs = family.inputs(2, before=(3, 6))
+    question = torch.randint(3, 100, (2, 7), generator=torch.Generator().manual_seed(1))
+    with Executor(family.model, graph).using(
+        plan_of(graph, tokens=(TokenStage(0, 8, 16, text),), layers_off=(1,))
+    ):
+        first = family.model.generate(
+            **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True
+        )
+        ids = torch.cat([first.sequences, question], 1)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(2, 11, dtype=torch.long)], 1)
+        asked = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+        second = family.model.generate(**asked, past_key_values=first.past_key_values)
+        again = family.model.generate(**asked, pixel_values=inputs["pixel_values"])
+    assert torch.equal(second, again)
+
+
 @torch.no_grad()
 def test_a_vision_selector_and_a_decoder_selector_in_turn(llava):
     family, graph = llava

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import planner
 from planner.ir.errors import InputError
 from planner.loading import load_image, load_model, prompt_inputs
+from planner.models.cache import kv_bytes
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +82,32 @@ def test_a_selector_of_the_users_is_part_of_the_budget(model, inputs):
     planner.compile(model, budget=0.6, tokens="fastv:k=2,r=0.5", image_tokens=49, text_tokens=10)
     plan = planner.plan_of(model)
     assert [(s.layer, s.keep, s.of) for s in plan.tokens] == [(2, 24, 49)]
-    assert 0.59 < plan.cost["flops"]["fraction"] <= 0.6
+    assert 0.55 < plan.cost["flops"]["fraction"] <= 0.6
     tokens(model, inputs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tokens": "prumerge+:ratio=0.25"},
+        {"tokens": "visionzip:dominant=12,contextual=4"},
+        {"tokens": "hired:ratio=0.5"},
+        {"kv": "h2o:heavy=0.2,recent=0.1"},
+        {"tokens": "fastv:k=2,r=0.5", "kv": "h2o:heavy=0.2,recent=0.1"},
+    ],
+    ids=lambda options: "+".join(options.values()),
+)
+def test_a_budget_holds_with_selectors_and_policies(model, inputs, options):
+    """0.6 is 0.6 of the base model, whatever else is asked for; the cache is as large as priced."""
+    prompt = inputs["input_ids"].shape[1]
+    load = {"image_tokens": 49, "text_tokens": prompt - 49, "new_tokens": 7}
+    planner.compile(model, budget=0.6, **load, **options)
+    plan = planner.plan_of(model)
+    assert 0.55 < plan.cost["flops"]["fraction"] <= 0.6
+    run = model.generate(
+        **inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False, return_dict_in_generate=True
+    )
+    assert kv_bytes(run.past_key_values) == plan.cost["kv"]["plan"]
 
 
 def test_the_plan_of_a_config_is_the_plan_of_the_model(model):
