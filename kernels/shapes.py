@@ -15,7 +15,6 @@ from planner.ir.cost.workload import Workload
 from planner.ir.dims import Dim
 from planner.ir.graph import Graph, Operator, Site
 from planner.ir.passes import NarrowTokens, Specialise, run
-from planner.kernels.tiles import power_of_two
 from planner.plan import Plan
 
 __all__ = ["AttentionShape", "Block", "MLPShape", "Shape", "TokenShape", "blocks_of"]
@@ -165,7 +164,6 @@ def blocks_of(graph: Graph, plan: Plan, workload: Workload) -> tuple[list[Block]
     """
     plan.check(graph)
     narrow = run(graph, (Specialise(plan), NarrowTokens(plan.tokens)))
-    # Left to right: sizes by layer in the order of first appearance.
     keep = {stage.layer: stage.keep for stage in plan.tokens}
     sizes = workload.prefill(keep)
     context = workload.image_tokens + workload.text_tokens + workload.new_tokens
@@ -191,9 +189,9 @@ def blocks_of(graph: Graph, plan: Plan, workload: Workload) -> tuple[list[Block]
             continue
         if shape is None:
             continue
-        tokens = power_of_two(_evaluated(query, sizes))
+        tokens = _evaluated(query, sizes)
         add(shape, "prefill", tokens, tokens, site.layer)
-        add(shape, "decode", 1, power_of_two(context), site.layer)
+        add(shape, "decode", 1, context, site.layer)
     for layer in sorted(set(range(graph.layers)) - set(plan.layers_off)):
         kinds = {site.kind for site in graph.sites_at(layer)}
         reasons += [

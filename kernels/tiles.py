@@ -11,7 +11,7 @@ to rank tiles, not to predict seconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -31,6 +31,7 @@ __all__ = [
     "matmul_seconds",
     "matmul_tile",
     "target_of",
+    "targets_of",
 ]
 
 # Seconds from issuing a load to having the data, under load.
@@ -85,6 +86,20 @@ def target_of(capability: tuple[int, int]) -> Target:
     if not older:
         raise InputError(f"Compute capability {number / 10} is not supported; 8.0 is the oldest.")
     return max(older, key=lambda target: target.capability)
+
+
+def targets_of(names: Iterable[str]) -> dict[str, Target]:
+    """Targets by name, each once.
+
+    Raises:
+        InputError: a name is unknown.
+    """
+    found = {}
+    for name in names:
+        if name not in TARGETS:
+            raise InputError(f"unknown target '{name}': choose from {', '.join(TARGETS)}")
+        found[name] = TARGETS[name]
+    return found
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from planner.ir.errors import InputError
 
-__all__ = ["output_folder", "write_bytes", "write_text"]
+__all__ = ["output_folder", "write_bytes", "write_folder", "write_text"]
 
 
 def output_folder(path: Path) -> Path:
@@ -20,6 +22,37 @@ def output_folder(path: Path) -> Path:
     if not os.access(path, os.W_OK | os.X_OK):
         raise InputError(f"cannot write to '{path}': permission denied")
     return path
+
+
+def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write a folder whole, in place of one that may be there: a reader sees the old or the new.
+
+    Args:
+        path: the folder; its parent exists.
+        files: contents by path inside.
+    """
+    made: str | None = None
+    try:
+        made = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")
+        os.chmod(made, 0o777 & ~_umask())
+        fresh, old = Path(made) / "new", Path(made) / "old"
+        for name, contents in files.items():
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            (fresh / name).write_bytes(contents)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(fresh, path)
+    except OSError as error:
+        raise InputError(f"cannot write '{path}': {error.strerror or error}") from None
+    finally:
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def write_text(path: Path, text: str) -> None:
@@ -34,9 +67,7 @@ def write_bytes(path: Path, contents: bytes) -> None:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as stream:
             stream.write(contents)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         temporary = None
     except OSError as error:

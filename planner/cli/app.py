@@ -13,6 +13,7 @@ from planner.cli.compile import compile_command
 from planner.cli.devices import devices_command
 from planner.cli.export import export_command
 from planner.cli.inspect import inspect_command
+from planner.cli.kernels import kernels_command
 from planner.cli.models import models_command
 from planner.cli.run import run_command
 
@@ -51,3 +52,4 @@ app.command("run")(run_command)
 app.command("bench")(bench_command)
 app.command("calibrate-utilities")(calibrate_command)
 app.command("export")(export_command)
+app.command("kernels")(kernels_command)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from planner.cli.kernels import IndexDriven, Targets, compile_kernels, wanted_targets
 from planner.cli.options import (
     Batch,
     Device,
@@ -29,6 +31,7 @@ from planner.cli.output import (
 
 if TYPE_CHECKING:
     from planner.compiler import Compiled
+    from planner.kernels.manifest import Manifest
 
 __all__ = ["compile_command"]
 
@@ -74,6 +77,8 @@ def compile_command(
         bool,
         typer.Option("--uniform", help="Equal widths in all layers, as a plain export needs."),
     ] = False,
+    target: Targets = None,
+    index_driven: IndexDriven = False,
     time_limit: Annotated[
         float, typer.Option("--time-limit", help="Seconds the solver may take.")
     ] = 60.0,
@@ -95,6 +100,9 @@ def compile_command(
         raise InputError("--time-limit must be more than 0 seconds")
     if mlp_groups is not None and mlp_groups < 1:
         raise InputError("--mlp-groups must be at least 1")
+    if index_driven and not target:
+        raise InputError("--index-driven is about kernels: name a --target too")
+    targets = wanted_targets(target)
     level = debug_level()
     folder = output or Path("build") / Path(model.rstrip("/")).name
     request = Request(
@@ -119,17 +127,40 @@ def compile_command(
         compiled = compile_plan(request, update)
         for line in explain(compiled, level):
             say(line)
-        path = write_outputs(compiled, folder, print_between_passes or level >= PASSES)
+        kernels = None
+        if targets:
+            kernels = compile_kernels(compiled, targets, index_driven, update)
+        between = print_between_passes or level >= PASSES
+        path = write_outputs(compiled, folder, between, kernels[1] if kernels else None)
+    manifest = kernels[0] if kernels else None
     if as_json:
-        print_json(document(compiled, path))
+        print_json(document(compiled, path, manifest))
     elif not quiet:
         _print_summary(compiled, path, verbose)
+        if manifest is not None:
+            sources = len({kernel.source for kernel in manifest.kernels})
+            print(
+                f"wrote {len(manifest.kernels)} kernels in {sources} sources to "
+                f"{folder / 'kernels'} (see: planner kernels {folder})"
+            )
 
 
-def write_outputs(compiled: Compiled, folder: Path, between: bool = False) -> Path:
-    """Write plan.yaml and graph.txt (the narrowed graph, with costs); the plan's path."""
+def write_outputs(
+    compiled: Compiled,
+    folder: Path,
+    between: bool = False,
+    kernels: Mapping[str, bytes] | None = None,
+) -> Path:
+    """Write plan.yaml and graph.txt (the narrowed graph, with costs); the plan's path.
+
+    Args:
+        compiled: what to write.
+        folder: that exists.
+        between: print the graph after every pass.
+        kernels: files of the folder ``kernels``, which is replaced, or None to leave it alone.
+    """
     from planner.compiler import specialised
-    from planner.files import write_text
+    from planner.files import write_folder, write_text
     from planner.ir.cost import price
     from planner.ir.graph import Operator
     from planner.ir.text import print_graph
@@ -145,15 +176,18 @@ def write_outputs(compiled: Compiled, folder: Path, between: bool = False) -> Pa
 
     text = print_graph(graph, comment)
     write_text(folder / "graph.txt", text)
+    if kernels is not None:
+        write_folder(folder / "kernels", kernels)
     path = folder / "plan.yaml"
     write_text(path, dump_plan(compiled.plan))
     return path
 
 
-def document(compiled: Compiled, path: Path) -> dict[str, Any]:
+def document(compiled: Compiled, path: Path, manifest: Manifest | None = None) -> dict[str, Any]:
     """The JSON document of compile."""
     plan = compiled.plan
-    return {
+    kernels = {} if manifest is None else {"kernels": manifest.model_dump()}
+    return kernels | {
         "plan": str(path),
         "model": plan.model,
         "cost": plan.cost,

@@ -1,0 +1,131 @@
+"""``planner kernels``: what the compiler made of a plan's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from planner.cli.output import Json, Quiet, Verbose, amount, print_json, say, table
+
+if TYPE_CHECKING:
+    from planner.compiler import Compiled
+    from planner.kernels.manifest import CompiledKernel, Manifest
+    from planner.kernels.tiles import Target
+
+__all__ = ["IndexDriven", "Targets", "compile_kernels", "kernels_command", "wanted_targets"]
+
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target",
+        help="Compile kernels for this GPU too: sm_80, sm_86, sm_89 or sm_90; repeatable.",
+    ),
+]
+IndexDriven = Annotated[
+    bool,
+    typer.Option(
+        "--index-driven", help="Kernels that read what survives from tensors: for any plan."
+    ),
+]
+
+
+def wanted_targets(names: Sequence[str] | None) -> dict[str, Target]:
+    """The targets that kernels are asked for.
+
+    Raises:
+        InputError: one is unknown, or there is no Triton to compile with.
+    """
+    from planner.ir.errors import InputError
+    from planner.kernels.tiles import targets_of
+
+    found = targets_of(names or ())
+    if found and find_spec("triton") is None:
+        raise InputError("--target needs triton, which is not installed (there is one for Linux)")
+    return found
+
+
+def compile_kernels(
+    compiled: Compiled, targets: Mapping[str, Target], index_driven: bool, update: Any
+) -> tuple[Manifest, dict[str, bytes]]:
+    """Generate and compile the kernels of a plan; nothing is written."""
+    from planner.kernels.build import build_kernels
+
+    return build_kernels(
+        compiled.graph,
+        compiled.plan,
+        compiled.pricing.workload,
+        targets,
+        index_driven=index_driven,
+        progress=update,
+    )
+
+
+def kernels_command(
+    folder: Annotated[
+        Path, typer.Argument(help="What planner compile --target was given with -o.")
+    ],
+    target: Annotated[
+        list[str] | None, typer.Option("--target", help="Only these targets; repeatable.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Per kernel and target: registers, spills, shared memory, tensor cores, predicted time."""
+    from planner.ir.errors import InputError
+    from planner.kernels.manifest import read_manifest
+
+    manifest = read_manifest(folder)
+    known = list(dict.fromkeys(kernel.target for kernel in manifest.kernels))
+    for name in target or ():
+        if name not in known:
+            raise InputError(
+                f"there are no kernels for '{name}' in '{folder}', but for {', '.join(known)}"
+            )
+    rows = [kernel for kernel in manifest.kernels if not target or kernel.target in target]
+    if as_json:
+        print_json(manifest.model_copy(update={"kernels": rows}).model_dump())
+    elif not quiet:
+        _print_kernels(manifest, rows, verbose)
+
+
+def _print_kernels(manifest: Manifest, rows: list[CompiledKernel], verbose: bool) -> None:
+    """Tables by target, and what each step would take."""
+    kind = "any plan" if manifest.index_driven else f"plan {manifest.plan}"
+    print(f"{manifest.model}, {kind}, {manifest.dtype}; triton {manifest.versions['triton']}")
+    for target in dict.fromkeys(kernel.target for kernel in rows):
+        print()
+        table(
+            ["kernel", "block", "phase", "layers", *_MADE, *(["warps", "tile"] * verbose)],
+            [_cells(kernel, verbose) for kernel in rows if kernel.target == target],
+            title=target,
+        )
+    print()
+    print("predicted by the cost model for one run of the kernel; nothing was timed")
+    for sentence in manifest.left_out:
+        say(f"no kernels: {sentence}")
+
+
+_MADE = ("tokens", "registers", "spilled", "shared", "mma", "wgmma", "predicted")
+
+
+def _cells(kernel: CompiledKernel, verbose: bool) -> list[str]:
+    sizes = "x".join(str(size) for size in kernel.tile.values())
+    return [
+        kernel.kernel.removesuffix("_kernel"),
+        kernel.block,
+        kernel.phase,
+        kernel.layers,
+        str(kernel.tokens),
+        str(kernel.registers),
+        f"{kernel.spill_bytes} B",
+        amount(kernel.shared_bytes, "bytes"),
+        str(kernel.mma),
+        str(kernel.wgmma),
+        amount(kernel.predicted_us * 1e-6, "latency"),
+        *([str(kernel.warps), sizes] if verbose else []),
+    ]

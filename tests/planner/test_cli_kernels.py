@@ -1,0 +1,155 @@
+"""``planner compile --target`` and ``planner kernels``."""
+
+import json
+import shutil
+
+import pytest
+
+from planner.cli import run
+from planner.kernels import build
+from planner.kernels.manifest import read_manifest
+from planner.plan import load_plan
+
+COMPILE = ("compile", "--model", "tiny-llava", "--budget", "0.65", "--target", "sm_90")
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory, _own_cache):
+    """A folder with the kernels of tiny-llava for any plan: the fewest there are."""
+    folder = tmp_path_factory.mktemp("kernels") / "out"
+    assert run([*COMPILE, "--index-driven", "-o", str(folder), "-q"]) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(compiled, tmp_path):
+    return shutil.copytree(compiled, tmp_path / "copy")
+
+
+def test_compile_adds_sources_machine_code_and_a_manifest(compiled):
+    manifest = read_manifest(compiled)
+    assert manifest.index_driven
+    assert {kernel.target for kernel in manifest.kernels} == {"sm_90"}
+    assert {kernel.phase for kernel in manifest.kernels} == {"prefill", "decode"}
+    home = compiled / "kernels"
+    listed = {"manifest.json"}
+    for kernel in manifest.kernels:
+        assert f"def {kernel.kernel}(" in (home / kernel.source).read_text()
+        assert (home / kernel.cubin).read_bytes().startswith(b"\x7fELF")
+        assert (kernel.spill_bytes, kernel.registers <= 255) == (0, True)
+        assert kernel.predicted_us > 0
+        listed |= {kernel.source, kernel.cubin}
+    files = {str(p.relative_to(home)) for p in home.rglob("*") if p.is_file()}
+    assert files == listed
+    assert load_plan(compiled / "plan.yaml").model == "tiny-llava"
+    assert {path.name for path in compiled.iterdir()} == {"plan.yaml", "graph.txt", "kernels"}
+
+
+def test_a_second_run_compiles_nothing(cli_json, compiled, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(build, "compile_kernel", refuse)
+    document = cli_json(*COMPILE, "--index-driven", "-o", "again")
+    assert document["kernels"] == read_manifest(compiled).model_dump()
+    assert document["solver"]["status"] == "optimal"
+
+
+def test_a_broken_cache_entry_is_compiled_again(cli, compiled, monkeypatch, tmp_path):
+    cache = build.cache_folder() / "kernels"
+    own = shutil.copytree(build.cache_folder(), tmp_path / "cache") / "kernels"
+    monkeypatch.setenv("PLANNER_CACHE", str(tmp_path / "cache"))
+    victim = min(own.iterdir())
+    victim.write_text(victim.read_text()[:-40])
+    assert cli(*COMPILE, "--index-driven", "-o", "again")[0] == 0
+    assert json.loads(victim.read_text()) == json.loads((cache / victim.name).read_text())
+
+
+def test_a_table_by_target(cli, compiled):
+    code, out, err = cli("kernels", compiled)
+    assert (code, err) == (0, "")
+    assert "sm_90" in out
+    assert "registers" in out
+    assert out.count("project_qkv") == 2
+    code, verbose, _ = cli("kernels", compiled, "-v")
+    assert code == 0
+    assert "tile" in verbose.partition("\n---")[0]
+
+
+def test_json_is_the_manifest(cli_json, compiled):
+    assert cli_json("kernels", compiled) == read_manifest(compiled).model_dump()
+    assert cli_json("kernels", compiled, "--target", "sm_90")["kernels"]
+
+
+def spoil(path, text):
+    path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda home: (home / "manifest.json").unlink(), "planner compile --target makes them"),
+        (lambda home: spoil(home / "manifest.json", '{"planner_'), "truncated or not JSON"),
+        (lambda home: spoil(home / "manifest.json", "[]"), "not a manifest"),
+        (lambda home: spoil(home / "manifest.json", '{"planner_kernels": 9}'), "format 9"),
+        (lambda home: spoil(home / "manifest.json", '{"planner_kernels": 1}'), "broken at model"),
+        (lambda home: next(home.rglob("*.cubin")).unlink(), "cannot be read: compile again"),
+        (lambda home: spoil(next(home.rglob("*.cubin")), "x"), "was changed or cut off"),
+        (lambda home: next(home.rglob("*.py")).unlink(), "cannot be read: compile again"),
+    ],
+)
+def test_broken_kernels_are_one_sentence(cli, copy, damage, said):
+    damage(copy / "kernels")
+    code, out, err = cli("kernels", copy)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_kernels_of_another_plan_are_refused(cli, copy):
+    assert cli("compile", "--model", "tiny-llava", "--budget", "0.5", "-o", copy)[0] == 0
+    code, _, err = cli("kernels", copy)
+    assert code == 2
+    assert "of another plan" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["compile", "--model", "tiny-llava", "--target", "sm_70"], "choose from sm_80"),
+        (["compile", "--model", "tiny-llava", "--index-driven"], "name a --target"),
+        (["kernels", "nowhere"], "there are no kernels in 'nowhere'"),
+    ],
+)
+def test_bad_requests_are_one_sentence_and_write_nothing(cli, tmp_path, arguments, said):
+    code, out, err = cli(*arguments)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_that_is_not_there(cli, compiled):
+    code, _, err = cli("kernels", compiled, "--target", "sm_80")
+    assert code == 2
+    assert "for 'sm_80'" in err
+
+
+def test_without_triton(cli, monkeypatch, tmp_path):
+    monkeypatch.setattr("planner.cli.kernels.find_spec", lambda name: None)
+    code, _, err = cli(*COMPILE, "-o", "out")
+    assert code == 2
+    assert "needs triton" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_compilation_leaves_what_was_there(cli, copy, monkeypatch):
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+
+    def fail(*_, **__):
+        raise RuntimeError("no assembler")
+
+    monkeypatch.setattr(build, "_cached", fail)
+    code, _, err = cli(*COMPILE, "-o", copy)
+    assert code == 1
+    assert "no assembler" in err
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
