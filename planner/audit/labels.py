@@ -202,9 +202,10 @@ def read_labels(path: Path) -> Labels:
 
 def _header(table: Any, path: Path) -> dict[str, Any]:
     text = (table.schema.metadata or {}).get(_KEY)
-    if text is None:
-        raise InputError(f"'{path}' is a Parquet file, but not one of labels")
-    header: dict[str, Any] = json.loads(text)
+    try:
+        header: dict[str, Any] = dict(json.loads(text or "null"))
+    except (TypeError, ValueError):
+        raise InputError(f"'{path}' is a Parquet file, but not one of labels") from None
     if header.get("format") != FORMAT:
         raise InputError(
             f"the labels '{path}' have format {header.get('format')}, this planner reads {FORMAT}"

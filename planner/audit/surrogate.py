@@ -77,6 +77,8 @@ def measure_surrogate(
     labels: Labels, problems: Mapping[float, Problem], verdicts: Sequence[Verdict]
 ) -> list[Surrogate]:
     """Every label whose losses were measured; its problem has switches of layers alone."""
+    if not labels.losses:
+        return []
     static = _static(labels, problems)
     return [_measure(labels, index, problems, verdicts[index], static) for index in labels.losses]
 

@@ -29,7 +29,7 @@ class Verdict:
         best_utilisation: of the optimum.
         utility: of the plan.
         optimum: utility of the best plan within the limit.
-        bound: no plan within the limit is worth more.
+        proven: whether the solver proved it.
         best: the optimum's flags.
         dominating: flags of a plan that is worth more and costs no more, if there is one.
         cost: of the plan.
@@ -45,7 +45,7 @@ class Verdict:
     best_utilisation: float
     utility: float
     optimum: float
-    bound: float
+    proven: bool
     best: Flags
     dominating: Flags | None
     cost: int
@@ -64,11 +64,6 @@ class Verdict:
         """What the label leaves, as a share of the optimum's utility (or of its own if larger)."""
         scale = max(abs(self.optimum), abs(self.utility))
         return self.lost / scale if scale else 0.0
-
-    @property
-    def proven(self) -> bool:
-        """Whether the optimum is proven."""
-        return self.bound - self.optimum <= TOLERANCE * max(abs(self.optimum), TOLERANCE)
 
 
 def judge(
@@ -119,7 +114,7 @@ def _judge(
         best_utilisation=used / limit if limit else 1.0,
         utility=utility,
         optimum=solution.utility,
-        bound=solution.bound,
+        proven=solution.status == "optimal",
         best=flags_of(problem, solution.choice),
         dominating=None if better is None else flags_of(problem, better),
         cost=cost,

@@ -1,0 +1,156 @@
+"""Labels: measured losses are those of narrowed runs, and what is decided keeps to its limit."""
+
+import functools
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES
+from plans import plan_of
+
+from planner.audit import Terms, audit, decide, read_labels
+from planner.audit.surrogate import all_plans
+from planner.catalog import tiny_llava_folder
+from planner.cli import run
+from planner.flags import with_utilities
+from planner.ir.errors import InputError
+from planner.ir.lowering import lower_model
+from planner.models.calibration import sample_of
+from planner.models.executor import Executor
+from planner.training.labels import label_samples
+
+BUDGETS = (0.5, 0.75, 1.0)
+
+
+@functools.cache
+def small():
+    """(model, graph, samples): a LLaVA of four layers."""
+    family = FAMILIES["llava"]()
+    graph = lower_model(family.model, "llava")
+    samples = [
+        (f"sample {seed}", sample_of(family.model, family.inputs(seed=seed), (7, 30, 11)))
+        for seed in range(3)
+    ]
+    return family.model, graph, samples
+
+
+def terms_of(graph, switches, **changes):
+    fingerprint = str(graph.properties["fingerprint"])
+    return Terms("llava", fingerprint, switches, "heuristic", 16, 8, **changes)
+
+
+@torch.no_grad()
+def loss_under(model, executor, plan, sample):
+    """By narrowed layers, without any sharing of work."""
+    with executor.using(plan):
+        logits = model(**sample.inputs).logits[0, -sample.answer - 1 : -1].double()
+    return torch.nn.functional.cross_entropy(logits, sample.labels).item()
+
+
+def test_every_plan_s_loss_is_that_of_a_narrowed_run():
+    model, graph, samples = small()
+    labels = label_samples(
+        model, graph, samples, terms_of(graph, "layers"), BUDGETS, tried=2, batch=5
+    )
+    assert labels.switches == ("layer.0", "layer.1", "layer.2", "layer.3")
+    assert len(labels) == 9
+    assert sorted(labels.losses) == list(range(6))
+    executor = Executor(model, graph)
+    for number, (_, sample) in enumerate(samples[:2]):
+        base = loss_under(model, executor, plan_of(graph), sample)
+        expected = []
+        for plan in all_plans(4):
+            off = tuple(np.flatnonzero(~plan).tolist())
+            expected.append(loss_under(model, executor, plan_of(graph, layers_off=off), sample))
+        found = labels.losses[3 * number]
+        np.testing.assert_allclose(found, np.array(expected) - base, atol=2e-4)
+        alone = found[[0b1110, 0b1101, 0b1011, 0b0111]]
+        np.testing.assert_allclose(labels.utilities[3 * number], alone, atol=1e-5)
+
+
+def test_heads_and_groups_are_measured_one_by_one():
+    model, graph, samples = small()
+    terms = terms_of(graph, "heads,mlp", mlp_groups=3)
+    labels = label_samples(model, graph, samples[:1], terms, (0.7,), batch=4)
+    executor = Executor(model, graph)
+    base = loss_under(model, executor, plan_of(graph), samples[0][1])
+    for name, found in zip(labels.switches, labels.utilities[0], strict=True):
+        kind, layer, index = name.replace("[", ".").rstrip("]").split(".")
+        others = {int(layer): tuple(u for u in range(3 if kind == "mlp" else 2) if u != int(index))}
+        groups = {"mlp_switches": {int(layer): 3}} if kind == "mlp" else {}
+        plan = plan_of(graph, **{kind: others}, **groups)
+        loss = loss_under(model, executor, plan, samples[0][1])
+        assert found == pytest.approx(loss - base, abs=2e-4)
+
+
+def test_labels_survive_an_interrupt_and_their_audit(tmp_path):
+    model, graph, samples = small()
+    partial, terms = tmp_path / "partial", terms_of(graph, "layers")
+
+    def stop(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        label_samples(
+            model, graph, samples, terms, BUDGETS, tried=1, partial=partial, progress=stop
+        )
+    assert partial.exists()
+    with pytest.raises(InputError, match="other options"):
+        label_samples(model, graph, samples, terms, (0.5,), tried=1, partial=partial)
+    seen = []
+    labels = label_samples(
+        model, graph, samples, terms, BUDGETS, tried=1, partial=partial,
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert not partial.exists()
+    fresh = label_samples(model, graph, samples, terms, BUDGETS, tried=1)
+    np.testing.assert_array_equal(labels.utilities, fresh.utilities)
+    np.testing.assert_array_equal(labels.plans, fresh.plans)
+    found = audit(labels, graph).summary
+    assert found["infeasible"] == found["priced_wrong"] == 0
+    assert found["proven"] == 1
+
+
+def test_the_heuristic_leaves_off_what_does_harm():
+    _, graph, _ = small()
+    problem = terms_of(graph, "layers").problem(graph, 1.0)
+    assert decide(with_utilities(problem, np.array([1.0, -1.0, 0.0, 2.0]))).tolist() == [
+        True, False, True, True,
+    ]  # fmt: skip
+
+
+def test_bad_arguments_are_refused():
+    model, graph, samples = small()
+    with pytest.raises(InputError, match="at most 12 layers"):
+        label_samples(model, graph, samples, terms_of(graph, "heads"), (0.5,), tried=1)
+    for switches in ("tokens,layers", "adallava-h"):
+        with pytest.raises(InputError, match="no labels for the switches"):
+            label_samples(model, graph, samples, terms_of(graph, switches), (0.5,))
+    other = Terms("other", "another fingerprint", "layers", "heuristic", 16, 8)
+    with pytest.raises(InputError, match="are for 'other'"):
+        label_samples(model, graph, samples, other, (0.5,))
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_llava_folder(), tmp_path / "model", ignore=shutil.ignore_patterns("ada*"))
+    arguments = ["labels", "--model", "model", "-o", "labels.parquet", "--samples", "2"]
+    assert run([*arguments, "--budgets", "0.75,1", "--try-all", "1", "-q"]) == 0
+    labels = read_labels(tmp_path / "labels.parquet")
+    assert len(labels) == 4
+    assert labels.switches == tuple(f"layer.{n}" for n in range(4, 8))
+    assert [path.name for path in tmp_path.iterdir() if "labels" in path.name] == ["labels.parquet"]
+    for wrong, words in [
+        (["--samples", "0"], "--samples must be at least 1"),
+        (["--budgets", "2"], "must be more than 0 and at most 1"),
+        (["--split", "dev"], "unknown split 'dev'"),
+        (["--switches", "tokens"], "no labels for the switches"),
+        (["--prompts", "p.jsonl"], "--prompts needs --images"),
+        (["-o", "labels.csv"], "must be a .parquet file"),
+    ]:
+        capsys.readouterr()
+        assert run([*arguments, *wrong]) == 2
+        assert words in capsys.readouterr().err
