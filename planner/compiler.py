@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from planner.ir.cost.devices import device as find_device
 from planner.ir.cost.workload import DEFAULT_NEW_TOKENS, DEFAULT_TEXT_TOKENS
 from planner.ir.errors import InputError, PlannerError
 from planner.ir.graph import Graph
+from planner.plain import head_counts
 from planner.plan import Plan, TokenStage
 from planner.pricing import Pricing
 from planner.problem import Choice, Problem
@@ -105,7 +106,8 @@ def compile_plan(request: Request, progress: Progress = lambda stage: None) -> C
         source = find_model(request.model, request.trust_remote_code)
     with stage("lower"):
         graph, notes, cached = lowered_graph(source)
-    compiled = plan_graph(graph, request, budget, switches, chip.name, stage)
+    counts = _plain_counts(source, graph) if request.uniform else None
+    compiled = plan_graph(graph, request, budget, switches, chip.name, stage, counts)
     return replace(compiled, notes=notes, seconds=seconds, from_cache=cached)
 
 
@@ -116,8 +118,12 @@ def plan_graph(
     switches: SwitchSet,
     device: str,
     stage: Callable[[str], Any],
+    counts: Mapping[str, Collection[int]] | None = None,
 ) -> Compiled:
-    """Price and solve a Graph that is at hand."""
+    """Price and solve a Graph that is at hand.
+
+    `counts`: see `solve_uniform`; for requests with equal widths in all layers.
+    """
     scope = request.scope or ("llm" if switches.faithful else "model")
     if scope not in ("model", "llm"):
         raise InputError(f"unknown scope '{scope}': choose model or llm")
@@ -142,11 +148,22 @@ def plan_graph(
         else:
             problem = pricing.problem(budget, utilities)
     with stage("solve"):
-        decide = solve_uniform if request.uniform else solve
-        solution = decide(problem, time_limit_seconds=request.time_limit_seconds)
+        limit = request.time_limit_seconds
+        if request.uniform:
+            solution = solve_uniform(problem, counts=counts, time_limit_seconds=limit)
+        else:
+            solution = solve(problem, time_limit_seconds=limit)
     with stage("check"):
         plan = _plan(graph, pricing, problem, solution, budget, utilities, request, device)
     return Compiled(plan, graph, pricing, problem, solution)
+
+
+def _plain_counts(source: Source, graph: Graph) -> dict[str, Collection[int]]:
+    """Numbers of heads that a plain checkpoint can have, by kind of site."""
+    groups = {site.lanes for site in graph.sites_of("heads")}
+    if len(groups) != 1:
+        return {}
+    return {"heads": head_counts(source.load_config(), groups.pop())}
 
 
 def _utilities(name: str, graph: Graph, pricing: Pricing) -> Utilities:

@@ -14,6 +14,7 @@ from transformers.initialization import no_init_weights
 from planner.models.bindings import BoundSite
 from planner.models.export.weights import cast, kept_weights
 from planner.models.program import LayerProgram, Program
+from planner.plain import keep_heads, reread
 
 __all__ = ["NotPlain", "save_plain"]
 
@@ -83,13 +84,7 @@ def _smaller_config(model: Any, program: Program, kept: Sequence[LayerProgram]) 
     neurons = _same("MLP neurons", [_width(x.layer.mlp, x.groups[0].mlp) for x in kept])
     try:
         if groups is not None:
-            left, of = groups
-            heads = text.num_attention_heads
-            # Otherwise a smaller number of heads would mean wider ones.
-            text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-            text.num_attention_heads = heads * left // of
-            if getattr(text, "num_key_value_heads", None) is not None:
-                text.num_key_value_heads = left
+            keep_heads(text, *groups)
         if neurons is not None:
             text.intermediate_size = neurons[0]
         text.num_hidden_layers = len(kept)
@@ -103,7 +98,7 @@ def _smaller_config(model: Any, program: Program, kept: Sequence[LayerProgram]) 
         if "layer" in name and isinstance(value, list) and len(value) == len(program.layers):
             setattr(text, name, [value[index] for index in chosen])
     try:
-        return type(config).from_dict(config.to_dict())
+        return reread(config)
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise NotPlain(

@@ -7,6 +7,7 @@ its layers. Which switches are kept may still differ from layer to layer, and la
 from __future__ import annotations
 
 import time
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -29,7 +30,12 @@ Counts = npt.NDArray[np.int64]
 _IMPOSSIBLE = -(1 << 54)
 
 
-def solve_uniform(problem: Problem, *, time_limit_seconds: float = 20.0) -> Solution:
+def solve_uniform(
+    problem: Problem,
+    *,
+    counts: Mapping[str, Collection[int]] | None = None,
+    time_limit_seconds: float = 20.0,
+) -> Solution:
     """Maximise utility within all limits, with equal counts in all layers that are on.
 
     The n-th sites of all layers keep the same number of switches. Every token option with every
@@ -39,6 +45,8 @@ def solve_uniform(problem: Problem, *, time_limit_seconds: float = 20.0) -> Solu
     Args:
         problem: its layers must have equally many sites with equally many switches; layers without
             sites are exempt.
+        counts: kind of site (what a name starts with: ``heads``) -> counts to choose from; by
+            default any.
         time_limit_seconds: after it the best choice so far is returned with the bound so far.
 
     Raises:
@@ -49,10 +57,11 @@ def solve_uniform(problem: Problem, *, time_limit_seconds: float = 20.0) -> Solu
     problem.check()
     options = feasible_options(problem)
     widths = _widths(problem)
+    choices = _choices(problem, widths, counts or {})
     tables = Tables(problem)
     branches = {option: tables.branch(option) for option in options}
     # Row s, column c: how many switches site s keeps under the c-th set of counts.
-    sets = np.array(list(product(*(range(width + 1) for width in widths))), dtype=np.int64)
+    sets = np.array(list(product(*choices)), dtype=np.int64)
     kept = np.tile(sets.T, (len(problem.sites) // max(len(widths), 1), 1))
 
     candidates, keys = [], []
@@ -60,6 +69,8 @@ def solve_uniform(problem: Problem, *, time_limit_seconds: float = 20.0) -> Solu
     for option, branch in branches.items():
         bounds, costs = _screen(branch, kept)
         possible = bounds > _IMPOSSIBLE // 2
+        if not possible.any():
+            continue
         fits = possible & (costs <= branch.room[:, None]).all(axis=0)
         outside = problem.tokens[option].costs
         smallest = np.minimum(smallest, outside + costs[:, possible].min(axis=1))
@@ -67,6 +78,8 @@ def solve_uniform(problem: Problem, *, time_limit_seconds: float = 20.0) -> Solu
             build = partial(_tied, branch, kept[:, column])
             candidates.append(Candidate(int(bounds[column]), build))
             keys.append((option, column))
+    if smallest.max() == np.iinfo(np.int64).max:
+        raise Infeasible("at none of the equal counts asked for can every layer run", {})
     if not candidates:
         needs = dict(zip(problem.metrics, smallest.tolist()))
         listed = ", ".join(f"{metric} {value}" for metric, value in needs.items())
@@ -89,6 +102,18 @@ def _widths(problem: Problem) -> tuple[int, ...]:
         listed = " and ".join(str(list(shape)) for shape in sorted(shapes))
         raise InputError(f"equal counts need layers of equal shape, not sites of {listed} switches")
     return shapes.pop() if shapes else ()
+
+
+def _choices(
+    problem: Problem, widths: tuple[int, ...], counts: Mapping[str, Collection[int]]
+) -> list[list[int]]:
+    """Counts to choose from, for each of a layer's sites."""
+    sites = next((layer.sites for layer in problem.layers if layer.sites), ())
+    choices = []
+    for site, width in zip(sites, widths, strict=True):
+        allowed = counts.get(site.name.partition(".")[0], range(width + 1))
+        choices.append([count for count in range(width + 1) if count in allowed])
+    return choices
 
 
 def _layer_utility(branch: Branch, kept: Counts) -> npt.NDArray[np.int64]:

@@ -1,3 +1,4 @@
+import contextlib
 from dataclasses import replace
 
 import numpy as np
@@ -42,6 +43,24 @@ def test_equal_counts_cost_some_utility(metrics):
     assert len(counts(problem, uniform.choice)) == 1
     assert len(counts(problem, free.choice)) > 1
     assert uniform.utility < free.utility
+
+
+@pytest.mark.parametrize("allowed", [(0,), (2, 5), (1, 3, 6)])
+def test_counts_can_be_prescribed(allowed):
+    problem = medium_problem(3, "random", "gamma", alike=True)
+    kinds = [site.name.partition(".")[0] for site in problem.layers[0].sites]
+    found = {}
+    for count in allowed:
+        with contextlib.suppress(Infeasible):
+            found[count] = solve_uniform(problem, counts={kinds[0]: (count,)}).utility
+    if not found:
+        with pytest.raises(Infeasible, match="none of the equal counts"):
+            solve_uniform(problem, counts={kinds[0]: allowed})
+        return
+    solution = solve_uniform(problem, counts={kinds[0]: allowed})
+    assert problem.is_feasible(solution.choice)
+    assert solution.utility == pytest.approx(max(found.values()))
+    assert {kept[0] for kept in counts(problem, solution.choice)} <= set(allowed)
 
 
 def test_layers_without_sites_are_exempt():
