@@ -64,13 +64,14 @@ def solve_uniform(
     sets = np.array(list(product(*choices)), dtype=np.int64)
     kept = np.tile(sets.T, (len(problem.sites) // max(len(widths), 1), 1))
 
-    candidates, keys = [], []
+    candidates, keys, runs = [], [], False
     smallest = np.full(len(problem.metrics), np.iinfo(np.int64).max)
     for option, branch in branches.items():
         bounds, costs = _screen(branch, kept)
         possible = bounds > _IMPOSSIBLE // 2
         if not possible.any():
             continue
+        runs = True
         fits = possible & (costs <= branch.room[:, None]).all(axis=0)
         outside = problem.tokens[option].costs
         smallest = np.minimum(smallest, outside + costs[:, possible].min(axis=1))
@@ -78,7 +79,7 @@ def solve_uniform(
             build = partial(_tied, branch, kept[:, column])
             candidates.append(Candidate(int(bounds[column]), build))
             keys.append((option, column))
-    if smallest.max() == np.iinfo(np.int64).max:
+    if not runs:
         raise Infeasible("at none of the equal counts asked for can every layer run", {})
     if not candidates:
         needs = dict(zip(problem.metrics, smallest.tolist()))
