@@ -20,7 +20,7 @@ from planner.faithful import UNITS_PER_LAYER, counted_fraction, unit_count
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.models.masked import Gates
-from planner.plan import Plan
+from planner.plan import Plan, TokenStage
 
 __all__ = ["LAYOUTS", "LayerSwitches", "Layout", "Taken", "UnitSwitches", "layout_of"]
 
@@ -65,6 +65,10 @@ class Layout(Protocol):
         """For the masked model. Where `taken` has a gradient, so have the gates."""
         ...
 
+    def example(self, limit: int, tokens: Sequence[TokenStage] = ()) -> Plan:
+        """A plan at a limit; all plans at one limit cost the same."""
+        ...
+
     def plan(self, taken: Taken, base: Plan) -> Plan:
         """One sample's switches, shape (size,), as a plan; all else as in `base`."""
         ...
@@ -77,8 +81,19 @@ def _upper_half(graph: Graph) -> list[int]:
     return layers
 
 
+class _Examples:
+    """What both layouts say of plans that no scheduler has made."""
+
+    def example(self: Layout, limit: int, tokens: Sequence[TokenStage] = ()) -> Plan:
+        """A plan at a limit, the lowest layers first; all plans at one limit cost the same."""
+        name, fingerprint = self.graph.name, str(self.graph.properties["fingerprint"])
+        base = Plan(name, fingerprint, self.graph.layers, tokens=tuple(tokens))
+        order = -torch.arange(self.size).float()[None]
+        return self.plan(self.decide(order, torch.tensor([limit]))[0], base)
+
+
 @dataclass(frozen=True)
-class LayerSwitches:
+class LayerSwitches(_Examples):
     """AdaLLaVA-L: one switch for each layer of the upper half."""
 
     graph: Graph
@@ -131,7 +146,7 @@ class LayerSwitches:
 
 
 @dataclass(frozen=True)
-class UnitSwitches:
+class UnitSwitches(_Examples):
     """AdaLLaVA-H: a logit per head and per MLP group of the upper half, taken in units.
 
     A unit is a quarter of a layer's heads with a quarter of its groups (8 and 8 of 32 on the 7B
@@ -214,7 +229,8 @@ class UnitSwitches:
         layer = left.argmax(-1) // (2 * heads)
         sites = left.view(batch, -1, 2, heads)
         rows = torch.arange(batch, device=logits.device)
-        best = sites[rows, layer].topk(self.rank, -1).indices  # (batch, 2, rank)
+        # (batch, 2, rank); of equal logits the first.
+        best = sites[rows, layer].argsort(dim=-1, descending=True, stable=True)[..., : self.rank]
         unit = torch.zeros_like(sites, dtype=torch.bool)
         unit[rows, layer] = torch.zeros_like(sites[:, 0], dtype=torch.bool).scatter(-1, best, True)
         return unit.view(batch, -1)

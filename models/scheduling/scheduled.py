@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -141,19 +141,26 @@ class _Session:
     decided: Any = None
 
 
-class _Length:
-    """`Cache.get_seq_length` without the latency token, except for the decoder itself."""
+class _Lengths:
+    """A cache's lengths without the latency token, except for the decoder itself."""
 
     def __init__(self, cache: Cache) -> None:
-        self.own = type(cache).get_seq_length
         self.inside = False
+        kind = type(cache)
+        # A cache that knew itself through its own attributes would never be freed.
+        known = ref(cache)
 
-    def of(self, cache: Cache) -> Callable[..., int]:
         def length(layer_idx: int = 0) -> int:
-            seen = int(self.own(cache, layer_idx))
+            seen = int(kind.get_seq_length(known(), layer_idx))
             return seen if self.inside or not seen else seen - 1
 
-        return length
+        def mask_sizes(query_length: int, layer_idx: int) -> tuple[int, int]:
+            keys, offset = kind.get_mask_sizes(known(), query_length, layer_idx)
+            whole = offset == 0 and kind.get_seq_length(known(), layer_idx) > 0
+            # A window that is full stays full.
+            return (keys - 1 if whole and not self.inside else keys), offset
+
+        cache.get_seq_length, cache.get_mask_sizes = length, mask_sizes
 
 
 class Scheduled:
@@ -201,7 +208,7 @@ class Scheduled:
         self._obeying: Obeying | None = None
         self._patches = Patches()
         self._hooks = ExitStack()
-        self._sessions: WeakKeyDictionary[Cache, tuple[_Session, _Length]] = WeakKeyDictionary()
+        self._sessions: WeakKeyDictionary[Cache, tuple[_Session, _Lengths]] = WeakKeyDictionary()
         self._current: _Session | None = None
         self._insertion: Insertion | None = None
 
@@ -335,9 +342,7 @@ class Scheduled:
         limits = self.limits.to(hidden.device).repeat_interleave(copies)
         session = _Session(Insertion(at.to(hidden.device)), limits)
         if cache is not None:
-            length = _Length(cache)
-            cache.get_seq_length = length.of(cache)
-            self._sessions[cache] = (session, length)
+            self._sessions[cache] = (session, _Lengths(cache))
         self._obeying.begin()
         return session
 
@@ -351,7 +356,7 @@ class Scheduled:
         kwargs["inputs_embeds"] = insertion.into_hidden(kwargs["inputs_embeds"], token)
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = insertion.into_positions(kwargs["position_ids"])
-        kwargs["attention_mask"] = _with_token(insertion, kwargs.get("attention_mask"), True)
+        kwargs["attention_mask"] = _with_token(insertion, kwargs.get("attention_mask"))
         output = self._stock(**kwargs)
         output.last_hidden_state = insertion.out_of(output.last_hidden_state)
         return output
@@ -359,8 +364,9 @@ class Scheduled:
     def _more(self, session: _Session, kwargs: dict[str, Any]) -> Any:
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = kwargs["position_ids"] + 1
+        seen = kwargs["past_key_values"].get_seq_length() + kwargs["inputs_embeds"].shape[1]
         mask = kwargs.get("attention_mask")
-        kwargs["attention_mask"] = _with_token(session.insertion, mask, False)
+        kwargs["attention_mask"] = _with_token(session.insertion, mask, seen)
         return self._stock(**kwargs)
 
     def _after_last(self, _: nn.Module, args: Any, output: Tensor) -> None:
@@ -376,12 +382,26 @@ class Scheduled:
         session.decided = self._obeying.obey(self.taken)
 
 
-def _with_token(insertion: Insertion, mask: Any, queries: bool) -> Any:
-    """A decoder's attention mask, of any kind that transformers passes, with the token."""
+def _with_token(insertion: Insertion, mask: Any, seen: int | None = None) -> Any:
+    """A decoder's attention mask, of any kind that transformers passes, with the token.
+
+    Args:
+        insertion: where the token is.
+        mask: a tensor, several by kind of layer, or None.
+        seen: tokens seen so far, the new ones and the latency token among them; None for a prompt.
+    """
     if isinstance(mask, dict):
-        return {kind: _with_token(insertion, value, queries) for kind, value in mask.items()}
+        return {kind: _with_token(insertion, value, seen) for kind, value in mask.items()}
     if not isinstance(mask, Tensor):
         return mask
     if mask.ndim == 2:
         return insertion.into_known(mask, 1)
-    return insertion.into_mask(mask, queries)
+    if seen is None:
+        return insertion.into_mask(mask, True)
+    passed = seen - 1 - mask.shape[3]
+    if passed <= 0:
+        return insertion.into_mask(mask, False)
+    # A sliding window: its keys begin at `passed`, and it is full, so one more pushes one out.
+    if bool((insertion.at < passed).any()):
+        return mask
+    return Insertion(insertion.at - passed).into_mask(mask, False)[..., 1:]

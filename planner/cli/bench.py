@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from planner.cli.options import Dtype, Model, TrustRemoteCode
+from planner.cli.options import Dtype, Model, TrustRemoteCode, parse_fractions
 from planner.cli.output import Json, Quiet, Verbose, amount, print_json, status, table
 
 __all__ = ["bench_command"]
@@ -34,10 +34,7 @@ def bench_command(
     from planner.loading import load_model, noise_image, prompt_inputs
     from planner.measuring import measure
 
-    try:
-        fractions = [float(part) for part in budgets.split(",")]
-    except ValueError:
-        raise InputError(f"--budgets '{budgets}' is not a list such as 0.5,0.65,1") from None
+    fractions = parse_fractions(budgets)
     for name, value, least in (("decode", decode, 2), ("repeat", repeat, 1), ("batch", batch, 1)):
         if value < least:
             raise InputError(f"--{name} must be at least {least}")

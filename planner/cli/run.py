@@ -8,8 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from planner.cli.options import Dtype, Model, TrustRemoteCode
+from planner.cli.options import Dtype, KvPolicyOption, Model, TrustRemoteCode
 from planner.cli.output import Json, Quiet, Verbose, amount, print_json, status
+from planner.cli.scheduled import (
+    Explain,
+    SchedulerOption,
+    explain_plan,
+    print_explanation,
+    run_scheduled,
+)
 
 __all__ = ["run_command"]
 
@@ -22,12 +29,15 @@ def run_command(
         list[str] | None, typer.Option("--budget", "-b", help="As for compile; repeatable.")
     ] = None,
     plan: Annotated[
-        Path | None, typer.Option("--plan", help="A plan, instead of a budget.")
+        Path | None, typer.Option("--plan", help="A plan or schedule, instead of a budget.")
     ] = None,
+    scheduler: SchedulerOption = None,
+    explain: Explain = False,
     switches: Annotated[str, typer.Option("--switches", help="As for compile.")] = "all",
     tokens: Annotated[
         str | None, typer.Option("--tokens", help="A token selector, such as fastv:k=2,r=0.5.")
     ] = None,
+    kv: KvPolicyOption = None,
     utilities: Annotated[str, typer.Option("--utilities", help="As for compile.")] = "prior",
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Most tokens to generate.")] = 64,
     dtype: Dtype = "auto",
@@ -43,55 +53,81 @@ def run_command(
     from planner.loading import count_image_tokens, load_image, load_model, prompt_inputs
     from planner.plan import load_plan
     from planner.runtime import compile as compile_model
-    from planner.runtime import plan_of
+    from planner.runtime import graph_of, plan_of
+    from planner.schedule import is_schedule, load_schedule
+    from planner.scheduling import compile_schedule
 
     if new_tokens < 1:
         raise InputError("--new-tokens must be at least 1")
-    loaded = load_plan(plan) if plan else None
+    if kv is not None and (plan is not None or scheduler is not None):
+        raise InputError("--kv is part of a plan: give it with --budget, not beside another plan")
+    schedule = None
+    if plan is not None and is_schedule(plan):
+        schedule = load_schedule(plan)
+    elif scheduler is not None:
+        schedule = compile_schedule(model, budget or ["0.65"], scheduler, tokens)
+    loaded = load_plan(plan) if plan and schedule is None else None
     wanted = Budget.of(budget or ["0.65"])
     picture = load_image(image) if image else None
     with status(not (quiet or as_json), verbose) as update:
-        update("load")
-        stock, processor, _ = load_model(model, dtype, device, trust_remote_code)
-        inputs = prompt_inputs(stock, processor, prompt, picture)
-        image_tokens = count_image_tokens(stock, inputs)
-        if picture is None and image_tokens == 0 and "tokens" in switches:
-            switches = ",".join(axis for axis in switches.split(",") if axis != "tokens")
-        update("compile")
-        compile_model(
-            stock,
-            wanted,
-            plan=loaded,
-            switches=switches,
-            tokens=tokens,
-            utilities=utilities,
-            image_tokens=image_tokens,
-            text_tokens=int(inputs["input_ids"].shape[1]) - image_tokens,
-            new_tokens=new_tokens,
-        )
-        update("generate")
-        answer, facts = generate(stock, processor, inputs, new_tokens)
-    made = plan_of(stock)
-    document = {
-        "answer": answer,
-        **facts,
-        "cost": made.cost,
-        "skipped": skipped(made, image_tokens),
-        "utilities": made.provenance.get("utilities"),
-    }
+        if schedule is not None:
+            document, made, scheduled = run_scheduled(
+                schedule, prompt, picture, new_tokens, dtype, device, trust_remote_code, update
+            )
+            graph = scheduled.graph
+        else:
+            scheduled = None
+            update("load")
+            stock, processor, _ = load_model(model, dtype, device, trust_remote_code)
+            inputs = prompt_inputs(stock, processor, prompt, picture)
+            image_tokens = count_image_tokens(stock, inputs)
+            if picture is None and image_tokens == 0 and "tokens" in switches:
+                switches = ",".join(axis for axis in switches.split(",") if axis != "tokens")
+            update("compile")
+            compile_model(
+                stock,
+                wanted,
+                plan=loaded,
+                switches=switches,
+                tokens=tokens,
+                kv=kv,
+                utilities=utilities,
+                image_tokens=image_tokens,
+                text_tokens=int(inputs["input_ids"].shape[1]) - image_tokens,
+                new_tokens=new_tokens,
+            )
+            update("generate")
+            answer, facts = generate(stock, processor, inputs, new_tokens)
+            made, graph = plan_of(stock), graph_of(stock)
+            document = {
+                "answer": answer,
+                **facts,
+                "cost": made.cost,
+                "skipped": skipped(made, image_tokens),
+                "utilities": made.provenance.get("utilities"),
+            }
+    if explain:
+        document["layers"] = explain_plan(made, graph, scheduled)
     if as_json:
         print_json(document)
         return
-    print(answer)
+    print(document["answer"])
     if not quiet:
+        _print_facts(document)
+
+
+def _print_facts(document: dict[str, Any]) -> None:
+    print()
+    if "layers" in document:
+        print_explanation(document["layers"])
         print()
-        gone = ", ".join(f"{what} {n}" for what, n in document["skipped"].items()) or "nothing"
-        print(f"skipped: {gone}")
-        print(
-            f"prefill {amount(facts['prefill_seconds'], 'latency')}, "
-            f"{facts['tokens']} tokens, {facts['tokens_per_second']:.1f} tokens/s; "
-            f"FLOPs {made.cost['flops']['fraction']:.4f} of base"
-        )
+    gone = ", ".join(f"{what} {n}" for what, n in document["skipped"].items()) or "nothing"
+    print(f"skipped: {gone}")
+    print(
+        f"prefill {amount(document['prefill_seconds'], 'latency')}, "
+        f"{document['tokens']} tokens, {document['tokens_per_second']:.1f} tokens/s; "
+        f"FLOPs {document['cost']['flops']['fraction']:.4f} of base"
+    )
 
 
 def generate(
@@ -139,4 +175,6 @@ def skipped(plan: Any, image_tokens: int) -> dict[str, str]:
         gone[f"image tokens before layer {stage.layer}"] = (
             f"{image_tokens - kept} of {image_tokens}"
         )
+    if plan.kv:
+        gone["cache entries by"] = plan.kv
     return gone

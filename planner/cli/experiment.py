@@ -1,0 +1,72 @@
+"""``planner experiment``: tables of results, trained and measured by one command each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from planner.cli.output import Json, Quiet, Verbose, print_json, say, table
+
+__all__ = ["experiment_command"]
+
+
+def experiment_command(
+    name: Annotated[str, typer.Argument(help="table1, table3 or baselines.")],
+    seeds: Annotated[str, typer.Option("--seeds", help="Training runs, by commas.")] = "0,1,2",
+    samples: Annotated[int, typer.Option("--samples", help="Test questions per seed.")] = 600,
+    work: Annotated[
+        Path, typer.Option("--work", help="Where models and measured cells are kept.")
+    ] = Path("build/experiments"),
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Folder for NAME.json, NAME.md and NAME.svg."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change every training configuration."),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train and measure one table of results; what is there already is not done again."""
+    from planner.files import output_folder
+    from planner.ir.errors import InputError
+    from planner.training.experiments import run_experiment
+    from planner.training.experiments.page import write_page
+
+    try:
+        numbers = [int(part) for part in seeds.split(",")]
+    except ValueError:
+        raise InputError(f"--seeds '{seeds}' is not a list such as 0,1,2") from None
+    if samples < 1:
+        raise InputError("--samples must be at least 1")
+    output_folder(work)
+    if output is not None:
+        output_folder(output)
+
+    def progress(text: str) -> None:
+        if not quiet and (verbose or not as_json):
+            say(f"planner: {text}")
+
+    results = run_experiment(name, work, numbers, samples, settings or [], progress)
+    if output is not None:
+        write_page(results, output)
+    if as_json:
+        print_json(results)
+    elif not quiet:
+        headers = ["method", "tokens", "budget", "FLOPs", "accuracy", "spread"]
+        rows = [
+            [
+                row["method"],
+                row["tokens"] or "all",
+                f"{row['budget']:g}",
+                f"{row['cost_fraction']:.3f}",
+                f"{row['accuracy']:.3f}",
+                f"{row['accuracy_spread']:.3f}",
+            ]
+            for row in results["summary"]
+        ]
+        table(headers, rows, results["title"])

@@ -1,0 +1,171 @@
+"""What `planner compile` and `planner run` do when a scheduler makes the plans."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from planner.cli.output import amount, print_json
+
+if TYPE_CHECKING:
+    from planner.models.scheduling import Scheduled
+    from planner.schedule import Schedule
+
+__all__ = [
+    "Explain",
+    "SchedulerOption",
+    "compile_scheduled",
+    "explain_plan",
+    "print_explanation",
+    "print_schedule",
+    "run_scheduled",
+]
+
+SchedulerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--scheduler",
+        help="Folder of a trained scheduler (or adallava-l, adallava-h of tiny-llava): it makes "
+        "a plan for every input.",
+    ),
+]
+Explain = Annotated[bool, typer.Option("--explain", help="Say layer by layer what ran.")]
+
+
+def compile_scheduled(
+    model: str,
+    budget: list[str],
+    scheduler: str,
+    folder: Path,
+    tokens: str | None,
+    image_tokens: int | None,
+    text_tokens: int,
+    trust_remote_code: bool,
+    update: Any,
+) -> tuple[Schedule, Path]:
+    """Check, price and write a schedule; (schedule, its path)."""
+    from planner.files import output_folder
+    from planner.schedule import save_schedule
+    from planner.scheduling import compile_schedule
+
+    schedule = compile_schedule(
+        model, budget, scheduler, tokens, image_tokens, text_tokens, trust_remote_code, update
+    )
+    path = output_folder(folder) / "schedule.yaml"
+    save_schedule(schedule, path)
+    return schedule, path
+
+
+def print_schedule(schedule: Schedule, path: Path, as_json: bool, quiet: bool) -> None:
+    """What `planner compile --scheduler` prints."""
+    from dataclasses import asdict
+
+    if as_json:
+        print_json({"schedule": str(path), **asdict(schedule)})
+    elif not quiet:
+        flops = schedule.cost["flops"]
+        print(f"{schedule.model} under {schedule.budget}, plans by {schedule.switches} per input")
+        print(f"switches: {schedule.limit} of {schedule.of} on")
+        print(
+            f"FLOPs of the language model's prefill: {amount(flops['plan'], 'flops')} of "
+            f"{amount(flops['base'], 'flops')}, {flops['fraction']:.4f}"
+        )
+        print(f"wrote {path}")
+
+
+def run_scheduled(
+    schedule: Schedule,
+    prompt: str,
+    picture: Any,
+    new_tokens: int,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+    update: Any,
+) -> tuple[dict[str, Any], Any, Scheduled]:
+    """Answer one question; (what is reported, the plan, the scheduled model)."""
+    from planner.cli.run import generate, skipped
+    from planner.ir.cost import Workload
+    from planner.loading import count_image_tokens, prompt_inputs
+    from planner.models.stages import stages_of
+    from planner.scheduling import PlanCosts, load_scheduled
+
+    update("load")
+    model, processor, scheduled = load_scheduled(schedule, dtype, device, trust_remote_code)
+    inputs = prompt_inputs(model, processor, prompt, picture)
+    image_tokens = count_image_tokens(model, inputs)
+    text_tokens = int(inputs["input_ids"].shape[1]) - image_tokens
+    stages = stages_of(schedule.tokens, image_tokens) if schedule.tokens else ()
+    update("generate")
+    with scheduled.using(schedule.budget, stages):
+        answer, facts = generate(model, processor, inputs, new_tokens)
+    plan = scheduled.plans(scheduled.base(stages))[0]
+    workload = Workload.default(scheduled.graph, image_tokens, text_tokens, new_tokens)
+    document = {
+        "answer": answer,
+        **facts,
+        "cost": PlanCosts(scheduled.graph, workload, schedule.tokens).of(plan),
+        "skipped": skipped(plan, image_tokens),
+        "scheduler": schedule.scheduler,
+        "utilities": None,
+    }
+    return document, plan, scheduled
+
+
+def explain_plan(plan: Any, graph: Any, scheduled: Scheduled | None = None) -> list[dict[str, Any]]:
+    """Layer by layer: what is kept of it, and the scheduler's logits for it where there is one."""
+    scores = _scores(scheduled) if scheduled is not None else {}
+    rows = []
+    for layer in range(plan.layers):
+        on = layer not in plan.layers_off
+        row: dict[str, Any] = {"layer": layer, "on": on}
+        for kind, kept, groups in (("heads", plan.heads, {}), ("mlp", plan.mlp, plan.mlp_switches)):
+            site = graph.sites_by_name.get(f"{kind}.{layer}")
+            if site is not None:
+                of = groups.get(layer, site.switches)
+                row[kind] = list(kept.get(layer, range(of))) if on else []
+                row[f"{kind}_of"] = of
+        stages = [s for s in plan.tokens if s.layer <= layer]
+        if stages:
+            row["image_tokens"] = f"{stages[-1].keep} of {stages[-1].of} ({stages[-1].selector})"
+        if layer in scores:
+            row["logits"] = scores[layer]
+        rows.append(row)
+    return rows
+
+
+def _scores(scheduled: Scheduled) -> dict[int, list[float]]:
+    """Layer -> the scheduler's logits for its switches, for the first sample."""
+    if scheduled.logits is None:
+        return {}
+    layout = scheduled.layout
+    layers = range(layout.first, layout.graph.layers)
+    rows = scheduled.logits[0].detach().view(len(layers), -1).tolist()
+    return {layer: [round(x, 3) for x in row] for layer, row in zip(layers, rows, strict=True)}
+
+
+def print_explanation(rows: list[dict[str, Any]]) -> None:
+    """The explanation as a table."""
+    from planner.cli.output import table
+    from planner.plan import print_ranges
+
+    headers = ["layer", "runs"]
+    columns = [c for c in ("heads", "mlp", "image_tokens", "logits") if any(c in r for r in rows)]
+    cells = []
+    for row in rows:
+        line = [str(row["layer"]), "yes" if row["on"] else "no"]
+        for column in columns:
+            value = row.get(column, "")
+            if column in ("heads", "mlp") and column in row:
+                text = "all" if len(value) == row[f"{column}_of"] else print_ranges(value)
+            elif column == "logits" and value:
+                shown = [f"{x:+.2f}" for x in value]
+                text = shown[0] if len(shown) == 1 else f"{min(value):+.2f} to {max(value):+.2f}"
+            else:
+                text = str(value)
+            line.append(text)
+        cells.append(line)
+    names = {"heads": "heads kept", "mlp": "MLP groups kept", "image_tokens": "image tokens"}
+    table([*headers, *(names.get(c, c) for c in columns)], cells)

@@ -1,0 +1,56 @@
+"""``planner train``: train by a configuration."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from planner.cli.output import Json, Quiet, Verbose, print_json, say
+
+__all__ = ["train_command"]
+
+
+def train_command(
+    config: Annotated[Path, typer.Argument(help="A YAML file; see training/configs.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the configuration; repeatable."),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a model or a scheduler; a run that was stopped goes on from its last checkpoint.
+
+    Several processes: torchrun or accelerate launch, with -m planner.training.
+    """
+    from planner.training.recipes import load_recipe
+
+    recipe, parsed = load_recipe(config, settings or [])
+    if verbose:
+        for key, value in parsed.model_dump().items():
+            say(f"planner: {key} = {value}")
+    started = time.perf_counter()
+    _quiet_logs(quiet or as_json)
+    recipe.train(parsed)
+    document: dict[str, Any] = {
+        "recipe": parsed.model_dump()["recipe"],
+        "output_dir": getattr(parsed, "output_dir", None),
+        "export_dir": getattr(parsed, "export_dir", None),
+        "seconds": time.perf_counter() - started,
+    }
+    if as_json:
+        print_json(document)
+    elif not quiet:
+        where = document["export_dir"] or document["output_dir"]
+        print(f"trained in {document['seconds']:.0f} s: {where}")
+
+
+def _quiet_logs(quiet: bool) -> None:
+    from transformers.utils import logging
+
+    if quiet:
+        logging.disable_progress_bar()

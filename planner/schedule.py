@@ -1,0 +1,93 @@
+"""The Schedule: a budget and the scheduler that makes plans for it, input by input, at run time."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from planner.files import write_text
+from planner.ir.errors import InputError
+
+__all__ = ["FORMAT", "Schedule", "is_schedule", "load_schedule", "save_schedule"]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What `planner compile --scheduler` decides; the rest is decided per input.
+
+    Attributes:
+        model: what the user called the model.
+        fingerprint: of the Graph it is for.
+        scheduler: folder of the scheduler and of the checkpoint trained with it.
+        switches: the scheduler's, such as ``adallava-l``.
+        budget: one limit, such as ``flops=0.65``.
+        limit: how many units the budget allows to be on.
+        of: how many units there are.
+        tokens: a token selector in front of the switches, "" for none.
+        cost: of a prefill under any of its plans: ``{"flops": {"plan", "base", "fraction"}}``,
+            language model only.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    model: str
+    fingerprint: str
+    scheduler: str
+    switches: str
+    budget: str
+    limit: int
+    of: int
+    tokens: str = ""
+    cost: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+_ADAPTER = TypeAdapter(Schedule)
+
+
+def save_schedule(schedule: Schedule, path: Path) -> None:
+    """Write a schedule file, whole or not at all."""
+    document = {"planner_schedule": FORMAT, **asdict(schedule)}
+    body = yaml.safe_dump(document, sort_keys=False, width=100)
+    write_text(path, f"# A schedule of planner {FORMAT}: plans are made for every input.\n{body}")
+
+
+def load_schedule(path: Path) -> Schedule:
+    """Read and validate a schedule file; every fault is one sentence in an InputError."""
+    document = _read(path)
+    if not isinstance(document, dict) or "planner_schedule" not in document:
+        raise InputError(f"'{path}' is not a schedule of planner")
+    found = document.pop("planner_schedule")
+    if found != FORMAT:
+        raise InputError(f"the schedule '{path}' has format {found}, this planner reads {FORMAT}")
+    try:
+        return _ADAPTER.validate_python(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        reason = first["msg"].lower()
+        raise InputError(f"the schedule '{path}' is broken at {where}: {reason}") from None
+
+
+def is_schedule(path: Path) -> bool:
+    """Whether a file is a schedule, rather than a plan."""
+    try:
+        return isinstance(document := _read(path), dict) and "planner_schedule" in document
+    except InputError:
+        return False
+
+
+def _read(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"there is no schedule '{path}'") from None
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"the schedule '{path}' cannot be read") from None
+    except yaml.YAMLError:
+        raise InputError(f"the schedule '{path}' is truncated or not YAML") from None
