@@ -24,6 +24,7 @@ from transformers.cache_utils import (
 )
 
 from planner.ir.errors import InputError
+from planner.models.growing import GrowingLayer
 from planner.models.program import LayerProgram, Program
 from planner.models.recording import Recorded
 from planner.models.selectors import HeavyHitters
@@ -339,7 +340,7 @@ def _parts(
         store = None
         if group.on and group.heads != ():
             # Behind a token stage a sliding window counts dropped tokens too: see `_forget`.
-            store = DynamicLayer() if group.has_keys else _like(stock)
+            store = GrowingLayer() if group.has_keys else _like(stock)
         hitters = None if group.kv is None else HeavyHitters(group.kv)
         parts.append(Part(members, store, hitters=hitters))
     return parts
@@ -348,7 +349,7 @@ def _parts(
 def _like(layer: CacheLayerMixin) -> CacheLayerMixin:
     """Another empty layer; by its constructor, which torch.compile can see through."""
     if type(layer) is DynamicLayer:
-        return DynamicLayer()
+        return GrowingLayer()
     if type(layer) is DynamicSlidingWindowLayer:
         return DynamicSlidingWindowLayer(layer.sliding_window)
     if type(layer) is StaticLayer:
