@@ -157,9 +157,11 @@ _project.register_autograd(_pull_projection, setup_context=_remember_projection)
 
 @torch.library.custom_op("planner::attend_heads", mutates_args=(), schema=f"({ATTEND}) -> Tensor")
 def _attend(*inputs: Any) -> Tensor:
-    *tensors, units, counts, scale, causal = inputs
+    query, key, value, mask, output, units, counts, scale, causal = inputs
     survivors = Survivors(units, counts)
-    return heads.attend_heads(*tensors, survivors, scale=scale, causal=causal)
+    return heads.attend_heads(
+        query, key, value, mask, output, survivors, scale=scale, causal=causal
+    )
 
 
 @_attend.register_fake
@@ -173,9 +175,11 @@ def _(query: Tensor, key: Any, value: Any, mask: Any, output: Tensor, *rest: Any
     schema=f"(Tensor gradient, {ATTEND}) -> Tensor[]",
 )
 def _attend_backward(*inputs: Any) -> list[Tensor]:
-    *tensors, units, counts, scale, causal = inputs
+    gradient, query, key, value, mask, output, units, counts, scale, causal = inputs
     survivors = Survivors(units, counts)
-    return heads.attend_heads_backward(*tensors, survivors, scale=scale, causal=causal)
+    return heads.attend_heads_backward(
+        gradient, query, key, value, mask, output, survivors, scale=scale, causal=causal
+    )
 
 
 @_attend_backward.register_fake

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from planner.backend import set_budget
     from planner.plan import Plan, load_plan, save_plan
     from planner.runtime import budget, compile, plan_of, restore
 
@@ -31,6 +32,7 @@ _EXPORTS = {
     "plan_of": "planner.runtime",
     "restore": "planner.runtime",
     "save_plan": "planner.plan",
+    "set_budget": "planner.backend",
 }
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "plan_of",
     "restore",
     "save_plan",
+    "set_budget",
 ]
 
 

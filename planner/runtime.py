@@ -28,20 +28,24 @@ if TYPE_CHECKING:
 
     from planner.models.executor import Executor
 
-__all__ = ["budget", "compile", "plan_of", "restore"]
+__all__ = ["Planning", "budget", "compile", "graph_of", "name_of", "plan_of", "restore"]
 
 Model = TypeVar("Model", bound="nn.Module")
 
 
 @dataclass
-class _Running:
-    """What is known of a model that obeys plans; plans are made once per budget."""
+class Planning:
+    """Plans of one loaded model; a plan is made once per budget.
+
+    Attributes:
+        graph: of the model.
+        request: how plans are made, the budget aside.
+        plans: made so far.
+    """
 
     graph: Graph
-    executor: Executor
     request: Request
     plans: dict[str, Plan] = field(default_factory=dict)
-    active: list[Plan] = field(default_factory=list)
 
     def plan(self, value: Any) -> Plan:
         """The plan for a budget; a Plan is taken as it is."""
@@ -64,6 +68,15 @@ class _Running:
         return plan_graph(self.graph, request, wanted, switches, device, lambda name: nullcontext())
 
 
+@dataclass
+class _Running:
+    """What is known of a model that obeys plans."""
+
+    planning: Planning
+    executor: Executor
+    active: list[Plan] = field(default_factory=list)
+
+
 _running: WeakKeyDictionary[nn.Module, _Running] = WeakKeyDictionary()
 
 
@@ -74,6 +87,12 @@ def _of(model: nn.Module) -> _Running:
             f"this {type(model).__name__} is not compiled: call planner.compile(model) first"
         )
     return found
+
+
+def name_of(model: nn.Module) -> str:
+    """What a loaded model is called: the last part of where it was loaded from."""
+    name = str(getattr(getattr(model, "config", None), "name_or_path", "") or "model")
+    return name.rstrip("/").rpartition("/")[2] or "model"
 
 
 def compile(model: Model, budget: Any = 0.65, *, plan: Plan | None = None, **options: Any) -> Model:
@@ -98,13 +117,12 @@ def compile(model: Model, budget: Any = 0.65, *, plan: Plan | None = None, **opt
         from planner.ir.lowering import lower_model
         from planner.models.executor import Executor
 
-        name = str(getattr(getattr(model, "config", None), "name_or_path", "") or "model")
-        graph = lower_model(model, name.rstrip("/").rpartition("/")[2] or "model")
-        known_model = _Running(graph, Executor(model, graph), Request(graph.name))
-    running = replace(
-        known_model, request=Request(known_model.graph.name, **options), plans={}, active=[]
-    )
-    chosen = running.plan(plan if plan is not None else budget)
+        graph = lower_model(model, name_of(model))
+        known_model = _Running(Planning(graph, Request(graph.name)), Executor(model, graph))
+    graph = known_model.planning.graph
+    planning = Planning(graph, Request(graph.name, **options))
+    running = replace(known_model, planning=planning, active=[])
+    chosen = planning.plan(plan if plan is not None else budget)
     running.executor.attach(chosen)
     running.active = [chosen]
     _running[model] = running
@@ -118,7 +136,7 @@ def budget(model: nn.Module, value: Any) -> Iterator[Plan]:
     Yields the plan. A plan is made once for every budget and then kept.
     """
     running = _of(model)
-    chosen = running.plan(value)
+    chosen = running.planning.plan(value)
     with running.executor.using(chosen):
         running.active.append(chosen)
         try:
@@ -130,6 +148,11 @@ def budget(model: nn.Module, value: Any) -> Iterator[Plan]:
 def plan_of(model: nn.Module) -> Plan:
     """The plan that a compiled model obeys now."""
     return _of(model).active[-1]
+
+
+def graph_of(model: nn.Module) -> Graph:
+    """The Graph of a compiled model."""
+    return _of(model).planning.graph
 
 
 def restore(model: Model) -> Model:

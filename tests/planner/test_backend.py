@@ -1,0 +1,366 @@
+"""torch.compile(backend="planner"): compiled models obey plans, and nothing is compiled again."""
+
+import logging
+
+import pytest
+import torch
+from families import FAMILIES
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from plans import dense_plan, plan_of, plans
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import counters
+
+import planner
+from planner.backend.options import Options
+from planner.ir.errors import InputError
+from planner.ir.lowering import lower_model
+from planner.models.executor import Executor
+from planner.models.masked import Gates, MaskedExecutor
+from planner.plan import TokenStage
+
+TOLERANCE = 1e-5
+# What is left is run as it is: these tests are of the rewriting, one below of inductor.
+EAGER = {"inner": "eager"}
+
+_known = {}
+
+
+def family(name):
+    """A tiny model and its Graph; models are left as they were."""
+    if name not in _known:
+        built = FAMILIES[name]()
+        _known[name] = built, lower_model(built.model, name)
+    return _known[name]
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.set_num_threads(1)
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def logged(caplog):
+    """Messages of planner's own logger."""
+    caplog.set_level(logging.INFO, logger="planner")
+    return lambda: [r.getMessage() for r in caplog.records if r.name == "planner"]
+
+
+def compiled(model, **options):
+    return torch.compile(model, backend="planner", options=EAGER | options)
+
+
+def logits(model, inputs):
+    """Of the tokens that are no padding."""
+    with torch.no_grad():
+        return model(**inputs).logits[inputs["attention_mask"].bool()]
+
+
+def masked(model, graph, chosen, inputs):
+    chosen = chosen if isinstance(chosen, list) else [chosen]
+    with MaskedExecutor(model, graph).using(Gates.of(chosen, graph)):
+        return logits(model, inputs)
+
+
+def assert_near(got, want):
+    assert got.shape == want.shape
+    assert (got - want).norm() <= TOLERANCE * want.norm()
+
+
+def mixed_plan(graph):
+    """A layer off, heads and neurons off, one block with nothing left."""
+    return plan_of(graph, layers_off=(1,), heads={0: (1,), 2: ()}, mlp={0: (0, 3, 4), 2: (6,)})
+
+
+def test_it_is_registered_by_its_entry_point():
+    assert "planner" in torch.compiler.list_backends()
+
+
+# Plain, biases in the middle, biases at the end and no gate, norms behind blocks and windows.
+@pytest.mark.parametrize("name", ["llava", "llava_onevision", "phi", "gemma3"])
+def test_compiled_models_equal_masked_ones_under_any_plan(name):
+    built, graph = family(name)
+    inputs = built.inputs(batch=2, before=(3, 6), images=0)
+    model = compiled(built.model, budget=1.0)
+    assert_near(logits(model, inputs), logits(built.model, inputs))
+    graphs = counters["stats"]["unique_graphs"]
+
+    @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(plans(graph))
+    def check(plan):
+        assert planner.set_budget(model, plan) == (plan,)
+        assert_near(logits(model, inputs), masked(built.model, graph, plan, inputs))
+
+    check()
+    assert counters["stats"]["unique_graphs"] == graphs
+    planner.set_budget(model, dense_plan(graph))
+    assert_near(logits(model, inputs), logits(built.model, inputs))
+
+
+def test_a_hundred_budgets_and_plans_compile_nothing():
+    built, graph = family("qwen3")
+    inputs = built.inputs(batch=2)
+    model = compiled(built.model, budget=0.5)
+    seen = {logits(model, inputs).sum().item()}
+    counted = {kind: dict(counts) for kind, counts in counters.items()}
+    for change in range(100):
+        value = 0.3 + change / 200 if change % 2 else plan_of(graph, heads={change % 3: (0,)})
+        (plan,) = planner.set_budget(model, value)
+        if change % 2:
+            assert plan.cost["flops"]["fraction"] <= value
+        seen.add(logits(model, inputs).sum().item())
+    assert {kind: dict(counts) for kind, counts in counters.items()} == counted
+    assert len(seen) > 10
+
+
+def test_under_inductor():
+    built, graph = family("qwen3")
+    inputs = built.inputs(batch=2, before=(3, 6))
+    model = torch.compile(built.model, backend="planner", options={"budget": 1.0})
+    assert_near(logits(model, inputs), logits(built.model, inputs))
+    for plan in (mixed_plan(graph), plan_of(graph, layers_off=(0, 1, 2))):
+        planner.set_budget(model, plan)
+        assert_near(logits(model, inputs), masked(built.model, graph, plan, inputs))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_prompts_of_any_length_and_batches_of_any_size():
+    built, graph = family("llava_onevision")
+    model = torch.compile(built.model, backend="planner", dynamic=True, options=EAGER)
+    plan = mixed_plan(graph)
+    planner.set_budget(model, plan)
+    for batch, before in ((2, (3, 6)), (3, (4,)), (2, (9, 2)), (4, (6, 7, 1, 2))):
+        inputs = built.inputs(batch=batch, before=before, images=0)
+        assert_near(logits(model, inputs), masked(built.model, graph, plan, inputs))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_no_graph_break_is_added():
+    built, _ = family("llava")
+    inputs = built.inputs(batch=2, images=0)
+    found = []
+    for model in (torch.compile(built.model, backend="eager"), compiled(built.model)):
+        torch.compiler.reset()
+        counters.clear()
+        logits(model, inputs)
+        breaks = sum(counters["graph_break"].values())
+        found.append((breaks, counters["stats"]["unique_graphs"]))
+    assert found[1] == found[0]
+
+
+def test_images():
+    built, graph = family("llava")
+    inputs = built.inputs(batch=2, before=(3, 6))
+    plan = mixed_plan(graph)
+    model = compiled(built.model)
+    planner.set_budget(model, plan)
+    assert_near(logits(model, inputs), masked(built.model, graph, plan, inputs))
+
+
+def test_all_layers_are_rewritten_in_one_graph():
+    built, graph = family("llava")
+    rewritten = []
+
+    @torch._dynamo.register_backend(name="keep_what_planner_left")
+    def keep(graph_module, _):
+        rewritten.append([str(node.target) for node in graph_module.graph.nodes])
+        return graph_module
+
+    logits(compiled(built.model, inner="keep_what_planner_left"), built.inputs(images=0))
+    (targets,) = [targets for targets in rewritten if any("planner." in t for t in targets)]
+    for op in ("project_heads", "attend_heads", "mlp"):
+        assert targets.count(f"planner.{op}.default") == graph.layers
+
+
+def test_generating_with_a_cache_of_either_kind():
+    built, graph = family("qwen3")
+    inputs = built.inputs(batch=2, before=(3, 6))
+    plan = mixed_plan(graph)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    with Executor(built.model, graph).using(plan):
+        expected = built.model.generate(**inputs, **options)
+    try:
+        built.model.compile(backend="planner", options=EAGER)
+        planner.set_budget(built.model, plan)
+        assert torch.equal(built.model.generate(**inputs, **options), expected)
+        static = {"cache_implementation": "static", "disable_compile": True}
+        assert torch.equal(built.model.generate(**inputs, **options, **static), expected)
+    finally:
+        built.model._compiled_call_impl = None
+
+
+def test_a_plan_for_every_sample():
+    built, graph = family("qwen3")
+    inputs = built.inputs(batch=2, before=(3, 6))
+    both = [mixed_plan(graph), plan_of(graph, layers_off=(0,), mlp={1: (0, 1, 2)})]
+    model = compiled(built.model, samples=2)
+    planner.set_budget(model, both)
+    assert_near(logits(model, inputs), masked(built.model, graph, both, inputs))
+    planner.set_budget(model, both[0])
+    assert_near(logits(model, inputs), masked(built.model, graph, both[0], inputs))
+    with pytest.raises(InputError, match="3 plans for graphs that take 2"):
+        planner.set_budget(model, [*both, both[0]])
+    assert_near(logits(model, inputs), masked(built.model, graph, both[0], inputs))
+
+
+def test_gradients_reach_what_survives():
+    built, graph = family("qwen3")
+    inputs = built.inputs(batch=2)
+    plan = mixed_plan(graph)
+    model = compiled(built.model)
+    planner.set_budget(model, plan)
+    found = []
+    try:
+        for run in (model, built.model):
+            with MaskedExecutor(built.model, graph).using(Gates.of([plan], graph)):
+                run(**inputs, use_cache=False).logits.square().mean().backward()
+            parameters = built.model.named_parameters()
+            found.append({name: p.grad for name, p in parameters if p.grad is not None})
+            built.model.zero_grad()
+    finally:
+        built.model.zero_grad()
+    for name, want in found[1].items():
+        assert torch.allclose(found[0][name], want, rtol=1e-4, atol=1e-5), name
+
+
+def test_attention_that_no_op_runs_is_masked_and_said_so(logged):
+    built, graph = family("qwen3")
+    built.model.set_attn_implementation("eager")
+    try:
+        inputs = built.inputs(batch=2, before=(3, 6))
+        model = compiled(built.model)
+        plan = mixed_plan(graph)
+        planner.set_budget(model, plan)
+        assert_near(logits(model, inputs), masked(built.model, graph, plan, inputs))
+    finally:
+        built.model.set_attn_implementation("sdpa")
+    assert len(logged()) == graph.layers
+    assert "self_attn is masked, which saves no time" in logged()[0]
+
+
+def test_a_model_inside_a_function_is_found():
+    built, graph = family("qwen3")
+    inputs = built.inputs()
+
+    @torch.compile(backend="planner", options=EAGER)
+    def doubled(model, inputs):
+        return 2 * model(**inputs).logits
+
+    plan = mixed_plan(graph)
+    planner.set_budget(built.model, plan)
+    with torch.no_grad():
+        got = doubled(built.model, inputs)[inputs["attention_mask"].bool()]
+    assert_near(got, 2 * masked(built.model, graph, plan, inputs))
+
+
+def test_what_planner_does_not_know_is_compiled_as_it_is(logged):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.conv(x).relu().mean(dim=(2, 3)))
+
+    net, x = Net(), torch.randn(2, 3, 8, 8)
+    model = compiled(net)
+    for images in (x, torch.cat([x, x])):
+        torch.testing.assert_close(model(images), net(images))
+    assert logged() == [
+        "a graph belongs to no language model of transformers; inductor compiles it"
+    ]
+    with pytest.raises(InputError, match="holds no language model"):
+        planner.set_budget(model, 0.5)
+
+
+def test_a_model_that_cannot_be_lowered_runs_dense(logged):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    model = ViTForImageClassification(config).eval()
+    pixels = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        got = compiled(model)(pixel_values=pixels).logits
+        torch.testing.assert_close(got, model(pixel_values=pixels).logits)
+    assert len(logged()) == 1
+    assert "ViTForImageClassification runs dense" in logged()[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"budgt": 0.5}, "unknown option 'budgt': did you mean 'budget'?"),
+        ({"wings": 2}, "unknown option 'wings': choose from budget,"),
+        ({"budget": 1.5}, "at most 1"),
+        ({"budget": [0.5, None]}, "budget"),
+        ({"switches": "all"}, "drops no image tokens"),
+        ({"switches": "wings"}, "unknown switches 'wings'"),
+        ({"tokens": "fastv:k=2,r=0.5"}, "drops no image tokens"),
+        ({"kv": "h2o"}, "evicts nothing"),
+        ({"samples": 0}, "samples is 0"),
+        ({"samples": True}, "samples is True"),
+        ({"inner": "planner"}, "inner is 'planner'"),
+        ({"inner": "nothing"}, "inner is 'nothing'"),
+        ("fast", "give a dict"),
+    ],
+)
+def test_bad_options(options, expected):
+    with pytest.raises(InputError) as caught:
+        Options.parse(options)
+    assert expected in str(caught.value)
+
+
+def test_bad_options_and_budgets_reach_the_user():
+    built, graph = family("qwen3")
+    inputs = built.inputs()
+    with pytest.raises(BackendCompilerFailed, match="did you mean 'budget'"):
+        logits(compiled(built.model, budgt=0.5), inputs)
+    model = compiled(built.model, budget=0.6)
+    stages = plan_of(graph, tokens=(TokenStage(1, 2, 4),))
+    wrong = [
+        (0, "more than 0"),
+        (stages, "drops no image tokens"),
+        ([dense_plan(graph), 0.5], "something else"),
+        ([], "not a number"),
+    ]
+    for value, expected in wrong:
+        with pytest.raises(InputError, match=expected):
+            planner.set_budget(model, value)
+    assert planner.set_budget(model, 0.7) == ()
+    logits(model, inputs)
+    planner.set_budget(model, 0.5)
+    before = logits(model, inputs)
+    _, other = family("phi")
+    wrong += [("latency=5ms", "device"), (dense_plan(other), "was made for")]
+    for value, expected in wrong:
+        with pytest.raises(InputError, match=expected):
+            planner.set_budget(model, value)
+    assert torch.equal(logits(model, inputs), before)
+
+
+@st.composite
+def _budgets(draw):
+    return draw(st.integers(30, 100)) / 100
+
+
+def test_budgets_are_kept():
+    built, _ = family("qwen3")
+    model = compiled(built.model, switches="layers,mlp", utilities="uniform")
+    logits(model, built.inputs())
+
+    @settings(max_examples=10, deadline=None)
+    @given(_budgets())
+    def check(budget):
+        (plan,) = planner.set_budget(model, budget)
+        assert plan.cost["flops"]["fraction"] <= budget
+        assert not plan.heads
+
+    check()
