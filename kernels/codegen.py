@@ -76,6 +76,7 @@ class Generated:
     Attributes:
         name: of the function in the file.
         arguments: by parameter name: meta tensors and numbers to compile it for.
+        grid: of its launch, for the block's number of tokens.
         warps, stages: of its launch.
         tile: its block sizes.
         seconds: predicted for the block's number of tokens.
@@ -83,6 +84,7 @@ class Generated:
 
     name: str
     arguments: Mapping[str, Any]
+    grid: tuple[int, ...]
     warps: int
     stages: int
     tile: Mapping[str, int]
@@ -189,6 +191,7 @@ class _Writer:
             Generated(
                 step.kernel,
                 {p: step.launch.arguments[p] for p in step.parameters},
+                step.launch.grid,
                 step.launch.warps,
                 step.stages,
                 {n: v for n, v in step.launch.arguments.items() if n.startswith("BLOCK_")},

@@ -61,7 +61,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Ten
 
 
 def _features(units: Tensor, width: int) -> Tensor:
-    return (units.long()[:, None] * width + torch.arange(width)).flatten()
+    lanes = torch.arange(width, device=units.device)
+    return (units.long()[:, None] * width + lanes).flatten()
 
 
 def project_up(x: Tensor, weights: MLPWeights, survivors: Survivors) -> Tensor:
@@ -225,7 +226,7 @@ def attention(
     for sample in range(hidden.shape[0]):
         plan, _ = _plan(survivors, sample)
         normed = apply_norm(hidden[sample], weights.norm)
-        every = torch.arange(weights.kv_heads)
+        every = torch.arange(weights.kv_heads, device=hidden.device)
         q, k, v = _heads(normed, weights, every, _angles_of(angles, sample))
         seen = visible(positions[sample], positions[sample], causal, window)
         alive = set(survivors.kept(plan).tolist())
@@ -253,7 +254,7 @@ def mlp(
             inner = act(inner)
         else:
             inner = act(F.linear(normed, weights.gate, weights.gate_bias)) * inner
-        mask = torch.zeros(inner.shape[-1], dtype=inner.dtype)
+        mask = inner.new_zeros(inner.shape[-1])
         mask[survivors.kept(plan)] = 1
         out.append(F.linear(inner * mask, weights.down, weights.down_bias))
     total = torch.stack(out)

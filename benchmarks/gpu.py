@@ -1,0 +1,382 @@
+"""Planned decoders against dense ones on a GPU, and their kernels against cuBLAS.
+
+    python benchmarks/gpu.py [--minutes 7.5] [--output gpu.json] [--batches 8 1 32]
+    python benchmarks/gpu.py --device cpu --tiny    # tries the harness; its times mean nothing
+
+The decoder of LLaVA-1.5-7B with random weights, bfloat16, 576 image and 64 text tokens. Dense:
+stock transformers layers, eager and under torch.compile. Planner: the Triton kernels, reading the
+same weights, under plans that leave out layers, heads and MLP groups, tokens, or some of each. Both
+sides run in CUDA graphs, take medians, and decode with a cache of all tokens so far. No plan is
+solved here, and nothing of OR-Tools is imported: survivors are drawn at random.
+
+Every plan is first compared, block by block, with a float64 reference; what differs is not
+reported. A part that fails is named in the report, and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import triton
+from gpu_decoders import LLAVA_7B, TINY, Dense, Draw, Planned, Size, stock_decoder
+from torch import Tensor
+from torch.nn import functional as F
+
+from planner.cli.output import print_json, table
+from planner.kernels.build import load_source
+from planner.kernels.codegen import Generated, Origin, generate
+from planner.kernels.interpreter import interpreting
+from planner.kernels.shapes import AttentionShape, Block, MLPShape, NormShape
+from planner.kernels.tiles import target_of
+from planner.kernels.trial import trial
+
+BUDGETS = (0.85, 0.65, 0.5)
+KINDS = ("layers", "heads and mlp", "tokens", "all")
+# Realised over ideal in prefill, and a matrix kernel's speed over cuBLAS's.
+PREFILL_TARGET, CUBLAS_TARGET = 1.10, 0.85
+
+
+class Clock:
+    """Medians of runs, in CUDA graphs where there are any, until time is up."""
+
+    def __init__(self, device: torch.device, minutes: float, rounds: int) -> None:
+        self.device, self.rounds = device, rounds
+        self.end = time.perf_counter() + 60 * minutes
+
+    def left(self) -> bool:
+        """Whether there is time for another part."""
+        return time.perf_counter() < self.end
+
+    def captured(self, run: Callable[[], Any]) -> tuple[Callable[[], Any], bool]:
+        """(the run as a CUDA graph, True), or (the run itself, False) where that fails."""
+        if self.device.type != "cuda":
+            return run, False
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                run()
+        except RuntimeError:
+            return run, False
+        return graph.replay, True
+
+    def seconds(self, run: Callable[[], Any], repeats: int = 1) -> float:
+        """Median seconds of one run; each round is of `repeats`."""
+        run()
+        taken = []
+        for _ in range(self.rounds):
+            self._wait()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                run()
+            self._wait()
+            taken.append((time.perf_counter() - start) / repeats)
+        return median(taken)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One decoder, one phase. Times in milliseconds; ratios are to the best dense time."""
+
+    batch: int
+    decoder: str
+    budget: float
+    phase: str
+    milliseconds: float
+    graph: bool
+    ratio: float = 1.0
+    ideal: float = 1.0
+
+    @property
+    def score(self) -> float:
+        """Realised over ideal."""
+        return self.ratio / self.ideal
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One generated kernel. `share` is its speed over cuBLAS's, or over the copy bandwidth."""
+
+    block: str
+    kernel: str
+    rows: int
+    microseconds: float
+    predicted_microseconds: float
+    tflops: float
+    gb_per_s: float
+    against: str
+    share: float
+
+
+# -- decoders -------------------------------------------------------------------------------------
+
+
+def dense_rows(clock: Clock, dense: Dense, batch: int) -> Iterator[Row]:
+    """Both phases, eager and compiled."""
+    modes = ("dense eager", "dense torch.compile")
+    for mode in modes[: 1 if dense.size is TINY else 2]:
+        dense.compile(mode == modes[1])
+        for phase, run in (("prefill", dense.prefill), ("decode", dense.decode)):
+            milliseconds, graph = measured(clock, run)
+            yield Row(batch, mode, 1.0, phase, milliseconds, graph)
+
+
+def planned_rows(clock: Clock, planned: Planned, draw: Draw, base: dict[str, float]) -> list[Row]:
+    """Both phases under one plan; ValueError where the blocks compute something else."""
+    planned.check()
+    rows = []
+    for phase, run in (("prefill", planned.prefill), ("decode", planned.decode)):
+        milliseconds, graph = measured(clock, run)
+        ratio, ideal = milliseconds / base[phase], planned.ideal(phase)
+        batch = planned.batch
+        rows.append(Row(batch, draw.kind, draw.budget, phase, milliseconds, graph, ratio, ideal))
+    return rows
+
+
+def measured(clock: Clock, run: Callable[[], Any]) -> tuple[float, bool]:
+    """(milliseconds, whether in a CUDA graph)."""
+    with torch.no_grad():
+        replay, graph = clock.captured(run)
+        return 1e3 * clock.seconds(replay), graph
+
+
+# -- kernels --------------------------------------------------------------------------------------
+
+
+def kernel_rows(clock: Clock, size: Size, batch: int, budget: float) -> Iterator[KernelRow]:
+    """Every generated kernel of one layer under a plan of the budget."""
+    cuda = clock.device.type == "cuda"
+    capability = torch.cuda.get_device_capability(clock.device) if cuda else (8, 0)
+    copy = copy_bandwidth(clock, size)
+    norm = NormShape("rms")
+    draw = Draw("heads and mlp", budget)
+    heads = tuple(draw.some(size.heads, 0))
+    neurons = draw.neurons(size, 0)
+    shapes = (
+        AttentionShape(size.hidden, size.head_dim, 1, size.heads, heads, size.head_dim, norm=norm),
+        MLPShape(size.hidden, size.neurons, neurons, "silu", norm=norm),
+    )
+    with tempfile.TemporaryDirectory() as folder, nullcontext() if cuda else interpreting():
+        for shape in shapes:
+            for phase, tokens in (("prefill", size.tokens), ("decode", 1)):
+                block = Block(shape, phase, tokens, size.tokens, batch, (0,))
+                (source,) = generate([block], target_of(capability), Origin("llava-7b", "-", "-"))
+                module = load_source(source, Path(folder))
+                for kernel in source.kernels:
+                    run, graph = clock.captured(trial(module, kernel, clock.device))
+                    seconds = clock.seconds(run, 20 if graph else 1)
+                    yield kernel_row(clock, block, kernel, seconds, copy)
+
+
+def kernel_row(
+    clock: Clock, block: Block, kernel: Generated, seconds: float, copy: float
+) -> KernelRow:
+    shape, rows = block.shape, block.batch * block.tokens
+    moved = sum(v.nbytes for v in kernel.arguments.values() if isinstance(v, Tensor))
+    flops, share, against = 0, moved / seconds / copy, "copy"
+    sizes = product_sizes(shape, kernel.name)
+    if sizes is not None:
+        depth, columns = sizes
+        flops = 2 * rows * depth * columns
+        x = torch.randn(rows, depth, dtype=torch.bfloat16, device=clock.device)
+        weight = torch.randn(columns, depth, dtype=torch.bfloat16, device=clock.device)
+        product, graph = clock.captured(lambda: F.linear(x, weight))
+        share, against = clock.seconds(product, 20 if graph else 1) / seconds, "cuBLAS"
+        moved = 2 * (rows * depth + columns * depth + rows * columns)
+    return KernelRow(
+        block.shape.title,
+        f"{block.phase} {kernel.name.removesuffix('_kernel')}",
+        rows,
+        seconds * 1e6,
+        kernel.seconds * 1e6,
+        flops / seconds / 1e12,
+        moved / seconds / 1e9,
+        against,
+        share,
+    )
+
+
+def product_sizes(shape: Any, kernel: str) -> tuple[int, int] | None:
+    """(depth, columns) of a dense product of what survives; None for other kernels."""
+    if isinstance(shape, MLPShape):
+        sizes = {
+            "project_up_kernel": (shape.hidden, 2 * shape.count),
+            "project_out_kernel": (shape.count, shape.hidden),
+        }
+    else:
+        lanes = len(shape.kept) * shape.head_dim
+        sizes = {
+            "project_qkv_kernel": (shape.hidden, 3 * lanes),
+            "project_out_kernel": (lanes, shape.hidden),
+        }
+    return sizes.get(kernel)
+
+
+def copy_bandwidth(clock: Clock, size: Size) -> float:
+    """Bytes per second of a copy, read and written."""
+    elements = 2**14 if size is TINY else 2**29
+    source = torch.zeros(elements, dtype=torch.bfloat16, device=clock.device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / clock.seconds(lambda: target.copy_(source))
+
+
+# -- the report -----------------------------------------------------------------------------------
+
+
+class Report:
+    """Rows, and what went wrong; printed and written even where some parts failed."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.rows: list[Row] = []
+        self.kernels: list[KernelRow] = []
+        self.problems: list[str] = []
+        self.options = options
+
+    def part(self, name: str, work: Callable[[], None]) -> None:
+        """Run one part; what it raises is noted."""
+        try:
+            work()
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [""])[0]
+            self.problems.append(f"{name}: {type(error).__name__}: {reason}")
+            if self.options.verbose:
+                traceback.print_exc()
+        print(f"{name}: done", file=sys.stderr)
+
+    def document(self, device: torch.device) -> dict[str, Any]:
+        """All of it, for a file."""
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        return {
+            "device": name,
+            "meaningless": device.type != "cuda",
+            "versions": {"torch": torch.__version__, "triton": triton.__version__},
+            "options": {name: str(value) for name, value in vars(self.options).items()},
+            "decoders": [asdict(row) | {"score": row.score} for row in self.rows],
+            "kernels": [asdict(row) for row in self.kernels],
+            "problems": self.problems,
+        }
+
+    def print(self, device: torch.device) -> None:
+        """Tables, what is missing from them, and the targets."""
+        if device.type != "cuda":
+            print("these times are of a CPU, partly of an interpreter: they mean nothing")
+        headers = ["batch", "decoder", "budget", "phase", "ms", "graph", "ratio", "ideal", "score"]
+        table(headers, [_cells(row) for row in self.rows])
+        print()
+        headers = ["block", "kernel", "rows", "us", "predicted", "TFLOP/s", "GB/s", "of", "share"]
+        table(headers, [_kernel_cells(row) for row in self.kernels])
+        for problem in self.problems:
+            print(f"not reported: {problem}")
+        print(
+            f"targets: prefill score at most {PREFILL_TARGET} at batch 8, "
+            f"matrix kernels at least {CUBLAS_TARGET} of cuBLAS"
+        )
+
+
+def _cells(row: Row) -> list[str]:
+    ratios = [f"{value:.3f}" for value in (row.ratio, row.ideal, row.score)]
+    graph = "yes" if row.graph else "no"
+    times = [f"{row.milliseconds:.3f}", graph]
+    return [str(row.batch), row.decoder, f"{row.budget:g}", row.phase, *times, *ratios]
+
+
+def _kernel_cells(row: KernelRow) -> list[str]:
+    numbers = (row.microseconds, row.predicted_microseconds, row.tflops, row.gb_per_s)
+    return [
+        row.block,
+        row.kernel,
+        str(row.rows),
+        *(f"{number:.1f}" for number in numbers),
+        row.against,
+        f"{row.share:.2f}",
+    ]
+
+
+def run_batch(report: Report, clock: Clock, model: Any, size: Size, batch: int) -> None:
+    """Dense decoders, then planner's: with everything left in, and under all plans."""
+    best: dict[str, float] = {}
+
+    def dense() -> None:
+        decoder = Dense(model, size, batch)
+        whole = Planned(model, size, batch, Draw("nothing", 1.0))
+        whole.check_logits(decoder)
+        for row in dense_rows(clock, decoder, batch):
+            best[row.phase] = min(row.milliseconds, best.get(row.phase, row.milliseconds))
+            report.rows.append(row)
+
+    report.part(f"batch {batch}, dense", dense)
+    if len(best) < 2:
+        return
+    draws = [Draw("nothing", 1.0)]
+    draws += [Draw(kind, budget) for budget in report.options.budgets for kind in KINDS]
+    for draw in draws:
+        name = f"batch {batch}, {draw.kind} at {draw.budget:g}"
+        if not clock.left():
+            report.problems.append(f"{name}: no time left")
+            continue
+
+        def planned(draw: Draw = draw) -> None:
+            report.rows += planned_rows(clock, Planned(model, size, batch, draw), draw, best)
+
+        report.part(name, planned)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, to try the harness")
+    parser.add_argument("--batches", nargs="+", type=int, default=[8, 1, 32])
+    parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS)
+    parser.add_argument("--minutes", type=float, default=7.5, help="no new part after that")
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each")
+    parser.add_argument("--output", type=Path, help="write the JSON document here")
+    parser.add_argument("--json", action="store_true", help="print the JSON document instead")
+    parser.add_argument("--verbose", action="store_true", help="tracebacks of what failed")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("there is no GPU here: --device cpu --tiny tries the harness", file=sys.stderr)
+        return 2
+    size = TINY if options.tiny else LLAVA_7B
+    clock = Clock(device, options.minutes, options.rounds)
+    report = Report(options)
+    model = stock_decoder(size, device)
+    for number, batch in enumerate(options.batches):
+        run_batch(report, clock, model, size, batch)
+        if number == 0:
+            report.part(
+                f"batch {batch}, kernels",
+                lambda batch=batch: report.kernels.extend(kernel_rows(clock, size, batch, 0.65)),
+            )
+    document = report.document(device)
+    if options.output is not None:
+        options.output.write_text(json.dumps(document, indent=1) + "\n")
+    if options.json:
+        print_json(document)
+    else:
+        report.print(device)
+    return 0 if report.rows else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The GPU benchmark on a CPU, in small: everything but its times."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+# As on a machine without OR-Tools.
+BLOCKED = """
+import runpy, sys
+sys.modules["ortools"] = None
+sys.argv[0] = sys.argv[1]
+del sys.argv[1]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def decoders(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module("gpu_decoders")
+    for name in ("gpu", "gpu_decoders"):
+        sys.modules.pop(name, None)
+
+
+def test_all_parts_run_without_ortools(tmp_path):
+    output = tmp_path / "gpu.json"
+    arguments = ["--device", "cpu", "--tiny", "--batches", "2", "--rounds", "1", "--budgets", "0.5"]
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED, FOLDER / "gpu.py", *arguments, "--output", output],
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "they mean nothing" in done.stdout
+    document = json.loads(output.read_text())
+    assert document["problems"] == []
+    assert document["meaningless"]
+    rows = {(row["decoder"], row["phase"]): row for row in document["decoders"]}
+    kinds = ("dense eager", "nothing", "layers", "heads and mlp", "tokens", "all")
+    assert set(rows) == {(kind, phase) for kind in kinds for phase in ("prefill", "decode")}
+    assert rows["nothing", "prefill"]["ideal"] == 1
+    for kind in kinds[2:]:
+        assert 0.3 < rows[kind, "prefill"]["ideal"] < 0.75
+    kernels = {row["kernel"] for row in document["kernels"]}
+    assert kernels >= {"prefill project_qkv", "prefill attend", "decode project_up"}
+    assert all(row["microseconds"] > 0 for row in document["kernels"])
+
+
+def test_without_a_gpu_it_says_so(decoders, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    assert importlib.import_module("gpu").main() == 2
+    assert "there is no GPU here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["heads and mlp", "tokens"])
+def test_a_wrong_decoder_is_not_reported(decoders, kind, monkeypatch):
+    """Whatever the ops return that they should not, the check sees."""
+    model = decoders.stock_decoder(decoders.TINY, torch.device("cpu"))
+    draw = decoders.Draw(kind, 0.5)
+    decoders.Planned(model, decoders.TINY, 2, draw).check()
+    name = {"heads and mlp": "attention_cached", "tokens": "select_tokens"}[kind]
+    right = getattr(decoders.ops, name)
+
+    def wrong(*arguments, **options):
+        result = right(*arguments, **options)
+        if kind == "tokens":
+            return result[0], result[1].flip(1)
+        return result * 1.02
+
+    monkeypatch.setattr(decoders.ops, name, wrong)
+    with pytest.raises(ValueError, match=r"reference|highest attention"):
+        decoders.Planned(model, decoders.TINY, 2, draw).check()
+
+
+@pytest.mark.parametrize("budget", [0.85, 0.65, 0.5])
+@pytest.mark.parametrize("kind", ["layers", "heads and mlp", "tokens", "all"])
+def test_plans_of_the_7b_decoder_are_near_their_budget(decoders, kind, budget):
+    """FLOPs by hand, on shapes alone."""
+    size = decoders.LLAVA_7B
+    draw = decoders.Draw(kind, budget)
+    tokens = dict.fromkeys(range(decoders.STAGE), size.tokens)
+    left = size.text_tokens + draw.image_tokens(size)
+
+    def flops(heads, neurons, count):
+        lanes = heads * size.head_dim
+        return 2 * count * size.hidden * (4 * lanes + 3 * neurons) + 4 * count**2 * lanes
+
+    work = sum(
+        flops(
+            len(draw.some(size.heads, index)),
+            sum(stop - start for start, stop in draw.neurons(size, index)),
+            tokens.get(index, left),
+        )
+        for index in draw.layers_on(size)
+    )
+    whole = size.layers * flops(size.heads, size.neurons, size.tokens)
+    assert abs(work / whole - budget) < 0.03
