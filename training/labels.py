@@ -44,7 +44,7 @@ def label_samples(
     budgets: Sequence[float],
     *,
     tried: int = 0,
-    batch: int = 128,
+    batch: int = 16,
     scheduled: Scheduled | None = None,
     partial: Path | None = None,
     progress: Progress = lambda done, total: None,

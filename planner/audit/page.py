@@ -171,10 +171,12 @@ def _gap_plot(figure: Any, found: Audit) -> bool:
         values = np.sort([v.gap for v in here])
         share = np.arange(1, len(values) + 1) / len(values)
         gaps.step(values, share, where="post", label=f"{budget:g}", color=f"C{index}")
-    gaps.set(xlabel="optimality gap", ylabel="share of labels", ylim=(0, 1.02))
+    largest = max([1e-3, *(v.gap for v in found.verdicts)])
+    gaps.set(xlabel="optimality gap", ylabel="share of labels")
+    gaps.set(xlim=(-0.02 * largest, 1.02 * largest), ylim=(0, 1.02))
     gaps.legend(title="budget", fontsize="small")
-    bins = np.linspace(0, 1, 41)
-    used.hist([v.utilisation for v in found.verdicts], bins=bins, color=_INK)
+    shares = [v.utilisation for v in found.verdicts]
+    used.hist(shares, bins=np.linspace(0, max([1.0, *shares]), 41), color=_INK)
     used.axvline(1, color=_WARM, linewidth=1)
     used.set(xlabel="cost over limit", ylabel="labels")
     return True

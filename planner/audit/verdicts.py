@@ -105,7 +105,9 @@ def _judge(
     cost, limit = int(problem.cost(label)[0]), int(problem.limits[0])
     feasible, utility = problem.is_feasible(label), problem.utility(label)
     solution = solve(problem, time_limit_seconds=seconds, hint=label)
-    better = _dominating(problem, label, cost, utility, seconds) if cost <= limit else None
+    # What is best within the limit is not dominated; beyond it, nothing is compared.
+    settled = not feasible or _equal(solution.utility, utility)
+    better = None if settled else _dominating(problem, label, cost, utility, seconds)
     used = solution.cost[problem.metrics[0]]
     return Verdict(
         feasible=feasible,
@@ -128,9 +130,12 @@ def _judge(
 def _dominating(
     problem: Problem, label: Choice, cost: int, utility: float, seconds: float
 ) -> Choice | None:
-    """A plan that is worth more than the label and costs no more."""
+    """A plan that is worth more than the label, which is feasible, and costs no more."""
     tighter = replace(problem, limits=np.array([cost], dtype=np.int64))
-    if not tighter.is_feasible(label):
-        return None
     found = solve(tighter, time_limit_seconds=seconds, hint=label)
-    return found.choice if found.utility - utility > TOLERANCE * abs(utility) else None
+    return None if _equal(found.utility, utility) else found.choice
+
+
+def _equal(optimum: float, utility: float) -> bool:
+    """Whether a utility is the optimum, but for rounding."""
+    return optimum - utility <= TOLERANCE * max(abs(optimum), abs(utility))

@@ -7,15 +7,20 @@ from typing import Annotated
 import typer
 
 from planner import __version__
+from planner.cli.audit import audit_command
 from planner.cli.bench import bench_command
 from planner.cli.calibrate import calibrate_command
 from planner.cli.compile import compile_command
 from planner.cli.devices import devices_command
+from planner.cli.eval import eval_command
+from planner.cli.experiment import experiment_command
 from planner.cli.export import export_command
 from planner.cli.inspect import inspect_command
 from planner.cli.kernels import kernels_command
+from planner.cli.labels import labels_command
 from planner.cli.models import models_command
 from planner.cli.run import run_command
+from planner.cli.train import train_command
 
 __all__ = ["app"]
 
@@ -53,3 +58,8 @@ app.command("bench")(bench_command)
 app.command("calibrate-utilities")(calibrate_command)
 app.command("export")(export_command)
 app.command("kernels")(kernels_command)
+app.command("train")(train_command)
+app.command("eval")(eval_command)
+app.command("experiment")(experiment_command)
+app.command("labels")(labels_command)
+app.command("audit")(audit_command)

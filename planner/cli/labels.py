@@ -50,7 +50,7 @@ def labels_command(
     ] = None,
     split: Annotated[str, typer.Option("--split", help="Of scenes: train, val, test.")] = "train",
     seed: Annotated[int, typer.Option("--seed", help="Which questions.")] = 0,
-    batch: Annotated[int, typer.Option("--batch", help="Plans that run at once.")] = 128,
+    batch: Annotated[int, typer.Option("--batch", help="Plans that run at once.")] = 16,
     mlp_groups: Annotated[
         int | None, typer.Option("--mlp-groups", help="Groups an MLP is divided into.")
     ] = None,

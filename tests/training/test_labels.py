@@ -18,6 +18,7 @@ from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
 from planner.models.calibration import sample_of
 from planner.models.executor import Executor
+from planner.models.scheduling import Scheduled, Scheduler
 from planner.training.labels import label_samples
 
 BUDGETS = (0.5, 0.75, 1.0)
@@ -112,6 +113,29 @@ def test_labels_survive_an_interrupt_and_their_audit(tmp_path):
     found = audit(labels, graph).summary
     assert found["infeasible"] == found["priced_wrong"] == 0
     assert found["proven"] == 1
+
+
+def test_a_scheduler_s_plans_are_those_it_makes_prompt_by_prompt():
+    model, graph, samples = small()
+    torch.manual_seed(0)
+    scheduler = Scheduler.of(graph, "adallava-l").eval()
+    scheduler.head.weight.data.normal_()
+    scheduled = Scheduled(model, graph, scheduler, mask=True)
+    terms = terms_of(graph, "adallava-l")
+    labels = label_samples(model, graph, samples, terms, BUDGETS, scheduled=scheduled)
+    assert labels.plans.sum(1).tolist() == labels.limits.tolist() == [0, 1, 2] * 3
+    for index, budget in enumerate(labels.budgets.tolist()):
+        _, sample = samples[index // 3]
+        prompt = {
+            name: value[:, : -sample.answer] if name != "pixel_values" else value
+            for name, value in sample.inputs.items()
+        }
+        with torch.no_grad(), scheduled.using(budget):
+            model(**prompt)
+            assert scheduled.taken.tolist() == [labels.plans[index].tolist()]
+    found = audit(labels, graph).summary
+    assert found["infeasible"] == 0
+    assert found["utilisation"]["min"] == 1
 
 
 def test_the_heuristic_leaves_off_what_does_harm():
