@@ -13,6 +13,7 @@ from planner.cli.options import (
     Batch,
     Device,
     ImageTokens,
+    KvPolicyOption,
     Model,
     NewTokens,
     TextTokens,
@@ -58,6 +59,7 @@ def compile_command(
     tokens: Annotated[
         str | None, typer.Option("--tokens", help="A token selector, such as fastv:k=2,r=0.5.")
     ] = None,
+    kv: KvPolicyOption = None,
     utilities: Annotated[
         str, typer.Option("--utilities", help="prior, uniform, or an .npz file of measured ones.")
     ] = "prior",
@@ -110,6 +112,7 @@ def compile_command(
         budget=budget or ["0.65"],
         switches=switches,
         tokens=tokens,
+        kv=kv,
         utilities=utilities,
         device=device,
         scope=scope,
@@ -241,6 +244,8 @@ def _print_summary(compiled: Compiled, path: Path, verbose: bool) -> None:
     load = compiled.pricing.workload
     budget = ", ".join(f"{metric} {limit}" for metric, limit in plan.budget.items())
     print(f"{plan.model} under {budget}")
+    if plan.kv:
+        print(f"the KV cache evicts by {plan.kv}")
     print(
         f"workload: {load.image_tokens} image + {load.text_tokens} text tokens, "
         f"{load.new_tokens} new, batch {load.batch}; seconds are modelled on "
