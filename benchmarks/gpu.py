@@ -35,12 +35,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from planner.cli.output import print_json, table
-from planner.kernels.build import load_source
 from planner.kernels.codegen import Generated, Origin, generate
 from planner.kernels.interpreter import interpreting
 from planner.kernels.shapes import AttentionShape, Block, MLPShape, NormShape
 from planner.kernels.tiles import target_of
-from planner.kernels.trial import trial
+from planner.kernels.trial import load_source, trial
 
 BUDGETS = (0.85, 0.65, 0.5)
 KINDS = ("layers", "heads and mlp", "tokens", "all")

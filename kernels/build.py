@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import importlib.util
 import json
 import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import triton
@@ -31,13 +30,15 @@ from planner.ir.cost import Workload
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.kernels.aot import Compiled, compile_kernel, specialization
+from planner.kernels.autotune import Tiles, autotuned, local_target
 from planner.kernels.codegen import Generated, Origin, Source, generate
 from planner.kernels.manifest import NAME, CompiledKernel, Manifest
-from planner.kernels.shapes import blocks_of
-from planner.kernels.tiles import Target
+from planner.kernels.shapes import Block, blocks_of
+from planner.kernels.tiles import Target, tiles_chosen_by
+from planner.kernels.trial import load_source
 from planner.plan import Plan, plan_digest, print_ranges
 
-__all__ = ["build_kernels", "load_source"]
+__all__ = ["build_kernels"]
 
 Progress = Callable[[str], None]
 
@@ -50,6 +51,7 @@ def build_kernels(
     *,
     index_driven: bool = False,
     dtype: torch.dtype = torch.bfloat16,
+    autotune: bool = False,
     progress: Progress = lambda stage: None,
 ) -> tuple[Manifest, dict[str, bytes]]:
     """Generate and compile the kernels of a plan.
@@ -61,20 +63,28 @@ def build_kernels(
         targets: by name.
         index_driven: survivors as data, for plans that change with the input.
         dtype: of activations and weights.
+        autotune: time tiles on the GPU at hand, for its target.
         progress: told what is being done.
 
     Returns:
         The manifest, and every file of the folder by path, the manifest's among them.
 
     Raises:
-        InputError: the plan does not fit the graph, or no tile fits a target.
+        InputError: the plan does not fit the graph, no tile fits a target, or there is no GPU to
+            time tiles on.
     """
+    tuned = local_target(targets) if autotune else None
     blocks, left_out = blocks_of(graph, plan, workload)
     origin = Origin(graph.name, plan_digest(plan), __version__)
     files: dict[str, bytes] = {}
     rows: list[CompiledKernel] = []
     for name, target in targets.items():
-        sources = generate(blocks, target, origin, dtype=dtype, index_driven=index_driven)
+        write = partial(
+            generate, target=target, origin=origin, dtype=dtype, index_driven=index_driven
+        )
+        tiles = _measured(blocks, write, progress) if name == tuned else {}
+        with tiles_chosen_by(tiles.get):
+            sources = write(blocks)
         compiled = _compile_all(sources, name, target, progress)
         for source in sources:
             path = f"{name}/{source.name}.py"
@@ -99,6 +109,15 @@ def build_kernels(
     )
     files[NAME] = manifest.dump().encode()
     return manifest, files
+
+
+def _measured(
+    blocks: Sequence[Block], write: Callable[[Sequence[Block]], list[Source]], progress: Progress
+) -> Tiles:
+    """Tiles that the GPU at hand is fastest with."""
+    return autotuned(
+        blocks, lambda block: write([block])[0], torch.cuda.get_device_name(), progress
+    )
 
 
 def _row(source: Source, kernel: Generated, made: Compiled, path: str) -> CompiledKernel:
@@ -153,18 +172,6 @@ def _compile_all(
                 progress(f"{name}: {done} of {len(work)} kernels compiled")
                 compiled |= dict.fromkeys(wanted[key], made)
     return compiled
-
-
-def load_source(source: Source, folder: Path) -> ModuleType:
-    """Import a generated file, written into a folder: Triton reads the text of its functions."""
-    path = folder / f"{source.name}.py"
-    path.write_text(source.text, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(f"planner_generated_{source.name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _key(function: JITFunction, kernel: Generated, target: Target) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from planner.kernels.launch import Launch
-from planner.kernels.tiles import Target, Tile, matmul_seconds
+from planner.kernels.tiles import Product, Target, Tile, matmul_seconds
 
 __all__ = ["predicted_seconds"]
 
@@ -43,9 +43,10 @@ def _product_seconds(name: str, launch: Launch, target: Target) -> float:
         like, stages = given["a"], (stages + 1) // 2  # see `output.pipeline`
     block_m, block_n, block_k = (given[f"BLOCK_{axis}"] for axis in "MNK")
     tile = Tile(block_m, block_n, block_k, launch.warps, stages, given["GROUP_ROWS"])
-    return matmul_seconds(
-        tile, given["rows"], columns, depth, target, launch.grid[1], like.element_size(), parts
+    wanted = Product(
+        given["rows"], columns, depth, target, launch.grid[1], like.element_size(), parts
     )
+    return matmul_seconds(tile, wanted)
 
 
 def _bytes(given: Mapping[str, Any]) -> int:

@@ -11,7 +11,9 @@ to rank tiles, not to predict seconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -22,6 +24,7 @@ from planner.ir.errors import InputError
 __all__ = [
     "TARGETS",
     "AttentionTile",
+    "Product",
     "Target",
     "Tile",
     "attention_tile",
@@ -30,8 +33,10 @@ __all__ = [
     "fold_norm",
     "matmul_seconds",
     "matmul_tile",
+    "ranked_tiles",
     "target_of",
     "targets_of",
+    "tiles_chosen_by",
 ]
 
 # Seconds from issuing a load to having the data, under load.
@@ -145,7 +150,48 @@ def fold_norm(rows: int) -> bool:
     return rows <= 64
 
 
-@lru_cache(maxsize=1024)
+@dataclass(frozen=True)
+class Product:
+    """What a tile is chosen for: ``(rows, depth) x (depth, columns)``, once per sample.
+
+    Attributes:
+        rows: activation rows per sample.
+        columns: output columns.
+        depth: inner size.
+        target: where it will run.
+        samples: products with plans of their own.
+        element_bytes: of activations and weights.
+        parts: weight rows per output column (2 for gate and up).
+        block_n: fixed by the kernel, or None.
+        accumulators: float32 per thread that the kernel's epilogue leaves registers for.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    target: Target
+    samples: int = 1
+    element_bytes: int = 2
+    parts: int = 1
+    block_n: int | None = None
+    accumulators: int = 64
+
+
+# A tile that was measured to be faster than the model's, if there is one.
+Chooser = Callable[[Product], Tile | None]
+_chooser: ContextVar[Chooser] = ContextVar("chooser")
+
+
+@contextmanager
+def tiles_chosen_by(choose: Chooser) -> Iterator[None]:
+    """Ask `choose` for tiles of products first, inside the block."""
+    token = _chooser.set(choose)
+    try:
+        yield
+    finally:
+        _chooser.reset(token)
+
+
 def matmul_tile(
     rows: int,
     columns: int,
@@ -158,58 +204,58 @@ def matmul_tile(
     block_n: int | None = None,
     accumulators: int = 64,
 ) -> Tile:
-    """The tile for ``(rows, depth) x (depth, columns)``, once per sample.
-
-    Args:
-        rows: activation rows per sample.
-        columns: output columns.
-        depth: inner size.
-        target: where it will run.
-        samples: products with plans of their own.
-        element_bytes: of activations and weights.
-        parts: weight rows per output column (2 for gate and up).
-        block_n: fixed by the caller, or chosen.
-        accumulators: float32 per thread that the kernel's epilogue leaves registers for.
+    """The tile of a product; arguments are the attributes of `Product`.
 
     Raises:
         InputError: no tile fits.
     """
     rows = power_of_two(max(rows, 16))
-    candidates = _candidates(rows, target, element_bytes, parts, block_n, accumulators)
-    best = min(
-        candidates,
+    wanted = Product(
+        rows, columns, depth, target, samples, element_bytes, parts, block_n, accumulators
+    )
+    choose = _chooser.get(None)
+    return (choose(wanted) if choose else None) or _best(wanted)
+
+
+@lru_cache(maxsize=1024)
+def _best(wanted: Product) -> Tile:
+    return ranked_tiles(wanted)[0]
+
+
+def ranked_tiles(wanted: Product) -> list[Tile]:
+    """Tiles that fit, those first that the model expects to be the fastest.
+
+    Raises:
+        InputError: none fits.
+    """
+    ranked = sorted(
+        _candidates(wanted),
         key=lambda tile: (
-            matmul_seconds(tile, rows, columns, depth, target, samples, element_bytes, parts),
+            matmul_seconds(tile, wanted),
             # ties: the least shared memory, then a fixed order
-            _shared_bytes(tile, element_bytes, parts),
+            _shared_bytes(tile, wanted),
             tile.block_m,
             tile.block_n,
             tile.block_k,
             tile.warps,
         ),
-        default=None,
     )
-    if best is None:
-        raise InputError(f"No tile for {rows} x {columns} x {depth} fits into shared memory.")
-    return best
+    if not ranked:
+        sizes = f"{wanted.rows} x {wanted.columns} x {wanted.depth}"
+        raise InputError(f"No tile for {sizes} fits into shared memory.")
+    return ranked
 
 
-def _candidates(
-    rows: int,
-    target: Target,
-    element_bytes: int,
-    parts: int,
-    block_n: int | None,
-    accumulators: int,
-) -> Iterator[Tile]:
+def _candidates(wanted: Product) -> Iterator[Tile]:
+    target, parts = wanted.target, wanted.parts
     # Without wgmma the operands pass through registers too.
-    room = accumulators if target.warpgroup else min(accumulators, 64)
-    widths = (32, 64, 128, 256) if block_n is None else (block_n * parts,)
+    room = wanted.accumulators if target.warpgroup else min(wanted.accumulators, 64)
+    widths = (32, 64, 128, 256) if wanted.block_n is None else (wanted.block_n * parts,)
     for m, wide, k, warps, stages in product(
         (16, 32, 64, 128), widths, (32, 64, 128), (4, 8), (2, 3, 4, 5)
     ):
         # A step reads whole 128-byte cache lines of every row.
-        if m > rows or wide < 16 * parts or k * element_bytes < 128:
+        if m > wanted.rows or wide < 16 * parts or k * wanted.element_bytes < 128:
             continue
         # Each warp must own a whole instruction tile: 16 rows by 8 columns, or 64 rows by 8
         # columns per four warps. Fewer leave warps that compute the same thing twice.
@@ -217,35 +263,28 @@ def _candidates(
         if warps > max(4, owners):
             continue
         tile = Tile(m, wide // parts, k, warps, stages)
-        if _shared_bytes(tile, element_bytes, parts) > target.shared_bytes:
+        if _shared_bytes(tile, wanted) > target.shared_bytes:
             continue
         if m * wide > room * 32 * warps:
             continue
         yield tile
 
 
-def _shared_bytes(tile: Tile, element_bytes: int, parts: int) -> int:
-    step = (tile.block_m + tile.block_n * parts) * tile.block_k * element_bytes
+def _shared_bytes(tile: Tile, wanted: Product) -> int:
+    step = (tile.block_m + tile.block_n * wanted.parts) * tile.block_k * wanted.element_bytes
     store = tile.block_m * tile.block_n * 4  # the epilogue's transposition reuses the space
     return max(tile.stages * step, store)
 
 
-def matmul_seconds(
-    tile: Tile,
-    rows: int,
-    columns: int,
-    depth: int,
-    target: Target,
-    samples: int,
-    element_bytes: int,
-    parts: int,
-) -> float:
-    """What a tile of `matmul_tile`'s product takes, by the model; arguments as there."""
-    wide = tile.block_n * parts
-    programs = samples * ceil(rows / tile.block_m) * ceil(columns / tile.block_n)
+def matmul_seconds(tile: Tile, wanted: Product) -> float:
+    """What a product takes with a tile, by the model."""
+    rows, columns, depth = wanted.rows, wanted.columns, wanted.depth
+    target, element_bytes = wanted.target, wanted.element_bytes
+    wide = tile.block_n * wanted.parts
+    programs = wanted.samples * ceil(rows / tile.block_m) * ceil(columns / tile.block_n)
     resident = min(
         16 // tile.warps,
-        target.shared_bytes // _shared_bytes(tile, element_bytes, parts),
+        target.shared_bytes // _shared_bytes(tile, wanted),
         max(1, 65536 // (32 * tile.warps * (tile.block_m * wide // (32 * tile.warps) + 90))),
     )
     resident = max(1, resident)
@@ -264,7 +303,8 @@ def matmul_seconds(
     # Filling the pipeline and storing the result; overlapped by the other tiles in residence.
     fixed = 2 * _LATENCY + tile.block_m * tile.block_n * element_bytes / l2
     compute = load * ceil(depth / tile.block_k) * step + ceil(load / resident) * fixed
-    moved = samples * (rows * depth + columns * parts * depth + rows * columns) * element_bytes
+    weights = columns * wanted.parts * depth
+    moved = wanted.samples * (rows * depth + weights + rows * columns) * element_bytes
     reach = min(programs, target.processors * resident) * (tile.stages - 1) * step_bytes / _LATENCY
     return max(compute, moved / min(target.bandwidth_gb_per_s * 1e9, reach))
 

@@ -1,4 +1,4 @@
-"""Generated kernels on made-up arguments, to be timed one by one.
+"""Generated sources as modules, and their kernels on made-up arguments, to be timed one by one.
 
 Enters: a kernel of a `Source`. Leaves: a function that launches it. Activations and weights are
 random; index tensors are such that all survivors are there and the cache is full.
@@ -6,16 +6,30 @@ random; index tensors are such that all survivors are there and the cache is ful
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from planner.kernels.codegen import Generated
+from planner.kernels.codegen import Generated, Source
 
-__all__ = ["trial"]
+__all__ = ["load_source", "trial"]
+
+
+def load_source(source: Source, folder: Path) -> ModuleType:
+    """Import a generated file, written into a folder: Triton reads the text of its functions."""
+    path = folder / f"{source.name}.py"
+    path.write_text(source.text, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(f"planner_generated_{source.name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def trial(module: ModuleType, kernel: Generated, device: torch.device) -> Callable[[], None]:
@@ -54,7 +68,8 @@ def _filled(name: str, like: Tensor, given: Mapping[str, Any]) -> Tensor:
     if name == "lanes":
         return torch.full(shape, -1, dtype=like.dtype)
     if name == "counts":
-        slots = given["units"].shape[-1] if "units" in given else given["slots"]
+        # Where there are no units a count only ends programs early: none is to.
+        slots = given["units"].shape[-1] if "units" in given else 2**20
         return torch.full(shape, slots, dtype=like.dtype)
     tokens = given["positions"].shape[1] if "positions" in given else given.get("tokens", 1)
     context = given["key_positions"].shape[1] if "key_positions" in given else tokens

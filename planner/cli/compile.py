@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.kernels import IndexDriven, Targets, compile_kernels, wanted_targets
+from planner.cli.kernels import Autotune, IndexDriven, Targets, compile_kernels, wanted_targets
 from planner.cli.options import (
     Batch,
     Device,
     ImageTokens,
-    KvPolicyOption,
     Model,
     NewTokens,
     TextTokens,
@@ -59,7 +58,6 @@ def compile_command(
     tokens: Annotated[
         str | None, typer.Option("--tokens", help="A token selector, such as fastv:k=2,r=0.5.")
     ] = None,
-    kv: KvPolicyOption = None,
     utilities: Annotated[
         str, typer.Option("--utilities", help="prior, uniform, or an .npz file of measured ones.")
     ] = "prior",
@@ -81,6 +79,7 @@ def compile_command(
     ] = False,
     target: Targets = None,
     index_driven: IndexDriven = False,
+    autotune: Autotune = False,
     time_limit: Annotated[
         float, typer.Option("--time-limit", help="Seconds the solver may take.")
     ] = 60.0,
@@ -102,8 +101,8 @@ def compile_command(
         raise InputError("--time-limit must be more than 0 seconds")
     if mlp_groups is not None and mlp_groups < 1:
         raise InputError("--mlp-groups must be at least 1")
-    if index_driven and not target:
-        raise InputError("--index-driven is about kernels: name a --target too")
+    if (index_driven or autotune) and not target:
+        raise InputError("--index-driven and --autotune are about kernels: name a --target too")
     targets = wanted_targets(target)
     level = debug_level()
     folder = output or Path("build") / Path(model.rstrip("/")).name
@@ -112,7 +111,6 @@ def compile_command(
         budget=budget or ["0.65"],
         switches=switches,
         tokens=tokens,
-        kv=kv,
         utilities=utilities,
         device=device,
         scope=scope,
@@ -132,7 +130,7 @@ def compile_command(
             say(line)
         kernels = None
         if targets:
-            kernels = compile_kernels(compiled, targets, index_driven, update)
+            kernels = compile_kernels(compiled, targets, index_driven, autotune, update)
         between = print_between_passes or level >= PASSES
         path = write_outputs(compiled, folder, between, kernels[1] if kernels else None)
     manifest = kernels[0] if kernels else None
@@ -244,8 +242,6 @@ def _print_summary(compiled: Compiled, path: Path, verbose: bool) -> None:
     load = compiled.pricing.workload
     budget = ", ".join(f"{metric} {limit}" for metric, limit in plan.budget.items())
     print(f"{plan.model} under {budget}")
-    if plan.kv:
-        print(f"the KV cache evicts by {plan.kv}")
     print(
         f"workload: {load.image_tokens} image + {load.text_tokens} text tokens, "
         f"{load.new_tokens} new, batch {load.batch}; seconds are modelled on "

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from planner.kernels.manifest import CompiledKernel, Manifest
     from planner.kernels.tiles import Target
 
-__all__ = ["IndexDriven", "Targets", "compile_kernels", "kernels_command", "wanted_targets"]
+__all__ = [
+    "Autotune",
+    "IndexDriven",
+    "Targets",
+    "compile_kernels",
+    "kernels_command",
+    "wanted_targets",
+]
 
 Targets = Annotated[
     list[str] | None,
@@ -30,6 +37,10 @@ IndexDriven = Annotated[
     typer.Option(
         "--index-driven", help="Kernels that read what survives from tensors: for any plan."
     ),
+]
+Autotune = Annotated[
+    bool,
+    typer.Option("--autotune", help="Time tiles on the GPU at hand; remembered for the next time."),
 ]
 
 
@@ -49,7 +60,11 @@ def wanted_targets(names: Sequence[str] | None) -> dict[str, Target]:
 
 
 def compile_kernels(
-    compiled: Compiled, targets: Mapping[str, Target], index_driven: bool, update: Any
+    compiled: Compiled,
+    targets: Mapping[str, Target],
+    index_driven: bool,
+    autotune: bool,
+    update: Any,
 ) -> tuple[Manifest, dict[str, bytes]]:
     """Generate and compile the kernels of a plan; nothing is written."""
     from planner.kernels.build import build_kernels
@@ -60,6 +75,7 @@ def compile_kernels(
         compiled.pricing.workload,
         targets,
         index_driven=index_driven,
+        autotune=autotune,
         progress=update,
     )
 

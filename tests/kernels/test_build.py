@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from planner.kernels.aot import compile_kernel
-from planner.kernels.build import load_source
 from planner.kernels.codegen import Origin, generate
 from planner.kernels.shapes import AttentionShape, Block, MLPShape, NormShape
 from planner.kernels.tiles import TARGETS
+from planner.kernels.trial import load_source
 
 RMS = NormShape("rms")
 # Survivors in pieces, as a measured plan has them.

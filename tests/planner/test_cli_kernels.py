@@ -153,3 +153,11 @@ def test_a_failed_compilation_leaves_what_was_there(cli, copy, monkeypatch):
     assert code == 1
     assert "no assembler" in err
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_autotune_without_a_gpu(cli, monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, _, err = cli(*COMPILE, "--autotune", "-o", "out")
+    assert code == 2
+    assert "there is none here" in err
+    assert list((tmp_path / "out").iterdir()) == []
