@@ -50,8 +50,6 @@ class AdaLlavaConfig(Config):
     model: str = "tiny-llava"
     switches: str = "adallava-l"
     estimator: str = "gumbel:temperature=5"
-    # Of the deterministic ablation: weight of what a plan costs beyond its budget.
-    penalty: float = 1.0
 
     # LLaVA's conversation JSON and its images; rendered scenes where there is none.
     conversations: str | None = None
@@ -75,7 +73,7 @@ class AdaLlavaConfig(Config):
     lr_schedule: str = "cosine"
     freeze_vision: bool = True
     dtype: str = "float32"
-    gradient_checkpointing: bool = False
+    activation_checkpointing: bool = False
     fsdp: str = ""
     fsdp_layer: str | None = None
     deepspeed: str | None = None
@@ -93,7 +91,6 @@ class AdaptiveModel(nn.Module):
         graph: its Graph.
         scheduler: of that model.
         estimator: how plans are drawn and what their gradient is.
-        penalty: see `AdaLlavaConfig`.
     """
 
     def __init__(
@@ -102,7 +99,6 @@ class AdaptiveModel(nn.Module):
         graph: Graph,
         scheduler: Scheduler,
         estimator: Estimator,
-        penalty: float = 1.0,
     ) -> None:
         super().__init__()
         if isinstance(scheduler.layout, UnitSwitches) and not isinstance(
@@ -112,7 +108,6 @@ class AdaptiveModel(nn.Module):
         self.model = model
         self.scheduler = scheduler
         self.estimator = estimator
-        self.penalty = penalty
         self._seeds: Tensor | None = None
         # Not a submodule: the model and the scheduler are ones already.
         scheduled = Scheduled(model, graph, scheduler, mask=True, decide=self._draw)
@@ -140,8 +135,7 @@ class AdaptiveModel(nn.Module):
         if isinstance(self.estimator, Deterministic):
             taken = self.scheduled.taken
             assert taken is not None
-            excess = self.estimator.penalty(taken, EqualCosts(), limits)
-            output.loss = output.loss + self.penalty * excess / self.scheduler.layout.steps
+            output.loss = output.loss + self.estimator.penalty(taken, EqualCosts(), limits).mean()
         return output
 
     def _draw(self, logits: Tensor, limits: Tensor) -> Tensor:
@@ -189,7 +183,7 @@ class BudgetCollator:
     def __call__(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
         """One training batch, with `ids` for error messages."""
         draws = [random.Random(f"{self.seed}-{c.id}") for c in conversations]
-        turns = draws[0].choice(self.turns)
+        turns = random.Random(f"{self.seed}-turns-{conversations[0].id}").choice(self.turns)
         cut = [Conversation(c.id, c.image, c.turns[:turns], c.scene) for c in conversations]
         return {
             **self.packer(cut),
@@ -225,7 +219,7 @@ def build_trainer(config: AdaLlavaConfig) -> tuple[RunTrainer, AdaptiveModel, An
     if config.freeze_vision:
         _freeze_vision(model)
     scheduler = Scheduler.of(graph, config.switches)
-    adaptive = AdaptiveModel(model, graph, scheduler, parse(config.estimator), config.penalty)
+    adaptive = AdaptiveModel(model, graph, scheduler, parse(config.estimator))
     packer = Packer(processor, config.max_text_tokens, dialogue_share=1.0)
     collator = BudgetCollator(packer, scheduler.layout.steps, config.seed, config.turns)
     trainer = RunTrainer(
@@ -280,17 +274,19 @@ def _arguments(config: AdaLlavaConfig) -> TrainingArguments:
         distributed["fsdp_config"] = {"transformer_layer_cls_to_wrap": config.fsdp_layer}
     if config.deepspeed:
         distributed["deepspeed"] = config.deepspeed
+    if config.activation_checkpointing:
+        distributed["activation_checkpointing"] = True
     return TrainingArguments(
         output_dir=config.output_dir,
         max_steps=config.max_steps,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        gradient_checkpointing=config.gradient_checkpointing,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_schedule,
         warmup_steps=round(config.warmup_ratio * config.max_steps),
         max_grad_norm=1.0,
         bf16=config.dtype == "bfloat16",
+        use_cpu=not torch.accelerator.is_available(),
         save_steps=config.save_steps,
         save_total_limit=2,
         logging_steps=config.logging_steps,

@@ -33,7 +33,7 @@ __all__ = ["Bench", "Progress", "calibrated"]
 
 Progress = Callable[[str], None]
 # Questions on which skipping and masking must give the same answers.
-PARITY_QUESTIONS = 48
+PARITY_QUESTIONS = 24
 CALIBRATION_QUESTIONS = 24
 
 

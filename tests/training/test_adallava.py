@@ -1,0 +1,297 @@
+"""AdaLLaVA's training: what a batch is, what the gradient reaches, and runs that stop or split."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from planner.ir.errors import InputError, PlannerError
+from planner.ir.lowering import lower_model
+from planner.models.scheduling import Scheduled, Scheduler, layout_of, load_scheduler
+from planner.training import adallava
+from planner.training.adallava import AdaptiveModel, BudgetCollator, build_trainer, last_answer
+from planner.training.data import Packer, SceneConversations
+from planner.training.data.packing import IGNORE
+from planner.training.estimators import parse
+from planner.training.recipes import load_recipe
+from planner.training.tiny_llava import TinyLlavaConfig, build_model, build_processor, export
+from planner.training.trainer import RunTrainer
+from planner.training.unit_sampling import draw_units
+
+CONFIGS = Path(adallava.__file__).parent / "configs"
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "layers": 4,
+    "heads": 4,
+    "vision_hidden_size": 32,
+    "vision_intermediate_size": 64,
+    "vision_layers": 2,
+    "vision_heads": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A random small LLaVA with its processor, on disk."""
+    folder = tmp_path_factory.mktemp("base")
+    config = TinyLlavaConfig(output_dir="", **SIZES)
+    processor = build_processor()
+    model = build_model(config, processor)
+    from planner.training.tiny_llava import plain_model
+
+    export(plain_model(model), processor, folder)
+    return folder
+
+
+def settings(base, folder, **changes):
+    return {
+        "model": str(base),
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "batch_size": 4,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        **changes,
+    }
+
+
+def weights(module):
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def losses(folder):
+    states = sorted(Path(folder).glob("checkpoint-*/trainer_state.json"))
+    history = json.loads(states[-1].read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+# -- batches ---------------------------------------------------------------------------------------
+
+
+def test_the_token_stands_before_the_last_answer():
+    labels = torch.full((3, 9), IGNORE)
+    labels[0, 2:4] = 5
+    labels[0, 6:8] = 5
+    labels[1, 3:] = 5
+    labels[2, 8] = 5
+    assert last_answer(labels).tolist() == [6, 3, 8]
+
+
+def test_budgets_follow_from_the_record_alone():
+    collate = BudgetCollator(lambda conversations: {}, 4, 0, [1, 3])
+    scenes = SceneConversations("train", 200)
+    many = collate([scenes[i] for i in range(200)])
+    few = collate([scenes[i] for i in (7, 3)])
+    assert many["limits"][[7, 3]].tolist() == few["limits"].tolist()
+    assert many["seeds"][[7, 3]].tolist() == few["seeds"].tolist()
+    # Uniform over 0 to 4: 40 of each expected, with a standard deviation under 6.
+    counts = torch.bincount(many["limits"], minlength=5)
+    assert len(counts) == 5
+    assert (counts - 40).abs().max() < 24
+
+
+# -- sampling --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def loaded(base):
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(base).eval()
+    return model, lower_model(model, "small")
+
+
+def test_units_are_drawn_exactly_and_their_gradient_reaches_what_is_left(loaded):
+    layout = layout_of("adallava-h", loaded[1])
+    torch.manual_seed(0)
+    logits = torch.randn(5, layout.size, requires_grad=True)
+    limits = torch.tensor([0, 1, 3, 5, layout.steps])
+    noise = -torch.empty(layout.steps, 5, layout.size).exponential_().log()
+    gates = draw_units(layout, logits, limits, noise, 5.0)
+    assert set(gates.unique().tolist()) <= {0.0, 1.0}
+    assert [layout.spent(row.bool()) for row in gates] == limits.tolist()
+    worth = torch.randn(layout.size)
+    (gates @ worth).sum().backward()
+    assert not logits.grad[0].any()
+    assert (logits.grad[1:4] != 0).all()
+
+
+def test_units_without_noise_are_those_of_inference(loaded):
+    layout = layout_of("adallava-h", loaded[1])
+    torch.manual_seed(1)
+    logits, limits = torch.randn(4, layout.size), torch.tensor([1, 2, 4, 7])
+    drawn = draw_units(layout, logits, limits, torch.zeros(8, 4, layout.size), 5.0)
+    assert torch.equal(drawn.bool(), layout.decide(logits, limits))
+
+
+@pytest.mark.parametrize(
+    ("switches", "estimator"),
+    [
+        ("adallava-l", "gumbel"),
+        ("adallava-l", "gumbel-topk"),
+        ("adallava-l", "simple"),
+        ("adallava-l", "deterministic"),
+        ("adallava-h", "gumbel"),
+    ],
+)
+def test_the_gradient_reaches_scheduler_and_decoder(base, switches, estimator):
+    config = adallava.AdaLlavaConfig(
+        **settings(base, "unused", switches=switches, estimator=estimator)
+    )
+    trainer, adaptive, _ = build_trainer(config)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    batch.pop("ids")
+    batch["limits"] = torch.tensor([1, 1, 2, 1])
+    output = adaptive(**batch)
+    output.loss.backward()
+    assert adaptive.scheduler.head.weight.grad.any()
+    assert adaptive.scheduler.encoder.second.weight.grad.any()
+    assert adaptive.model.lm_head.weight.grad.any()
+    vision = adaptive.model.get_encoder("image")
+    assert all(p.grad is None for p in vision.parameters())
+
+
+def test_units_take_no_other_estimator(base):
+    config = settings(base, "unused", switches="adallava-h", estimator="simple")
+    with pytest.raises(InputError, match="its estimator is gumbel"):
+        build_trainer(adallava.AdaLlavaConfig(**config))
+
+
+@torch.no_grad()
+def test_a_sample_is_trained_as_it_is_asked(loaded, base):
+    """The logits that predict the answer: in training, and through the prompt and its cache."""
+    model, graph = loaded
+    processor = build_processor()
+    scheduler = Scheduler.of(graph, "adallava-l").eval()
+    scheduler.head.weight.data.normal_()
+    adaptive = AdaptiveModel(model, graph, scheduler, parse("gumbel"))
+    adaptive._draw = None
+    adaptive.scheduled._decide = scheduler.layout.decide
+    scene = SceneConversations("train", 5, questions=1, description_share=0)[2]
+    batch = BudgetCollator(Packer(processor, 60, 1.0), 2, 0, [1])([scene])
+    batch.pop("ids")
+    batch["limits"] = torch.tensor([1])
+    trained = adaptive(**batch).logits
+    adaptive.scheduled.detach()
+    start = int(last_answer(batch["labels"]))
+    answer = batch["input_ids"][:, start:]
+    with Scheduled(model, graph, scheduler).using(0.75):
+        prompt = {"input_ids": batch["input_ids"][:, :start], "pixel_values": batch["pixel_values"]}
+        out = model(**prompt, use_cache=True)
+        logits = [out.logits[:, -1:]]
+        for place in range(answer.shape[1] - 1):
+            token = answer[:, place : place + 1]
+            logits.append(model(input_ids=token, past_key_values=out.past_key_values).logits)
+    asked = torch.cat(logits, 1)
+    found = trained[:, start - 1 : -1]
+    assert (asked - found).norm() <= 1e-5 * found.norm()
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Like a signal: not to be caught on the way."""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return weights(adallava.train(settings(base, folder, export_dir=str(folder / "model")))), folder
+
+
+@pytest.mark.parametrize(("method", "call"), [("training_step", 4), ("_save_rng_state", 2)])
+def test_a_killed_run_resumes_bit_exactly(base, tmp_path, monkeypatch, uninterrupted, method, call):
+    original, calls = getattr(RunTrainer, method), []
+
+    def killing(self, *args):
+        calls.append(1)
+        if len(calls) == call:
+            raise Killed
+        return original(self, *args)
+
+    config = settings(base, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(RunTrainer, method, killing)
+        with pytest.raises(Killed):
+            adallava.train(config)
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        assert (checkpoint / "rng_state.pth").is_file()
+    resumed = weights(adallava.train(config))
+    expected = uninterrupted[0]
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def test_a_loss_that_is_no_number_names_the_batch(base, tmp_path):
+    with pytest.raises(PlannerError, match=r"The loss is nan at step \d+, batch of records train-"):
+        adallava.train(settings(base, tmp_path, learning_rate=1e30, max_steps=20))
+
+
+def test_what_is_exported_loads_and_runs(uninterrupted):
+    from transformers import AutoModelForImageTextToText
+
+    trained, folder = uninterrupted
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model").eval()
+    graph = lower_model(model, "small")
+    scheduler = load_scheduler(folder / "model", graph)
+    for name, tensor in scheduler.state_dict().items():
+        assert torch.equal(tensor, trained[f"scheduler.{name}"])
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, trained[f"model.{name}"])
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(base, tmp_path):
+    """gloo on the CPU; the order of sums is all that differs."""
+    one = tmp_path / "one"
+    adallava.train(settings(base, one, batch_size=4, max_steps=3, save_steps=3))
+    two = tmp_path / "two"
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        json.dumps(
+            {"recipe": "adallava"} | settings(base, two, batch_size=2, max_steps=3, save_steps=3)
+        )
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, "-m", "planner.training", str(config)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(two) == pytest.approx(losses(one), rel=2e-3)
+
+
+# -- configurations --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configurations_load(path):
+    load_recipe(path, ["max_steps=1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("recipe: cake\n", "recipe 'cake' is none of"),
+        ("model: x\n", "recipe 'None' is none of"),
+        ("recipe: adallava\noutput_dir: x\nlr: 1\n", 'unknown key "lr"'),
+        ("recipe: adallava\n", '"output_dir"'),
+        ("recipe: [", "not valid YAML"),
+        (None, "does not exist"),
+    ],
+)
+def test_a_bad_configuration_is_one_sentence(tmp_path, text, message):
+    path = tmp_path / "config.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        load_recipe(path)
+    assert "\n" not in str(caught.value)
