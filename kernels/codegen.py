@@ -33,7 +33,8 @@ from planner.kernels.records import (
     neuron_width,
 )
 from planner.kernels.shapes import AttentionShape, Block, MLPShape, NormShape, Shape, TokenShape
-from planner.kernels.specialise import Program, Table
+from planner.kernels.specialise import Program
+from planner.kernels.tables import Table
 from planner.kernels.tiles import Target
 from planner.plan import print_ranges
 

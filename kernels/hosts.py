@@ -16,6 +16,7 @@ import triton
 
 from planner.kernels.launch import Launch
 from planner.kernels.shapes import AttentionShape, MLPShape, Shape, TokenShape
+from planner.kernels.text import WIDTH, wrapped
 
 __all__ = ["Step", "run_function"]
 
@@ -67,7 +68,6 @@ _DEFAULTS: Mapping[str, str] = MappingProxyType(
         "head_norm_offset": "0.0",
     }
 )
-_WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def run_function(
     free = [name for name in used if name not in tables]
     positional = [name for name in free if name in ("hidden", "residual")]
     keywords = [name for name in free if name not in positional]
-    doc = _wrapped(f'"""{summary}'.split(" "), " ", "    ")
+    doc = wrapped(f'"""{summary}'.split(" "), " ", "    ")
     lines = ["def run(", *(f"    {n},  # {arguments[n]}" for n in positional), "    *,"]
     defaults = dict(_DEFAULTS)
     if not isinstance(shape, MLPShape):
@@ -121,7 +121,7 @@ def run_function(
     }
     lines += [
         "):",
-        f'{doc}"""' if len(doc) < _WIDTH - 3 else f'{doc}\n    """',
+        f'{doc}"""' if len(doc) < WIDTH - 3 else f'{doc}\n    """',
         "    batch, tokens, _ = hidden.shape",
         *(f"    {name} = {value}" for name, value in derived.items() if name in host.read),
         *(f"    {name} = {name}.contiguous()" for name in positional),
@@ -164,8 +164,8 @@ class _Host:
         grid = _grid(step.launch, self.index_driven)
         options = [f"num_warps={step.launch.warps}", f"num_stages={step.stages}"]
         call = f"    {step.kernel}[{grid}]({', '.join([*values, *options])})"
-        if len(call) > _WIDTH:
-            inside = _wrapped([*values, *options, ""], ", ", " " * 8)
+        if len(call) > WIDTH:
+            inside = wrapped([*values, *options, ""], ", ", " " * 8)
             call = f"    {step.kernel}[{grid}](\n{inside}\n    )"
         return [*lines, call]
 
@@ -185,17 +185,6 @@ def _grid(launch: Launch, index_driven: bool) -> str:
         return f"(batch * length, {grid[1]})"
     first = "".join(f"{programs}, " for programs in grid[:-1])
     return f"({first}batch)" if first else "(batch,)"
-
-
-def _wrapped(items: Sequence[str], between: str, indent: str) -> str:
-    """Items on lines of the width of a page, broken between items only."""
-    lines = [indent]
-    for index, item in enumerate(items):
-        text = item + between * (index + 1 < len(items))
-        if len(lines[-1]) + len(text.rstrip()) > _WIDTH and lines[-1] != indent:
-            lines.append(indent)
-        lines[-1] += text
-    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def _buffers(shape: Shape, launch: Launch) -> dict[str, str]:

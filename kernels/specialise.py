@@ -21,67 +21,10 @@ from typing import Any
 
 from triton.runtime.jit import JITFunction
 
-__all__ = ["Function", "Program", "Table"]
+from planner.kernels.tables import Table
+from planner.kernels.text import fitted, without_unused, words
 
-
-@dataclass(frozen=True)
-class Table:
-    """Known contents of an index tensor, as pieces: from entry `start` on, ``base + slope * i``.
-
-    Attributes:
-        name: of the device function that computes an entry.
-        meaning: its docstring.
-        pieces: (start, base, slope), the first starting at 0, starts ascending.
-    """
-
-    name: str
-    meaning: str
-    pieces: tuple[tuple[int, int, int], ...]
-
-    @staticmethod
-    def of(name: str, meaning: str, entries: Sequence[int]) -> Table:
-        """The table with these entries: runs of consecutive or of equal numbers are a piece."""
-        pieces: list[tuple[int, int, int]] = []
-        for index, entry in enumerate(entries):
-            if pieces:
-                start, base, slope = pieces[-1]
-                if index == start + 1 and entry in (base + start * slope, base + index):
-                    pieces[-1] = (start, entry - index, 1) if entry == base + index else pieces[-1]
-                if entry == pieces[-1][1] + pieces[-1][2] * index:
-                    continue
-            run = index + 1 < len(entries) and entries[index + 1] == entry
-            pieces.append((index, entry, 0) if run else (index, entry - index, 1))
-        return Table(name, meaning, tuple(pieces) or ((0, 0, 0),))
-
-    @staticmethod
-    def filled(entry: int) -> Table:
-        """A table of which every entry is this; it is always read as a constant."""
-        return Table("", "", ((0, entry, 0),))
-
-    @property
-    def constant(self) -> int | None:
-        """The value of every entry, where they are equal."""
-        (_, base, slope), *more = self.pieces
-        return base if slope == 0 and not more else None
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether entry i is i."""
-        return self.pieces == ((0, 0, 1),)
-
-    @property
-    def source(self) -> str:
-        """The device function ``name(slot)``."""
-
-        def value(base: int, slope: int) -> str:
-            return str(base) if not slope else f"slot + {base}" if base else "slot"
-
-        _, base, slope = self.pieces[0]
-        lines = [f"    entry = {value(base, slope)}"]
-        for start, base, slope in self.pieces[1:]:
-            lines.append(f"    entry = tl.where(slot >= {start}, {value(base, slope)}, entry)")
-        body = "\n".join([*lines, "    return entry"])
-        return f'@triton.jit\ndef {self.name}(slot):\n    """{self.meaning}"""\n{body}\n'
+__all__ = ["Function", "Program"]
 
 
 @dataclass(frozen=True)
@@ -144,7 +87,6 @@ class Program:
 
 
 _UNKNOWN = object()
-_WIDTH = 100
 _BINARY: Mapping[type, Callable[[Any, Any], Any]] = MappingProxyType(
     {
         ast.Add: operator.add,
@@ -208,8 +150,8 @@ class _Specialiser:
         known = {n: v for n, v in self.names.items() if _is_number(v)}
         parameters = [a.arg for a in self.tree.args.args]
         header = [f"    {n}: tl.constexpr = {known[n]!r}" for n in parameters if n in known]
-        lines = [part for line in _without_unused([*header, *written]) for part in _fitted(line)]
-        used = _words("\n".join(lines))
+        lines = [part for line in without_unused([*header, *written]) for part in fitted(line)]
+        used = words("\n".join(lines))
         kept = [p for p in parameters if p not in self.names and p in used]
         head = self.lines[doc.lineno - 1 : doc.end_lineno]
         text = "\n".join([self.signature(name, kept), *head, *lines])
@@ -241,12 +183,24 @@ class _Specialiser:
             if lines:
                 yield from comments
                 yield from lines
+            if self.returns(statement):
+                return
+
+    def returns(self, node: ast.stmt) -> bool:
+        """Whether nothing behind a statement is reached."""
+        if not isinstance(node, ast.If):
+            return isinstance(node, ast.Return)
+        test = self.value(node.test)
+        chosen = node.body if test else node.orelse
+        return test is not _UNKNOWN and bool(chosen) and self.returns(chosen[-1])
 
     def statement(self, node: ast.stmt) -> Iterator[str]:
         if isinstance(node, ast.If):
             yield from self.branch(node)
         elif isinstance(node, ast.For):
             yield from self.clause(node, node.iter, node.body)
+        elif hasattr(node, "body"):
+            raise self.unsupported(node, type(node).__name__.lower())
         elif not self.is_dropped(node):
             value = _UNKNOWN
             name = _target(node)
@@ -262,6 +216,11 @@ class _Specialiser:
             else:
                 yield from self.whole(node).splitlines()
 
+    def unsupported(self, node: ast.stmt, what: str) -> NotImplementedError:
+        """No kernel has needed this yet."""
+        name, line = self.tree.name, node.lineno
+        return NotImplementedError(f"{name}, line {line}: '{what}' cannot be specialised")
+
     def is_dropped(self, node: ast.stmt) -> bool:
         """Whether a statement moves a pointer that is gone, or adds nothing."""
         if isinstance(node, ast.AugAssign):
@@ -273,8 +232,11 @@ class _Specialiser:
         if test is _UNKNOWN:
             if self.is_guard(node):
                 return
-            yield from self.clause(node, node.test, node.body)
+            lines = [*self.clause(node, node.test, node.body)]
+            yield from lines
             if node.orelse:
+                if node.orelse[0].col_offset == node.col_offset or not lines:
+                    raise self.unsupported(node.orelse[0], "elif" if lines else "else alone")
                 yield f"{' ' * node.col_offset}else:"
                 yield from self.body(node.orelse, node.orelse[0].lineno - 1)
             return
@@ -304,11 +266,14 @@ class _Specialiser:
         return False
 
     def clause(self, node: ast.For | ast.If, head: ast.expr, body: list[ast.stmt]) -> Iterator[str]:
+        """A loop or branch, unless nothing of its body is left."""
         first, last = node.lineno, head.end_lineno or node.lineno
-        line = "\n".join(self.lines[first - 1 : last])
-        old = ast.get_source_segment("\n".join(self.lines), head) or ""
-        yield from line.replace(old, self.text(head)).splitlines()
-        yield from self.body(body, last)
+        inside = [*self.body(body, last)]
+        if inside:
+            line = "\n".join(self.lines[first - 1 : last])
+            old = ast.get_source_segment("\n".join(self.lines), head) or ""
+            yield from line.replace(old, self.text(head)).splitlines()
+            yield from inside
 
     def whole(self, node: ast.stmt) -> str:
         """A statement and the comment behind it."""
@@ -351,11 +316,8 @@ class _Specialiser:
             start = offset(child.lineno, child.col_offset)
             stop = offset(child.end_lineno or 0, child.end_col_offset or 0)
             text = self.text(child)
-            if (
-                isinstance(child, ast.BinOp)
-                and encoded[start - 1 : start] == b"("
-                and _is_atom(text)
-            ):
+            enclosed = encoded[start - 1 : start] + encoded[stop : stop + 1] == b"()"
+            if enclosed and not isinstance(node, ast.Call) and _is_atom(text):
                 # A sum of which one term is left needs its parentheses no more.
                 start, stop = start - 1, stop + 1
             pieces += [encoded[done:start].decode(), text]
@@ -425,6 +387,12 @@ class _Specialiser:
                 return 0
             if _is_number(left) and _is_number(right) and type(node.op) in _BINARY:
                 return _BINARY[type(node.op)](left, right)
+        if isinstance(node, ast.BoolOp):
+            values = [self.value(part) for part in node.values]
+            decisive = isinstance(node.op, ast.Or)
+            if any(v is not _UNKNOWN and bool(v) is decisive for v in values):
+                return decisive
+            return _UNKNOWN if any(v is _UNKNOWN for v in values) else not decisive
         if isinstance(node, ast.Compare) and len(node.ops) == 1:
             left, right = self.value(node.left), self.value(node.comparators[0])
             if isinstance(node.ops[0], ast.Is | ast.IsNot) and left is _UNKNOWN:
@@ -484,41 +452,3 @@ def _is_atom(text: str) -> bool:
         return isinstance(ast.parse(text, mode="eval").body, ast.Name | ast.Call | ast.Constant)
     except SyntaxError:
         return False
-
-
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"[A-Za-z_]\w*", re.sub(r"#.*", "", text)))
-
-
-def _without_unused(lines: list[str]) -> list[str]:
-    """Without values that nothing reads; nothing that is assigned has another effect."""
-    assignment = re.compile(r"\s*(\w+)(: tl\.constexpr)? = ")
-    while True:
-        kept = []
-        for index, line in enumerate(lines):
-            match = assignment.match(line)
-            if match and _is_statement(line):
-                rest = "\n".join(lines[:index] + lines[index + 1 :])
-                if match[1] not in _words(rest):
-                    continue
-            kept.append(line)
-        if kept == lines:
-            return lines
-        lines = kept
-
-
-def _is_statement(line: str) -> bool:
-    try:
-        ast.parse(line.strip())
-    except SyntaxError:
-        return False
-    return True
-
-
-def _fitted(line: str) -> list[str]:
-    """A line, or three where it is too long: up to the opening parenthesis, inside, the rest."""
-    match = re.fullmatch(r"(\s*)(.*? = [\w.]+\()(.*)\)", line)
-    if len(line) <= _WIDTH or match is None:
-        return [line]
-    indent, opening, inside = match.groups()
-    return [f"{indent}{opening}", f"{indent}    {inside}", f"{indent})"]

@@ -25,7 +25,7 @@ from planner.kernels.codegen import Origin, generate
 from planner.kernels.interpreter import interpreting
 from planner.kernels.records import Survivors, neuron_width
 from planner.kernels.shapes import AttentionShape, Block, MLPShape, NormShape, TokenShape
-from planner.kernels.specialise import Table
+from planner.kernels.tables import Table
 from planner.kernels.tiles import TARGETS
 
 ORIGIN = Origin("small", "0123456789abcdef", "1.0")
