@@ -177,6 +177,7 @@ class Scheduled:
     Attributes:
         taken: what was switched on for the last prompt, shape (batch, size).
         logits: the scheduler's for the last prompt, shape (batch, size).
+        decide: what turns logits and limits into what is on.
         limits: shape (1,) or (batch,): of the prompts to come, in the layout's measure.
         decisions: `taken` of every prompt since `attach`.
         at: shape (batch,): places of the latency token in the prompts to come; None for the end.
@@ -201,7 +202,7 @@ class Scheduled:
         self.decisions: list[Tensor] = []
         self.at: Tensor | None = None
         self._mask = mask
-        self._decide = decide or self.layout.decide
+        self.decide = decide or self.layout.decide
         self._executor = executor
         self._masked: MaskedExecutor | None = None
         self.limits = torch.tensor([self.layout.steps])
@@ -376,7 +377,7 @@ class Scheduled:
             return
         self._current = None
         self.logits = self.scheduler(session.insertion.take(output))
-        self.taken = self._decide(self.logits, session.limits)
+        self.taken = self.decide(self.logits, session.limits)
         if not self.taken.requires_grad:
             self.decisions.append(self.taken.cpu())
         session.decided = self._obeying.obey(self.taken)

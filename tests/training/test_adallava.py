@@ -172,7 +172,7 @@ def test_a_sample_is_trained_as_it_is_asked(loaded, base):
     scheduler.head.weight.data.normal_()
     adaptive = AdaptiveModel(model, graph, scheduler, parse("gumbel"))
     adaptive._draw = None
-    adaptive.scheduled._decide = scheduler.layout.decide
+    adaptive.scheduled.decide = scheduler.layout.decide
     scene = SceneConversations("train", 5, questions=1, description_share=0)[2]
     batch = BudgetCollator(Packer(processor, 60, 1.0), 2, 0, [1])([scene])
     batch.pop("ids")

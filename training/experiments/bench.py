@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
 
 from planner.catalog import find_model
 from planner.compiler import Request
@@ -135,6 +136,7 @@ class Bench:
         if folder not in self._loaded:
             # One at a time: tables go through models in order.
             self._loaded.clear()
+            logging.disable_progress_bar()
             model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
             processor = AutoProcessor.from_pretrained(folder)
             self._loaded[folder] = (model, processor, lower_model(model, "tiny-llava"))
@@ -196,11 +198,7 @@ def _check_parity(scheduled: Scheduled, bench: UnderBudgets, cell: Cell) -> None
     """
     if cell.rule == "random":
         return
-    few = (
-        bench.samples[:PARITY_QUESTIONS]
-        if isinstance(bench.samples, list)
-        else [bench.samples[i] for i in range(min(PARITY_QUESTIONS, len(bench.samples)))]
-    )
+    few = [bench.samples[i] for i in range(min(PARITY_QUESTIONS, len(bench.samples)))]
     answers = []
     for mask in (True, False):
         runs = Scheduled(

@@ -1,0 +1,27 @@
+"""The schedulers that tiny-llava comes with: they load by name, keep to budgets, and answer."""
+
+import pytest
+
+from planner.ir.errors import InputError
+from planner.scheduling import compile_schedule, load_scheduled, scheduler_folder
+from planner.training.data import SceneQuestions
+from planner.training.under_budgets import UnderBudgets
+
+
+@pytest.mark.parametrize(("name", "units"), [("adallava-l", 0), ("adallava-h", 3)])
+def test_they_keep_to_a_budget_and_answer(name, units):
+    schedule = compile_schedule("tiny-llava", 0.6, name)
+    assert (schedule.switches, schedule.limit) == (name, units)
+    model, processor, scheduled = load_scheduled(schedule, mask=True)
+    questions = SceneQuestions("test", 60, families=["existence", "attribute", "count"])
+    found = UnderBudgets(model, processor, scheduled.graph, questions, scheduled).measure(0.6)
+    assert found["violations"] == 0
+    assert found["cost_fraction"] == pytest.approx(schedule.cost["flops"]["fraction"], abs=2e-3)
+    assert found["accuracy"] >= 0.85
+
+
+def test_another_model_and_another_name_are_refused():
+    with pytest.raises(InputError, match="was made for 'tiny-llava'"):
+        compile_schedule("llava-7b", 0.6, "adallava-l")
+    with pytest.raises(InputError, match="no folder 'adallava-x'"):
+        scheduler_folder("adallava-x")
