@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from planner.audit import Labels, Terms, decide
+from planner.audit import Labels, Terms, decide, worth
 from planner.audit.surrogate import all_plans
 from planner.flags import Flags, choice_of, switch_names, with_utilities
 from planner.ir.errors import InputError
@@ -192,11 +192,12 @@ def _labels(
     arrays: dict[str, Array],
 ) -> Labels:
     """By sample, then by budget."""
-    plans, costs, limits = [], [], []
+    plans: list[Flags] = []
+    costs, limits = [], []
     losses: dict[int, Array] = {}
     for index in range(len(samples)):
         for place, problem in enumerate(problems.values()):
-            problem = with_utilities(problem, arrays["utilities"][index])
+            problem = with_utilities(problem, worth(arrays["utilities"][index]))
             flags = decide(problem) if "plans" not in arrays else arrays["plans"][index, place] > 0
             if "losses" in arrays and index < len(arrays["losses"]):
                 losses[len(plans)] = arrays["losses"][index]

@@ -5,7 +5,7 @@ the model that they are for. Leaves: what is wrong with them, label by label and
 torch.
 
     labels      the file: what was measured, what was decided, and under which terms
-    heuristic   the fast way to decide
+    heuristic   what measured utilities are taken for, and the fast way to decide
     verdicts    every label against the optimum of its own problem
     crosscheck  the same optimum from a plain CP-SAT model
     surrogate   how far the utilities themselves are from the true loss of plans
@@ -13,7 +13,7 @@ torch.
     page        as a page to look at
 """
 
-from planner.audit.heuristic import decide
+from planner.audit.heuristic import decide, worth
 from planner.audit.labels import Labels, Terms, read_labels, write_labels
 from planner.audit.report import audit
 from planner.audit.verdicts import Verdict, judge
@@ -26,5 +26,6 @@ __all__ = [
     "decide",
     "judge",
     "read_labels",
+    "worth",
     "write_labels",
 ]

@@ -53,4 +53,4 @@ def best_utility(problem: Problem) -> float:
     solver.parameters.num_workers = 1
     if solver.solve(model) != cp_model.OPTIMAL:
         raise PlannerError("CP-SAT did not solve a label's problem to the end")
-    return solver.objective_value * unit + problem.tokens[0].utility
+    return float(solver.objective_value) * unit + problem.tokens[0].utility

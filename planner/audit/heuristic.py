@@ -1,18 +1,41 @@
-"""The fast way from utilities to a plan: switches by worth per cost while they fit."""
+"""The fast way from measured utilities to a plan: switches by worth per cost while they fit."""
 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from planner.flags import Flags, flags_of
 from planner.problem import LayerChoices, Problem, SiteChoices
 from planner.solver import Scores, take_while_fits
 
-__all__ = ["decide"]
+__all__ = ["decide", "worth"]
+
+# How far below 0 a utility must be, in mean sizes of utilities, to be worth next to nothing.
+_SOFTNESS = 0.05
+
+
+def worth(utilities: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Measured utilities made positive, in the same order: what plans are decided by.
+
+    For one sample the loss often falls when a switch is off by itself. But several such switches
+    off together mostly do harm, so leaving them off beyond need makes plans worse (docs/audit.md
+    has figures). Here they are worth a little: a plan uses its whole limit, those switches last.
+
+    Args:
+        utilities: shape (..., switches), of a sample each.
+
+    Returns:
+        The same shape: nearly max(utilities, 0), a softplus.
+    """
+    size = np.abs(utilities).mean(axis=-1, keepdims=True)
+    softness = np.where(size > 1e-300, _SOFTNESS * size, 1.0)
+    positive: npt.NDArray[np.float64] = softness * np.logaddexp(0, utilities / softness)
+    return positive
 
 
 def decide(problem: Problem) -> Flags:
-    """Take switches by utility per cost while they fit, none that is worth less than nothing.
+    """Take switches by utility per cost while they fit.
 
     A layer with sites ranks as high as the best switch in it.
 
@@ -27,20 +50,7 @@ def decide(problem: Problem) -> Flags:
     """
     sites = {site.name: _per_cost(site) for site in problem.sites}
     layers = np.array([_layer_score(layer, sites) for layer in problem.layers])
-    flags = flags_of(problem, take_while_fits(problem, Scores(np.zeros(1), layers, sites)))
-    place = 0
-    for layer in problem.layers:
-        if layer.optional:
-            alone = not layer.sites
-            flags[place] &= not (alone and layer.utility < 0)
-            place += 1
-        for site in layer.sites:
-            wanted = site.utilities >= 0
-            # A minimum is kept to even where it does harm.
-            if (wanted & flags[place : place + site.switches]).sum() >= site.minimum:
-                flags[place : place + site.switches] &= wanted
-            place += site.switches
-    return flags
+    return flags_of(problem, take_while_fits(problem, Scores(np.zeros(1), layers, sites)))
 
 
 def _per_cost(site: SiteChoices) -> np.ndarray:

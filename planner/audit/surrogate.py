@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import spearmanr
 
-from planner.audit.heuristic import decide
+from planner.audit.heuristic import decide, worth
 from planner.audit.labels import Labels
 from planner.audit.verdicts import Verdict
 from planner.flags import Flags, with_utilities
@@ -52,7 +52,8 @@ class Surrogate:
 def all_plans(switches: int) -> Flags:
     """Every plan of so many switches, shape (2 ^ switches, switches), in the order of `losses`."""
     numbers = np.arange(1 << switches)[:, None]
-    return (numbers >> np.arange(switches)[None, :]) % 2 == 1
+    plans: Flags = (numbers >> np.arange(switches)[None, :]) % 2 == 1
+    return plans
 
 
 def predictions(losses: Floats, plans: Flags) -> tuple[Floats, Floats]:
@@ -121,7 +122,7 @@ def _measure(
     static: Mapping[float, int],
 ) -> Surrogate:
     losses, budget = labels.losses[index], float(labels.budgets[index])
-    problem = with_utilities(problems[budget], labels.utilities[index])
+    problem = with_utilities(problems[budget], worth(labels.utilities[index]))
     plans = all_plans(len(labels.switches))
     fits = _costs(problem, plans) <= problem.limits[0]
     fills = _fills(problem, plans)
@@ -142,6 +143,7 @@ def _measure(
             "label": regret(labels.plans[index]),
             "heuristic": regret(decide(problem)),
             "solver": regret(verdict.best),
+            "signed": float(losses[np.where(fits, additive, np.inf).argmin()] - best),
             "pairwise": float(losses[np.where(fits, pairwise, np.inf).argmin()] - best),
             "static": float(losses[static[budget]] - best),
             "random": float(losses[fills].mean() - best),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.audit.crosscheck import best_utility
+from planner.audit.heuristic import worth
 from planner.audit.labels import Labels
 from planner.flags import Flags, choice_of, flags_of, with_utilities
 from planner.ir.graph import Graph
@@ -90,7 +91,7 @@ def judge(
     problems = labels.problems(graph)
     verdicts = []
     for index, budget in enumerate(labels.budgets.tolist()):
-        problem = with_utilities(problems[budget], labels.utilities[index])
+        problem = with_utilities(problems[budget], worth(labels.utilities[index]))
         recorded = int(labels.costs[index]), int(labels.limits[index])
         verdicts.append(_judge(problem, labels.plans[index], recorded, exact, time_limit_seconds))
         progress(index + 1, len(labels))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.audit import Labels, Terms, audit, decide, judge, read_labels, write_labels
+from planner.audit import Labels, Terms, audit, decide, judge, read_labels, worth, write_labels
 from planner.audit.crosscheck import best_utility
 from planner.audit.page import page
 from planner.audit.surrogate import all_plans, predictions
@@ -37,15 +37,15 @@ def labels_of(graph, switches="layers", samples=4, seed=0, losses=True):
     rng = np.random.default_rng(seed)
     utilities, plans, costs, limits, tried = [], [], [], [], {}
     for _ in range(samples):
-        worth = rng.gamma(0.5, size=len(names))
+        gained = rng.gamma(0.5, size=len(names)) - 0.05
         for problem in made.values():
             if losses:
                 everything = all_plans(len(names))
-                tried[len(plans)] = ~everything @ worth + 0.02 * rng.random(len(everything))
+                tried[len(plans)] = ~everything @ gained + 0.02 * rng.random(len(everything))
                 tried[len(plans)][-1] = 0
-            problem = with_utilities(problem, worth)
+            problem = with_utilities(problem, worth(gained))
             flags = decide(problem)
-            utilities.append(worth)
+            utilities.append(gained)
             plans.append(flags)
             costs.append(problem.cost(choice_of(problem, flags))[0])
             limits.append(problem.limits[0])
@@ -101,6 +101,17 @@ def test_the_second_solver_finds_the_optimum_too(problem):
     assert problem.is_feasible(used)
 
 
+@given(values=st.lists(st.floats(-3, 3), min_size=1, max_size=6))
+def test_worth_is_positive_keeps_the_order_and_is_nearly_the_positive_part(values):
+    utilities = np.array(values)
+    found = worth(utilities)
+    assert (found >= 0).all()
+    assert (np.diff(found[np.argsort(utilities)]) >= 0).all()
+    size = np.abs(utilities).mean()
+    softness = 0.05 * size if size > 1e-300 else 1.0
+    np.testing.assert_allclose(found, np.maximum(utilities, 0), atol=softness * np.log(2) * 1.001)
+
+
 @pytest.mark.parametrize("switches", ["adallava-l", "layers", "layers,heads,mlp"])
 def test_honest_labels_pass(graph, switches):
     labels = labels_of(graph, switches, losses=switches == "layers")
@@ -129,7 +140,8 @@ def test_faulty_labels_are_found(graph):
     assert [v.feasible for v in verdicts[:3]] == [False, True, True]
     assert verdicts[0].utilisation > 1
     assert [v.priced_right for v in verdicts[:4]] == [False, True, False, True]
-    swapped = labels.utilities[1, best] - labels.utilities[1, worst]
+    taken_for = worth(labels.utilities[1])
+    swapped = taken_for[best] - taken_for[worst]
     assert verdicts[1].lost == pytest.approx(swapped)
     assert verdicts[1].gap == pytest.approx(swapped / verdicts[1].optimum)
     dominating = verdicts[1].dominating
@@ -146,10 +158,10 @@ def test_gaps_are_those_of_the_solver(graph):
     labels = labels_of(graph, "layers,heads,mlp", losses=False, samples=2)
     made = labels.problems(graph)
     for index, verdict in enumerate(judge(labels, graph)):
-        problem = with_utilities(made[labels.budgets[index]], labels.utilities[index])
+        problem = with_utilities(made[labels.budgets[index]], worth(labels.utilities[index]))
         best = solve(problem)
-        worth = problem.utility(choice_of(problem, labels.plans[index]))
-        assert verdict.gap == pytest.approx((best.utility - worth) / best.utility, abs=1e-12)
+        utility = problem.utility(choice_of(problem, labels.plans[index]))
+        assert verdict.gap == pytest.approx((best.utility - utility) / best.utility, abs=1e-12)
         assert verdict.utilisation == labels.costs[index] / labels.limits[index]
 
 
