@@ -73,8 +73,6 @@ def _state(parameter: Tensor) -> tuple[int, int, int]:
     return id(parameter), parameter.data_ptr(), version
 
 
-# Slices outlive the call that makes them, so they must not be inference tensors.
-@torch.inference_mode(False)
 @torch.no_grad()
 def _narrow(linear: BoundLinear, runs: Runs, into: Tensor | None = None) -> Narrowed:
     """Narrow by views, or, given memory for it, by a slice; shape (at least all kept elements,)."""
@@ -127,6 +125,8 @@ class SliceStore:
         """Declare that nothing handed out before is in use any more."""
         self._lent.clear()
 
+    # Memory outlives the call that takes it, so it must not be that of inference tensors.
+    @torch.inference_mode(False)
     def get(self, linear: BoundLinear, lanes: Runs, keep: bool = False) -> Narrowed:
         """The linear narrowed to lanes; valid until `begin`.
 

@@ -204,3 +204,15 @@ def test_a_second_prompt_under_a_token_stage_is_scored_by_itself(llava):
         expected = family.model(**short).logits
         family.model(**long)
         assert torch.equal(family.model(**short).logits, expected)
+
+
+def test_plans_may_change_in_and_out_of_inference_mode(llava):
+    family, graph = llava
+    inputs, executor = family.inputs(), Executor(family.model, graph)
+    some = [plan_of(graph, mlp={1: kept}, heads={1: (1,)}) for kept in ((0, 2, 5), (1, 4, 6))]
+    with torch.inference_mode(), executor.using(some[0]):
+        family.model(**inputs)
+    with torch.no_grad(), executor.using(some[1]):
+        found = family.model(**inputs).logits
+    with torch.no_grad(), Executor(family.model, graph).using(some[1]):
+        assert close(found, family.model(**inputs).logits)
