@@ -145,6 +145,8 @@ def _merged(blocks: Iterable[Block]) -> list[Block]:
             shape = replace(shape, kept=tuple(range(shape.groups)))
         elif isinstance(shape, MLPShape):
             shape = replace(shape, kept=((0, shape.neurons),))
+        else:
+            shape = replace(shape, kept=shape.groups, keep=shape.of)
         merged.setdefault(replace(block, shape=shape, layers=()), set()).update(block.layers)
     return [replace(block, layers=tuple(sorted(at))) for block, at in merged.items()]
 
@@ -152,7 +154,7 @@ def _merged(blocks: Iterable[Block]) -> list[Block]:
 def _file_name(block: Block, index_driven: bool, taken: set[str]) -> str:
     shape = block.shape
     if isinstance(shape, TokenShape):
-        name = f"tokens_{shape.keep}_of_{shape.of}"
+        name = "tokens" if index_driven else f"tokens_{shape.keep}_of_{shape.of}"
     else:
         name = "mlp" if isinstance(shape, MLPShape) else "attention"
         if not index_driven:
@@ -298,13 +300,17 @@ class _Writer:
 
     def record_tokens(self, shape: TokenShape) -> None:
         batch, tokens, tensor = self.block.batch, self.block.tokens, self.tensor
-        self.tables["counts"] = Table.filled(shape.kept)
+        plans = 1
+        if self.index_driven:
+            plans = batch
+        else:
+            self.tables["counts"] = Table.filled(shape.kept)
         store = tensor(batch * shape.kept * tokens, shape.head_dim)
         fused.select_tokens(
             tensor(batch, tokens, shape.hidden),
             tensor(batch, shape.kept * shape.group, shape.head_dim),
             KVCache(store, store, *[self.index(batch)] * 3),
-            Survivors(self.index(1, shape.kept), self.index(1)),
+            Survivors(self.index(plans, shape.kept), self.index(plans)),
             self.index(batch, tokens),
             torch.empty(batch, tokens, dtype=torch.bool, device="meta"),
             self.index(batch),
@@ -368,7 +374,7 @@ class _Writer:
         block, shape = self.block, self.block.shape
         dtype = str(self.dtype).removeprefix("torch.")
         title = shape.title
-        if self.index_driven and not isinstance(shape, TokenShape):
+        if self.index_driven:
             title = f"{title.partition(',')[0]}, survivors as tensors"
         what = "layer" if len(block.layers) == 1 else "layers"
         tokens = f"{block.tokens} token{'s' * (block.tokens > 1)}"

@@ -110,13 +110,15 @@ class TokenShape:
     Attributes:
         hidden: features of the residual stream.
         head_dim, group: of the layer that scores.
-        kept: how many of its KV groups survive.
+        groups: KV groups of that layer.
+        kept: how many of them survive.
         keep: image tokens that stay, of `of`.
     """
 
     hidden: int
     head_dim: int
     group: int
+    groups: int
     kept: int
     keep: int
     of: int
@@ -320,12 +322,14 @@ class _Reader:
         """The shape of a token stage: it is scored by the last attention in front of it."""
         before = self.narrow.operators[: self.narrow.operators.index(stage)]
         core = next(o for o in reversed(before) if o.kind == "attention" and o.part == "decoder")
-        groups = core.integer("kv_heads")
+        kept = core.integer("kv_heads")
+        site = self.graph.sites_by_name.get(f"heads.{core.layer}")
         return TokenShape(
             self.hidden,
             core.integer("head_dim"),
-            core.integer("heads") // groups,
-            groups,
+            core.integer("heads") // kept,
+            kept if site is None else site.lanes,
+            kept,
             stage.integer("keep"),
             stage.integer("of"),
         )

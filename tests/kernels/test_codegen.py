@@ -266,11 +266,15 @@ def test_samples_with_plans_of_their_own(tmp_path):
 # -- tokens ---------------------------------------------------------------------------------------
 
 
-def test_token_stage(tmp_path):
+@pytest.mark.parametrize("index_driven", [False, True])
+def test_token_stage(index_driven, tmp_path):
     batch, tokens, groups, group, head_dim, of, keep = 2, 40, 3, 2, 16, 22, 9
-    survivors = Survivors.of([range(groups)], groups)
+    kept = [(0, 2), (1,)] if index_driven else [range(groups)]
+    survivors = Survivors.of(kept, groups)
     cache = poisoned_cache([groups] * 2, [tokens] * 2, head_dim, torch.float32)
-    cache.keys.copy_(torch.randn_like(cache.keys))
+    for sample in range(batch):
+        for slot in range(len(kept[sample % len(kept)])):
+            cache.keys[cache.rows(sample, slot, tokens)] = torch.randn(tokens, head_dim)
     positions = kept_positions(tokens, 60, (0, 6))
     candidates = torch.zeros(batch, tokens, dtype=torch.bool)
     candidates[:, 8 : 8 + of] = True
@@ -279,10 +283,12 @@ def test_token_stage(tmp_path):
     hidden = torch.randn(batch, tokens, HIDDEN)
     length = tokens - of + keep
     scores = naive.score_tokens(queries, cache, survivors, positions, scale=head_dim**-0.5)
-    want = naive.choose_tokens(scores, candidates, positions, keeps, length)
-    source = source_of(TokenShape(HIDDEN, head_dim, group, groups, keep, of), tokens, batch=batch)
+    want = naive.choose_tokens(scores, candidates, positions, keeps, length, survivors.counts)
+    shape = TokenShape(HIDDEN, head_dim, group, groups, groups, keep, of)
+    source = source_of(shape, tokens, batch=batch, index_driven=index_driven)
     given = {"queries": queries, "candidates": candidates, "keep": keeps, "length": length}
     given |= {"positions": positions, "keys": cache.keys, "first": cache.first, "room": cache.room}
+    given |= {"counts": survivors.counts}
     chosen, index = run(module_of(source, tmp_path), hidden, None, given)
     assert torch.equal(index, want)
     assert torch.equal(chosen, naive.gather_tokens(hidden, want))
@@ -298,7 +304,7 @@ SHAPES = {
     "mlp_prefill": (MLPShape(64, 192, ((0, 64), (96, 160)), "silu", norm=RMS), 100, False),
     "mlp_plain": (MLPShape(64, 96, ((0, 96),), "gelu", False, ("up", "down"), LAYER), 1, False),
     "mlp_index_driven": (MLPShape(64, 192, ((0, 64),), "silu", norm=RMS), 1, True),
-    "tokens": (TokenShape(64, 16, 2, 3, 9, 22), 100, False),
+    "tokens": (TokenShape(64, 16, 2, 4, 3, 9, 22), 100, False),
 }  # fmt: skip
 
 
