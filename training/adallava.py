@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -242,7 +242,7 @@ def _freeze_vision(model: Any) -> None:
 
 def _optimizer(adaptive: AdaptiveModel, config: AdaLlavaConfig) -> torch.optim.Optimizer:
     rate = config.scheduler_learning_rate or config.learning_rate
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in adaptive.model.parameters() if p.requires_grad]},
         {"params": list(adaptive.scheduler.parameters()), "lr": rate},
     ]
@@ -317,7 +317,7 @@ def export(adaptive: AdaptiveModel, processor: Any, config: AdaLlavaConfig) -> N
     if config.export_half:
         export_half(adaptive.model, processor, folder)
     else:
-        adaptive.model.save_pretrained(folder)
+        cast(Any, adaptive.model).save_pretrained(folder)
         processor.save_pretrained(folder)
     adaptive.scheduler.provenance = {
         "recipe": config.model_dump(exclude={"output_dir", "export_dir"}),

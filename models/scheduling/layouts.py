@@ -8,9 +8,10 @@ in ``cost``, what the cost model says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,50 +29,63 @@ __all__ = ["LAYOUTS", "LayerSwitches", "Layout", "Taken", "UnitSwitches", "layou
 Taken = Tensor
 
 
-class Layout(Protocol):
+@dataclass(frozen=True)
+class Layout(ABC):
     """Switches in the order of a scheduler's logits.
 
     Attributes:
-        name: what users call it; a row of `LAYOUTS`.
         graph: of the model.
-        first: the decoder layer where the switches begin; layers before it always run.
-        size: how many logits there are.
-        steps: the largest limit; at it everything is on.
+        name: what users call it; a row of `LAYOUTS`.
     """
 
-    name: str
     graph: Graph
-    first: int
-    size: int
-    steps: int
+    name: ClassVar[str]
 
+    @property
+    def first(self) -> int:
+        """The decoder layer where the switches begin; layers before it always run."""
+        return self.graph.layers // 2
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """How many logits there are."""
+
+    @property
+    @abstractmethod
+    def steps(self) -> int:
+        """The largest limit; at it everything is on."""
+
+    @abstractmethod
     def limit(self, budget: Budget) -> int:
         """How much may be switched on under a budget, from 0 to `steps`.
 
         Raises:
             InputError: this layout cannot keep to such a budget.
         """
-        ...
 
+    @abstractmethod
     def decide(self, logits: Tensor, limits: Tensor) -> Taken:
         """The best-scored switches that limits (batch,) allow, for logits (batch, size)."""
-        ...
 
+    @abstractmethod
     def spent(self, taken: Taken) -> int:
         """How much of a limit one sample's switches, shape (size,), use up."""
-        ...
 
+    @abstractmethod
     def gates(self, taken: Taken) -> Gates:
         """For the masked model. Where `taken` has a gradient, so have the gates."""
-        ...
 
-    def example(self, limit: int, tokens: Sequence[TokenStage] = ()) -> Plan:
-        """A plan at a limit; all plans at one limit cost the same."""
-        ...
-
+    @abstractmethod
     def plan(self, taken: Taken, base: Plan) -> Plan:
         """One sample's switches, shape (size,), as a plan; all else as in `base`."""
-        ...
+
+    def example(self, limit: int, tokens: Sequence[TokenStage] = ()) -> Plan:
+        """A plan at a limit, the lowest layers first; all plans at one limit cost the same."""
+        name, fingerprint = self.graph.name, str(self.graph.properties["fingerprint"])
+        base = Plan(name, fingerprint, self.graph.layers, tokens=tuple(tokens))
+        order = -torch.arange(self.size).float()[None]
+        return self.plan(self.decide(order, torch.tensor([limit]))[0], base)
 
 
 def _upper_half(graph: Graph) -> list[int]:
@@ -81,23 +95,11 @@ def _upper_half(graph: Graph) -> list[int]:
     return layers
 
 
-class _Examples:
-    """What both layouts say of plans that no scheduler has made."""
-
-    def example(self: Layout, limit: int, tokens: Sequence[TokenStage] = ()) -> Plan:
-        """A plan at a limit, the lowest layers first; all plans at one limit cost the same."""
-        name, fingerprint = self.graph.name, str(self.graph.properties["fingerprint"])
-        base = Plan(name, fingerprint, self.graph.layers, tokens=tuple(tokens))
-        order = -torch.arange(self.size).float()[None]
-        return self.plan(self.decide(order, torch.tensor([limit]))[0], base)
-
-
 @dataclass(frozen=True)
-class LayerSwitches(_Examples):
+class LayerSwitches(Layout):
     """AdaLLaVA-L: one switch for each layer of the upper half."""
 
-    graph: Graph
-    name: str = "adallava-l"
+    name: ClassVar[str] = "adallava-l"
 
     @property
     def layers(self) -> list[int]:
@@ -110,16 +112,14 @@ class LayerSwitches(_Examples):
         return _upper_half(self.graph)
 
     @property
-    def first(self) -> int:
-        """See `Layout`."""
-        return self.graph.layers // 2
-
-    @property
     def size(self) -> int:
         """See `Layout`."""
         return len(self.layers)
 
-    steps = size
+    @property
+    def steps(self) -> int:
+        """See `Layout`."""
+        return self.size
 
     def limit(self, budget: Budget) -> int:
         """See `Layout`; floor(L b) - L/2 layers of the upper half."""
@@ -146,7 +146,7 @@ class LayerSwitches(_Examples):
 
 
 @dataclass(frozen=True)
-class UnitSwitches(_Examples):
+class UnitSwitches(Layout):
     """AdaLLaVA-H: a logit per head and per MLP group of the upper half, taken in units.
 
     A unit is a quarter of a layer's heads with a quarter of its groups (8 and 8 of 32 on the 7B
@@ -155,8 +155,7 @@ class UnitSwitches(_Examples):
     many MLP groups as heads. Logits go by layer, heads before groups.
     """
 
-    graph: Graph
-    name: str = "adallava-h"
+    name: ClassVar[str] = "adallava-h"
 
     @property
     def layers(self) -> list[int]:
@@ -189,11 +188,6 @@ class UnitSwitches(_Examples):
     def rank(self) -> int:
         """Heads, and groups, in a unit."""
         return self.heads // UNITS_PER_LAYER
-
-    @property
-    def first(self) -> int:
-        """See `Layout`."""
-        return self.graph.layers // 2
 
     @property
     def size(self) -> int:
@@ -273,9 +267,8 @@ class UnitSwitches(_Examples):
         )
 
 
-LAYOUTS: Mapping[str, Callable[[Graph], Layout]] = {
-    "adallava-l": LayerSwitches,
-    "adallava-h": UnitSwitches,
+LAYOUTS: Mapping[str, type[Layout]] = {
+    layout.name: layout for layout in (LayerSwitches, UnitSwitches)
 }
 
 

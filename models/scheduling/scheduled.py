@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -254,7 +254,7 @@ class Scheduled:
         self.limits = limits
         self.decisions = []
         self._obeying = self._make_obeying(base or self.base())
-        decoder: Any = self.model.get_decoder()
+        decoder = cast(Any, self.model).get_decoder()
         self._stock = decoder.forward
         self._names = list(inspect.signature(self._stock).parameters)
         self._decoder = decoder

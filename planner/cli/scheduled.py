@@ -121,10 +121,11 @@ def explain_plan(plan: Any, graph: Any, scheduled: Scheduled | None = None) -> l
     for layer in range(plan.layers):
         on = layer not in plan.layers_off
         row: dict[str, Any] = {"layer": layer, "on": on}
-        for kind, kept, groups in (("heads", plan.heads, {}), ("mlp", plan.mlp, plan.mlp_switches)):
+        for kind, kept in (("heads", plan.heads), ("mlp", plan.mlp)):
             site = graph.sites_by_name.get(f"{kind}.{layer}")
             if site is not None:
-                of = groups.get(layer, site.switches)
+                divided = plan.mlp_switches if kind == "mlp" else {}
+                of = divided.get(layer, site.switches)
                 row[kind] = list(kept.get(layer, range(of))) if on else []
                 row[f"{kind}_of"] = of
         stages = [s for s in plan.tokens if s.layer <= layer]
