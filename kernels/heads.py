@@ -67,8 +67,11 @@ def attend_heads(
     """Arguments and result as `head_ops.attend_heads`."""
     out = query.new_empty(query.shape[0], query.shape[2], output.shape[0])
     for samples, kept in _groups(query, survivors):
-        mixed = []
-        for run in _runs_of(kept):
+        mixed, runs = [], _runs_of(kept)
+        if len(runs) > 1 and mask is not None and mask.dtype == torch.bool:
+            # Attention would turn it into this once for every run.
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+        for run in runs:
             heads, kv_heads = (_heads_of(run, x, survivors.slots) for x in (query, key))
             q, k, v = query[samples, heads], key[samples, kv_heads], value[samples, kv_heads]
             m = _mask_of(mask, samples, heads)

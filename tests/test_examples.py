@@ -62,3 +62,11 @@ def test_inspect_costs(script, tmp_path):
         assert picture.width > 1000
     # A plot, and not an empty page.
     assert len(colours) > 100
+
+
+def test_torch_compile(script, tmp_path):
+    arguments = ["--inner", "eager", "--new-tokens", "1", "--budgets", "0.9", "0.6"]
+    first, second = script("examples/torch_compile.py", *arguments, folder=tmp_path).splitlines()
+    assert first.startswith("budget 0.9: ")
+    assert not first.endswith(" 0 graphs compiled")
+    assert second.endswith(" 0 graphs compiled")

@@ -194,6 +194,23 @@ def test_generating_with_a_cache_of_either_kind():
         built.model._compiled_call_impl = None
 
 
+def test_a_prompt_that_the_stock_model_has_read():
+    built, graph = family("qwen3")
+    inputs = built.inputs(batch=2)
+    plan = mixed_plan(graph)
+    model = compiled(built.model)
+    planner.set_budget(model, plan)
+    word = torch.tensor([[5], [6]])
+    found = []
+    for run in (model, built.model):
+        with torch.no_grad():
+            cache = built.model(**inputs).past_key_values
+            gates = Gates.of([plan if run is built.model else dense_plan(graph)], graph)
+            with MaskedExecutor(built.model, graph).using(gates):
+                found.append(run(input_ids=word, past_key_values=cache).logits)
+    assert_near(*found)
+
+
 def test_a_plan_for_every_sample():
     built, graph = family("qwen3")
     inputs = built.inputs(batch=2, before=(3, 6))
