@@ -34,7 +34,7 @@ def experiment_command(
     """Train and measure one table of results; what is there already is not done again."""
     from planner.files import output_folder
     from planner.ir.errors import InputError
-    from planner.training.experiments import run_experiment
+    from planner.training.experiments import EXPERIMENTS, run_experiment
     from planner.training.experiments.page import write_page
 
     try:
@@ -43,6 +43,8 @@ def experiment_command(
         raise InputError(f"--seeds '{seeds}' is not a list such as 0,1,2") from None
     if samples < 1:
         raise InputError("--samples must be at least 1")
+    if name not in EXPERIMENTS:
+        raise InputError(f"unknown experiment '{name}': choose from {', '.join(EXPERIMENTS)}")
     output_folder(work)
     if output is not None:
         output_folder(output)

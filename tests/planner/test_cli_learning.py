@@ -1,0 +1,93 @@
+"""train, eval, experiment, and what a scheduler adds to compile and run, as users call them."""
+
+import json
+
+import pytest
+from PIL import Image
+
+SCHEDULED = ("--model", "tiny-llava", "--scheduler", "adallava-h")
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "scene.png"
+    Image.new("RGB", (56, 56), "white").save(path)
+    return str(path)
+
+
+def test_a_schedule_is_compiled_and_run(cli, cli_json, picture, tmp_path):
+    made = cli_json("compile", *SCHEDULED, "--budget", "0.65", "-o", "out")
+    assert (made["limit"], made["of"]) == (4, 16)
+    assert made["cost"]["flops"]["fraction"] == pytest.approx(0.625, abs=1e-3)
+    asked = ("--prompt", "How many red objects are there?", "--image", picture)
+    found = cli_json("run", "-m", "tiny-llava", "--plan", "out/schedule.yaml", *asked, "--explain")
+    assert found["cost"]["flops"]["fraction"] == pytest.approx(0.625, abs=1e-3)
+    layers = found["layers"]
+    assert [row["on"] for row in layers[:4]] == [True] * 4
+    kept = sum(len(row["heads"]) for row in layers[4:])
+    assert kept == 4 * 2
+    assert all(len(row["logits"]) == 16 for row in layers[4:])
+    code, out, _ = cli("run", *SCHEDULED, "--budget", "0.65", *asked, "--explain")
+    assert code == 0
+    assert found["answer"] in out
+    assert "heads kept" in out
+
+
+def test_a_static_plan_is_explained_too(cli_json, picture):
+    found = cli_json(
+        "run", "-m", "tiny-llava", "--image", picture, "--prompt", "why?", "-b", "0.6", "--explain"
+    )
+    assert len(found["layers"]) == 8
+    assert found["layers"][2]["image_tokens"].endswith("(fastv)")
+
+
+def test_accuracy_under_budgets(cli, cli_json):
+    arguments = ("--budgets", "1,0.6", "--samples", "6")
+    found = cli_json("eval", *SCHEDULED, *arguments)["results"]
+    assert [row["budget"] for row in found] == [1, 0.6]
+    assert [row["violations"] for row in found] == [0, 0]
+    assert found[0]["cost_fraction"] == 1
+    assert set(found[0]["families"]) == {
+        "attribute",
+        "count",
+        "describe",
+        "existence",
+        "spatial",
+        "text",
+    }
+    static = cli_json("eval", "-m", "tiny-llava", "--budgets", "1", "--samples", "6")["results"]
+    assert static[0]["cost_fraction"] == 1
+    code, out, _ = cli("eval", *SCHEDULED, "--mask", *arguments)
+    assert code == 0
+    assert "violations" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("train", "none.yaml"), "does not exist"),
+        (("train", "bad.yaml"), "is none of"),
+        (("train", "good.yaml", "--set", "lerning_rate=1"), "did you mean"),
+        (("eval", "-m", "tiny-llava", "--budgets", "1,x"), "is not a list"),
+        (("eval", "-m", "tiny-llava", "--budgets", "1.5"), "at most 1"),
+        (("eval", "-m", "tiny-llava", "--samples", "0"), "at least 1"),
+        (("eval", "-m", "tiny-llava", "--mask"), "for a --scheduler"),
+        (("eval", "-m", "tiny-llava", "--split", "dev"), "unknown split"),
+        (("eval", "-m", "llava-7b", "--scheduler", "adallava-l"), "was made for 'tiny-llava'"),
+        (("experiment", "table9"), "unknown experiment"),
+        (("experiment", "table1", "--seeds", "one"), "is not a list"),
+        (("compile", "-m", "tiny-llava", "--scheduler", "nowhere"), "no folder 'nowhere'"),
+        (("compile", *SCHEDULED, "-b", "kv=1MiB"), "counts units"),
+        (("compile", *SCHEDULED, "--tokens", "random:k=6,keep=4"), "behind the first switch"),
+        (("run", "-m", "tiny-llava", "-p", "x", "--plan", "bad.yaml"), "not a plan"),
+    ],
+)
+def test_bad_input_is_one_sentence(cli, tmp_path, arguments, sentence):
+    (tmp_path / "bad.yaml").write_text("recipe: cake\n")
+    (tmp_path / "good.yaml").write_text(json.dumps({"recipe": "adallava", "output_dir": "x"}))
+    code, out, err = cli(*arguments)
+    assert code == 2
+    assert out == ""
+    assert sentence in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "build").exists()
