@@ -13,6 +13,7 @@ from planner.cli.options import (
     Batch,
     Device,
     ImageTokens,
+    KvPolicyOption,
     Model,
     NewTokens,
     TextTokens,
@@ -28,6 +29,7 @@ from planner.cli.output import (
     status,
     table,
 )
+from planner.cli.scheduled import SchedulerOption, compile_scheduled, print_schedule
 
 if TYPE_CHECKING:
     from planner.compiler import Compiled
@@ -58,9 +60,11 @@ def compile_command(
     tokens: Annotated[
         str | None, typer.Option("--tokens", help="A token selector, such as fastv:k=2,r=0.5.")
     ] = None,
+    kv: KvPolicyOption = None,
     utilities: Annotated[
         str, typer.Option("--utilities", help="prior, uniform, or an .npz file of measured ones.")
     ] = "prior",
+    scheduler: SchedulerOption = None,
     device: Device = None,
     scope: Annotated[
         str | None,
@@ -103,14 +107,35 @@ def compile_command(
         raise InputError("--mlp-groups must be at least 1")
     if (index_driven or autotune) and not target:
         raise InputError("--index-driven and --autotune are about kernels: name a --target too")
+    if target and scheduler is not None:
+        raise InputError("--target is not for --scheduler: index-driven kernels serve any plan")
     targets = wanted_targets(target)
     level = debug_level()
+    if scheduler is not None:
+        if kv is not None:
+            raise InputError("--kv goes with a plan of its own, not with --scheduler")
+        folder = output or Path("build") / Path(model.rstrip("/")).name
+        with status(not (quiet or as_json), verbose) as update:
+            made = compile_scheduled(
+                model,
+                budget or ["0.65"],
+                scheduler,
+                folder,
+                tokens,
+                image_tokens,
+                text_tokens,
+                trust_remote_code,
+                update,
+            )
+        print_schedule(*made, as_json, quiet)
+        return
     folder = output or Path("build") / Path(model.rstrip("/")).name
     request = Request(
         model=model,
         budget=budget or ["0.65"],
         switches=switches,
         tokens=tokens,
+        kv=kv,
         utilities=utilities,
         device=device,
         scope=scope,
@@ -242,6 +267,8 @@ def _print_summary(compiled: Compiled, path: Path, verbose: bool) -> None:
     load = compiled.pricing.workload
     budget = ", ".join(f"{metric} {limit}" for metric, limit in plan.budget.items())
     print(f"{plan.model} under {budget}")
+    if plan.kv:
+        print(f"the KV cache evicts by {plan.kv}")
     print(
         f"workload: {load.image_tokens} image + {load.text_tokens} text tokens, "
         f"{load.new_tokens} new, batch {load.batch}; seconds are modelled on "

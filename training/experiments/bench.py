@@ -82,23 +82,17 @@ class Bench:
         folder = self._trained(cell) if cell.config else _shipped()
         model, processor, graph = self._load(folder)
         self.progress(f"seed {self.seed}: {cell.method} {cell.tokens} at {cell.budget:g}")
-        scheduled, request = None, Request("tiny-llava", text_tokens=TEXT_TOKENS)
+        scheduled, utilities = None, "prior"
+        switches = cell.switches or ("tokens" if cell.tokens else "layers")
         if cell.config:
             scheduler = load_scheduler(folder, graph)
             decide = _rule(cell.rule, self.seed, scheduler.layout.decide)
             scheduled = Scheduled(model, graph, scheduler, mask=True, decide=decide)
-        elif cell.rule != "base":
-            utilities = cell.rule
-            if cell.rule == "calibrated":
-                utilities = str(calibrated(model, processor, graph, self.work))
-            request = Request(
-                "tiny-llava",
-                switches=cell.switches,
-                utilities=utilities,
-                text_tokens=TEXT_TOKENS,
-            )
-        else:
-            request = Request("tiny-llava", switches="tokens" if cell.tokens else "layers")
+        elif cell.rule == "calibrated":
+            utilities = str(calibrated(model, processor, graph, self.work))
+        request = Request(
+            "tiny-llava", switches=switches, utilities=utilities, text_tokens=TEXT_TOKENS
+        )
         bench = UnderBudgets(
             model, processor, graph, self.samples, scheduled, request, cell.tokens or None
         )
