@@ -19,7 +19,7 @@ def script(tmp_path_factory):
         environment = {**os.environ, "PLANNER_CACHE": str(cache), "MPLBACKEND": "Agg"}
         done = subprocess.run(
             [sys.executable, str(ROOT / path), *map(str, arguments)],
-            cwd=folder, env=environment, capture_output=True, text=True, timeout=120,
+            cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout

@@ -76,7 +76,7 @@ def python(code, folder, **environment):
     """Run code with the interpreter's own packages: (the JSON it prints)."""
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120,
+        cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
