@@ -58,7 +58,8 @@ def _table1() -> Iterator[Cell]:
 
 
 def _baselines() -> Iterator[Cell]:
-    for budget in (0.85, 0.6, 0.5):
+    # At 0.5 nothing of the upper half is on, and there is nothing to decide.
+    for budget in (0.85, 0.6):
         for name in ("adallava-l", "adallava-h"):
             yield Cell(name, budget, "", f"{name}.yaml")
             for rule in ("random", "depth"):
