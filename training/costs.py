@@ -221,7 +221,6 @@ class SiteCosts:
 
     def choices(self, taken: Tensor) -> list[Choice]:
         """What each row of `taken`, (batch, switches), says of the problem."""
-        options = self.token_options.expand(len(taken)).tolist()
         rows, options = taken.cpu().numpy(), self.token_options.expand(len(taken)).tolist()
         return [choice_of(self.problem, row, option) for row, option in zip(rows, options)]
 

@@ -13,7 +13,7 @@ from plans import plan_of
 
 from planner.budgets import Budget
 from planner.catalog import tiny_llava_folder
-from planner.cli import run
+from planner.cli import execute as run
 from planner.ir.cost import Workload
 from planner.ir.cost.devices import device
 from planner.ir.errors import InputError

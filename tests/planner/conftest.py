@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from planner.cli import run
+from planner.cli import execute as run
 
 
 @pytest.fixture(scope="session", autouse=True)

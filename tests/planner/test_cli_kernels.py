@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from planner.cli import run
+from planner.cli import execute as run
 from planner.kernels import build
 from planner.kernels.manifest import read_manifest
 from planner.plan import load_plan

@@ -146,7 +146,7 @@ def test_mlp_groups_fill_tiles_where_they_can(width, heads, groups):
 def test_a_cached_compile_does_not_import_torch(tmp_path):
     compile_plan(Request("llava-7b"))
     code = (
-        "import sys, json; from planner.cli import run; "
+        "import sys, json; from planner.cli import execute as run; "
         f"c = run(['compile', '--model', 'llava-7b', '-o', {str(tmp_path)!r}, '-q']); "
         "print(json.dumps([c, 'torch' in sys.modules, 'transformers' in sys.modules]))"
     )

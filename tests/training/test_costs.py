@@ -46,7 +46,8 @@ def leaves_no_room(costs: SiteCosts, taken: torch.Tensor) -> bool:
             more = row.clone()
             more[switch] = True
             (other,) = SiteCosts.of(problem, [choice.token_option]).choices(more[None])
-            if problem.is_feasible(other):
+            # A switch of a layer that is off changes nothing.
+            if other != choice and problem.is_feasible(other):
                 return False
     return True
 

@@ -12,7 +12,7 @@ from plans import plan_of
 from planner.audit import Terms, audit, read_labels
 from planner.audit.surrogate import all_plans
 from planner.catalog import tiny_llava_folder
-from planner.cli import run
+from planner.cli import execute as run
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
 from planner.models.calibration import sample_of
