@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from planner.ir.cost import Workload
 from planner.ir.cost.devices import device
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.plan import Plan, TokenStage
+from planner.plan import Plan
 from planner.pricing import Pricing
 from planner.schedule import Schedule
 from planner.switches import SwitchSet, with_switches
@@ -43,13 +44,7 @@ class PlanCosts:
 
     def of(self, plan: Plan) -> dict[str, dict[str, float]]:
         """Metric -> ``{"plan", "base", "fraction"}``, against the model without any plan."""
-        switches = SwitchSet.parse("layers,heads,mlp")
-        if self.tokens:
-            switches = switches.with_selector(self.tokens, self.workload.image_tokens)
-        graph = with_switches(self.graph, like_heads=True)
-        pricing = Pricing(graph, self.workload, switches, device(DEFAULT_DEVICE), "llm")
-        dense = Plan(plan.model, plan.fingerprint, plan.layers)
-        costs, base = pricing.cost_of(plan), pricing.cost_of(dense)
+        costs, base = self._pricing.cost_of(plan), self._base
         return {
             metric: {
                 "plan": costs[metric],
@@ -58,6 +53,19 @@ class PlanCosts:
             }
             for metric in ("flops", "kv")
         }
+
+    @cached_property
+    def _pricing(self) -> Pricing:
+        switches = SwitchSet.parse("layers,heads,mlp")
+        if self.tokens:
+            switches = switches.with_selector(self.tokens, self.workload.image_tokens)
+        graph = with_switches(self.graph, like_heads=True)
+        return Pricing(graph, self.workload, switches, device(DEFAULT_DEVICE), "llm")
+
+    @cached_property
+    def _base(self) -> dict[str, float]:
+        fingerprint = str(self.graph.properties["fingerprint"])
+        return self._pricing.cost_of(Plan(self.graph.name, fingerprint, self.graph.layers))
 
 
 def scheduler_folder(name: str) -> Path:
@@ -113,7 +121,7 @@ def compile_schedule(
     load = Workload.default(graph, image_tokens, text_tokens, 0)
     progress("price")
     stages = stages_of(tokens, load.image_tokens) if tokens else ()
-    _check_stages(stages, layout.first, layout.name)
+    layout.check_stages(stages)
     return Schedule(
         model=model,
         fingerprint=str(graph.properties["fingerprint"]),
@@ -125,15 +133,6 @@ def compile_schedule(
         tokens=tokens or "",
         cost=PlanCosts(graph, load, tokens or "").of(layout.example(limit, stages)),
     )
-
-
-def _check_stages(stages: tuple[TokenStage, ...], first: int, name: str) -> None:
-    for stage in stages:
-        if stage.layer > first:
-            raise InputError(
-                f"a token stage at layer {stage.layer} is behind the first switch of {name}, "
-                f"layer {first}"
-            )
 
 
 def load_scheduled(

@@ -11,14 +11,13 @@ from typing import Any
 from planner.budgets import Budget
 from planner.compiler import DEFAULT_DEVICE, Request, plan_graph
 from planner.ir.cost import Workload
-from planner.ir.cost.devices import device
 from planner.ir.graph import Graph
 from planner.models.executor import Executor
 from planner.models.scheduling import Scheduled
 from planner.models.stages import stages_of
 from planner.plan import Plan, TokenStage
-from planner.pricing import Pricing
-from planner.switches import SwitchSet, with_switches
+from planner.scheduling import PlanCosts
+from planner.switches import SwitchSet
 from planner.training.data import Conversation
 from planner.training.evaluate import evaluate
 
@@ -124,20 +123,9 @@ class UnderBudgets:
         return plan_graph(self.graph, request, budget, switches, chip, lambda _: nullcontext()).plan
 
     def cost_fraction(self, plan: Plan) -> float:
-        """FLOPs of a prefill under a plan over the base model's, language model only."""
-        pricing = self._pricing
-        fraction: float = pricing.cost_of(plan)["flops"] / self._base
-        return fraction
+        """FLOPs of a prefill under a scheduler's plan over the base model's, see `PlanCosts`."""
+        return self._costs.of(plan)["flops"]["fraction"]
 
     @cached_property
-    def _base(self) -> float:
-        name, fingerprint = self.graph.name, str(self.graph.properties["fingerprint"])
-        return self._pricing.cost_of(Plan(name, fingerprint, self.graph.layers))["flops"]
-
-    @cached_property
-    def _pricing(self) -> Pricing:
-        switches = SwitchSet.parse("layers,heads,mlp")
-        if self.tokens:
-            switches = switches.with_selector(self.tokens, self.workload.image_tokens)
-        graph = with_switches(self.graph, like_heads=True)
-        return Pricing(graph, self.workload, switches, device(DEFAULT_DEVICE), "llm")
+    def _costs(self) -> PlanCosts:
+        return PlanCosts(self.graph, self.workload, self.tokens or "")

@@ -80,6 +80,15 @@ class Layout(ABC):
     def plan(self, taken: Taken, base: Plan) -> Plan:
         """One sample's switches, shape (size,), as a plan; all else as in `base`."""
 
+    def check_stages(self, stages: Sequence[TokenStage]) -> None:
+        """Raise InputError unless all token stages are in front of the switches."""
+        for stage in stages:
+            if stage.layer > self.first:
+                raise InputError(
+                    f"a token stage at layer {stage.layer} is behind the first switch of "
+                    f"{self.name}, layer {self.first}"
+                )
+
     def example(self, limit: int, tokens: Sequence[TokenStage] = ()) -> Plan:
         """A plan at a limit, the lowest layers first; all plans at one limit cost the same."""
         name, fingerprint = self.graph.name, str(self.graph.properties["fingerprint"])

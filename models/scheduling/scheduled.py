@@ -236,12 +236,7 @@ class Scheduled:
         self.detach()
         many = budgets if isinstance(budgets, list | tuple) else [budgets]
         limits = torch.tensor(limits_of(self.layout, many))
-        for stage in tokens:
-            if stage.layer > self.layout.first:
-                raise InputError(
-                    f"a token stage at layer {stage.layer} is behind the first switch of "
-                    f"{self.layout.name}, layer {self.layout.first}"
-                )
+        self.layout.check_stages(tokens)
         self.attach_limits(limits, self.base(tokens))
 
     def base(self, tokens: Sequence[TokenStage] = ()) -> Plan:
