@@ -8,7 +8,8 @@ do that and still tell the stock code the lengths it reckons with: all tokens se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,15 @@ from planner.models.selectors.attention import visible_keys
 from planner.models.selectors.h2o import attention_received
 from planner.models.tokens import Keys
 
-__all__ = ["Part", "PlannedLayer", "kv_bytes", "plan_cache", "redirect_cache"]
+__all__ = [
+    "Part",
+    "PlannedLayer",
+    "cache_among",
+    "cache_argument",
+    "kv_bytes",
+    "plan_cache",
+    "redirect_cache",
+]
 
 PlanKey = tuple[object, ...]
 _DYNAMIC = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -373,6 +382,16 @@ def _check_kind(layer: CacheLayerMixin, program: Program) -> None:
             f"a plan cannot be held by a cache of {type(layer).__name__}; use the default "
             f"(dynamic) or a static cache"
         )
+
+
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """What a stock ``forward`` calls its KV cache: since transformers 5.24 `cache`."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
+def cache_among(kwargs: Mapping[str, Any]) -> Cache | None:
+    """The KV cache among the arguments of a stock ``forward``, whatever it is called there."""
+    return next((value for value in kwargs.values() if isinstance(value, Cache)), None)
 
 
 def kv_bytes(cache: Cache) -> int:

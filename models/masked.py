@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.models.bindings import BoundSite, bind
+from planner.models.cache import cache_among
 from planner.models.patches import ConfigView, Patches
 from planner.models.program import check_plan
 from planner.plan import Plan
@@ -192,7 +193,7 @@ class _TokenState:
     ) -> None:
         """Before a layer: gates of the prompt at its stage, of later tokens 1."""
         hidden = args[0] if args else kwargs["hidden_states"]
-        cache = kwargs.get("past_key_values")
+        cache = cache_among(kwargs)
         if layer == 0:
             self.fresh = cache is None or not cache.get_seq_length()
         if stage is None:

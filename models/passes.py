@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from planner.ir.errors import InputError
-from planner.models.cache import plan_cache, redirect_cache
+from planner.models.cache import cache_among, plan_cache, redirect_cache
 from planner.models.calls import Call, Record
 from planner.models.program import Program
 from planner.models.recording import Recorded
@@ -56,7 +55,7 @@ class Passes:
         self.serving = (None, None)
         batch, tokens = hidden.shape[:2]
         rows = self._rows_of(batch, hidden.device)
-        cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+        cache = cache_among(kwargs)
         layers = None if cache is None else plan_cache(cache, self.program, rows)
         past = layers[0].total if layers else 0
         call = Call(batch, tokens, hidden.device, past, layers, rows)

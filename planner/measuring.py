@@ -129,22 +129,21 @@ def _time(
     import torch
     from transformers.cache_utils import DynamicCache
 
-    from planner.models.cache import kv_bytes
+    from planner.models.cache import cache_argument, kv_bytes
 
     with torch.inference_mode(), context:
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        cached = {cache_argument(model.forward): cache, "use_cache": True}
         _synchronise(model)
         started = time.perf_counter()
-        output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model(**inputs, **cached, logits_to_keep=1)
         _synchronise(model)
         prefilled = time.perf_counter()
         token = output.logits[:, -1:].argmax(-1)
         mask = inputs["attention_mask"]
         for _ in range(decode):
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            output = model(
-                input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True
-            )
+            output = model(input_ids=token, attention_mask=mask, **cached)
             token = output.logits[:, -1:].argmax(-1)
         _synchronise(model)
         done = time.perf_counter()

@@ -25,6 +25,7 @@ from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.models.attention import AttentionBlock, probe
 from planner.models.bindings import BoundSite
+from planner.models.cache import cache_among
 from planner.models.export.weights import cast, kept_weights
 from planner.models.program import Program
 
@@ -207,7 +208,7 @@ def _count(index: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> None:
     Stock code asks the cache's first layer how many tokens it has seen, so a layer without keys
     still counts: one number a token.
     """
-    cache = kwargs.get("past_key_values")
+    cache = cache_among(kwargs)
     if cache is not None:
         counter = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
         cache.update(counter, counter, index)
