@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from planner.kernels import naive, ops
 from planner.kernels.records import AttentionWeights, KVCache, MLPWeights, Norm, Survivors
+from planner.models.cache import cache_argument
 
 __all__ = ["LLAVA_7B", "TINY", "Dense", "Draw", "Planned", "Size", "stock_decoder"]
 
@@ -153,6 +154,7 @@ class Dense:
         self.hidden, self.positions = prompt(model, size, batch)
         self.caches = [_Slots(self.hidden, size) for _ in range(size.layers)]
         self.layers = [*model.model.layers]
+        self.cache_argument = cache_argument(self.layers[0].forward)
 
     def compile(self, wanted: bool) -> None:
         """Run layers under torch.compile from now on, or eagerly."""
@@ -174,7 +176,8 @@ class Dense:
         angles = self.model.model.rotary_emb(hidden, position_ids=positions)
         for layer, cache in zip(self.layers, self.caches, strict=True):
             cache.held = held
-            hidden = layer(hidden, position_embeddings=angles, past_key_values=cache)
+            cached = {self.cache_argument: cache}
+            hidden = layer(hidden, position_embeddings=angles, **cached)
         return self.model.lm_head(self.model.model.norm(hidden[:, -1:]))
 
 

@@ -44,7 +44,7 @@ from transformers import (
 from planner.cli.output import print_json, table
 from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
-from planner.models.cache import kv_bytes
+from planner.models.cache import cache_argument, kv_bytes
 from planner.models.executor import Executor
 from planner.models.masked import Gates, MaskedExecutor
 from planner.models.selectors import DecoderInputs, Uniform
@@ -236,12 +236,13 @@ def decoding(bench: Bench, kind: str, budget: float, tokens: int) -> Row:
     @torch.no_grad()
     def side(model: Any, chosen: Plan | None) -> float:
         cache = DynamicCache()
-        model(**bench.inputs, logits_to_keep=1, past_key_values=cache)
+        cached = {cache_argument(model.forward): cache}
+        model(**bench.inputs, logits_to_keep=1, **cached)
         moved.append(kv_bytes(cache) + weight_bytes(bench, chosen))
 
         def run() -> None:
             for _ in range(tokens):
-                model(input_ids=word, past_key_values=cache)
+                model(input_ids=word, **cached)
 
         return bench.seconds(run)
 

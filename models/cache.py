@@ -220,6 +220,13 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.total = 0
         self.advance(0)
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can take back tokens behind a prompt; asked since transformers 5.24."""
+        stores = [part.store for part in self.parts if part.store is not None]
+        evicts = any(part.hitters is not None for part in self.parts)
+        return not evicts and all(getattr(store, "is_croppable", True) for store in stores)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens, none of which may have been dropped."""
         count = abs(tokens_to_remove)

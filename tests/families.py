@@ -24,7 +24,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-__all__ = ["FAMILIES", "Family", "randomise"]
+from planner.models.cache import cache_argument
+
+__all__ = ["FAMILIES", "Family", "cached", "randomise"]
 
 PAD, BOS, FIRST_WORD, LAST_WORD = 0, 1, 3, 119
 IMAGE, IMAGE_START, IMAGE_END, VIDEO = 120, 121, 122, 123
@@ -352,3 +354,8 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     ),
     "qwen3": partial(_build, "qwen3", {"num_hidden_layers": 3}),
 }
+
+
+def cached(model: Any, cache: Any) -> dict[str, Any]:
+    """The argument by which a stock model is given its KV cache."""
+    return {cache_argument(model.forward): cache}

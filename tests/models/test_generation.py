@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from families import IMAGE
+from families import IMAGE, cached
 from plans import dense_plan, plan_of
 from restored import same_state, snapshot
 from transformers import DynamicCache
@@ -86,7 +86,7 @@ def test_a_second_question_on_the_same_cache(llava, stages):
         second = family.model.generate(
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=first.past_key_values,
+            **cached(family.model, first.past_key_values),
             max_new_tokens=5,
             do_sample=False,
         )
@@ -103,15 +103,17 @@ def test_a_prompt_cache_can_be_copied_and_continued(llava):
     executor = Executor(family.model, graph)
     with executor.using(planned(graph, tokens=STAGES)):
         cache = DynamicCache()
-        family.model(**inputs, past_key_values=cache)
+        family.model(**inputs, **cached(family.model, cache))
         words = [torch.tensor([[5, 6]]), torch.tensor([[70, 8]])]
         apart = [
-            family.model(input_ids=ids, past_key_values=copy.deepcopy(cache)).logits
+            family.model(input_ids=ids, **cached(family.model, copy.deepcopy(cache))).logits
             for ids in words
         ]
-        family.model(input_ids=words[0], past_key_values=cache)
+        family.model(input_ids=words[0], **cached(family.model, cache))
         cache.crop(-2)
-        assert close(family.model(input_ids=words[1], past_key_values=cache).logits, apart[1])
+        assert close(
+            family.model(input_ids=words[1], **cached(family.model, cache)).logits, apart[1]
+        )
     assert not close(apart[0], apart[1])
 
 
@@ -124,10 +126,12 @@ def test_a_second_image_in_a_later_turn(llava):
     executor = Executor(family.model, graph)
     with executor.using(plan_of(graph, tokens=(TokenStage(1, 5, 16),), heads={2: (1,)})):
         cache = DynamicCache()
-        family.model(input_ids=ids[:, :border], pixel_values=pixels[:1], past_key_values=cache)
+        family.model(
+            input_ids=ids[:, :border], pixel_values=pixels[:1], **cached(family.model, cache)
+        )
         assert cache.layers[1].keys.shape[2] == border - 11
         logits = family.model(
-            input_ids=ids[:, border:], pixel_values=pixels[1:], past_key_values=cache
+            input_ids=ids[:, border:], pixel_values=pixels[1:], **cached(family.model, cache)
         ).logits
     assert cache.layers[1].keys.shape[2] == ids.shape[1] - 22
     assert cache.get_seq_length() == ids.shape[1]
@@ -317,18 +321,18 @@ def test_a_plan_is_fixed_for_the_life_of_a_cache(llava):
     one, other = planned(graph), plan_of(graph, mlp={2: (1,)})
     with executor.using(one):
         cache = family.model(**inputs, use_cache=True).past_key_values
-        expected = family.model(input_ids=more, past_key_values=copy.deepcopy(cache)).logits
+        expected = family.model(input_ids=more, **cached(family.model, copy.deepcopy(cache))).logits
     with executor.using(other), refused("filled under another plan"):
-        family.model(input_ids=more, past_key_values=cache)
+        family.model(input_ids=more, **cached(family.model, cache))
     with executor.using(dense_plan(graph)), refused("a plan that is not active"):
-        family.model(input_ids=more, past_key_values=cache)
+        family.model(input_ids=more, **cached(family.model, cache))
     with refused("a plan that is not active"):
-        family.model(input_ids=more, past_key_values=cache)
+        family.model(input_ids=more, **cached(family.model, cache))
     with executor.using(one):
-        assert close(family.model(input_ids=more, past_key_values=cache).logits, expected)
+        assert close(family.model(input_ids=more, **cached(family.model, cache)).logits, expected)
     cache = family.model(**inputs, use_cache=True).past_key_values
     with executor.using(one), refused("filled by the base model"):
-        family.model(input_ids=more, past_key_values=cache)
+        family.model(input_ids=more, **cached(family.model, cache))
 
 
 def test_gradients_reach_gates(llava):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import cached
 from plans import plan_of
 from restored import same_state, snapshot
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
@@ -92,7 +93,7 @@ def test_eviction_equals_hiding_what_is_gone(lowered_family, hiding, name, side)
         for ids in turns:
             mask = torch.cat([mask, torch.ones_like(ids)], 1)
             cache = output.past_key_values
-            output = family.model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+            output = family.model(input_ids=ids, attention_mask=mask, **cached(family.model, cache))
             logits.append(output.logits)
         return cache, logits
 
@@ -170,13 +171,15 @@ def test_what_cannot_evict_says_so(lowered_family):
     executor = Executor(family.model, graph)
 
     def refused(match, **options):
-        with executor.using(plan_of(graph, kv=POLICY)), pytest.raises(InputError, match=match):
+        errors = (InputError, ValueError)
+        with executor.using(plan_of(graph, kv=POLICY)), pytest.raises(errors, match=match):
             family.model.generate(**family.inputs(), do_sample=False, max_new_tokens=8, **options)
 
     # `generate` leaves its static cache with the model.
     refused("evicted from a cache", cache_implementation="static")
     before = snapshot(family.model)
-    refused("cannot be cropped", prompt_lookup_num_tokens=2)
+    # Newer versions of transformers ask the cache first, and refuse themselves.
+    refused("be cropped", prompt_lookup_num_tokens=2)
     for text, match in (("h2o:heavy=2", "out of range"), ("snapkv", "no KV cache policy")):
         with pytest.raises(InputError, match=match):
             executor.attach(plan_of(graph, kv=text))
