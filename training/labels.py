@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +25,7 @@ from planner.models.masked import MaskedExecutor
 from planner.models.scheduling import Scheduled
 from planner.problem import Problem
 from planner.switches import with_switches
+from planner.training.asked import prompt_of
 
 __all__ = ["MOST_SWITCHES", "label_samples", "loss_changes"]
 
@@ -170,14 +170,7 @@ def _measure(
 @torch.no_grad()
 def _scheduled_plans(scheduled: Scheduled, sample: Sample, budgets: Sequence[float]) -> Array:
     """The scheduler's plan under every budget, shape (budgets, switches), from one pass."""
-    prompt: dict[str, Any] = {}
-    length = sample.inputs["input_ids"].shape
-    for name, value in sample.inputs.items():
-        if isinstance(value, Tensor):
-            if value.shape == length:
-                value = value[:, : -sample.answer]
-            value = value.repeat(len(budgets), *[1] * (value.ndim - 1))
-        prompt[name] = value
+    prompt = prompt_of(sample, len(budgets))
     with scheduled.using(list(budgets)):
         scheduled.model(**prompt, use_cache=False)
         assert scheduled.taken is not None

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from planner.cli.options import Dtype, Model, TrustRemoteCode, parse_fractions
 from planner.cli.output import Json, Quiet, Verbose, print_json, progress_bar, status
 from planner.cli.scheduled import SchedulerOption
-
-if TYPE_CHECKING:
-    from planner.models.calibration import Sample
 
 __all__ = ["labels_command"]
 
@@ -70,6 +67,7 @@ def labels_command(
     from planner.ir.errors import InputError
     from planner.ir.lowering import lower_model
     from planner.loading import load_model
+    from planner.training.asked import picture_samples, scene_samples
     from planner.training.labels import label_samples
 
     fractions = list(dict.fromkeys(parse_fractions(budgets)))
@@ -118,9 +116,9 @@ def labels_command(
         terms.problem(graph, fractions[0])
         update("read the questions")
         if images is None:
-            chosen = _scenes(stock, processor, samples, split, seed)
+            chosen = scene_samples(stock, processor, split, samples, seed)
         else:
-            chosen = _pictures(stock, processor, images, prompts, samples, seed)
+            chosen = picture_samples(stock, processor, images, prompts, samples, seed)
     with progress_bar(not (quiet or as_json), "samples") as progress:
         labels = label_samples(
             stock,
@@ -156,31 +154,3 @@ def labels_command(
         if facts["tried"]:
             print(f"every one of {1 << len(labels.switches)} plans tried on {facts['tried']}")
         print(f"wrote {output} in {facts['seconds']:.1f} s; see: planner audit {output}")
-
-
-def _scenes(
-    model: Any, processor: Any, count: int, split: str, seed: int
-) -> list[tuple[str, Sample]]:
-    """Questions about drawn scenes."""
-    from planner.ir.errors import InputError
-    from planner.models.calibration import answered
-    from planner.training.data import SPLITS, SceneQuestions
-
-    if split not in SPLITS:
-        raise InputError(f"unknown split '{split}': choose from {', '.join(SPLITS)}")
-    chosen = []
-    for asked in SceneQuestions(split, count, seed):
-        turn = asked.turns[0]
-        sample = answered(model, processor, turn.question, asked.image, turn.answer)
-        chosen.append((asked.id, sample))
-    return chosen
-
-
-def _pictures(
-    model: Any, processor: Any, images: Path, prompts: Path | None, count: int, seed: int
-) -> list[tuple[str, Sample]]:
-    """A user's own questions; a sample's name begins with its number."""
-    from planner.models.calibration import read_questions, read_samples
-
-    found = read_samples(model, processor, read_questions(images, prompts), count, seed)
-    return [(f"{index}-{sample.digest()}", sample) for index, sample in enumerate(found)]
