@@ -1,7 +1,8 @@
 """Every kernel at the shapes of LLaVA-1.5-7B, as launches to compile.
 
 Enters: a target. Leaves: named launches, made by running on meta tensors a decoder layer (prefill
-of 640 tokens, one decode step), token selection, and a vision layer (CLIP ViT-L/14-336).
+of 640 tokens, one decode step), the two halves of its attention in stock layouts, token selection,
+and a vision layer (CLIP ViT-L/14-336).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from planner.kernels import fused
 from planner.kernels.launch import Launch, recorded
 from planner.kernels.records import AttentionWeights, KVCache, MLPWeights, Norm, Survivors
+from planner.kernels.stock import attend_stock
 from planner.kernels.tiles import Target
 
 __all__ = ["catalogue", "decoder_layer"]
@@ -28,6 +30,8 @@ def catalogue(target: Target, dtype: torch.dtype = torch.bfloat16) -> dict[str, 
     parts: dict[str, Callable[[torch.dtype], None]] = {
         "prefill": lambda dtype: decoder_layer(dtype, PROMPT),
         "decode": lambda dtype: decoder_layer(dtype, 1),
+        "stock prefill": lambda dtype: _stock_halves(dtype, PROMPT, PROMPT),
+        "stock decode": lambda dtype: _stock_halves(dtype, 1, CACHED),
         "tokens": _token_selection,
         "vision": _vision_layer,
     }
@@ -75,6 +79,20 @@ def decoder_layer(dtype: torch.dtype, tokens: int) -> None:
         key_positions=_index(1, CACHED),
     )
     fused.mlp(hidden, mlp, Survivors(_index(1, NEURONS // 8), _index(1), 8), hidden)
+
+
+def _stock_halves(dtype: torch.dtype, tokens: int, keys: int) -> None:
+    """What `planner.kernels.head_ops` runs, without a mask and with one."""
+    survivors = Survivors(_index(1, HEADS), _index(1))
+    square = _meta(dtype, HIDDEN, HIDDEN)
+    fused.project_heads(_meta(dtype, 1, tokens, HIDDEN), [square] * 3, [None] * 3, survivors)
+    query = _meta(dtype, 1, tokens, HEADS, HEAD_DIM).transpose(1, 2)
+    cached = _meta(dtype, 1, HEADS, keys, HEAD_DIM)
+    operands = (query, cached, cached)
+    causal = tokens > 1
+    fused.attend_heads(*operands, None, square, survivors, scale=1.0, causal=causal)
+    mask = _meta(torch.bool, 1, 1, tokens, keys)
+    attend_stock(*operands, mask, survivors, scale=1.0, causal=False)
 
 
 def _token_selection(dtype: torch.dtype) -> None:

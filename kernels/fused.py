@@ -6,18 +6,29 @@ are tested without a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from planner.ir.errors import InputError
+from planner.kernels import heads
 from planner.kernels.decode import decode
 from planner.kernels.mlp import project_up
 from planner.kernels.output import project_out
 from planner.kernels.prefill import attend
-from planner.kernels.qkv import project_qkv
+from planner.kernels.qkv import project_in_place, project_qkv
 from planner.kernels.records import AttentionWeights, KVCache, MLPWeights, Survivors
+from planner.kernels.stock import attend_stock
 from planner.kernels.tokens import choose_tokens, gather_tokens, merge_tokens, score_tokens
 
-__all__ = ["attention", "merge_tokens", "mlp", "select_tokens"]
+__all__ = [
+    "attend_heads",
+    "attention",
+    "merge_tokens",
+    "mlp",
+    "project_heads",
+    "select_tokens",
+]
 
 
 def _require_rows(*weights: Tensor | None) -> None:
@@ -118,3 +129,54 @@ def select_tokens(
     scores = score_tokens(queries, cache, survivors, positions, scale=scale)
     index = choose_tokens(scores, candidates, positions, keep, length, survivors.counts)
     return gather_tokens(hidden, index), index
+
+
+def project_heads(
+    hidden: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    survivors: Survivors,
+) -> list[Tensor]:
+    """Arguments and result as `head_ops.project_heads`.
+
+    Groups of an odd number of features go through PyTorch, which waits for the device.
+    """
+    if any(weight.shape[0] // survivors.slots % 2 for weight in weights):
+        return heads.project_heads(hidden, weights, biases, survivors)
+    _require_rows(*weights)
+    outputs = [hidden.new_empty(*hidden.shape[:-1], w.shape[0]) for w in weights]
+    rows = [w.shape[0] for w in weights]
+    # Queries, keys and values in one launch, which fills the GPU better than three.
+    together = len(rows) == 3 and rows[1] == rows[2] and rows[0] % rows[1] == 0
+    step = 3 if together else 1
+    for start in range(0, len(rows), step):
+        few = slice(start, start + step)
+        project_in_place(hidden.contiguous(), weights[few], biases[few], survivors, outputs[few])
+    return outputs
+
+
+def attend_heads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    output: Tensor,
+    survivors: Survivors,
+    *,
+    scale: float,
+    causal: bool,
+) -> Tensor:
+    """Arguments and result as `head_ops.attend_heads`.
+
+    Values that are not as wide as keys go through PyTorch, which waits for the device.
+    """
+    if value.shape[-1] != query.shape[-1]:
+        return heads.attend_heads(
+            query, key, value, mask, output, survivors, scale=scale, causal=causal
+        )
+    _require_rows(output)
+    batch, count, tokens, head_dim = query.shape
+    mixed = attend_stock(query, key, value, mask, survivors, scale=scale, causal=causal)
+    rows = mixed.view(survivors.plans, batch * tokens // survivors.plans, -1)
+    width = count // survivors.slots * head_dim
+    return project_out(rows, output, None, None, survivors, width).view(batch, tokens, -1)

@@ -6,7 +6,8 @@ zeros: caches keep their stock layout, and nothing in between needs rewriting.
 `planner.kernels.ops.attention` is the whole block, for those who keep a packed cache of their own.
 
 Enters: activations, stock weights, surviving KV groups as tensors. Leaves: queries, keys and values
-(`project_heads`), or the block's output (`attend_heads`).
+(`project_heads`), or the block's output (`attend_heads`). CUDA tensors run Triton kernels, all
+others PyTorch on sliced weights; backward is PyTorch everywhere.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from planner.kernels import heads
+from planner.kernels.library import backend
 from planner.kernels.records import Survivors
 
 __all__ = ["attend_heads", "project_heads"]
@@ -104,7 +106,10 @@ def _project(
 ) -> list[Tensor]:
     present = iter(biases)
     every = [next(present) if has else None for has in biased]
-    return heads.project_heads(hidden, weights, every, Survivors(units, counts))
+    survivors = Survivors(units, counts)
+    survivors.require(len(hidden))
+    outputs: list[Tensor] = backend(hidden, heads).project_heads(hidden, weights, every, survivors)
+    return outputs
 
 
 @_project.register_fake
@@ -159,9 +164,11 @@ _project.register_autograd(_pull_projection, setup_context=_remember_projection)
 def _attend(*inputs: Any) -> Tensor:
     query, key, value, mask, output, units, counts, scale, causal = inputs
     survivors = Survivors(units, counts)
-    return heads.attend_heads(
+    survivors.require(len(query))
+    result: Tensor = backend(query, heads).attend_heads(
         query, key, value, mask, output, survivors, scale=scale, causal=causal
     )
+    return result
 
 
 @_attend.register_fake

@@ -2,8 +2,9 @@
 
 Surviving heads are projected to where stock code expects them and attended to from there; heads
 that do not survive are 0 and are never read. PyTorch on weights read in place in long runs,
-gathered in short ones (`planner.kernels.sliced`). Backward is recomputed by plain formulas, and
-only survivors get or cost anything.
+gathered in short ones (`planner.kernels.sliced`); on a GPU the forward is that of
+`planner.kernels.fused`. Backward is recomputed by plain formulas, and only survivors get or cost
+anything.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from planner.ir.errors import InputError
 from planner.kernels.records import Survivors
 from planner.kernels.sliced import (
     Part,
@@ -36,7 +36,7 @@ def project_heads(
     survivors: Survivors,
 ) -> list[Tensor]:
     """Arguments and result as `head_ops.project_heads`."""
-    groups = _groups(hidden, survivors)
+    groups = plan_groups(survivors)
     if len(groups) == 1 and len(groups[0][1]) == survivors.slots:
         return [F.linear(hidden, w, b) for w, b in zip(weights, biases, strict=True)]
     outputs = [hidden.new_zeros(*hidden.shape[:-1], w.shape[0]) for w in weights]
@@ -66,7 +66,7 @@ def attend_heads(
 ) -> Tensor:
     """Arguments and result as `head_ops.attend_heads`."""
     out = query.new_empty(query.shape[0], query.shape[2], output.shape[0])
-    for samples, kept in _groups(query, survivors):
+    for samples, kept in plan_groups(survivors):
         mixed, runs = [], _runs_of(kept)
         if len(runs) > 1 and mask is not None and mask.dtype == torch.bool:
             # Attention would turn it into this once for every run.
@@ -157,14 +157,6 @@ def _softmax(products: Tensor, mask: Tensor | None, scale: float, causal: bool) 
     elif mask is not None:
         scores = scores + mask
     return torch.softmax(scores, dim=-1).nan_to_num(0.0)
-
-
-def _groups(x: Tensor, survivors: Survivors) -> list[tuple[Part, Tensor]]:
-    if survivors.plans not in (1, x.shape[0]):
-        raise InputError(
-            f"{survivors.plans} plans do not fit {x.shape[0]} samples: give one, or one each."
-        )
-    return plan_groups(survivors)
 
 
 def _numbers(part: Part, like: Tensor) -> Tensor:

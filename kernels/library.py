@@ -19,7 +19,7 @@ from torch import Tensor
 from planner.kernels import gradients, sliced
 from planner.kernels.records import AttentionWeights, KVCache, MLPWeights, Norm, Survivors
 
-__all__ = ["pack_attention", "pack_mlp"]
+__all__ = ["backend", "pack_attention", "pack_mlp"]
 
 MLP = """Tensor hidden, Tensor? residual, Tensor up, Tensor down, Tensor? gate, Tensor? up_bias,
     Tensor? down_bias, Tensor? gate_bias, Tensor? norm_weight, Tensor? norm_bias, Tensor units,
@@ -38,14 +38,17 @@ SELECT = """Tensor hidden, Tensor queries, Tensor keys, Tensor first, Tensor roo
 MERGE = "Tensor hidden, Tensor target, Tensor weight, SymInt length"
 
 
-def _backend(tensor: Tensor) -> Any:
-    # Triton is not on every platform; there and on other devices sliced weights do the work.
-    return _fused() if tensor.is_cuda else sliced
+def backend(tensor: Tensor, otherwise: Any = sliced) -> Any:
+    """The module that computes ops on a tensor's device.
+
+    Triton is not on every platform; there and on other devices PyTorch does the work.
+    """
+    return (_fused() or otherwise) if tensor.is_cuda else otherwise
 
 
 @cache
 def _fused() -> Any:
-    return sliced if find_spec("triton") is None else import_module("planner.kernels.fused")
+    return import_module("planner.kernels.fused") if find_spec("triton") else None
 
 
 def _pack_norm(norm: Norm | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -165,7 +168,7 @@ def _unpack_attention(inputs: Sequence[Any]) -> dict[str, Any]:
 
 
 def _mlp(*inputs: Any) -> Tensor:
-    out: Tensor = _backend(inputs[0]).mlp(*_unpack_mlp(inputs))
+    out: Tensor = backend(inputs[0]).mlp(*_unpack_mlp(inputs))
     return out
 
 
@@ -175,7 +178,7 @@ def _mlp_backward(gradient: Tensor, wanted: list[str], inputs: Sequence[Any]) ->
 
 
 def _attention(*inputs: Any) -> Tensor:
-    out: Tensor = _backend(inputs[0]).attention(**_unpack_attention(inputs))
+    out: Tensor = backend(inputs[0]).attention(**_unpack_attention(inputs))
     return out
 
 
@@ -257,7 +260,7 @@ _register_block("attention", ATTENTION, _attention, _attention_backward, output=
 def _attention_cached(*inputs: Any) -> Tensor:
     *block, keys, values, first, room, lengths, key_positions = inputs
     cache = KVCache(keys, values, first, room, lengths)
-    out: Tensor = _backend(inputs[0]).attention(
+    out: Tensor = backend(inputs[0]).attention(
         **_unpack_attention(block), cache=cache, key_positions=key_positions
     )
     return out
@@ -275,7 +278,7 @@ def _(*inputs: Any) -> Tensor:
 def _select_tokens(*inputs: Any) -> tuple[Tensor, Tensor]:
     hidden, queries, keys, first, room, units, counts, *rest, length, scale = inputs
     cache = KVCache(keys, keys, first, room, torch.zeros_like(first))
-    rows: tuple[Tensor, Tensor] = _backend(hidden).select_tokens(
+    rows: tuple[Tensor, Tensor] = backend(hidden).select_tokens(
         hidden, queries, cache, Survivors(units, counts), *rest, length, scale=scale
     )
     return rows
@@ -309,7 +312,7 @@ _select_tokens.register_autograd(_pull_gather, setup_context=_remember_choice)
 
 @torch.library.custom_op("planner::merge_tokens", mutates_args=(), schema=f"({MERGE}) -> Tensor")
 def _merge_tokens(hidden: Tensor, target: Tensor, weight: Tensor, length: int) -> Tensor:
-    rows: Tensor = _backend(hidden).merge_tokens(hidden, target, weight, length)
+    rows: Tensor = backend(hidden).merge_tokens(hidden, target, weight, length)
     return rows
 
 

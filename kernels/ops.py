@@ -15,7 +15,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from planner.ir.errors import InputError
 from planner.kernels.library import pack_attention, pack_mlp
 from planner.kernels.records import AttentionWeights, KVCache, MLPWeights, Survivors
 
@@ -42,7 +41,7 @@ def mlp(
     Raises:
         InputError: neither one plan nor as many as samples.
     """
-    _require_plans(hidden, survivors)
+    survivors.require(len(hidden))
     packed = pack_mlp(hidden, weights, survivors, residual)
     result: Tensor = torch.ops.planner.mlp(*packed)
     return result
@@ -82,7 +81,7 @@ def attention(
     Raises:
         InputError: neither one plan nor as many as samples.
     """
-    _require_plans(hidden, survivors)
+    survivors.require(len(hidden))
     packed = pack_attention(hidden, weights, survivors, angles, positions, residual, causal, window)
     result: Tensor = torch.ops.planner.attention(*packed)
     return result
@@ -118,7 +117,7 @@ def attention_cached(
     Raises:
         InputError: neither one plan nor as many as samples.
     """
-    _require_plans(hidden, survivors)
+    survivors.require(len(hidden))
     packed = pack_attention(hidden, weights, survivors, angles, positions, residual, causal, window)
     stored = (cache.keys, cache.values, cache.first, cache.room, cache.lengths)
     result: Tensor = torch.ops.planner.attention_cached(*packed, *stored, key_positions)
@@ -161,7 +160,7 @@ def select_tokens(
     Raises:
         InputError: neither one plan nor as many as samples.
     """
-    _require_plans(hidden, survivors)
+    survivors.require(len(hidden))
     result: tuple[Tensor, Tensor] = torch.ops.planner.select_tokens(
         hidden,
         queries,
@@ -193,10 +192,3 @@ def merge_tokens(hidden: Tensor, target: Tensor, weight: Tensor, length: int) ->
     """
     result: Tensor = torch.ops.planner.merge_tokens(hidden, target, weight, length)
     return result
-
-
-def _require_plans(hidden: Tensor, survivors: Survivors) -> None:
-    if survivors.plans not in (1, hidden.shape[0]):
-        raise InputError(
-            f"{survivors.plans} plans do not fit {hidden.shape[0]} samples: give one, or one each."
-        )

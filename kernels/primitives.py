@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["activate", "pair_lane", "surviving_features", "tile_order"]
+__all__ = ["activate", "pair_lane", "surviving_features", "tile_order", "unit_in_order"]
 
 
 @triton.jit
@@ -29,6 +29,25 @@ def surviving_features(units, columns, inside, width):
     """
     unit = tl.load(units + columns // width, mask=inside, other=0)
     return tl.where(inside, unit * width + columns % width, 0)
+
+
+@triton.jit
+def unit_in_order(units, count, place, SLOT_BITS: tl.constexpr):
+    """The unit at a place of the order: survivors first, then the units that do not survive.
+
+    Of ascending survivors, ``units[i] - i`` is how many units below survivor i are missing: the
+    z-th missing unit follows as many survivors as have at most z missing below them, which are
+    found by halving. SLOT_BITS is enough to count all units. Places beyond these give anything.
+    """
+    missing = place - count
+    below = tl.zeros_like(place)
+    for bit in tl.static_range(SLOT_BITS):
+        step = 1 << (SLOT_BITS - 1 - bit)
+        index = below + step - 1
+        entry = tl.load(units + index, mask=index < count, other=2147483647)
+        below += tl.where(entry - index <= missing, step, 0)
+    survivor = tl.load(units + place, mask=place < count, other=0)
+    return tl.where(place < count, survivor, missing + below)
 
 
 @triton.jit

@@ -1,8 +1,13 @@
-"""Queries, keys and values of surviving heads: norm, projection, bias, head norm and rotation."""
+"""Queries, keys and values of surviving heads: norm, projection, bias, head norm and rotation.
+
+One kernel, two places to write to: packed queries and a ragged cache (`project_qkv`), or
+the features of stock linear layers, zeros where a head does not survive (`project_in_place`).
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
@@ -10,11 +15,11 @@ from torch import Tensor
 
 from planner.kernels.launch import launch, target_for
 from planner.kernels.norm import normalize
-from planner.kernels.primitives import pair_lane, surviving_features, tile_order
+from planner.kernels.primitives import pair_lane, surviving_features, tile_order, unit_in_order
 from planner.kernels.records import AttentionWeights, KVCache, Survivors
 from planner.kernels.tiles import Tile, fold_norm, matmul_tile, power_of_two
 
-__all__ = ["project_qkv", "project_qkv_kernel"]
+__all__ = ["project_in_place", "project_qkv", "project_qkv_kernel"]
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "slots"])
@@ -22,8 +27,8 @@ def project_qkv_kernel(
     x,  # [samples, rows, depth]
     norm_weight,  # [depth] or None: x is taken as it is
     query_weight,  # [kv_heads * GROUP * HEAD_DIM, depth]
-    key_weight,  # [kv_heads * HEAD_DIM, depth]
-    value_weight,  # [kv_heads * HEAD_DIM, depth]
+    key_weight,  # [kv_heads * HEAD_DIM, depth] or None: queries alone
+    value_weight,  # [kv_heads * HEAD_DIM, depth] or None, as key_weight
     query_bias,  # [kv_heads * GROUP * HEAD_DIM] or None
     key_bias,  # [kv_heads * HEAD_DIM] or None
     value_bias,  # [kv_heads * HEAD_DIM] or None
@@ -36,9 +41,9 @@ def project_qkv_kernel(
     queries,  # [batch, tokens, slots * GROUP, HEAD_DIM]
     keys,  # [cache rows, HEAD_DIM]
     values,  # [cache rows, HEAD_DIM]
-    first,  # [batch] int32
-    room,  # [batch] int32
-    lengths,  # [batch] int32
+    first,  # [batch] int32 or None where IN_PLACE
+    room,  # [batch] int32 or None where IN_PLACE
+    lengths,  # [batch] int32 or None where IN_PLACE
     rows,
     tokens,
     depth,
@@ -52,6 +57,8 @@ def project_qkv_kernel(
     HEAD_DIM: tl.constexpr,
     GROUP: tl.constexpr,
     ROTARY: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    SLOT_BITS: tl.constexpr,
     VECTOR: tl.constexpr,
     STEP: tl.constexpr,
     EVEN_DEPTH: tl.constexpr,
@@ -72,7 +79,7 @@ def project_qkv_kernel(
     PAIRED: tl.constexpr = ROTARY if ROTARY > 0 else HEAD_DIM
     sample = tl.program_id(1)
     query_tiles = tl.cdiv(slots * (GROUP * HEAD_DIM), STEP)
-    key_tiles = tl.cdiv(slots * HEAD_DIM, STEP)
+    key_tiles = 0 if key_weight is None else tl.cdiv(slots * HEAD_DIM, STEP)
     row_tile, column_tile = tile_order(
         tl.program_id(0), tl.cdiv(rows, BLOCK_M), query_tiles + 2 * key_tiles, GROUP_ROWS
     )
@@ -82,12 +89,21 @@ def project_qkv_kernel(
     column_tile -= tl.where(is_query, 0, query_tiles) + tl.where(is_value, key_tiles, 0)
     width = tl.where(is_query, GROUP * HEAD_DIM, HEAD_DIM)
     survivors = tl.load(counts + sample) * width
-    if column_tile * STEP >= survivors:
-        return
-    # Alignment does not survive the choice between pointers unless it is stated.
-    weight = tl.where(is_query, query_weight, tl.where(is_key, key_weight, value_weight))
-    weight = tl.multiple_of(weight, 16)
-    destination = tl.multiple_of(tl.where(is_query, queries, tl.where(is_key, keys, values)), 16)
+    if IN_PLACE:
+        # Queries, keys and values are [samples, rows, slots * width], every feature where the
+        # weight has it. Virtual columns go on over groups that do not survive and get zeros.
+        steps = tl.where(column_tile * STEP < survivors, depth, 0)
+    else:
+        if column_tile * STEP >= survivors:
+            return
+    if key_weight is not None:
+        # Alignment does not survive the choice between pointers unless it is stated.
+        weight = tl.where(is_query, query_weight, tl.where(is_key, key_weight, value_weight))
+        weight = tl.multiple_of(weight, 16)
+        chosen = tl.where(is_query, queries, tl.where(is_key, keys, values))
+        destination = tl.multiple_of(chosen, 16)
+    else:
+        weight, destination = query_weight, queries
 
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     # Rows beyond the end read the last one; they are not stored.
@@ -106,7 +122,7 @@ def project_qkv_kernel(
 
     accumulator = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     squares = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for start in range(0, depth, BLOCK_K):
+    for start in range(0, steps if IN_PLACE else depth, BLOCK_K):
         inside = (start + k) < depth
         if EVEN_DEPTH:
             a = tl.load(x_tile + start)
@@ -161,14 +177,23 @@ def project_qkv_kernel(
         s = tl.load(sin + angle, mask=turns, other=0.0).to(tl.float32)
         one, other = one * c - other * s, other * c + one * s
 
-    written = row < rows
-    cache_row = tl.load(first + batch, mask=written, other=0)
-    cache_row += tl.load(lengths + batch, mask=written, other=0) + token
-    slot_stride = tl.load(room + batch, mask=written, other=0).to(tl.int64) * HEAD_DIM
-    slot_stride = tl.where(is_query, GROUP * HEAD_DIM, slot_stride)
-    query_row = (batch.to(tl.int64) * tokens + token) * (slots * GROUP)
-    start_row = tl.where(is_query, query_row, cache_row.to(tl.int64)) * HEAD_DIM
-    address = start_row[:, None] + (pairs // half_width)[None, :] * slot_stride[:, None]
+    if IN_PLACE:
+        # Columns that do not survive may hold anything by now.
+        one, other = tl.where(kept[None, :], one, 0.0), tl.where(kept[None, :], other, 0.0)
+        place = pairs // half_width
+        mask = (row < rows)[:, None] & ((offset < STEP // 2) & (place < slots))[None, :]
+        unit = unit_in_order(units, tl.load(counts + sample), place, SLOT_BITS)
+        start = (sample * rows + row).to(tl.int64) * (slots * width)
+        address = start[:, None] + (unit * width)[None, :]
+    else:
+        written = row < rows
+        cache_row = tl.load(first + batch, mask=written, other=0)
+        cache_row += tl.load(lengths + batch, mask=written, other=0) + token
+        slot_stride = tl.load(room + batch, mask=written, other=0).to(tl.int64) * HEAD_DIM
+        slot_stride = tl.where(is_query, GROUP * HEAD_DIM, slot_stride)
+        query_row = (batch.to(tl.int64) * tokens + token) * (slots * GROUP)
+        start_row = tl.where(is_query, query_row, cache_row.to(tl.int64)) * HEAD_DIM
+        address = start_row[:, None] + (pairs // half_width)[None, :] * slot_stride[:, None]
     head_start = (pairs % half_width - pair) * 2
     for member in tl.static_range(2):
         cell = address + (head_start + pair_lane(pair, member, PAIRED, HEAD_DIM))[None, :]
@@ -263,6 +288,8 @@ def project_qkv(
             "HEAD_DIM": head_dim,
             "GROUP": group,
             "ROTARY": rotary,
+            "IN_PLACE": False,
+            "SLOT_BITS": 0,
             "VECTOR": min(math.gcd(rotary // 2, (head_dim - rotary) // 2) & 7 or 8, 8),
             "STEP": step,
             "EVEN_DEPTH": depth % tile.block_k == 0,
@@ -275,3 +302,94 @@ def project_qkv(
         stages=tile.stages,
     )
     return queries
+
+
+def project_in_place(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    survivors: Survivors,
+    outputs: Sequence[Tensor],
+    tile: Tile | None = None,
+) -> None:
+    """Linear layers over surviving KV groups, each feature where the stock layer has it.
+
+    Args:
+        x: (batch, tokens, hidden).
+        weights: (out, hidden): one, or those of queries, keys and values; KV group g has rows
+            ``g * width`` to ``(g + 1) * width``, width = out / groups, an even number.
+        biases: (out,) or None, for each weight.
+        survivors: surviving KV groups, of `slots` in all; one plan, or one per sample.
+        outputs: (batch, tokens, out) for each weight, written: features of groups that do not
+            survive become 0.
+        tile: for tests; by default `tiles.matmul_tile` chooses.
+    """
+    batch, tokens, depth = x.shape
+    samples, slots = survivors.plans, survivors.slots
+    rows = batch * tokens // samples
+    widths = [weight.shape[0] // slots for weight in weights]
+    columns = sum(weight.shape[0] for weight in weights)
+    tile = tile or matmul_tile(
+        rows, columns, depth, target_for(x), samples=samples, element_bytes=x.element_size()
+    )
+    query_weight, key_weight, value_weight = _three(weights)
+    query_bias, key_bias, value_bias = _three(biases)
+    queries, keys, values = _three(outputs)
+    launch(
+        project_qkv_kernel,
+        (
+            triton.cdiv(rows, tile.block_m)
+            * sum(triton.cdiv(slots * width, tile.block_n) for width in widths),
+            samples,
+        ),
+        {
+            "x": x,
+            "norm_weight": None,
+            "query_weight": query_weight,
+            "key_weight": key_weight,
+            "value_weight": value_weight,
+            "query_bias": query_bias,
+            "key_bias": key_bias,
+            "value_bias": value_bias,
+            "query_norm": None,
+            "key_norm": None,
+            "cos": None,
+            "sin": None,
+            "units": survivors.units,
+            "counts": survivors.counts,
+            "queries": queries,
+            "keys": keys,
+            "values": values,
+            "first": None,
+            "room": None,
+            "lengths": None,
+            "rows": rows,
+            "tokens": tokens,
+            "depth": depth,
+            "slots": slots,
+            "angle_sample_stride": 0,
+            "angle_token_stride": 0,
+            "norm_eps": 0.0,
+            "norm_offset": 0.0,
+            "head_norm_eps": 0.0,
+            "head_norm_offset": 0.0,
+            "HEAD_DIM": widths[-1],
+            "GROUP": widths[0] // widths[-1],
+            "ROTARY": 0,
+            "IN_PLACE": True,
+            "SLOT_BITS": slots.bit_length(),
+            "VECTOR": widths[-1] // 2 & 7 or 8,
+            "STEP": tile.block_n,
+            "EVEN_DEPTH": depth % tile.block_k == 0,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
+            "GROUP_ROWS": tile.group_rows,
+        },
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+
+
+def _three(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [*tensors, *[None] * (3 - len(tensors))]

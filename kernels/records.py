@@ -198,6 +198,13 @@ class Survivors:
         """Entries per row."""
         return self.units.shape[1]
 
+    def require(self, samples: int) -> None:
+        """Raise InputError unless there is one plan, or one for each of some samples."""
+        if self.plans not in (1, samples):
+            raise InputError(
+                f"{self.plans} plans do not fit {samples} samples: give one, or one each."
+            )
+
     def kept(self, plan: int) -> Tensor:
         """Surviving lanes of one plan, ascending, int64. Waits for the GPU if they are there."""
         count = int(self.counts[plan])

@@ -16,6 +16,7 @@ MATRIX_KERNELS = (
     "project_out_kernel",
     "attend_kernel",
     "attend_split_kernel",
+    "attend_stock_kernel",
     "score_kernel",
     "merge_kernel",
 )
@@ -39,7 +40,7 @@ def test_kernels_fit_and_use_tensor_cores(name, target):
     _check(compiled)
     if compiled.name not in MATRIX_KERNELS:
         return
-    many_rows = name.startswith(("prefill", "tokens/merge", "vision"))
+    many_rows = name.startswith(("prefill", "stock prefill", "tokens/merge", "vision"))
     kind = "wgmma" if target == "sm_90" and many_rows else "mma"
     assert compiled.tensor_core[kind] > 0
     # Weights and keys arrive in 16-byte vectors; a lost alignment hint makes them 2-byte loads.

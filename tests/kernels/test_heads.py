@@ -7,11 +7,14 @@ from torch.library import opcheck
 from torch.nn import functional as F
 
 from planner.ir.errors import InputError
+from planner.kernels import fused, heads
 from planner.kernels.head_ops import attend_heads, project_heads
 from planner.kernels.records import Survivors
 
 HIDDEN, GROUPS, SHARED, HEAD_DIM = 12, 5, 2, 4
 WIDTHS = (SHARED * HEAD_DIM, HEAD_DIM, HEAD_DIM)
+# What CUDA tensors run, here in the interpreter, and what all others run.
+BACKENDS = pytest.mark.parametrize("backend", [fused, heads], ids=["fused", "sliced"])
 
 
 def _plans(count):
@@ -49,19 +52,29 @@ def _masked(query, key, value, mask, output, kept, causal=False):
     return F.linear(mixed * _alive(kept, SHARED * HEAD_DIM)[:, None].to(mixed), output)
 
 
+@BACKENDS
 @pytest.mark.parametrize("plans", [1, 3])
-def test_projections_stay_in_place_and_the_rest_is_zero(plans):
-    kept = _plans(plans)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_projections_stay_in_place_and_the_rest_is_zero(backend, plans, count):
+    kept = [[0, 1, 4], [], [3]][:plans]
     x = torch.randn(3, 6, HIDDEN)
-    weights, biases = _projections()
-    outputs = project_heads(x, weights, biases, Survivors.of(kept, GROUPS))
-    for out, w, b, width in zip(outputs, weights, biases, WIDTHS, strict=True):
-        assert_close(out, F.linear(x, w, b) * _alive(kept, width)[:, None], torch.float32)
+    weights, biases = (tensors[:count] for tensors in _projections())
+    want = [
+        F.linear(x, w, b) * _alive(kept, width)[:, None]
+        for w, b, width in zip(weights, biases, WIDTHS)
+    ]
+    for tensor, width in [*zip(weights, WIDTHS), (biases[0], WIDTHS[0])]:
+        # What survives nowhere is not read.
+        tensor[~_alive(kept, width).bool().any(dim=0)] = torch.nan
+    outputs = backend.project_heads(x, weights, biases, Survivors.of(kept, GROUPS))
+    for got, expected in zip(outputs, want, strict=True):
+        assert_close(got, expected, torch.float32)
 
 
+@BACKENDS
 @pytest.mark.parametrize("plans", [1, 3])
 @pytest.mark.parametrize("form", ["bool", "added", "causal", "none", "by head"])
-def test_attention_over_survivors_is_attention_without_the_others(plans, form):
+def test_attention_over_survivors_is_attention_without_the_others(backend, plans, form):
     kept = _plans(plans)
     query, key, value, mask, output = _operands()
     causal = form == "causal"
@@ -76,8 +89,26 @@ def test_attention_over_survivors_is_attention_without_the_others(plans, form):
     # What does not survive is not read.
     for operand, width in ((query, SHARED), (key, 1), (value, 1)):
         operand[~_alive(kept, width).bool().expand(3, -1)] = torch.nan
+    if plans == 1:
+        output[:, ~_alive(kept, SHARED * HEAD_DIM)[0].bool()] = torch.nan
     survivors = Survivors.of(kept, GROUPS)
-    got = attend_heads(query, key, value, mask, output, survivors, scale=0.3, causal=causal)
+    got = backend.attend_heads(query, key, value, mask, output, survivors, scale=0.3, causal=causal)
+    assert_close(got, want, torch.float32)
+
+
+@BACKENDS
+def test_widths_that_no_kernel_has(backend):
+    """An odd number of features per group, and values narrower than keys."""
+    x, kept = torch.randn(2, 3, HIDDEN), [[1, 2]]
+    survivors = Survivors.of(kept, GROUPS)
+    (got,) = backend.project_heads(x, [w := weight(GROUPS * 3, HIDDEN)], [None], survivors)
+    assert_close(got, F.linear(x, w) * _alive(kept, 3), torch.float32)
+    query, key, value, mask, output = _operands()
+    value, output = value[..., :3].contiguous(), output[:, : GROUPS * SHARED * 3].contiguous()
+    alive = _alive(kept, SHARED * 3)
+    mixed = F.scaled_dot_product_attention(query, key, value, mask, scale=0.3, enable_gqa=True)
+    want = F.linear(mixed.transpose(1, 2).flatten(start_dim=2) * alive, output)
+    got = backend.attend_heads(query, key, value, mask, output, survivors, scale=0.3, causal=False)
     assert_close(got, want, torch.float32)
 
 

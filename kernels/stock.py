@@ -1,0 +1,313 @@
+"""Attention over surviving heads where stock code keeps them: (batch, heads, tokens, head_dim).
+
+What a model hands to `F.scaled_dot_product_attention` is read as it lies, by strides: rotated
+queries, and keys and values of any cache of transformers. One kernel serves prompts and single
+tokens: a program has one KV head, and the rows of its tile are the query heads that share it, token
+by token, so that keys and values are read once for all of them. For a single token the keys are
+split among programs (see `planner.kernels.decode`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from planner.kernels.decode import join_splits_kernel
+from planner.kernels.launch import launch, target_for
+from planner.kernels.prefill import softmax_step
+from planner.kernels.records import Survivors
+from planner.kernels.tiles import (
+    AttentionTile,
+    attention_tile,
+    decode_splits,
+    decode_tile,
+    power_of_two,
+)
+
+__all__ = ["attend_stock", "attend_stock_kernel"]
+
+
+@triton.jit
+def mask_range(
+    mask, row_cell, real_row, context, key_stride, ADDED: tl.constexpr, SCAN: tl.constexpr
+):
+    """(begin, clear, end): keys outside [begin, end) are seen by no row of the tile, keys in
+    [begin, clear) by every one with nothing added. `row_cell` is where a row's mask begins."""
+    begin = context
+    clear = context
+    end = 0
+    for start in tl.range(0, context, SCAN, num_stages=1):
+        index = start + tl.arange(0, SCAN)
+        cell = row_cell[:, None] + index[None, :] * key_stride
+        present = real_row[:, None] & (index < context)[None, :]
+        if ADDED:
+            value = tl.load(mask + cell, mask=present, other=float("-inf")).to(tl.float32)
+            seen, plain = value > float("-inf"), value == 0
+        else:
+            seen = tl.load(mask + cell, mask=present, other=0) != 0
+            plain = seen
+        some = tl.max(seen.to(tl.int32), axis=0) != 0
+        every = tl.min((plain | (real_row == 0)[:, None]).to(tl.int32), axis=0) != 0
+        begin = tl.minimum(begin, tl.min(tl.where(some, index, context)))
+        end = tl.maximum(end, tl.max(tl.where(some, index + 1, 0)))
+        broken = (index >= begin) & (index < context) & (every == 0)
+        clear = tl.minimum(clear, tl.min(tl.where(broken, index, context)))
+    return begin, tl.minimum(clear, end), end
+
+
+@triton.jit(do_not_specialize=["tokens", "context", "slots", "splits"])
+def attend_stock_kernel(
+    queries,  # [batch, kv_heads * GROUP, tokens, HEAD_DIM], strided
+    keys,  # [batch, kv_heads, context, HEAD_DIM], strided
+    values,  # [batch, kv_heads, context, HEAD_DIM], strided
+    mask,  # [batch, kv_heads * GROUP, tokens, context], strided, or None
+    units,  # [plans, slots] int32
+    counts,  # [plans] int32
+    out,  # [batch, tokens, slots * UNIT * GROUP, splits, HEAD_DIM]; float32 where it is partial
+    weight,  # [batch, tokens, slots * UNIT * GROUP, splits] float32, or None with a single split
+    tokens,
+    context,
+    slots,
+    splits,
+    plan_stride,
+    query_sample,  # strides, in elements
+    query_head,
+    query_token,
+    key_sample,
+    key_head,
+    key_token,
+    value_sample,
+    value_head,
+    value_token,
+    mask_sample,
+    mask_head,
+    mask_token,
+    mask_key,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    UNIT: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ADDED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SCAN: tl.constexpr,
+):
+    """out = softmax(scale q k^T + mask) v for the heads of surviving units, packed by slot.
+
+    A unit has UNIT KV heads, a KV head GROUP query heads. A mask is added where ADDED, otherwise
+    its bytes say what is seen (not 0); without one, CAUSAL lets token i see keys 0 to i. A query
+    that sees nothing gets 0. Blocks of keys that no row of the tile sees are not read. With splits,
+    a program takes its share of the keys, and gives the base-2 logarithm of its softmax sum as
+    well. bf16, fp16 or fp32; softmax and accumulation in float32.
+    Sources: FlashAttention-2, arXiv 2307.08691, algorithm 1; Flash-Decoding (Dao et al., 2023).
+    """
+    # Later tiles see more keys; starting them first leaves the short ones to fill the tail.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    tile, split = program // splits, program % splits
+    place = tl.program_id(1)
+    sample = tl.program_id(2)
+    slot = place // UNIT
+    if slot >= tl.load(counts + sample * plan_stride):
+        return
+    kv_head = tl.load(units + sample * plan_stride * slots + slot) * UNIT + place % UNIT
+    batch = sample.to(tl.int64)
+    keys += batch * key_sample + kv_head.to(tl.int64) * key_head
+    values += batch * value_sample + kv_head.to(tl.int64) * value_head
+
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    real_row = row < tokens * GROUP
+    token = row // GROUP
+    member = row % GROUP
+    head = kv_head * GROUP + member
+    lane = tl.arange(0, BLOCK_D)
+    real_lane = lane < HEAD_DIM
+    inside_tile = real_row[:, None] & real_lane[None, :]
+    cell = batch * query_sample + head.to(tl.int64) * query_head + token.to(tl.int64) * query_token
+    q = tl.load(queries + cell[:, None] + lane[None, :], mask=inside_tile, other=0.0)
+
+    begin = 0
+    clear = context
+    end = context
+    row_cell = token
+    if mask is not None:
+        # Offsets within the tile fit 32 bits, which saves registers.
+        first = tile * BLOCK_M // GROUP
+        mask += batch * mask_sample + (kv_head * GROUP).to(tl.int64) * mask_head
+        mask += first.to(tl.int64) * mask_token
+        row_cell = member * mask_head + (token - first) * mask_token
+        begin, clear, end = mask_range(mask, row_cell, real_row, context, mask_key, ADDED, SCAN)
+    elif CAUSAL:
+        last = tl.minimum(tile * BLOCK_M + BLOCK_M, tokens * GROUP) - 1
+        clear = tl.minimum(tile * BLOCK_M // GROUP + 1, context)
+        end = tl.minimum(last // GROUP + 1, context)
+    share = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), splits), BLOCK_N) * BLOCK_N
+    begin += split * share
+    end = tl.minimum(begin + share, end)
+
+    accumulator = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    highest = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    factor = scale * 1.4426950408889634  # exponentials are in base 2
+    whole = tl.maximum(tl.minimum(clear, end) - begin, 0) // BLOCK_N * BLOCK_N
+    for n in range(begin, begin + whole, BLOCK_N):
+        index = (n + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+        present = real_lane[None, :]
+        k = tl.load(keys + index * key_token + lane[None, :], mask=present, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
+        v = tl.load(values + index * value_token + lane[None, :], mask=present, other=0.0)
+        accumulator, highest, total = softmax_step(scores, v, accumulator, highest, total)
+    for n in tl.range(begin + whole, end, BLOCK_N, num_stages=1):
+        offset = n + tl.arange(0, BLOCK_N)
+        inside = offset < end
+        index = offset.to(tl.int64)[:, None]
+        present = inside[:, None] & real_lane[None, :]
+        k = tl.load(keys + index * key_token + lane[None, :], mask=present, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
+        seen = real_row[:, None] & inside[None, :]
+        if mask is not None:
+            mask_cell = row_cell[:, None] + offset[None, :] * mask_key
+            if ADDED:
+                shift = tl.load(mask + mask_cell, mask=seen, other=float("-inf")).to(tl.float32)
+                seen = shift > float("-inf")
+                # The least finite number must stay finite: a row of nothing else is even.
+                scores += tl.maximum(shift, -2.0e38) * 1.4426950408889634
+            else:
+                seen = tl.load(mask + mask_cell, mask=seen, other=0) != 0
+        elif CAUSAL:
+            seen = seen & (offset[None, :] <= token[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
+        v = tl.load(values + index * value_token + lane[None, :], mask=present, other=0.0)
+        accumulator, highest, total = softmax_step(scores, v, accumulator, highest, total)
+    empty = total == 0.0
+    result = tl.where(empty[:, None], 0.0, accumulator / tl.where(empty, 1.0, total)[:, None])
+    packed = (batch * tokens + token) * (slots * UNIT * GROUP) + place * GROUP + member
+    cell = (packed * splits + split)[:, None] * HEAD_DIM + lane[None, :]
+    tl.store(out + cell, result.to(out.dtype.element_ty), mask=inside_tile)
+    if weight is not None:
+        logarithm = tl.where(empty, float("-inf"), highest + tl.log2(tl.where(empty, 1.0, total)))
+        tl.store(weight + packed * splits + split, logarithm, mask=real_row)
+
+
+def attend_stock(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    survivors: Survivors,
+    *,
+    scale: float,
+    causal: bool,
+    tile: AttentionTile | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """Attention of surviving heads, packed by slot.
+
+    Args:
+        query, key, value, mask, survivors, scale, causal: as in `head_ops.attend_heads`, with
+            value_dim = head_dim.
+        tile, splits: for tests; by default those of `planner.kernels.tiles`.
+
+    Returns:
+        (batch, tokens, heads, head_dim); heads beyond a plan's count are undefined.
+    """
+    batch, heads, tokens, head_dim = query.shape
+    kv_heads, context = key.shape[1:3]
+    group, unit = heads // kv_heads, kv_heads // survivors.slots
+    target, size = target_for(query), query.element_size()
+    rows = tokens * group
+    if tokens == 1:
+        tile = tile or decode_tile(head_dim, target, element_bytes=size)
+        block_m = max(tile.block_m, power_of_two(rows))
+        splits = splits or decode_splits(batch * kv_heads, context, target, block_n=tile.block_n)
+    else:
+        tile = tile or attention_tile(rows, head_dim, target, element_bytes=size)
+        block_m, splits = tile.block_m, 1
+        if mask is not None:
+            # A mask needs registers too: fewer keys a step, and rows that are read as vectors.
+            tile = replace(tile, block_n=min(tile.block_n, 32))
+            mask = _aligned(mask)
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    added = mask is not None and mask.dtype != torch.bool
+    strides: tuple[int, ...] = (0, 0, 0, 0)
+    if mask is not None:
+        mask = (mask if added else mask.view(torch.uint8)).expand(batch, heads, tokens, context)
+        strides = mask.stride()
+    out = query.new_empty(batch, tokens, heads, head_dim)
+    partial, weight = out, None
+    if splits > 1:
+        partial = query.new_empty((batch, heads, splits, head_dim), dtype=torch.float32)
+        weight = query.new_empty((batch, heads, splits), dtype=torch.float32)
+    common = {
+        "counts": survivors.counts,
+        "slots": survivors.slots,
+        "splits": splits,
+        "plan_stride": int(survivors.plans > 1),
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": max(16, power_of_two(head_dim)),
+    }
+    launch(
+        attend_stock_kernel,
+        (triton.cdiv(rows, block_m) * splits, kv_heads, batch),
+        common
+        | {
+            "queries": query,
+            "keys": key,
+            "values": value,
+            "mask": mask,
+            "units": survivors.units,
+            "out": partial,
+            "weight": weight,
+            "tokens": tokens,
+            "context": context,
+            **_strides("query", query),
+            **_strides("key", key),
+            **_strides("value", value),
+            "mask_sample": strides[0],
+            "mask_head": strides[1],
+            "mask_token": strides[2],
+            "mask_key": strides[3],
+            "scale": scale,
+            "GROUP": group,
+            "UNIT": unit,
+            "CAUSAL": causal,
+            "ADDED": added,
+            "BLOCK_M": block_m,
+            "BLOCK_N": tile.block_n,
+            "SCAN": 32 if tokens > 1 else 512,
+        },
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+    if weight is not None:
+        launch(
+            join_splits_kernel,
+            (heads, batch),
+            common
+            | {
+                "partial": partial,
+                "weight": weight,
+                "out": out,
+                "GROUP": unit * group,
+                "BLOCK_S": power_of_two(splits),
+            },
+        )
+    return out
+
+
+def _aligned(mask: Tensor) -> Tensor:
+    """A mask whose rows begin at multiples of 16 elements, the given one or a copy."""
+    if mask.stride(-1) == 1 and all(stride % 16 == 0 for stride in mask.stride()[:-1]):
+        return mask
+    keys = mask.shape[-1]
+    wide = mask.new_empty(*mask.shape[:-1], triton.cdiv(keys, 16) * 16)
+    return wide[..., :keys].copy_(mask)
+
+
+def _strides(name: str, x: Tensor) -> dict[str, int]:
+    return {f"{name}_{axis}": x.stride(i) for i, axis in enumerate(("sample", "head", "token"))}
