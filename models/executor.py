@@ -70,6 +70,11 @@ class Executor:
         """What is active now; None is the base model."""
         return self._active[-1][0] if self._active else None
 
+    @property
+    def stages(self) -> TokenStages | None:
+        """What drops tokens now, and knows how many it kept; None where nothing does."""
+        return self._stages
+
     def attach(self, plans: Plans) -> None:
         """Make plans active until `detach` or another `attach`.
 

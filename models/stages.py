@@ -20,6 +20,7 @@ from planner.models.selectors import (
     DecoderSelector,
     Needs,
     VisionSelector,
+    counted,
     parse,
 )
 from planner.models.tokens import Kept, gather, scatter
@@ -49,19 +50,25 @@ def selector_of(stage: TokenStage) -> DecoderSelector | VisionSelector:
     return selector
 
 
-def stages_of(text: str, image_tokens: int) -> tuple[TokenStage, ...]:
+def stages_of(text: str, image_tokens: int, per_run: int = 0) -> tuple[TokenStage, ...]:
     """The token stages of a selector such as ``fastv:k=2,r=0.5``, on so many image tokens.
 
+    Args:
+        text: the selector.
+        image_tokens: of one sample.
+        per_run: image tokens that one run of the vision encoder yields; 0 where unknown.
+
     Raises:
-        InputError: there is no such selector, or it keeps a number that depends on content.
+        InputError: there is no such selector, or it keeps a number that depends on content and has
+            no cap.
     """
     selector = parse(text)
-    stages = []
-    for layer, count in zip(selector.layers, selector.counts(image_tokens), strict=True):
-        if count is None:
-            raise InputError(f"how many tokens {text} keeps depends on the image: it has no cost")
-        stages.append(TokenStage(layer, count, image_tokens, str(selector)))
-    return tuple(stages)
+    return tuple(
+        TokenStage(layer, count, image_tokens, str(selector))
+        for layer, count in zip(
+            selector.layers, counted(selector, image_tokens, per_run), strict=True
+        )
+    )
 
 
 class TokenStages:
@@ -76,6 +83,9 @@ class TokenStages:
 
     Attributes:
         recorded: layers whose attention some selector scores tokens by.
+        image_tokens: of the last prompt with images, per row of its batch, shape (batch,); None
+            before there was one.
+        kept: layer of a stage -> how many of them were left behind it, shape (batch,).
 
     Raises:
         InputError: a stage cannot be carried out on this model.
@@ -88,6 +98,8 @@ class TokenStages:
         self._places = places or (lambda known, value: known)
         self.selectors: dict[TokenStage, DecoderSelector] = {}
         self.recorded: set[int] = set()
+        self.image_tokens: Tensor | None = None
+        self.kept: dict[int, Tensor] = {}
         self._image_token = image_token(model)
         vision = None
         for stage in {stage for plan in program.plans for stage in plan.tokens}:
@@ -151,6 +163,7 @@ class TokenStages:
             )
         if image.any():
             call.image = image
+            self.image_tokens, self.kept = image.sum(1), {}
         elif not call.past:
             raise InputError(
                 "the plan drops image tokens and the prompt has no image; pass one, or use a plan "
@@ -196,8 +209,7 @@ class TokenStages:
         if stage not in self.selectors:
             assert call.unwanted is not None
             call.left &= ~call.unwanted
-            call.kept = Kept.of(call.left)
-            return hidden
+            return self._chosen(call, stage, hidden)
         everyone = torch.arange(call.batch, device=hidden.device)
         for part, record in self._pieces(call, stage, everyone if rows is None else rows):
             kept = call.kept.rows(part) if earlier and call.kept is not None else None
@@ -211,7 +223,14 @@ class TokenStages:
                 everything = kept or Kept.of(torch.ones_like(call.left[part]))
                 hidden = scatter(hidden.clone(), part, everything, selection.hidden_states)
             call.left[part] &= keep
+        return self._chosen(call, stage, hidden)
+
+    def _chosen(self, call: Call, stage: TokenStage, hidden: Tensor) -> Tensor:
+        """Note what is left behind a stage; the hidden states."""
+        assert call.image is not None
+        assert call.left is not None
         call.kept = Kept.of(call.left)
+        self.kept[stage.layer] = (call.left & call.image).sum(1)
         return hidden
 
     def _pieces(

@@ -115,6 +115,11 @@ class VisionStage:
                 f"use a selector that works in the decoder, such as fastv"
             )
         runs, patches = features.shape[:2]
+        most = max(len(indices) for indices in selection.indices)
+        if most > patches:
+            raise InputError(
+                f"{self.selector} makes {most} tokens of an image's {patches}; ask for fewer"
+            )
         output = projected.new_full((runs, patches, projected.shape[-1]), torch.inf)
         for run, (indices, part) in enumerate(
             zip(selection.indices, projected[0].split([len(i) for i in selection.indices]))

@@ -138,7 +138,15 @@ def plan_graph(
             graph, request.image_tokens, request.text_tokens, request.new_tokens, request.batch
         )
         if request.tokens is not None:
-            switches = switches.with_selector(request.tokens, load.image_tokens)
+            switches = switches.with_selector(
+                request.tokens, load.image_tokens, load.image_tokens_per_run
+            )
+            last = max(switches.token_layers)
+            if last >= graph.layers:
+                raise InputError(
+                    f"{request.tokens} drops tokens before decoder layer {last}, counted from 0, "
+                    f"and '{graph.name}' has {graph.layers} layers"
+                )
         if request.kv is not None:
             switches = switches.with_kv_policy(request.kv)
         pricing = Pricing(graph, load, switches, find_device(device), scope)

@@ -171,8 +171,39 @@ class Pricing:
         for stage, keep in zip(self.stages, option, strict=False):
             if keep < previous:
                 cost = cost + self._selection(stage, option, self._score_width(stage, plan))
+                if self.switches.selector is not None:
+                    cost = cost + self._products(stage, previous, option)
             previous = keep
         return cost
+
+    def _products(
+        self, stage: int, image_tokens: int, option: tuple[int, ...]
+    ) -> npt.NDArray[np.int64]:
+        """Cost of what a selector multiplies to choose from so many tokens; shape (4,)."""
+        from planner.models.selectors import Sizes, VisionSelector
+
+        selector, load = self.switches.selector, self.workload
+        assert selector is not None
+        in_vision = isinstance(selector, VisionSelector)
+        if in_vision and self.scope == "llm":
+            return np.zeros(4, dtype=np.int64)
+        sizes = Sizes(
+            load.image_tokens_per_run if in_vision else image_tokens,
+            load.text_tokens,
+            # Of all heads: a plan with fewer costs less.
+            self._query_width(stage, None),
+            int(self.graph.properties["hidden_size"]),
+            *self._tower,
+        )
+        each = Dim.of("images" if in_vision else "batch")
+        products = [
+            Operator(f"product.{i}", "matmul", (), (each, Dim(rows), Dim(columns))).having(
+                inner=inner
+            )
+            for i, (rows, columns, inner) in enumerate(selector.products(stage, sizes))
+        ]
+        empty = Graph("", tuple(products), (), self.graph.properties)
+        return self._vector(products, empty, None, option)
 
     def _selection(self, stage: int, option: tuple[int, ...], width: int) -> npt.NDArray[np.int64]:
         hidden = (Dim.of("batch"), Dim.of("query"), Dim(int(self.graph.properties["hidden_size"])))
@@ -188,6 +219,19 @@ class Pricing:
         """Query features (heads * head_dim) of the attention that scores tokens for a stage."""
         if not scores_by_attention(self.switches.token_selector):
             return 0
+        return self._query_width(stage, plan)
+
+    @cached_property
+    def _tower(self) -> tuple[int, int]:
+        """(width, attention heads) of the vision tower's attention; (0, 1) without any."""
+        for operator in self.graph:
+            if operator.part == "vision" and operator.kind == "attention":
+                heads = operator.integer("heads")
+                return heads * operator.integer("head_dim"), heads
+        return 0, 1
+
+    def _query_width(self, stage: int, plan: Plan | None) -> int:
+        """Query features of the last attention before a stage; 0 without one."""
         for layer in range(stage - 1, -1, -1):
             for operator in self._by_layer.get(layer, []):
                 if operator.kind != "attention":

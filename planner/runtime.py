@@ -28,7 +28,16 @@ if TYPE_CHECKING:
 
     from planner.models.executor import Executor
 
-__all__ = ["Planning", "budget", "compile", "graph_of", "name_of", "plan_of", "restore"]
+__all__ = [
+    "Planning",
+    "budget",
+    "compile",
+    "graph_of",
+    "kept_image_tokens",
+    "name_of",
+    "plan_of",
+    "restore",
+]
 
 Model = TypeVar("Model", bound="nn.Module")
 
@@ -153,6 +162,17 @@ def plan_of(model: nn.Module) -> Plan:
 def graph_of(model: nn.Module) -> Graph:
     """The Graph of a compiled model."""
     return _of(model).planning.graph
+
+
+def kept_image_tokens(model: nn.Module) -> dict[int, list[int]]:
+    """How many image tokens the plan that is active now kept of the last prompt.
+
+    Returns:
+        Layer of a token stage -> what was left behind it, one number a sample (a row of the batch).
+        Empty before the first prompt, and where no token is dropped.
+    """
+    stages = _of(model).executor.stages
+    return {} if stages is None else {k: v.tolist() for k, v in sorted(stages.kept.items())}
 
 
 def restore(model: Model) -> Model:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Site
 
-__all__ = ["AXES", "KvPolicy", "SwitchSet", "mlp_switches", "with_switches"]
+__all__ = ["AXES", "KvPolicy", "SwitchSet", "TokenSelector", "mlp_switches", "with_switches"]
 
 AXES = ("tokens", "layers", "heads", "mlp")
 _SITE_KIND = {"layers": "layer", "heads": "heads", "mlp": "mlp"}
@@ -26,6 +26,17 @@ class KvPolicy(Protocol):
         """Entries of each head's cache after a prompt and some decoded tokens."""
 
 
+class TokenSelector(Protocol):
+    """A rule that picks tokens, see `planner.models.selectors`."""
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the content decides how many tokens are left."""
+
+    def products(self, layer: int, sizes: Any) -> tuple[tuple[int, int, int], ...]:
+        """Products of matrices that choosing takes."""
+
+
 @dataclass(frozen=True, slots=True)
 class SwitchSet:
     """What may be switched.
@@ -37,7 +48,9 @@ class SwitchSet:
             (upper half of the layers, see `planner.faithful`), else "".
         token_layers: decoder layers before which image tokens may be dropped.
         token_selector: the rule that picks them.
-        token_counts: image tokens kept at each of `token_layers`, where a selector fixes them.
+        token_counts: image tokens kept at each of `token_layers`, where a selector fixes them, or
+            the most that it keeps.
+        selector: `token_selector` itself, where the user gave one.
         kv: evicts from the cache of every layer; None keeps everything.
     """
 
@@ -47,6 +60,7 @@ class SwitchSet:
     token_layers: tuple[int, ...] = (_TOKEN_LAYER,)
     token_selector: str = "fastv"
     token_counts: tuple[int, ...] | None = None
+    selector: TokenSelector | None = None
     kv: KvPolicy | None = None
 
     @staticmethod
@@ -67,33 +81,29 @@ class SwitchSet:
             )
         return SwitchSet(text, tuple(axis for axis in AXES if axis in axes))
 
-    def with_selector(self, text: str, image_tokens: int) -> SwitchSet:
+    def with_selector(self, text: str, image_tokens: int, per_run: int = 0) -> SwitchSet:
         """The same switches with image tokens dropped as a selector says, rather than chosen.
 
         Args:
             text: a selector with its arguments, such as ``fastv:k=2,r=0.5``; imports torch.
             image_tokens: of one sample.
+            per_run: image tokens that one run of the vision encoder yields; 0 where unknown.
 
         Raises:
             InputError: where the selector does not exist, or keeps a number that depends on content
-                (no cost could be promised).
+                and has no cap (no cost could be promised).
         """
-        from planner.models.selectors import parse
+        from planner.models.selectors import counted, parse
 
         selector = parse(text)
-        counts = selector.counts(image_tokens)
-        if any(count is None for count in counts):
-            raise InputError(
-                f"how many tokens {text} keeps depends on the image, and may be all of them, so no "
-                f"cost below the base model's can be promised; take one that keeps a fixed number, "
-                f"such as prumerge+:ratio=0.25 or visionzip"
-            )
+        counts = counted(selector, image_tokens, per_run)
         return replace(
             self,
             axes=tuple(axis for axis in AXES if axis in (*self.axes, "tokens")),
             token_layers=tuple(selector.layers),
             token_selector=str(selector),
-            token_counts=tuple(int(count) for count in counts if count is not None),
+            token_counts=counts,
+            selector=selector,
         )
 
     def with_kv_policy(self, text: str) -> SwitchSet:

@@ -16,6 +16,16 @@ And one policy that evicts from the KV cache instead: h2o, by attention received
 2306.14048). All of them are rules, none is trained; some were also published with a model
 fine-tuned under the rule (prumerge, prumerge+, visionzip).
 
+How many tokens a rule leaves is fixed by its arguments, or depends on the picture (adaptive). An
+adaptive rule may leave all of them, so a plan wants a cap, the largest share of each picture's
+tokens that it may leave. The plan is priced at the cap, and runs what the rule says.
+
+| adaptive  | the rule keeps                                          | with a cap | fixed       |
+|-----------|---------------------------------------------------------|------------|-------------|
+| prumerge  | outliers of attention, and the sum of the others        | max=0.25   |             |
+| prumerge+ | outliers, a grid as dense as they are many, and the sum | max=0.25   | ratio=0.125 |
+| trim      | outliers of similarity, and the mean of the others      | max=0.25   | ratio=0.25  |
+
 In: tensors that an executor took from a stock model. Out: `DecoderSelection` or
 `VisionSelection`. `parse("fastv:k=2,r=0.5")` reads a selector as users write it, ``str`` writes
 it. A new method is its own file, a line in the registry below and its twin in the tests.
@@ -25,13 +35,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from planner.ir.errors import InputError
 from planner.models.selectors.arguments import read_named
 from planner.models.selectors.base import (
     DecoderInputs,
     DecoderSelection,
     DecoderSelector,
     Needs,
+    Product,
     Selector,
+    Sizes,
     Stage,
     TowerAttention,
     VisionInputs,
@@ -60,10 +73,12 @@ __all__ = [
     "HeavyHitters",
     "HiRED",
     "Needs",
+    "Product",
     "PruMerge",
     "PruMergePlus",
     "Random",
     "Selector",
+    "Sizes",
     "SparseVLM",
     "Stage",
     "TowerAttention",
@@ -72,6 +87,7 @@ __all__ = [
     "VisionSelection",
     "VisionSelector",
     "VisionZip",
+    "counted",
     "parse",
     "parse_kv_policy",
 ]
@@ -94,6 +110,28 @@ KV_POLICIES: Mapping[str, type[H2O]] = {"h2o": H2O}
 def parse(text: str) -> Selector:
     """Read a selector, for example ``fastv:k=2,r=0.5``; InputError says what is wrong."""
     return read_named(text, SELECTORS, "token selector")
+
+
+def counted(selector: Selector, image_tokens: int, per_run: int = 0) -> tuple[int, ...]:
+    """Image tokens of one sample that a selector leaves at each of its layers, at most.
+
+    Args:
+        selector: any.
+        image_tokens: of the sample.
+        per_run: image tokens that one run of the vision encoder yields; 0 where unknown.
+
+    Raises:
+        InputError: the number depends on content and has no cap, so no cost can be promised.
+    """
+    counts = selector.counts_of_sample(image_tokens, per_run)
+    known = tuple(count for count in counts if count is not None)
+    if len(known) < len(counts):
+        raise InputError(
+            f"how many tokens {selector} keeps depends on the image, and may be all of them, so no "
+            f"cost below the base model's can be promised; give it a cap, such as "
+            f"{selector.name}:max=0.25"
+        )
+    return known
 
 
 def parse_kv_policy(text: str) -> H2O:

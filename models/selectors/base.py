@@ -26,7 +26,9 @@ __all__ = [
     "DecoderSelection",
     "DecoderSelector",
     "Needs",
+    "Product",
     "Selector",
+    "Sizes",
     "Stage",
     "TowerAttention",
     "VisionInputs",
@@ -36,6 +38,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+# Rows, columns and inner size of a product of two matrices: 2 * rows * columns * inner FLOPs.
+Product = tuple[int, int, int]
 
 
 class Stage(Enum):
@@ -192,6 +197,27 @@ def supplied(value: T | None, what: str) -> T:
     return value
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What the products follow from that a selector makes of its own.
+
+    Attributes:
+        image_tokens: that enter: of one run (vision) or of one sample (decoder).
+        text_tokens: of one sample.
+        query: features of the queries that tokens are scored by, heads * head_dim.
+        hidden: width of the hidden states.
+        tower: width of the vision tower.
+        tower_heads: attention heads of the vision tower.
+    """
+
+    image_tokens: int
+    text_tokens: int = 0
+    query: int = 0
+    hidden: int = 0
+    tower: int = 0
+    tower_heads: int = 1
+
+
 class Selector(Arguments, ABC):
     """A rule that picks image tokens; a frozen dataclass whose fields are its arguments.
 
@@ -203,6 +229,11 @@ class Selector(Arguments, ABC):
 
     stage: ClassVar[Stage]
     needs: ClassVar[Needs] = Needs.NOTHING
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the content decides how many tokens are left."""
+        return False
 
     @property
     @abstractmethod
@@ -217,8 +248,30 @@ class Selector(Arguments, ABC):
             tokens: image tokens before selection: of one run (vision) or one sample (decoder).
 
         Returns:
-            One count per layer; None where it depends on the content.
+            One count per layer: exact, or for an adaptive selector with a cap the most that it
+            leaves. None where it depends on the content, and may be all of them.
         """
+
+    def counts_of_sample(self, image_tokens: int, per_run: int = 0) -> tuple[int | None, ...]:
+        """The same for one sample, as `counts` says it for what the selector looks at.
+
+        Args:
+            image_tokens: of the sample.
+            per_run: image tokens that one run of the vision encoder yields; 0 where unknown.
+        """
+        return self.counts(image_tokens)
+
+    def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
+        """Products of matrices that choosing takes, of one run (vision) or sample, at most.
+
+        The one row of attention that FastV scores by is not among them: the operator
+        ``select_tokens`` has it.
+
+        Args:
+            layer: one of `layers`.
+            sizes: of what is chosen from.
+        """
+        return ()
 
 
 class VisionSelector(Selector):
@@ -235,6 +288,16 @@ class VisionSelector(Selector):
     def layers(self) -> tuple[int, ...]:
         """The whole decoder sees the smaller set."""
         return (0,)
+
+    def counts_of_sample(self, image_tokens: int, per_run: int = 0) -> tuple[int | None, ...]:
+        """Run by run; tokens that no run yields, such as the ends of lines between tiles, stay."""
+        if not per_run:
+            return self.counts(image_tokens)
+        runs, others = -(-image_tokens // per_run), image_tokens % per_run
+        return tuple(
+            None if count is None else min(image_tokens, runs * count + others)
+            for count in self.counts(per_run)
+        )
 
     @abstractmethod
     def select(self, inputs: VisionInputs) -> VisionSelection:

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from planner.ir.errors import InputError
 from planner.models.selectors.attention import cls_attention
-from planner.models.selectors.base import Needs, VisionInputs, VisionSelection, VisionSelector
+from planner.models.selectors.base import (
+    Needs,
+    Product,
+    Sizes,
+    VisionInputs,
+    VisionSelection,
+    VisionSelector,
+)
 from planner.models.selectors.ranking import top_mask
 
 __all__ = ["HiRED", "tile_counts"]
@@ -68,6 +75,10 @@ class HiRED(VisionSelector):
     def counts(self, tokens: int) -> tuple[int | None, ...]:
         """int(tokens ratio): exact for one run, at most that on average over tiles."""
         return (int(tokens * self.ratio),)
+
+    def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
+        """CLS attention in two layers."""
+        return ((2, sizes.image_tokens + 1, sizes.tower),)
 
     def select(self, inputs: VisionInputs) -> VisionSelection:
         """Set every run's budget, then rank all runs at once."""

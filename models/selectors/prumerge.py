@@ -9,9 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from planner.ir.errors import InputError
 from planner.models.selectors.attention import cls_attention
-from planner.models.selectors.base import Needs, VisionInputs, VisionSelection, VisionSelector
-from planner.models.selectors.ranking import descending, outliers
+from planner.models.selectors.base import (
+    Needs,
+    Product,
+    Sizes,
+    VisionInputs,
+    VisionSelection,
+    VisionSelector,
+)
+from planner.models.selectors.ranking import capped, descending, outliers
 
 __all__ = ["PruMerge", "PruMergePlus", "merge"]
 
@@ -59,21 +67,42 @@ class PruMerge(VisionSelector):
     "LLaVA-PruMerge" (arXiv 2403.15388), Algorithm 1; the neighbours' weighted sum is
     added, not their weighted mean, as in the code.
 
+    The paper's rule may keep everything. With a cap at most int(n max) tokens are left of a
+    picture, the sum of the others among them: where the rule says more, the patches with the
+    highest attention of those that it would keep, in its order. A patch that the cap cuts is merged
+    as if the rule had dropped it.
+
     Attributes:
         neighbours: how many nearest patches are merged into a kept one.
+        max: largest share of tokens that is left; None is no cap.
     """
 
     name = "prumerge"
     needs = Needs.TOWER_ATTENTION
     tower_layers: ClassVar[tuple[int, ...]] = (-1,)
     neighbours: int = 32
+    max: float | None = None
 
     def __post_init__(self) -> None:
         self.check("neighbours", self.neighbours >= 0, "a count from 0 on")
+        good = self.max is None or 0 < self.max < 1
+        self.check("max", good, "a share above 0 and below 1")
+
+    @property
+    def is_adaptive(self) -> bool:
+        """The outliers are as many as they are."""
+        return True
 
     def counts(self, tokens: int) -> tuple[int | None, ...]:
-        """Depends on the picture."""
-        return (None,)
+        """At most the cap; without one anything up to all tokens."""
+        return (None if self.max is None else capped(tokens, self.max),)
+
+    def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
+        """CLS attention; of every kept patch the similarities and the sum of its neighbours."""
+        patches, width = sizes.image_tokens, sizes.tower
+        kept = self.counts(patches)[0]
+        kept = patches if kept is None else kept
+        return (1, patches + 1, width), (kept, patches, width), (kept, width, patches)
 
     def choose(self, attention: Tensor) -> list[Tensor]:
         """Patches to keep, per picture, in output order.
@@ -91,12 +120,21 @@ class PruMerge(VisionSelector):
         attention = cls_attention(tower.query, tower.key, heads=1)[:, 0]
         features, indices = [], []
         for run, kept in enumerate(self.choose(attention)):
+            kept = self._capped(kept, attention[run])
             merged = merge(
                 inputs.features[run], tower.key[run, 1:], attention[run], kept, self.neighbours
             )
             features.append(merged)
             indices.append(torch.cat([kept, kept.new_full((len(merged) - len(kept),), -1)]))
         return VisionSelection(tuple(features), tuple(indices))
+
+    def _capped(self, kept: Tensor, attention: Tensor) -> Tensor:
+        """What the cap leaves of the patches of one picture, shape (k,), in the same order."""
+        if self.max is None:
+            return kept
+        # One token is for the sum of the others.
+        best = descending(attention[kept])[: capped(len(attention), self.max) - 1]
+        return kept[best.sort().values]
 
 
 @dataclass(frozen=True)
@@ -112,8 +150,12 @@ class PruMergePlus(PruMerge):
     among the best and on the grid appears twice there, and its sum of the others then leaves out
     one that belongs to it. Here the 72 best come from outside the grid: 145 tokens, all different.
 
+    A cap, as in PruMerge, goes with the adaptive rule. Attention decides what it leaves, so
+    outliers go before the grid, and of the grid the patches stay that CLS attends to most.
+
     Attributes:
         neighbours: how many nearest patches are merged into a kept one.
+        max: largest share of tokens that is left; None is no cap.
         ratio: share of patches kept by attention; None is adaptive.
     """
 
@@ -123,11 +165,21 @@ class PruMergePlus(PruMerge):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check("ratio", self.ratio is None or 0 < self.ratio <= 1, "a share above 0, up to 1")
+        if None not in (self.ratio, self.max):
+            raise InputError(
+                "prumerge+ keeps a fixed number with ratio, and at most a share with max: give one "
+                "of the two."
+            )
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Unless there is a fixed ratio."""
+        return self.ratio is None
 
     def counts(self, tokens: int) -> tuple[int | None, ...]:
-        """Twice the ratio and one, about; depends on the picture where adaptive."""
+        """Twice the ratio and one, about; where adaptive as PruMerge."""
         if self.ratio is None:
-            return (None,)
+            return super().counts(tokens)
         grid = len(self._grid(tokens, self.ratio))
         kept = grid + min(int(tokens * self.ratio), tokens - grid)
         return (kept + (kept < tokens),)

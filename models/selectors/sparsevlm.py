@@ -15,6 +15,8 @@ from planner.models.selectors.base import (
     DecoderSelection,
     DecoderSelector,
     Needs,
+    Product,
+    Sizes,
     supplied,
 )
 from planner.models.selectors.ranking import descending, pack, top_mask
@@ -173,6 +175,14 @@ class SparseVLM(DecoderSelector):
             tokens = kept + (recycled(tokens - kept)[1] if self.recycle else 0)
             left.append(tokens)
         return tuple(left)
+
+    def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
+        """The raters' rows of attention and their mean, all text rating; before the first, fits."""
+        text, keys = sizes.text_tokens, sizes.text_tokens + sizes.image_tokens
+        scores: tuple[Product, ...] = ((text, keys, sizes.query), (1, keys, text))
+        if layer == self.layers[0]:
+            return (*scores, (sizes.image_tokens, text, sizes.hidden))
+        return scores
 
     def mark(self, hidden_states: Tensor, image: Tensor, valid: Tensor) -> Tensor:
         """The rating text tokens."""

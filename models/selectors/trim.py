@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 
 from planner.ir.errors import InputError
-from planner.models.selectors.base import Needs, VisionInputs, VisionSelection, VisionSelector
-from planner.models.selectors.ranking import outliers, top_mask
+from planner.models.selectors.base import (
+    Needs,
+    Product,
+    Sizes,
+    VisionInputs,
+    VisionSelection,
+    VisionSelector,
+)
+from planner.models.selectors.ranking import capped, outliers, top_mask
 
 __all__ = ["TRIM", "similarity_scores"]
 
@@ -39,28 +46,48 @@ class TRIM(VisionSelector):
     Adaptive (no ratio): those whose score lies above Q3 + 1.5 IQR of their own picture; else the
     best int(n ratio). Song et al., "Less is More: A Simple yet Effective Token Reduction Method for
     Efficient Multi-modal LLMs" (arXiv 2409.10994), after the released code's ``TextSim+``, which
-    takes one quartile over the whole batch and keeps equally many of each picture.
+    takes one quartile over the whole batch and keeps equally many of each picture. With a cap at
+    most int(n max) tokens are left of a picture, the mean of the others among them: where the rule
+    says more, the patches with the highest scores.
 
     Needs CLIP's text encoder and both projections; a checkpoint whose vision tower came without
     them cannot supply these.
 
     Attributes:
         ratio: share of patches kept; None is adaptive.
+        max: largest share of tokens that the adaptive rule leaves; None is no cap.
     """
 
     name = "trim"
     needs = Needs.TEXT_EMBEDDING
     ratio: float | None = None
+    max: float | None = None
 
     def __post_init__(self) -> None:
         self.check("ratio", self.ratio is None or 0 <= self.ratio <= 1, "a share from 0 to 1")
+        good = self.max is None or 0 < self.max < 1
+        self.check("max", good, "a share above 0 and below 1")
+        if None not in (self.ratio, self.max):
+            raise InputError(
+                "trim keeps a fixed number with ratio, and at most a share with max: give one of "
+                "the two."
+            )
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Unless there is a fixed ratio."""
+        return self.ratio is None
 
     def counts(self, tokens: int) -> tuple[int | None, ...]:
-        """int(tokens ratio) and one for the others; depends on the picture where adaptive."""
+        """int(tokens ratio) and one for the others; where adaptive at most the cap."""
         if self.ratio is None:
-            return (None,)
+            return (None if self.max is None else capped(tokens, self.max),)
         kept = int(tokens * self.ratio)
         return (kept + (kept < tokens),)
+
+    def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
+        """The scores, in a joint space no wider than the tower."""
+        return ((1, sizes.image_tokens, sizes.tower),)
 
     def select(self, inputs: VisionInputs) -> VisionSelection:
         """Score, choose, and average what is left."""
@@ -70,12 +97,14 @@ class TRIM(VisionSelector):
                 " model has no CLIP text encoder; take another selector, such as visionzip."
             )
         scores = similarity_scores(inputs.patch_embeddings, inputs.text_embeddings)
-        if self.ratio is None:
-            kept = outliers(scores)
-        else:
-            counts = torch.full((len(scores),), int(scores.shape[1] * self.ratio))
-            everything = torch.ones_like(scores, dtype=torch.bool)
-            kept = top_mask(scores, everything, counts.to(scores.device))
+        runs, patches = scores.shape
+        adaptive = self.ratio is None
+        kept = outliers(scores) if adaptive else torch.ones_like(scores, dtype=torch.bool)
+        most = patches if self.ratio is None else int(patches * self.ratio)
+        if self.max is not None:
+            # One token is for the mean of the others.
+            most = capped(patches, self.max) - 1
+        kept = top_mask(scores, kept, torch.full((runs,), most, device=scores.device))
         features, indices = [], []
         for run, mask in zip(inputs.features, kept, strict=True):
             index, others = mask.nonzero().flatten(), run[~mask]

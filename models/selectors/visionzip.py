@@ -12,6 +12,8 @@ from torch.nn.functional import normalize, one_hot
 from planner.models.selectors.attention import cls_attention
 from planner.models.selectors.base import (
     Needs,
+    Product,
+    Sizes,
     VisionInputs,
     VisionSelection,
     VisionSelector,
@@ -80,6 +82,18 @@ class VisionZip(VisionSelector):
         """CLS and `dominant` - 1 patches, then `contextual` tokens, as far as there are patches."""
         patches = min(self.dominant - 1, tokens)
         return (1 + patches + min(self.contextual, tokens - patches),)
+
+    def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
+        """CLS attention; similarities to the targets, and what joined each of them."""
+        patches, width = sizes.image_tokens, sizes.tower
+        rest = max(patches - (self.dominant - 1), 0)
+        targets = min(self.contextual, rest)
+        joins = rest - targets
+        return (
+            (1, patches + 1, width),
+            (joins, targets, width // sizes.tower_heads),
+            (targets, width, joins),
+        )
 
     def select(self, inputs: VisionInputs) -> VisionSelection:
         """All runs at once; they keep equal numbers."""

@@ -80,6 +80,15 @@ def naive_merge(x, keys, attention, kept, neighbours):
     return np.array(out)
 
 
+def naive_cap(kept, scores, cap):
+    """At most a share of tokens, one of them for the others: those with the highest scores."""
+    if cap is None:
+        return kept
+    room = max(1, int(len(scores) * cap)) - 1
+    best = sorted(kept, key=lambda i: (-scores[i], kept.index(i)))[:room]
+    return [i for i in kept if i in best]
+
+
 def check_merged(inputs, selection, run, attention, kept, neighbours):
     keys = inputs.tower[-1].key[run, 1:].numpy()
     expected = naive_merge(inputs.features[run].numpy(), keys, attention, kept, neighbours)
@@ -94,16 +103,19 @@ def check_merged(inputs, selection, run, attention, kept, neighbours):
     patches=st.integers(1, 49),
     sharpness=st.sampled_from([0.0, 1.0, 3.0]),
     neighbours=st.sampled_from([0, 3, 32]),
+    cap=st.sampled_from([None, 0.01, 0.1, 0.5]),
 )
-@example(seed=0, patches=49, sharpness=3.0, neighbours=32)
-def test_prumerge(seed, patches, sharpness, neighbours):
+@example(seed=0, patches=49, sharpness=3.0, neighbours=32, cap=None)
+@example(seed=0, patches=49, sharpness=3.0, neighbours=32, cap=0.1)
+def test_prumerge(seed, patches, sharpness, neighbours, cap):
     inputs = random_inputs(np.random.default_rng(seed), 3, patches, sharpness)
-    selection = PruMerge(neighbours).select(inputs)
+    selection = PruMerge(neighbours, cap).select(inputs)
     for run in range(3):
         attention = cls_row(inputs, -1, run, heads=1)
         if sharpness == 0:  # all equal, up to rounding in the reference
             attention = np.full(patches, attention.mean())
         kept = [i for i in falling(attention) if attention[i] > fence(attention)]
+        kept = naive_cap(kept, attention, cap)
         check_merged(inputs, selection, run, attention, kept, neighbours)
 
 
@@ -118,11 +130,14 @@ def test_prumerge_without_outliers_is_one_token():
     seed=st.integers(0, 2**32 - 1),
     patches=st.integers(1, 64),
     sharpness=st.sampled_from([0.0, 1.0, 3.0]),
+    cap=st.sampled_from([None, 0.01, 0.1, 0.5]),
 )
-@example(seed=0, patches=64, sharpness=3.0)
-def test_prumerge_plus_adaptive(seed, patches, sharpness):
+@example(seed=0, patches=64, sharpness=3.0, cap=None)
+@example(seed=0, patches=64, sharpness=3.0, cap=0.1)
+@example(seed=0, patches=64, sharpness=0.0, cap=0.1)
+def test_prumerge_plus_adaptive(seed, patches, sharpness, cap):
     inputs = random_inputs(np.random.default_rng(seed), 3, patches, sharpness)
-    selection = PruMergePlus(neighbours=3).select(inputs)
+    selection = PruMergePlus(neighbours=3, max=cap).select(inputs)
     for run in range(3):
         attention = cls_row(inputs, -1, run, heads=1)
         if sharpness == 0:
@@ -134,7 +149,10 @@ def test_prumerge_plus_adaptive(seed, patches, sharpness):
             if offset not in kept:
                 kept.append(offset)
             offset += stride
-        check_merged(inputs, selection, run, attention, kept, 3)
+        if cap is None or sharpness:  # else rounding ranks what is equal
+            check_merged(inputs, selection, run, attention, naive_cap(kept, attention, cap), 3)
+        if cap is not None:
+            assert len(selection.features[run]) <= max(1, int(patches * cap))
 
 
 @few
@@ -277,17 +295,21 @@ def test_hired_refuses_tiles_that_do_not_add_up():
     seed=st.integers(0, 2**32 - 1),
     patches=st.integers(1, 40),
     ratio=st.sampled_from([None, 0.0, 0.21, 1.0]),
+    cap=st.sampled_from([None, 0.01, 0.1, 0.5]),
 )
-@example(seed=0, patches=40, ratio=None)
-def test_trim(seed, patches, ratio):
+@example(seed=0, patches=40, ratio=None, cap=None)
+@example(seed=0, patches=40, ratio=None, cap=0.1)
+def test_trim(seed, patches, ratio, cap):
     inputs = random_inputs(np.random.default_rng(seed), 3, patches)
-    selector = TRIM(ratio)
+    cap = cap if ratio is None else None
+    selector = TRIM(ratio, cap)
     selection = selector.select(inputs)
     for run in range(3):
         dots = inputs.patch_embeddings[run].numpy() @ inputs.text_embeddings[run].numpy()
         scores = softmax(-dots)
         if ratio is None:
             kept = np.flatnonzero(scores > fence(scores)).tolist()
+            kept = naive_cap(kept, scores, cap)
         else:
             kept = sorted(falling(scores)[: int(patches * ratio)])
             assert len(selection.features[run]) == selector.counts(patches)[0]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import IMAGE
+from families import IMAGE, cached
 from plans import plan_of
 from restored import same_state, snapshot
 
@@ -16,6 +16,8 @@ SELECTORS = [
     "prumerge",
     "prumerge+",
     "prumerge+:ratio=0.25",
+    "prumerge:max=0.2",
+    "prumerge+:max=0.4",
     "visionzip:dominant=4,contextual=2",
     "hired:ratio=0.3",
 ]
@@ -118,7 +120,7 @@ def test_a_second_question_behind_a_vision_selector(llava, text):
         ids = torch.cat([first.sequences, question], 1)
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, 11, dtype=torch.long)], 1)
         asked = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
-        second = family.model.generate(**asked, past_key_values=first.past_key_values)
+        second = family.model.generate(**asked, **cached(family.model, first.past_key_values))
         again = family.model.generate(**asked, pixel_values=inputs["pixel_values"])
     assert torch.equal(second, again)
 

@@ -1,0 +1,157 @@
+"""What selectors cost: a plan's price is never below what runs, and reports say what really ran."""
+
+import functools
+from contextlib import nullcontext
+
+import pytest
+import torch
+from families import FAMILIES, IMAGE
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from plans import plan_of
+from torch.utils.flop_counter import FlopCounterMode
+
+from planner.budgets import Budget
+from planner.compiler import Request, plan_graph
+from planner.ir.cost import Workload
+from planner.ir.errors import InputError
+from planner.ir.lowering import lower_model
+from planner.models.cache import cache_among, kv_bytes
+from planner.models.executor import Executor
+from planner.models.stages import stages_of
+from planner.repricing import cost_on
+from planner.switches import SwitchSet
+
+ADAPTIVE = ["prumerge:max=0.2", "prumerge:max=0.7", "prumerge+:max=0.3", "prumerge+:max=0.9"]
+FIXED = [
+    "fastv:k=1,r=0.4", "sparsevlm:after=0/2,keep=9/3", "sparsevlm:after=1,keep=0,recycle=false",
+    "random:keep=5", "uniform:keep=7,k=2", "prumerge+:ratio=0.25",
+    "visionzip:dominant=4,contextual=2", "hired:ratio=0.3",
+]  # fmt: skip
+
+
+@functools.cache
+def prepared():
+    """A tiny random model whose every product the counter sees, its Graph and an executor."""
+    family = FAMILIES["llava"]()
+    graph = lower_model(family.model, "llava")
+    family.model.set_attn_implementation("eager")
+    family.model.requires_grad_(False)
+    return family, graph, Executor(family.model, graph)
+
+
+def planned(graph, text, budget, images, words, batch, switches="all"):
+    request = Request(
+        "llava", switches=switches, tokens=text, image_tokens=16 * images, text_tokens=words,
+        new_tokens=2, batch=batch,
+    )  # fmt: skip
+    switches = SwitchSet.parse(switches)
+    return plan_graph(
+        graph, request, Budget.of(budget), switches, "a100-40g", lambda _: nullcontext()
+    ).plan
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    text=st.sampled_from(ADAPTIVE + FIXED),
+    seed=st.integers(0, 99),
+    images=st.integers(1, 3),
+    batch=st.integers(1, 3),
+    budget=st.sampled_from([1.0, 0.85]),
+)
+@example(text="prumerge+:max=0.9", seed=0, images=2, batch=3, budget=1.0)
+@example(text="prumerge:max=0.7", seed=1, images=1, batch=1, budget=1.0)
+def test_a_prompt_never_costs_more_than_its_plan_says(text, seed, images, batch, budget):
+    family, graph, executor = prepared()
+    inputs = family.inputs(batch, seed, images=images)
+    prompt = inputs["input_ids"].shape[1]
+    plan = planned(graph, text, budget, images, prompt - 16 * images, batch)
+    assert plan.cost["flops"]["fraction"] <= budget
+    with executor.using(plan):
+        counter = FlopCounterMode(display=False)
+        with counter:
+            family.model(**inputs, logits_to_keep=1)
+        kept = {layer: counts.tolist() for layer, counts in executor.stages.kept.items()}
+        run = family.model.generate(
+            **inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True
+        )
+    assert counter.get_total_flops() <= plan.cost["flops"]["plan"]
+    assert kv_bytes(cache_among(run)) <= plan.cost["kv"]["plan"]
+    for stage in plan.tokens:
+        assert max(kept[stage.layer]) <= stage.keep
+    ran = cost_on(
+        graph,
+        plan,
+        Workload.default(graph, 16 * images, prompt - 16 * images, 2, batch),
+        {layer: max(counts) for layer, counts in kept.items()},
+    )
+    assert counter.get_total_flops() <= ran["flops"]["plan"] <= plan.cost["flops"]["plan"]
+    assert kv_bytes(cache_among(run)) == ran["kv"]["plan"]
+    assert ran["flops"]["base"] == plan.cost["flops"]["base"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("text", ADAPTIVE)
+@torch.no_grad()
+def test_ragged_counts_are_those_of_samples_alone(text, side):
+    family, graph, executor = prepared()
+    inputs = family.inputs(4, 5, images=2, before=(3, 1, 6), padding_side=side)
+    plan = planned(graph, text, 1.0, 2, 12, 4)
+    with executor.using(plan):
+        family.model(**inputs)
+        together = executor.stages.kept[0].tolist()
+        whole = executor.stages.image_tokens.tolist()
+        alone = []
+        for row in range(4):
+            where = inputs["attention_mask"][row].bool()
+            family.model(
+                input_ids=inputs["input_ids"][row, where][None],
+                pixel_values=inputs["pixel_values"][2 * row : 2 * row + 2],
+            )
+            alone += executor.stages.kept[0].tolist()
+    assert together == alone
+    assert whole == (inputs["input_ids"] == IMAGE).sum(1).tolist() == [32] * 4
+    if text in ("prumerge:max=0.7", "prumerge+:max=0.9"):
+        assert len(set(together)) > 1, "no sample differs: nothing was shown"
+
+
+@torch.no_grad()
+def test_counts_stay_those_of_the_prompt_while_tokens_are_decoded():
+    family, graph, executor = prepared()
+    inputs = family.inputs(2, 5)
+    with executor.using(planned(graph, "prumerge+:max=0.9", 1.0, 1, 11, 2)):
+        assert executor.stages.kept == {}
+        family.model(**inputs)
+        counts = executor.stages.kept[0].tolist()
+        family.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        assert executor.stages.kept[0].tolist() == counts
+    assert executor.stages is None
+
+
+def test_a_sample_of_several_pictures_keeps_so_many_of_each():
+    (stage,) = stages_of("visionzip:dominant=4,contextual=2", 48, 16)
+    assert (stage.keep, stage.of) == (18, 48)
+    (stage,) = stages_of("prumerge+:max=0.25", 1152, 576)
+    assert stage.keep == 288
+    # A line end is no patch, so no selector drops it.
+    (stage,) = stages_of("hired:ratio=0.25", 16 * 3 + 5, 16)
+    assert stage.keep == 4 * 4 + 5
+    (stage,) = stages_of("fastv:r=0.5", 48, 16)
+    assert stage.keep == 24
+
+
+@pytest.mark.parametrize("text", ["prumerge", "prumerge+", "trim", "prumerge:neighbours=3"])
+def test_an_adaptive_selector_without_a_cap_has_no_price(text):
+    with pytest.raises(InputError, match=r"give it a cap, such as [a-z+]*:max=0.25"):
+        stages_of(text, 16, 16)
+
+
+def test_more_tokens_than_an_image_has_are_refused():
+    family, graph, executor = prepared()
+    stage = stages_of("visionzip:dominant=16,contextual=4", 16, 16)
+    assert stage[0].keep == 16
+    with (
+        executor.using(plan_of(graph, tokens=stage)),
+        pytest.raises(InputError, match="makes 17 tokens of an image's 16"),
+    ):
+        family.model(**family.inputs())
