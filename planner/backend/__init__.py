@@ -6,7 +6,8 @@
 Enters: a graph that TorchDynamo captured. Its blocks are found through the sites of the model's
 own Graph, lowered as ``planner compile`` does (`blocks`), and rewritten into planner's custom ops
 (`rewriting`); which units survive is read from buffers that belong to the model (`board`). What is
-left goes to inductor. Graphs without a block that planner knows are inductor's alone.
+left goes to inductor, and so does the graph as it was: that one runs while plans leave nothing out.
+Graphs without a block that planner knows are inductor's alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import fx, nn
 from planner.backend.board import Board, board_of, forget_boards
 from planner.backend.options import Options
 from planner.backend.owner import language_model, owner_of
-from planner.backend.rewriting import rewrite
+from planner.backend.rewriting import rewritten
 from planner.ir.errors import InputError
 from planner.ir.lowering import NotLowered
 from planner.plan import Plan
@@ -41,7 +42,7 @@ def compile_graph(
     """The entry point that ``torch.compile(..., backend="planner")`` calls for every graph.
 
     Args:
-        graph_module: as TorchDynamo captured it; blocks of a known model are rewritten in place.
+        graph_module: as TorchDynamo captured it.
         example_inputs: what it was captured with, parameters among them.
         options: see `planner.backend.options.Options`.
         mode: of ``torch.compile``; inductor's.
@@ -50,16 +51,20 @@ def compile_graph(
         InputError: an unknown option, or a budget that cannot be met.
     """
     chosen = Options.parse(options, mode)
+    compiler: Callable[..., Callable[..., Any]] = chosen.inner_compiler()
     model = owner_of(graph_module, example_inputs)
-    if model is not None:
-        board = board_of(model)
-        if _adopted(board, model, chosen):
-            for note in rewrite(graph_module, example_inputs, board):
-                _tell_once(note)
-    elif any(isinstance(value, nn.Parameter) for value in example_inputs):
-        _tell_once("a graph belongs to no language model of transformers; inductor compiles it")
-    compiled: Callable[..., Any] = chosen.inner_compiler()(graph_module, example_inputs)
-    return compiled
+    if model is None:
+        if any(isinstance(value, nn.Parameter) for value in example_inputs):
+            _tell_once("a graph belongs to no language model of transformers; inductor compiles it")
+    elif _adopted(board := board_of(model), model, chosen):
+        narrowed, notes = rewritten(graph_module, example_inputs, board)
+        for note in notes:
+            _tell_once(note)
+        if narrowed is not None:
+            return _by_board(
+                board, compiler(graph_module, example_inputs), compiler(narrowed, example_inputs)
+            )
+    return compiler(graph_module, example_inputs)
 
 
 def set_budget(model: nn.Module, value: Any) -> tuple[Plan, ...]:
@@ -84,6 +89,17 @@ def set_budget(model: nn.Module, value: Any) -> tuple[Plan, ...]:
             "it has nothing to budget"
         )
     return board_of(known).ask(value)
+
+
+def _by_board(
+    board: Board, dense: Callable[..., Any], narrowed: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Which of two compiled graphs runs is asked at every call, and needs no device to answer."""
+
+    def run(*inputs: Any) -> Any:
+        return dense(*inputs) if board.dense else narrowed(*inputs)
+
+    return run
 
 
 def _adopted(board: Board, model: nn.Module, options: Options) -> bool:

@@ -46,11 +46,13 @@ class Board:
     Attributes:
         layers: the model's decoder layers and their modules; empty until `adopt`.
         plans: obeyed now, one for all samples or one each.
+        dense: whether these leave nothing out.
     """
 
     def __init__(self) -> None:
         self.layers: tuple[BoundLayer, ...] = ()
         self.plans: tuple[Plan, ...] = ()
+        self.dense = True
         self._asked: Any = None
         self._options: Options | None = None
         self._planning: Planning | None = None
@@ -102,6 +104,13 @@ class Board:
         assert self._planning is not None
         self._program = Program.build(plans, self._planning.graph, self.layers)
         self.plans = plans
+        self.dense = all(
+            len(_lanes(act, site.site.kind, site.site.lanes)) == site.site.lanes
+            for layer in self.layers
+            for site in (layer.heads, layer.mlp)
+            for act in self._program.layers[layer.index].groups
+            if site is not None
+        )
         with torch.inference_mode(False), torch.no_grad(), unset_fake_temporarily():
             for dial in self._dials.values():
                 for name, tensor in dial.read(self._acts(dial.layer)).items():

@@ -7,6 +7,7 @@ for inductor to fuse. A block that no op computes is masked instead: right, but 
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -31,20 +32,29 @@ from planner.kernels.library import pack_mlp
 from planner.kernels.records import MLPWeights, Survivors, neuron_width
 from planner.models.bindings import BoundSite
 
-__all__ = ["rewrite"]
+__all__ = ["rewritten"]
 
 
-def rewrite(graph_module: fx.GraphModule, example_inputs: Sequence[Any], board: Board) -> list[str]:
-    """Make a captured graph obey a model's board, in place.
+# TorchDynamo's own note, on its graphs, of where their tensors come from.
+_SOURCES = "_param_name_to_source"
+
+
+def rewritten(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], board: Board
+) -> tuple[fx.GraphModule | None, list[str]]:
+    """A captured graph that obeys a model's board.
 
     Args:
-        graph_module: as TorchDynamo captured it, of the whole model or any part of it.
+        graph_module: as TorchDynamo captured it, of the whole model or any part of it; left as it
+            is.
         example_inputs: what it was captured with.
         board: of the model.
 
     Returns:
-        What is not skipped though plans say so, and why; one sentence each.
+        The graph, None where it has nothing to obey; and what is not skipped though plans say so,
+        and why, one sentence each.
     """
+    graph_module = _copied(graph_module)
     linears = Linears(graph_module, example_inputs)
     rewriter = _Rewriter(graph_module, board)
     notes: list[str] = []
@@ -65,9 +75,24 @@ def rewrite(graph_module: fx.GraphModule, example_inputs: Sequence[Any], board: 
             except Unmatched as why:
                 rewriter.mask(site, sink)
                 notes.append(f"{site.site.module} is masked, which saves no time: {why}")
+    if not rewriter.buffers:
+        return None, notes
     graph_module.graph.lint()
     graph_module.recompile()
-    return notes
+    return graph_module, notes
+
+
+def _copied(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Another graph that reads the same parameters."""
+    copied = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    copied.meta = dict(graph_module.meta)
+    # Where inputs and parameters come from, as TorchDynamo notes it for inductor.
+    if hasattr(graph_module, _SOURCES):
+        setattr(copied, _SOURCES, dict(getattr(graph_module, _SOURCES)))
+    for node, other in zip(graph_module.graph.nodes, copied.graph.nodes, strict=True):
+        if hasattr(node, "_dynamo_source"):
+            other._dynamo_source = node._dynamo_source
+    return copied
 
 
 class _Rewriter:
@@ -75,6 +100,7 @@ class _Rewriter:
 
     def __init__(self, graph_module: fx.GraphModule, board: Board) -> None:
         self.module, self.graph, self.board = graph_module, graph_module.graph, board
+        self.buffers: set[str] = set()
 
     def attention(self, site: BoundSite, sink: Product, block: Attention) -> None:
         """Narrow the projections in place; attention and output projection become one op."""
@@ -183,10 +209,10 @@ class _Rewriter:
     def _buffer(self, name: str, tensor: Tensor) -> fx.Node:
         """A node that reads one of the board's tensors."""
         name = "planner_" + name.replace(".", "_")
-        if not hasattr(self.module, name):
+        if name not in self.buffers:
+            self.buffers.add(name)
             self.module.register_buffer(name, tensor)
-            # TorchDynamo tells where each tensor of its graphs comes from; inductor asks.
-            sources = getattr(self.module, "_param_name_to_source", None)
+            sources = getattr(self.module, _SOURCES, None)
             if sources is not None:
                 sources[name] = ConstantSource(name)
         with self.graph.inserting_before(next(iter(self.graph.nodes))):

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, cached
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plans import dense_plan, plan_of, plans
@@ -177,6 +177,36 @@ def test_all_layers_are_rewritten_in_one_graph():
         assert targets.count(f"planner.{op}.default") == graph.layers
 
 
+def test_while_nothing_is_left_out_the_captured_graph_itself_runs():
+    built, graph = family("llava")
+    inputs = built.inputs(images=0)
+    ran = []
+
+    @torch._dynamo.register_backend(name="note_what_runs")
+    def note(graph_module, _):
+        targets = {str(node.target) for node in graph_module.graph.nodes}
+        ops = {target for target in targets if target.startswith("planner.")}
+
+        def run(*inputs):
+            ran.extend(ops or ["stock"])
+            return graph_module(*inputs)
+
+        return run
+
+    model = compiled(built.model, inner="note_what_runs", budget=1.0)
+    assert torch.equal(logits(model, inputs), logits(built.model, inputs))
+    assert {*ran} == {"stock"}
+    ran.clear()
+    planner.set_budget(model, 0.5)
+    logits(model, inputs)
+    assert "planner.attend_heads.default" in ran
+    ran.clear()
+    for full in (1.0, dense_plan(graph), plan_of(graph, heads={0: (0, 1)})):
+        planner.set_budget(model, full)
+        assert torch.equal(logits(model, inputs), logits(built.model, inputs))
+    assert {*ran} == {"stock"}
+
+
 def test_generating_with_a_cache_of_either_kind():
     built, graph = family("qwen3")
     inputs = built.inputs(batch=2, before=(3, 6))
@@ -207,7 +237,7 @@ def test_a_prompt_that_the_stock_model_has_read():
             cache = built.model(**inputs).past_key_values
             gates = Gates.of([plan if run is built.model else dense_plan(graph)], graph)
             with MaskedExecutor(built.model, graph).using(gates):
-                found.append(run(input_ids=word, past_key_values=cache).logits)
+                found.append(run(input_ids=word, **cached(built.model, cache)).logits)
     assert_near(*found)
 
 
