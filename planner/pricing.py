@@ -334,6 +334,9 @@ class Pricing:
         for site in self.graph.sites_at(layer):
             table = plan.heads if site.kind == "heads" else plan.mlp
             if site.kind != "layer" and layer in table:
+                if site.kind == "mlp":
+                    # Kept groups are of the plan's own division.
+                    site = replace(site, switches=plan.mlp_switches.get(layer, site.switches))
                 kept[site.name] = (len(site.lanes_of(table[layer])), site.lanes)
         operators = [
             narrowed(operator, kept)

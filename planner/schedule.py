@@ -27,8 +27,10 @@ class Schedule:
         scheduler: folder of the scheduler and of the checkpoint trained with it.
         switches: the scheduler's, such as ``adallava-l``.
         budget: one limit, such as ``flops=0.65``.
-        limit: how many units the budget allows to be on.
-        of: how many units there are.
+        limit: how much the budget allows to be switched on.
+        of: how much there is to be switched on.
+        measure: what both are in: ``switches``, or a metric (FLOPs, picoseconds, bytes) for the
+            prompts that it was compiled for; other prompts are priced when they come.
         tokens: a token selector in front of the switches, "" for none.
         cost: of a prefill under any of its plans: ``{"flops": {"plan", "base", "fraction"}}``,
             language model only.
@@ -45,6 +47,7 @@ class Schedule:
     of: int
     tokens: str = ""
     cost: dict[str, dict[str, float]] = field(default_factory=dict)
+    measure: str = "switches"
 
 
 _ADAPTER = TypeAdapter(Schedule)

@@ -117,11 +117,11 @@ def compile_schedule(
     graph = lowered_graph(find_model(model, trust_remote_code))[0]
     progress("load the scheduler")
     layout = load_scheduler(folder, graph).layout
-    limit = layout.limit(wanted)
     load = Workload.default(graph, image_tokens, text_tokens, 0)
     progress("price")
     stages = stages_of(tokens, load.image_tokens) if tokens else ()
-    layout.check_stages(stages)
+    layout = layout.under(load, stages, wanted.limits[0].metric)
+    limit = layout.limit(wanted)
     return Schedule(
         model=model,
         fingerprint=str(graph.properties["fingerprint"]),
@@ -130,6 +130,7 @@ def compile_schedule(
         budget=str(wanted.limits[0]),
         limit=limit,
         of=layout.steps,
+        measure=layout.measure,
         tokens=tokens or "",
         cost=PlanCosts(graph, load, tokens or "").of(layout.example(limit, stages)),
     )

@@ -25,7 +25,7 @@ from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
 from planner.models.scheduling import Scheduled, Scheduler, UnitSwitches, save_scheduler
 from planner.training.config import Config, parse_config
-from planner.training.costs import EqualCosts
+from planner.training.costs import costs_of
 from planner.training.data import Conversation, LlavaConversations, Packer, SceneConversations
 from planner.training.data.conversations import FAMILY_WEIGHTS
 from planner.training.data.packing import IGNORE
@@ -108,6 +108,7 @@ class AdaptiveModel(nn.Module):
         self.model = model
         self.scheduler = scheduler
         self.estimator = estimator
+        self._costs = costs_of(scheduler.layout)
         self._seeds: Tensor | None = None
         # Not a submodule: the model and the scheduler are ones already.
         scheduled = Scheduled(model, graph, scheduler, mask=True, decide=self._draw)
@@ -135,7 +136,7 @@ class AdaptiveModel(nn.Module):
         if isinstance(self.estimator, Deterministic):
             taken = self.scheduled.taken
             assert taken is not None
-            output.loss = output.loss + self.estimator.penalty(taken, EqualCosts(), limits).mean()
+            output.loss = output.loss + self.estimator.penalty(taken, self._costs, limits).mean()
         return output
 
     def _draw(self, logits: Tensor, limits: Tensor) -> Tensor:
@@ -153,9 +154,7 @@ class AdaptiveModel(nn.Module):
             )
             gumbel = -noise.log().to(logits.device)
             return draw_units(layout, logits, limits, gumbel, self.estimator.temperature)
-        costs, draw = EqualCosts(), self.estimator.draw
-        rows = zip(logits.split(1), limits.split(1), generators, strict=True)
-        return torch.cat([draw(row, costs, limit, noise).gates for row, limit, noise in rows])
+        return self.estimator.draw_each(logits, self._costs, limits, generators).gates
 
 
 def last_answer(labels: Tensor) -> Tensor:

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from planner.flags import choice_of
 from planner.ir.errors import InputError
+from planner.models.scheduling import CostSwitches, Layout
 from planner.problem import Choice, Problem
 from planner.solver.solution import Infeasible
 
-__all__ = ["NEVER", "Costs", "EqualCosts", "SiteCosts", "UnequalCosts"]
+__all__ = ["NEVER", "Costs", "EqualCosts", "SiteCosts", "UnequalCosts", "costs_of"]
 
 #: Cost of a switch that cannot be taken yet: more than any limit.
 NEVER = torch.iinfo(torch.int64).max
@@ -223,6 +224,22 @@ class SiteCosts:
         """What each row of `taken`, (batch, switches), says of the problem."""
         rows, options = taken.cpu().numpy(), self.token_options.expand(len(taken)).tolist()
         return [choice_of(self.problem, row, option) for row, option in zip(rows, options)]
+
+
+def costs_of(layout: Layout) -> Costs:
+    """What a layout's switches cost, in the measure of its limits.
+
+    Costs that add up are given as such, for the estimators that need it: those of switches that
+    wait for no layer, and of which one costs as much as the next.
+    """
+    if not isinstance(layout, CostSwitches):
+        return EqualCosts()
+    costs = SiteCosts.of(layout.problem)
+    nothing = torch.zeros(1, layout.size, dtype=torch.bool)
+    even = all((np.ptp(np.diff(site.costs[0, 0])) == 0) for site in layout.problem.sites)
+    if even and (costs.needs < 0).all():
+        return UnequalCosts(costs.of_next(nothing))
+    return costs
 
 
 def _best_first(scores: Tensor) -> Tensor:

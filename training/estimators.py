@@ -18,7 +18,7 @@ go on until none does. So every sample keeps to its limit and leaves no room for
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -84,6 +84,28 @@ class Estimator(Arguments):
         Raises:
             InputError: a limit is negative, or the estimator cannot work with such costs.
         """
+
+    def draw_each(
+        self,
+        logits: Tensor,
+        costs: Costs,
+        limits: Tensor,
+        generators: Sequence[torch.Generator],
+    ) -> Drawn:
+        """As `draw`, each sample with noise of its own: its switches do not depend on its batch.
+
+        Args:
+            logits: shape (batch, switches).
+            costs: of the switches, the same for all samples.
+            limits: shape (batch,).
+            generators: one per sample.
+        """
+        rows = [
+            self.draw(row.to(noise.device), costs, limit.to(noise.device), noise)
+            for row, limit, noise in zip(logits.split(1), limits.split(1), generators, strict=True)
+        ]
+        gates, taken = torch.cat([r.gates for r in rows]), torch.cat([r.taken for r in rows])
+        return Drawn(gates.to(logits.device), taken.to(logits.device))
 
     def decide(self, logits: Tensor, costs: Costs, limits: Tensor) -> Tensor:
         """The best-scored switches that fit, for inference: no noise.
@@ -161,11 +183,22 @@ def _by_rank(order: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda candidates: rank.masked_fill(~candidates, last).argmin(-1)
 
 
-def _gumbel(like: Tensor, generator: torch.Generator | None) -> Tensor:
+# One generator on the device of the logits, or one for every row, on any.
+Noise = torch.Generator | Sequence[torch.Generator] | None
+
+
+def _gumbel(like: Tensor, generator: Noise) -> Tensor:
     """Standard Gumbel noise in float32, -log of exponential noise."""
-    noise = torch.empty_like(like, dtype=torch.float32, requires_grad=False)
-    tiny = torch.finfo(torch.float32).tiny
-    return -noise.exponential_(generator=generator).clamp_(min=tiny).log()
+    if isinstance(generator, Sequence):
+        rows = [
+            torch.empty(like.shape[1], device=each.device).exponential_(generator=each)
+            for each in generator
+        ]
+        noise = torch.stack(rows).to(like.device)
+    else:
+        noise = torch.empty_like(like, dtype=torch.float32, requires_grad=False)
+        noise.exponential_(generator=generator)
+    return -noise.clamp_(min=torch.finfo(torch.float32).tiny).log()
 
 
 def _straight_through(hard: Tensor, soft: Tensor) -> Tensor:
@@ -195,7 +228,7 @@ class GumbelSequential(Estimator):
         logits: Tensor,
         costs: Costs,
         limits: Tensor,
-        generator: torch.Generator | None = None,
+        generator: Noise = None,
     ) -> Drawn:
         """See `Estimator`; with the log-probability of the order."""
         scores = logits.float()
@@ -217,6 +250,16 @@ class GumbelSequential(Estimator):
             picks.append(turn.pick.masked_fill(~turn.active, -1))
         order = torch.stack(picks, 1) if picks else taken.new_zeros((len(taken), 0)).long()
         return Drawn(_straight_through(taken, soft), taken, total, order)
+
+    def draw_each(
+        self,
+        logits: Tensor,
+        costs: Costs,
+        limits: Tensor,
+        generators: Sequence[torch.Generator],
+    ) -> Drawn:
+        """See `Estimator`; all samples at once."""
+        return self.draw(logits, costs, limits, generators)
 
 
 def log_probability(order: Tensor, logits: Tensor, costs: Costs, limits: Tensor) -> Tensor:
@@ -280,7 +323,7 @@ class GumbelTopK(Estimator):
         logits: Tensor,
         costs: Costs,
         limits: Tensor,
-        generator: torch.Generator | None = None,
+        generator: Noise = None,
     ) -> Drawn:
         """See `Estimator`."""
         scores = logits.float()
@@ -295,6 +338,16 @@ class GumbelTopK(Estimator):
             keys = keys + (1 - share).clamp(min=tiny).log()
             taken = turn.taken
         return Drawn(_straight_through(taken, soft), taken)
+
+    def draw_each(
+        self,
+        logits: Tensor,
+        costs: Costs,
+        limits: Tensor,
+        generators: Sequence[torch.Generator],
+    ) -> Drawn:
+        """See `Estimator`; all samples at once."""
+        return self.draw(logits, costs, limits, generators)
 
 
 @dataclass(frozen=True)

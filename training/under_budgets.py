@@ -62,14 +62,17 @@ class UnderBudgets:
     @cached_property
     def stages(self) -> tuple[TokenStage, ...]:
         """Of `tokens`."""
-        return stages_of(self.tokens, self.workload.image_tokens) if self.tokens else ()
+        load = self.workload
+        if self.tokens is None:
+            return ()
+        return stages_of(self.tokens, load.image_tokens, load.image_tokens_per_run)
 
     def measure(self, budget: Any) -> dict[str, Any]:
         """What `evaluate` measures, with `budget` and the mean `cost_fraction` of the plans.
 
         The fraction is of the base model's FLOPs of a prefill, language model only. `violations`
         counts plans beyond the budget, `utilisation` is the mean share of it that is used; both in
-        the measure that the budget is kept in: switches where they are counted, else FLOPs.
+        the measure that the budget is kept in: switches where they are counted, else a metric.
 
         Raises:
             InputError: the budget cannot be met.
@@ -82,9 +85,9 @@ class UnderBudgets:
 
     def _scheduled(self, budget: Any) -> dict[str, Any]:
         assert self.scheduled is not None
-        layout = self.scheduled.layout
-        with self.scheduled.using(budget, self.stages):
+        with self.scheduled.using(budget, self.stages, self.workload):
             measured = self._evaluate()
+            layout = self.scheduled.layout
             decisions = [row for taken in self.scheduled.decisions for row in taken]
         base = self.scheduled.base(self.stages)
         counted: dict[bytes, tuple[Plan, int]] = {}
@@ -100,7 +103,7 @@ class UnderBudgets:
             "cost_fraction": sum(f * n for f, n in fractions) / len(decisions),
             "plans": len(counted),
             "violations": sum(used > limit for used in spent),
-            "utilisation": sum(spent) / (limit * len(spent)) if limit else 1.0,
+            "utilisation": layout.utilisation(spent, limit),
         }
 
     def _static(self, budget: Any) -> dict[str, Any]:

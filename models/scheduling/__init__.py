@@ -6,23 +6,20 @@ model obeying, sample by sample, the plans that the scheduler makes.
     latency     the budget as a token (AdaLLaVA's latency encoder)
     insertion   that token put into a prompt behind the model's back, and its output taken out
     layouts     which switches the logits stand for; from logits to plans that keep to the budget
+    cost        the layout that budgets in cost, over layers, heads and MLP groups
+    naming      what layouts are called
     scheduler   the network, and its folder on disk
     scheduled   a model running under it
 """
 
-from planner.models.scheduling.layouts import (
-    LAYOUTS,
-    LayerSwitches,
-    Layout,
-    Taken,
-    UnitSwitches,
-    layout_of,
-)
+from planner.models.scheduling.cost import CostSwitches
+from planner.models.scheduling.layouts import LayerSwitches, Layout, Taken, UnitSwitches
+from planner.models.scheduling.naming import layout_of
 from planner.models.scheduling.scheduled import Scheduled
 from planner.models.scheduling.scheduler import Scheduler, load_scheduler, save_scheduler
 
 __all__ = [
-    "LAYOUTS",
+    "CostSwitches",
     "LayerSwitches",
     "Layout",
     "Scheduled",

@@ -17,11 +17,12 @@ def sinusoid(level: Tensor, steps: int) -> Tensor:
     """Sines and cosines of a budget, shape (batch, 256), float32.
 
     AdaLLaVA (arXiv 2503.10905), section 3.5 and its reference code: x = 2 pi k / (K + 1) at
-    frequencies 10000^(-i / 128).
+    frequencies 10000^(-i / 128). Where switches differ in cost, k is K times the share of their
+    cost that may be on, which with equal costs is the same.
 
     Args:
         level: k, how much is switched on, from 0 to `steps`; shape (batch,).
-        steps: K, how many switches (of equal cost) there are.
+        steps: K, how many switches there are.
     """
     exponents = torch.arange(FREQUENCIES, device=level.device, dtype=torch.float32) / FREQUENCIES
     angle = (2 * math.pi / (steps + 1)) * level.float()[:, None] * float(BASE) ** -exponents

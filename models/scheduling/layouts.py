@@ -2,28 +2,28 @@
 
 AdaLLaVA (arXiv 2503.10905), section 3.5: switches sit on the upper half of the decoder; the lower
 half always runs and carries the latency token to the scheduler. A budget is a number of switches
-(``adallava-l``: layers; ``adallava-h``: units of a quarter of a layer's heads and MLP groups), or,
-in ``cost``, what the cost model says.
+(``adallava-l``: layers; ``adallava-h``: units of a quarter of a layer's heads and MLP groups). The
+layout that budgets in cost is in `cost`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from planner.budgets import Budget
 from planner.faithful import UNITS_PER_LAYER, counted_fraction, unit_count
+from planner.ir.cost import Workload
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.models.masked import Gates
 from planner.plan import Plan, TokenStage
 
-__all__ = ["LAYOUTS", "LayerSwitches", "Layout", "Taken", "UnitSwitches", "layout_of"]
+__all__ = ["LayerSwitches", "Layout", "Taken", "UnitSwitches", "upper_half"]
 
 # Which switches are on, (batch, size), one column per logit: bool, or 0 and 1 with a gradient.
 Taken = Tensor
@@ -35,11 +35,24 @@ class Layout(ABC):
 
     Attributes:
         graph: of the model.
-        name: what users call it; a row of `LAYOUTS`.
     """
 
     graph: Graph
-    name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What users call it; see `planner.models.scheduling.naming`."""
+
+    @property
+    def measure(self) -> str:
+        """What a limit is of: ``switches``, or a metric of the cost model."""
+        return "switches"
+
+    @property
+    def always(self) -> int:
+        """What runs whatever the limit, in the measure of limits; nothing that is counted."""
+        return 0
 
     @property
     def first(self) -> int:
@@ -55,6 +68,30 @@ class Layout(ABC):
     @abstractmethod
     def steps(self) -> int:
         """The largest limit; at it everything is on."""
+
+    @property
+    def levels(self) -> int:
+        """K of the latency encoder (`planner.models.scheduling.latency`), its value for `steps`."""
+        return self.steps
+
+    def under(
+        self,
+        workload: Workload | None = None,
+        stages: Sequence[TokenStage] = (),
+        metric: str = "flops",
+    ) -> Layout:
+        """The same switches as they are for certain prompts; counting does not look at prompts.
+
+        Args:
+            workload: token counts; None for those of training.
+            stages: in front of the switches.
+            metric: that budgets are in.
+
+        Raises:
+            InputError: a stage is behind the first switch, or budgets cannot be in this metric.
+        """
+        self.check_stages(stages)
+        return self
 
     @abstractmethod
     def limit(self, budget: Budget) -> int:
@@ -80,6 +117,17 @@ class Layout(ABC):
     def plan(self, taken: Taken, base: Plan) -> Plan:
         """One sample's switches, shape (size,), as a plan; all else as in `base`."""
 
+    def utilisation(self, spent: Sequence[int], limit: int) -> float:
+        """The mean share of a budget that is used, what always runs included; 1 of nothing."""
+        whole = len(spent) * (self.always + limit)
+        return (len(spent) * self.always + sum(spent)) / whole if whole else 1.0
+
+    def by_layer(self) -> dict[int, slice]:
+        """Layer -> its places among the logits."""
+        layers = range(self.first, self.graph.layers)
+        each = self.size // len(layers)
+        return {layer: slice(n * each, (n + 1) * each) for n, layer in enumerate(layers)}
+
     def check_stages(self, stages: Sequence[TokenStage]) -> None:
         """Raise InputError unless all token stages are in front of the switches."""
         for stage in stages:
@@ -90,14 +138,18 @@ class Layout(ABC):
                 )
 
     def example(self, limit: int, tokens: Sequence[TokenStage] = ()) -> Plan:
-        """A plan at a limit, the lowest layers first; all plans at one limit cost the same."""
+        """A plan at a limit, the lowest layers first.
+
+        All plans at one limit cost the same where switches are counted, else about the same.
+        """
         name, fingerprint = self.graph.name, str(self.graph.properties["fingerprint"])
         base = Plan(name, fingerprint, self.graph.layers, tokens=tuple(tokens))
         order = -torch.arange(self.size).float()[None]
         return self.plan(self.decide(order, torch.tensor([limit]))[0], base)
 
 
-def _upper_half(graph: Graph) -> list[int]:
+def upper_half(graph: Graph) -> list[int]:
+    """Layers that switches sit on; raises InputError where there is no lower half."""
     layers = list(range(graph.layers // 2, graph.layers))
     if not graph.layers // 2:
         raise InputError(f"'{graph.name}' has {graph.layers} layers, too few for a scheduler")
@@ -108,17 +160,20 @@ def _upper_half(graph: Graph) -> list[int]:
 class LayerSwitches(Layout):
     """AdaLLaVA-L: one switch for each layer of the upper half."""
 
-    name: ClassVar[str] = "adallava-l"
+    @property
+    def name(self) -> str:
+        """See `Layout`."""
+        return "adallava-l"
 
     @property
     def layers(self) -> list[int]:
         """Layers that have a switch."""
         missing = [
-            n for n in _upper_half(self.graph) if f"layer.{n}" not in self.graph.sites_by_name
+            n for n in upper_half(self.graph) if f"layer.{n}" not in self.graph.sites_by_name
         ]
         if missing:
             raise InputError(f"'{self.graph.name}' cannot do without layer {missing[0]}")
-        return _upper_half(self.graph)
+        return upper_half(self.graph)
 
     @property
     def size(self) -> int:
@@ -164,12 +219,15 @@ class UnitSwitches(Layout):
     many MLP groups as heads. Logits go by layer, heads before groups.
     """
 
-    name: ClassVar[str] = "adallava-h"
+    @property
+    def name(self) -> str:
+        """See `Layout`."""
+        return "adallava-h"
 
     @property
     def layers(self) -> list[int]:
         """Layers that have switches."""
-        return _upper_half(self.graph)
+        return upper_half(self.graph)
 
     @property
     def heads(self) -> int:
@@ -274,28 +332,3 @@ class UnitSwitches(Layout):
             mlp=kept["mlp"],
             mlp_switches=groups,
         )
-
-
-LAYOUTS: Mapping[str, type[Layout]] = {
-    layout.name: layout for layout in (LayerSwitches, UnitSwitches)
-}
-
-
-def layout_of(name: str, graph: Graph) -> Layout:
-    """The layout that users call `name`.
-
-    Raises:
-        InputError: there is none, or the model cannot have it.
-    """
-    if name not in LAYOUTS:
-        raise InputError(
-            f"unknown switches '{name}' of a scheduler: choose from {', '.join(LAYOUTS)}"
-        )
-    layout = LAYOUTS[name](graph)
-    _ = layout.size
-    return layout
-
-
-def limits_of(layout: Layout, budgets: Sequence[Any]) -> list[int]:
-    """Limits of several budgets, each a fraction, a text or a Budget."""
-    return [layout.limit(Budget.of(budget)) for budget in budgets]

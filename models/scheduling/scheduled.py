@@ -21,15 +21,18 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
+from planner.budgets import Budget
+from planner.ir.cost import Workload
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.models.bindings import bind
+from planner.models.cache import cache_among, cache_argument
 from planner.models.executor import Executor
 from planner.models.masked import MaskedExecutor
 from planner.models.patches import Patches
 from planner.models.program import Program
 from planner.models.scheduling.insertion import Insertion, end_of_prompt
-from planner.models.scheduling.layouts import Layout, Taken, limits_of
+from planner.models.scheduling.layouts import Layout, Taken
 from planner.models.scheduling.scheduler import Scheduler
 from planner.models.stages import Places
 from planner.plan import Plan, TokenStage
@@ -177,7 +180,8 @@ class Scheduled:
     Attributes:
         taken: what was switched on for the last prompt, shape (batch, size).
         logits: the scheduler's for the last prompt, shape (batch, size).
-        decide: what turns logits and limits into what is on.
+        layout: the scheduler's, as it is for the prompts to come.
+        decide: what turns logits and limits into what is on, in place of the layout's rule.
         limits: shape (1,) or (batch,): of the prompts to come, in the layout's measure.
         decisions: `taken` of every prompt since `attach`.
         at: shape (batch,): places of the latency token in the prompts to come; None for the end.
@@ -202,7 +206,7 @@ class Scheduled:
         self.decisions: list[Tensor] = []
         self.at: Tensor | None = None
         self._mask = mask
-        self.decide = decide or self.layout.decide
+        self.decide = decide
         self._executor = executor
         self._masked: MaskedExecutor | None = None
         self.limits = torch.tensor([self.layout.steps])
@@ -214,38 +218,62 @@ class Scheduled:
         self._insertion: Insertion | None = None
 
     @contextmanager
-    def using(self, budgets: Any, tokens: Sequence[TokenStage] = ()) -> Iterator[None]:
+    def using(
+        self,
+        budgets: Any,
+        tokens: Sequence[TokenStage] = (),
+        workload: Workload | None = None,
+    ) -> Iterator[None]:
         """Schedule all prompts of a block.
 
         Args:
             budgets: one for all samples, or a list with one per sample.
             tokens: token stages in front of the switches.
+            workload: of the prompts, which budgets in cost are kept under; by default one image
+                and 64 text tokens.
         """
-        self.attach(budgets, tokens)
+        self.attach(budgets, tokens, workload)
         try:
             yield
         finally:
             self.detach()
 
-    def attach(self, budgets: Any, tokens: Sequence[TokenStage] = ()) -> None:
+    def attach(
+        self,
+        budgets: Any,
+        tokens: Sequence[TokenStage] = (),
+        workload: Workload | None = None,
+    ) -> None:
         """Schedule all prompts until `detach`; arguments as for `using`.
 
         Raises:
             InputError: a budget that the layout cannot keep to, or stages behind the switches.
         """
         self.detach()
-        many = budgets if isinstance(budgets, list | tuple) else [budgets]
-        limits = torch.tensor(limits_of(self.layout, many))
-        self.layout.check_stages(tokens)
-        self.attach_limits(limits, self.base(tokens))
+        several = budgets if isinstance(budgets, list | tuple) else [budgets]
+        many = [Budget.of(budget) for budget in several]
+        if not many:
+            raise InputError("there are no budgets in the list")
+        layout = self.scheduler.layout.under(workload, tokens, many[0].limits[0].metric)
+        limits = torch.tensor([layout.limit(budget) for budget in many])
+        self.attach_limits(limits, self.base(tokens), layout)
 
     def base(self, tokens: Sequence[TokenStage] = ()) -> Plan:
         """The plan with everything on but for token stages."""
         name, fingerprint = self.graph.name, str(self.graph.properties["fingerprint"])
         return Plan(name, fingerprint, self.graph.layers, tokens=tuple(tokens))
 
-    def attach_limits(self, limits: Tensor, base: Plan | None = None) -> None:
-        """As `attach`, with limits in the layout's own measure, shape (1,) or (batch,)."""
+    def attach_limits(
+        self, limits: Tensor, base: Plan | None = None, layout: Layout | None = None
+    ) -> None:
+        """As `attach`, with limits in the measure of a layout.
+
+        Args:
+            limits: shape (1,) or (batch,).
+            base: with token stages.
+            layout: the scheduler's, as it is for the prompts to come.
+        """
+        self.layout = layout or self.scheduler.layout
         self.limits = limits
         self.decisions = []
         self._obeying = self._make_obeying(base or self.base())
@@ -295,9 +323,12 @@ class Scheduled:
         if kwargs.get("inputs_embeds") is None:
             kwargs["inputs_embeds"] = self._decoder.get_input_embeddings()(kwargs["input_ids"])
         kwargs["input_ids"] = None
-        cache = kwargs.get("past_key_values")
+        cache = cache_among(kwargs)
         if cache is None and kwargs.get("use_cache", self._decoder.config.use_cache):
-            cache = kwargs["past_key_values"] = DynamicCache(config=self._decoder.config)
+            cache = DynamicCache(config=self._decoder.config)
+        if cache is not None:
+            kwargs.pop("past_key_values", None)
+            kwargs[cache_argument(self._stock)] = cache
         known = None if cache is None else self._sessions.get(cache)
         if known is None:
             session = self._begin(kwargs, cache)
@@ -312,7 +343,7 @@ class Scheduled:
             self._current = session if known is None else None
             if length is not None:
                 length.inside = True
-            return run(session, kwargs)
+            return run(session, kwargs, cache)
         finally:
             self._current = None
             if length is not None:
@@ -346,9 +377,9 @@ class Scheduled:
         assert self._insertion is not None
         return self._insertion.into_known(known, value)
 
-    def _prompt(self, session: _Session, kwargs: dict[str, Any]) -> Any:
+    def _prompt(self, session: _Session, kwargs: dict[str, Any], cache: Cache | None) -> Any:
         insertion = session.insertion
-        token = self.scheduler.token(session.limits)
+        token = self.scheduler.token(session.limits, self.layout.steps)
         kwargs["inputs_embeds"] = insertion.into_hidden(kwargs["inputs_embeds"], token)
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = insertion.into_positions(kwargs["position_ids"])
@@ -357,10 +388,11 @@ class Scheduled:
         output.last_hidden_state = insertion.out_of(output.last_hidden_state)
         return output
 
-    def _more(self, session: _Session, kwargs: dict[str, Any]) -> Any:
+    def _more(self, session: _Session, kwargs: dict[str, Any], cache: Cache | None) -> Any:
+        assert cache is not None
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = kwargs["position_ids"] + 1
-        seen = kwargs["past_key_values"].get_seq_length() + kwargs["inputs_embeds"].shape[1]
+        seen = cache.get_seq_length() + kwargs["inputs_embeds"].shape[1]
         mask = kwargs.get("attention_mask")
         kwargs["attention_mask"] = _with_token(session.insertion, mask, seen)
         return self._stock(**kwargs)
@@ -372,7 +404,7 @@ class Scheduled:
             return
         self._current = None
         self.logits = self.scheduler(session.insertion.take(output))
-        self.taken = self.decide(self.logits, session.limits)
+        self.taken = (self.decide or self.layout.decide)(self.logits, session.limits)
         if not self.taken.requires_grad:
             self.decisions.append(self.taken.cpu())
         session.decided = self._obeying.obey(self.taken)

@@ -20,7 +20,8 @@ from planner.files import output_folder, write_bytes, write_text
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.models.scheduling.latency import LatencyEncoder
-from planner.models.scheduling.layouts import Layout, layout_of
+from planner.models.scheduling.layouts import Layout
+from planner.models.scheduling.naming import layout_of
 
 __all__ = ["DESCRIPTION", "Scheduler", "load_scheduler", "save_scheduler"]
 
@@ -43,7 +44,7 @@ class Scheduler(nn.Module):
         super().__init__()
         self.layout = layout
         self.provenance = dict(provenance or {})
-        self.encoder = LatencyEncoder(width, layout.steps)
+        self.encoder = LatencyEncoder(width, layout.levels)
         self.head = nn.Linear(width, layout.size)
 
     @staticmethod
@@ -56,9 +57,17 @@ class Scheduler(nn.Module):
         width = int(graph.properties["hidden_size"])
         return Scheduler(layout_of(switches, graph), width, provenance)
 
-    def token(self, limits: Tensor) -> Tensor:
-        """Latency tokens (batch, width) for limits (batch,)."""
-        token: Tensor = self.encoder(limits)
+    def token(self, limits: Tensor, steps: int | None = None) -> Tensor:
+        """Latency tokens (batch, width).
+
+        The encoder is told what share of all switches may be on, by count or by cost.
+
+        Args:
+            limits: shape (batch,).
+            steps: the largest limit, where it is not that of the scheduler's own layout.
+        """
+        most = max(1, self.layout.steps if steps is None else steps)
+        token: Tensor = self.encoder(limits * (self.encoder.steps / most))
         return token
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -67,7 +67,11 @@ def print_schedule(schedule: Schedule, path: Path, as_json: bool, quiet: bool) -
     elif not quiet:
         flops = schedule.cost["flops"]
         print(f"{schedule.model} under {schedule.budget}, plans by {schedule.switches} per input")
-        print(f"switches: {schedule.limit} of {schedule.of} on")
+        if schedule.measure == "switches":
+            print(f"switches: {schedule.limit} of {schedule.of} on")
+        else:
+            share = schedule.limit / max(schedule.of, 1)
+            print(f"switches: {share:.4f} of what they cost in {schedule.measure} on")
         print(
             f"FLOPs of the language model's prefill: {amount(flops['plan'], 'flops')} of "
             f"{amount(flops['base'], 'flops')}, {flops['fraction']:.4f}"
@@ -98,11 +102,11 @@ def run_scheduled(
     image_tokens = count_image_tokens(model, inputs)
     text_tokens = int(inputs["input_ids"].shape[1]) - image_tokens
     stages = stages_of(schedule.tokens, image_tokens) if schedule.tokens else ()
+    workload = Workload.default(scheduled.graph, image_tokens, text_tokens, new_tokens)
     update("generate")
-    with scheduled.using(schedule.budget, stages):
+    with scheduled.using(schedule.budget, stages, workload):
         answer, facts = generate(model, processor, inputs, new_tokens)
     plan = scheduled.plans(scheduled.base(stages))[0]
-    workload = Workload.default(scheduled.graph, image_tokens, text_tokens, new_tokens)
     document = {
         "answer": answer,
         **facts,
@@ -141,10 +145,8 @@ def _scores(scheduled: Scheduled) -> dict[int, list[float]]:
     """Layer -> the scheduler's logits for its switches, for the first sample."""
     if scheduled.logits is None:
         return {}
-    layout = scheduled.layout
-    layers = range(layout.first, layout.graph.layers)
-    rows = scheduled.logits[0].detach().view(len(layers), -1).tolist()
-    return {layer: [round(x, 3) for x in row] for layer, row in zip(layers, rows, strict=True)}
+    row = [round(x, 3) for x in scheduled.logits[0].detach().tolist()]
+    return {layer: row[places] for layer, places in scheduled.layout.by_layer().items()}
 
 
 def print_explanation(rows: list[dict[str, Any]]) -> None:

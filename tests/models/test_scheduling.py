@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
-from planner.models.cache import kv_bytes
+from planner.models.cache import cache_argument, kv_bytes
 from planner.models.scheduling import (
     Scheduled,
     Scheduler,
@@ -231,6 +231,11 @@ def test_the_token_is_in_the_cache_and_positions_go_on(tiny):
     assert kv_bytes(cache) > 0
 
 
+def cached(family, cache):
+    """A cache as an argument, under the name that the model has for it."""
+    return {cache_argument(family.model.forward): cache}
+
+
 def kv_bytes_of(layer):
     stores = [part.store for part in layer.parts]
     return sum(s.keys.nbytes for s in stores if s is not None and s.is_initialized)
@@ -254,14 +259,14 @@ def test_prompts_of_several_conversations_take_turns(tiny):
             caches = []
             logits = steps(inputs, caches)
             for _ in range(2):
-                out = family.model(input_ids=word, past_key_values=caches[0])
+                out = family.model(input_ids=word, **cached(family, caches[0]))
                 logits.append(out.logits[:, -1])
             alone.append(torch.stack(logits))
         caches = []
         mixed = [steps(first, caches), steps(second, caches)]
         for _ in range(2):
             for number in (0, 1):
-                out = family.model(input_ids=word, past_key_values=caches[number])
+                out = family.model(input_ids=word, **cached(family, caches[number]))
                 mixed[number].append(out.logits[:, -1])
     for expected, found in zip(alone, mixed, strict=True):
         assert close(torch.stack(found), expected)
@@ -286,7 +291,7 @@ def test_a_second_question_keeps_the_first_plan(tiny):
         again.pop("pixel_values")
         more = family.model.generate(
             **again,
-            past_key_values=run.past_key_values,
+            **cached(family, run.past_key_values),
             max_new_tokens=3,
             do_sample=False,
             suppress_tokens=[IMAGE],
@@ -354,7 +359,7 @@ def test_what_cannot_be_done_is_refused(tiny):
         family.model.generate(**family.inputs(), cache_implementation="static", max_new_tokens=2)
     cache = family.model(**family.inputs(), use_cache=True).past_key_values
     with scheduled.using(0.75), pytest.raises(InputError, match="without the scheduler"):
-        family.model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+        family.model(input_ids=torch.tensor([[5]]), **cached(family, cache))
     with pytest.raises(InputError, match="a quarter of a layer's heads"):
         layout_of("adallava-h", graph)
     with pytest.raises(InputError, match="unknown switches"):
