@@ -33,6 +33,7 @@ from planner.training.estimators import Deterministic, Estimator, GumbelSequenti
 from planner.training.tiny_llava import export as export_half
 from planner.training.trainer import RunTrainer
 from planner.training.unit_sampling import draw_units
+from planner.training.warm_start import warm_start
 
 __all__ = ["AdaLlavaConfig", "AdaptiveModel", "BudgetCollator", "train"]
 
@@ -62,6 +63,14 @@ class AdaLlavaConfig(Config):
     description_share: float = 0.1
     family_weights: dict[str, float] = FAMILY_WEIGHTS
     max_text_tokens: int = 110
+
+    # A file of `planner labels`: the scheduler learns it alone, before all else. Where the labels
+    # are not of drawn scenes, where their questions are.
+    labels: str | None = None
+    label_images: str | None = None
+    label_prompts: str | None = None
+    label_steps: int = 200
+    label_learning_rate: float = 4e-3
 
     max_steps: int = 1000
     batch_size: int = 32
@@ -205,7 +214,7 @@ def train(config: dict[str, Any] | AdaLlavaConfig) -> AdaptiveModel:
 
 
 def build_trainer(config: AdaLlavaConfig) -> tuple[RunTrainer, AdaptiveModel, Any]:
-    """(trainer ready to start or resume, what it trains, processor)."""
+    """(trainer ready to start or resume, what it trains, processor); labels are learned before."""
     set_seed(config.seed)
     source = find_model(config.model, False)
     where = str(source.folder or source.hub_id or config.model)
@@ -218,6 +227,8 @@ def build_trainer(config: AdaLlavaConfig) -> tuple[RunTrainer, AdaptiveModel, An
     if config.freeze_vision:
         _freeze_vision(model)
     scheduler = Scheduler.of(graph, config.switches)
+    if config.labels is not None:
+        _learn_labels(model, graph, scheduler, processor, config)
     adaptive = AdaptiveModel(model, graph, scheduler, parse(config.estimator))
     packer = Packer(processor, config.max_text_tokens, dialogue_share=1.0)
     collator = BudgetCollator(packer, scheduler.layout.steps, config.seed, config.turns)
@@ -237,6 +248,33 @@ def _freeze_vision(model: Any) -> None:
     tower = model.get_encoder("image")
     if tower is not None:
         tower.requires_grad_(False)
+
+
+def _learn_labels(
+    model: nn.Module, graph: Graph, scheduler: Scheduler, processor: Any, config: AdaLlavaConfig
+) -> None:
+    """A warm start, with checkpoints of its own; the model fits into every process."""
+    alone = {
+        "output_dir": str(Path(config.output_dir) / "labels"),
+        "max_steps": config.label_steps,
+        "learning_rate": config.label_learning_rate,
+        "gradient_accumulation_steps": 1,
+        "activation_checkpointing": False,
+        "fsdp": "",
+        "deepspeed": None,
+    }
+    arguments = _arguments(config.model_copy(update=alone))
+    images, prompts = config.label_images, config.label_prompts
+    warm_start(
+        model,
+        graph,
+        scheduler,
+        processor,
+        Path(cast(str, config.labels)),
+        arguments,
+        None if images is None else Path(images),
+        None if prompts is None else Path(prompts),
+    )
 
 
 def _optimizer(adaptive: AdaptiveModel, config: AdaLlavaConfig) -> torch.optim.Optimizer:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_llava import write_small_llava
 
 from planner.ir.errors import InputError, PlannerError
 from planner.ir.lowering import lower_model
@@ -18,34 +19,17 @@ from planner.training.data import Packer, SceneConversations
 from planner.training.data.packing import IGNORE
 from planner.training.estimators import parse
 from planner.training.recipes import load_recipe
-from planner.training.tiny_llava import TinyLlavaConfig, build_model, build_processor, export
+from planner.training.tiny_llava import build_processor
 from planner.training.trainer import RunTrainer
 from planner.training.unit_sampling import draw_units
 
 CONFIGS = Path(adallava.__file__).parent / "configs"
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "layers": 4,
-    "heads": 4,
-    "vision_hidden_size": 32,
-    "vision_intermediate_size": 64,
-    "vision_layers": 2,
-    "vision_heads": 2,
-}
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A random small LLaVA with its processor, on disk."""
-    folder = tmp_path_factory.mktemp("base")
-    config = TinyLlavaConfig(output_dir="", **SIZES)
-    processor = build_processor()
-    model = build_model(config, processor)
-    from planner.training.tiny_llava import plain_model
-
-    export(plain_model(model), processor, folder)
-    return folder
+    return write_small_llava(tmp_path_factory.mktemp("base"))
 
 
 def settings(base, folder, **changes):

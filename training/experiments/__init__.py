@@ -7,6 +7,7 @@ seed stands for the training run and for the test questions, so the base model h
 
     tables      which cells make which table
     bench       training and measuring them
+    learning    labels to start from, the regret of plans, the losses of training
     page        tables as text and pictures
 """
 
@@ -18,6 +19,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from planner.training.experiments.bench import Bench, Progress
+from planner.training.experiments.learning import learned
 from planner.training.experiments.tables import EXPERIMENTS
 
 __all__ = ["EXPERIMENTS", "run_experiment", "summarise"]
@@ -45,12 +47,15 @@ def run_experiment(
         PlannerError: skipping and masking disagree; nothing is reported then.
     """
     experiment = EXPERIMENTS[name]
-    rows = []
+    rows, learning = [], []
+    methods = {cell.method: cell for cell in experiment.cells if experiment.learning}
     for seed in seeds:
         bench = Bench(work, seed, samples, tuple(overrides), progress)
         for cell in experiment.cells:
             rows.append({"seed": seed, **bench.measured(cell)})
-    return {
+        for cell in methods.values():
+            learning.append({"seed": seed, **bench.learned(cell)})
+    results = {
         "experiment": name,
         "title": experiment.title,
         "seeds": list(seeds),
@@ -59,6 +64,9 @@ def run_experiment(
         "cells": rows,
         "summary": summarise(rows),
     }
+    if learning:
+        results |= {"learning": learning, "learned": learned(learning)}
+    return results
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from planner.models.scheduling.scheduled import Decide
 from planner.switches import with_switches
 from planner.training.data import SceneQuestions
 from planner.training.evaluate import predict
+from planner.training.experiments.learning import label_file, losses_of, regret_of
 from planner.training.experiments.tables import Cell
 from planner.training.recipes import load_recipe
 from planner.training.under_budgets import TEXT_TOKENS, UnderBudgets
@@ -63,20 +64,39 @@ class Bench:
 
     def measured(self, cell: Cell) -> dict[str, Any]:
         """A cell, from its file or measured now."""
-        identity = {
-            "cell": repr(cell),
-            "samples": len(self.samples),
-            "overrides": list(self.overrides),
-        }
-        path = self.work / "cells" / f"seed-{self.seed}" / f"{cell.key}.json"
+        return self._kept(cell.key, {"cell": repr(cell)}, lambda: self._measure(cell))
+
+    def learned(self, cell: Cell) -> dict[str, Any]:
+        """The regret of a cell's scheduler on validation questions, and its losses in training."""
+        kind = {"learned": cell.method, "config": cell.config, "own": list(cell.overrides)}
+        return self._kept(
+            f"{cell.method}_learned".replace(" ", "-"), kind, lambda: self._learned(cell)
+        )
+
+    def _kept(
+        self, name: str, kind: Mapping[str, Any], measure: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        identity = {**kind, "samples": len(self.samples), "overrides": list(self.overrides)}
+        path = self.work / "cells" / f"seed-{self.seed}" / f"{name}.json"
         if path.is_file():
             known = json.loads(path.read_text())
             if known["identity"] == identity:
                 return dict(known["result"])
-        result = self._measure(cell)
+        result = measure()
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({"identity": identity, "result": result}, indent=1) + "\n")
         return result
+
+    def _learned(self, cell: Cell) -> dict[str, Any]:
+        folder = self._trained(cell)
+        model, processor, graph = self._load(folder)
+        self.progress(f"seed {self.seed}: regret of {cell.method}")
+        scheduled = Scheduled(model, graph, load_scheduler(folder, graph), mask=True)
+        return {
+            "method": cell.method,
+            "regret": regret_of(scheduled, processor, self.seed),
+            "losses": losses_of(folder.parent / "run"),
+        }
 
     def _measure(self, cell: Cell) -> dict[str, Any]:
         folder = self._trained(cell) if cell.config else _shipped()
@@ -111,15 +131,20 @@ class Bench:
     def _trained(self, cell: Cell) -> Path:
         """The folder of a trained model; what was trained already is found again."""
         own = (*cell.overrides, *self.overrides)
-        label = "_".join([Path(cell.config).stem, *(o.replace("=", "-") for o in own)])
+        before = [f"labels={cell.labels}"] if cell.labels else []
+        label = "_".join([Path(cell.config).stem, *(o.replace("=", "-") for o in (*before, *own))])
         folder = self.work / "models" / f"{label}_seed-{self.seed}"
         if not (folder / "model" / "scheduler.json").is_file():
             self.progress(f"seed {self.seed}: training {label}")
             config = Path(__file__).parent.parent / "configs" / cell.config
+            if cell.labels:
+                base = self._load(_shipped())
+                before = [f"labels={label_file(*base, cell.labels, self.work)}"]
             settings = [
                 f"output_dir={folder / 'run'}",
                 f"export_dir={folder / 'model'}",
                 f"seed={self.seed}",
+                *before,
                 *own,
             ]
             recipe, parsed = load_recipe(config, settings)

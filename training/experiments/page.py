@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.files import write_bytes, write_text
+from planner.training.experiments.learning import WINDOW
 
 __all__ = ["write_page"]
 
@@ -19,16 +20,14 @@ def write_page(results: Mapping[str, Any], folder: Path) -> None:
     name = results["experiment"]
     write_text(folder / f"{name}.json", json.dumps(results, indent=1) + "\n")
     write_text(folder / f"{name}.md", markdown(results))
-    write_bytes(folder / f"{name}.svg", plot(results["summary"]))
+    write_bytes(folder / f"{name}.svg", plot(results["summary"], results.get("learned", ())))
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The table, and how it was made."""
-    rows: Rows = results["summary"]
-    families = list(rows[0]["families"])
-    adherence = results["experiment"] == "table3"
-    extra = ["success", "utilisation"] if adherence else []
-    headers = ["method", "tokens", "budget", "FLOPs", "accuracy", *extra, *families]
+    """The tables, and how they were made."""
+    learned: Rows = results.get("learned", ())
+    flags = "".join(f" --set {override}" for override in results["overrides"])
+    seeds = ",".join(map(str, results["seeds"]))
     lines = [
         f"# {results['title']}",
         "",
@@ -36,24 +35,9 @@ def markdown(results: Mapping[str, Any]) -> str:
         "accuracy as mean ± standard deviation over runs, families as means, in percent. FLOPs are "
         "of the language model's prefill, over the base model's.",
         "",
-        "| " + " | ".join(headers) + " |",
-        "|" + "---|" * len(headers),
-    ]
-    for row in rows:
-        cells = [
-            row["method"],
-            f"`{row['tokens']}`" if row["tokens"] else "all",
-            f"{row['budget']:.0%}",
-            f"{row['cost_fraction']:.1%}",
-            f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_spread']:.1f}",
-            *(f"{row[measure]:.1%}" for measure in extra),
-            *(f"{100 * row['families'][family]:.1f}" for family in families),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    flags = "".join(f" --set {override}" for override in results["overrides"])
-    seeds = ",".join(map(str, results["seeds"]))
-    lines += [
+        *_accuracies(results["summary"], adherence=results["experiment"] == "table3"),
         "",
+        *([*_losses(learned), "", *_regrets(learned), ""] if learned else []),
         f"![accuracy over FLOPs]({results['experiment']}.svg)",
         "",
         f"    planner experiment {results['experiment']} --seeds {seeds} "
@@ -62,8 +46,63 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(rows: Rows) -> bytes:
-    """Accuracy over cost, a line for each method and selector; SVG."""
+def _accuracies(rows: Rows, adherence: bool) -> list[str]:
+    families = list(rows[0]["families"])
+    extra = ["success", "utilisation"] if adherence else []
+    cells = [
+        [
+            row["method"],
+            f"`{row['tokens']}`" if row["tokens"] else "all",
+            f"{row['budget']:.0%}",
+            f"{row['cost_fraction']:.1%}",
+            f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_spread']:.1f}",
+            *(f"{row[measure]:.1%}" for measure in extra),
+            *(f"{100 * row['families'][family]:.1f}" for family in families),
+        ]
+        for row in rows
+    ]
+    return _table(["method", "tokens", "budget", "FLOPs", "accuracy", *extra, *families], cells)
+
+
+def _losses(rows: Rows) -> list[str]:
+    steps = sorted({last for row in rows for last, _ in row["loss"]})
+    cells = [
+        [row["method"], *(f"{dict(row['loss'])[s]:.4f}" for s in steps)]
+        for row in rows
+        if len(row["loss"]) == len(steps)
+    ]
+    return [
+        "Loss of the joint training in nats per answer token, by steps, means over runs:",
+        "",
+        *_table(["method", *(f"{last - WINDOW + 1}-{last}" for last in steps)], cells),
+    ]
+
+
+def _regrets(rows: Rows) -> list[str]:
+    who = ("label", "solver", "static", "random")
+    cells = [
+        [row["method"], f"{entry['budget']:.0%}", *(f"{entry[name]:.4f}" for name in who)]
+        for row in rows
+        for entry in row["regret"]
+    ]
+    return [
+        "Regret in nats per answer token on validation questions, means over runs: the loss under "
+        "a plan less that under the best plan within the budget, on the same trained model. "
+        "*label* is the scheduler's plan, *solver* the best by measured utilities, *static* the "
+        "one that is best for all questions together, *random* the mean over plans that use the "
+        "budget.",
+        "",
+        *_table(["method", "budget", *who], cells),
+    ]
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def plot(rows: Rows, learned: Rows = ()) -> bytes:
+    """Accuracy over cost, a line for each method and selector, and losses beside it; SVG."""
     import io
 
     import matplotlib
@@ -71,29 +110,50 @@ def plot(rows: Rows) -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        label = row["method"] + (f", {row['tokens'].partition(':')[0]}" if row["tokens"] else "")
-        lines.setdefault(label, []).append(row)
     with pyplot.rc_context({"svg.hashsalt": "planner", "font.size": 9}):
-        figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
-        for label, members in lines.items():
-            ordered = sorted(members, key=lambda row: row["cost_fraction"])
-            axes.errorbar(
-                [row["cost_fraction"] for row in ordered],
-                [100 * row["accuracy"] for row in ordered],
-                [100 * row["accuracy_spread"] for row in ordered],
-                marker="o",
-                markersize=4,
-                capsize=2,
-                linewidth=1.2,
-                label=label,
-            )
-        axes.set_xlabel("FLOPs of the prefill, language model, fraction of the base model")
-        axes.set_ylabel("accuracy, %")
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower right", frameon=False, fontsize=8)
+        panels = 2 if learned else 1
+        figure, axes = pyplot.subplots(
+            1, panels, figsize=(7.5, 4.5), layout="constrained", squeeze=False
+        )
+        _plot_accuracies(axes[0, 0], rows)
+        if learned:
+            _plot_losses(axes[0, 1], learned)
         stream = io.BytesIO()
         figure.savefig(stream, format="svg", metadata={"Date": None})
         pyplot.close(figure)
     return stream.getvalue()
+
+
+def _plot_accuracies(axes: Any, rows: Rows) -> None:
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        label = row["method"] + (f", {row['tokens'].partition(':')[0]}" if row["tokens"] else "")
+        lines.setdefault(label, []).append(row)
+    for label, members in lines.items():
+        ordered = sorted(members, key=lambda row: row["cost_fraction"])
+        axes.errorbar(
+            [row["cost_fraction"] for row in ordered],
+            [100 * row["accuracy"] for row in ordered],
+            [100 * row["accuracy_spread"] for row in ordered],
+            marker="o",
+            markersize=4,
+            capsize=2,
+            linewidth=1.2,
+            label=label,
+        )
+    axes.set_xlabel("FLOPs of the prefill, language model, fraction of the base model")
+    axes.set_ylabel("accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", frameon=False, fontsize=8)
+
+
+def _plot_losses(axes: Any, rows: Rows) -> None:
+    for row in rows:
+        if len(row["loss"]) > 1:
+            steps, losses = zip(*row["loss"], strict=True)
+            axes.plot(steps, losses, marker="o", markersize=4, linewidth=1.2, label=row["method"])
+    axes.set_xlabel(f"step, means of {WINDOW}")
+    axes.set_ylabel("loss of the joint training, nats per answer token")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)

@@ -24,6 +24,7 @@ class Cell:
         rule: how a trained model's switches are chosen: ``scheduler``, ``random``, ``depth`` or
             ``threshold``; or, without training, ``base``, ``prior`` or ``calibrated``.
         switches: of a static plan.
+        labels: on how many samples' labels the scheduler is trained before; 0 for none.
     """
 
     method: str
@@ -33,6 +34,7 @@ class Cell:
     overrides: tuple[str, ...] = ()
     rule: str = "scheduler"
     switches: str = ""
+    labels: int = 0
 
     @property
     def key(self) -> str:
@@ -43,10 +45,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A table: what it is called, and its cells."""
+    """A table.
+
+    Attributes:
+        title: what it is called.
+        cells: in the order of its rows.
+        learning: whether the regret of plans and the losses of training belong to it.
+    """
 
     title: str
     cells: Sequence[Cell]
+    learning: bool = False
 
 
 def _table1() -> Iterator[Cell]:
@@ -83,8 +92,24 @@ def _table3() -> Iterator[Cell]:
         )
 
 
+def _warm_start() -> Iterator[Cell]:
+    # Short runs: what labels can save is training.
+    joint, taught = ("max_steps=150", "logging_steps=10"), "label_steps=100"
+    methods: dict[str, tuple[tuple[str, ...], int]] = {
+        "from scratch": (joint, 0),
+        "warm start": ((*joint, taught), 512),
+        # A single joint step, which changes nothing.
+        "labels alone": (("max_steps=1", "learning_rate=1e-9", taught), 512),
+    }
+    for method, (overrides, labels) in methods.items():
+        # At 0.6 nothing of the upper half is on.
+        for budget in (0.85, 0.65, 0.6):
+            yield Cell(method, budget, "", "adallava-l.yaml", overrides, labels=labels)
+
+
 EXPERIMENTS: Mapping[str, Experiment] = {
     "table1": Experiment("Accuracy under budgets, with and without token selection", [*_table1()]),
     "baselines": Experiment("The scheduler against simpler ways to decide", [*_baselines()]),
     "table3": Experiment("Probabilistic against deterministic scheduling", [*_table3()]),
+    "warm-start": Experiment("Labels before joint training", [*_warm_start()], learning=True),
 }

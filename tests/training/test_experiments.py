@@ -1,0 +1,103 @@
+"""Tables of results: what is averaged, what is kept, and how pages say it."""
+
+import json
+
+import pytest
+
+from planner.training.experiments import EXPERIMENTS, summarise
+from planner.training.experiments.bench import Bench
+from planner.training.experiments.learning import learned
+from planner.training.experiments.page import markdown, write_page
+
+
+def cell(method, budget, accuracy, tokens=""):
+    return {
+        "method": method,
+        "tokens": tokens,
+        "budget": budget,
+        "accuracy": accuracy,
+        "cost_fraction": budget,
+        "utilisation": 1.0,
+        "success": 1.0,
+        "families": {"count": accuracy, "text": 1.0},
+    }
+
+
+def learning(method, seed, losses):
+    regret = [
+        {"budget": b, "label": b + seed, "solver": 0, "static": 1, "random": 2} for b in (0.5, 0.75)
+    ]
+    return {"method": method, "seed": seed, "regret": regret, "losses": losses}
+
+
+def results():
+    cells = [cell("a", 1.0, 0.5), cell("b", 0.5, 0.25), cell("a", 1.0, 0.7), cell("b", 0.5, 0.25)]
+    rows = [
+        learning("a", 0, [(20, 1.0), (50, 2.0), (51, 8.0), (100, 4.0)]),
+        learning("b", 0, []),
+        learning("a", 1, [(50, 3.0), (100, 6.0)]),
+        learning("b", 1, []),
+    ]
+    return {
+        "experiment": "example",
+        "title": "An example",
+        "seeds": [0, 1],
+        "samples": 7,
+        "overrides": ["max_steps=3"],
+        "cells": cells,
+        "summary": summarise(cells),
+        "learning": rows,
+        "learned": learned(rows),
+    }
+
+
+def test_rows_are_means_over_seeds():
+    a, b = results()["summary"]
+    assert (a["method"], a["accuracy"], a["families"]["count"]) == ("a", 0.6, 0.6)
+    assert a["accuracy_spread"] == pytest.approx(0.2 / 2**0.5)
+    assert b["accuracy_spread"] == 0
+
+
+def test_losses_are_means_of_fifty_steps_and_regret_of_seeds():
+    a, b = results()["learned"]
+    assert a["loss"] == [(50, 2.0), (100, 6.0)]
+    assert [(e["budget"], e["label"]) for e in a["regret"]] == [(0.5, 1.0), (0.75, 1.25)]
+    assert b["loss"] == []
+
+
+def test_a_page_holds_its_tables_plot_and_command(tmp_path):
+    write_page(json.loads(json.dumps(results())), tmp_path)
+    text = (tmp_path / "example.md").read_text()
+    for line in (
+        "| a | all | 100% | 100.0% | 60.0 ± 14.1 | 60.0 | 100.0 |",
+        "| method | 1-50 | 51-100 |",
+        "| a | 2.0000 | 6.0000 |",
+        "| a | 75% | 1.2500 | 0.0000 | 1.0000 | 2.0000 |",
+        "    planner experiment example --seeds 0,1 --samples 7 --set max_steps=3",
+    ):
+        assert line in text.splitlines()
+    assert "| b | 0" not in text
+    assert (tmp_path / "example.svg").read_text().count("</svg>") == 1
+    assert json.loads((tmp_path / "example.json").read_text())["samples"] == 7
+
+
+def test_pages_without_learning_have_one_table():
+    plain = {k: v for k, v in results().items() if not k.startswith("learn")}
+    assert sum(line.startswith("|---|") for line in markdown(plain).splitlines()) == 1
+    assert sum(line.startswith("|---|") for line in markdown(results()).splitlines()) == 3
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_cells_have_files_of_their_own(name):
+    cells = EXPERIMENTS[name].cells
+    assert len({c.key for c in cells}) == len(cells)
+
+
+def test_cells_are_measured_once_and_again_when_something_changed(tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(Bench, "_measure", lambda self, c: measured.append(c) or {"accuracy": 0.5})
+    first = EXPERIMENTS["table1"].cells[1]
+    for samples, overrides in ((5, ()), (5, ()), (6, ()), (6, ("max_steps=2",))):
+        bench = Bench(tmp_path, 0, samples, overrides, print)
+        assert bench.measured(first) == {"accuracy": 0.5}
+    assert len(measured) == 3

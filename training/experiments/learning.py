@@ -1,0 +1,103 @@
+"""What a scheduler learned: labels to start from, the regret of its plans, losses on the way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from planner.audit import Labels, Terms, audit, write_labels
+from planner.ir.graph import Graph
+from planner.models.scheduling import Scheduled
+from planner.training.asked import scene_samples
+from planner.training.labels import label_samples
+from planner.training.trainer import last_checkpoint
+from planner.training.under_budgets import TEXT_TOKENS
+
+__all__ = ["WINDOW", "label_file", "learned", "losses_of", "regret_of"]
+
+# One, two and three of tiny-llava's four switches.
+BUDGETS = (0.65, 0.75, 0.9)
+# Validation questions on which every plan is tried.
+REGRET_QUESTIONS = 48
+# Steps over which losses are averaged.
+WINDOW = 50
+
+
+def label_file(model: Any, processor: Any, graph: Graph, count: int, work: Path) -> Path:
+    """Labels of a model on questions of the training split, made once."""
+    path = work / f"labels-{count}.parquet"
+    if not path.is_file():
+        partial = path.with_name(path.name + ".partial")
+        samples = scene_samples(model, processor, "train", count, 0)
+        write_labels(path, _labels(model, graph, samples, partial=partial))
+    return path
+
+
+def regret_of(scheduled: Scheduled, processor: Any, seed: int) -> list[dict[str, Any]]:
+    """By budget: the mean regret of the scheduler's plans, and of others', see `planner.audit`.
+
+    Args:
+        scheduled: masks; nothing attached.
+        processor: of the model.
+        seed: of the questions, which are of the validation split.
+    """
+    model, graph = scheduled.model, scheduled.graph
+    samples = scene_samples(model, processor, "val", REGRET_QUESTIONS, seed)
+    labels = _labels(model, graph, samples, tried=len(samples), scheduled=scheduled)
+    found: list[dict[str, Any]] = audit(labels, graph).summary["surrogate"]["budgets"]
+    return [{"budget": row["budget"], **row["regret"]} for row in found]
+
+
+def _labels(model: Any, graph: Graph, samples: Sequence[Any], **options: Any) -> Labels:
+    terms = Terms(
+        model="tiny-llava",
+        fingerprint=str(graph.properties["fingerprint"]),
+        switches="adallava-l",
+        source="scheduler" if options.get("scheduled") else "heuristic",
+        image_tokens=int(graph.properties["image_tokens"]),
+        text_tokens=TEXT_TOKENS,
+    )
+    return label_samples(model, graph, samples, terms, BUDGETS, **options)
+
+
+def losses_of(run: Path) -> list[tuple[int, float]]:
+    """(step, mean loss since the step before) of a training run, from its last checkpoint."""
+    checkpoint = last_checkpoint(run)
+    assert checkpoint is not None
+    history = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["log_history"]
+    return [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+
+
+def learned(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Means over seeds: of the regret by budget, and of losses by window of steps.
+
+    Args:
+        rows: `method`, `regret` and `losses` of a seed, see `regret_of` and `losses_of`.
+
+    Returns:
+        A row for each method, in their order: `regret`, a list of one entry a budget, and `loss`,
+        a list of (last step of the window, mean).
+    """
+    methods: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        methods.setdefault(row["method"], []).append(row)
+    found = []
+    for method, members in methods.items():
+        regrets = zip(*(member["regret"] for member in members), strict=True)
+        windows: dict[int, list[float]] = {}
+        for member in members:
+            for step, loss in member["losses"]:
+                windows.setdefault(-(-step // WINDOW) * WINDOW, []).append(loss)
+        found.append(
+            {
+                "method": method,
+                "regret": [
+                    {who: mean(e[who] for e in same) for who in same[0]} for same in regrets
+                ],
+                "loss": [(last, mean(values)) for last, values in sorted(windows.items())],
+            }
+        )
+    return found

@@ -1,0 +1,272 @@
+"""A warm start: the scheduler alone learns the plans of a file of labels, before joint training.
+
+    planner labels --model tiny-llava -o labels.parquet
+    planner train training/configs/adallava-l.yaml --set labels=labels.parquet
+
+The model is frozen, and prompts are read as they are when asked: the latency token at the end, the
+layers that always run, the scheduler's logits; nothing after them is run. What is on is a set, so
+the loss is the set's: its negative log-likelihood among all sets of as many switches, with
+probability proportional to the product of exp(logit) over what a set holds. That is the
+distribution of the estimator ``simple``. Gradients reach the head and, through the frozen layers,
+the latency encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from planner.audit import Labels, read_labels
+from planner.budgets import Budget
+from planner.flags import Flags, switch_names
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph
+from planner.models.scheduling import (
+    CostSwitches,
+    LayerSwitches,
+    Layout,
+    Scheduled,
+    Scheduler,
+    UnitSwitches,
+)
+from planner.training.asked import Asked, prompt_of
+from planner.training.subsets import Subsets
+from planner.training.trainer import RunTrainer
+
+__all__ = ["LabelledPrompts", "Pupil", "set_loss", "target_plans", "warm_start"]
+
+
+def warm_start(
+    model: nn.Module,
+    graph: Graph,
+    scheduler: Scheduler,
+    processor: Any,
+    labels: Path,
+    arguments: TrainingArguments,
+    images: Path | None = None,
+    prompts: Path | None = None,
+) -> None:
+    """Train a scheduler on labels, or load it where that was done; its model stays as it is.
+
+    Args:
+        model: a stock image-text model.
+        graph: its Graph.
+        scheduler: of that model.
+        processor: of the model.
+        labels: file that `planner labels` wrote.
+        arguments: of the training; a batch counts samples, each under all of its budgets.
+        images: folder of the labels' pictures, where they are not of drawn scenes.
+        prompts: JSON lines with the questions about them.
+
+    Raises:
+        InputError: the labels are of another model, of other switches or of unknown questions.
+    """
+    read, layout = read_labels(labels), scheduler.layout
+    plans = target_plans(read, layout)
+    cast(Any, model).to(arguments.device)
+    asked = Asked(model, processor, dict.fromkeys(read.samples), images, prompts)
+    scheduled = Scheduled(model, graph, scheduler, mask=True, decide=_stop)
+    optimizer = torch.optim.AdamW(
+        scheduler.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.98)
+    )
+    trainer = RunTrainer(
+        model=Pupil(scheduled),
+        args=arguments,
+        train_dataset=LabelledPrompts(read, plans, layout, asked),
+        data_collator=_collate,
+        optimizers=(optimizer, None),
+    )
+    scheduled.attach_limits(torch.tensor([layout.steps]))
+    try:
+        with _frozen(model):
+            trainer.run()
+    finally:
+        scheduled.detach()
+
+
+def set_loss(logits: Tensor, plans: Tensor) -> Tensor:
+    """Negative log-likelihood of sets of switches, given how many they hold, in nats.
+
+    Args:
+        logits: shape (batch, switches).
+        plans: shape (batch, switches), bool.
+
+    Returns:
+        Shape (batch,), differentiable; 0 where nothing or everything is on.
+    """
+    costs = torch.ones_like(plans, dtype=torch.int64)
+    subsets = Subsets.of(logits, costs, plans.sum(-1), columns=plans.shape[1])
+    return -subsets.log_probability(plans).float()
+
+
+# -- what is learned -------------------------------------------------------------------------------
+
+
+def target_plans(labels: Labels, layout: Layout) -> Flags:
+    """What the scheduler is to switch on, shape (labels, size).
+
+    Labels of the same switches say so themselves. From others the scheduler's own rule makes plans
+    by the utilities that were measured: no labels are made of `adallava-h`'s units, but heads and
+    MLP groups have utilities.
+
+    Raises:
+        InputError: labels of another model, or that say nothing about some switch.
+    """
+    labels.problems(layout.graph)
+    names = _names(layout)
+    if labels.switches == names:
+        return labels.plans
+    place = {name: index for index, name in enumerate(labels.switches)}
+    sites = {_site(name) for name in names}
+    # A site's groups may be more or fewer here than there.
+    there = [name for name in labels.switches if _site(name) in sites]
+    if differ := sorted(set(names) ^ set(there)):
+        raise InputError(
+            f"the labels of the switches {labels.terms.switches} do not fit a scheduler of "
+            f"{layout.name}, for one in {differ[0]}: label with {_options(layout)}"
+        )
+    worth = torch.from_numpy(labels.utilities[:, [place[name] for name in names]])
+    plans: Flags = layout.decide(worth, _limits(labels, layout)).numpy()
+    return plans
+
+
+def _names(layout: Layout) -> tuple[str, ...]:
+    """Switches in the order of logits, see `planner.flags.switch_names`."""
+    if isinstance(layout, CostSwitches):
+        return switch_names(layout.problem)
+    if isinstance(layout, LayerSwitches):
+        return tuple(f"layer.{layer}" for layer in layout.layers)
+    assert isinstance(layout, UnitSwitches)
+    return tuple(
+        f"{kind}.{layer}[{index}]"
+        for layer in layout.layers
+        for kind in ("heads", "mlp")
+        for index in range(layout.heads)
+    )
+
+
+def _site(name: str) -> str:
+    return name.partition("[")[0]
+
+
+def _options(layout: Layout) -> str:
+    """What to give `planner labels` for a layout."""
+    if isinstance(layout, LayerSwitches):
+        return f"--switches {layout.name}"
+    axes = ",".join(layout.axes) if isinstance(layout, CostSwitches) else "heads,mlp"
+    groups = sum(_site(name) == f"mlp.{layout.first}" for name in _names(layout))
+    return f"--switches {axes}" + (f" --mlp-groups {groups}" if groups else "")
+
+
+def _limits(labels: Labels, layout: Layout) -> Tensor:
+    """In the layout's measure, shape (labels,)."""
+    known = {budget: layout.limit(Budget.of(budget)) for budget in set(labels.budgets.tolist())}
+    return torch.tensor([known[budget] for budget in labels.budgets.tolist()])
+
+
+class LabelledPrompts(Sequence[dict[str, Any]]):
+    """One item a sample: its prompt once for each of its budgets, and what is to be on.
+
+    Args:
+        labels: of a file.
+        plans: shape (labels, size), see `target_plans`.
+        layout: of the scheduler.
+        asked: gives samples by name.
+    """
+
+    def __init__(self, labels: Labels, plans: Flags, layout: Layout, asked: Asked) -> None:
+        self._asked = asked
+        self._plans, self._limits = torch.from_numpy(plans), _limits(labels, layout)
+        self._rows: dict[str, list[int]] = {}
+        for row, name in enumerate(labels.samples):
+            self._rows.setdefault(name, []).append(row)
+        self._names = list(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
+        name = self._names[index]
+        rows = self._rows[name]
+        return {
+            "id": name,
+            "prompt": prompt_of(self._asked(name), len(rows)),
+            "limits": self._limits[rows],
+            "plans": self._plans[rows],
+        }
+
+
+def _collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Prompts stay apart: no padding, and any model's inputs."""
+    return {
+        "prompts": [item["prompt"] for item in items],
+        "limits": [item["limits"] for item in items],
+        "plans": torch.cat([item["plans"] for item in items]),
+        "ids": [item["id"] for item in items],
+    }
+
+
+# -- how it is learned -----------------------------------------------------------------------------
+
+
+class _Decided(Exception):
+    """Carries the logits out of a pass that need not go on."""
+
+
+def _stop(logits: Tensor, limits: Tensor) -> Tensor:
+    raise _Decided(logits)
+
+
+class Pupil(nn.Module):
+    """A scheduler to train, in front of a model that is no part of it.
+
+    Args:
+        scheduled: the model under the scheduler, which decides by `_stop`.
+    """
+
+    def __init__(self, scheduled: Scheduled) -> None:
+        super().__init__()
+        self.scheduler = scheduled.scheduler
+        # Not a submodule: neither trained nor in checkpoints.
+        self._scheduled = [scheduled]
+
+    def forward(
+        self, prompts: Sequence[dict[str, Any]], limits: Sequence[Tensor], plans: Tensor
+    ) -> dict[str, Tensor]:
+        """The mean loss of a batch of samples.
+
+        Args:
+            prompts: a model's inputs, the rows alike.
+            limits: of their rows.
+            plans: of all rows, shape (rows in all, size).
+        """
+        each = zip(prompts, limits, strict=True)
+        logits = torch.cat([self._logits(prompt, limit) for prompt, limit in each])
+        return {"loss": set_loss(logits, plans).mean()}
+
+    def _logits(self, prompt: dict[str, Any], limits: Tensor) -> Tensor:
+        scheduled = self._scheduled[0]
+        scheduled.limits = limits
+        try:
+            scheduled.model(**prompt, use_cache=False)
+        except _Decided as decided:
+            logits: Tensor = decided.args[0]
+            return logits
+        raise AssertionError("the scheduler was not asked")
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
