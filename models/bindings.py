@@ -7,7 +7,8 @@ from the Graph alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from planner.ir.errors import InputError
 from planner.ir.graph import Binding, Graph, Site
 
-__all__ = ["BoundLayer", "BoundLinear", "BoundSite", "Runs", "bind"]
+__all__ = ["BoundLayer", "BoundLinear", "BoundSite", "Runs", "bind", "bind_site"]
 
 # Half-open, ascending, disjoint intervals of features: ((0, 64), (128, 192)).
 Runs = tuple[tuple[int, int], ...]
@@ -57,12 +58,16 @@ class BoundLinear:
         module: an ``nn.Linear``, or transformers' ``Conv1D``, which stores its weight transposed.
         binding: the layout.
         shared: features that belong to no lane; always kept.
+        records: (offset, stride) of each block in which the features of a lane lie together, in
+            the order in which the weight stores them; empty where some linear of the site has
+            features elsewhere. Lanes may change places within a block.
     """
 
     path: str
     module: nn.Module
     binding: Binding
     shared: Runs
+    records: tuple[tuple[int, int], ...] = ()
 
     @property
     def weight(self) -> Tensor:
@@ -79,7 +84,7 @@ class BoundLinear:
         """Shape (out features,)."""
         return cast("Tensor | None", self.module.bias)
 
-    @property
+    @cached_property
     def features(self) -> int:
         """Size of the narrowed axis in the base model."""
         return self.weight.shape[0 if self.binding.axis == "out" else 1]
@@ -140,6 +145,20 @@ def _bind_linear(model: nn.Module, site: Site, binding: Binding) -> BoundLinear:
     return BoundLinear(binding.module, module, binding, merge(_pairs(edges)))
 
 
+def _records(linear: BoundLinear) -> tuple[tuple[int, int], ...]:
+    """See `BoundLinear.records`."""
+    blocks = sorted(linear.binding.blocks, key=lambda block: block.offset)
+    if linear.shared:
+        return ()
+    if all(block.width == block.stride for block in blocks):
+        return tuple((block.offset, block.stride) for block in blocks)
+    # Heads of a fused projection in turn: q, k and v of the first, q, k and v of the second.
+    (stride, *others), (first, *rest) = {block.stride for block in blocks}, blocks
+    ends = [block.offset + block.width for block in blocks]
+    in_turn = all(block.offset == end for block, end in zip(rest, ends))
+    return ((first.offset, stride),) if in_turn and not others else ()
+
+
 def _is_matrix(weight: Any) -> bool:
     """Whether this is a whole weight: not packed by quantisation, not left on disk."""
     return (
@@ -150,9 +169,8 @@ def _is_matrix(weight: Any) -> bool:
     )
 
 
-def _bind_site(model: nn.Module, site: Site | None) -> BoundSite | None:
-    if site is None:
-        return None
+def bind_site(model: nn.Module, site: Site) -> BoundSite:
+    """Find the modules of an attention block or MLP."""
     module = model.get_submodule(site.module)
     for binding in site.bindings:
         linear = model.get_submodule(binding.module)
@@ -161,8 +179,11 @@ def _bind_site(model: nn.Module, site: Site | None) -> BoundSite | None:
             return BoundSite(
                 site, module, (), f"the weights of {binding.module} are no plain matrix in memory"
             )
-    linears = tuple(_bind_linear(model, site, binding) for binding in site.bindings)
-    return BoundSite(site, module, linears)
+    linears = [_bind_linear(model, site, binding) for binding in site.bindings]
+    records = [_records(linear) for linear in linears]
+    if all(records):
+        linears = [replace(linear, records=own) for linear, own in zip(linears, records)]
+    return BoundSite(site, module, tuple(linears))
 
 
 def bind(model: nn.Module, graph: Graph) -> tuple[BoundLayer, ...]:
@@ -176,14 +197,15 @@ def bind(model: nn.Module, graph: Graph) -> tuple[BoundLayer, ...]:
     try:
         for index in range(graph.layers):
             layer = sites.get(("layer", index))
+            heads, mlp = sites.get(("heads", index)), sites.get(("mlp", index))
             path = layer.module if layer else _layer_path(graph, sites, index)
             layers.append(
                 BoundLayer(
                     index,
                     path,
                     model.get_submodule(path),
-                    _bind_site(model, sites.get(("heads", index))),
-                    _bind_site(model, sites.get(("mlp", index))),
+                    bind_site(model, heads) if heads else None,
+                    bind_site(model, mlp) if mlp else None,
                 )
             )
     except AttributeError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -75,6 +76,19 @@ class Setup:
             self.attention.silent = self.group.heads == ()
 
 
+def _names(forward: Any) -> tuple[str, ...]:
+    """Names of what a layer's forward takes."""
+    if inspect.ismethod(forward):
+        return _names_of_all(forward.__func__)[1:]
+    return tuple(inspect.signature(forward).parameters)
+
+
+@lru_cache(maxsize=128)
+def _names_of_all(function: Any) -> tuple[str, ...]:
+    """With ``self``; reading a signature takes longer than all else about a layer."""
+    return tuple(inspect.signature(function).parameters)
+
+
 class LayerForward:
     """Stands in for one decoder layer: runs the stock layer once per group, on what is left."""
 
@@ -84,7 +98,7 @@ class LayerForward:
         self.is_last = program is passes.program.layers[-1]
         self.setups = setups
         self.stock: Any = program.layer.module.forward
-        self.names = list(inspect.signature(self.stock).parameters)
+        self.names = _names(self.stock)
         self.is_simple = len(setups) == 1 and not setups[0].group.has_keys
         heads = program.layer.heads
         self.block: Any = None if heads is None else heads.module

@@ -2,19 +2,13 @@
 
 A weight is narrowed in one of two ways. *Slices*: the kept features copied together, one product.
 *Views*: one product for every run of kept features, straight from the stored weight, nothing
-copied. In both, what is off is neither read nor multiplied. Measured on a CPU with 640 tokens and
-half of the features kept at random, over the time of a product with weights that lie together:
+copied. In both, what is off is neither read nor multiplied.
 
-|                                  | slice copied at every call | views |
-|----------------------------------|----------------------------|-------|
-| rows (q, k, v), runs of 64 to 256  | 1.06                       | 1.22  |
-| rows (gate, up), runs of 172 to 700| 1.08                       | 1.11  |
-| columns (o), runs of 64 to 256     | 1.05                       | 1.11  |
-| columns (down), runs of 172 to 700 | 1.09                       | 1.03  |
-
-So a plan seen for the first time runs long runs of columns as views and copies the rest into memory
-that the next such plan uses again (fresh pages cost three times the copy). From the second time on
-everything is a slice of its own.
+A plan seen for the first time is copied into memory that the next such plan uses again: what lies
+there already stays (`slots`), and no page is fresh, which would cost three times the copy. Once as
+much has been copied for some lanes as they have features, they get a slice of their own. Views are
+for what lies together anyway and for slices larger than allowed: a product over a short run has
+more to do for each weight.
 """
 
 from __future__ import annotations
@@ -28,8 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from planner.models.bindings import BoundLinear, Runs
+from planner.models.slots import moves
 
 __all__ = ["LinearForward", "Narrowed", "SliceStore"]
+
+State = tuple[int, int, int]
+# (to, source, features): features from `source` on of a weight go to `to` on of a narrowed one.
+Pieces = tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +47,7 @@ class Narrowed:
     axis: str
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor | None, ...]
-    source: tuple[int, int, int]
+    source: State
 
     def __call__(self, features: Tensor) -> Tensor:
         """Shape (..., in features) to (..., out features), either of them narrowed."""
@@ -67,35 +66,108 @@ class Narrowed:
         return total.reshape(*features.shape[:-1], -1)
 
 
-def _state(parameter: Tensor) -> tuple[int, int, int]:
+def _state(parameter: Tensor) -> State:
     """Changes when the parameter is replaced, moved or written to."""
     version = 0 if parameter.is_inference() else parameter._version
     return id(parameter), parameter.data_ptr(), version
 
 
-@torch.no_grad()
-def _narrow(linear: BoundLinear, runs: Runs, into: Tensor | None = None) -> Narrowed:
-    """Narrow by views, or, given memory for it, by a slice; shape (at least all kept elements,)."""
-    axis, weight, bias = linear.binding.axis, linear.weight.detach(), linear.bias
-    bias = None if bias is None else bias.detach()
+def _pieces(linear: BoundLinear, lanes: Runs, held: Runs = ()) -> Pieces:
+    """What of a weight to copy where, so that memory that holds some lanes holds others."""
+    if held == lanes != ():
+        return ()
+    pieces = []
+    place = 0
+    if not linear.records:
+        for start, stop in linear.runs(lanes):
+            pieces.append((place, start, stop - start))
+            place += stop - start
+        return tuple(pieces)
+    count, before = (sum(stop - start for start, stop in runs) for runs in (lanes, held))
+    # Behind the first block everything moves where the number of lanes changes.
+    known = held if count == before or len(linear.records) == 1 else ()
+    for offset, stride in linear.records:
+        for slot, lane, number in moves(lanes, known):
+            pieces.append((place + slot * stride, offset + lane * stride, number * stride))
+        place += count * stride
+    return tuple(pieces)
+
+
+def _bias(linear: BoundLinear) -> Tensor | None:
+    return None if linear.bias is None else linear.bias.detach()
+
+
+def _views(linear: BoundLinear, pieces: Pieces) -> Narrowed:
+    """Narrow without copying anything."""
+    axis, weight, bias = linear.binding.axis, linear.weight.detach(), _bias(linear)
+    pieces = pieces or ((0, 0, 0),)
     dim = 0 if axis == "out" else 1
-    if not runs:
-        runs = ((0, 0),)
-    weights = [weight.narrow(dim, start, stop - start) for start, stop in runs]
-    biases: list[Tensor | None] = [bias]
-    if into is not None:
-        shape = list(weight.shape)
-        shape[dim] = sum(part.shape[dim] for part in weights)
-        whole = into[: shape[0] * shape[1]].view(shape)
+    weights = tuple(weight.narrow(dim, source, number) for _, source, number in pieces)
+    biases: tuple[Tensor | None, ...] = (bias,)
+    if axis == "out":
+        biases = tuple(None if bias is None else bias.narrow(0, s, n) for _, s, n in pieces)
+    return Narrowed(axis, weights, biases, _state(linear.parameter))
+
+
+@torch.no_grad()
+def _slice(linear: BoundLinear, lanes: Runs, memory: Tensor, held: Runs = ()) -> Narrowed:
+    """Narrow by copying.
+
+    Args:
+        linear: what to narrow.
+        lanes: what to keep.
+        memory: shape of the weight, but along the narrowed axis the size of what is kept, at least.
+        held: lanes that the memory holds already.
+    """
+    axis, weight, bias = linear.binding.axis, linear.weight.detach(), _bias(linear)
+    dim = 0 if axis == "out" else 1
+    for place, source, number in _pieces(linear, lanes, held):
         # Copies run on all threads, `torch.cat` on one.
-        for place, part in zip(whole.split([w.shape[dim] for w in weights], dim), weights):
-            place.copy_(part)
-        weights = [whole]
-        if axis == "out" and bias is not None:
-            biases = [torch.cat([bias[start:stop] for start, stop in runs])]
-    elif axis == "out":
-        biases = [None if bias is None else bias[start:stop] for start, stop in runs]
-    return Narrowed(axis, tuple(weights), tuple(biases), _state(linear.parameter))
+        memory.narrow(dim, place, number).copy_(weight.narrow(dim, source, number))
+    pieces = _pieces(linear, lanes)
+    if axis == "out" and bias is not None:
+        bias = torch.cat([bias.narrow(0, source, number) for _, source, number in pieces])
+    kept = memory.narrow(dim, 0, _count(pieces))
+    return Narrowed(axis, (kept,), (bias,), _state(linear.parameter))
+
+
+def _count(pieces: Pieces) -> int:
+    return sum(number for _, _, number in pieces)
+
+
+@dataclass(eq=False)
+class _Slots:
+    """Memory as large as a weight, for one plan after the other.
+
+    Of it only what is written is ever real.
+    """
+
+    memory: Tensor
+    lanes: Runs = ()
+    source: State = (0, 0, 0)
+
+    @staticmethod
+    def of(linear: BoundLinear) -> _Slots:
+        return _Slots(torch.empty_like(linear.weight.detach()))
+
+    def fits(self, linear: BoundLinear) -> bool:
+        """Whether this memory can be used for the weight as it is now."""
+        mine, weight = self.memory, linear.weight
+        return (mine.shape, mine.dtype, mine.device) == (weight.shape, weight.dtype, weight.device)
+
+    def _held(self, linear: BoundLinear) -> Runs:
+        return self.lanes if self.source == _state(linear.parameter) else ()
+
+    def missing(self, linear: BoundLinear, lanes: Runs) -> int:
+        """How many features have to be copied."""
+        return _count(_pieces(linear, lanes, self._held(linear)))
+
+    def hold(self, linear: BoundLinear, lanes: Runs) -> Narrowed:
+        """Copy what is not there yet."""
+        held, self.lanes = self._held(linear), ()
+        narrowed = _slice(linear, lanes, self.memory, held)
+        self.lanes, self.source = lanes, narrowed.source
+        return narrowed
 
 
 class SliceStore:
@@ -108,27 +180,24 @@ class SliceStore:
         limit_bytes: bound on the slices held.
     """
 
-    # Lanes seen once are remembered for this many requests.
+    # Of how many lanes it is remembered what was copied for them.
     REMEMBERED = 4096
-    # Mean features per run from which on views of columns beat a copy made for one call.
-    LONG_RUN = 128
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.bytes = 0
         self._slices: OrderedDict[tuple[str, Runs], Narrowed] = OrderedDict()
-        self._seen: OrderedDict[tuple[str, Runs], None] = OrderedDict()
-        self._memory: dict[str, list[Tensor]] = {}
+        # Features copied for lanes that have no slice of their own.
+        self._copied: OrderedDict[tuple[str, Runs], int] = OrderedDict()
+        self._slots: dict[str, list[_Slots]] = {}
         self._lent: Counter[str] = Counter()
 
     def begin(self) -> None:
         """Declare that nothing handed out before is in use any more."""
         self._lent.clear()
 
-    # Memory outlives the call that takes it, so it must not be that of inference tensors.
-    @torch.inference_mode(False)
     def get(self, linear: BoundLinear, lanes: Runs, keep: bool = False) -> Narrowed:
-        """The linear narrowed to lanes; valid until `begin`.
+        """The linear narrowed to lanes, in the order of `slots`; valid until `begin`.
 
         Args:
             linear: what to narrow.
@@ -141,19 +210,25 @@ class SliceStore:
             self._slices.move_to_end(key)
             return found
         self._drop(key)
-        runs = linear.runs(lanes)
-        kept = sum(stop - start for start, stop in runs)
-        elements = linear.weight.numel() * kept // linear.features
-        if len(runs) < 2 or elements * linear.weight.itemsize > self.limit_bytes:
-            return _narrow(linear, runs)
-        if not keep and key not in self._seen:
-            self._seen[key] = None
-            if len(self._seen) > self.REMEMBERED:
-                self._seen.popitem(last=False)
-            if linear.binding.axis == "in" and kept >= self.LONG_RUN * len(runs):
-                return _narrow(linear, runs)
-            return _narrow(linear, runs, self._lend(linear))
-        narrowed = _narrow(linear, runs, linear.weight.detach().new_empty(elements))
+        return self._narrow(linear, lanes, keep)
+
+    # Memory outlives the call that takes it, so it must not be that of inference tensors.
+    @torch.inference_mode(False)
+    def _narrow(self, linear: BoundLinear, lanes: Runs, keep: bool) -> Narrowed:
+        key, pieces = (linear.path, lanes), _pieces(linear, lanes)
+        weight = linear.weight.detach()
+        elements = weight.numel() // linear.features * _count(pieces)
+        if len(pieces) < 2 or elements * weight.itemsize > self.limit_bytes:
+            return _views(linear, pieces)
+        if not keep and self._copied.get(key, 0) < _count(pieces):
+            slots = self._lend(linear)
+            self._copied[key] = self._copied.pop(key, 0) + slots.missing(linear, lanes)
+            if len(self._copied) > self.REMEMBERED:
+                self._copied.popitem(last=False)
+            return slots.hold(linear, lanes)
+        shape = list(weight.shape)
+        shape[0 if linear.binding.axis == "out" else 1] = _count(pieces)
+        narrowed = _slice(linear, lanes, weight.new_empty(shape))
         self._slices[key] = narrowed
         self.bytes += _bytes(narrowed)
         while self.bytes > self.limit_bytes:
@@ -163,21 +238,19 @@ class SliceStore:
     def clear(self) -> None:
         """Forget everything."""
         self._slices.clear()
-        self._seen.clear()
-        self._memory.clear()
+        self._copied.clear()
+        self._slots.clear()
         self.bytes = 0
 
-    def _lend(self, linear: BoundLinear) -> Tensor:
-        """Memory as large as the weight, of which only what is written is ever real."""
-        owned = self._memory.setdefault(linear.path, [])
+    def _lend(self, linear: BoundLinear) -> _Slots:
+        """Memory that nobody has been lent since `begin`."""
+        owned = self._slots.setdefault(linear.path, [])
         number = self._lent[linear.path]
         self._lent[linear.path] += 1
-        weight = linear.weight.detach()
         if number == len(owned):
-            owned.append(weight.new_empty(0))
-        fits = owned[number].dtype == weight.dtype and owned[number].device == weight.device
-        if not fits or owned[number].numel() < weight.numel():
-            owned[number] = weight.new_empty(weight.numel())
+            owned.append(_Slots.of(linear))
+        elif not owned[number].fits(linear):
+            owned[number] = _Slots.of(linear)
         return owned[number]
 
     def _drop(self, key: tuple[str, Runs]) -> None:
