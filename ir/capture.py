@@ -219,7 +219,12 @@ def capture(
     try:
         with _folded(module, stacks), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program, _ = DynamoExporter().export_program(module, dict(inputs), DynamoConfig())
+            exporter, config = DynamoExporter(), DynamoConfig()
+            if hasattr(exporter, "export_program"):
+                program, _ = exporter.export_program(module, dict(inputs), config)
+            else:  # older versions of transformers
+                with torch.no_grad():
+                    program = exporter.export(module, dict(inputs), config)
     finally:
         logging.set_verbosity(verbosity)
     for node in program.graph.nodes:
