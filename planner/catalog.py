@@ -16,7 +16,7 @@ from typing import Any
 
 from planner.ir.errors import InputError
 
-__all__ = ["HUB", "Source", "aliases", "find_model"]
+__all__ = ["HUB", "PLANNED_EXPORT", "Source", "aliases", "find_model"]
 
 # alias -> what it is; its config is planner/aliases/<alias>.json, tiny-llava's lies by its weights.
 ALIASES = {
@@ -25,6 +25,8 @@ ALIASES = {
     "mipha-3b": "Phi-2 with SigLIP, the model of Mipha-3B (arXiv 2403.06199)",
     "tiny-llava": "the small LLaVA that ships with planner, for trying things out",
 }
+# What marks a folder that planner exported under a plan, `planner.models.export.planned`.
+PLANNED_EXPORT = "planner.json"
 # alias -> where its weights are, for the commands that need weights.
 HUB = {
     "llava-7b": "llava-hf/llava-1.5-7b-hf",
@@ -106,6 +108,12 @@ def find_model(name: str, trust_remote_code: bool = False) -> Source:
     folder = Path(name).expanduser()
     if folder.is_dir():
         config = _read_config(folder / "config.json", name)
+        # Its config is the base model's, its weights are not.
+        if (folder / PLANNED_EXPORT).is_file():
+            raise InputError(
+                f"'{name}' is an export that only planner.models.export.load can load: it is "
+                f"narrowed already, so give the model that it was made from"
+            )
         return Source(name, config, folder=folder, trust_remote_code=trust_remote_code)
     if folder.exists():
         raise InputError(

@@ -68,8 +68,12 @@ def _image_text_types() -> set[str]:
 
 
 def load_image(path: Path) -> Any:
-    """Read a picture as RGB; InputError where it is missing, broken or far too large."""
-    from PIL import Image, UnidentifiedImageError
+    """Read a picture as RGB, the right way up, as transformers does.
+
+    Raises:
+        InputError: it is missing, broken, far too large, or holds what is no number.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
@@ -81,13 +85,25 @@ def load_image(path: Path) -> Any:
                         f"the image '{path}' has {width} x {height} pixels, "
                         f"more than {MOST_PIXELS // 10**6} million"
                     )
-                return image.convert("RGB")
+                return _eight_bits(ImageOps.exif_transpose(image), path).convert("RGB")
     except FileNotFoundError:
         raise InputError(f"there is no image '{path}'") from None
     except Image.DecompressionBombError:
         raise InputError(f"the image '{path}' has too many pixels") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
         raise InputError(f"the image '{path}' is broken or of an unknown format") from None
+
+
+def _eight_bits(image: Any, path: Path) -> Any:
+    """The picture in levels from 0 to 255; Pillow by itself would cut off whatever is above."""
+    import numpy as np
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+        raise InputError(f"the image '{path}' holds pixels that are no finite numbers")
+    return image
 
 
 def noise_image(size: int = 336) -> Any:

@@ -1,8 +1,9 @@
 """Measuring a model under budgets against the same model without a plan, in one run.
 
-Rounds are interleaved - base, budget, budget, ..., base, ... - so that whatever else the machine
-does falls on all alike, and medians are reported. Nothing is reported unless the plan that keeps
-everything gives the base model's very logits.
+Rounds are interleaved - base, budget, budget, ..., each round beginning one further on - so that
+whatever else the machine does falls on all alike. Ratios are taken within a round, and their
+medians reported with their range, which says what they are worth. Nothing is reported unless the
+plan that keeps everything gives the base model's very logits.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from planner.ir.cost import Workload
 from planner.ir.errors import PlannerError
 from planner.loading import count_image_tokens
+from planner.repricing import cost_on
 from planner.runtime import budget as under
 from planner.runtime import compile as compile_model
-from planner.runtime import restore
+from planner.runtime import graph_of, kept_image_tokens, plan_of, restore
 
 __all__ = ["measure"]
 
@@ -30,6 +33,7 @@ def measure(
     decode: int,
     repeat: int,
     progress: Callable[[str], None] = lambda stage: None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Time prefill and decoding per budget; see `planner bench`.
 
@@ -40,10 +44,13 @@ def measure(
         switches: as for compile.
         decode: tokens generated after the first.
         repeat: rounds.
+        options: how plans are made besides, as for `planner.compile`: tokens, kv, utilities.
 
     Returns:
-        ``{"rows": [{"budget", "fraction", "prefill_seconds", "prefill_ratio",
-        "realised_over_ideal", "decode_tokens_per_second", "decode_speedup", "kv_bytes"}], ...}``.
+        ``{"rows": [{"budget", "fraction", "prefill_seconds", "prefill_ratio", "prefill_range",
+        "realised_over_ideal", "decode_tokens_per_second", "decode_speedup", "decode_range",
+        "kv_bytes"}], ...}``; ranges are the least and the most of a round's ratios, for the base
+        model of its seconds over their median.
 
     Raises:
         PlannerError: where budget 1 does not give the base model's logits.
@@ -52,27 +59,35 @@ def measure(
     batch, length = inputs["input_ids"].shape
     image_tokens = count_image_tokens(model, inputs)
     load = {"image_tokens": image_tokens, "text_tokens": length - image_tokens}
-    compile_model(model, 1.0, switches=switches, new_tokens=decode, batch=batch, **load)
+    how = {"switches": switches, "new_tokens": decode, "batch": batch, **load}
+    compile_model(model, 1.0, **how)
     try:
         _check_parity(model, inputs)
+        compile_model(model, 1.0, plan=plan_of(model), **how, **options)
         progress("warm up")
-        plans = {}
+        _time(model, inputs, decode, nullcontext())
+        plans, ran = {}, {}
+        workload = Workload.default(graph_of(model), *load.values(), decode, batch)
         for fraction in fractions:
             with under(model, fraction) as plan:
                 plans[fraction] = plan
                 _time(model, inputs, decode, nullcontext())
-        runs: dict[float | None, list[tuple[float, float, int]]] = {None: []}
+                # An adaptive selector may have kept less than the plan counts with.
+                kept = {k: max(counts) for k, counts in kept_image_tokens(model).items()}
+                ran[fraction] = cost_on(graph_of(model), plan, workload, kept)["flops"]["fraction"]
+        whom: tuple[float | None, ...] = (None, *plans)
+        runs: dict[float | None, list[tuple[float, float, int]]] = {which: [] for which in whom}
         for index in range(repeat):
             progress(f"round {index + 1} of {repeat}")
-            for which in (None, *fractions):
-                context = nullcontext() if which is None else under(model, which)
-                runs.setdefault(which, []).append(_time(model, inputs, decode, context))
+            first = index % len(whom)
+            for which in (*whom[first:], *whom[:first]):
+                context = nullcontext() if which is None else under(model, plans[which])
+                runs[which].append(_time(model, inputs, decode, context))
     finally:
         restore(model)
-    rows = [_row("base", 1.0, runs[None], runs[None])]
+    rows = [_row("base", 1.0, runs[None], runs[None], batch)]
     for fraction in fractions:
-        ideal = plans[fraction].cost["flops"]["fraction"]
-        rows.append(_row(f"{fraction:g}", ideal, runs[fraction], runs[None]))
+        rows.append(_row(f"{fraction:g}", ran[fraction], runs[fraction], runs[None], batch))
     return {
         **load,
         "batch": batch,
@@ -87,18 +102,25 @@ def _row(
     ideal: float,
     runs: list[tuple[float, float, int]],
     base: list[tuple[float, float, int]],
+    batch: int,
 ) -> dict[str, Any]:
     prefill, decoding = (statistics.median(run[i] for run in runs) for i in (0, 1))
-    ratio = statistics.median(run[0] / other[0] for run, other in zip(runs, base, strict=True))
-    faster = statistics.median(other[1] / run[1] for run, other in zip(runs, base, strict=True))
+    if runs is base:
+        # Of itself the base model says how steady the clock was.
+        base = [(prefill, decoding, 0)] * len(runs)
+    ratios = [run[0] / other[0] for run, other in zip(runs, base, strict=True)]
+    faster = [other[1] / run[1] for run, other in zip(runs, base, strict=True)]
+    ratio = statistics.median(ratios)
     return {
         "budget": name,
         "fraction": ideal,
         "prefill_seconds": prefill,
         "prefill_ratio": ratio,
+        "prefill_range": [min(ratios), max(ratios)],
         "realised_over_ideal": ratio / ideal,
-        "decode_tokens_per_second": 1 / decoding,
-        "decode_speedup": faster,
+        "decode_tokens_per_second": batch / decoding,
+        "decode_speedup": statistics.median(faster),
+        "decode_range": [min(faster), max(faster)],
         "kv_bytes": runs[0][2],
     }
 

@@ -15,7 +15,7 @@ from planner.ir.cost import Workload
 from planner.ir.cost.devices import device
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.plan import Plan
+from planner.plan import Plan, TokenStage
 from planner.pricing import Pricing
 from planner.schedule import Schedule
 from planner.switches import SwitchSet, with_switches
@@ -58,7 +58,10 @@ class PlanCosts:
     def _pricing(self) -> Pricing:
         switches = SwitchSet.parse("layers,heads,mlp")
         if self.tokens:
-            switches = switches.with_selector(self.tokens, self.workload.image_tokens)
+            load = self.workload
+            switches = switches.with_selector(
+                self.tokens, load.image_tokens, load.image_tokens_per_run
+            )
         graph = with_switches(self.graph, like_heads=True)
         return Pricing(graph, self.workload, switches, device(DEFAULT_DEVICE), "llm")
 
@@ -119,7 +122,9 @@ def compile_schedule(
     layout = load_scheduler(folder, graph).layout
     load = Workload.default(graph, image_tokens, text_tokens, 0)
     progress("price")
-    stages = stages_of(tokens, load.image_tokens) if tokens else ()
+    stages: tuple[TokenStage, ...] = ()
+    if tokens:
+        stages = stages_of(tokens, load.image_tokens, load.image_tokens_per_run)
     layout = layout.under(load, stages, wanted.limits[0].metric)
     limit = layout.limit(wanted)
     return Schedule(

@@ -21,6 +21,7 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from planner.catalog import PLANNED_EXPORT
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.models.attention import AttentionBlock, probe
@@ -32,7 +33,7 @@ from planner.models.program import Program
 __all__ = ["RECORD", "load", "save_planned"]
 
 FORMAT = 1
-RECORD = "planner.json"
+RECORD = PLANNED_EXPORT
 _WEIGHTS = "planner{suffix}.safetensors"
 
 

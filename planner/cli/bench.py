@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
-from planner.cli.options import Dtype, Model, TrustRemoteCode, parse_fractions
+from planner.cli.options import Dtype, KvPolicyOption, Model, TrustRemoteCode, parse_fractions
 from planner.cli.output import Json, Quiet, Verbose, amount, print_json, status, table
 
 __all__ = ["bench_command"]
@@ -18,6 +19,11 @@ def bench_command(
         str, typer.Option("--budgets", help="Fractions of the base model, by commas.")
     ] = "0.5,0.65,0.85,1",
     switches: Annotated[str, typer.Option("--switches", help="As for compile.")] = "all",
+    tokens: Annotated[
+        str | None, typer.Option("--tokens", help="A token selector, such as fastv:k=2,r=0.5.")
+    ] = None,
+    kv: KvPolicyOption = None,
+    utilities: Annotated[str, typer.Option("--utilities", help="As for compile.")] = "prior",
     decode: Annotated[int, typer.Option("--decode", help="Tokens to generate.")] = 32,
     text_tokens: Annotated[int, typer.Option("--text-tokens", help="Prompt tokens, about.")] = 64,
     batch: Annotated[int, typer.Option("--batch", help="Samples that run together.")] = 1,
@@ -35,7 +41,12 @@ def bench_command(
     from planner.measuring import measure
 
     fractions = parse_fractions(budgets)
-    for name, value, least in (("decode", decode, 2), ("repeat", repeat, 1), ("batch", batch, 1)):
+    for name, value, least in (
+        ("decode", decode, 2),
+        ("repeat", repeat, 1),
+        ("batch", batch, 1),
+        ("text-tokens", text_tokens, 1),
+    ):
         if value < least:
             raise InputError(f"--{name} must be at least {least}")
     with status(not (quiet or as_json), verbose) as update:
@@ -44,28 +55,48 @@ def bench_command(
         picture = noise_image() if "vision_config" in source.config else None
         inputs = prompt_inputs(stock, processor, "what is this ? " * (text_tokens // 4), picture)
         inputs = {k: v.repeat(batch, *[1] * (v.ndim - 1)) for k, v in inputs.items()}
-        report = measure(stock, inputs, fractions, switches, decode, repeat, update)
+        report = measure(
+            stock, inputs, fractions, switches, decode, repeat, update,
+            tokens=tokens, kv=kv, utilities=utilities,
+        )  # fmt: skip
     if as_json:
         print_json(report)
     elif not quiet:
         _print(report)
 
 
+# A clock is called steady if the slowest round of the base model takes at most so many times the
+# quickest.
+_STEADY = 1.2
+
+
+def _ranged(value: float, ends: Sequence[float]) -> str:
+    """A median and its range."""
+    return f"{value:.3f} ({ends[0]:.2f}-{ends[1]:.2f})"
+
+
 def _print(report: dict[str, Any]) -> None:
     print(
         f"{report['image_tokens']} image + {report['text_tokens']} text tokens, batch "
-        f"{report['batch']}, medians of {report['repeat']} interleaved rounds; realised / ideal is "
-        "measured time over base time, over the budgeted fraction of FLOPs"
+        f"{report['batch']}, medians of {report['repeat']} interleaved rounds and, in brackets, "
+        "the least and the most; realised / ideal is measured time over base time, over the "
+        "fraction of FLOPs"
     )
+    low, high = report["rows"][0]["prefill_range"]
+    if high > _STEADY * low:
+        print(
+            f"note: the base model's own prefill took {low:.2f} to {high:.2f} of its median, so "
+            f"this machine was busy: take the ratios with care, or more rounds (--repeat)"
+        )
     rows = [
         [
             row["budget"],
             f"{row['fraction']:.4f}",
             amount(row["prefill_seconds"], "latency"),
-            f"{row['prefill_ratio']:.3f}",
+            _ranged(row["prefill_ratio"], row["prefill_range"]),
             f"{row['realised_over_ideal']:.3f}",
             f"{row['decode_tokens_per_second']:.1f}",
-            f"{row['decode_speedup']:.3f}",
+            _ranged(row["decode_speedup"], row["decode_range"]),
             amount(row["kv_bytes"], "bytes"),
         ]
         for row in report["rows"]

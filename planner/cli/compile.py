@@ -267,6 +267,10 @@ def _print_summary(compiled: Compiled, path: Path, verbose: bool) -> None:
     load = compiled.pricing.workload
     budget = ", ".join(f"{metric} {limit}" for metric, limit in plan.budget.items())
     print(f"{plan.model} under {budget}")
+    selector = compiled.pricing.switches.selector
+    if plan.tokens and selector is not None:
+        most = ", at most as many as below" if selector.is_adaptive else ""
+        print(f"image tokens are picked by {selector}{most}")
     if plan.kv:
         print(f"the KV cache evicts by {plan.kv}")
     print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -101,7 +102,8 @@ def run_scheduled(
     inputs = prompt_inputs(model, processor, prompt, picture)
     image_tokens = count_image_tokens(model, inputs)
     text_tokens = int(inputs["input_ids"].shape[1]) - image_tokens
-    stages = stages_of(schedule.tokens, image_tokens) if schedule.tokens else ()
+    per_run = int(scheduled.graph.properties["image_tokens"])
+    stages = stages_of(schedule.tokens, image_tokens, per_run) if schedule.tokens else ()
     workload = Workload.default(scheduled.graph, image_tokens, text_tokens, new_tokens)
     update("generate")
     with scheduled.using(schedule.budget, stages, workload):
@@ -113,13 +115,24 @@ def run_scheduled(
         "cost": PlanCosts(scheduled.graph, workload, schedule.tokens).of(plan),
         "skipped": skipped(plan, image_tokens),
         "scheduler": schedule.scheduler,
+        "scope": "llm",
         "utilities": None,
     }
     return document, plan, scheduled
 
 
-def explain_plan(plan: Any, graph: Any, scheduled: Scheduled | None = None) -> list[dict[str, Any]]:
-    """Layer by layer: what is kept of it, and the scheduler's logits for it where there is one."""
+def explain_plan(
+    plan: Any,
+    graph: Any,
+    scheduled: Scheduled | None = None,
+    image_tokens: Mapping[int, int] | None = None,
+) -> list[dict[str, Any]]:
+    """Layer by layer: what is kept of it, and the scheduler's logits for it where there is one.
+
+    `image_tokens`: layer of a token stage -> those that were really left, where that is known.
+    """
+    from planner.models.stages import selector_of
+
     scores = _scores(scheduled) if scheduled is not None else {}
     rows = []
     for layer in range(plan.layers):
@@ -134,7 +147,13 @@ def explain_plan(plan: Any, graph: Any, scheduled: Scheduled | None = None) -> l
                 row[f"{kind}_of"] = of
         stages = [s for s in plan.tokens if s.layer <= layer]
         if stages:
-            row["image_tokens"] = f"{stages[-1].keep} of {stages[-1].of} ({stages[-1].selector})"
+            last = stages[-1]
+            left = (image_tokens or {}).get(last.layer, last.keep)
+            most = "" if left == last.keep else f", planned {last.keep}"
+            # A cap is all that is known where nobody counted.
+            unknown = last.layer not in (image_tokens or {}) and selector_of(last).is_adaptive
+            least = "at most " if unknown else ""
+            row["image_tokens"] = f"{least}{left} of {last.of}{most} ({last.selector})"
         if layer in scores:
             row["logits"] = scores[layer]
         rows.append(row)

@@ -10,6 +10,7 @@ from families import TEXT, randomise
 from plans import plan_of
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM, LlavaConfig
 
+from planner.catalog import find_model
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
 from planner.models.executor import Executor
@@ -207,6 +208,9 @@ def test_broken_exports_are_refused(llava, tmp_path):
     export(family.model, graph, plan_of(graph, **MIXED), folder, family.inputs())
     with pytest.raises(InputError, match="no model"):
         load(tmp_path)
+    # Its config is of the base model, so commands would take it for that.
+    with pytest.raises(InputError, match=r"only planner.models.export.load can load"):
+        find_model(str(folder))
     record = (folder / "planner.json").read_text()
     (folder / "planner.json").write_text(record[: len(record) // 2])
     with pytest.raises(InputError, match="broken"):
