@@ -4,6 +4,7 @@
 - `render`: a scene as pixels;
 - `questions`: questions of six families with their answers, derived from the scene;
 - `conversations`: the record a model is trained on, and datasets of them (rendered, or from JSON);
+- `records`: LLaVA's JSON as an Arrow file that processes share;
 - `packing`: conversations as token tensors, several questions behind one image.
 """
 

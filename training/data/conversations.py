@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import random
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from planner.ir.errors import InputError
 from planner.training.data.questions import FAMILIES, Question, ask
+from planner.training.data.records import open_records
 from planner.training.data.render import render
 from planner.training.data.scenes import Scene, draw_scene
 
@@ -140,7 +142,8 @@ class SceneQuestions(Sequence[Conversation]):
 class LlavaConversations(Sequence[Conversation]):
     """LLaVA conversation JSON with an image folder, images opened on access.
 
-    Every record is checked when the file is read, every image when it is opened. Bad data raises an
+    Records lie in an Arrow file that all processes share (`open_records`). Every record is checked,
+    and whether its image exists, at the start; every image when it is opened. Bad data raises an
     `InputError` that names file and record; with `on_error="skip"` it is left out and counted in
     `skipped` (an image that turns out unreadable gives way to the next good record).
     """
@@ -149,27 +152,35 @@ class LlavaConversations(Sequence[Conversation]):
         if on_error not in ("raise", "skip"):
             raise InputError(f'on_error is "raise" or "skip", not "{on_error}".')
         self.path, self.image_folder, self.on_error = Path(path), Path(image_folder), on_error
-        self.skipped = 0
+        self.records = open_records(self.path)
         self._unreadable: set[int] = set()
-        self.records: list[dict[str, Any]] = []
-        for number, record in enumerate(_read_json_list(self.path)):
-            try:
-                self._check(number, record)
-            except InputError:
-                if on_error == "raise":
-                    raise
-                self.skipped += 1
-            else:
-                self.records.append(record)
+        self._good = array("q")
+        for number, (fault, image) in enumerate(self._checked()):
+            if fault is None and image is not None and not (self.image_folder / image).is_file():
+                fault = (
+                    f'{self.path}, record {number} (id "{self.records[number]["id"]}"): '
+                    f'image "{self.image_folder / image}" does not exist.'
+                )
+            if fault is None:
+                self._good.append(number)
+            elif on_error == "raise":
+                raise InputError(fault)
+        self.skipped = len(self.records) - len(self._good)
+
+    def _checked(self) -> Iterator[tuple[str | None, str | None]]:
+        """Fault and image of every record, a batch at a time."""
+        columns = self.records.select_columns(["fault", "image"])
+        for batch in columns.iter(batch_size=4096):
+            yield from zip(batch["fault"], batch["image"], strict=True)
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self._good)
 
     def __getitem__(self, index: int) -> Conversation:  # type: ignore[override]
         if not 0 <= index < len(self):
             raise IndexError(index)
         for step in range(len(self)):
-            number = (index + step) % len(self)
+            number = self._good[(index + step) % len(self)]
             if number in self._unreadable:
                 continue
             try:
@@ -181,52 +192,27 @@ class LlavaConversations(Sequence[Conversation]):
                 self.skipped += 1
         raise InputError(f"{self.path}: no record has a readable image.")
 
-    def _check(self, number: int, record: Any) -> None:
-        where = f"{self.path}, record {number}"
-        if not isinstance(record, dict):
-            raise InputError(f"{where}: expected an object, found {type(record).__name__}.")
-        where += f' (id "{record.get("id", "")}")'
-        messages = record.get("conversations")
-        if not isinstance(messages, list) or not messages:
-            raise InputError(f'{where}: "conversations" is missing or empty.')
-        messages = _from_first_question(messages)
-        for position, message in enumerate(messages):
-            speaker = "gpt" if position % 2 else "human"
-            if not isinstance(message, dict) or message.get("from") != speaker:
-                raise InputError(f'{where}: message {position} should be from "{speaker}".')
-            value = message.get("value")
-            if not isinstance(value, str) or (position % 2 and not value.strip()):
-                raise InputError(f"{where}: message {position} has no text.")
-        if len(messages) % 2 or not messages:
-            raise InputError(f"{where}: the last question has no answer.")
-        if "image" not in record:
-            return
-        if not isinstance(record["image"], str):
-            raise InputError(f'{where}: "image" is not the name of a file.')
-        file = self.image_folder / record["image"]
-        if not file.is_file():
-            raise InputError(f'{where}: image "{file}" does not exist.')
-
     def _load(self, record: dict[str, Any]) -> Conversation:
         image = None
-        if "image" in record:
+        if record["image"] is not None:
             file = self.image_folder / record["image"]
             try:
                 with Image.open(file) as opened:
                     image = opened.convert("RGB")
             except (OSError, UnidentifiedImageError, SyntaxError) as error:
                 raise InputError(
-                    f'{self.path}, id "{record.get("id", "")}": '
-                    f'image "{file}" cannot be read ({error}).'
+                    f'{self.path}, id "{record["id"]}": image "{file}" cannot be read ({error}).'
                 ) from error
-        messages = _from_first_question(record["conversations"])
-        texts = [message["value"].replace(IMAGE_TAG, "").strip() for message in messages]
-        families = record.get("families") or [None] * (len(texts) // 2)
-        kinds = record.get("kinds") or [None] * (len(texts) // 2)
+        texts = [text.replace(IMAGE_TAG, "").strip() for text in record["texts"]]
+        unknown = [None] * (len(texts) // 2)
+        families, kinds = record["families"] or unknown, record["kinds"] or unknown
         turns = zip(texts[::2], texts[1::2], families, kinds, strict=True)
-        scene = Scene.from_record(record["scene"]) if "scene" in record else None
+        scene = record["scene"]
         return Conversation(
-            str(record.get("id", "")), image, tuple(Turn(*turn) for turn in turns), scene
+            record["id"],
+            image,
+            tuple(Turn(*turn) for turn in turns),
+            None if scene is None else Scene.from_record(json.loads(scene)),
         )
 
 
@@ -262,23 +248,5 @@ def _messages(conversation: Conversation) -> Iterator[dict[str, str]]:
         yield {"from": "gpt", "value": turn.answer}
 
 
-def _from_first_question(messages: list[Any]) -> list[Any]:
-    # As LLaVA does: a few records of its mixture begin with an answer, which is left out.
-    starts_with_answer = isinstance(messages[0], dict) and messages[0].get("from") == "gpt"
-    return messages[1:] if starts_with_answer else messages
-
-
 def _turn(question: Question) -> Turn:
     return Turn(question.question, question.answer, question.family, question.kind)
-
-
-def _read_json_list(path: Path) -> list[Any]:
-    try:
-        records = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}).") from error
-    if not isinstance(records, list):
-        raise InputError(f"{path}: expected a list of records, found {type(records).__name__}.")
-    return records
