@@ -29,8 +29,8 @@ class Schedule:
         budget: one limit, such as ``flops=0.65``.
         limit: how much the budget allows to be switched on.
         of: how much there is to be switched on.
-        measure: what both are in: ``switches``, or a metric (FLOPs, picoseconds, bytes) for the
-            prompts that it was compiled for; other prompts are priced when they come.
+        measure: what both are in: ``switches``, or a metric, for the prompts that it was compiled
+            for; other prompts are priced when they come.
         tokens: a token selector in front of the switches, "" for none.
         cost: of a prefill under any of its plans: ``{"flops": {"plan", "base", "fraction"}}``,
             language model only.

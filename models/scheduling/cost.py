@@ -1,9 +1,9 @@
 """Layers, heads and MLP groups side by side, each at what it costs; budgets from the cost model.
 
 The paper's layouts count, which is right as long as all switches cost the same. Here a limit is
-what the switches that are on may cost - FLOPs, modelled picoseconds or KV bytes - and switches are
-taken by logit while they fit. So no plan passes its budget, whatever the logits are, and what a
-plan leaves of it is less than the cheapest switch that could still be on.
+what the switches that are on may cost - FLOPs or KV bytes - and switches are taken by logit while
+they fit. So no plan passes its budget, whatever the logits are, and what a plan leaves of it is
+less than the cheapest switch that could still be on.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from planner.utilities import uniform
 
 __all__ = ["CostSwitches"]
 
-# Of the metrics of `planner.budgets`: a scheduler keeps all weights in memory.
-_METRICS = ("flops", "latency", "kv")
+# Of the metrics of `planner.budgets`: a scheduler keeps all weights in memory, and knows no device.
+_METRICS = ("flops", "kv")
 # How many workloads stay priced.
 _POSED = 64
 
@@ -74,10 +74,10 @@ class CostSwitches(Layout):
     head: ``layers,heads,mlp:groups=16``. Logits go by layer: its own, its heads, its groups. Heads
     and groups of a layer that is off are off.
 
-    A limit is in units of the metric's tables (see `Pricing`): FLOPs, picoseconds or bytes, and of
-    what can be switched alone. A budget is of the base model's language model, without the latency
-    token. Where token stages drop tokens in front of the switches, what that saves is left to the
-    switches, and layers cost what the tokens that are left make them cost.
+    A limit is in FLOPs or bytes, and of what can be switched alone. A budget is of the base model's
+    language model, without the latency token. Where token stages drop tokens in front of the
+    switches, what that saves is left to the switches, and layers cost what the tokens that are left
+    make them cost.
 
     Attributes:
         axes: some of layers, heads and mlp.

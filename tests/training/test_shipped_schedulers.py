@@ -25,3 +25,18 @@ def test_another_model_and_another_name_are_refused():
         compile_schedule("llava-7b", 0.6, "adallava-l")
     with pytest.raises(InputError, match="no folder 'adallava-x'"):
         scheduler_folder("adallava-x")
+
+
+def test_the_one_that_budgets_in_cost_uses_its_budget():
+    """Of 0.65 a counting scheduler uses 0.625; here it is left to within one switch."""
+    schedule = compile_schedule("tiny-llava", 0.65, "adallava-cost", text_tokens=16)
+    assert (schedule.switches, schedule.measure) == ("layers,heads,mlp:groups=16", "flops")
+    assert 0.64 <= schedule.cost["flops"]["fraction"] <= 0.65
+    model, processor, scheduled = load_scheduled(schedule, mask=True)
+    questions = SceneQuestions("test", 60, families=["existence", "attribute", "count"])
+    found = UnderBudgets(model, processor, scheduled.graph, questions, scheduled).measure(0.65)
+    assert found["violations"] == 0
+    assert 0.99 * 0.65 <= found["cost_fraction"] <= 0.65
+    assert found["utilisation"] >= 0.99
+    assert found["plans"] > 20
+    assert found["accuracy"] >= 0.85
