@@ -1,6 +1,6 @@
 """The command line. Each command is one module; heavy libraries are imported by what needs them.
 
-Exit codes: 0 done, 2 the input is bad (one sentence on stderr), 1 something failed.
+Exit codes: 0 done, 2 the input is bad (one sentence on stderr), 1 something failed, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -8,6 +8,9 @@ from __future__ import annotations
 import sys
 
 __all__ = ["main"]
+
+# What shells give a process that ended by Ctrl-C, and typer the command.
+_INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -25,7 +28,7 @@ def execute(arguments: list[str]) -> int:
     try:
         code = app(arguments, prog_name="planner", standalone_mode=False)
     except KeyboardInterrupt:
-        return _fail("interrupted", 1)
+        return _fail("interrupted", _INTERRUPTED)
     except PlannerError as error:
         if debug:
             raise
@@ -42,6 +45,8 @@ def execute(arguments: list[str]) -> int:
         text = str(error).strip().splitlines()
         reason = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
         return _fail(f"{reason} (run again with --debug for the traceback)", 1)
+    if code == _INTERRUPTED:
+        return _fail("interrupted", _INTERRUPTED)
     return code if isinstance(code, int) else 0
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from planner.cli.options import Model, TrustRemoteCode
-from planner.cli.output import Json, Quiet, Verbose, print_json, progress_bar, status, table
+from planner.cli.output import Json, Quiet, Verbose, print_json, progress_bar, say, status, table
 
 if TYPE_CHECKING:
     from planner.models.calibration import Calibrated
@@ -92,18 +92,24 @@ def calibrate_command(
         graph = with_switches(lowered_graph(source)[0])
         update("read the images")
         chosen = read_samples(stock, processor, questions, samples, seed)
-    with progress_bar(not (quiet or as_json), "measure") as progress:
-        found = calibrate(
-            stock,
-            graph,
-            chosen,
-            measure=measure,
-            method=method,
-            batch=batch,
-            seed=seed,
-            partial=output.with_name(output.name + ".partial"),
-            progress=progress,
-        )
+    partial = output.with_name(output.name + ".partial")
+    try:
+        with progress_bar(not (quiet or as_json), "measure") as progress:
+            found = calibrate(
+                stock,
+                graph,
+                chosen,
+                measure=measure,
+                method=method,
+                batch=batch,
+                seed=seed,
+                partial=partial,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        if partial.exists():
+            say(f"what was measured is in '{partial}': the same command goes on from there")
+        raise
     seconds = time.perf_counter() - started
     facts = _facts(found)
     utilities = Utilities(output.name, found.sites, found.tokens)

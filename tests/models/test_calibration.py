@@ -22,6 +22,7 @@ from planner.models.calibration import Sample, calibrate, read_questions, sample
 from planner.models.calibration.leave_one_out import as_gates, leave_one_out, measure, switches_of
 from planner.models.calibration.replay import Replay
 from planner.models.calibration.run import not_negative
+from planner.models.calibration.store import Store
 from planner.models.calibration.taylor import taylor
 from planner.models.calibration.token_stages import fit
 from planner.models.executor import Executor
@@ -409,6 +410,29 @@ def test_from_images_to_a_checkpoint_on_the_command_line(folder, capsys):
     code, _, err = command("compile", "--model", "mipha-3b", "--utilities", utilities)
     assert code == 2
     assert "another model" in err
+
+
+def test_ctrl_c_says_how_to_go_on(folder, capsys, monkeypatch):
+    output = folder / "u.npz"
+    asked = ["calibrate-utilities", "--model", "tiny-llava", "--images", str(folder)]
+    asked += ["-o", str(output), "--method", "taylor"]
+
+    class Stopped(Store):
+        def save(self, now: bool = False) -> None:
+            super().save(now)
+            if not now:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("planner.models.calibration.run.Store", Stopped)
+    assert run(asked) == 130
+    assert not output.exists()
+    kept, last = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert kept.endswith("u.npz.partial': the same command goes on from there")
+    assert last == "planner: interrupted"
+    monkeypatch.undo()
+    assert run([*asked, "-q"]) == 0
+    assert output.exists()
+    assert not (folder / "u.npz.partial").exists()
 
 
 def test_bad_arguments_and_broken_weights():
