@@ -105,8 +105,9 @@ def _row(
     batch: int,
 ) -> dict[str, Any]:
     prefill, decoding = (statistics.median(run[i] for run in runs) for i in (0, 1))
-    if runs is base:
-        # Of itself the base model says how steady the clock was.
+    of_itself = runs is base
+    if of_itself:
+        # Then the ranges say how steady the clock was.
         base = [(prefill, decoding, 0)] * len(runs)
     ratios = [run[0] / other[0] for run, other in zip(runs, base, strict=True)]
     faster = [other[1] / run[1] for run, other in zip(runs, base, strict=True)]
@@ -119,7 +120,8 @@ def _row(
         "prefill_range": [min(ratios), max(ratios)],
         "realised_over_ideal": ratio / ideal,
         "decode_tokens_per_second": batch / decoding,
-        "decode_speedup": statistics.median(faster),
+        # The median of reciprocals is not the reciprocal of the median.
+        "decode_speedup": 1.0 if of_itself else statistics.median(faster),
         "decode_range": [min(faster), max(faster)],
         "kv_bytes": runs[0][2],
     }

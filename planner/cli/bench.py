@@ -82,11 +82,12 @@ def _print(report: dict[str, Any]) -> None:
         "the least and the most; realised / ideal is measured time over base time, over the "
         "fraction of FLOPs"
     )
-    low, high = report["rows"][0]["prefill_range"]
-    if high > _STEADY * low:
+    base = report["rows"][0]
+    spread = max(high / low for low, high in (base["prefill_range"], base["decode_range"]))
+    if spread > _STEADY:
         print(
-            f"note: the base model's own prefill took {low:.2f} to {high:.2f} of its median, so "
-            f"this machine was busy: take the ratios with care, or more rounds (--repeat)"
+            f"note: the base model's own times differ by a factor of {spread:.2f} between rounds, "
+            f"so this machine was busy: take the ratios with care, or more rounds (--repeat)"
         )
     rows = [
         [

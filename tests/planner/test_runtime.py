@@ -244,7 +244,12 @@ def test_bench_counts_all_tokens_of_a_batch_and_says_how_steady_it_was():
     assert row["prefill_range"] == [1 / 4, 1 / 2]
     assert row["decode_range"] == [2, 4]
     assert row["realised_over_ideal"] == pytest.approx((1 / 3) / 0.5)
-    assert _row("base", 1.0, base, base, 4)["prefill_range"] == [2 / 3, 4 / 3]
+    itself = _row("base", 1.0, base, base, 4)
+    assert itself["prefill_range"] == [2 / 3, 4 / 3]
+    last = base[1:]
+    two = _row("base", 1.0, last, last, 4)
+    assert (two["prefill_ratio"], two["decode_speedup"]) == (1, 1)
+    assert two["decode_range"] == [0.75, 1.5]
 
 
 def test_bench_takes_a_selector_and_a_policy(cli):
