@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import triton.language as tl
 from triton.language import core
+from triton.runtime import interpreter
 from triton.runtime.interpreter import (
     InterpretedFunction,
     InterpreterBuilder,
@@ -31,7 +32,7 @@ __all__ = ["interpret", "interpreting"]
 
 def interpret(kernel: JITFunction, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
     """Run every program of `grid`; outputs are written into the CPU tensors among `arguments`."""
-    with _callable_device_functions(), _bfloat16():
+    with _indices(), _callable_device_functions(), _bfloat16():
         _interpreted(kernel.fn).run(grid=grid, warmup=False, **arguments)
 
 
@@ -66,6 +67,25 @@ def _interpreted(python: FunctionType) -> InterpretedFunction:
 def _rewritten(python: FunctionType) -> Callable[..., Any]:
     rewritten: Callable[..., Any] = _interpreted(python).rewrite()
     return rewritten
+
+
+@contextmanager
+def _indices() -> Iterator[None]:
+    """Let scalars be bounds of loops.
+
+    Triton 3.6 asks NumPy for the integer of an array with an axis, which NumPy 2.4 refuses.
+    """
+    plain = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        plain(tensor, scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
+    try:
+        yield
+    finally:
+        interpreter._patch_lang_tensor = plain
 
 
 @contextmanager
