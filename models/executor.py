@@ -71,9 +71,15 @@ class Executor:
         return self._active[-1][0] if self._active else None
 
     @property
-    def stages(self) -> TokenStages | None:
-        """What drops tokens now, and knows how many it kept; None where nothing does."""
-        return self._stages
+    def kept_image_tokens(self) -> dict[int, list[int]]:
+        """How many image tokens were kept of the last prompt.
+
+        Returns:
+            Layer of a token stage -> what was left behind it, one number a row of the batch. Empty
+            before the first prompt, and where no token is dropped.
+        """
+        kept = {} if self._stages is None else self._stages.kept
+        return {layer: counts.tolist() for layer, counts in sorted(kept.items())}
 
     def attach(self, plans: Plans) -> None:
         """Make plans active until `detach` or another `attach`.

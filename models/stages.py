@@ -83,9 +83,8 @@ class TokenStages:
 
     Attributes:
         recorded: layers whose attention some selector scores tokens by.
-        image_tokens: of the last prompt with images, per row of its batch, shape (batch,); None
-            before there was one.
-        kept: layer of a stage -> how many of them were left behind it, shape (batch,).
+        kept: layer of a stage -> image tokens of the last prompt that were left behind it, by row
+            of its batch, shape (batch,).
 
     Raises:
         InputError: a stage cannot be carried out on this model.
@@ -98,7 +97,6 @@ class TokenStages:
         self._places = places or (lambda known, value: known)
         self.selectors: dict[TokenStage, DecoderSelector] = {}
         self.recorded: set[int] = set()
-        self.image_tokens: Tensor | None = None
         self.kept: dict[int, Tensor] = {}
         self._image_token = image_token(model)
         vision = None
@@ -163,7 +161,7 @@ class TokenStages:
             )
         if image.any():
             call.image = image
-            self.image_tokens, self.kept = image.sum(1), {}
+            self.kept = {}
         elif not call.past:
             raise InputError(
                 "the plan drops image tokens and the prompt has no image; pass one, or use a plan "

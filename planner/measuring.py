@@ -67,7 +67,7 @@ def measure(
         progress("warm up")
         _time(model, inputs, decode, nullcontext())
         plans, ran = {}, {}
-        workload = Workload.default(graph_of(model), *load.values(), decode, batch)
+        workload = Workload.default(graph_of(model), **load, new_tokens=decode, batch=batch)
         for fraction in fractions:
             with under(model, fraction) as plan:
                 plans[fraction] = plan

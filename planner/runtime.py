@@ -171,8 +171,7 @@ def kept_image_tokens(model: nn.Module) -> dict[int, list[int]]:
         Layer of a token stage -> what was left behind it, one number a sample (a row of the batch).
         Empty before the first prompt, and where no token is dropped.
     """
-    stages = _of(model).executor.stages
-    return {} if stages is None else {k: v.tolist() for k, v in sorted(stages.kept.items())}
+    return _of(model).executor.kept_image_tokens
 
 
 def restore(model: Model) -> Model:

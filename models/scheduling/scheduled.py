@@ -314,6 +314,11 @@ class Scheduled:
         assert self._executor is not None
         return Skipping(self._executor, self.layout, base, self._places)
 
+    @property
+    def kept_image_tokens(self) -> dict[int, list[int]]:
+        """As of `Executor`; known while prompts are scheduled."""
+        return {} if self._executor is None else self._executor.kept_image_tokens
+
     # -- in the place of the decoder's forward -----------------------------------------------------
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:

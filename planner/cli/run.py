@@ -73,7 +73,7 @@ def run_command(
     elif scheduler is not None:
         schedule = compile_schedule(model, budget or ["0.65"], scheduler, tokens)
     loaded = load_plan(plan) if plan and schedule is None else None
-    if loaded is not None and (budget or tokens or utilities != "prior"):
+    if plan is not None and (budget or tokens or utilities != "prior"):
         raise InputError("--plan is a whole plan: give it without --budget, --tokens, --utilities")
     wanted = Budget.of(budget or ["0.65"])
     if roofline is None and any(limit.metric == "latency" for limit in wanted.limits):
@@ -86,6 +86,7 @@ def run_command(
                 schedule, prompt, picture, new_tokens, dtype, device, trust_remote_code, update
             )
             graph = scheduled.graph
+            kept = {row["layer"]: row["kept"] for row in document["image_tokens"]}
         else:
             scheduled = None
             update("load")
@@ -119,10 +120,7 @@ def run_command(
                 **facts,
                 "cost": made.cost,
                 "cost_of_this_prompt": cost_on(graph, made, load, kept),
-                "image_tokens": [
-                    {"layer": layer, "of": image_tokens, "kept": count}
-                    for layer, count in kept.items()
-                ],
+                "image_tokens": kept_rows(image_tokens, kept),
                 "skipped": skipped(made, image_tokens, kept),
                 "scope": made.provenance.get("scope"),
                 "utilities": made.provenance.get("utilities"),
@@ -153,7 +151,7 @@ def _print_facts(document: dict[str, Any]) -> None:
         + f", KV cache {amount(document['kv_bytes'], 'bytes')}"
     )
     planned = document["cost"].get("flops")
-    ran = document.get("cost_of_this_prompt", document["cost"])["flops"]
+    ran = document["cost_of_this_prompt"]["flops"]
     said = "" if planned in (None, ran) else f" (the plan says {planned['fraction']:.4f})"
     whole = "the base language model" if document.get("scope") == "llm" else "the base model"
     print(f"FLOPs of this prompt: {ran['fraction']:.4f} of {whole}'s{said}")
@@ -197,6 +195,11 @@ def generate(
         "tokens_per_second": len(rest) / spent if spent else None,
         "kv_bytes": kv_bytes(cache_among(run)),
     }
+
+
+def kept_rows(image_tokens: int, kept: Mapping[int, int]) -> list[dict[str, int]]:
+    """What was left of an image, by layer of a token stage, as JSON has it."""
+    return [{"layer": layer, "of": image_tokens, "kept": count} for layer, count in kept.items()]
 
 
 def skipped(plan: Any, image_tokens: int, kept: Mapping[int, int] | None = None) -> dict[str, str]:

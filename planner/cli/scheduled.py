@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -91,10 +92,11 @@ def run_scheduled(
     update: Any,
 ) -> tuple[dict[str, Any], Any, Scheduled]:
     """Answer one question; (what is reported, the plan, the scheduled model)."""
-    from planner.cli.run import generate, skipped
+    from planner.cli.run import generate, kept_rows, skipped
     from planner.ir.cost import Workload
     from planner.loading import count_image_tokens, prompt_inputs
     from planner.models.stages import stages_of
+    from planner.repricing import cost_on
     from planner.scheduling import PlanCosts, load_scheduled
 
     update("load")
@@ -108,12 +110,18 @@ def run_scheduled(
     update("generate")
     with scheduled.using(schedule.budget, stages, workload):
         answer, facts = generate(model, processor, inputs, new_tokens)
+        kept = {layer: counts[0] for layer, counts in scheduled.kept_image_tokens.items()}
     plan = scheduled.plans(scheduled.base(stages))[0]
+    # Schedulers budget the language model alone.
+    plan = replace(plan, provenance={**plan.provenance, "scope": "llm"})
+    ran = replace(workload, new_tokens=facts["tokens"] - 1)
     document = {
         "answer": answer,
         **facts,
         "cost": PlanCosts(scheduled.graph, workload, schedule.tokens).of(plan),
-        "skipped": skipped(plan, image_tokens),
+        "cost_of_this_prompt": cost_on(scheduled.graph, plan, ran, kept),
+        "image_tokens": kept_rows(image_tokens, kept),
+        "skipped": skipped(plan, image_tokens, kept),
         "scheduler": schedule.scheduler,
         "scope": "llm",
         "utilities": None,

@@ -33,6 +33,16 @@ def test_a_schedule_is_compiled_and_run(cli, cli_json, picture, tmp_path):
     assert "heads kept" in out
 
 
+def test_a_scheduled_run_says_what_an_adaptive_selector_kept(cli_json, picture):
+    asked = ("--prompt", "How many red objects are there?", "--image", picture, "--explain")
+    found = cli_json("run", *SCHEDULED, "--budget", "0.8", "--tokens", "prumerge:max=0.4", *asked)
+    (stage,) = found["image_tokens"]
+    assert (stage["layer"], stage["of"]) == (0, 49)
+    assert 1 <= stage["kept"] <= 19
+    assert found["cost_of_this_prompt"]["flops"]["plan"] <= found["cost"]["flops"]["plan"]
+    assert found["layers"][0]["image_tokens"].startswith(f"{stage['kept']} of 49")
+
+
 def test_a_static_plan_is_explained_too(cli_json, picture):
     found = cli_json(
         "run", "-m", "tiny-llava", "--image", picture, "--prompt", "why?", "-b", "0.6", "--explain"
