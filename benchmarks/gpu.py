@@ -10,33 +10,39 @@ sides run in CUDA graphs, take medians, and decode with a cache of all tokens so
 solved here, and nothing of OR-Tools is imported: survivors are drawn at random.
 
 Every plan is first compared, block by block, with a float64 reference; what differs is not
-reported. A part that fails is named in the report, and the others go on.
+reported. A part that fails is named in the report, and the others go on. The document in
+``--output`` is written anew after every part, so that a run cut short leaves what it had.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import triton
-from gpu_decoders import LLAVA_7B, TINY, Dense, Draw, Planned, Size, stock_decoder
+from gpu_decoders import LLAVA_7B, TINY, Dense, Draw, Planned, Size, compare, stock_decoder
 from torch import Tensor
 from torch.nn import functional as F
 
 from planner.cli.output import print_json, table
+from planner.files import write_text
+from planner.kernels import head_ops, heads
 from planner.kernels.codegen import Generated, Origin, generate
 from planner.kernels.interpreter import interpreting
+from planner.kernels.records import Survivors
 from planner.kernels.shapes import AttentionShape, Block, MLPShape, NormShape
 from planner.kernels.tiles import target_of
 from planner.kernels.trial import load_source, trial
@@ -63,6 +69,7 @@ class Clock:
         if self.device.type != "cuda":
             return run, False
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
                 run()
@@ -87,6 +94,13 @@ class Clock:
             self._wait()
             taken.append((time.perf_counter() - start) / repeats)
         return median(taken)
+
+    def tidy(self) -> None:
+        """Give memory back: graphs have pools of their own, and modules refer to one another."""
+        gc.collect()
+        if self.device.type == "cuda":
+            with suppress(RuntimeError):  # of a GPU at fault
+                torch.cuda.empty_cache()
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -114,7 +128,8 @@ class Row:
 
 @dataclass(frozen=True)
 class KernelRow:
-    """One generated kernel. `share` is its speed over cuBLAS's, or over the copy bandwidth."""
+    """A generated kernel, or an op. `share` is its speed over cuBLAS's, over the copy bandwidth, or
+    over everything dense."""
 
     block: str
     kernel: str
@@ -215,6 +230,53 @@ def kernel_row(
     )
 
 
+def half_rows(clock: Clock, size: Size, batch: int, budget: float) -> Iterator[KernelRow]:
+    """The two halves of attention that ``torch.compile(backend="planner")`` runs, against dense
+    ones; ValueError where one differs from its float64 reference on the first sample."""
+    draw, scale = Draw("heads and mlp", budget), size.head_dim**-0.5
+    kept = draw.some(size.heads, 0)
+    survivors = Survivors.of([kept], size.heads, device=clock.device)
+    draw_bfloat16 = partial(torch.randn, dtype=torch.bfloat16, device=clock.device)
+    weights = [draw_bfloat16(size.hidden, size.hidden) / size.hidden**0.5 for _ in range(4)]
+    wide = [weight.double() for weight in weights]
+    for phase, tokens in (("prefill", size.tokens), ("decode", 1)):
+        causal = tokens > 1
+        hidden = draw_bfloat16(batch, tokens, size.hidden)
+        query = draw_bfloat16(batch, tokens, size.heads, size.head_dim).transpose(1, 2)
+        key, value = draw_bfloat16(2, batch, size.heads, size.tokens, size.head_dim)
+        options: dict[str, Any] = {"scale": scale, "causal": causal}
+        first = [x[:1].double() for x in (query, key, value)]
+
+        def project(x: Any = hidden) -> list[Tensor]:
+            return head_ops.project_heads(x, weights[:3], [None] * 3, survivors)
+
+        def attend(operands: Any = (query, key, value), options: Any = options) -> Tensor:
+            return head_ops.attend_heads(*operands, None, weights[3], survivors, **options)
+
+        def project_dense(x: Any = hidden) -> list[Tensor]:
+            return [F.linear(x, weight) for weight in weights[:3]]
+
+        def attend_dense(operands: Any = (query, key, value), causal: Any = causal) -> Tensor:
+            mixed = F.scaled_dot_product_attention(*operands, is_causal=causal, scale=scale)
+            return F.linear(mixed.transpose(1, 2).flatten(2), weights[3])
+
+        want = heads.project_heads(hidden[:1].double(), wide[:3], [None] * 3, survivors)
+        for got, reference in zip(project(), want, strict=True):
+            compare(f"{phase} projections", got[:1], reference)
+        want_rows = heads.attend_heads(*first, None, wide[3], survivors, **options)
+        compare(f"{phase} attention", attend()[:1], want_rows)
+        title = f"heads, {len(kept)} of {size.heads}"
+        for name, run, dense in (
+            ("project_heads", project, project_dense),
+            ("attend_heads", attend, attend_dense),
+        ):
+            taken, stock = (measured(clock, side)[0] / 1e3 for side in (run, dense))
+            rows = batch * tokens
+            yield KernelRow(
+                title, f"{phase} {name}", rows, taken * 1e6, 0.0, 0.0, 0.0, "dense", stock / taken
+            )
+
+
 def product_sizes(shape: Any, kernel: str) -> tuple[int, int] | None:
     """(depth, columns) of a dense product of what survives; None for other kernels."""
     if isinstance(shape, MLPShape):
@@ -245,14 +307,23 @@ def copy_bandwidth(clock: Clock, size: Size) -> float:
 class Report:
     """Rows, and what went wrong; printed and written even where some parts failed."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, clock: Clock) -> None:
         self.rows: list[Row] = []
         self.kernels: list[KernelRow] = []
         self.problems: list[str] = []
-        self.options = options
+        self.options, self.clock = options, clock
+        # Asked now: after a fault a GPU answers nothing.
+        cuda = clock.device.type == "cuda"
+        self.device = torch.cuda.get_device_name(clock.device) if cuda else "cpu"
 
-    def part(self, name: str, work: Callable[[], None]) -> None:
-        """Run one part; what it raises is noted."""
+    def part(self, name: str, work: Callable[[], None]) -> bool:
+        """Run one part if there is time, and say whether it went well; what it raises is noted."""
+        started = time.perf_counter()
+        problems = len(self.problems)
+        if not self.clock.left():
+            self.problems.append(f"{name}: no time left")
+            self.write()
+            return False
         try:
             work()
         except Exception as error:
@@ -260,14 +331,23 @@ class Report:
             self.problems.append(f"{name}: {type(error).__name__}: {reason}")
             if self.options.verbose:
                 traceback.print_exc()
-        print(f"{name}: done", file=sys.stderr)
+        taken = time.perf_counter() - started
+        outcome = self.problems[-1] if len(self.problems) > problems else f"{name}: done"
+        print(f"{outcome}, {taken:.1f} s", file=sys.stderr, flush=True)
+        self.write()
+        self.clock.tidy()
+        return len(self.problems) == problems
 
-    def document(self, device: torch.device) -> dict[str, Any]:
+    def write(self) -> None:
+        """The document so far, whole or not at all."""
+        if self.options.output is not None:
+            write_text(self.options.output, json.dumps(self.document(), indent=1) + "\n")
+
+    def document(self) -> dict[str, Any]:
         """All of it, for a file."""
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         return {
-            "device": name,
-            "meaningless": device.type != "cuda",
+            "device": self.device,
+            "meaningless": self.device == "cpu",
             "versions": {"torch": torch.__version__, "triton": triton.__version__},
             "options": {name: str(value) for name, value in vars(self.options).items()},
             "decoders": [asdict(row) | {"score": row.score} for row in self.rows],
@@ -275,9 +355,9 @@ class Report:
             "problems": self.problems,
         }
 
-    def print(self, device: torch.device) -> None:
+    def print(self) -> None:
         """Tables, what is missing from them, and the targets."""
-        if device.type != "cuda":
+        if self.device == "cpu":
             print("these times are of a CPU, partly of an interpreter: they mean nothing")
         headers = ["batch", "decoder", "budget", "phase", "ms", "graph", "ratio", "ideal", "score"]
         table(headers, [_cells(row) for row in self.rows])
@@ -316,23 +396,21 @@ def run_batch(report: Report, clock: Clock, model: Any, size: Size, batch: int) 
     best: dict[str, float] = {}
 
     def dense() -> None:
-        decoder = Dense(model, size, batch)
-        whole = Planned(model, size, batch, Draw("nothing", 1.0))
-        whole.check_logits(decoder)
-        for row in dense_rows(clock, decoder, batch):
+        for row in dense_rows(clock, Dense(model, size, batch), batch):
             best[row.phase] = min(row.milliseconds, best.get(row.phase, row.milliseconds))
             report.rows.append(row)
 
+    def logits() -> None:
+        Planned(model, size, batch, Draw("nothing", 1.0)).check_logits(Dense(model, size, batch))
+
     report.part(f"batch {batch}, dense", dense)
-    if len(best) < 2:
+    agree = report.part(f"batch {batch}, logits of both", logits)
+    if len(best) < 2 or not agree:
         return
     draws = [Draw("nothing", 1.0)]
     draws += [Draw(kind, budget) for budget in report.options.budgets for kind in KINDS]
     for draw in draws:
         name = f"batch {batch}, {draw.kind} at {draw.budget:g}"
-        if not clock.left():
-            report.problems.append(f"{name}: no time left")
-            continue
 
         def planned(draw: Draw = draw) -> None:
             report.rows += planned_rows(clock, Planned(model, size, batch, draw), draw, best)
@@ -358,7 +436,7 @@ def main() -> int:
         return 2
     size = TINY if options.tiny else LLAVA_7B
     clock = Clock(device, options.minutes, options.rounds)
-    report = Report(options)
+    report = Report(options, clock)
     model = stock_decoder(size, device)
     for number, batch in enumerate(options.batches):
         run_batch(report, clock, model, size, batch)
@@ -367,13 +445,14 @@ def main() -> int:
                 f"batch {batch}, kernels",
                 lambda batch=batch: report.kernels.extend(kernel_rows(clock, size, batch, 0.65)),
             )
-    document = report.document(device)
-    if options.output is not None:
-        options.output.write_text(json.dumps(document, indent=1) + "\n")
+            report.part(
+                f"batch {batch}, ops of torch.compile",
+                lambda batch=batch: report.kernels.extend(half_rows(clock, size, batch, 0.65)),
+            )
     if options.json:
-        print_json(document)
+        print_json(report.document())
     else:
-        report.print(device)
+        report.print()
     return 0 if report.rows else 1
 
 

@@ -15,7 +15,7 @@ from planner.kernels import naive, ops
 from planner.kernels.records import AttentionWeights, KVCache, MLPWeights, Norm, Survivors
 from planner.models.cache import cache_argument
 
-__all__ = ["LLAVA_7B", "TINY", "Dense", "Draw", "Planned", "Size", "stock_decoder"]
+__all__ = ["LLAVA_7B", "TINY", "Dense", "Draw", "Planned", "Size", "compare", "stock_decoder"]
 
 # FastV selects before the third layer.
 STAGE = 2
@@ -326,7 +326,7 @@ class Planned:
             hidden = torch.randn_like(self.hidden[:1, : layer.tokens])
             got = ops.mlp(hidden, layer.mlp, layer.neurons)
             want = naive.mlp(hidden.double(), _wide(layer.mlp), layer.neurons)
-            _compare(f"MLP of layer {index}", got, want)
+            compare(f"MLP of layer {index}", got, want)
             self._check_attention(index, layer)
         if self.keep < self.size.image_tokens and STAGE - 1 in self.layers:
             self._check_selection(self.layers[STAGE - 1])
@@ -342,7 +342,7 @@ class Planned:
         """
         for phase in ("prefill", "decode"):
             got, want = getattr(self, phase)(), getattr(dense, phase)()
-            _compare(f"logits of {phase}", got, want.double(), LOGITS)
+            compare(f"logits of {phase}", got, want.double(), LOGITS)
 
     def _check_attention(self, index: int, layer: _Layer) -> None:
         """A prompt, then one token more."""
@@ -366,7 +366,7 @@ class Planned:
                 replace(cache, lengths=torch.full_like(cache.lengths, start)),
                 positions,
             )
-            _compare(f"attention of layer {index}, {stop - start} tokens", got, want[:, now])
+            compare(f"attention of layer {index}, {stop - start} tokens", got, want[:, now])
 
     def _check_selection(self, layer: _Layer) -> None:
         """The tokens that are kept have the highest attention there is, up to rounding."""
@@ -417,7 +417,8 @@ def _wide(record: Any) -> Any:
     return replace(record, **changes)
 
 
-def _compare(what: str, got: Tensor, want: Tensor, tolerance: float = TOLERANCE) -> None:
+def compare(what: str, got: Tensor, want: Tensor, tolerance: float = TOLERANCE) -> None:
+    """ValueError unless a result is as near its float64 reference as bfloat16 allows."""
     error = float((got.double() - want).norm() / want.norm())
     if not error <= tolerance:
         raise ValueError(f"{what}: {error:.1e} off the reference, more than {tolerance:g}")
