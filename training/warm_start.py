@@ -49,6 +49,7 @@ def warm_start(
     processor: Any,
     labels: Path,
     arguments: TrainingArguments,
+    encoder_rate: float,
     images: Path | None = None,
     prompts: Path | None = None,
 ) -> None:
@@ -61,6 +62,8 @@ def warm_start(
         processor: of the model.
         labels: file that `planner labels` wrote.
         arguments: of the training; a batch counts samples, each under all of its budgets.
+        encoder_rate: learning rate of the latency encoder. The token that it makes also predicts
+            the answer, from wherever this training leaves it.
         images: folder of the labels' pictures, where they are not of drawn scenes.
         prompts: JSON lines with the questions about them.
 
@@ -72,9 +75,11 @@ def warm_start(
     cast(Any, model).to(arguments.device)
     asked = Asked(model, processor, dict.fromkeys(read.samples), images, prompts)
     scheduled = Scheduled(model, graph, scheduler, mask=True, decide=_stop)
-    optimizer = torch.optim.AdamW(
-        scheduler.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.98)
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": list(scheduler.head.parameters())},
+        {"params": list(scheduler.encoder.parameters()), "lr": encoder_rate},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.98))
     trainer = RunTrainer(
         model=Pupil(scheduled),
         args=arguments,

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,25 @@ def invented(small, count=6):
 
 def weights(module):
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def of_heads_and_groups(small, count=3):
+    """The same with utilities of heads and MLP groups, at random and at each budget others."""
+    labels = invented(small, count)
+    names = [
+        f"{kind}.{layer}[{index}]"
+        for layer in range(8)
+        for kind in ("heads", "mlp")
+        for index in range(4)
+    ]
+    worth = np.random.default_rng(0).standard_normal((3, len(names)))
+    return replace(
+        labels,
+        terms=terms_of(small[3], "heads,mlp", mlp_groups=4),
+        switches=tuple(names),
+        utilities=np.tile(worth, (count, 1)),
+        plans=np.ones((len(labels), len(names)), dtype=bool),
+    )
 
 
 # -- the loss --------------------------------------------------------------------------------------
@@ -174,6 +194,7 @@ def settings(small, folder, labels, **changes):
         "labels": str(folder / "labels.parquet"),
         "label_steps": 4,
         "label_learning_rate": 1e-2,
+        "label_encoder_learning_rate": 1e-2,
         "output_dir": str(folder / "run"),
         "max_steps": 2,
         "batch_size": 3,
@@ -183,16 +204,22 @@ def settings(small, folder, labels, **changes):
     }
 
 
-def test_what_labels_say_is_learned_and_the_model_left_alone(small, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("switches", "make"), [("adallava-l", invented), ("adallava-h", of_heads_and_groups)]
+)
+def test_what_labels_say_is_learned_and_the_model_left_alone(
+    small, tmp_path, monkeypatch, switches, make
+):
     """The plans are those of inference, too."""
     _, model, processor, graph = small
-    labels = invented(small, 3)
+    labels = make(small, 3)
+    targets = target_plans(labels, layout_of(switches, graph))
     run = RunTrainer.run
     # The joint training is left out.
     monkeypatch.setattr(
         RunTrainer, "run", lambda self: run(self) if self.args.max_steps == 60 else None
     )
-    config = settings(small, tmp_path, labels, label_steps=60)
+    config = settings(small, tmp_path, labels, switches=switches, label_steps=60)
     adaptive = adallava.train(config)
     for name, tensor in model.state_dict().items():
         assert torch.equal(adaptive.model.state_dict()[name], tensor), name
@@ -201,7 +228,7 @@ def test_what_labels_say_is_learned_and_the_model_left_alone(small, tmp_path, mo
     assert all(p.requires_grad == (id(p) not in frozen) for p in adaptive.model.parameters())
     scheduled = Scheduled(adaptive.model, graph, adaptive.scheduler, mask=True)
     asked = Asked(model, processor, labels.samples)
-    for name, plans in zip(labels.samples[::3], labels.plans.reshape(3, 3, 4), strict=True):
+    for name, plans in zip(labels.samples[::3], targets.reshape(3, 3, -1), strict=True):
         with torch.no_grad(), scheduled.using(list(BUDGETS)):
             scheduled.model(**prompt_of(asked(name), 3), use_cache=False)
             assert scheduled.taken.tolist() == plans.tolist()

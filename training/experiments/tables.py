@@ -98,8 +98,6 @@ def _warm_start() -> Iterator[Cell]:
     methods: dict[str, tuple[tuple[str, ...], int]] = {
         "from scratch": (joint, 0),
         "warm start": ((*joint, taught), 512),
-        # A single joint step, which changes nothing.
-        "labels alone": (("max_steps=1", "learning_rate=1e-9", taught), 512),
     }
     for method, (overrides, labels) in methods.items():
         # At 0.6 nothing of the upper half is on.
