@@ -13,7 +13,7 @@ __all__ = ["experiment_command"]
 
 
 def experiment_command(
-    name: Annotated[str, typer.Argument(help="table1, table3 or baselines.")],
+    name: Annotated[str, typer.Argument(help="table1, table3, baselines or warm-start.")],
     seeds: Annotated[str, typer.Option("--seeds", help="Training runs, by commas.")] = "0,1,2",
     samples: Annotated[int, typer.Option("--samples", help="Test questions per seed.")] = 600,
     work: Annotated[
