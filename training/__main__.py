@@ -1,17 +1,42 @@
 """Train by a configuration: what torchrun and accelerate start in every process.
 
-accelerate launch --num_processes 2 -m planner.training training/configs/adallava-l.yaml
 torchrun --nproc-per-node 8 -m planner.training training/configs/adallava-l-llava-7b.yaml
+accelerate launch --multi_gpu --num_processes 2 -m planner.training training/configs/adallava-l.yaml
+
+Both work on CPUs too, where processes talk by gloo. ``accelerate launch --cpu`` starts a single
+process whatever ``--num_processes`` says, unless it is given hosts for MPI; that is refused here.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from planner.ir.errors import PlannerError
+from planner.ir.errors import InputError, PlannerError
 from planner.training.recipes import load_recipe
+
+# What launchers, torchrun and four kinds of MPI among them, tell a process of a group.
+_RANKS = ("RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+
+
+def check_launch(environment: Mapping[str, str]) -> None:
+    """Refuse to train alone where several processes were asked for.
+
+    ``accelerate launch --cpu --num_processes 2`` says where processes should meet and then starts
+    one (accelerate 1.15, `simple_launcher`), which would train on half of the batch.
+
+    Raises:
+        InputError: that is how this process was started.
+    """
+    alone = not any(name in environment for name in _RANKS)
+    if alone and "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment:
+        raise InputError(
+            "accelerate launch started one process of several, as it does with --cpu; use "
+            "torchrun --nproc-per-node N -m planner.training, or accelerate launch --multi_gpu "
+            "--num_processes N, which run on CPUs as well"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args(arguments)
     try:
+        check_launch(os.environ)
         recipe, config = load_recipe(options.config, options.set)
         recipe.train(config)
     except PlannerError as error:

@@ -71,7 +71,6 @@ class AdaLlavaConfig(Config):
     label_prompts: str | None = None
     label_steps: int = 200
     label_learning_rate: float = 4e-3
-    label_encoder_learning_rate: float = 2e-4
 
     max_steps: int = 1000
     batch_size: int = 32
@@ -119,6 +118,8 @@ class AdaptiveModel(nn.Module):
         self.scheduler = scheduler
         self.estimator = estimator
         self._costs = costs_of(scheduler.layout)
+        # Plans drawn since the last log, their summed utilisation, and violations.
+        self.tally = torch.zeros(3, dtype=torch.float64)
         self._seeds: Tensor | None = None
         # Not a submodule: the model and the scheduler are ones already.
         scheduled = Scheduled(model, graph, scheduler, mask=True, decide=self._draw)
@@ -163,8 +164,28 @@ class AdaptiveModel(nn.Module):
                 dim=1,
             )
             gumbel = -noise.log().to(logits.device)
-            return draw_units(layout, logits, limits, gumbel, self.estimator.temperature)
-        return self.estimator.draw_each(logits, self._costs, limits, generators).gates
+            gates = draw_units(layout, logits, limits, gumbel, self.estimator.temperature)
+            self._count(gates.detach() > 0.5, limits)
+            return gates
+        drawn = self.estimator.draw_each(logits, self._costs, limits, generators)
+        self._count(drawn.taken, limits)
+        return drawn.gates
+
+    def _count(self, taken: Tensor, limits: Tensor) -> None:
+        layout = self.scheduler.layout
+        for row, limit in zip(taken, limits.tolist(), strict=True):
+            spent = layout.spent(row)
+            used = layout.utilisation([spent], limit)
+            self.tally += torch.tensor([1, used, spent > limit], dtype=self.tally.dtype)
+
+    def summary(self, tally: Tensor) -> dict[str, float]:
+        """What is logged of plans drawn: their mean utilisation of budgets, and how many pass them.
+
+        Args:
+            tally: shape (3,): plans, summed utilisation, violations.
+        """
+        plans, used, violations = tally.tolist()
+        return {"utilisation": used / max(plans, 1), "violations": violations}
 
 
 def last_answer(labels: Tensor) -> Tensor:
@@ -209,7 +230,10 @@ def train(config: dict[str, Any] | AdaLlavaConfig) -> AdaptiveModel:
     trainer, adaptive, processor = build_trainer(config)
     trainer.run()
     adaptive.scheduled.detach()
+    whole = trainer.whole_state()
     if config.export_dir is not None and trainer.args.should_save:
+        if whole is not None:
+            adaptive = _unsharded(config, whole)
         export(adaptive, processor, config)
     return adaptive
 
@@ -217,14 +241,7 @@ def train(config: dict[str, Any] | AdaLlavaConfig) -> AdaptiveModel:
 def build_trainer(config: AdaLlavaConfig) -> tuple[RunTrainer, AdaptiveModel, Any]:
     """(trainer ready to start or resume, what it trains, processor); labels are learned before."""
     set_seed(config.seed)
-    source = find_model(config.model, False)
-    where = str(source.folder or source.hub_id or config.model)
-    dtype = getattr(torch, config.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise InputError(f"unknown dtype '{config.dtype}'")
-    model = AutoModelForImageTextToText.from_pretrained(where, dtype=dtype)
-    processor = AutoProcessor.from_pretrained(where)
-    graph = lower_model(model, config.model.rstrip("/").rpartition("/")[2])
+    model, processor, graph = _load(config)
     if config.freeze_vision:
         _freeze_vision(model)
     scheduler = Scheduler.of(graph, config.switches)
@@ -239,9 +256,30 @@ def build_trainer(config: AdaLlavaConfig) -> tuple[RunTrainer, AdaptiveModel, An
         train_dataset=_dataset(config),
         data_collator=collator,
         processing_class=processor,
-        optimizers=(_optimizer(adaptive, config), None),
+        optimizer_of=lambda: _optimizer(adaptive, config),
     )
     return trainer, adaptive, processor
+
+
+def _load(config: AdaLlavaConfig) -> tuple[Any, Any, Graph]:
+    source = find_model(config.model, False)
+    where = str(source.folder or source.hub_id or config.model)
+    dtype = getattr(torch, config.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise InputError(f"unknown dtype '{config.dtype}'")
+    model = AutoModelForImageTextToText.from_pretrained(where, dtype=dtype)
+    processor = AutoProcessor.from_pretrained(where)
+    return model, processor, lower_model(model, config.model.rstrip("/").rpartition("/")[2])
+
+
+def _unsharded(config: AdaLlavaConfig, weights: dict[str, Tensor]) -> AdaptiveModel:
+    """What was trained, as one process would have it."""
+    model, _, graph = _load(config)
+    scheduler = Scheduler.of(graph, config.switches)
+    adaptive = AdaptiveModel(model, graph, scheduler, parse(config.estimator))
+    adaptive.load_state_dict(weights)
+    adaptive.scheduled.detach()
+    return adaptive
 
 
 def _freeze_vision(model: Any) -> None:
@@ -273,7 +311,6 @@ def _learn_labels(
         processor,
         Path(cast(str, config.labels)),
         arguments,
-        config.label_encoder_learning_rate,
         None if images is None else Path(images),
         None if prompts is None else Path(prompts),
     )
@@ -308,6 +345,11 @@ def _dataset(config: AdaLlavaConfig) -> Sequence[Conversation]:
 
 def _arguments(config: AdaLlavaConfig) -> TrainingArguments:
     distributed: dict[str, Any] = {}
+    if config.fsdp and not torch.accelerator.is_available():
+        raise InputError(
+            "fsdp shards over accelerators, and on CPUs every process would hold all of the model: "
+            "leave fsdp empty here"
+        )
     if config.fsdp:
         distributed["fsdp"] = config.fsdp
         distributed["fsdp_config"] = {"transformer_layer_cls_to_wrap": config.fsdp_layer}

@@ -7,11 +7,13 @@ not a number stops the run and names the batch.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
@@ -22,9 +24,39 @@ __all__ = ["RunTrainer", "last_checkpoint"]
 
 
 class RunTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer whose batches may carry `ids` (list of str), which name them in errors."""
+    """A Trainer whose batches may carry `ids` (list of str), which name them in errors.
+
+    A model with `tally`, shape (n,), has what its `summary` makes of the tallies of all processes,
+    a dict of numbers, logged beside the loss and then starts to count again.
+
+    Args:
+        optimizer_of: makes the optimizer once the model is where it is trained. Trainer takes a
+            finished one too (`optimizers`), but none where parameters are sharded.
+    """
 
     _staging = False
+
+    def __init__(
+        self, *args: Any, optimizer_of: Callable[[], Optimizer] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._optimizer_of = optimizer_of
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
+        """As Trainer's, or by `optimizer_of`."""
+        trainer = cast(Any, self)
+        if trainer.optimizer is None and self._optimizer_of is not None:
+            trainer.optimizer = self._optimizer_of()
+        return super().create_optimizer(*args, **kwargs)
+
+    def whole_state(self) -> dict[str, Tensor] | None:
+        """All weights, gathered, where processes hold shards of them; None where they do not.
+
+        Every process must ask, and the main one is answered.
+        """
+        if not self.is_fsdp_enabled:
+            return None
+        return dict(self.accelerator.get_state_dict(self.model))
 
     def run(self) -> None:
         """Train to `max_steps` from the last checkpoint or the start; load a finished run."""
@@ -52,6 +84,15 @@ class RunTrainer(Trainer):  # type: ignore[misc]
                 "look at these records, or resume the last checkpoint at a lower learning rate."
             )
         return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer does, with the model's summary where there is one."""
+        model = cast(Any, self.model)
+        if "loss" in logs and hasattr(model, "tally"):
+            tally = self.accelerator.reduce(model.tally.to(self.args.device), "sum")
+            logs = logs | model.summary(tally)
+            model.tally.zero_()
+        super().log(logs, *args, **kwargs)
 
     def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.model if model is None else model

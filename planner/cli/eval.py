@@ -95,11 +95,12 @@ def eval_command(
 
 def _print(results: list[dict[str, Any]]) -> None:
     families = list(results[0]["families"])
-    headers = ["budget", "FLOPs", "accuracy", *families, "plans", "violations"]
+    headers = ["budget", "FLOPs", "used", "accuracy", *families, "plans", "violations"]
     rows = [
         [
             f"{result['budget']:g}",
             f"{result['cost_fraction']:.3f}",
+            f"{result['utilisation']:.3f}",
             f"{result['accuracy']:.3f}",
             *(f"{result['families'][family]:.3f}" for family in families),
             str(result["plans"]),

@@ -1,0 +1,141 @@
+"""Several processes, launched in the ways there are, train as one would; so do sharded models."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_llava import write_small_llava
+
+from planner.training import adallava
+from planner.training.__main__ import check_launch
+
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2"],
+    # The option's name is accelerate's; without a GPU its processes talk by gloo.
+    "accelerate": [
+        "accelerate.commands.launch",
+        *("--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_small_llava(tmp_path_factory.mktemp("base"))
+
+
+def settings(base, folder, **changes):
+    return {
+        "model": str(base),
+        "output_dir": str(folder),
+        "max_steps": 3,
+        "save_steps": 3,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        **changes,
+    }
+
+
+def logged(folder):
+    state = json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text())
+    return [entry for entry in state["log_history"] if "loss" in entry]
+
+
+def launch(launcher, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", *launcher, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def one_process(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    adallava.train(settings(base, folder, batch_size=4))
+    return logged(folder)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_train_as_one_with_twice_the_batch(base, tmp_path, one_process, launcher):
+    """gloo on the CPU; the order of sums is all that differs."""
+    config = tmp_path / "config.yaml"
+    ours = settings(base, tmp_path / "two", batch_size=2)
+    config.write_text(json.dumps({"recipe": "adallava"} | ours))
+    done = launch(LAUNCHERS[launcher], "-m", "planner.training", str(config))
+    assert done.returncode == 0, done.stderr[-2000:]
+    for two, one in zip(logged(tmp_path / "two"), one_process, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=2e-3)
+        assert two["utilisation"] == pytest.approx(one["utilisation"])
+
+
+def test_one_process_where_several_were_asked_for_is_refused(tmp_path):
+    """What accelerate does with --cpu: it would train on half of the batch."""
+    config = tmp_path / "config.yaml"
+    config.write_text(f"recipe: adallava\noutput_dir: {tmp_path / 'x'}\n")
+    alone = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    done = launch(alone, "-m", "planner.training", str(config))
+    assert "started one process of several" in done.stderr
+    assert not (tmp_path / "x").exists()
+    check_launch({"ACCELERATE_USE_CPU": "True"})
+    check_launch({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "x", "OMPI_COMM_WORLD_RANK": "0"})
+
+
+# accelerate shards over accelerators only, so it is told that these processes have some.
+SHARDED = """
+import json, sys
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+from planner.training import adallava
+
+start = PartialState.__init__
+
+def pretend(self, *args, **kwargs):
+    start(self, *args, **kwargs)
+    if PartialState._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+PartialState.__init__ = pretend
+torch.accelerator.is_available = lambda *_: True
+real = adallava.TrainingArguments
+adallava.TrainingArguments = lambda **settings: real(**settings | {"use_cpu": True})
+weights = list(adallava.train(json.loads(sys.argv[1])).parameters())
+print("RESULT", sum(isinstance(weight, DTensor) for weight in weights), len(weights), flush=True)
+"""
+
+
+@pytest.mark.parametrize("switches", ["adallava-l", "layers,heads,mlp"])
+def test_sharded_processes_train_as_one(base, tmp_path, switches):
+    """FSDP on CPUs: logs, resuming and what is exported are those of one process."""
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    one, two = tmp_path / "one", tmp_path / "two"
+    common = {"switches": switches, "save_steps": 2}
+    adallava.train(settings(base, one, batch_size=4, export_dir=str(one / "model"), **common))
+    sharded = {"fsdp": "full_shard auto_wrap", "fsdp_layer": "LlamaDecoderLayer"}
+    ours = settings(base, two, batch_size=2, export_dir=str(two / "model"), **common, **sharded)
+    for _ in range(2):  # from the start, and from the checkpoint at two of three steps
+        done = launch(LAUNCHERS["torchrun"], str(script), json.dumps(ours))
+        assert done.returncode == 0, done.stderr[-2000:]
+        # The main process is given back what it exported, which is whole; the other one's is not.
+        assert re.search(r"RESULT (\d+) \1\b", done.stdout)
+        for found, expected in zip(logged(two), logged(one), strict=True):
+            assert found["loss"] == pytest.approx(expected["loss"], rel=2e-3)
+        for name in ("model.safetensors", "scheduler.safetensors"):
+            found, expected = (load_file(folder / "model" / name) for folder in (two, one))
+            assert found.keys() == expected.keys()
+            for key, value in expected.items():
+                assert torch.allclose(found[key], value, atol=2e-4), key
+        shutil.rmtree(two / "checkpoint-3")
+        shutil.rmtree(two / "model")
