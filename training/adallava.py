@@ -71,6 +71,7 @@ class AdaLlavaConfig(Config):
     label_prompts: str | None = None
     label_steps: int = 200
     label_learning_rate: float = 4e-3
+    label_encoder_learning_rate: float = 2e-4
 
     max_steps: int = 1000
     batch_size: int = 32
@@ -311,6 +312,7 @@ def _learn_labels(
         processor,
         Path(cast(str, config.labels)),
         arguments,
+        config.label_encoder_learning_rate,
         None if images is None else Path(images),
         None if prompts is None else Path(prompts),
     )
