@@ -29,8 +29,8 @@ SchedulerOption = Annotated[
     str | None,
     typer.Option(
         "--scheduler",
-        help="Folder of a trained scheduler (or adallava-l, adallava-h of tiny-llava): it makes "
-        "a plan for every input.",
+        help="Folder of a trained scheduler (or adallava-l, adallava-h, adallava-cost of "
+        "tiny-llava): it makes a plan for every input.",
     ),
 ]
 Explain = Annotated[bool, typer.Option("--explain", help="Say layer by layer what ran.")]
