@@ -113,7 +113,7 @@ def plot(rows: Rows, learned: Rows = ()) -> bytes:
     with pyplot.rc_context({"svg.hashsalt": "planner", "font.size": 9}):
         panels = 2 if learned else 1
         figure, axes = pyplot.subplots(
-            1, panels, figsize=(7.5, 4.5), layout="constrained", squeeze=False
+            1, panels, figsize=(7.5 + 3 * (panels - 1), 4.5), layout="constrained", squeeze=False
         )
         _plot_accuracies(axes[0, 0], rows)
         if learned:
