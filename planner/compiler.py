@@ -21,7 +21,7 @@ from planner.ir.errors import InputError, PlannerError
 from planner.ir.graph import Graph
 from planner.plain import head_counts
 from planner.plan import Plan, TokenStage
-from planner.pricing import Pricing
+from planner.pricing import Pricing, compared
 from planner.problem import Choice, Problem
 from planner.solver import Solution, solve, solve_uniform
 from planner.switches import SwitchSet, with_switches
@@ -235,14 +235,7 @@ def _plan(
         _verify(costs, limits)
     return replace(
         plan,
-        cost={
-            metric: {
-                "plan": costs[metric],
-                "base": base[metric],
-                "fraction": costs[metric] / base[metric] if base[metric] else 1.0,
-            }
-            for metric in base
-        },
+        cost=compared(costs, base, base),
         utilisation=_utilisation(problem, solution, costs, pricing, budget),
         solver={
             "status": solution.status,

@@ -7,7 +7,7 @@ adds up is what the narrowed Graph costs. Layers that are alike are priced once.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -27,7 +27,7 @@ from planner.problem import LayerChoices, Problem, SiteChoices, TokenOption
 from planner.switches import SwitchSet
 from planner.utilities import Utilities
 
-__all__ = ["Pricing"]
+__all__ = ["Pricing", "compared"]
 
 # Seconds are priced in whole picoseconds, costs rounded up and limits down.
 PICOSECONDS = 10**12
@@ -423,6 +423,20 @@ class Pricing:
             else:
                 work[site.name] = float(self.table(site, option)[0, -1])
         return work
+
+
+def compared(
+    costs: Mapping[str, float], base: Mapping[str, float], metrics: Iterable[str]
+) -> dict[str, dict[str, float]]:
+    """Costs of a plan beside the base model's: metric -> ``{"plan", "base", "fraction"}``."""
+    return {
+        metric: {
+            "plan": costs[metric],
+            "base": base[metric],
+            "fraction": costs[metric] / base[metric] if base[metric] else 1.0,
+        }
+        for metric in metrics
+    }
 
 
 def _mean_kept(option: tuple[int, ...], stages: Sequence[int], layers: int, of: int) -> float:

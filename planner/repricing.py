@@ -10,7 +10,7 @@ from planner.ir.cost import Workload
 from planner.ir.cost.devices import device
 from planner.ir.graph import Graph
 from planner.plan import Plan
-from planner.pricing import Pricing
+from planner.pricing import Pricing, compared
 from planner.switches import AXES, SwitchSet, with_switches
 
 __all__ = ["cost_on"]
@@ -42,14 +42,7 @@ def cost_on(
     dense = Pricing(graph, workload, SwitchSet("none", ()), chip, scope)
     costs = as_planned.cost_of(replace(plan, tokens=stages))
     base = dense.cost_of(Plan(plan.model, plan.fingerprint, plan.layers))
-    return {
-        metric: {
-            "plan": costs[metric],
-            "base": base[metric],
-            "fraction": costs[metric] / base[metric] if base[metric] else 1.0,
-        }
-        for metric in ("flops", "kv")
-    }
+    return compared(costs, base, ("flops", "kv"))
 
 
 def _scaled(keep: int, of: int, workload: Workload) -> int:

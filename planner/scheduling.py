@@ -16,7 +16,7 @@ from planner.ir.cost.devices import device
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.plan import Plan, TokenStage
-from planner.pricing import Pricing
+from planner.pricing import Pricing, compared
 from planner.schedule import Schedule
 from planner.switches import SwitchSet, with_switches
 
@@ -44,15 +44,7 @@ class PlanCosts:
 
     def of(self, plan: Plan) -> dict[str, dict[str, float]]:
         """Metric -> ``{"plan", "base", "fraction"}``, against the model without any plan."""
-        costs, base = self._pricing.cost_of(plan), self._base
-        return {
-            metric: {
-                "plan": costs[metric],
-                "base": base[metric],
-                "fraction": costs[metric] / base[metric] if base[metric] else 1.0,
-            }
-            for metric in ("flops", "kv")
-        }
+        return compared(self._pricing.cost_of(plan), self._base, ("flops", "kv"))
 
     @cached_property
     def _pricing(self) -> Pricing:
