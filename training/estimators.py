@@ -207,7 +207,31 @@ def _straight_through(hard: Tensor, soft: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class GumbelSequential(Estimator):
+class _Gumbel(Estimator):
+    """What estimators by Gumbel noise share: a temperature, and noise row by row."""
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.check("temperature", self.temperature > 0, "more than 0")
+
+    @abstractmethod
+    def draw(self, logits: Tensor, costs: Costs, limits: Tensor, generator: Noise = None) -> Drawn:
+        """See `Estimator`; `generator` may be one for every row."""
+
+    def draw_each(
+        self,
+        logits: Tensor,
+        costs: Costs,
+        limits: Tensor,
+        generators: Sequence[torch.Generator],
+    ) -> Drawn:
+        """See `Estimator`; all samples at once."""
+        return self.draw(logits, costs, limits, generators)
+
+
+@dataclass(frozen=True)
+class GumbelSequential(_Gumbel):
     """AdaLLaVA's sampling (arXiv 2503.10905, sections 3.3 and 3.4 and supplement).
 
     One draw after the other, fresh Gumbel noise each, what was drawn at -inf; every draw is one-hot
@@ -219,9 +243,6 @@ class GumbelSequential(Estimator):
 
     name: ClassVar[str] = "gumbel"
     temperature: float = 5.0
-
-    def __post_init__(self) -> None:
-        self.check("temperature", self.temperature > 0, "more than 0")
 
     def draw(
         self,
@@ -250,16 +271,6 @@ class GumbelSequential(Estimator):
             picks.append(turn.pick.masked_fill(~turn.active, -1))
         order = torch.stack(picks, 1) if picks else taken.new_zeros((len(taken), 0)).long()
         return Drawn(_straight_through(taken, soft), taken, total, order)
-
-    def draw_each(
-        self,
-        logits: Tensor,
-        costs: Costs,
-        limits: Tensor,
-        generators: Sequence[torch.Generator],
-    ) -> Drawn:
-        """See `Estimator`; all samples at once."""
-        return self.draw(logits, costs, limits, generators)
 
 
 def log_probability(order: Tensor, logits: Tensor, costs: Costs, limits: Tensor) -> Tensor:
@@ -301,7 +312,7 @@ def _log_chance(scores: Tensor, turn: _Turn) -> Tensor:
 
 
 @dataclass(frozen=True)
-class GumbelTopK(Estimator):
+class GumbelTopK(_Gumbel):
     """One noise for all draws: the best under it that fit, and a relaxed top-k behind them.
 
     The best k under Gumbel noise are a sample without replacement (Kool et al., arXiv 1903.06059).
@@ -314,9 +325,6 @@ class GumbelTopK(Estimator):
 
     name: ClassVar[str] = "gumbel-topk"
     temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        self.check("temperature", self.temperature > 0, "more than 0")
 
     def draw(
         self,
@@ -338,16 +346,6 @@ class GumbelTopK(Estimator):
             keys = keys + (1 - share).clamp(min=tiny).log()
             taken = turn.taken
         return Drawn(_straight_through(taken, soft), taken)
-
-    def draw_each(
-        self,
-        logits: Tensor,
-        costs: Costs,
-        limits: Tensor,
-        generators: Sequence[torch.Generator],
-    ) -> Drawn:
-        """See `Estimator`; all samples at once."""
-        return self.draw(logits, costs, limits, generators)
 
 
 @dataclass(frozen=True)
