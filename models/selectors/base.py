@@ -34,6 +34,7 @@ __all__ = [
     "VisionInputs",
     "VisionSelection",
     "VisionSelector",
+    "check_cap",
     "supplied",
 ]
 
@@ -272,6 +273,20 @@ class Selector(Arguments, ABC):
             sizes: of what is chosen from.
         """
         return ()
+
+
+def check_cap(selector: Selector, cap: float | None, ratio: float | None = None) -> None:
+    """Raise InputError unless an adaptive selector's cap, its field `max`, is a share.
+
+    `ratio`: of a selector that can also keep a fixed number; then it has no cap.
+    """
+    good = cap is None or 0 < cap < 1
+    selector.check("max", good, "a share above 0 and below 1")
+    if None not in (cap, ratio):
+        raise InputError(
+            f"{selector.name} keeps a fixed number with ratio, and at most a share with max: give "
+            f"one of the two."
+        )
 
 
 class VisionSelector(Selector):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from planner.ir.errors import InputError
 from planner.models.selectors.attention import cls_attention
 from planner.models.selectors.base import (
     Needs,
@@ -18,6 +17,7 @@ from planner.models.selectors.base import (
     VisionInputs,
     VisionSelection,
     VisionSelector,
+    check_cap,
 )
 from planner.models.selectors.ranking import capped, descending, outliers
 
@@ -85,8 +85,7 @@ class PruMerge(VisionSelector):
 
     def __post_init__(self) -> None:
         self.check("neighbours", self.neighbours >= 0, "a count from 0 on")
-        good = self.max is None or 0 < self.max < 1
-        self.check("max", good, "a share above 0 and below 1")
+        check_cap(self, self.max)
 
     @property
     def is_adaptive(self) -> bool:
@@ -165,11 +164,7 @@ class PruMergePlus(PruMerge):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check("ratio", self.ratio is None or 0 < self.ratio <= 1, "a share above 0, up to 1")
-        if None not in (self.ratio, self.max):
-            raise InputError(
-                "prumerge+ keeps a fixed number with ratio, and at most a share with max: give one "
-                "of the two."
-            )
+        check_cap(self, self.max, self.ratio)
 
     @property
     def is_adaptive(self) -> bool:

@@ -15,6 +15,7 @@ from planner.models.selectors.base import (
     VisionInputs,
     VisionSelection,
     VisionSelector,
+    check_cap,
 )
 from planner.models.selectors.ranking import capped, outliers, top_mask
 
@@ -65,13 +66,7 @@ class TRIM(VisionSelector):
 
     def __post_init__(self) -> None:
         self.check("ratio", self.ratio is None or 0 <= self.ratio <= 1, "a share from 0 to 1")
-        good = self.max is None or 0 < self.max < 1
-        self.check("max", good, "a share above 0 and below 1")
-        if None not in (self.ratio, self.max):
-            raise InputError(
-                "trim keeps a fixed number with ratio, and at most a share with max: give one of "
-                "the two."
-            )
+        check_cap(self, self.max, self.ratio)
 
     @property
     def is_adaptive(self) -> bool:
