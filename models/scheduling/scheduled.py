@@ -280,6 +280,7 @@ class Scheduled:
         decoder = cast(Any, self.model).get_decoder()
         self._stock = decoder.forward
         self._names = list(inspect.signature(self._stock).parameters)
+        self._cache_argument = cache_argument(self._stock)
         self._decoder = decoder
         self._patches.set(decoder, "forward", self._forward)
         last = bind(self.model, self.graph)[self.layout.first - 1].module
@@ -333,7 +334,7 @@ class Scheduled:
             cache = DynamicCache(config=self._decoder.config)
         if cache is not None:
             kwargs.pop("past_key_values", None)
-            kwargs[cache_argument(self._stock)] = cache
+            kwargs[self._cache_argument] = cache
         known = None if cache is None else self._sessions.get(cache)
         if known is None:
             session = self._begin(kwargs, cache)
