@@ -118,10 +118,7 @@ def main() -> int:
         print_json({"options": vars(options), "rows": [asdict(row) for row in rows]})
     else:
         names = list(asdict(rows[0]))
-        cells = [
-            [f"{v:.3f}" if isinstance(v, float) else v for v in asdict(r).values()] for r in rows
-        ]
-        table(names, cells)
+        table(names, [_cells(row) for row in rows])
     return 0
 
 
