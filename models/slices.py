@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from planner.kernels.products import spaced_linear
 from planner.models.bindings import BoundLinear, Runs
 from planner.models.slots import moves
 
@@ -52,7 +53,7 @@ class Narrowed:
     def __call__(self, features: Tensor) -> Tensor:
         """Shape (..., in features) to (..., out features), either of them narrowed."""
         if self.axis == "out":
-            parts = [F.linear(features, w, b) for w, b in zip(self.weights, self.biases)]
+            parts = [spaced_linear(features, w, b) for w, b in zip(self.weights, self.biases)]
             return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         if len(self.weights) == 1:
             return F.linear(features, self.weights[0], self.biases[0])
