@@ -191,7 +191,7 @@ class TokenStages:
         """Let a token stage choose what goes on, for the rows of one group.
 
         Args:
-            call: this forward pass; what is left is noted in it.
+            call: this forward pass, which has images; what is left is noted in it.
             group: its last stage is applied.
             rows: batch rows of the group, None for all.
             hidden: shape (batch, tokens, width): what is about to enter the stage's layer.
@@ -199,8 +199,6 @@ class TokenStages:
         Returns:
             The hidden states; a copy where the selector changed some.
         """
-        if call.image is None:
-            return hidden
         stage, earlier = group.stages[-1], len(group.stages) > 1
         if call.left is None:
             call.left = call.new_valid()

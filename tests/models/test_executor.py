@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from families import cached
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plans import MLP_SWITCHES, dense_plan, plan_of, plans
 from restored import same_state, snapshot
+from transformers import DynamicCache
 
 from planner.ir.cost import Workload
 from planner.ir.cost.devices import device
@@ -192,6 +194,25 @@ def test_plans_without_token_stages_compile_to_one_graph(qwen3):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     executor.detach()
     assert close(compiled(ids).logits, family.model(ids).logits)
+
+
+@torch.no_grad()
+def test_decoding_behind_a_token_stage_compiles_to_one_graph(llava):
+    """Stages choose by value, which breaks graphs; only prompts with images need that."""
+    family, graph = llava
+    inputs, word = family.inputs(), torch.tensor([[5]])
+    plan = plan_of(graph, heads={1: (0,)}, tokens=(TokenStage(1, 2, family.image_tokens),))
+
+    def decoded(step):
+        cache = DynamicCache()
+        family.model(**inputs, **cached(family.model, cache))
+        return [step(input_ids=word, **cached(family.model, cache)).logits for _ in range(3)]
+
+    with Executor(family.model, graph).using(plan):
+        expected = decoded(family.model)
+        got = decoded(torch.compile(family.model, fullgraph=True, dynamic=True, backend="eager"))
+    for one, other in zip(got, expected, strict=True):
+        assert close(one, other)
 
 
 @torch.no_grad()
