@@ -6,13 +6,16 @@ A LLaMA-shaped decoder (8 layers, width 1024, 640 tokens, float32) and a LLaVA o
 under layer plans, head and MLP plans, token plans and mixed ones. Realised is measured time over
 the base model's. All sides run in this process one after the other, round by round, and the median
 of the rounds' ratios counts: what slows the machine for a while slows all sides of a round. Ideal
-is the same ratio of FLOPs, counted on what runs. All sides run eagerly, or all under torch.compile.
-When decoding, the gain in tokens per second is set against bytes: the weights, keys and values that
-a token reads in the base model, over those under the plan.
+is the same ratio of FLOPs, counted on what runs. All sides run eagerly, or all under torch.compile,
+or all compiled with frozen weights (inductor then packs them ahead). When decoding, the gain in
+tokens per second is set against bytes: the weights, keys and values that a token reads in the base
+model, over those under the plan.
 
 Beside the base model runs a stock model cut to the plan by hand (`by_hand`), whose score says what
-the runtime itself loses on smaller tensors. Nothing is reported unless the narrowed model and the
-one cut by hand agree with the masked one.
+the runtime itself loses on smaller tensors. Decoding, planner's narrowed linears multiply in a way
+of their own (`kept_linear`). So there is a second base model, whose linears all do: what a plan
+gains over that one is due to what it leaves out. Nothing is reported unless sides agree with the
+masked model, or the stock one.
 
 On a machine that is busy with other things, ``--clock cpu --threads 1`` counts this process's
 seconds only.
@@ -26,6 +29,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import count
@@ -33,8 +37,9 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch._inductor.config
 from by_hand import cut_by_hand
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -49,6 +54,7 @@ from transformers import (
 from planner.cli.output import print_json, table
 from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
+from planner.kernels.products import kept_linear
 from planner.models.cache import cache_argument, kv_bytes
 from planner.models.executor import Executor
 from planner.models.masked import Gates, MaskedExecutor
@@ -59,16 +65,24 @@ LAYERS, WIDTH, HEADS, NEURONS, TOKENS = 8, 1024, 16, 2752, 640
 SWITCHES = 16
 IMAGE_TOKENS, IMAGE = 576, 1000
 BUDGETS = (0.5, 0.65, 0.85)
-# The last two drop image tokens.
 PLANS = ("layers", "heads and mlp", "tokens", "mixed")
+# Which of them narrow linears.
+NARROWS = ("heads and mlp", "mixed")
 # Realised over ideal, at most.
-PREFILLS = {"fixed plan": 1.05, "new plan per input": 1.08, "fixed plan, compiled": 1.05}
+PREFILLS = {
+    "fixed plan": 1.05,
+    "new plan per input": 1.08,
+    "fixed plan, compiled": 1.05,
+    "fixed plan, frozen": 1.05,
+}
 # Share of the gain that the bytes saved allow, at least.
 DECODINGS = {"decoding": 0.9, "decoding, compiled": 0.9}
 # Planning and dispatch over a prefill of the base model, at most.
 DISPATCH = {"dispatch": 0.01}
 TARGETS = PREFILLS | DECODINGS | DISPATCH
 PARITY = 1e-5
+# Decoded over and over.
+WORD = torch.tensor([[5]])
 
 
 class Invalid(Exception):
@@ -152,6 +166,18 @@ class Bench:
         with torch.no_grad():
             return model(**self.inputs, logits_to_keep=1).logits
 
+    def read(self, model: Any) -> dict[str, DynamicCache]:
+        """The prompt; the argument that goes on from there."""
+        cached = {cache_argument(model.forward): DynamicCache()}
+        with torch.no_grad():
+            model(**self.inputs, logits_to_keep=1, **cached)
+        return cached
+
+    def decode(self, model: Any, cached: dict[str, DynamicCache]) -> Tensor:
+        """Logits of the next token."""
+        with torch.no_grad():
+            return model(input_ids=WORD, **cached).logits
+
     def flops(self, model: Any) -> int:
         """Of a prefill, counted; the counter knows attention by its two products alone."""
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -200,7 +226,8 @@ class Row:
     """One figure and whether it meets its target.
 
     `ideal` and `realised` are time over the base model's; for decoding, the gain in tokens/s.
-    `by_hand` is the score of the stock model cut by hand, None where there is none.
+    `by_hand` is the score of the stock model cut by hand, `same_products` that of the plan over the
+    second base model; None where there is none.
     """
 
     model: str
@@ -211,22 +238,41 @@ class Row:
     realised: float
     score: float
     by_hand: float | None
+    same_products: float | None
     target: float
     met: bool
 
     @staticmethod
     def of(
-        case: Case, mode: str, ideal: float, realised: float, score: float, by_hand: float | None
+        case: Case,
+        mode: str,
+        ideal: float,
+        realised: float,
+        score: float,
+        by_hand: float | None = None,
+        same_products: float | None = None,
     ) -> Row:
         """With the mode's target: decoding is to gain at least that, the others at most take it."""
         target = TARGETS[mode]
         met = score >= target if mode in DECODINGS else score <= target
         bench, kind, budget = case
-        return Row(bench.name, kind, budget, mode, ideal, realised, score, by_hand, target, met)
+        figures = (ideal, realised, score, by_hand, same_products)
+        return Row(bench.name, kind, budget, mode, *figures, target, met)
 
 
-def check_parity(bench: Bench, plan: Plan, by_hand: Any) -> None:
-    """Raise Invalid unless narrowed and masked runs agree; leaves the plan attached."""
+def check(what: str, logits: Tensor, expected: Tensor) -> None:
+    """Raise Invalid unless both are the same up to rounding."""
+    error = float((logits - expected).norm() / expected.norm())
+    if not error <= PARITY:
+        raise Invalid(f"{what} is {error:.1e} off")
+
+
+def check_parity(bench: Bench, plan: Plan, by_hand: Any) -> Tensor:
+    """Raise Invalid unless narrowed and masked runs agree; leaves the plan attached.
+
+    Returns:
+        The masked model's logits.
+    """
     gates = {stage.layer: bench.keep(stage).float() for stage in plan.tokens}
     with MaskedExecutor(bench.stock, bench.graph).using(Gates.of([plan], bench.graph, gates)):
         expected = bench.prefill(bench.stock)
@@ -240,9 +286,8 @@ def check_parity(bench: Bench, plan: Plan, by_hand: Any) -> None:
         "cut by hand": bench.prefill(by_hand),
     }
     for how, logits in runs.items():
-        error = float((logits - expected).norm() / expected.norm())
-        if not error <= PARITY:
-            raise Invalid(f"{bench.name} {how} is {error:.1e} off the masked model")
+        check(f"{bench.name} {how}", logits, expected)
+    return expected
 
 
 def prefills(case: Case, modes: list[str]) -> Iterator[Row]:
@@ -250,7 +295,7 @@ def prefills(case: Case, modes: list[str]) -> Iterator[Row]:
     bench, kind, budget = case
     plan = draw(bench.graph, kind, budget, 0)
     by_hand = bench.by_hand(plan)
-    check_parity(bench, plan, by_hand)
+    expected = check_parity(bench, plan, by_hand)
     ideal = bench.flops(bench.planned) / bench.flops(bench.stock)
     seeds = count(1)
 
@@ -260,18 +305,36 @@ def prefills(case: Case, modes: list[str]) -> Iterator[Row]:
 
     for mode in modes:
         models = [bench.stock, bench.planned, by_hand]
-        if mode.endswith("compiled"):
-            torch.compiler.reset()
-            models = [torch.compile(model, dynamic=False) for model in models]
-        runs = [partial(bench.prefill, model) for model in models]
-        if mode.startswith("new"):
-            runs[1] = fresh
-            # Nothing to come back to after each input.
-            bench.executor.detach()
-        else:
-            bench.executor.attach(plan)
-        realised, cut = bench.ratios([partial(bench.seconds, run) for run in runs])
+        bench.executor.attach(plan)
+        with compiling(mode):
+            if mode.endswith(("compiled", "frozen")):
+                models = [torch.compile(model, dynamic=False) for model in models]
+                for how, model in zip(("under a plan", "cut by hand"), models[1:]):
+                    check(f"{bench.name} {how}, {mode},", bench.prefill(model), expected)
+            runs = [partial(bench.prefill, model) for model in models]
+            if mode.startswith("new"):
+                runs[1] = fresh
+                # Nothing to come back to after each input.
+                bench.executor.detach()
+            realised, cut = bench.ratios([partial(bench.seconds, run) for run in runs])
         yield Row.of(case, mode, ideal, realised, realised / ideal, cut / ideal)
+
+
+@contextmanager
+def compiling(mode: str) -> Iterator[None]:
+    """Models compiled inside are compiled anew, with frozen weights where the mode says so."""
+    torch.compiler.reset()
+    with torch._inductor.config.patch(freezing=mode.endswith("frozen")):
+        yield
+
+
+def with_planner_s_products(stock: Any) -> Any:
+    """A copy of a model on the same parameters, each of its linears as planner computes it."""
+    model = copy.deepcopy(stock, {id(p): p for p in stock.parameters()})
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.forward = partial(kept_linear, weight=module.weight, bias=module.bias)
+    return model
 
 
 def decodings(case: Case, modes: list[str], tokens: int) -> Iterator[Row]:
@@ -279,32 +342,35 @@ def decodings(case: Case, modes: list[str], tokens: int) -> Iterator[Row]:
     bench, kind, budget = case
     plan = draw(bench.graph, kind, budget, 0)
     bench.executor.attach(plan)
-    word = torch.tensor([[5]])
     moved: dict[Any, int] = {}
 
-    @torch.no_grad()
     def side(model: Any, chosen: Plan | None, compiled: bool) -> float:
-        cache = DynamicCache()
-        cached = {cache_argument(model.forward): cache}
-        model(**bench.inputs, logits_to_keep=1, **cached)
+        cached = bench.read(model)
+        (cache,) = cached.values()
         moved[model] = kv_bytes(cache) + weight_bytes(bench, chosen)
         step = torch.compile(model, dynamic=True) if compiled else model
 
         def run() -> None:
             for _ in range(tokens):
-                step(input_ids=word, **cached)
+                bench.decode(step, cached)
 
         return bench.seconds(run)
 
-    models = [(bench.stock, None), (bench.planned, plan), (bench.by_hand(plan), plan)]
+    by_hand, turned = bench.by_hand(plan), with_planner_s_products(bench.stock)
+    for one, other in ((bench.planned, by_hand), (turned, bench.stock)):
+        expected = bench.decode(other, bench.read(other))
+        check(f"{bench.name} decoding", bench.decode(one, bench.read(one)), expected)
+    models = [(bench.stock, None), (bench.planned, plan), (by_hand, plan), (turned, None)]
     for mode in modes:
-        compiled = mode.endswith("compiled")
-        if compiled:
-            torch.compiler.reset()
-        ratios = bench.ratios([partial(side, *model, compiled) for model in models])
+        with compiling(mode):
+            sides = [partial(side, *model, mode.endswith("compiled")) for model in models]
+            planned, cut, same = bench.ratios(sides)
         allowed = moved[bench.stock] / moved[bench.planned]
-        scores = [(1 / ratio - 1) / (allowed - 1) for ratio in ratios]
-        yield Row.of(case, mode, allowed, 1 / ratios[0], *scores)
+        gains = [1 / planned, 1 / cut]
+        if kind in NARROWS:
+            gains.append(same / planned)
+        scores = [(gain - 1) / (allowed - 1) for gain in gains]
+        yield Row.of(case, mode, allowed, gains[0], *scores)
 
 
 def weight_bytes(bench: Bench, plan: Plan | None) -> int:
@@ -335,7 +401,7 @@ def dispatch(case: Case) -> Row:
         switch()
     runs = (partial(bench.prefill, bench.stock), switch)
     (share,) = bench.ratios([partial(bench.seconds, run) for run in runs])
-    return Row.of(case, *DISPATCH, 0, share, share, None)
+    return Row.of(case, *DISPATCH, 0, share, share)
 
 
 def measure(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
@@ -367,7 +433,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.quick:
         options.budgets, options.rounds, options.decode = (0.65,), 3, 8
-        options.modes = [mode for mode in options.modes if not mode.endswith("compiled")]
+        options.modes = [mode for mode in options.modes if "," not in mode]
     torch.set_num_threads(options.threads)
     # Behind a token stage every layer is a graph of its own.
     torch._dynamo.config.recompile_limit = 8 * LAYERS
@@ -396,7 +462,7 @@ def main() -> int:
 
 
 def _cells(row: Row) -> list[str]:
-    numbers = [row.ideal, row.realised, row.score, row.by_hand]
+    numbers = [row.ideal, row.realised, row.score, row.by_hand, row.same_products]
     cells = ["" if number is None else f"{number:.3f}" for number in numbers]
     met = "yes" if row.met else "no"
     return [row.model, row.plan, f"{row.budget:g}", row.mode, *cells, f"{row.target:g}", met]

@@ -23,7 +23,7 @@ from planner.kernels.naive import (
     rotate,
     visible,
 )
-from planner.kernels.products import spaced_linear
+from planner.kernels.products import kept_linear
 from planner.kernels.records import AttentionWeights, KVCache, MLPWeights, Norm, Survivors
 
 __all__ = [
@@ -214,7 +214,7 @@ def features(kept: Tensor, width: int) -> Tensor:
 
 def rows_of(x: Tensor, weight: Tensor, bias: Tensor | None, part: Part) -> Tensor:
     """A linear layer's output features `part`."""
-    return spaced_linear(x, weight[part], None if bias is None else bias[part])
+    return kept_linear(x, weight[part], None if bias is None else bias[part])
 
 
 def _each_plan(

@@ -14,6 +14,7 @@ more to do for each weight.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from planner.kernels.products import spaced_linear
+from planner.kernels.products import kept_linear
 from planner.models.bindings import BoundLinear, Runs
 from planner.models.slots import moves
 
@@ -42,21 +43,34 @@ class Narrowed:
         biases: axis ``out``: one per run; axis ``in``: the whole bias, in a tuple of one.
         source: which parameter the weights were taken from, and in what state.
 
-    To autograd these are constants: train with the masked executor.
+    To autograd these are constants: train with the masked executor. To torch.compile they are what
+    the model's own weights are: parameters, which stay where they are and can be frozen.
     """
 
     axis: str
-    weights: tuple[Tensor, ...]
-    biases: tuple[Tensor | None, ...]
+    weights: tuple[nn.Parameter, ...]
+    biases: tuple[nn.Parameter | None, ...]
     source: State
+
+    @staticmethod
+    def of(
+        linear: BoundLinear, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> Narrowed:
+        """Of a linear as it is now."""
+        constants = [nn.Parameter(weight, requires_grad=False) for weight in weights]
+        optional = [
+            None if bias is None else nn.Parameter(bias, requires_grad=False) for bias in biases
+        ]
+        state = _state(linear.parameter)
+        return Narrowed(linear.binding.axis, tuple(constants), tuple(optional), state)
 
     def __call__(self, features: Tensor) -> Tensor:
         """Shape (..., in features) to (..., out features), either of them narrowed."""
         if self.axis == "out":
-            parts = [spaced_linear(features, w, b) for w, b in zip(self.weights, self.biases)]
+            parts = [kept_linear(features, w, b) for w, b in zip(self.weights, self.biases)]
             return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         if len(self.weights) == 1:
-            return F.linear(features, self.weights[0], self.biases[0])
+            return kept_linear(features, self.weights[0], self.biases[0])
         rows = features.reshape(-1, features.shape[-1])
         parts = rows.split([weight.shape[1] for weight in self.weights], -1)
         total = F.linear(parts[0], self.weights[0], self.biases[0])
@@ -103,11 +117,11 @@ def _views(linear: BoundLinear, pieces: Pieces) -> Narrowed:
     axis, weight, bias = linear.binding.axis, linear.weight.detach(), _bias(linear)
     pieces = pieces or ((0, 0, 0),)
     dim = 0 if axis == "out" else 1
-    weights = tuple(weight.narrow(dim, source, number) for _, source, number in pieces)
-    biases: tuple[Tensor | None, ...] = (bias,)
+    weights = [weight.narrow(dim, source, number) for _, source, number in pieces]
+    biases = [bias]
     if axis == "out":
-        biases = tuple(None if bias is None else bias.narrow(0, s, n) for _, s, n in pieces)
-    return Narrowed(axis, weights, biases, _state(linear.parameter))
+        biases = [None if bias is None else bias.narrow(0, s, n) for _, s, n in pieces]
+    return Narrowed.of(linear, weights, biases)
 
 
 @torch.no_grad()
@@ -128,8 +142,7 @@ def _slice(linear: BoundLinear, lanes: Runs, memory: Tensor, held: Runs = ()) ->
     pieces = _pieces(linear, lanes)
     if axis == "out" and bias is not None:
         bias = torch.cat([bias.narrow(0, source, number) for _, source, number in pieces])
-    kept = memory.narrow(dim, 0, _count(pieces))
-    return Narrowed(axis, (kept,), (bias,), _state(linear.parameter))
+    return Narrowed.of(linear, [memory.narrow(dim, 0, _count(pieces))], [bias])
 
 
 def _count(pieces: Pieces) -> int:

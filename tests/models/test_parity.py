@@ -55,6 +55,8 @@ def assert_same_run(actual, expected):
 @given(data=st.data())
 def test_narrowed_equals_masked(each_family, data):
     family, graph = each_family
+    # On several threads, decoded tokens are multiplied in another way.
+    torch.set_num_threads(data.draw(st.sampled_from((1, 2))))
     plan = data.draw(plans(graph, family.image_tokens))
     inputs = family.inputs(seed=data.draw(st.integers(0, 9)))
     gates = Gates.of([plan], graph, uniform_gates(plan, inputs))
