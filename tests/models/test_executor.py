@@ -197,6 +197,23 @@ def test_plans_without_token_stages_compile_to_one_graph(qwen3):
 
 
 @torch.no_grad()
+def test_compiled_graphs_can_freeze_narrowed_weights(qwen3):
+    """Freezing packs weights ahead; of what is no parameter it would know nothing."""
+    family, graph = qwen3
+    ids, inputs = family.inputs()["input_ids"], []
+
+    def note_inputs(module, example_inputs):
+        inputs.extend(module.graph.find_nodes(op="placeholder"))
+        return module
+
+    plan = plan_of(graph, heads={1: (0,)}, mlp={1: (0, 2, 3), 2: (1,)})
+    with Executor(family.model, graph).using(plan), torch._inductor.config.patch(freezing=True):
+        expected = family.model(ids).logits
+        assert close(torch.compile(family.model, backend=note_inputs)(ids).logits, expected)
+    assert len(inputs) == 1
+
+
+@torch.no_grad()
 def test_decoding_behind_a_token_stage_compiles_to_one_graph(llava):
     """Stages choose by value, which breaks graphs; only prompts with images need that."""
     family, graph = llava
