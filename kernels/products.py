@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["FEW", "VECTOR", "kept_linear"]
+__all__ = ["FEW", "SMALL", "VECTOR", "kept_linear"]
 
 # Rows of a product on the CPU start at multiples of this many floats.
 VECTOR = 8
-# Fewer rows than this are multiplied from the other side.
+# Fewer rows than this are multiplied from the other side, unless the weight has fewer elements
+# than that: turning them round takes some operators more.
 FEW = 8
+SMALL = 2**16
 
 MKL = torch.backends.mkl.is_available()
 
@@ -38,7 +40,7 @@ def kept_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows, width = x.shape[:-1].numel(), weight.shape[0]
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
-    if 0 < rows < FEW and MKL and _is_threaded():
+    if 0 < rows < FEW and weight.numel() >= SMALL and MKL and _is_threaded():
         return _turned(x, weight, bias)
     differentiable = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if rows > 1 and width % VECTOR and not differentiable and not torch.compiler.is_compiling():

@@ -1,11 +1,14 @@
 """A narrowed run equals the masked one: prefill and decoding, every family, random plans."""
 
+from unittest import mock
+
 import torch
 from families import IMAGE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plans import dense_plan, plans
 
+from planner.kernels import products
 from planner.models.executor import Executor
 from planner.models.masked import Gates, MaskedExecutor
 from planner.models.selectors import DecoderInputs, Uniform
@@ -55,14 +58,14 @@ def assert_same_run(actual, expected):
 @given(data=st.data())
 def test_narrowed_equals_masked(each_family, data):
     family, graph = each_family
-    # On several threads, decoded tokens are multiplied in another way.
+    # On several threads, decoded tokens are multiplied in another way, where weights are large.
     torch.set_num_threads(data.draw(st.sampled_from((1, 2))))
     plan = data.draw(plans(graph, family.image_tokens))
     inputs = family.inputs(seed=data.draw(st.integers(0, 9)))
     gates = Gates.of([plan], graph, uniform_gates(plan, inputs))
     with MaskedExecutor(family.model, graph).using(gates):
         expected = generate(family.model, inputs)
-    with Executor(family.model, graph).using(plan):
+    with Executor(family.model, graph).using(plan), mock.patch.object(products, "SMALL", 0):
         actual = generate(family.model, inputs)
     assert_same_run(actual, expected)
 

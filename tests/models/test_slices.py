@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from planner.ir.graph import Binding, Block, Site
+from planner.kernels import products
 from planner.kernels.products import FEW, MKL, VECTOR, kept_linear
 from planner.models.bindings import bind_site
 from planner.models.slices import SliceStore
@@ -38,7 +39,8 @@ def narrowed_columns(kept):
 
 
 @pytest.fixture(params=[1, 2])
-def threads(request):
+def threads(request, monkeypatch):
+    monkeypatch.setattr(products, "SMALL", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
@@ -91,6 +93,13 @@ def test_features_from_a_view_that_cannot_be_flattened():
     part, weight, offset = narrowed(11, True)
     features = torch.randn(3, 2, 5).transpose(0, 1)
     torch.testing.assert_close(part(features), F.linear(features, weight, offset))
+
+
+def test_a_small_weight_is_not_worth_turning_round(monkeypatch):
+    monkeypatch.setattr(products, "_turned", None)
+    torch.set_num_threads(2)
+    features, weight = torch.randn(1, 255), torch.randn(256, 255)
+    assert torch.equal(kept_linear(features, weight, None), F.linear(features, weight))
 
 
 @pytest.mark.parametrize("bias", [True, False])
