@@ -328,8 +328,8 @@ def compiling(mode: str) -> Iterator[None]:
         yield
 
 
-def with_planner_s_products(stock: Any) -> Any:
-    """A copy of a model on the same parameters, each of its linears as planner computes it."""
+def with_same_products(stock: Any) -> Any:
+    """A copy of a model on the same parameters, each of its linears as planner's narrowed ones."""
     model = copy.deepcopy(stock, {id(p): p for p in stock.parameters()})
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -356,7 +356,7 @@ def decodings(case: Case, modes: list[str], tokens: int) -> Iterator[Row]:
 
         return bench.seconds(run)
 
-    by_hand, turned = bench.by_hand(plan), with_planner_s_products(bench.stock)
+    by_hand, turned = bench.by_hand(plan), with_same_products(bench.stock)
     for one, other in ((bench.planned, by_hand), (turned, bench.stock)):
         expected = bench.decode(other, bench.read(other))
         check(f"{bench.name} decoding", bench.decode(one, bench.read(one)), expected)

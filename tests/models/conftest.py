@@ -38,4 +38,7 @@ def qwen3() -> tuple[Family, Graph]:
 
 @pytest.fixture(autouse=True)
 def _one_thread():
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

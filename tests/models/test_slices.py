@@ -41,10 +41,8 @@ def narrowed_columns(kept):
 @pytest.fixture(params=[1, 2])
 def threads(request, monkeypatch):
     monkeypatch.setattr(products, "SMALL", 0)
-    before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    return request.param
 
 
 @pytest.mark.parametrize("bias", [True, False])
