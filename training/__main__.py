@@ -14,6 +14,8 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
+from torch import distributed
+
 from planner.ir.errors import InputError, PlannerError
 from planner.training.recipes import load_recipe
 
@@ -52,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PlannerError as error:
         print(f"planner: {error}", file=sys.stderr)
         return 2
+    # Left to the interpreter's end, a group's threads may outlive what they use and abort a process
+    # that has done its work. Not after an error, where others may still wait for this one.
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
     return 0
 
 
