@@ -66,8 +66,6 @@ SWITCHES = 16
 IMAGE_TOKENS, IMAGE = 576, 1000
 BUDGETS = (0.5, 0.65, 0.85)
 PLANS = ("layers", "heads and mlp", "tokens", "mixed")
-# Which of them narrow linears.
-NARROWS = ("heads and mlp", "mixed")
 # Realised over ideal, at most.
 PREFILLS = {
     "fixed plan": 1.05,
@@ -303,8 +301,10 @@ def prefills(case: Case, modes: list[str]) -> Iterator[Row]:
         with bench.executor.using(draw(bench.graph, kind, budget, next(seeds))):
             bench.prefill(bench.planned)
 
+    turned = with_same_products(bench.stock)
+    check(f"{bench.name} base", bench.prefill(turned), bench.prefill(bench.stock))
     for mode in modes:
-        models = [bench.stock, bench.planned, by_hand]
+        models = [bench.stock, bench.planned, by_hand, turned]
         bench.executor.attach(plan)
         with compiling(mode):
             if mode.endswith(("compiled", "frozen")):
@@ -316,8 +316,9 @@ def prefills(case: Case, modes: list[str]) -> Iterator[Row]:
                 runs[1] = fresh
                 # Nothing to come back to after each input.
                 bench.executor.detach()
-            realised, cut = bench.ratios([partial(bench.seconds, run) for run in runs])
-        yield Row.of(case, mode, ideal, realised, realised / ideal, cut / ideal)
+            realised, cut, same = bench.ratios([partial(bench.seconds, run) for run in runs])
+        scores = [share / ideal for share in (realised, cut, realised / same)]
+        yield Row.of(case, mode, ideal, realised, *scores)
 
 
 @contextmanager
@@ -329,9 +330,9 @@ def compiling(mode: str) -> Iterator[None]:
 
 
 def with_same_products(stock: Any) -> Any:
-    """A copy of a model on the same parameters, each of its linears as planner's narrowed ones."""
+    """A copy of a model on the same parameters; its linears multiply as planner's under a plan."""
     model = copy.deepcopy(stock, {id(p): p for p in stock.parameters()})
-    for module in model.modules():
+    for module in model.get_decoder().layers.modules():
         if isinstance(module, nn.Linear):
             module.forward = partial(kept_linear, weight=module.weight, bias=module.bias)
     return model
@@ -366,9 +367,7 @@ def decodings(case: Case, modes: list[str], tokens: int) -> Iterator[Row]:
             sides = [partial(side, *model, mode.endswith("compiled")) for model in models]
             planned, cut, same = bench.ratios(sides)
         allowed = moved[bench.stock] / moved[bench.planned]
-        gains = [1 / planned, 1 / cut]
-        if kind in NARROWS:
-            gains.append(same / planned)
+        gains = [1 / planned, 1 / cut, same / planned]
         scores = [(gain - 1) / (allowed - 1) for gain in gains]
         yield Row.of(case, mode, allowed, gains[0], *scores)
 

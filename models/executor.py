@@ -22,7 +22,7 @@ from torch import nn
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.models.attention import AttentionBlock, probe
-from planner.models.bindings import BoundLinear, BoundSite, bind
+from planner.models.bindings import BoundLayer, BoundLinear, BoundSite, bind
 from planner.models.layers import AttentionForward, LayerForward, Setup
 from planner.models.passes import Passes
 from planner.models.patches import ConfigView, Patches
@@ -199,6 +199,20 @@ class Executor:
         for layer, block in zip(program.layers, blocks, strict=True):
             forward = LayerForward(passes, layer, self._setups(layer, block, passes, keep))
             self._patches.set(layer.layer.module, "forward", forward)
+        if not program.is_dense:
+            touched = {layer.layer.index for layer in program.layers}
+            for bound in self.layers:
+                if bound.index not in touched:
+                    self._multiply(bound)
+
+    def _multiply(self, layer: BoundLayer) -> None:
+        """Have a layer that stays as it is compute its products as narrowed ones do."""
+        for site in (layer.heads, layer.mlp):
+            for linear in () if site is None else site.linears:
+                forward = LinearForward(linear.module)
+                if forward.whole is not None:
+                    forward.active = forward.whole
+                    self._patches.set(linear.module, "forward", forward)
 
     def _block(self, layer: LayerProgram) -> AttentionBlock | None:
         """What narrowing this layer's heads takes; None where no group narrows them."""
@@ -224,9 +238,12 @@ class Executor:
         heads, mlp = layer.layer.heads, layer.layer.mlp
         forwards: list[tuple[str, BoundLinear, LinearForward]] = []
         for kind, site in (("heads", heads), ("mlp", mlp)):
-            if site is not None and any(getattr(group, kind) is not None for group in layer.groups):
-                for linear in site.linears:
-                    forward = LinearForward(linear.module)
+            if site is None:
+                continue
+            narrows = any(getattr(group, kind) is not None for group in layer.groups)
+            for linear in site.linears:
+                forward = LinearForward(linear.module)
+                if narrows or forward.whole is not None:
                     self._patches.set(linear.module, "forward", forward)
                     forwards.append((kind, linear, forward))
         attention = None
@@ -238,8 +255,9 @@ class Executor:
             weights = []
             for kind, linear, forward in forwards:
                 lanes = getattr(group, kind)
-                narrowed = None if lanes is None else self.slices.get(linear, lanes, keep)
-                weights.append((forward, narrowed))
+                whole = lanes is None
+                active = forward.whole if whole else self.slices.get(linear, lanes, keep)
+                weights.append((forward, active))
             attributes = _attributes(layer, group, block, passes)
             setups.append(Setup(group, tuple(weights), heads, attributes, attention))
         if heads is not None:

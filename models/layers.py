@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,7 +18,7 @@ from planner.models.cache import PlannedLayer
 from planner.models.calls import Call
 from planner.models.passes import Passes
 from planner.models.program import LayerGroup, LayerProgram
-from planner.models.slices import LinearForward, Narrowed
+from planner.models.slices import LinearForward
 from planner.models.tokens import (
     Kept,
     Keys,
@@ -54,14 +55,14 @@ class Setup:
 
     Attributes:
         group: who, and what is kept.
-        weights: what each linear that some group narrows computes with.
+        weights: what linears compute with that some group narrows, or has fewer tokens for.
         heads: the attention block.
         attributes: the attention block's own attributes for this group: head counts, config.
         attention: stands in for the attention block, where some group has no head left.
     """
 
     group: LayerGroup
-    weights: tuple[tuple[LinearForward, Narrowed | None], ...]
+    weights: tuple[tuple[LinearForward, Callable[[Tensor], Tensor] | None], ...]
     heads: BoundSite | None
     attributes: dict[str, Any]
     attention: AttentionForward | None

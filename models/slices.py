@@ -14,15 +14,16 @@ more to do for each weight.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from planner.kernels.products import kept_linear
+from planner.kernels.products import kept_linear, suits
 from planner.models.bindings import BoundLinear, Runs
 from planner.models.slots import moves
 
@@ -273,16 +274,29 @@ class SliceStore:
             self.bytes -= _bytes(narrowed)
 
 
+def _whole(module: Any, features: Tensor) -> Tensor:
+    return kept_linear(features, module.weight, module.bias)
+
+
 def _bytes(narrowed: Narrowed) -> int:
     return sum(weight.nbytes for weight in narrowed.weights)
 
 
 class LinearForward:
-    """Stands in for one linear's ``forward``; `active` None is the base model."""
+    """Stands in for one linear's ``forward``; `active` None is the base model.
+
+    Attributes:
+        whole: computes with all features, as narrowed linears compute; None where that is no
+            different from the base model, or the base model's code is not ``nn.Linear``'s.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.stock: Any = module.forward
-        self.active: Narrowed | None = None
+        self.active: Narrowed | Callable[[Tensor], Tensor] | None = None
+        self.whole: Callable[[Tensor], Tensor] | None = None
+        plain = getattr(self.stock, "__func__", None) is nn.Linear.forward
+        if plain and suits(cast(Tensor, module.weight)):
+            self.whole = partial(_whole, module)
 
     def __call__(self, features: Tensor) -> Tensor:
         """Shape (..., in features) to (..., out features), narrowed as `active` says."""
