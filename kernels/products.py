@@ -57,12 +57,30 @@ def kept_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     plain = differentiable or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
     if plain or not suits(weight) or x.numel() == 0:
         return F.linear(x, weight, bias)
+    # Inductor takes oneDNN's operator with frozen weights only.
+    multiply = torch.ops.planner.kept_linear if torch.compiler.is_compiling() else _by_onednn
+    return multiply(x, weight, bias)
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
 
 
-if ONEDNN:
+# Not by `custom_op`, whose checks take longer than a product of a decoded token.
+torch.library.define("planner::kept_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+torch.library.impl("planner::kept_linear", "cpu", _by_onednn)
 
-    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-    def _flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
-        """As PyTorch's counter has it for every other product."""
-        return 2 * x.numel() * weight[0]
+
+@torch.library.register_fake("planner::kept_linear")
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    """As PyTorch's counter has it for every other product."""
+    return 2 * x.numel() * weight[0]
+
+
+register_flop_formula(torch.ops.planner.kept_linear)(_flops)
+if ONEDNN:
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)
