@@ -12,10 +12,10 @@ tokens per second is set against bytes: the weights, keys and values that a toke
 model, over those under the plan.
 
 Beside the base model runs a stock model cut to the plan by hand (`by_hand`), whose score says what
-the runtime itself loses on smaller tensors. Decoding, planner's narrowed linears multiply in a way
-of their own (`kept_linear`). So there is a second base model, whose linears all do: what a plan
-gains over that one is due to what it leaves out. Nothing is reported unless sides agree with the
-masked model, or the stock one.
+the runtime itself loses on smaller tensors. Under a plan, linears multiply in a way of their own
+(`kept_linear`). So there is a second base model, whose linears do: what a plan gains over that one
+is due to what it leaves out. Nothing is reported unless sides agree with the masked model, or the
+stock one.
 
 On a machine that is busy with other things, ``--clock cpu --threads 1`` counts this process's
 seconds only.
@@ -225,7 +225,7 @@ class Row:
 
     `ideal` and `realised` are time over the base model's; for decoding, the gain in tokens/s.
     `by_hand` is the score of the stock model cut by hand, `same_products` that of the plan over the
-    second base model; None where there is none.
+    second base model; None for dispatch.
     """
 
     model: str

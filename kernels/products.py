@@ -33,7 +33,7 @@ def suits(weight: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def _is_enabled() -> bool:
-    """What ``torch.backends.mkldnn.flags`` says."""
+    """Whether PyTorch may use oneDNN."""
     return bool(torch.backends.mkldnn.enabled)
 
 

@@ -6,8 +6,9 @@
 
 The stock code runs unchanged. While a plan is active, `forward` of the modules that the plan
 touches is shadowed on the instance: linears compute with what is kept, layers that are off return
-their input, layers behind a token stage run on the tokens that are left. Parameters, submodules
-and hooks are never replaced.
+their input, layers behind a token stage run on the tokens that are left. So is that of the other
+linears of the decoder, where products have a faster way than the stock one
+(`planner.kernels.products`). Parameters, submodules and hooks are never replaced.
 """
 
 from __future__ import annotations
@@ -206,7 +207,7 @@ class Executor:
                     self._multiply(bound)
 
     def _multiply(self, layer: BoundLayer) -> None:
-        """Have a layer that stays as it is compute its products as narrowed ones do."""
+        """Have a layer that stays as it is multiply as the others do."""
         for site in (layer.heads, layer.mlp):
             for linear in () if site is None else site.linears:
                 forward = LinearForward(linear.module)
@@ -256,8 +257,9 @@ class Executor:
             for kind, linear, forward in forwards:
                 lanes = getattr(group, kind)
                 whole = lanes is None
-                active = forward.whole if whole else self.slices.get(linear, lanes, keep)
-                weights.append((forward, active))
+                weights.append(
+                    (forward, forward.whole if whole else self.slices.get(linear, lanes, keep))
+                )
             attributes = _attributes(layer, group, block, passes)
             setups.append(Setup(group, tuple(weights), heads, attributes, attention))
         if heads is not None:

@@ -55,7 +55,7 @@ class Setup:
 
     Attributes:
         group: who, and what is kept.
-        weights: what linears compute with that some group narrows, or has fewer tokens for.
+        weights: what linears compute with; None is the stock code.
         heads: the attention block.
         attributes: the attention block's own attributes for this group: head counts, config.
         attention: stands in for the attention block, where some group has no head left.

@@ -7,7 +7,7 @@ copied. In both, what is off is neither read nor multiplied.
 A plan seen for the first time is copied into memory that the next such plan uses again: what lies
 there already stays (`slots`), and no page is fresh, which would cost three times the copy. Once as
 much has been copied for some lanes as they have features, they get a slice of their own. Views are
-for what lies together anyway and for slices larger than allowed: a product over a short run has
+for rows that lie together anyway and for slices larger than allowed: a product over a short run has
 more to do for each weight.
 """
 
@@ -99,7 +99,7 @@ def _pieces(linear: BoundLinear, lanes: Runs, held: Runs = ()) -> Pieces:
             pieces.append((place, start, stop - start))
             place += stop - start
         return tuple(pieces)
-    count, before = (sum(stop - start for start, stop in runs) for runs in (lanes, held))
+    count, before = _lanes(lanes), _lanes(held)
     # Behind the first block everything moves where the number of lanes changes.
     known = held if count == before or len(linear.records) == 1 else ()
     for offset, stride in linear.records:
@@ -150,6 +150,15 @@ def _count(pieces: Pieces) -> int:
     return sum(number for _, _, number in pieces)
 
 
+def _lanes(lanes: Runs) -> int:
+    return sum(stop - start for start, stop in lanes)
+
+
+def _is_packed(linear: BoundLinear) -> bool:
+    """Whether columns must lie without gaps, to be multiplied in the faster way."""
+    return linear.binding.axis == "in" and suits(linear.weight)
+
+
 @dataclass(eq=False)
 class _Slots:
     """Memory as large as a weight, for one plan after the other.
@@ -170,17 +179,25 @@ class _Slots:
         mine, weight = self.memory, linear.weight
         return (mine.shape, mine.dtype, mine.device) == (weight.shape, weight.dtype, weight.device)
 
-    def _held(self, linear: BoundLinear) -> Runs:
-        return self.lanes if self.source == _state(linear.parameter) else ()
+    def _held(self, linear: BoundLinear, lanes: Runs) -> Runs:
+        """Of the lanes that lie here, those whose features may stay where they are."""
+        if self.source != _state(linear.parameter):
+            return ()
+        moved = _is_packed(linear) and _lanes(lanes) != _lanes(self.lanes)
+        return () if moved else self.lanes
 
     def missing(self, linear: BoundLinear, lanes: Runs) -> int:
         """How many features have to be copied."""
-        return _count(_pieces(linear, lanes, self._held(linear)))
+        return _count(_pieces(linear, lanes, self._held(linear, lanes)))
 
     def hold(self, linear: BoundLinear, lanes: Runs) -> Narrowed:
         """Copy what is not there yet."""
-        held, self.lanes = self._held(linear), ()
-        narrowed = _slice(linear, lanes, self.memory, held)
+        held, self.lanes = self._held(linear, lanes), ()
+        memory = self.memory
+        if _is_packed(linear):
+            shape = len(memory), _count(_pieces(linear, lanes))
+            memory = memory.flatten()[: shape[0] * shape[1]].view(shape)
+        narrowed = _slice(linear, lanes, memory, held)
         self.lanes, self.source = lanes, narrowed.source
         return narrowed
 
@@ -233,7 +250,8 @@ class SliceStore:
         key, pieces = (linear.path, lanes), _pieces(linear, lanes)
         weight = linear.weight.detach()
         elements = weight.numel() // linear.features * _count(pieces)
-        if len(pieces) < 2 or elements * weight.itemsize > self.limit_bytes:
+        together = not pieces or (len(pieces) == 1 and not _is_packed(linear))
+        if together or elements * weight.itemsize > self.limit_bytes:
             return _views(linear, pieces)
         if not keep and self._copied.get(key, 0) < _count(pieces):
             slots = self._lend(linear)
@@ -283,16 +301,17 @@ def _bytes(narrowed: Narrowed) -> int:
 
 
 class LinearForward:
-    """Stands in for one linear's ``forward``; `active` None is the base model.
+    """Stands in for one linear's ``forward``.
 
     Attributes:
-        whole: computes with all features, as narrowed linears compute; None where that is no
-            different from the base model, or the base model's code is not ``nn.Linear``'s.
+        active: what to compute with; None is the base model.
+        whole: computes with all features as narrowed linears do with some (`kept_linear`); None
+            where that is the base model's way, or its code is not that of ``nn.Linear``.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.stock: Any = module.forward
-        self.active: Narrowed | Callable[[Tensor], Tensor] | None = None
+        self.active: Callable[[Tensor], Tensor] | None = None
         self.whole: Callable[[Tensor], Tensor] | None = None
         plain = getattr(self.stock, "__func__", None) is nn.Linear.forward
         if plain and suits(cast(Tensor, module.weight)):

@@ -7,11 +7,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plans import MLP_SWITCHES, dense_plan, plan_of, plans
 from restored import same_state, snapshot
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from planner.ir.cost import Workload
 from planner.ir.cost.devices import device
 from planner.ir.errors import InputError
+from planner.kernels import products
+from planner.kernels.products import ONEDNN
 from planner.models.cache import kv_bytes
 from planner.models.executor import Executor
 from planner.plan import TokenStage
@@ -57,6 +60,47 @@ def test_detaching_restores_the_model(llava, fails):
     executor.attach(plan)
     executor.detach()
     assert same_state(before, snapshot(family.model))
+
+
+class Products(TorchDispatchMode):
+    """Counts the products that oneDNN computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket is torch.ops.mkldnn._linear_pointwise
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not ONEDNN, reason="products are oneDNN's only beside MKL")
+@torch.no_grad()
+def test_under_a_plan_all_linears_of_the_decoder_multiply_alike(llava, monkeypatch):
+    """Narrowed or not; the base model's own code runs for the base model, and where others said."""
+    monkeypatch.setattr(products, "SMALL", 1)
+    family, graph = llava
+    inputs = family.inputs()
+    executor = Executor(family.model, graph)
+    layers = len(executor.layers)
+
+    def counted(plan):
+        with executor.using(plan), Products() as found:
+            family.model(**inputs)
+        return found.count
+
+    some = plan_of(graph, layers_off=(0,), heads={1: (1,)}, tokens=(TokenStage(2, 5, 16),))
+    assert counted(some) == 7 * (layers - 1)
+    assert counted(plan_of(graph, layers_off=(0, 3))) == 7 * (layers - 2)
+    assert counted(dense_plan(graph)) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.backends.mkldnn, "enabled", False)
+        assert counted(some) == 0
+    hooked = executor.layers[3].mlp.linears[0].module
+    stock, calls = hooked.forward, []
+    monkeypatch.setattr(hooked, "forward", lambda x: calls.append(x) or stock(x))
+    assert counted(some) == 7 * (layers - 1) - 1
+    assert len(calls) == 1
 
 
 @torch.no_grad()
@@ -181,13 +225,14 @@ def one_sample(family, inputs, row, batch, images):
 
 
 @torch.no_grad()
-def test_plans_without_token_stages_compile_to_one_graph(qwen3):
+def test_plans_without_token_stages_compile_to_one_graph(qwen3, monkeypatch):
+    monkeypatch.setattr(products, "SMALL", 1)
     family, graph = qwen3
     ids = family.inputs()["input_ids"]
     executor = Executor(family.model, graph)
     executor.attach(plan_of(graph, layers_off=(0,), heads={1: (0,)}, mlp={1: (0, 2, 3), 2: ()}))
     expected = family.model(ids).logits
-    compiled = torch.compile(family.model, fullgraph=True, backend="eager")
+    compiled = torch.compile(family.model, fullgraph=True, backend="aot_eager")
     torch._dynamo.utils.counters.clear()
     for _ in range(3):
         assert close(compiled(ids).logits, expected)
@@ -214,8 +259,9 @@ def test_compiled_graphs_can_freeze_narrowed_weights(qwen3):
 
 
 @torch.no_grad()
-def test_decoding_behind_a_token_stage_compiles_to_one_graph(llava):
+def test_decoding_behind_a_token_stage_compiles_to_one_graph(llava, monkeypatch):
     """Stages choose by value, which breaks graphs; only prompts with images need that."""
+    monkeypatch.setattr(products, "SMALL", 1)
     family, graph = llava
     inputs, word = family.inputs(), torch.tensor([[5]])
     plan = plan_of(graph, heads={1: (0,)}, tokens=(TokenStage(1, 2, family.image_tokens),))
@@ -227,7 +273,8 @@ def test_decoding_behind_a_token_stage_compiles_to_one_graph(llava):
 
     with Executor(family.model, graph).using(plan):
         expected = decoded(family.model)
-        got = decoded(torch.compile(family.model, fullgraph=True, dynamic=True, backend="eager"))
+        compiled = torch.compile(family.model, fullgraph=True, dynamic=True, backend="aot_eager")
+        got = decoded(compiled)
     for one, other in zip(got, expected, strict=True):
         assert close(one, other)
 

@@ -112,6 +112,16 @@ def test_flops_are_counted(by_onednn):
     assert counter.get_total_flops() == 2 * 2 * 3 * 5 * 11
 
 
+@needs_onednn
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_operator_of_compiled_graphs(bias):
+    offset = torch.randn(11) if bias else None
+    inputs = torch.randn(2, 3, 5), torch.randn(11, 5), offset
+    torch.library.opcheck(torch.ops.planner.kept_linear, inputs)
+    found = torch.ops.planner.kept_linear(*inputs)
+    torch.testing.assert_close(found, F.linear(*inputs))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (2, 7)])
 def test_no_features_at_all(shape, bias, by_onednn):
