@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -10,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from planner.ir.graph import Binding, Block, Site
 from planner.kernels import products
 from planner.kernels.products import ONEDNN, kept_linear
-from planner.models.bindings import bind_site
+from planner.models.bindings import bind_site, merge
 from planner.models.slices import SliceStore
 
 needs_onednn = pytest.mark.skipif(not ONEDNN, reason="products are oneDNN's only beside MKL")
@@ -86,6 +88,26 @@ def test_what_onednn_would_copy_is_linear_s(by_onednn):
     for view in (weight, torch.randn(8, 6).t()):
         assert torch.equal(kept_linear(features, view, None), F.linear(features, view))
     assert not by_onednn
+
+
+@needs_onednn
+@settings(max_examples=25, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(sequence=st.lists(st.sets(st.integers(0, 15), min_size=1), min_size=2, max_size=6))
+def test_columns_that_are_copied_lie_without_gaps(sequence, by_onednn):
+    """Whatever plan was there before, of as many lanes or of more or fewer."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"up": nn.Linear(5, 16), "down": nn.Linear(16, 6)})
+    bindings = (Binding("up", "out", (Block(0, 1, 1),)), Binding("down", "in", (Block(0, 1, 1),)))
+    up, down = bind_site(model, Site("mlp.0", "mlp", 0, "m", 16, 16, bindings)).linears
+    store, x = SliceStore(10**6), torch.randn(3, 5)
+    for kept in sequence:
+        rows, lanes = sorted(kept), merge([(lane, lane + 1) for lane in sorted(kept)])
+        store.begin()
+        first, last = store.get(up, lanes), store.get(down, lanes)
+        assert last.weights[0].is_contiguous()
+        hidden = F.linear(x, up.weight[rows], up.bias[rows])
+        expected = F.linear(hidden, down.weight[:, rows], down.bias)
+        torch.testing.assert_close(last(first(x)), expected.detach())
 
 
 def test_features_from_a_view_that_cannot_be_flattened(by_onednn):
