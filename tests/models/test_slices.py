@@ -98,7 +98,7 @@ def test_columns_that_are_copied_lie_without_gaps(sequence, by_onednn):
     torch.manual_seed(0)
     model = nn.ModuleDict({"up": nn.Linear(5, 16), "down": nn.Linear(16, 6)})
     bindings = (Binding("up", "out", (Block(0, 1, 1),)), Binding("down", "in", (Block(0, 1, 1),)))
-    up, down = bind_site(model, Site("mlp.0", "mlp", 0, "m", 16, 16, bindings)).linears
+    up, down = bind_site(model, Site("mlp.0", "mlp", 0, "up", 16, 16, bindings)).linears
     store, x = SliceStore(10**6), torch.randn(3, 5)
     for kept in sequence:
         rows, lanes = sorted(kept), merge([(lane, lane + 1) for lane in sorted(kept)])
