@@ -256,10 +256,10 @@ class Executor:
             weights = []
             for kind, linear, forward in forwards:
                 lanes = getattr(group, kind)
-                whole = lanes is None
-                weights.append(
-                    (forward, forward.whole if whole else self.slices.get(linear, lanes, keep))
-                )
+                active = forward.whole
+                if lanes is not None:
+                    active = self.slices.get(linear, lanes, keep)
+                weights.append((forward, active))
             attributes = _attributes(layer, group, block, passes)
             setups.append(Setup(group, tuple(weights), heads, attributes, attention))
         if heads is not None:
