@@ -26,13 +26,13 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import planner
-from planner.cli.output import print_json, table
-from planner.compiler import specialised
+from planner.cli.printing import print_json, table
 from planner.ir.cost.flops import operator_flops
 from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
-from planner.models.masked import Gates, MaskedExecutor
+from planner.models.running.masked import Gates, MaskedExecutor
 from planner.plan import Plan
+from planner.planning.compiler import specialised
 
 KINDS = ("layers", "heads and mlp")
 BUDGETS = (0.5, 0.65, 0.85, 1.0)

@@ -37,7 +37,7 @@ from gpu_decoders import LLAVA_7B, TINY, Dense, Draw, Planned, Size, compare, st
 from torch import Tensor
 from torch.nn import functional as F
 
-from planner.cli.output import print_json, table
+from planner.cli.printing import print_json, table
 from planner.files import write_text
 from planner.kernels import head_ops, heads
 from planner.kernels.codegen import Generated, Origin, generate

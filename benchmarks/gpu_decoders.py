@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from planner.kernels import naive, ops
 from planner.kernels.records import AttentionWeights, KVCache, MLPWeights, Norm, Survivors
-from planner.models.cache import cache_argument
+from planner.models.running.kv_cache import cache_argument
 
 __all__ = ["LLAVA_7B", "TINY", "Dense", "Draw", "Planned", "Size", "compare", "stock_decoder"]
 

@@ -51,14 +51,14 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from planner.cli.output import print_json, table
+from planner.cli.printing import print_json, table
 from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
 from planner.kernels.products import kept_linear
-from planner.models.cache import cache_argument, kv_bytes
-from planner.models.executor import Executor
-from planner.models.masked import Gates, MaskedExecutor
-from planner.models.selectors import DecoderInputs, Uniform
+from planner.models.running.executor import Executor
+from planner.models.running.kv_cache import cache_argument, kv_bytes
+from planner.models.running.masked import Gates, MaskedExecutor
+from planner.models.tokens.selectors import DecoderInputs, Uniform
 from planner.plan import Plan, TokenStage
 
 LAYERS, WIDTH, HEADS, NEURONS, TOKENS = 8, 1024, 16, 2752, 640

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from ortools.sat.python import cp_model
 
-from planner.problem import Choice, LayerChoices, Problem, SiteChoices, TokenOption
+from planner.planning.problem import Choice, LayerChoices, Problem, SiteChoices, TokenOption
 from planner.solver import solve
 
 Ints = npt.NDArray[np.int64]

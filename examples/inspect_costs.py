@@ -22,11 +22,11 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from planner.catalog import find_model
-from planner.compiler import lowered_graph
 from planner.ir.cost import Cost, Workload, price, total
-from planner.ir.cost.devices import Device, device
+from planner.ir.cost.device_table import Device, device
 from planner.ir.graph import Graph, Operator
+from planner.planning.catalog import find_model
+from planner.planning.compiler import lowered_graph
 
 # Groups of operators, in the order of the model, and their colours.
 COLOURS = {

@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from planner.compiler import Request, compile_plan
 from planner.files import output_folder
 from planner.plan import Plan, load_plan, save_plan
+from planner.planning.compiler import Request, compile_plan
 
 
 def arguments() -> argparse.Namespace:

@@ -19,7 +19,6 @@ import torch
 import triton
 from triton.testing import do_bench
 
-from planner.cache import cache_folder
 from planner.files import write_text
 from planner.ir.errors import InputError
 from planner.kernels.codegen import Source
@@ -34,6 +33,7 @@ from planner.kernels.tiles import (
     tiles_chosen_by,
 )
 from planner.kernels.trial import load_source, trial
+from planner.planning.graph_cache import cache_folder
 
 __all__ = ["Tiles", "autotuned", "local_target", "timed"]
 

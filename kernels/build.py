@@ -24,7 +24,6 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from planner import __version__
-from planner.cache import cache_folder
 from planner.files import write_text
 from planner.ir.cost import Workload
 from planner.ir.errors import InputError
@@ -37,6 +36,7 @@ from planner.kernels.shapes import Block, blocks_of
 from planner.kernels.tiles import Target, tiles_chosen_by
 from planner.kernels.trial import load_source
 from planner.plan import Plan, plan_digest, print_ranges
+from planner.planning.graph_cache import cache_folder
 
 __all__ = ["build_kernels"]
 

@@ -7,30 +7,23 @@ that need them, so that ``planner --help`` and a cached ``planner compile`` star
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from planner.api import budget, compile, plan_of, restore
     from planner.backend import set_budget
     from planner.plan import Plan, load_plan, save_plan
-    from planner.runtime import budget, compile, plan_of, restore
 
 __version__ = "0.1.0"
-
-_checkout = Path(__file__).resolve().parent.parent
-if (_checkout / "pyproject.toml").is_file():
-    # A checkout keeps ir/, kernels/, models/ and training/ beside this folder; an installed
-    # package has them inside it.
-    __path__.append(str(_checkout))
 
 # name -> module that defines it; resolved on first use.
 _EXPORTS = {
     "Plan": "planner.plan",
-    "budget": "planner.runtime",
-    "compile": "planner.runtime",
+    "budget": "planner.api",
+    "compile": "planner.api",
     "load_plan": "planner.plan",
-    "plan_of": "planner.runtime",
-    "restore": "planner.runtime",
+    "plan_of": "planner.api",
+    "restore": "planner.api",
     "save_plan": "planner.plan",
     "set_budget": "planner.backend",
 }

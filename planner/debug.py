@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from planner.ir.errors import InputError
 
 if TYPE_CHECKING:
-    from planner.compiler import Compiled
+    from planner.planning.compiler import Compiled
 
 __all__ = ["LEVELS", "PASSES", "debug_level", "explain"]
 
@@ -80,8 +80,8 @@ def _utilities(compiled: Compiled) -> Iterator[str]:
 
 
 def _operators(compiled: Compiled) -> Iterator[str]:
-    from planner.compiler import specialised
     from planner.ir.cost import price
+    from planner.planning.compiler import specialised
 
     pricing = compiled.pricing
     graph = specialised(compiled.graph, compiled.plan)

@@ -6,8 +6,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from planner.catalog import HUB, Source, find_model
 from planner.ir.errors import InputError
+from planner.planning.catalog import HUB, Source, find_model
 
 __all__ = ["count_image_tokens", "load_image", "load_model", "noise_image", "prompt_inputs"]
 

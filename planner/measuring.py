@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from planner.api import budget as under
+from planner.api import compile as compile_model
+from planner.api import graph_of, kept_image_tokens, plan_of, restore
 from planner.ir.cost import Workload
 from planner.ir.errors import PlannerError
 from planner.loading import count_image_tokens
-from planner.repricing import cost_on
-from planner.runtime import budget as under
-from planner.runtime import compile as compile_model
-from planner.runtime import graph_of, kept_image_tokens, plan_of, restore
+from planner.planning.repricing import cost_on
 
 __all__ = ["measure"]
 
@@ -153,7 +153,7 @@ def _time(
     import torch
     from transformers.cache_utils import DynamicCache
 
-    from planner.models.cache import cache_argument, kv_bytes
+    from planner.models.running.kv_cache import cache_argument, kv_bytes
 
     with torch.inference_mode(), context:
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))

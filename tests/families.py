@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from planner.models.cache import cache_argument
+from planner.models.running.kv_cache import cache_argument
 
 __all__ = ["FAMILIES", "Family", "cached", "randomise"]
 

@@ -87,7 +87,7 @@ def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)
     code = (
-        "import json, planner, planner.catalog as c, planner.ir.cost.devices as d; "
+        "import json, planner, planner.planning.catalog as c, planner.ir.cost.device_table as d; "
         "c.find_model('llava-7b'); c.find_model('tiny-llava'); "
         "print(json.dumps([planner.__file__, d.__file__, 'v100' in d.devices()]))"
     )
@@ -99,7 +99,7 @@ def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
 
 def test_importing_planner_does_not_import_torch():
     code = (
-        "import json, sys, planner, planner.cli.app, planner.compiler; "
+        "import json, sys, planner, planner.cli.app, planner.planning.compiler; "
         "print(json.dumps([m for m in ('torch', 'transformers') if m in sys.modules]))"
     )
     assert python(code, ROOT) == []

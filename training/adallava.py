@@ -19,17 +19,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
 
-from planner.catalog import find_model
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
 from planner.models.scheduling import Scheduled, Scheduler, UnitSwitches, save_scheduler
+from planner.planning.catalog import find_model
 from planner.training.config import Config, parse_config
-from planner.training.costs import costs_of
 from planner.training.data import Conversation, LlavaConversations, Packer, SceneConversations
 from planner.training.data.conversations import FAMILY_WEIGHTS
 from planner.training.data.packing import IGNORE
 from planner.training.estimators import Deterministic, Estimator, GumbelSequential, parse
+from planner.training.switch_costs import costs_of
 from planner.training.tiny_llava import export as export_half
 from planner.training.trainer import RunTrainer
 from planner.training.unit_sampling import draw_units

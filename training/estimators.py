@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from planner.ir.errors import InputError
-from planner.models.selectors.arguments import Arguments, read_named
-from planner.training.costs import Costs
-from planner.training.subsets import Subsets
+from planner.models.tokens.selectors.arguments import Arguments, read_named
+from planner.training.subset_distributions import Subsets
+from planner.training.switch_costs import Costs
 
 __all__ = [
     "ESTIMATORS",

@@ -18,8 +18,8 @@ from itertools import combinations, permutations
 import torch
 from torch import Tensor
 
-from planner.training.costs import UnequalCosts
 from planner.training.estimators import log_probability, parse
+from planner.training.switch_costs import UnequalCosts
 
 __all__ = ["CASES", "METHODS", "Case", "Check", "check", "exact_gradient", "fillings"]
 

@@ -23,8 +23,6 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from planner.audit import Labels, read_labels
-from planner.budgets import Budget
-from planner.flags import Flags, switch_names
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.models.scheduling import (
@@ -35,8 +33,10 @@ from planner.models.scheduling import (
     Scheduler,
     UnitSwitches,
 )
-from planner.training.asked import Asked, prompt_of
-from planner.training.subsets import Subsets
+from planner.planning.budgets import Budget
+from planner.planning.switch_vectors import Flags, switch_names
+from planner.training.question_samples import Asked, prompt_of
+from planner.training.subset_distributions import Subsets
 from planner.training.trainer import RunTrainer
 
 __all__ = ["LabelledPrompts", "Pupil", "set_loss", "target_plans", "warm_start"]
@@ -142,7 +142,7 @@ def target_plans(labels: Labels, layout: Layout) -> Flags:
 
 
 def _names(layout: Layout) -> tuple[str, ...]:
-    """Switches in the order of logits, see `planner.flags.switch_names`."""
+    """Switches in the order of logits, see `planner.planning.switch_vectors.switch_names`."""
     if isinstance(layout, CostSwitches):
         return switch_names(layout.problem)
     if isinstance(layout, LayerSwitches):

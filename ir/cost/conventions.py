@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from planner.ir.cost.devices import Device
+from planner.ir.cost.device_table import Device
 from planner.ir.cost.price import Cost, roofline, total
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
-from planner.ir.cost.devices import Device
+from planner.ir.cost.device_table import Device
 from planner.ir.cost.flops import (
     attended_keys,
     operator_flops,

@@ -13,8 +13,8 @@ becomes a utilities file for the solver. Everything is in nats per answer token.
     run            all of it in order
 """
 
+from planner.models.calibration.calibrate import METHODS, Calibrated, calibrate, weights_digest
 from planner.models.calibration.measures import MEASURES
-from planner.models.calibration.run import METHODS, Calibrated, calibrate, weights_digest
 from planner.models.calibration.samples import (
     Sample,
     answered,

@@ -14,7 +14,7 @@ from torch import Tensor
 from planner.ir.graph import Graph, Site
 from planner.models.calibration.measures import divergence, loss
 from planner.models.calibration.replay import Replay
-from planner.models.masked import Gates, MaskedExecutor
+from planner.models.running.masked import Gates, MaskedExecutor
 
 __all__ = ["Switch", "as_gates", "leave_one_out", "measure", "switches_of"]
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from planner.ir.errors import InputError
-from planner.models.bindings import BoundLayer
 from planner.models.calibration.samples import Sample
-from planner.models.patches import Patches
+from planner.models.running.bindings import BoundLayer
+from planner.models.running.patches import Patches
 
 __all__ = ["NOT_FINITE", "Replay"]
 

@@ -21,7 +21,7 @@ from planner.ir.graph import Site
 from planner.models.calibration.leave_one_out import Switch, as_gates
 from planner.models.calibration.measures import loss
 from planner.models.calibration.replay import Replay
-from planner.models.masked import MaskedExecutor
+from planner.models.running.masked import MaskedExecutor
 
 __all__ = ["DRAWS", "taylor"]
 

@@ -10,7 +10,7 @@ from scipy.optimize import minimize_scalar
 from planner.ir.graph import Graph
 from planner.models.calibration.leave_one_out import measure
 from planner.models.calibration.replay import Replay
-from planner.models.executor import Executor
+from planner.models.running.executor import Executor
 from planner.plan import Plan, TokenStage
 
 __all__ = ["FRACTIONS", "fit", "token_losses"]

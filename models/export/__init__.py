@@ -12,7 +12,7 @@ In: the base model with its weights, its Graph, a Plan. Out: a folder, in one of
                model before it appears
 """
 
-from planner.models.export.planned import load
+from planner.models.export.planned_export import load
 from planner.models.export.write import Exported, export
 
 __all__ = ["Exported", "export", "load"]

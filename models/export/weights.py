@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from planner.models.bindings import BoundLinear, Runs
-from planner.models.program import Program
+from planner.models.running.bindings import BoundLinear, Runs
+from planner.models.running.program import Program
 
 __all__ = ["cast", "kept_weights"]
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from planner.ir.errors import InputError, PlannerError
 from planner.ir.graph import Graph
-from planner.models.executor import Executor
-from planner.models.export.plain import NotPlain, save_plain
-from planner.models.export.planned import RECORD, load, save_planned
-from planner.models.program import Program
+from planner.models.export.planned_export import RECORD, load, save_planned
+from planner.models.export.uniform_export import NotPlain, save_plain
+from planner.models.running.executor import Executor
+from planner.models.running.program import Program
 from planner.plan import Plan, dump_plan
 
 __all__ = ["Exported", "export"]

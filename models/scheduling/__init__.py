@@ -12,10 +12,10 @@ model obeying, sample by sample, the plans that the scheduler makes.
     scheduled   a model running under it
 """
 
-from planner.models.scheduling.cost import CostSwitches
+from planner.models.scheduling.cost_layout import CostSwitches
 from planner.models.scheduling.layouts import LayerSwitches, Layout, Taken, UnitSwitches
 from planner.models.scheduling.naming import layout_of
-from planner.models.scheduling.scheduled import Scheduled
+from planner.models.scheduling.scheduled_model import Scheduled
 from planner.models.scheduling.scheduler import Scheduler, load_scheduler, save_scheduler
 
 __all__ = [

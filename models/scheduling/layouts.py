@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from planner.budgets import Budget
-from planner.faithful import UNITS_PER_LAYER, counted_fraction, unit_count
 from planner.ir.cost import Workload
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.models.masked import Gates
+from planner.models.running.masked import Gates
 from planner.plan import Plan, TokenStage
+from planner.planning.budgets import Budget
+from planner.planning.unit_counting import UNITS_PER_LAYER, counted_fraction, unit_count
 
 __all__ = ["LayerSwitches", "Layout", "Taken", "UnitSwitches", "upper_half"]
 
@@ -71,7 +71,7 @@ class Layout(ABC):
 
     @property
     def levels(self) -> int:
-        """K of the latency encoder (`planner.models.scheduling.latency`), its value for `steps`."""
+        """K of the latency encoder, its value for `steps`."""
         return self.steps
 
     def under(

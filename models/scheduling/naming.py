@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.models.scheduling.cost import CostSwitches
+from planner.models.scheduling.cost_layout import CostSwitches
 from planner.models.scheduling.layouts import LayerSwitches, Layout, UnitSwitches
-from planner.switches import AXES
+from planner.planning.switches import AXES
 
 __all__ = ["COUNTED", "layout_of"]
 

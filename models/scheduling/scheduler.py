@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from planner.files import output_folder, write_bytes, write_text
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.models.scheduling.latency import LatencyEncoder
+from planner.models.scheduling.latency_encoder import LatencyEncoder
 from planner.models.scheduling.layouts import Layout
 from planner.models.scheduling.naming import layout_of
 

@@ -1,8 +1,8 @@
 """Labels - a target plan per sample and budget - and their audit against the proven optimum.
 
-Enters: a file of labels, written by `planner.training.labels` or read back here, and the Graph of
-the model that they are for. Leaves: what is wrong with them, label by label and in sum. Imports no
-torch.
+Enters: a file of labels, written by `planner.training.labelling` or read back here, and the Graph
+of the model that they are for. Leaves: what is wrong with them, label by label and in sum. Imports
+no torch.
 
     labels      the file: what was measured, what was decided, and under which terms
     heuristic   what measured utilities are taken for, and the fast way to decide
@@ -14,7 +14,7 @@ torch.
 """
 
 from planner.audit.heuristic import decide, worth
-from planner.audit.labels import Labels, Terms, read_labels, write_labels
+from planner.audit.label_file import Labels, Terms, read_labels, write_labels
 from planner.audit.report import audit
 from planner.audit.verdicts import Verdict, judge
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from planner.flags import Flags, flags_of
-from planner.problem import LayerChoices, Problem, SiteChoices
+from planner.planning.problem import LayerChoices, Problem, SiteChoices
+from planner.planning.switch_vectors import Flags, flags_of
 from planner.solver import Scores, take_while_fits
 
 __all__ = ["decide", "worth"]
@@ -43,7 +43,7 @@ def decide(problem: Problem) -> Flags:
         problem: with one metric and one token option.
 
     Returns:
-        Shape (switches,), in the order of `planner.flags`.
+        Shape (switches,), in the order of `planner.planning.switch_vectors`.
 
     Raises:
         Infeasible: if no choice respects the limit.

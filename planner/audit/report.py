@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from planner.audit.crosscheck import UNIT
-from planner.audit.labels import Labels
+from planner.audit.label_file import Labels
 from planner.audit.surrogate import Surrogate, measure_surrogate
 from planner.audit.verdicts import Verdict, judge
-from planner.flags import Flags
 from planner.ir.graph import Graph
+from planner.planning.switch_vectors import Flags
 from planner.solver import TOLERANCE
 
 __all__ = ["Audit", "audit"]

@@ -16,10 +16,10 @@ import numpy.typing as npt
 from scipy.stats import spearmanr
 
 from planner.audit.heuristic import decide, worth
-from planner.audit.labels import Labels
+from planner.audit.label_file import Labels
 from planner.audit.verdicts import Verdict
-from planner.flags import Flags, with_utilities
-from planner.problem import Problem
+from planner.planning.problem import Problem
+from planner.planning.switch_vectors import Flags, with_utilities
 
 __all__ = ["Surrogate", "all_plans", "measure_surrogate", "predictions"]
 

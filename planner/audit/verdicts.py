@@ -10,10 +10,10 @@ import numpy as np
 
 from planner.audit.crosscheck import best_utility
 from planner.audit.heuristic import worth
-from planner.audit.labels import Labels
-from planner.flags import Flags, choice_of, flags_of, with_utilities
+from planner.audit.label_file import Labels
 from planner.ir.graph import Graph
-from planner.problem import Choice, Problem
+from planner.planning.problem import Choice, Problem
+from planner.planning.switch_vectors import Flags, choice_of, flags_of, with_utilities
 from planner.solver import TOLERANCE, solve
 
 __all__ = ["Verdict", "judge"]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from planner.ir.aten import ATTENTION, VIEWS, opname
+from planner.ir.lowering.aten import ATTENTION, VIEWS, opname
 from planner.kernels.naive import ACTIVATIONS
-from planner.models.bindings import BoundLinear, BoundSite
+from planner.models.running.bindings import BoundLinear, BoundSite
 
 __all__ = ["Attention", "Linears", "Mlp", "Product", "match_attention", "match_mlp", "value_of"]
 

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch._guards import tracing
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from planner.api import Planning, name_of
 from planner.backend.options import Options, check_budget
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Site
 from planner.ir.lowering import NotLowered, lower_model
 from planner.kernels.records import Survivors, neuron_width
-from planner.models.bindings import BoundLayer, BoundSite, bind, runs_of
-from planner.models.program import LayerGroup, Program
+from planner.models.running.bindings import BoundLayer, BoundSite, bind, runs_of
+from planner.models.running.program import LayerGroup, Program
 from planner.plan import Plan
-from planner.runtime import Planning, name_of
 
 __all__ = ["Board", "board_of", "forget_boards"]
 

@@ -9,11 +9,11 @@ from typing import Any, cast
 
 import torch
 
-from planner.budgets import Budget
-from planner.compiler import Request
 from planner.ir.errors import InputError
 from planner.plan import Plan
-from planner.switches import AXES, SwitchSet
+from planner.planning.budgets import Budget
+from planner.planning.compiler import Request
+from planner.planning.switches import AXES, SwitchSet
 
 __all__ = ["Options"]
 

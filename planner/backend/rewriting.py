@@ -30,7 +30,7 @@ from planner.backend.blocks import (
 from planner.backend.board import Board
 from planner.kernels.library import pack_mlp
 from planner.kernels.records import MLPWeights, Survivors, neuron_width
-from planner.models.bindings import BoundSite
+from planner.models.running.bindings import BoundSite
 
 __all__ = ["rewritten"]
 

@@ -9,7 +9,7 @@ import typer
 from planner import __version__
 from planner.cli.audit import audit_command
 from planner.cli.bench import bench_command
-from planner.cli.calibrate import calibrate_command
+from planner.cli.calibrate_utilities import calibrate_command
 from planner.cli.compile import compile_command
 from planner.cli.devices import devices_command
 from planner.cli.eval import eval_command

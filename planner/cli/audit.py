@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from planner.cli.options import TrustRemoteCode
-from planner.cli.output import Json, Quiet, Verbose, print_json, progress_bar, status, table
+from planner.cli.printing import Json, Quiet, Verbose, print_json, progress_bar, status, table
+from planner.cli.shared_options import TrustRemoteCode
 
 __all__ = ["audit_command"]
 
@@ -32,11 +32,11 @@ def audit_command(
 ) -> None:
     """Solve every label's problem to proven optimality and say how far off the label is."""
     from planner.audit import audit, read_labels
-    from planner.audit.page import page
-    from planner.catalog import find_model
-    from planner.compiler import lowered_graph
+    from planner.audit.audit_page import page
     from planner.files import output_folder, write_text
     from planner.ir.errors import InputError
+    from planner.planning.catalog import find_model
+    from planner.planning.compiler import lowered_graph
 
     if output is not None and output.suffix != ".html":
         raise InputError(f"the output '{output}' must be an .html file")

@@ -7,8 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from planner.cli.options import Dtype, KvPolicyOption, Model, TrustRemoteCode, parse_fractions
-from planner.cli.output import Json, Quiet, Verbose, amount, print_json, status, table
+from planner.cli.printing import Json, Quiet, Verbose, amount, print_json, status, table
+from planner.cli.shared_options import (
+    Dtype,
+    KvPolicyOption,
+    Model,
+    TrustRemoteCode,
+    parse_fractions,
+)
 
 __all__ = ["bench_command"]
 

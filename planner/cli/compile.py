@@ -9,17 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from planner.cli.kernels import Autotune, IndexDriven, Targets, compile_kernels, wanted_targets
-from planner.cli.options import (
-    Batch,
-    Device,
-    ImageTokens,
-    KvPolicyOption,
-    Model,
-    NewTokens,
-    TextTokens,
-    TrustRemoteCode,
-)
-from planner.cli.output import (
+from planner.cli.printing import (
     Json,
     Quiet,
     Verbose,
@@ -29,11 +19,21 @@ from planner.cli.output import (
     status,
     table,
 )
-from planner.cli.scheduled import SchedulerOption, compile_scheduled, print_schedule
+from planner.cli.shared_options import (
+    Batch,
+    Device,
+    ImageTokens,
+    KvPolicyOption,
+    Model,
+    NewTokens,
+    TextTokens,
+    TrustRemoteCode,
+)
+from planner.cli.with_scheduler import SchedulerOption, compile_scheduled, print_schedule
 
 if TYPE_CHECKING:
-    from planner.compiler import Compiled
     from planner.kernels.manifest import Manifest
+    from planner.planning.compiler import Compiled
 
 __all__ = ["compile_command"]
 
@@ -96,10 +96,10 @@ def compile_command(
     verbose: Verbose = False,
 ) -> None:
     """Decide what of a model to run under a budget, with proof; write the plan."""
-    from planner.compiler import Request, compile_plan
     from planner.debug import PASSES, debug_level, explain
     from planner.files import output_folder
     from planner.ir.errors import InputError
+    from planner.planning.compiler import Request, compile_plan
 
     if time_limit <= 0:
         raise InputError("--time-limit must be more than 0 seconds")
@@ -185,12 +185,12 @@ def write_outputs(
         between: print the graph after every pass.
         kernels: files of the folder ``kernels``, which is replaced, or None to leave it alone.
     """
-    from planner.compiler import specialised
     from planner.files import write_folder, write_text
     from planner.ir.cost import price
     from planner.ir.graph import Operator
-    from planner.ir.text import print_graph
+    from planner.ir.graph_text import print_graph
     from planner.plan import dump_plan
+    from planner.planning.compiler import specialised
 
     printer = (lambda name, graph: say(f"-- {name}\n{print_graph(graph)}")) if between else None
     graph = specialised(compiled.graph, compiled.plan, printer)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from planner.cli.output import Json, Quiet, Verbose, print_json, table
+from planner.cli.printing import Json, Quiet, Verbose, print_json, table
 
 __all__ = ["devices_command"]
 
 
 def devices_command(as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """List the devices of the roofline cost model."""
-    from planner.ir.cost.devices import devices
+    from planner.ir.cost.device_table import devices
 
     known = devices().values()
     if as_json:

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from planner.cli.options import Dtype, Model, TrustRemoteCode, parse_fractions
-from planner.cli.output import Json, Quiet, Verbose, print_json, status, table
-from planner.cli.scheduled import SchedulerOption
+from planner.cli.printing import Json, Quiet, Verbose, print_json, status, table
+from planner.cli.shared_options import Dtype, Model, TrustRemoteCode, parse_fractions
+from planner.cli.with_scheduler import SchedulerOption
 
 __all__ = ["eval_command"]
 
@@ -41,13 +41,13 @@ def eval_command(
     verbose: Verbose = False,
 ) -> None:
     """Measure accuracy per question family under budgets, through generate()."""
-    from planner.compiler import Request
     from planner.ir.errors import InputError
     from planner.ir.lowering import lower_model
     from planner.loading import load_model
-    from planner.scheduling import compile_schedule, load_scheduled
+    from planner.planning.compiler import Request
+    from planner.schedule_compiler import compile_schedule, load_scheduled
+    from planner.training.budget_accuracy import TEXT_TOKENS, UnderBudgets
     from planner.training.data import SPLITS, SceneQuestions
-    from planner.training.under_budgets import TEXT_TOKENS, UnderBudgets
 
     fractions = parse_fractions(budgets)
     for name, value in (("samples", samples), ("batch", batch)):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from planner.cli.output import Json, Quiet, Verbose, print_json, say, table
+from planner.cli.printing import Json, Quiet, Verbose, print_json, say, table
 
 __all__ = ["experiment_command"]
 
@@ -35,7 +35,7 @@ def experiment_command(
     from planner.files import output_folder
     from planner.ir.errors import InputError
     from planner.training.experiments import EXPERIMENTS, run_experiment
-    from planner.training.experiments.page import write_page
+    from planner.training.experiments.results_page import write_page
 
     try:
         numbers = [int(part) for part in seeds.split(",")]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.options import Model, TrustRemoteCode
-from planner.cli.output import Json, Quiet, Verbose, amount, print_json, status
+from planner.cli.printing import Json, Quiet, Verbose, amount, print_json, status
+from planner.cli.shared_options import Model, TrustRemoteCode
 
 if TYPE_CHECKING:
     import torch
@@ -33,12 +33,12 @@ def export_command(
     Where a stock config can say the plan's sizes, stock transformers loads the folder; otherwise
     planner.models.export.load does.
     """
-    from planner.catalog import find_model
-    from planner.compiler import lowered_graph
     from planner.ir.errors import InputError
     from planner.loading import load_model, noise_image, prompt_inputs
     from planner.models.export import export
     from planner.plan import load_plan
+    from planner.planning.catalog import find_model
+    from planner.planning.compiler import lowered_graph
 
     wanted = load_plan(plan)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.options import (
+from planner.cli.printing import Json, Quiet, Verbose, amount, print_json, status, table
+from planner.cli.shared_options import (
     Batch,
     Device,
     ImageTokens,
@@ -16,7 +17,6 @@ from planner.cli.options import (
     TextTokens,
     TrustRemoteCode,
 )
-from planner.cli.output import Json, Quiet, Verbose, amount, print_json, status, table
 
 if TYPE_CHECKING:
     from planner.ir.cost import Cost
@@ -46,13 +46,13 @@ def inspect_command(
     verbose: Verbose = False,
 ) -> None:
     """Show the cost of a model: FLOPs, bytes, roofline seconds, KV bytes, parameters."""
-    from planner.catalog import find_model
-    from planner.compiler import DEFAULT_DEVICE, lowered_graph, specialised
     from planner.ir.cost import Workload, price, total
-    from planner.ir.cost.devices import device as find_device
+    from planner.ir.cost.device_table import device as find_device
     from planner.ir.errors import InputError
-    from planner.ir.text import print_graph
+    from planner.ir.graph_text import print_graph
     from planner.plan import load_plan
+    from planner.planning.catalog import find_model
+    from planner.planning.compiler import DEFAULT_DEVICE, lowered_graph, specialised
 
     if by not in ("operator", "layer", "kind"):
         raise InputError(f"unknown --by '{by}': choose operator, layer or kind")

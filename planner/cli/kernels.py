@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.output import Json, Quiet, Verbose, amount, print_json, say, table
+from planner.cli.printing import Json, Quiet, Verbose, amount, print_json, say, table
 
 if TYPE_CHECKING:
-    from planner.compiler import Compiled
     from planner.kernels.manifest import CompiledKernel, Manifest
     from planner.kernels.tiles import Target
+    from planner.planning.compiler import Compiled
 
 __all__ = [
     "Autotune",

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from planner.cli.options import Dtype, Model, TrustRemoteCode, parse_fractions
-from planner.cli.output import Json, Quiet, Verbose, print_json, progress_bar, status
-from planner.cli.scheduled import SchedulerOption
+from planner.cli.printing import Json, Quiet, Verbose, print_json, progress_bar, status
+from planner.cli.shared_options import Dtype, Model, TrustRemoteCode, parse_fractions
+from planner.cli.with_scheduler import SchedulerOption
 
 __all__ = ["labels_command"]
 
@@ -67,8 +67,8 @@ def labels_command(
     from planner.ir.errors import InputError
     from planner.ir.lowering import lower_model
     from planner.loading import load_model
-    from planner.training.asked import picture_samples, scene_samples
-    from planner.training.labels import label_samples
+    from planner.training.labelling import label_samples
+    from planner.training.question_samples import picture_samples, scene_samples
 
     fractions = list(dict.fromkeys(parse_fractions(budgets)))
     for name, value in (("samples", samples), ("batch", batch)):
@@ -86,7 +86,7 @@ def labels_command(
         update("load")
         scheduled = None
         if scheduler is not None:
-            from planner.scheduling import compile_schedule, load_scheduled
+            from planner.schedule_compiler import compile_schedule, load_scheduled
 
             schedule = compile_schedule(
                 model, fractions[0], scheduler, trust_remote_code=trust_remote_code

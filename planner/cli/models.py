@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from planner.cli.output import Json, Quiet, Verbose, print_json, say, table
+from planner.cli.printing import Json, Quiet, Verbose, print_json, say, table
 
 __all__ = ["models_command"]
 
@@ -28,7 +28,7 @@ def models_command(
     verbose: Verbose = False,
 ) -> None:
     """List model aliases; with --check, what can be lowered."""
-    from planner.catalog import aliases
+    from planner.planning.catalog import aliases
 
     if not check:
         if as_json:
@@ -86,8 +86,8 @@ def check_model(model_type: str) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
 
     from planner.ir.errors import InputError
+    from planner.ir.graph_text import parse_graph, print_graph
     from planner.ir.lowering import lower_config
-    from planner.ir.text import parse_graph, print_graph
     from planner.ir.verify import verify
 
     result: dict[str, Any] = {"model_type": model_type, "lowered": False, "sites": 0, "reason": ""}

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from planner.cli.options import Device, Dtype, KvPolicyOption, Model, TrustRemoteCode
-from planner.cli.output import Json, Quiet, Verbose, amount, print_json, status
-from planner.cli.scheduled import (
+from planner.cli.printing import Json, Quiet, Verbose, amount, print_json, status
+from planner.cli.shared_options import Device, Dtype, KvPolicyOption, Model, TrustRemoteCode
+from planner.cli.with_scheduler import (
     Explain,
     SchedulerOption,
     explain_plan,
@@ -50,16 +50,16 @@ def run_command(
     verbose: Verbose = False,
 ) -> None:
     """Answer one question, running only what the plan keeps."""
-    from planner.budgets import Budget
+    from planner.api import compile as compile_model
+    from planner.api import graph_of, kept_image_tokens, plan_of
     from planner.ir.cost import Workload
     from planner.ir.errors import InputError
     from planner.loading import count_image_tokens, load_image, load_model, prompt_inputs
     from planner.plan import load_plan
-    from planner.repricing import cost_on
-    from planner.runtime import compile as compile_model
-    from planner.runtime import graph_of, kept_image_tokens, plan_of
+    from planner.planning.budgets import Budget
+    from planner.planning.repricing import cost_on
     from planner.schedule import is_schedule, load_schedule
-    from planner.scheduling import compile_schedule
+    from planner.schedule_compiler import compile_schedule
 
     if new_tokens < 1:
         raise InputError("--new-tokens must be at least 1")
@@ -163,7 +163,7 @@ def generate(
     """(answer, seconds of the prefill, tokens, tokens a second of the rest, bytes in the cache)."""
     from transformers.generation.streamers import BaseStreamer
 
-    from planner.models.cache import cache_among, kv_bytes
+    from planner.models.running.kv_cache import cache_among, kv_bytes
 
     class Clock(BaseStreamer):  # type: ignore[misc]
         """Notes when each token comes: first the prompt, then one at a time."""

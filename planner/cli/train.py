@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from planner.cli.output import Json, Quiet, Verbose, print_json, say
+from planner.cli.printing import Json, Quiet, Verbose, print_json, say
 
 __all__ = ["train_command"]
 

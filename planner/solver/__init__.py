@@ -1,7 +1,8 @@
 """Solvers of a `Problem`: exact, from a precomputed frontier, and by a rule.
 
-Enters: a `planner.problem.Problem`. Leaves: a `Solution`, which is a choice with its certificate
-(bound and gap), or a bare `Choice` from the rule. Nothing here knows of graphs, models or devices.
+Enters: a `planner.planning.problem.Problem`. Leaves: a `Solution`, which is a choice with its
+certificate (bound and gap), or a bare `Choice` from the rule. Nothing here knows of graphs, models
+or devices.
 
     branch -> relaxation -> rounding          tables of one token option, its bounds, first answers
     columns -> core -> cpsat -> search        what bounds leave open, solved by OR-Tools, in order
@@ -9,11 +10,11 @@ Enters: a `planner.problem.Problem`. Leaves: a `Solution`, which is a choice wit
     exact, uniform | frontier | greedy        the solvers, on top of the above
 """
 
+from planner.solver.equal_widths import solve_uniform
 from planner.solver.exact import solve
 from planner.solver.frontier import Frontier
 from planner.solver.greedy import Scores, take_while_fits
 from planner.solver.solution import TOLERANCE, Infeasible, Solution
-from planner.solver.uniform import solve_uniform
 
 __all__ = [
     "TOLERANCE",

@@ -14,7 +14,7 @@ from itertools import groupby, pairwise
 
 import numpy as np
 
-from planner.problem import Costs
+from planner.planning.problem import Costs
 
 __all__ = ["Columns", "Step", "are_loose"]
 

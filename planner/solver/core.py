@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.problem import Costs
+from planner.planning.problem import Costs
 from planner.solver.branch import Assignment, Branch, Flags, Ints
 from planner.solver.columns import Columns, Step, are_loose
 from planner.solver.relaxation import Relaxation

@@ -6,7 +6,7 @@ import time
 from functools import partial
 
 from planner.ir.errors import InputError
-from planner.problem import Choice, Problem
+from planner.planning.problem import Choice, Problem
 from planner.solver.branch import Tables
 from planner.solver.search import Candidate, search
 from planner.solver.solution import Solution, certify, feasible_options

@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from planner.ir.errors import InputError
-from planner.problem import Costs, Problem
+from planner.planning.problem import Costs, Problem
 from planner.solver.branch import Assignment, Tables
 from planner.solver.hull import Hull
 from planner.solver.relaxation import relax

@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from planner.problem import Costs
+from planner.planning.problem import Costs
 from planner.solver.branch import FORBIDDEN, Assignment, Branch, Ints
 
 __all__ = ["Hull"]

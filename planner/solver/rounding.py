@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from planner.problem import Costs
+from planner.planning.problem import Costs
 from planner.solver.branch import FORBIDDEN, Assignment, Branch, Ints
 from planner.solver.relaxation import Floats, Relaxation, relax
 

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from planner.ir.errors import InputError
-from planner.problem import Choice, Problem
+from planner.planning.problem import Choice, Problem
 from planner.solver.branch import Assignment, Tables
 
 __all__ = ["TOLERANCE", "Infeasible", "Solution", "certify", "feasible_options"]

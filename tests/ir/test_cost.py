@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 
 from planner.ir.cost import Cost, Workload, price, total
-from planner.ir.cost.devices import Device, device, devices
+from planner.ir.cost.device_table import Device, device, devices
 from planner.ir.dims import Dim
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator

@@ -6,7 +6,7 @@ import pytest
 from transformers import LlamaConfig
 
 from planner.ir.cost.conventions import convention, conventions
-from planner.ir.cost.devices import device
+from planner.ir.cost.device_table import device
 from planner.ir.errors import InputError
 from planner.ir.graph import Operator
 from planner.ir.lowering import lower_config

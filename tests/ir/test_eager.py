@@ -3,9 +3,9 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from planner.ir.aten import opname
-from planner.ir.eager import fuse_attention
-from planner.ir.writes import join_writes
+from planner.ir.lowering.aten import opname
+from planner.ir.lowering.eager_attention import fuse_attention
+from planner.ir.lowering.tensor_writes import join_writes
 
 HEADS, WIDTH = 3, 8
 

@@ -20,9 +20,9 @@ from planner.ir.dims import Dim
 from planner.ir.graph import KINDS, Operator
 from planner.ir.lowering import lower_config, lower_model
 from planner.ir.passes import NarrowTokens, Specialise
-from planner.models.executor import Executor
+from planner.models.running.executor import Executor
 from planner.plan import Plan, TokenStage
-from planner.switches import with_switches
+from planner.planning.switches import with_switches
 
 # CLIP; windowed vision attention; a pixel-shuffle projector; one KV head and a prefix that attends
 # both ways; a sliding-window cache; parallel attention and a plain MLP; text alone, q and k norms.

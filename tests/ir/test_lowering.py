@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig
 
 from planner.ir.cost import Workload, price, total
+from planner.ir.graph_text import fingerprint, parse_graph, print_graph
 from planner.ir.lowering import NotLowered, lower_config, lower_model
-from planner.ir.text import fingerprint, parse_graph, print_graph
 from planner.ir.verify import verify
 
 EVERY = {**ARCHITECTURES, **TEXT_ONLY}

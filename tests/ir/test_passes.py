@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from transformers import GPTNeoXConfig
 
 from planner.ir.cost import Workload, price, total
-from planner.ir.cost.devices import device
+from planner.ir.cost.device_table import device
 from planner.ir.errors import InputError
+from planner.ir.graph_text import parse_graph, print_graph
 from planner.ir.lowering import lower_config
 from planner.ir.passes import (
     PASSES,
@@ -18,11 +19,10 @@ from planner.ir.passes import (
     Specialise,
     run,
 )
-from planner.ir.text import parse_graph, print_graph
 from planner.ir.verify import verify
 from planner.plan import Plan, TokenStage
-from planner.pricing import Pricing
-from planner.switches import SwitchSet, with_switches
+from planner.planning.pricing import Pricing
+from planner.planning.switches import SwitchSet, with_switches
 
 STACK = "model.language_model.layers"
 

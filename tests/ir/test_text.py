@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from planner.ir.dims import Dim
 from planner.ir.errors import InputError
 from planner.ir.graph import KINDS, PARTS, SITE_KINDS, Binding, Block, Graph, Operator, Site
-from planner.ir.text import fingerprint, parse_graph, print_graph
+from planner.ir.graph_text import fingerprint, parse_graph, print_graph
 
 words = st.text("abcxyz019_.+", min_size=1, max_size=6).filter(lambda w: not w.isdecimal())
 counts = st.integers(0, 10**6)

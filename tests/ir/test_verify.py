@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from planner.ir.dims import Dim
 from planner.ir.errors import InputError
 from planner.ir.graph import Block, Graph
-from planner.ir.text import fingerprint, parse_graph, print_graph
+from planner.ir.graph_text import fingerprint, parse_graph, print_graph
 from planner.ir.verify import RULES, verify
 
 LAYER = "model.language_model.layers.1"

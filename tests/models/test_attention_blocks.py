@@ -10,10 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from planner.ir.errors import InputError
 from planner.ir.graph import Binding, Block, Site
 from planner.ir.lowering import lower_model
-from planner.models.attention import probe
-from planner.models.bindings import bind
-from planner.models.executor import Executor
-from planner.models.masked import Gates, MaskedExecutor
+from planner.models.running.attention_blocks import probe
+from planner.models.running.bindings import bind
+from planner.models.running.executor import Executor
+from planner.models.running.masked import Gates, MaskedExecutor
 
 # model type -> what differs from the common tiny configuration, and integers that must be narrowed
 FUSED = {

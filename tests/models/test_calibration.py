@@ -11,28 +11,28 @@ import torch
 from families import FAMILIES
 from plans import plan_of
 
-from planner.budgets import Budget
-from planner.catalog import tiny_llava_folder
 from planner.cli import execute as run
 from planner.ir.cost import Workload
-from planner.ir.cost.devices import device
+from planner.ir.cost.device_table import device
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
 from planner.models.calibration import Sample, calibrate, read_questions, sample_of
+from planner.models.calibration.calibrate import not_negative
 from planner.models.calibration.leave_one_out import as_gates, leave_one_out, measure, switches_of
 from planner.models.calibration.replay import Replay
-from planner.models.calibration.run import not_negative
 from planner.models.calibration.store import Store
 from planner.models.calibration.taylor import taylor
 from planner.models.calibration.token_stages import fit
-from planner.models.executor import Executor
-from planner.models.masked import MaskedExecutor
+from planner.models.running.executor import Executor
+from planner.models.running.masked import MaskedExecutor
 from planner.plan import TokenStage
-from planner.pricing import Pricing
-from planner.problem import Choice
+from planner.planning.budgets import Budget
+from planner.planning.catalog import tiny_llava_folder
+from planner.planning.pricing import Pricing
+from planner.planning.problem import Choice
+from planner.planning.switches import SwitchSet, with_switches
+from planner.planning.utilities import Utilities, load_utilities, save_utilities
 from planner.solver import solve
-from planner.switches import SwitchSet, with_switches
-from planner.utilities import Utilities, load_utilities, save_utilities
 
 
 @functools.cache
@@ -423,7 +423,7 @@ def test_ctrl_c_says_how_to_go_on(folder, capsys, monkeypatch):
             if not now:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr("planner.models.calibration.run.Store", Stopped)
+    monkeypatch.setattr("planner.models.calibration.calibrate.Store", Stopped)
     assert run(asked) == 130
     assert not output.exists()
     kept, last = capsys.readouterr().err.strip().splitlines()[-2:]

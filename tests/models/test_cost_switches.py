@@ -8,9 +8,6 @@ from families import FAMILIES, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.budgets import Budget
-from planner.catalog import find_model
-from planner.compiler import lowered_graph
 from planner.ir.cost import Workload
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
@@ -22,11 +19,14 @@ from planner.models.scheduling import (
     load_scheduler,
     save_scheduler,
 )
-from planner.models.stages import stages_of
+from planner.models.tokens.token_stages import stages_of
 from planner.plan import Plan, TokenStage
-from planner.scheduling import PlanCosts
-from planner.training.costs import SiteCosts, UnequalCosts, costs_of
+from planner.planning.budgets import Budget
+from planner.planning.catalog import find_model
+from planner.planning.compiler import lowered_graph
+from planner.schedule_compiler import PlanCosts
 from planner.training.estimators import parse
+from planner.training.switch_costs import SiteCosts, UnequalCosts, costs_of
 
 SWITCHES = ("layers,heads,mlp", "layers,heads,mlp:groups=16", "heads,mlp", "layers,mlp:groups=5")
 

@@ -11,15 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from planner.ir.cost import Workload
-from planner.ir.cost.devices import device
+from planner.ir.cost.device_table import device
 from planner.ir.errors import InputError
 from planner.kernels import products
 from planner.kernels.products import ONEDNN
-from planner.models.cache import kv_bytes
-from planner.models.executor import Executor
+from planner.models.running.executor import Executor
+from planner.models.running.kv_cache import kv_bytes
 from planner.plan import TokenStage
-from planner.pricing import Pricing
-from planner.switches import AXES, SwitchSet, with_switches
+from planner.planning.pricing import Pricing
+from planner.planning.switches import AXES, SwitchSet, with_switches
 
 RELATIVE = 1e-5
 

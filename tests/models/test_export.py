@@ -10,12 +10,12 @@ from families import TEXT, randomise
 from plans import plan_of
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM, LlavaConfig
 
-from planner.catalog import find_model
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
-from planner.models.executor import Executor
 from planner.models.export import export, load
+from planner.models.running.executor import Executor
 from planner.plan import TokenStage, load_plan
+from planner.planning.catalog import find_model
 
 UNIFORM = {
     "layers_off": (0,),
@@ -196,7 +196,7 @@ def test_a_failure_leaves_nothing_behind(llava, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("planner.models.export.planned.save_torch_state_dict", fail)
+    monkeypatch.setattr("planner.models.export.planned_export.save_torch_state_dict", fail)
     with pytest.raises(InputError, match="No space left"):
         export(family.model, graph, plan_of(graph, **MIXED), tmp_path / "out", family.inputs())
     assert not list(tmp_path.iterdir())

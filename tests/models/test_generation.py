@@ -12,8 +12,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_atten
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from planner.ir.errors import InputError
-from planner.models.executor import Executor
-from planner.models.masked import Gates, MaskedExecutor
+from planner.models.running.executor import Executor
+from planner.models.running.masked import Gates, MaskedExecutor
 from planner.plan import TokenStage
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
-from planner.models.growing import GrowingLayer
+from planner.models.running.growing_cache import GrowingLayer
 
 ROWS = 3
 

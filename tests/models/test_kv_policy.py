@@ -9,13 +9,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from planner.ir.cost import Workload
-from planner.ir.cost.devices import device
+from planner.ir.cost.device_table import device
 from planner.ir.errors import InputError
-from planner.models.cache import kv_bytes
-from planner.models.executor import Executor
+from planner.models.running.executor import Executor
+from planner.models.running.kv_cache import kv_bytes
 from planner.plan import TokenStage, dump_plan, load_plan
-from planner.pricing import Pricing
-from planner.switches import AXES, SwitchSet, with_switches
+from planner.planning.pricing import Pricing
+from planner.planning.switches import AXES, SwitchSet, with_switches
 
 HEAVY, RECENT = 0.2, 0.15
 POLICY = f"h2o:heavy={HEAVY},recent={RECENT}"

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from plans import dense_plan, plans
 
 from planner.kernels import products
-from planner.models.executor import Executor
-from planner.models.masked import Gates, MaskedExecutor
-from planner.models.selectors import DecoderInputs, Uniform
+from planner.models.running.executor import Executor
+from planner.models.running.masked import Gates, MaskedExecutor
+from planner.models.tokens.selectors import DecoderInputs, Uniform
 
 STEPS = 33
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
-from planner.models.cache import cache_argument, kv_bytes
+from planner.models.running.kv_cache import cache_argument, kv_bytes
 from planner.models.scheduling import (
     Scheduled,
     Scheduler,
@@ -20,7 +20,7 @@ from planner.models.scheduling import (
     save_scheduler,
 )
 from planner.models.scheduling.insertion import Insertion, end_of_prompt
-from planner.models.scheduling.latency import LatencyEncoder, sinusoid
+from planner.models.scheduling.latency_encoder import LatencyEncoder, sinusoid
 from planner.plan import TokenStage
 
 RELATIVE = 1e-5

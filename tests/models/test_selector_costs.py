@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from plans import plan_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from planner.budgets import Budget
-from planner.compiler import Request, plan_graph
 from planner.ir.cost import Workload
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
-from planner.models.cache import cache_among, kv_bytes
-from planner.models.executor import Executor
-from planner.models.stages import stages_of
-from planner.repricing import cost_on
-from planner.switches import SwitchSet
+from planner.models.running.executor import Executor
+from planner.models.running.kv_cache import cache_among, kv_bytes
+from planner.models.tokens.token_stages import stages_of
+from planner.planning.budgets import Budget
+from planner.planning.compiler import Request, plan_graph
+from planner.planning.repricing import cost_on
+from planner.planning.switches import SwitchSet
 
 ADAPTIVE = ["prumerge:max=0.2", "prumerge:max=0.7", "prumerge+:max=0.3", "prumerge+:max=0.9"]
 FIXED = [

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.ir.errors import InputError
-from planner.models.selectors import (
+from planner.models.tokens.selectors import (
     KV_POLICIES,
     SELECTORS,
     DecoderInputs,

@@ -8,9 +8,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from planner.models.selectors import DecoderInputs, FastV, Random, SparseVLM, Uniform
-from planner.models.selectors.sparsevlm import cluster, raters
-from planner.models.selectors.uniform import evenly_spaced, grid_points
+from planner.models.tokens.selectors import DecoderInputs, FastV, Random, SparseVLM, Uniform
+from planner.models.tokens.selectors.sparsevlm import cluster, raters
+from planner.models.tokens.selectors.uniform import evenly_spaced, grid_points
 
 few = settings(max_examples=20, deadline=None)
 HEADS, KV_HEADS, HEAD_DIM, WIDTH = 4, 2, 4, 6

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.models.selectors import H2O, HeavyHitters
-from planner.models.selectors.h2o import attention_received
+from planner.models.tokens.selectors import H2O, HeavyHitters
+from planner.models.tokens.selectors.h2o import attention_received
 
 HEAD_DIM = 4
 

@@ -6,13 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.models.selectors.attention import (
+from planner.models.tokens.selectors.ranking import outliers, pack, top_mask
+from planner.models.tokens.selectors.scoring import (
     attention_rows,
     cls_attention,
     last_query_attention,
     visible_keys,
 )
-from planner.models.selectors.ranking import outliers, pack, top_mask
 
 few = settings(max_examples=25, deadline=None)
 

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from planner.ir.errors import InputError
-from planner.models.selectors import (
+from planner.models.tokens.selectors import (
     TRIM,
     HiRED,
     PruMerge,
@@ -18,7 +18,7 @@ from planner.models.selectors import (
     VisionInputs,
     VisionZip,
 )
-from planner.models.selectors.hired import tile_counts
+from planner.models.tokens.selectors.hired import tile_counts
 
 few = settings(max_examples=15, deadline=None)
 HEADS, WIDTH = 2, 8

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from planner.ir.graph import Binding, Block, Site
 from planner.kernels import products
 from planner.kernels.products import ONEDNN, kept_linear
-from planner.models.bindings import bind_site, merge
-from planner.models.slices import SliceStore
+from planner.models.running.bindings import bind_site, merge
+from planner.models.running.narrowed_linear import SliceStore
 
 needs_onednn = pytest.mark.skipif(not ONEDNN, reason="products are oneDNN's only beside MKL")
 

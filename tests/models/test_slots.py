@@ -15,11 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from planner.ir.graph import Binding, Block, Site
 from planner.ir.lowering import lower_model
-from planner.models.bindings import bind_site, runs_of
-from planner.models.executor import Executor
-from planner.models.masked import Gates, MaskedExecutor
-from planner.models.slices import SliceStore
-from planner.models.slots import moves, order
+from planner.models.running.bindings import bind_site, runs_of
+from planner.models.running.executor import Executor
+from planner.models.running.lane_order import moves, order
+from planner.models.running.masked import Gates, MaskedExecutor
+from planner.models.running.narrowed_linear import SliceStore
 
 LANES = 12
 some_lanes = st.sets(st.integers(0, LANES - 1), min_size=1).map(lambda s: runs_of(sorted(s)))

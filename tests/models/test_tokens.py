@@ -7,8 +7,15 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 
-from planner.models.cache import Part, PlannedLayer
-from planner.models.tokens import Kept, Keys, gather, narrow_argument, narrow_mask, scatter
+from planner.models.running.kv_cache import Part, PlannedLayer
+from planner.models.tokens.kept_tokens import (
+    Kept,
+    Keys,
+    gather,
+    narrow_argument,
+    narrow_mask,
+    scatter,
+)
 
 
 def draw_kept(data, batch, tokens):

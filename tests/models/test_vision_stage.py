@@ -7,9 +7,9 @@ from plans import plan_of
 from restored import same_state, snapshot
 
 from planner.ir.errors import InputError
-from planner.models.executor import Executor
-from planner.models.selectors import TowerAttention, VisionInputs, parse
-from planner.models.vision import places
+from planner.models.running.executor import Executor
+from planner.models.tokens.selectors import TowerAttention, VisionInputs, parse
+from planner.models.tokens.vision_stage import places
 from planner.plan import TokenStage
 
 SELECTORS = [

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.audit import Labels, Terms, audit, decide, judge, read_labels, worth, write_labels
+from planner.audit.audit_page import page
 from planner.audit.crosscheck import best_utility
-from planner.audit.page import page
 from planner.audit.surrogate import all_plans, predictions
-from planner.catalog import find_model
-from planner.compiler import lowered_graph
-from planner.flags import choice_of, flags_of, switch_names, with_utilities
 from planner.ir.errors import InputError
+from planner.planning.catalog import find_model
+from planner.planning.compiler import lowered_graph
+from planner.planning.switch_vectors import choice_of, flags_of, switch_names, with_utilities
 from planner.solver import solve
 from tests.problems import best_by_enumeration, problems
 

@@ -16,8 +16,8 @@ import planner
 from planner.backend.options import Options
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
-from planner.models.executor import Executor
-from planner.models.masked import Gates, MaskedExecutor
+from planner.models.running.executor import Executor
+from planner.models.running.masked import Gates, MaskedExecutor
 from planner.plan import TokenStage
 
 TOLERANCE = 1e-5

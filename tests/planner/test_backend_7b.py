@@ -7,9 +7,9 @@ from torch._dynamo.utils import counters
 from transformers import LlavaForConditionalGeneration
 
 import planner
-from planner.catalog import find_model
 from planner.ir.lowering import lower_model
-from planner.models.masked import Gates, MaskedExecutor
+from planner.models.running.masked import Gates, MaskedExecutor
+from planner.planning.catalog import find_model
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.budgets import Budget, Limit
 from planner.ir.errors import InputError
+from planner.planning.budgets import Budget, Limit
 
 
 @pytest.mark.parametrize(

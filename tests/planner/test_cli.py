@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from planner import __version__
-from planner.cache import cache_folder
 from planner.plan import load_plan
+from planner.planning.graph_cache import cache_folder
 
 
 def test_compile_writes_a_plan_and_a_graph_and_prints_a_summary(cli, tmp_path):

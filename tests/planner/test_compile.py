@@ -7,11 +7,11 @@ import sys
 import numpy as np
 import pytest
 
-from planner.compiler import Request, choice_of, compile_plan, specialised
 from planner.ir.cost import price, total
 from planner.ir.errors import InputError
 from planner.plan import dump_plan
-from planner.switches import mlp_switches
+from planner.planning.compiler import Request, choice_of, compile_plan, specialised
+from planner.planning.switches import mlp_switches
 
 BUDGETS = (0.5, 0.6, 0.65, 0.75, 0.85, 0.95, 1.0)
 

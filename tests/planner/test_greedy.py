@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from problems import medium_problem, problems
 
 from planner.ir.errors import InputError
-from planner.problem import Choice
+from planner.planning.problem import Choice
 from planner.solver import Infeasible, Scores, take_while_fits
 
 

@@ -3,8 +3,8 @@
 import pytest
 from transformers import LlamaConfig, LlavaConfig, Qwen2Config, Qwen3Config
 
-from planner.compiler import Request, compile_plan
-from planner.plain import head_counts
+from planner.planning.compiler import Request, compile_plan
+from planner.planning.config_sizes import head_counts
 
 SIZES = {"hidden_size": 96, "num_attention_heads": 12, "num_hidden_layers": 2}
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import planner
 from planner.ir.errors import InputError
 from planner.loading import load_image, load_model, prompt_inputs
-from planner.models.cache import kv_bytes
+from planner.models.running.kv_cache import kv_bytes
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_a_budget_holds_with_selectors_and_policies(model, inputs, options):
 
 
 def test_the_plan_of_a_config_is_the_plan_of_the_model(model):
-    from planner.compiler import Request, compile_plan
+    from planner.planning.compiler import Request, compile_plan
 
     compiled = compile_plan(Request("tiny-llava", budget=0.7, text_tokens=10))
     planner.compile(model, budget=0.7, text_tokens=10)

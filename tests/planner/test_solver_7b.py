@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from planner.problem import Choice
+from planner.planning.problem import Choice
 from planner.solver import Frontier, Infeasible, Scores, solve, solve_uniform, take_while_fits
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "solver.py"

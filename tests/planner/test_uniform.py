@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from problems import best_uniform_by_enumeration, medium_problem, problems
 
 from planner.ir.errors import InputError
-from planner.problem import LayerChoices
+from planner.planning.problem import LayerChoices
 from planner.solver import Infeasible, solve, solve_uniform
 
 

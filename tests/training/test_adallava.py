@@ -9,7 +9,7 @@ from small_llava import write_small_llava
 
 from planner.ir.errors import InputError, PlannerError
 from planner.ir.lowering import lower_model
-from planner.models.cache import cache_argument
+from planner.models.running.kv_cache import cache_argument
 from planner.models.scheduling import Scheduled, Scheduler, layout_of, load_scheduler
 from planner.training import adallava
 from planner.training.adallava import AdaptiveModel, BudgetCollator, build_trainer, last_answer

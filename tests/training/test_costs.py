@@ -6,12 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.compiler import Request, compile_plan
 from planner.ir.errors import InputError
-from planner.problem import LayerChoices, Problem, SiteChoices, TokenOption
+from planner.planning.compiler import Request, compile_plan
+from planner.planning.problem import LayerChoices, Problem, SiteChoices, TokenOption
 from planner.solver import Infeasible, Scores, take_while_fits
-from planner.training.costs import EqualCosts, SiteCosts
 from planner.training.estimators import log_probability, parse
+from planner.training.switch_costs import EqualCosts, SiteCosts
 from tests.problems import medium_problem, problems
 
 SAMPLERS = ("gumbel", "gumbel-topk")

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.ir.errors import InputError
-from planner.training.costs import EqualCosts, UnequalCosts
 from planner.training.estimators import ESTIMATORS, log_probability, parse
 from planner.training.gradient_check import fillings
-from planner.training.subsets import Subsets
+from planner.training.subset_distributions import Subsets
+from planner.training.switch_costs import EqualCosts, UnequalCosts
 
 SAMPLERS = ("gumbel", "gumbel-topk", "simple", "simple:columns=7")
 

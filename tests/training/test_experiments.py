@@ -5,9 +5,9 @@ import json
 import pytest
 
 from planner.training.experiments import EXPERIMENTS, summarise
-from planner.training.experiments.bench import Bench
+from planner.training.experiments.cells import Bench
 from planner.training.experiments.learning import learned
-from planner.training.experiments.page import markdown, write_page
+from planner.training.experiments.results_page import markdown, write_page
 
 
 def cell(method, budget, accuracy, tokens=""):

@@ -11,14 +11,14 @@ from plans import plan_of
 
 from planner.audit import Terms, audit, read_labels
 from planner.audit.surrogate import all_plans
-from planner.catalog import tiny_llava_folder
 from planner.cli import execute as run
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
 from planner.models.calibration import sample_of
-from planner.models.executor import Executor
+from planner.models.running.executor import Executor
 from planner.models.scheduling import Scheduled, Scheduler
-from planner.training.labels import label_samples
+from planner.planning.catalog import tiny_llava_folder
+from planner.training.labelling import label_samples
 
 BUDGETS = (0.5, 0.75, 1.0)
 

@@ -10,7 +10,7 @@ import pytest
 
 from planner.ir.errors import InputError
 from planner.training.data import LlavaConversations, records
-from planner.training.data.records import open_records
+from planner.training.data.conversation_table import open_records
 
 
 @pytest.fixture
@@ -110,7 +110,8 @@ def test_what_json_does_not_accept_is_refused(tmp_path, cache, text):
 def test_processes_that_start_together_share_one_file(tmp_path, cache):
     path = write(tmp_path, [record(n) for n in range(2000)])
     program = (
-        "import sys; from pathlib import Path; from planner.training.data.records import *; "
+        "import sys; from pathlib import Path; "
+        "from planner.training.data.conversation_table import *; "
         "print(len(open_records(Path(sys.argv[1]))))"
     )
     runs = [
@@ -127,7 +128,7 @@ def test_without_datasets_it_says_what_to_install(tmp_path, cache):
     path = write(tmp_path, [record(1)])
     program = (
         "import sys; sys.modules['datasets'] = None; from pathlib import Path\n"
-        "from planner.training.data.records import *\n"
+        "from planner.training.data.conversation_table import *\n"
         "try: open_records(Path(sys.argv[1]))\n"
         "except Exception as error: print(type(error).__name__, error)"
     )

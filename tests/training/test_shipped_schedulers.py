@@ -3,9 +3,9 @@
 import pytest
 
 from planner.ir.errors import InputError
-from planner.scheduling import compile_schedule, load_scheduled, scheduler_folder
+from planner.schedule_compiler import compile_schedule, load_scheduled, scheduler_folder
+from planner.training.budget_accuracy import UnderBudgets
 from planner.training.data import SceneQuestions
-from planner.training.under_budgets import UnderBudgets
 
 
 @pytest.mark.parametrize(("name", "units"), [("adallava-l", 0), ("adallava-h", 3)])

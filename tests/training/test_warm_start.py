@@ -13,13 +13,13 @@ from small_llava import write_small_llava
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from planner.audit import Labels, Terms, write_labels
-from planner.budgets import Budget
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
 from planner.models.scheduling import Scheduled, layout_of
+from planner.planning.budgets import Budget
 from planner.training import adallava
-from planner.training.asked import Asked, picture_samples, prompt_of, scene_samples
-from planner.training.labels import label_samples
+from planner.training.labelling import label_samples
+from planner.training.question_samples import Asked, picture_samples, prompt_of, scene_samples
 from planner.training.trainer import RunTrainer
 from planner.training.warm_start import set_loss, target_plans
 

@@ -19,8 +19,8 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from planner.ir.errors import InputError
+from planner.training.data.conversation_table import open_records
 from planner.training.data.questions import FAMILIES, Question, ask
-from planner.training.data.records import open_records
 from planner.training.data.render import render
 from planner.training.data.scenes import Scene, draw_scene
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from planner.training.experiments.bench import Bench, Progress
+from planner.training.experiments.cells import Bench, Progress
 from planner.training.experiments.learning import learned
 from planner.training.experiments.tables import EXPERIMENTS
 

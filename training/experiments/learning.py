@@ -11,10 +11,10 @@ from typing import Any
 from planner.audit import Labels, Terms, audit, write_labels
 from planner.ir.graph import Graph
 from planner.models.scheduling import Scheduled
-from planner.training.asked import scene_samples
-from planner.training.labels import label_samples
+from planner.training.budget_accuracy import TEXT_TOKENS
+from planner.training.labelling import label_samples
+from planner.training.question_samples import scene_samples
 from planner.training.trainer import last_checkpoint
-from planner.training.under_budgets import TEXT_TOKENS
 
 __all__ = ["WINDOW", "label_file", "learned", "losses_of", "regret_of"]
 

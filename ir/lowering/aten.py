@@ -1,0 +1,140 @@
+"""What the ATen operations of a captured graph are, by name: the one table that raising reads."""
+
+from __future__ import annotations
+
+from torch import fx
+
+__all__ = ["ACTIVATIONS", "ATTENTION", "HEAVY", "NORMS", "REDUCTIONS", "VIEWS", "opname"]
+
+
+def opname(node: fx.Node) -> str:
+    """Base name of the operation a node calls: ``linear``, ``mul``, ``mark`` (no overload)."""
+    name = getattr(node.target, "__name__", str(node.target))
+    return str(name).split(".")[0].lstrip("_")
+
+
+# The same elements in another arrangement, or a copy that a compiler removes. Index arrays follow
+# them exactly (planner.ir.lowering.lanes).
+VIEWS = frozenset(
+    [
+        "view",
+        "reshape",
+        "unsafe_view",
+        "transpose",
+        "permute",
+        "unsqueeze",
+        "squeeze",
+        "slice",
+        "select",
+        "split",
+        "chunk",
+        "expand",
+        "t",
+        "contiguous",
+        "clone",
+        "alias",
+        "detach",
+        "getitem",
+        "unbind",
+        "flatten",
+        "unflatten",
+        "split_with_sizes",
+        "narrow",
+        "movedim",
+        "to",
+        "to_copy",
+        "dropout",
+        "native_dropout",
+        "type_as",
+        "lift_fresh_copy",
+        "expand_as",
+        "view_as",
+        "swapaxes",
+        "repeat_interleave",
+        "mT",
+        "numpy_T",
+        "float",
+        "half",
+        "bfloat16",
+        "moveaxis",
+        "tensor_split",
+        "chunk_cat",
+        "view_as_complex",
+        "view_as_real",
+    ]
+)
+# Fused attention.
+ATTENTION = frozenset(["scaled_dot_product_attention"])
+# Products that FlopCounterMode counts.
+HEAVY = (
+    frozenset(
+        [
+            "linear",
+            "addmm",
+            "mm",
+            "bmm",
+            "matmul",
+            "baddbmm",
+            "einsum",
+            "convolution",
+            "conv1d",
+            "conv2d",
+            "conv3d",
+            "conv_transpose2d",
+            "grouped_mm",
+            "grouped_mm_fallback",
+            "grouped_mm_tensor_core",
+        ]
+    )
+    | ATTENTION
+)
+NORMS = frozenset(["layer_norm", "native_layer_norm", "rms_norm", "group_norm", "fused_rms_norm"])
+ACTIVATIONS = frozenset(
+    [
+        "silu",
+        "gelu",
+        "relu",
+        "sigmoid",
+        "tanh",
+        "softplus",
+        "leaky_relu",
+        "elu",
+        "hardswish",
+        "mish",
+        "relu_",
+        "silu_",
+        "erf",
+        "exp",
+        "pow",
+        "square",
+        "quick_gelu",
+        "glu",
+        "selu",
+    ]
+)
+REDUCTIONS = frozenset(
+    [
+        "mean",
+        "sum",
+        "amax",
+        "amin",
+        "max",
+        "min",
+        "var",
+        "std",
+        "var_mean",
+        "norm",
+        "linalg_vector_norm",
+        "cumsum",
+        "cumprod",
+        "topk",
+        "argmax",
+        "argmin",
+        "sort",
+        "logsumexp",
+        "any",
+        "all",
+        "prod",
+        "argsort",
+    ]
+)

@@ -1,0 +1,115 @@
+"""Eager attention: a softmax between two products becomes one fused attention.
+
+Models that no fused attention fits (logits that are capped, say) compute scores, softmax and sum
+one by one. In the captured graph they are replaced by ``scaled_dot_product_attention``, so that all
+attention looks alike from there on: the same products, and scores that are never written out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from planner.ir.lowering.aten import HEAVY, VIEWS, opname
+
+__all__ = ["CAPPED", "fuse_attention"]
+
+# Key of a fused attention's meta: its scores go through tanh.
+CAPPED = "planner_capped"
+_PRODUCTS = frozenset(["matmul", "bmm"])
+# New tensors of an activation's size, for masks.
+_CREATIONS = frozenset(
+    ["zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full"]
+)
+
+
+def fuse_attention(graph: fx.Graph, activations: Container[str]) -> None:
+    """Replace every eager attention of a captured graph, in place.
+
+    Args:
+        graph: nodes with ``meta["val"]``.
+        activations: names of the placeholders that carry activations.
+    """
+    reached = _reached(graph, activations)
+    for softmax in [n for n in graph.nodes if n.op == "call_function" and opname(n) == "softmax"]:
+        scores, output = _scores(softmax, reached), _output(softmax)
+        if scores is None or output is None or not _fit(scores, output):
+            continue
+        query, keys, value = scores.args[0], scores.args[1], output.args[1]
+        assert isinstance(keys, fx.Node)
+        with graph.inserting_before(output):
+            key = graph.call_function(torch.ops.aten.transpose.int, (keys, -2, -1))
+            fused = graph.call_function(
+                torch.ops.aten.scaled_dot_product_attention.default, (query, key, value)
+            )
+        key.meta = {**keys.meta, "val": keys.meta["val"].transpose(-2, -1)}
+        fused.meta = {**output.meta, CAPPED: _is_capped(softmax, scores)}
+        output.replace_all_uses_with(fused)
+
+
+def _reached(graph: fx.Graph, activations: Container[str]) -> set[fx.Node]:
+    """Nodes that depend on activations; masks and positions do not."""
+    reached: set[fx.Node] = set()
+    for node in graph.nodes:
+        if opname(node) in _CREATIONS:
+            continue
+        entering = node.op == "placeholder" and node.name in activations
+        if entering or opname(node) == "mark" or any(n in reached for n in node.all_input_nodes):
+            reached.add(node)
+    return reached
+
+
+def _scores(softmax: fx.Node, reached: set[fx.Node]) -> fx.Node | None:
+    """The one product that a softmax is taken of, through elementwise work."""
+    pending, seen, products = [softmax], set(), []
+    while pending:
+        for node in pending.pop().all_input_nodes:
+            if node not in reached or node in seen:
+                continue
+            seen.add(node)
+            if opname(node) in HEAVY or node.op == "placeholder" or opname(node) == "mark":
+                products.append(node)
+            else:
+                pending.append(node)
+    return products[0] if len(products) == 1 and opname(products[0]) in _PRODUCTS else None
+
+
+def _is_capped(softmax: fx.Node, scores: fx.Node) -> bool:
+    """Whether the work between scores and softmax bounds the scores."""
+    pending, seen = [softmax], {scores}
+    while pending:
+        for node in pending.pop().all_input_nodes:
+            if node not in seen:
+                seen.add(node)
+                pending.append(node)
+    return any(opname(node) == "tanh" for node in seen)
+
+
+def _output(softmax: fx.Node) -> fx.Node | None:
+    """The product of probabilities and values."""
+    node = softmax
+    while True:
+        # Assertions that the tracer leaves behind have no readers.
+        readers = [user for user in node.users if user.users]
+        if len(readers) != 1:
+            return None
+        (user,) = readers
+        if user.op == "call_function" and opname(user) in _PRODUCTS:
+            return user if user.args[0] is node else None
+        if opname(user) not in VIEWS:
+            return None
+        node = user
+
+
+def _fit(scores: fx.Node, output: fx.Node) -> bool:
+    """Whether both are products of (samples, heads, tokens, features), over the same keys."""
+    operands = [*scores.args[:2], output.args[1], scores, output]
+    values: list[Any] = [n.meta.get("val") for n in operands if isinstance(n, fx.Node)]
+    if len(values) < 5 or not all(isinstance(v, Tensor) and v.ndim == 4 for v in values):
+        return False
+    query, keys, value, score, result = (tuple(v.shape) for v in values)
+    samples_and_heads = {query[:2], keys[:2], value[:2], score[:2], result[:2]}
+    return len(samples_and_heads) == 1 and keys[-1] == value[-2] and query[-2] == result[-2]

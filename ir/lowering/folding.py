@@ -1,0 +1,117 @@
+"""Folding: of layers that are alike one is captured; what it has, the others get as copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from planner.ir.graph import Operator, Site
+from planner.ir.lowering.capture import Stack
+
+__all__ = ["Span", "copies", "layer_of", "moved", "narrowed_alike", "sites_alike"]
+
+Narrowing = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a traced layer stands: operators `start` to `stop`, its input's and output's names."""
+
+    start: int
+    stop: int
+    entry: str
+    end: str
+
+
+def moved(path: str, old: str, new: str) -> str:
+    """The path with one leading module path replaced by another."""
+    if path == old or path.startswith(old + "."):
+        return new + path[len(old) :]
+    return path
+
+
+def layer_of(path: str, stacks: Iterable[str]) -> int | None:
+    """Index of the outermost stack entry that a module path lies in."""
+    for stack in sorted(stacks, key=len):
+        if path.startswith(stack + "."):
+            return int(path[len(stack) + 1 :].split(".")[0])
+    return None
+
+
+def copies(
+    operators: Iterable[Operator],
+    like: str,
+    path: str,
+    renamed: dict[str, str],
+    unique: Callable[[str], str],
+    layer: Callable[[str], int | None],
+) -> list[Operator]:
+    """A layer's operators under another path.
+
+    Args:
+        operators: of the traced layer, in order.
+        like: its path.
+        path: of the copy.
+        renamed: name of the traced layer's input -> of the copy's; the operators' names are added.
+        unique: a name that is not taken yet, from a wished one.
+        layer: module path -> index of its layer.
+    """
+    copied = []
+    for operator in operators:
+        module = moved(operator.module, like, path)
+        name = unique(moved(operator.name, like, path))
+        renamed[operator.name] = name
+        inputs = tuple(dict.fromkeys(renamed.get(i, i) for i in operator.inputs))
+        copy = replace(operator, name=name, module=module, inputs=inputs, layer=layer(module))
+        copied.append(copy)
+    return copied
+
+
+def sites_alike(stack: Stack, prefix: str, found: Mapping[int, list[Site]]) -> list[Site]:
+    """Sites of all layers of a stack.
+
+    Args:
+        stack: which layer is like which.
+        prefix: path of the stack in the model.
+        found: index of a traced layer -> its sites.
+    """
+    sites: list[Site] = []
+    for index, kind in enumerate(stack.kinds):
+        like, path = f"{prefix}.{kind}", f"{prefix}.{index}"
+        for site in found.get(kind, []):
+            bindings = tuple(replace(b, module=moved(b.module, like, path)) for b in site.bindings)
+            name, module = f"{site.kind}.{index}", moved(site.module, like, path)
+            sites.append(replace(site, name=name, layer=index, module=module, bindings=bindings))
+    return sites
+
+
+def narrowed_alike(
+    operators: Iterable[Operator],
+    stack: Stack,
+    prefix: str,
+    sites: Iterable[Site],
+    narrowed: Mapping[str, Narrowing],
+    kv_lanes: Mapping[str, int],
+) -> list[Operator]:
+    """Operators with what narrows them.
+
+    Args:
+        operators: all of a module's.
+        stack: which layer is like which.
+        prefix: path of the stack in the model.
+        sites: of all layers.
+        narrowed: name of a traced operator -> pairs (quantity, kind of site).
+        kv_lanes: name of a traced attention -> its number of KV heads.
+    """
+    names = {site.name for site in sites}
+    result = []
+    for operator in operators:
+        if operator.layer is not None and operator.module.startswith(prefix + "."):
+            kind = stack.kinds[operator.layer]
+            traced = moved(operator.name, f"{prefix}.{operator.layer}", f"{prefix}.{kind}")
+            pairs = ((what, f"{k}.{operator.layer}") for what, k in narrowed.get(traced, ()))
+            operator = replace(operator, narrowed_by=tuple(p for p in pairs if p[1] in names))
+            if traced in kv_lanes:
+                operator = operator.having(kv_heads=kv_lanes[traced])
+        result.append(operator)
+    return result

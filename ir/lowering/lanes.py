@@ -1,0 +1,220 @@
+"""Lanes: which features of a layer's weights belong to which head or neuron, read off the graph.
+
+Index arrays are pushed through the very view operations that the model applies to its activations:
+the output of every linear carries its feature numbers, the output of every attention its head
+numbers. Where they arrive at an attention operator or at the next linear they say which rows and
+columns go together - for separate or fused projections, grouped queries, interleaved or blocked
+layouts, gates - with no knowledge of the architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from planner.ir.graph import Block
+from planner.ir.lowering.aten import ACTIVATIONS, HEAVY, NORMS, REDUCTIONS, VIEWS, opname
+
+__all__ = ["Label", "LaneTracer", "affine_blocks"]
+
+# More labels than this on one value means that features are being mixed, not arranged.
+_MOST_LABELS = 6
+
+
+@dataclass(frozen=True, eq=False)
+class Label:
+    """Where the elements of a value come from.
+
+    Attributes:
+        source: the linear (feature numbers) or attention (head numbers) they come from.
+        index: int32, shape of the value; -1 where an element does not come from the source.
+        activated: whether a non-linearity lies in between.
+    """
+
+    source: fx.Node
+    index: Tensor
+    activated: bool = False
+
+
+@dataclass
+class LaneTracer:
+    """Labels of every value of a captured graph, computed in one sweep.
+
+    Attributes:
+        labels: value -> where its elements come from.
+        mixed: (label, reduced axes) of every reduction: elements of one reduced row must stay
+            together, so they must lie in one lane.
+    """
+
+    labels: dict[fx.Node, tuple[Label, ...]] = field(default_factory=dict)
+    mixed: list[tuple[Label, tuple[int, ...]]] = field(default_factory=list)
+
+    def visit(self, node: fx.Node) -> None:
+        """Propagate through one node; nodes must be visited in graph order."""
+        name = opname(node)
+        if name in HEAVY:
+            self.labels[node] = self._start(node, name)
+        elif name == "mark":
+            self.labels[node] = ()
+        elif name == "cat" or name == "stack":
+            self.labels[node] = self._joined(node)
+        elif name in VIEWS:
+            self.labels[node] = self._viewed(node)
+        elif name in NORMS or name in ("softmax", "log_softmax"):
+            axes = (-1,)
+            self._mix(node, axes)
+            self.labels[node] = self._elementwise(node, False)
+        elif name in REDUCTIONS:
+            self._mix(node, _axes(node))
+            self.labels[node] = ()
+        else:
+            self.labels[node] = self._elementwise(node, name in ACTIVATIONS)
+
+    def of(self, node: Any) -> tuple[Label, ...]:
+        """Labels of a value."""
+        return self.labels.get(node, ()) if isinstance(node, fx.Node) else ()
+
+    def _start(self, node: fx.Node, name: str) -> tuple[Label, ...]:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            return ()
+        shape = tuple(int(size) for size in value.shape)
+        if name == "linear" and len(shape) >= 2:
+            index = torch.arange(shape[-1], dtype=torch.int32).expand(shape)
+        elif name == "scaled_dot_product_attention" and len(shape) == 4:
+            index = torch.arange(shape[1], dtype=torch.int32).view(1, -1, 1, 1).expand(shape)
+        else:
+            return ()
+        return (Label(node, index),)
+
+    def _viewed(self, node: fx.Node) -> tuple[Label, ...]:
+        source = node.args[0]
+        labels = self.of(source)
+        if not labels:
+            return ()
+        if opname(node) == "getitem":
+            picked: list[Label] = []
+            for label in labels:
+                if isinstance(label.index, tuple | list):
+                    picked.append(
+                        Label(label.source, label.index[node.args[1]], label.activated)  # type: ignore[index]
+                    )
+            return tuple(picked)
+        return tuple(
+            Label(label.source, moved, label.activated)
+            for label in labels
+            if (moved := self._apply(node, label.index)) is not None
+        )
+
+    @staticmethod
+    def _apply(node: fx.Node, index: Tensor) -> Tensor | None:
+        """Run a view operation on an index array; type conversions leave it as it is."""
+        name = opname(node)
+        if name in ("to", "to_copy", "type_as", "dropout", "native_dropout", "detach", "alias",
+                    "float", "half", "bfloat16", "lift_fresh_copy"):  # fmt: skip
+            return index
+        # A complex number carries the numbers of both its parts; float32 holds them exactly.
+        if name == "view_as_complex":
+            return torch.view_as_complex(index.float().contiguous())
+        if name == "view_as_real":
+            return torch.view_as_real(index).int()
+        if any(isinstance(a, fx.Node) for a in node.args[1:]):
+            return None
+        target: Callable[..., Any] = node.target  # type: ignore[assignment]
+        try:
+            result: Tensor = target(index, *node.args[1:], **node.kwargs)
+        except (RuntimeError, TypeError, ValueError):
+            return None
+        return result
+
+    def _joined(self, node: fx.Node) -> tuple[Label, ...]:
+        parts: Any = node.args[0]
+        value = node.meta["val"]
+        axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        join: Callable[..., Tensor] = torch.stack if opname(node) == "stack" else torch.cat
+        found: list[Label] = []
+        width = max((len(self.of(part)) for part in parts), default=0)
+        for position in range(width):
+            here = [self.of(part)[position : position + 1] for part in parts]
+            for source in dict.fromkeys(label[0].source for label in here if label):
+                pieces = []
+                for part, label in zip(parts, here, strict=True):
+                    shape = tuple(part.meta["val"].shape)
+                    if label and label[0].source is source:
+                        pieces.append(label[0].index.expand(shape))
+                    else:
+                        pieces.append(torch.full((), -1, dtype=torch.int32).expand(shape))
+                index = join(pieces, axis)
+                if index.shape == value.shape:
+                    activated = any(label[0].activated for label in here if label)
+                    found.append(Label(source, index, activated))
+        return tuple(found[:_MOST_LABELS])
+
+    def _elementwise(self, node: fx.Node, activates: bool) -> tuple[Label, ...]:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            return ()
+        found: list[Label] = []
+        for argument in node.args:
+            for label in self.of(argument):
+                try:
+                    index = label.index.expand(tuple(value.shape))
+                except RuntimeError:
+                    continue
+                activated = label.activated or activates
+                if not any(
+                    other.source is label.source
+                    and other.activated == activated
+                    and torch.equal(other.index, index)
+                    for other in found
+                ):
+                    found.append(Label(label.source, index, activated))
+        return tuple(found) if len(found) <= _MOST_LABELS else ()
+
+    def _mix(self, node: fx.Node, axes: tuple[int, ...]) -> None:
+        for label in self.of(node.args[0]):
+            self.mixed.append((label, axes))
+
+
+def _axes(node: fx.Node) -> tuple[int, ...]:
+    axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    if isinstance(axes, int):
+        return (axes,)
+    if isinstance(axes, list | tuple) and all(isinstance(a, int) for a in axes):
+        return tuple(axes)  # type: ignore[arg-type]
+    rank = node.args[0].meta["val"].ndim if isinstance(node.args[0], fx.Node) else 1
+    return tuple(range(rank))
+
+
+def affine_blocks(features: list[list[int]]) -> tuple[Block, ...] | None:
+    """Express the features of each lane as blocks ``offset + lane*stride``, or None.
+
+    Args:
+        features: for each lane its feature numbers.
+    """
+    runs = [_runs(sorted(set(lane))) for lane in features]
+    if not runs or not runs[0] or any(len(r) != len(runs[0]) for r in runs):
+        return None
+    blocks = []
+    for position, (offset, width) in enumerate(runs[0]):
+        stride = runs[1][position][0] - offset if len(runs) > 1 else width
+        for lane, run in enumerate(runs):
+            if run[position] != (offset + lane * stride, width):
+                return None
+        blocks.append(Block(offset, stride, width))
+    return tuple(blocks)
+
+
+def _runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Maximal runs of consecutive numbers as (start, length)."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][0] + runs[-1][1]:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((number, 1))
+    return runs

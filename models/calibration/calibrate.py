@@ -1,0 +1,284 @@
+"""A whole calibration: every sample, every switch, token stages; averages and rank correlations."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.stats import norm, spearmanr
+from torch import nn
+
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph
+from planner.loading import count_image_tokens
+from planner.models.calibration.leave_one_out import Switch, leave_one_out, switches_of
+from planner.models.calibration.measures import MEASURES
+from planner.models.calibration.replay import NOT_FINITE, Replay
+from planner.models.calibration.samples import Sample
+from planner.models.calibration.store import Store
+from planner.models.calibration.taylor import DRAWS, taylor
+from planner.models.calibration.token_stages import FRACTIONS, fit, token_losses
+from planner.models.running.executor import Executor
+from planner.models.running.masked import MaskedExecutor
+from planner.planning.switches import SwitchSet
+
+__all__ = ["METHODS", "Calibrated", "calibrate", "not_negative", "weights_digest"]
+
+Array = npt.NDArray[np.float64]
+METHODS = ("leave-one-out", "taylor")
+
+
+@dataclass(frozen=True, eq=False)
+class Calibrated:
+    """What was measured, in nats per answer token.
+
+    Attributes:
+        sites: site name -> shape (switches,): mean over samples; with ``loss`` see `not_negative`.
+        tokens: worth of all image tokens; 0 where there are none.
+        saturation: of their curve, see `planner.planning.utilities.Utilities`; None where there are
+            none.
+        token_losses: (kept fraction, mean loss), ascending.
+        selector: what picked tokens; "" where there are none.
+        rank_correlation: Spearman, leave-one-out against Taylor: of ``all`` switches, and of each
+            kind; NaN where one side is constant, empty with the method ``taylor``.
+        method: one of `METHODS`.
+        measure: ``loss`` or ``kl``.
+        samples: how many.
+    """
+
+    sites: dict[str, Array]
+    tokens: float
+    saturation: float | None
+    token_losses: tuple[tuple[float, float], ...]
+    selector: str
+    rank_correlation: dict[str, float]
+    method: str
+    measure: str
+    samples: int
+
+
+def calibrate(
+    model: nn.Module,
+    graph: Graph,
+    samples: Sequence[Sample],
+    *,
+    measure: str = "kl",
+    method: str = "leave-one-out",
+    batch: int = 16,
+    seed: int = 0,
+    partial: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Calibrated:
+    """Measure what every switch is worth.
+
+    Equal arguments give equal numbers, whether in one run or continued from `partial`.
+
+    Args:
+        model: dense, in evaluation mode; left as it was.
+        graph: with switches assigned (`planner.planning.switches.with_switches`).
+        samples: at least one.
+        measure: ``loss`` judges by the answers' loss, ``kl`` by the output distribution.
+        method: ``leave-one-out`` switches each off (and runs ``taylor`` as well, to compare);
+            ``taylor`` alone takes one backward pass per sample.
+        batch: switches measured at once.
+        seed: of the answers that ``taylor`` draws with ``kl``.
+        partial: where to keep partial results.
+        progress: called with the number of measurements done, and of all.
+
+    Raises:
+        InputError: for bad arguments, and for outputs that are not finite.
+    """
+    if method not in METHODS:
+        raise InputError(f"unknown method '{method}': choose from {', '.join(METHODS)}")
+    if measure not in MEASURES:
+        raise InputError(f"unknown measure '{measure}': choose from {', '.join(MEASURES)}")
+    if not samples or batch < 1:
+        raise InputError("a calibration needs at least one sample, and a batch of at least 1")
+    run = _Run(model, graph, samples, measure, method, batch, seed, partial, progress)
+    try:
+        for index in range(len(samples)):
+            run.sample(index)
+    finally:
+        # What was measured before an interrupt, or before an error, is not measured again.
+        run.store.save(now=True)
+    found = run.result()
+    run.store.remove()
+    return found
+
+
+class _Run:
+    """State of one calibration."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        samples: Sequence[Sample],
+        measure: str,
+        method: str,
+        batch: int,
+        seed: int,
+        partial: Path | None,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self.model, self.graph, self.samples = model, graph, samples
+        self.measure, self.method, self.batch, self.seed = measure, method, batch, seed
+        self.progress = progress
+        self.masked = MaskedExecutor(model, graph)
+        self.narrowed = Executor(model, graph)
+        self.switches = switches_of(graph)
+        self.layer = SwitchSet.parse("tokens").token_layers[0]
+        self.image_tokens = [count_image_tokens(model, dict(s.inputs)) for s in samples]
+        self.has_tokens = all(self.image_tokens) and self.layer < graph.layers
+        self.selector = self._selector() if self.has_tokens else ""
+        shapes: dict[str, tuple[int, ...]] = {"taylor": (len(samples), len(self.switches))}
+        if method == "leave-one-out":
+            shapes["leave_one_out"] = shapes["taylor"]
+        if self.has_tokens:
+            shapes["tokens"] = (len(samples), 2, len(FRACTIONS))
+        self.store = Store(partial, self._key(), shapes)
+        self.total = sum(int(np.prod(shape)) for shape in shapes.values())
+
+    def _key(self) -> str:
+        facts = {
+            "fingerprint": self.graph.properties["fingerprint"],
+            "weights": weights_digest(self.model),
+            "sites": {s.name: s.switches for s in self.graph.sites},
+            "samples": [sample.digest() for sample in self.samples],
+            "options": [self.measure, self.method, self.batch, self.seed, self.selector],
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def _selector(self) -> str:
+        """The usual selector where this model lets its attention be seen, else a uniform grid."""
+        usual = SwitchSet.parse("tokens").token_selector
+        try:
+            self._tokens(0, usual)
+        except InputError:
+            return "uniform"
+        return usual
+
+    def _tokens(self, index: int, selector: str) -> Array:
+        replay = Replay(self.model, self.masked.layers, self.samples[index], len(FRACTIONS))
+        count = self.image_tokens[index]
+        return token_losses(self.narrowed, replay, count, self.layer, selector, self.measure)
+
+    def sample(self, index: int) -> None:
+        """Everything that is still missing of one sample."""
+        arrays = self.store.arrays
+        if np.isnan(arrays["taylor"][index]).any():
+            rows = DRAWS if self.measure == "kl" else 1
+            replay = Replay(self.model, self.masked.layers, self.samples[index], rows)
+            seed = self.seed * len(self.samples) + index
+            self._note(
+                arrays["taylor"][index],
+                taylor(self.masked, replay, self.switches, self.measure, seed),
+            )
+        if "tokens" in arrays and np.isnan(arrays["tokens"][index]).any():
+            self._note(arrays["tokens"][index], self._tokens(index, self.selector))
+        if "leave_one_out" in arrays:
+            self._leave_one_out(index, arrays["leave_one_out"][index])
+
+    def _leave_one_out(self, index: int, row: Array) -> None:
+        replay: Replay | None = None
+        for start in range(0, len(self.switches), self.batch):
+            stop = start + self.batch
+            if not np.isnan(row[start:stop]).any():
+                continue
+            if replay is None:
+                replay = Replay(self.model, self.masked.layers, self.samples[index], self.batch)
+            some: Sequence[Switch] = self.switches[start:stop]
+            self._note(row[start:stop], leave_one_out(self.masked, replay, some, self.measure))
+
+    def _note(self, place: Array, values: Array) -> None:
+        if not np.isfinite(values).all():
+            raise InputError(NOT_FINITE)
+        place[...] = values
+        self.store.save()
+        self.progress(self.done, self.total)
+
+    @property
+    def done(self) -> int:
+        """Measurements made so far."""
+        return sum(int(np.isfinite(array).sum()) for array in self.store.arrays.values())
+
+    def result(self) -> Calibrated:
+        """Averages."""
+        arrays = self.store.arrays
+        estimate = arrays["taylor"].mean(0)
+        effects = arrays[self.method.replace("-", "_")]
+        worth = effects.mean(0)
+        sites: dict[str, list[float]] = {}
+        values = not_negative(effects) if self.measure == "loss" else worth
+        for switch, value in zip(self.switches, values.tolist(), strict=True):
+            sites.setdefault(switch.site.name, []).append(value)
+        correlation = {}
+        if "leave_one_out" in arrays:
+            kinds = np.array([switch.site.kind for switch in self.switches])
+            chosen = {"all": np.ones(len(kinds), dtype=bool)}
+            chosen |= {kind: kinds == kind for kind in dict.fromkeys(kinds.tolist())}
+            correlation = {n: _spearman(worth[some], estimate[some]) for n, some in chosen.items()}
+        tokens, saturation = 0.0, None
+        curve: tuple[tuple[float, float], ...] = ()
+        if "tokens" in arrays:
+            fractions, losses = arrays["tokens"].mean(0)
+            tokens, saturation = fit(fractions, losses)
+            curve = tuple(zip(fractions.tolist(), losses.tolist(), strict=True))
+        return Calibrated(
+            {name: np.array(values) for name, values in sites.items()},
+            tokens,
+            saturation,
+            curve,
+            self.selector,
+            correlation,
+            self.method,
+            self.measure,
+            len(self.samples),
+        )
+
+
+def not_negative(effects: Array) -> Array:
+    """Means over samples, knowing that no switch does harm.
+
+    On a few samples the loss falls for some switches by chance when they are off, and a plan would
+    leave those off whatever the budget. So the value is the mean of what the samples say, a normal
+    distribution around their mean with its standard error, cut off below 0: nearly the mean where
+    that is clear, small and positive where it is not.
+
+    Args:
+        effects: shape (samples, switches).
+
+    Returns:
+        Shape (switches,).
+    """
+    mean = effects.mean(0)
+    if len(effects) < 2:
+        return np.maximum(mean, 0)
+    error = effects.std(0, ddof=1) / np.sqrt(len(effects))
+    known = error == 0
+    error = np.where(known, 1, error)
+    hazard = np.exp(norm.logpdf(-mean / error) - norm.logsf(-mean / error))
+    return np.maximum(np.where(known, mean, mean + error * hazard), 0)
+
+
+def _spearman(one: Array, other: Array) -> float:
+    if np.ptp(one) == 0 or np.ptp(other) == 0:
+        return float("nan")
+    found: Any = spearmanr(one, other)
+    return float(found.statistic)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Tells checkpoints of one architecture apart, from a few numbers of every weight."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        some = parameter.detach().flatten()[:64].to(torch.float32).cpu()
+        found.update(name.encode() + some.numpy().tobytes())
+    return found.hexdigest()

@@ -1,0 +1,130 @@
+"""The forward passes of a model under one program: begun, found by every layer, and ended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from planner.ir.errors import InputError
+from planner.models.running.call import Call, Record
+from planner.models.running.kv_cache import cache_among, plan_cache, redirect_cache
+from planner.models.running.program import Program
+from planner.models.running.recording import Recorded
+from planner.models.tokens.token_stages import TokenStages
+
+__all__ = ["Passes"]
+
+
+class Passes:
+    """Begins a `Call` at the first layer, shows it to all layers and ends it at the last.
+
+    Args:
+        program: what is active.
+        stages: its token stages; None where no token is dropped.
+
+    Attributes:
+        current: the pass being made.
+        serving: batch rows that a layer is running for, None for all, and which keys are no
+            padding, None for all; set by layers before they run.
+        seen: what the attention block computed with that ran last, where somebody asks.
+    """
+
+    def __init__(self, program: Program, stages: TokenStages | None) -> None:
+        self.program = program
+        self.stages = stages
+        self.current: Call | None = None
+        self.serving: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.seen: Recorded | None = None
+        self._rows: dict[tuple[int, torch.device], list[list[Tensor | None]]] = {}
+
+    def begin(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Begin a forward pass, before layer 0.
+
+        Args:
+            hidden: shape (batch, tokens, width).
+            kwargs: what the decoder hands the layer.
+
+        Returns:
+            The hidden states, without marks of a vision selector.
+
+        Raises:
+            InputError: the inputs do not go with the plan, or hold values that are not finite.
+        """
+        self.serving = (None, None)
+        batch, tokens = hidden.shape[:2]
+        rows = self._rows_of(batch, hidden.device)
+        cache = cache_among(kwargs)
+        layers = None if cache is None else plan_cache(cache, self.program, rows)
+        past = layers[0].total if layers else 0
+        call = Call(batch, tokens, hidden.device, past, layers, rows)
+        if tokens > 1 or not call.past:
+            if self.stages is not None:
+                hidden = self.stages.enter(call, hidden)
+            # Under torch.compile the look at values would break the graph.
+            if not torch.compiler.is_compiling() and not torch.isfinite(hidden).all():
+                raise InputError(
+                    "the prompt's embeddings are not all finite numbers; look for NaN or infinity "
+                    "in the image"
+                )
+        self.current = call
+        return hidden
+
+    def take_over(self, other: Passes) -> None:
+        """Go on with a pass that another program began; the layers to come obey this one."""
+        call = other.current
+        assert call is not None
+        call.rows = self._rows_of(call.batch, call.device)
+        if call.cache is not None:
+            redirect_cache(call.cache, self.program, call.rows)
+        self.current = call
+
+    def evict(self, layer: int, group: int) -> None:
+        """Let a layer's cache evict, once its attention block has run for a group.
+
+        Raises:
+            InputError: the block's attention was not seen.
+        """
+        seen, self.seen = self.seen, None
+        assert self.current is not None
+        if self.current.cache is None:
+            return
+        if seen is None:
+            raise InputError(
+                f"the cache of layer {layer} evicts by attention, and this model's attention "
+                f"cannot be seen from outside; plan without a KV policy"
+            )
+        self.current.cache[layer].evict(group, seen)
+
+    def end(self) -> None:
+        """Let go of the pass, and with it of the cache."""
+        self.current = self.seen = None
+
+    def record(self, layer: int, seen: Recorded) -> None:
+        """Note what a layer's attention block computes with, for its cache or a later selector."""
+        self.seen = seen
+        scored = self.stages is not None and layer in self.stages.recorded
+        if scored and self.current is not None and self.current.image is not None:
+            rows, valid = self.serving
+            self.current.records.setdefault(layer, []).append(Record(rows, valid, seen))
+
+    def _rows_of(self, batch: int, device: torch.device) -> list[list[Tensor | None]]:
+        """Batch rows by layer and group, None for all; under beam search a sample has several."""
+        key = (batch, device)
+        if key not in self._rows:
+            plans = len(self.program.plans)
+            copies, rest = divmod(batch, plans)
+            if rest:
+                raise InputError(
+                    f"there are {plans} plans for a batch of {batch}; give one for each"
+                )
+            samples = torch.arange(batch, device=device).view(plans, copies)
+            self._rows[key] = [
+                [
+                    None if len(layer.groups) == 1 else samples[list(group.samples)].flatten()
+                    for group in layer.groups
+                ]
+                for layer in self.program.layers
+            ]
+        return self._rows[key]

@@ -1,0 +1,415 @@
+"""KV caches that hold what a plan keeps, and nothing else.
+
+A plan changes what a stock transformers cache may hold: layers that are off store nothing, layers
+behind a token stage store fewer tokens, and in a batch of several plans the samples of one layer
+store different heads. `plan_cache` swaps the entries of a stock `Cache` for `PlannedLayer`s, which
+do that and still tell the stock code the lengths it reckons with: all tokens seen, dropped or not.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from planner.ir.errors import InputError
+from planner.models.running.growing_cache import GrowingLayer
+from planner.models.running.program import LayerProgram, Program
+from planner.models.running.recording import Recorded
+from planner.models.tokens.kept_tokens import Keys
+from planner.models.tokens.selectors import HeavyHitters
+from planner.models.tokens.selectors.h2o import attention_received
+from planner.models.tokens.selectors.scoring import visible_keys
+
+__all__ = [
+    "Part",
+    "PlannedLayer",
+    "cache_among",
+    "cache_argument",
+    "kv_bytes",
+    "plan_cache",
+    "redirect_cache",
+]
+
+PlanKey = tuple[object, ...]
+_DYNAMIC = (DynamicLayer, DynamicSlidingWindowLayer)
+_STATIC = (StaticLayer, StaticSlidingWindowLayer)
+
+
+@dataclass
+class Part:
+    """Keys and values of the samples of one group.
+
+    Attributes:
+        rows: batch rows of the group, ascending, shape (rows,); None for the whole batch.
+        store: the stock cache layer that holds them; None where the layer is off.
+        keys: which tokens are stored; None while nothing was dropped. Where heads hold different
+            tokens it shows those of the first one: as many, and all of them earlier than any query.
+        hitters: what evicts from the store; None where nothing does.
+    """
+
+    rows: Tensor | None
+    store: CacheLayerMixin | None
+    keys: Keys | None = None
+    hitters: HeavyHitters | None = None
+
+
+class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer of a cache filled under a plan.
+
+    Args:
+        stock: the empty stock layer that this one replaces.
+        key: of the program; a plan is fixed for the life of a cache.
+        parts: one per group of the layer.
+
+    Attributes:
+        total: tokens that have passed, stored or not.
+        ends_in_image: whether the last token of the last prompt, of some sample, was of an image.
+    """
+
+    def __init__(self, stock: CacheLayerMixin, key: PlanKey, parts: Sequence[Part]) -> None:
+        # `keys` and `values` are properties here, so the stock constructor has nothing to set.
+        self.stock = stock
+        self.key = key
+        self.parts = list(parts)
+        self.total = 0
+        self.ends_in_image = False
+        self.is_sliding = stock.is_sliding
+        self.is_compileable = stock.is_compileable
+        self._writing: Part | None = None
+
+    # -- written by the executor ---------------------------------------------------------------
+
+    def begin(self, group: int) -> None:
+        """Direct the next `update` to a group."""
+        self._writing = self.parts[group]
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens that have passed the layer, kept or not, for all groups."""
+        self.total += tokens
+        # The stock layer is never filled, but asked for the sizes of masks.
+        if isinstance(self.stock, DynamicSlidingWindowLayer):
+            self.stock.cumulative_length = self.total
+        elif isinstance(self.stock, StaticSlidingWindowLayer):
+            self.stock.cumulative_length_int = self.total
+
+    def remember(self, group: int, positions: Tensor, padded: bool) -> Keys:
+        """Note where the tokens about to be stored stood; return all that will be stored.
+
+        Call before `advance`. `positions` has shape (rows, tokens), -1 for padding.
+        """
+        part = self.parts[group]
+        if part.keys is None:
+            stored = torch.arange(self.total, device=positions.device)
+            part.keys = Keys(stored.expand(len(positions), -1), False)
+        self._forget(part, part.keys)
+        padded |= part.keys.padded
+        part.keys = Keys(torch.cat([part.keys.positions, positions], 1), padded)
+        return part.keys
+
+    def _forget(self, part: Part, keys: Keys) -> None:
+        """Free tokens that no later token can see, because the window has passed them."""
+        window = getattr(self.stock, "sliding_window", None)
+        if window is None or part.store is None or not part.store.is_initialized:
+            return
+        passed = (keys.positions < self.total - window + 1).all(0).long().cumprod(0)
+        count = int(passed.sum())
+        if count:
+            part.keys = Keys(keys.positions[:, count:], keys.padded)
+            part.store.keys = part.store.keys[..., count:, :]
+            part.store.values = part.store.values[..., count:, :]
+
+    def evict(self, group: int, seen: Recorded) -> None:
+        """Keep of a group's store what its policy keeps, after its attention block has run."""
+        part = self.parts[group]
+        if part.store is None or part.hitters is None or part.keys is None:
+            return
+        valid = _visible(seen, part.keys)
+        mask = None if seen.mask is None or seen.mask.ndim == 2 else seen.mask
+        received = attention_received(seen.query, seen.key, valid, mask, seen.scaling)
+        index, left = part.hitters.observe(received, valid)
+        places = index[..., None]
+        part.store.keys = part.store.keys.take_along_dim(places, -2)
+        part.store.values = part.store.values.take_along_dim(places, -2)
+        positions = part.keys.positions.gather(1, index[:, 0]).masked_fill(~left, -1)
+        part.keys = Keys(positions, not bool(left.all()))
+
+    # -- the stock interface -------------------------------------------------------------------
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store keys and values, shape (rows, kv heads, tokens, head_dim); return all stored."""
+        part, self._writing = self._writing, None
+        if part is None or part.store is None:
+            raise InputError(
+                "this cache was filled under a plan that is not active now; a plan is fixed for "
+                "the life of a cache, so activate that plan again or start with a new cache"
+            )
+        return part.store.update(key_states, value_states, *args, **kwargs)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do ahead: each part starts with its first `update`."""
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether tokens have passed, stored or not."""
+        return self.total > 0
+
+    def _tensors(self, name: str) -> Tensor | None:
+        found = [getattr(part.store, name, None) for part in self.parts]
+        return found[0] if len(found) == 1 else None
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Stored keys; None where the layer is off or holds several groups."""
+        return self._tensors("keys")
+
+    @property
+    def values(self) -> Tensor | None:
+        """Stored values; None where the layer is off or holds several groups."""
+        return self._tensors("values")
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, kept or not: what positions are counted by."""
+        return self.total
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the masks that stock code builds, as if nothing were dropped."""
+        if type(self.stock) is DynamicLayer:
+            return self.total + query_length, 0
+        return self.stock.get_mask_sizes(query_length)
+
+    def get_max_length(self) -> int:
+        """As the stock layer."""
+        return self.stock.get_max_length()
+
+    def _stores(self) -> list[CacheLayerMixin]:
+        return [p.store for p in self.parts if p.store is not None and p.store.is_initialized]
+
+    def offload(self) -> None:
+        """Move to the CPU."""
+        for store in self._stores():
+            store.offload()
+
+    def prefetch(self) -> None:
+        """Move back to the device."""
+        for store in self._stores():
+            store.prefetch()
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        for part in self.parts:
+            part.keys = None
+            if part.hitters is not None:
+                part.hitters = HeavyHitters(part.hitters.policy)
+            if part.store is not None:
+                part.store.reset()
+        self.total = 0
+        self.advance(0)
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can take back tokens behind a prompt; asked since transformers 5.24."""
+        stores = [part.store for part in self.parts if part.store is not None]
+        evicts = any(part.hitters is not None for part in self.parts)
+        return not evicts and all(getattr(store, "is_croppable", True) for store in stores)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens, none of which may have been dropped."""
+        count = abs(tokens_to_remove)
+        if not count:
+            return
+        for part in self.parts:
+            if part.hitters is not None:
+                raise InputError("a cache that evicts cannot be cropped: what it evicted is gone")
+            if part.keys is not None:
+                positions = part.keys.positions
+                last = torch.arange(self.total - count, self.total, device=positions.device)
+                if not torch.equal(positions[:, -count:], last.expand(len(positions), -1)):
+                    raise InputError(
+                        "the cache cannot be cropped into a prompt whose tokens were dropped"
+                    )
+                part.keys = Keys(positions[:, :-count], part.keys.padded)
+            if part.store is not None:
+                part.store.crop(-count)
+        self.total -= count
+        self.advance(0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row r continues row ``beam_idx[r]``; a beam stays within its sample, hence its group."""
+        for part in self.parts:
+            rows = part.rows
+            _take(part, beam_idx if rows is None else torch.searchsorted(rows, beam_idx[rows]))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row becomes `repeats` rows."""
+        for part in self.parts:
+            if part.store is not None:
+                part.store.batch_repeat_interleave(repeats)
+            if part.keys is not None:
+                positions = part.keys.positions.repeat_interleave(repeats, 0)
+                part.keys = Keys(positions, part.keys.padded)
+            if part.hitters is not None:
+                part.hitters.repeat(repeats)
+            if part.rows is not None:
+                copies = torch.arange(repeats, device=part.rows.device)
+                part.rows = (part.rows[:, None] * repeats + copies).flatten()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given rows, in the given order."""
+        for part in self.parts:
+            if part.rows is None:
+                _take(part, indices)
+            else:
+                mine = torch.isin(indices, part.rows)
+                _take(part, torch.searchsorted(part.rows, indices[mine]))
+                part.rows = mine.nonzero().flatten()
+
+
+def _take(part: Part, rows: Tensor) -> None:
+    """Keep some rows of a part, numbered within it."""
+    if part.store is not None and part.store.is_initialized:
+        part.store.reorder_cache(rows)
+    if part.keys is not None:
+        part.keys = Keys(part.keys.positions[rows], part.keys.padded)
+    if part.hitters is not None:
+        part.hitters.reorder(rows)
+
+
+def _visible(seen: Recorded, keys: Keys) -> Tensor:
+    """Which keys are no padding: those that some query sees; shape (rows, keys), bool."""
+    valid = keys.positions >= 0
+    if seen.mask is None:
+        return valid
+    if seen.mask.ndim == 2:
+        return valid & seen.mask.bool()
+    queries = seen.query.shape[2]
+    rows = torch.arange(queries, device=valid.device).expand(len(valid), -1)
+    return visible_keys(rows, valid, seen.mask, queries).any(1)
+
+
+def plan_cache(
+    cache: Cache, program: Program, rows: Sequence[Sequence[Tensor | None]]
+) -> list[PlannedLayer]:
+    """The cache's layers, made to obey the program.
+
+    Args:
+        cache: a stock cache, empty, or one that this function has seen before.
+        program: the plans.
+        rows: for each layer and group the batch rows it serves, None for the whole batch.
+
+    Raises:
+        InputError: the cache was filled under another plan or by the base model, or it is of a
+            kind that cannot hold the plan.
+    """
+    layers = cache.layers
+    if layers and isinstance(layers[0], PlannedLayer):
+        if layers[0].key != program.key:
+            raise InputError(
+                "this cache was filled under another plan; a plan is fixed for the life of a "
+                "cache, so activate that plan again or start with a new cache"
+            )
+        return layers
+    if cache.get_seq_length():
+        raise InputError(
+            "this cache was filled by the base model; start with a new cache to run under a plan"
+        )
+    count = len(program.layers)
+    if cache.layer_class_to_replicate is not None:
+        layers.extend(cache.layer_class_to_replicate() for _ in range(count - len(layers)))
+    for index, layer in enumerate(program.layers):
+        _check_kind(layers[index], program)
+        parts = _parts(layer, layers[index], rows[index])
+        layers[index] = PlannedLayer(layers[index], program.key, parts)
+    return layers
+
+
+def redirect_cache(
+    layers: Sequence[PlannedLayer], program: Program, rows: Sequence[Sequence[Tensor | None]]
+) -> None:
+    """Let layers that nothing has passed yet obey another program; the others must do as before."""
+    for index, (layer, cached) in enumerate(zip(program.layers, layers, strict=True)):
+        cached.key = program.key
+        if not cached.total:
+            cached.parts = _parts(layer, cached.stock, rows[index])
+
+
+def _parts(
+    layer: LayerProgram, stock: CacheLayerMixin, rows: Sequence[Tensor | None]
+) -> list[Part]:
+    """Empty parts, one per group of a layer."""
+    parts = []
+    for group, members in zip(layer.groups, rows, strict=True):
+        store = None
+        if group.on and group.heads != ():
+            # Behind a token stage a sliding window counts dropped tokens too: see `_forget`.
+            store = GrowingLayer() if group.has_keys else _like(stock)
+        hitters = None if group.kv is None else HeavyHitters(group.kv)
+        parts.append(Part(members, store, hitters=hitters))
+    return parts
+
+
+def _like(layer: CacheLayerMixin) -> CacheLayerMixin:
+    """Another empty layer; by its constructor, which torch.compile can see through."""
+    if type(layer) is DynamicLayer:
+        return GrowingLayer()
+    if type(layer) is DynamicSlidingWindowLayer:
+        return DynamicSlidingWindowLayer(layer.sliding_window)
+    if type(layer) is StaticLayer:
+        return StaticLayer(layer.max_cache_len)
+    return StaticSlidingWindowLayer(layer.max_cache_len, layer.max_cache_len)
+
+
+def _check_kind(layer: CacheLayerMixin, program: Program) -> None:
+    if program.has_tokens and type(layer) in _STATIC:
+        raise InputError(
+            "a static cache is as long as the whole prompt in every layer, so it cannot hold a "
+            "plan that drops tokens; leave cache_implementation at its default"
+        )
+    if program.evicts and type(layer) is not DynamicLayer:
+        raise InputError(
+            f"nothing can be evicted from a cache of {type(layer).__name__}; leave "
+            f"cache_implementation at its default"
+        )
+    if type(layer) not in (*_DYNAMIC, *_STATIC):
+        raise InputError(
+            f"a plan cannot be held by a cache of {type(layer).__name__}; use the default "
+            f"(dynamic) or a static cache"
+        )
+
+
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """What a stock ``forward`` calls its KV cache: since transformers 5.24 `cache`."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
+def cache_among(kwargs: Mapping[str, Any]) -> Cache | None:
+    """The KV cache among the arguments of a stock ``forward``, whatever it is called there."""
+    return next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+
+
+def kv_bytes(cache: Cache) -> int:
+    """Bytes of all keys and values that a cache really holds, planned or stock."""
+    stores: list[Any] = []
+    for layer in cache.layers:
+        stores += [p.store for p in layer.parts] if isinstance(layer, PlannedLayer) else [layer]
+    tensors = [
+        tensor
+        for store in stores
+        for tensor in (getattr(store, "keys", None), getattr(store, "values", None))
+        if tensor is not None
+    ]
+    return sum(tensor.nbytes for tensor in tensors)

@@ -1,0 +1,215 @@
+"""What stands in for `forward` of decoder layers and attention blocks while a plan is active."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from planner.ir.errors import InputError
+from planner.models.running.attention_blocks import AttentionBlock
+from planner.models.running.bindings import BoundSite
+from planner.models.running.call import Call
+from planner.models.running.forward_pass import Passes
+from planner.models.running.kv_cache import PlannedLayer
+from planner.models.running.narrowed_linear import LinearForward
+from planner.models.running.program import LayerGroup, LayerProgram
+from planner.models.tokens.kept_tokens import (
+    Kept,
+    Keys,
+    gather,
+    narrow_argument,
+    narrow_mask,
+    scatter,
+    select_rows,
+)
+
+__all__ = ["AttentionForward", "LayerForward", "Setup"]
+
+
+class AttentionForward:
+    """Stands in for an attention block; with no head left it gives the bias of its last linear."""
+
+    def __init__(self, site: BoundSite, block: AttentionBlock) -> None:
+        self.site = site
+        self.block = block
+        self.stock: Any = site.module.forward
+        self.silent = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock block."""
+        if not self.silent:
+            return self.stock(*args, **kwargs)
+        hidden = args[0] if args else next(iter(kwargs.values()))
+        return self.block.nothing(self.site, hidden)
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """How to run a layer for one group.
+
+    Attributes:
+        group: who, and what is kept.
+        weights: what linears compute with; None is the stock code.
+        heads: the attention block.
+        attributes: the attention block's own attributes for this group: head counts, config.
+        attention: stands in for the attention block, where some group has no head left.
+    """
+
+    group: LayerGroup
+    weights: tuple[tuple[LinearForward, Callable[[Tensor], Tensor] | None], ...]
+    heads: BoundSite | None
+    attributes: dict[str, Any]
+    attention: AttentionForward | None
+
+    def activate(self) -> None:
+        """Make the layer's modules compute what this group keeps."""
+        for forward, narrowed in self.weights:
+            forward.active = narrowed
+        if self.heads is not None:
+            self.heads.module.__dict__.update(self.attributes)
+        if self.attention is not None:
+            self.attention.silent = self.group.heads == ()
+
+
+def _names(forward: Any) -> tuple[str, ...]:
+    """Names of what a layer's forward takes."""
+    if inspect.ismethod(forward):
+        return _names_of_all(forward.__func__)[1:]
+    return tuple(inspect.signature(forward).parameters)
+
+
+@lru_cache(maxsize=128)
+def _names_of_all(function: Any) -> tuple[str, ...]:
+    """With ``self``; reading a signature takes longer than all else about a layer."""
+    return tuple(inspect.signature(function).parameters)
+
+
+class LayerForward:
+    """Stands in for one decoder layer: runs the stock layer once per group, on what is left."""
+
+    def __init__(self, passes: Passes, program: LayerProgram, setups: tuple[Setup, ...]) -> None:
+        self.passes = passes
+        self.index = program.layer.index
+        self.is_last = program is passes.program.layers[-1]
+        self.setups = setups
+        self.stock: Any = program.layer.module.forward
+        self.names = _names(self.stock)
+        self.is_simple = len(setups) == 1 and not setups[0].group.has_keys
+        heads = program.layer.heads
+        self.block: Any = None if heads is None else heads.module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock layer: hidden states of shape (batch, tokens, width) come first."""
+        kwargs.update(zip(self.names, args))
+        hidden = kwargs.pop(self.names[0])
+        if self.index == 0:
+            hidden = self.passes.begin(hidden, kwargs)
+        call = self.passes.current
+        if call is None:
+            raise InputError("a layer was called by itself; under a plan call the whole model")
+        cached = None if call.cache is None else call.cache[self.index]
+        run = self._run_simple if self.is_simple else self._run_groups
+        output = run(call, hidden, kwargs, cached)
+        if self.is_last:
+            self.passes.end()
+        return output
+
+    def _run_simple(
+        self, call: Call, hidden: Tensor, kwargs: dict[str, Any], cached: PlannedLayer | None
+    ) -> Any:
+        """One group, no token dropped."""
+        if cached is not None:
+            cached.begin(0)
+            cached.advance(call.tokens)
+        if not self.setups[0].group.on:
+            return hidden
+        return self.stock(hidden, **kwargs)
+
+    def _run_groups(
+        self, call: Call, hidden: Tensor, kwargs: dict[str, Any], cached: PlannedLayer | None
+    ) -> Any:
+        """Every group on its own rows and on the tokens that are left of them."""
+        rows_of = call.rows[self.index]
+        for setup, rows in zip(self.setups, rows_of, strict=True):
+            stages = setup.group.stages
+            # Decoded tokens pass by a stage: what is compiled for them need not break here.
+            if call.image is not None and stages and stages[-1].layer == self.index:
+                assert self.passes.stages is not None
+                hidden = self.passes.stages.select(call, setup.group, rows, hidden)
+        output = hidden.clone()
+        for number, (setup, rows) in enumerate(zip(self.setups, rows_of, strict=True)):
+            if not setup.group.on:
+                continue
+            kept = None
+            if setup.group.stages and call.kept is not None:
+                kept = call.kept.rows(rows)
+            inputs = select_rows(hidden, rows, 0) if call.batch > 1 else hidden
+            if kept is not None:
+                inputs = gather(inputs, kept.index, -2)
+            keys = None
+            if setup.group.has_keys:
+                keys = _keys(call, number, inputs, kept, cached)
+            setup.activate()
+            if cached is not None:
+                cached.begin(number)
+            self.passes.serving = (rows, None if keys is None else keys.positions >= 0)
+            results = self.stock(inputs, **self._narrowed(call, kwargs, rows, kept, keys))
+            if not isinstance(results, Tensor):
+                raise InputError(
+                    f"{type(self.stock.__self__).__name__} returns a tuple, as layers did before "
+                    f"transformers 5; use a newer version"
+                )
+            output = scatter(output, rows, kept, results)
+            if setup.group.kv is not None:
+                self.passes.evict(self.index, number)
+        if cached is not None:
+            cached.advance(call.tokens)
+        return output
+
+    def _narrowed(
+        self,
+        call: Call,
+        kwargs: dict[str, Any],
+        rows: Tensor | None,
+        kept: Kept | None,
+        keys: Keys | None,
+    ) -> dict[str, Any]:
+        """The layer's other arguments, for the rows and tokens of a group."""
+        index = None if kept is None else kept.index
+        seen = call.past + call.tokens
+        config = getattr(self.block, "config", None)
+        config = getattr(config, "original_config", config)
+        flash = "flash" in str(getattr(config, "_attn_implementation", ""))
+        narrowed = {
+            name: narrow_argument(value, call.batch, call.tokens, rows, index)
+            for name, value in kwargs.items()
+        }
+        if "attention_mask" in kwargs:
+            causal = getattr(self.block, "is_causal", True)
+            narrowed["attention_mask"] = narrow_mask(
+                kwargs["attention_mask"], rows, index, keys, seen, causal=causal, flash=flash
+            )
+        if flash and index is not None and "position_embeddings" in kwargs:
+            # Gaps in position ids would be taken for borders between packed sequences.
+            narrowed["position_ids"] = None
+        return narrowed
+
+
+def _keys(
+    call: Call, group: int, inputs: Tensor, kept: Kept | None, cached: PlannedLayer | None
+) -> Keys | None:
+    """What the tokens of a group can attend to in a layer that has keys for some only."""
+    if kept is not None:
+        positions, padded = kept.positions(call.past), kept.is_ragged
+    elif cached is None:
+        return None
+    else:
+        new = torch.arange(call.past, call.past + call.tokens, device=inputs.device)
+        positions, padded = new.expand(len(inputs), -1), False
+    return Keys(positions, padded) if cached is None else cached.remember(group, positions, padded)

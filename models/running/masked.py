@@ -1,0 +1,268 @@
+"""Plans by masks: everything runs, and what is off is multiplied by zero.
+
+The oracle that skipping is tested against, and what training differentiates: gates are real
+tensors, one per sample and switch, 1 for on and 0 for off, and gradients reach them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph
+from planner.models.running.bindings import BoundSite, bind
+from planner.models.running.kv_cache import cache_among
+from planner.models.running.patches import ConfigView, Patches
+from planner.models.running.program import check_plan
+from planner.plan import Plan
+
+__all__ = ["Gates", "MaskedExecutor"]
+
+MASKED = "planner_masked"
+
+# Gates of a prompt's tokens, shape (batch, tokens), or what computes them from the hidden states
+# that are about to enter the layer, shape (batch, tokens, width).
+TokenGates = Tensor | Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Gates:
+    """How far everything is on, sample by sample; what is absent is on.
+
+    Attributes:
+        layers: layer -> shape (batch,).
+        heads: layer -> shape (batch, switches).
+        mlp: layer -> shape (batch, switches); the neurons are divided evenly, see `Site.bounds`.
+        tokens: layer -> gates of the prompt's tokens as keys, from that layer on. Gates of several
+            stages multiply.
+    """
+
+    layers: Mapping[int, Tensor] = field(default_factory=dict)
+    heads: Mapping[int, Tensor] = field(default_factory=dict)
+    mlp: Mapping[int, Tensor] = field(default_factory=dict)
+    tokens: Mapping[int, TokenGates] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        plans: Sequence[Plan], graph: Graph, tokens: Mapping[int, TokenGates] | None = None
+    ) -> Gates:
+        """Hard gates that say what plans say, one plan per sample.
+
+        Args:
+            plans: at least one.
+            graph: of the model.
+            tokens: gates of the token stages, which a plan does not determine by itself.
+        """
+        for plan in plans:
+            check_plan(plan, graph)
+
+        def hard(kind: str) -> dict[int, Tensor]:
+            gates = {}
+            for layer in {layer for plan in plans for layer in getattr(plan, kind)}:
+                switches = {
+                    plan.mlp_switches.get(layer, 0) if kind == "mlp" else 0 for plan in plans
+                }
+                count = max(switches) or graph.sites_by_name[f"{kind}.{layer}"].switches
+                rows = [getattr(plan, kind).get(layer, range(count)) for plan in plans]
+                gates[layer] = torch.tensor(
+                    [[float(u in row) for u in range(count)] for row in rows]
+                )
+            return gates
+
+        off = {layer for plan in plans for layer in plan.layers_off}
+        return Gates(
+            {n: torch.tensor([float(n not in plan.layers_off) for plan in plans]) for n in off},
+            hard("heads"),
+            hard("mlp"),
+            tokens or {},
+        )
+
+
+class MaskedExecutor:
+    """Runs one model under gates.
+
+    Args:
+        model: a stock transformers model.
+        graph: its Graph, as lowered.
+    """
+
+    def __init__(self, model: nn.Module, graph: Graph) -> None:
+        self.model = model
+        self.graph = graph
+        self.layers = bind(model, graph)
+
+    @contextmanager
+    def using(self, gates: Gates) -> Iterator[None]:
+        """Apply gates for a block.
+
+        A batch of more rows than gates repeats each sample's gates (beams).
+        """
+        hooks: list[RemovableHandle] = []
+        state = _TokenState()
+        with Patches() as patches:
+            try:
+                for layer in self.layers:
+                    number = layer.index
+                    for site, switches in (
+                        (layer.heads, gates.heads.get(number)),
+                        (layer.mlp, gates.mlp.get(number)),
+                    ):
+                        if switches is not None:
+                            if site is None:
+                                raise InputError(f"layer {number} has no such site to mask")
+                            hook = partial(_mask_features, switches, _switch_of(site, switches))
+                            hooks.append(site.sink.module.register_forward_pre_hook(hook))
+                    if gates.tokens:
+                        enter = partial(state.enter, number, gates.tokens.get(number))
+                        hooks.append(
+                            layer.module.register_forward_pre_hook(enter, with_kwargs=True)
+                        )
+                    if gates.tokens and number >= min(gates.tokens) and layer.heads is not None:
+                        block = layer.heads.module
+                        view = ConfigView(
+                            block.config,
+                            _attn_implementation=MASKED,
+                            gates=partial(state.of, number),
+                        )
+                        patches.set(block, "config", view)
+                    if number in gates.layers:
+                        hook = partial(_mask_layer, gates.layers[number])
+                        hooks.append(layer.module.register_forward_hook(hook, with_kwargs=True))
+                yield
+            finally:
+                for handle in hooks:
+                    handle.remove()
+
+
+def _switch_of(site: BoundSite, gates: Tensor) -> Tensor:
+    """For each input feature of the site's last linear its switch, -1 where it has none."""
+    sink = site.sink
+    divided = replace(site.site, switches=gates.shape[-1])
+    switch = torch.full((sink.features,), -1, device=sink.weight.device)
+    for number in range(divided.switches):
+        start, stop = divided.bounds[number : number + 2]
+        for first, last in sink.runs(((start, stop),) if stop > start else ()):
+            switch[first:last] = number
+    for first, last in sink.shared:
+        switch[first:last] = -1
+    return switch
+
+
+def _rows(gates: Tensor, like: Tensor) -> Tensor:
+    """One row of gates per batch row."""
+    copies, rest = divmod(like.shape[0], gates.shape[0])
+    if rest:
+        raise InputError(f"there are gates for {gates.shape[0]} samples and {like.shape[0]} rows")
+    return gates.to(like).repeat_interleave(copies, 0)
+
+
+def _mask_features(
+    gates: Tensor, switch: Tensor, _: nn.Module, inputs: tuple[Tensor, ...]
+) -> Tensor:
+    features = inputs[0]
+    rows = _rows(gates, features)
+    mask = torch.where(switch < 0, 1, rows[:, switch.clamp(min=0)])
+    return features * mask[:, None, :]
+
+
+def _mask_layer(
+    gates: Tensor, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> Tensor:
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return hidden + _rows(gates, hidden)[:, None, None] * (output - hidden)
+
+
+class _TokenState:
+    """Gates of all tokens seen, by the layer from which they hold."""
+
+    def __init__(self) -> None:
+        self.gates: dict[int, Tensor] = {}
+        self.fresh = True
+
+    def enter(
+        self, layer: int, stage: TokenGates | None, _: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> None:
+        """Before a layer: gates of the prompt at its stage, of later tokens 1."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        cache = cache_among(kwargs)
+        if layer == 0:
+            self.fresh = cache is None or not cache.get_seq_length()
+        if stage is None:
+            return
+        if self.fresh:
+            gates = stage(hidden) if callable(stage) else stage
+            self.gates[layer] = _rows(gates, hidden)
+        else:
+            new = hidden.new_ones(hidden.shape[:2])
+            self.gates[layer] = torch.cat([self.gates[layer], new], 1)
+
+    def of(self, layer: int) -> Tensor:
+        """Gates of keys in a layer, shape (batch, tokens seen)."""
+        product: Tensor | None = None
+        for stage, gates in self.gates.items():
+            if stage <= layer:
+                product = gates if product is None else product * gates
+        assert product is not None
+        return product
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention with gated keys: softmax weights exp(s) g / sum exp(s) g, a token's own gate 1.
+
+    Dynamic-LLaVA (arXiv 2412.00876), masked softmax. With gates of 0 and 1 it is attention without
+    the tokens that are off, and gradients reach gates that are 0, which adding log g would not do.
+
+    Args:
+        module: the attention block; its config view holds the gates.
+        query: shape (batch, heads, queries, head_dim).
+        key: shape (batch, kv heads, keys, head_dim).
+        value: shape (batch, kv heads, keys, value_dim).
+        mask: None, or shape (batch or 1, 1, queries, keys), bool or additive.
+        scaling: factor on the scores; None is 1/sqrt(head_dim).
+        dropout: on the weights.
+        softcap: bound on the scores.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    queries, keys = scores.shape[-2:]
+    own = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    if mask is None:
+        if queries > 1 and getattr(module, "is_causal", True):
+            scores = scores.masked_fill(~own, -torch.inf)
+    elif mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + mask
+    view: Any = module.config
+    gates = view.gates()[:, -keys:].to(scores.dtype)
+    diagonal = own ^ own.tril(keys - queries - 1)
+    gates = torch.where(diagonal, 1, gates[:, None, None, :])
+    weights = (scores - scores.amax(-1, keepdim=True).detach()).float().exp() * gates
+    weights = (weights / weights.sum(-1, keepdim=True)).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+ALL_ATTENTION_FUNCTIONS.register(MASKED, _attend)

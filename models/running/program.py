@@ -1,0 +1,220 @@
+"""A plan made executable: for every decoder layer, what runs and with which weights.
+
+Samples of one batch may follow different plans. Layer by layer, samples that do the same form a
+group; a layer runs once per group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph
+from planner.models.running.bindings import BoundLayer, BoundSite, Runs, runs_of
+from planner.models.tokens.selectors import H2O, parse_kv_policy
+from planner.plan import Plan, TokenStage
+
+__all__ = ["LayerGroup", "LayerProgram", "Program", "check_plan", "plan_key"]
+
+
+def plan_key(plan: Plan) -> tuple[object, ...]:
+    """What the plan switches, without budget, costs and provenance: equal keys run equally."""
+    return (
+        plan.layers_off,
+        *(
+            tuple(sorted((layer, tuple(kept)) for layer, kept in switches.items()))
+            for switches in (plan.heads, plan.mlp)
+        ),
+        tuple(sorted((layer, plan.mlp_switches.get(layer)) for layer in plan.mlp)),
+        plan.tokens,
+        plan.kv,
+    )
+
+
+def check_plan(plan: Plan, graph: Graph) -> None:
+    """Raise InputError unless the plan was made for this graph and can be carried out on it."""
+    plan.check(graph)
+    for layer in plan.layers_off:
+        if f"layer.{layer}" not in graph.sites_by_name:
+            raise InputError(
+                f"the plan switches layer {layer} off, which '{graph.name}' cannot do without"
+            )
+    for stage in plan.tokens:
+        if stage.keep > stage.of:
+            raise InputError(
+                f"the plan keeps {stage.keep} of {stage.of} image tokens at layer {stage.layer}"
+            )
+    if len({stage.layer for stage in plan.tokens}) < len(plan.tokens):
+        raise InputError("the plan has two token stages at one layer")
+    if plan.kv:
+        parse_kv_policy(plan.kv)
+        for operator in graph:
+            if operator.part == "decoder" and operator.get("window"):
+                raise InputError(
+                    f"{plan.kv} cannot be combined with the sliding window of layer "
+                    f"{operator.layer} of '{graph.name}', which evicts by itself"
+                )
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """What one layer does for some samples.
+
+    Attributes:
+        samples: indices into the plans of a batch.
+        on: whether the layer runs at all.
+        heads: kept lanes (KV groups) as intervals; None for all of them.
+        mlp: kept lanes (neurons) as intervals; None for all of them.
+        stages: token stages up to and including this layer.
+        kv: by what the cache evicts; None where nothing is evicted.
+    """
+
+    samples: tuple[int, ...]
+    on: bool = True
+    heads: Runs | None = None
+    mlp: Runs | None = None
+    stages: tuple[TokenStage, ...] = ()
+    kv: H2O | None = None
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether this layer has keys for some tokens only, so must know which."""
+        return bool(self.stages) or self.kv is not None
+
+
+@dataclass(frozen=True)
+class LayerProgram:
+    """Groups that cover all samples exactly once."""
+
+    layer: BoundLayer
+    groups: tuple[LayerGroup, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What every layer does for every sample of a batch.
+
+    Attributes:
+        key: equal keys run equally.
+        plans: one for all samples, or one per sample.
+        layers: in model order.
+    """
+
+    key: tuple[object, ...]
+    plans: tuple[Plan, ...]
+    layers: tuple[LayerProgram, ...]
+
+    @staticmethod
+    def build(plans: Sequence[Plan], graph: Graph, layers: Sequence[BoundLayer]) -> Program:
+        """Check plans against the graph and work out who does what in each layer.
+
+        Raises:
+            InputError: a plan does not fit the model.
+        """
+        distinct = {plan_key(plan): plan for plan in reversed(plans)}
+        for plan in distinct.values():
+            check_plan(plan, graph)
+        plans = plans[:1] if len(distinct) == 1 else plans
+        keys = tuple(plan_key(plan) for plan in plans)
+        plans = [replace(plan, tokens=_in_turn(plan.tokens)) for plan in plans]
+        return Program(
+            keys,
+            tuple(plans),
+            tuple(LayerProgram(layer, _groups(layer, plans)) for layer in layers),
+        )
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether this is the base model."""
+        return all(plan.is_dense for plan in self.plans)
+
+    def scored_by(self, stage: TokenStage) -> dict[int, tuple[int, ...]]:
+        """Which layer's attention scores the tokens of a stage, and for which plans.
+
+        It is the last layer before the stage that attends at all.
+
+        Raises:
+            InputError: there is none.
+        """
+        found: dict[int, tuple[int, ...]] = {}
+        for index, plan in enumerate(self.plans):
+            if stage not in plan.tokens:
+                continue
+            for layer in reversed(self.layers[: stage.layer]):
+                group = next(group for group in layer.groups if index in group.samples)
+                if layer.layer.heads is not None and group.on and group.heads != ():
+                    found[layer.layer.index] = (*found.get(layer.layer.index, ()), index)
+                    break
+            else:
+                raise InputError(
+                    f"{stage.selector} at layer {stage.layer} scores tokens by the attention of "
+                    f"an earlier layer, and the plan leaves none on"
+                )
+        return found
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether tokens are dropped somewhere, for some sample."""
+        return any(plan.tokens for plan in self.plans)
+
+    @property
+    def evicts(self) -> bool:
+        """Whether the cache evicts, for some sample."""
+        return any(plan.kv for plan in self.plans)
+
+
+def _in_turn(stages: Sequence[TokenStage]) -> tuple[TokenStage, ...]:
+    """Stages in order, each of what the one before has left; from none there is none to drop."""
+    ordered: list[TokenStage] = []
+    for stage in sorted(stages, key=lambda stage: stage.layer):
+        before = ordered[-1].keep if ordered else stage.of
+        if before:
+            ordered.append(replace(stage, keep=min(stage.keep, before), of=before))
+    return tuple(ordered)
+
+
+def _groups(layer: BoundLayer, plans: Sequence[Plan]) -> tuple[LayerGroup, ...]:
+    members: dict[LayerGroup, list[int]] = {}
+    for index, plan in enumerate(plans):
+        members.setdefault(_act(layer, plan), []).append(index)
+    return tuple(replace(act, samples=tuple(samples)) for act, samples in members.items())
+
+
+def _act(layer: BoundLayer, plan: Plan) -> LayerGroup:
+    """What a layer does under one plan, for nobody yet."""
+    index = layer.index
+    stages = tuple(stage for stage in plan.tokens if stage.layer <= index)
+    if index in plan.layers_off:
+        return LayerGroup((), on=False, stages=stages)
+    heads = _lanes(plan, "heads", layer.heads, index, plan.heads.get(index))
+    return LayerGroup(
+        (),
+        heads=heads,
+        mlp=_lanes(plan, "mlp", layer.mlp, index, plan.mlp.get(index)),
+        stages=stages,
+        kv=parse_kv_policy(plan.kv) if plan.kv and heads != () else None,
+    )
+
+
+def _lanes(
+    plan: Plan,
+    kind: str,
+    bound: BoundSite | None,
+    layer: int,
+    kept: tuple[int, ...] | None,
+) -> Runs | None:
+    if kept is None or bound is None:
+        return None
+    if bound.obstacle:
+        raise InputError(
+            f"the plan narrows {bound.site.name}, but {bound.obstacle}; load the model without "
+            f"quantisation, adapters or offloading"
+        )
+    site = bound.site
+    if kind == "mlp":
+        site = replace(site, switches=plan.mlp_switches[layer])
+    if len(kept) == site.switches:
+        return None
+    bounds = site.bounds
+    return tuple((bounds[start], bounds[stop]) for start, stop in runs_of(kept))

@@ -1,0 +1,147 @@
+"""H2O: a KV cache that keeps heavy hitters and the most recent tokens, head by head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from planner.models.tokens.selectors.arguments import Arguments
+from planner.models.tokens.selectors.ranking import pack, top_mask
+from planner.models.tokens.selectors.scoring import attention_rows, visible_keys
+
+__all__ = ["H2O", "HeavyHitters", "attention_received", "heavy_and_recent"]
+
+
+def attention_received(
+    query: Tensor,
+    key: Tensor,
+    valid: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    rows_at_once: int = 256,
+) -> Tensor:
+    """Attention that each key receives from the given queries, summed over them and per KV group.
+
+    Works on a few hundred query rows at a time, so a long prompt never needs a whole attention
+    matrix. Padded queries give nothing, padded keys receive nothing.
+
+    Args:
+        query: shape (batch, heads, seq, head_dim): the new tokens, the last `seq` of the keys.
+        key: shape (batch, kv_heads, keys, head_dim).
+        valid: shape (batch, keys), bool.
+        attention_mask: shape (batch or 1, 1, seq, keys), bool or additive; None is causal.
+        scaling: factor on the logits; None is 1/sqrt(head_dim).
+        rows_at_once: query rows in memory at once.
+
+    Returns:
+        Shape (batch, kv_heads, keys), float32 or wider.
+    """
+    batch, heads, seq, _ = query.shape
+    kv_heads, keys = key.shape[1:3]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    received = torch.zeros(batch, heads, keys, dtype=dtype, device=key.device)
+    for start in range(0, seq, rows_at_once):
+        stop = min(start + rows_at_once, seq)
+        rows = torch.arange(start, stop, device=key.device).expand(batch, -1)
+        visible = visible_keys(rows, valid, attention_mask, seq)
+        visible = visible & valid[:, keys - seq + start : keys - seq + stop, None]
+        received += attention_rows(query[:, :, start:stop], key, visible, scaling).sum(2)
+    return received.view(batch, kv_heads, -1, keys).sum(2)
+
+
+def heavy_and_recent(scores: Tensor, valid: Tensor, heavy: Tensor, recent: Tensor) -> Tensor:
+    """Mark the `recent` last entries of each head's cache and the `heavy` best of the others.
+
+    Args:
+        scores: shape (batch, kv_heads, keys): attention received so far.
+        valid: shape (batch, keys), bool.
+        heavy: shape (batch,), int64.
+        recent: shape (batch,), int64.
+
+    Returns:
+        Shape (batch, kv_heads, keys), bool; every head of a sample has equally many.
+    """
+    age = valid.flip(-1).cumsum(-1).flip(-1)  # 1 for the newest token
+    newest = (valid & (age <= recent[:, None]))[:, None]
+    older = (valid[:, None] & ~newest).expand_as(scores)
+    return newest | top_mask(scores, older, heavy[:, None].expand(scores.shape[:2]))
+
+
+@dataclass(frozen=True)
+class H2O(Arguments):
+    """Heavy-hitter oracle: per head, keep what received most attention and what came last.
+
+    Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language
+    Models" (arXiv 2306.14048), Algorithm 1. Both budgets are shares of the prompt's length, fixed
+    from then on. Attention accumulates over the prompt and every decoded token, and evicted entries
+    are gone. With grouped queries the heads of a group share their keys, so their attention is
+    summed. The reference sums scores over a batch of one; here every sample has its own.
+
+    Attributes:
+        heavy: share of the prompt kept as heavy hitters.
+        recent: share of the prompt kept as most recent; at least the newest token.
+    """
+
+    name = "h2o"
+    heavy: float = 0.1
+    recent: float = 0.1
+
+    def __post_init__(self) -> None:
+        self.check("heavy", 0 <= self.heavy <= 1, "a share from 0 to 1")
+        self.check("recent", 0 <= self.recent <= 1, "a share from 0 to 1")
+
+    def budgets(self, prompt: int) -> tuple[int, int]:
+        """Heavy hitters and recent tokens kept after a prompt of that many tokens."""
+        return int(prompt * self.heavy), max(1, int(prompt * self.recent))
+
+    def kept(self, prompt: int, new: int = 0) -> int:
+        """Entries in the cache of each head after the prompt and `new` decoded tokens."""
+        return min(prompt + new, sum(self.budgets(prompt)))
+
+
+class HeavyHitters:
+    """The H2O state of one attention layer: what each cache entry has received so far."""
+
+    def __init__(self, policy: H2O):
+        self.policy = policy
+        self.scores: Tensor | None = None
+        self.heavy = self.recent = torch.empty(0)
+
+    def observe(self, received: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Account for the attention of new queries, then evict.
+
+        The first call is the prompt and sets the budgets; later calls see the cache as the last
+        one left it, with new entries appended.
+
+        Args:
+            received: shape (batch, kv_heads, keys), from `attention_received`.
+            valid: shape (batch, keys), bool.
+
+        Returns:
+            index: shape (batch, kv_heads, left), int64: what to gather from keys and values, each
+                head in its order, padded on the left.
+            valid: shape (batch, left), bool.
+        """
+        if self.scores is None:
+            budgets = [self.policy.budgets(n) for n in valid.sum(1).tolist()]
+            self.heavy, self.recent = torch.tensor(budgets, device=valid.device).unbind(1)
+            scores = received
+        else:
+            scores = received.clone()
+            scores[..., : self.scores.shape[-1]] += self.scores
+        index, left = pack(heavy_and_recent(scores, valid, self.heavy, self.recent), "left")
+        self.scores = scores.gather(-1, index)
+        return index, left[:, 0]
+
+    def reorder(self, samples: Tensor) -> None:
+        """Follow a beam search that replaced the batch by these samples, shape (batch,), int64."""
+        if self.scores is not None:
+            self.scores = self.scores[samples]
+            self.heavy, self.recent = self.heavy[samples], self.recent[samples]
+
+    def repeat(self, repeats: int) -> None:
+        """Every sample becomes `repeats` samples, one after the other."""
+        samples = torch.arange(len(self.heavy), device=self.heavy.device)
+        self.reorder(samples.repeat_interleave(repeats))

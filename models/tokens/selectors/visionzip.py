@@ -1,0 +1,119 @@
+"""VisionZip: dominant patches as they are, the others merged into a few contextual tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+from planner.models.tokens.selectors.base import (
+    Needs,
+    Product,
+    Sizes,
+    VisionInputs,
+    VisionSelection,
+    VisionSelector,
+    supplied,
+)
+from planner.models.tokens.selectors.ranking import pack, top_mask
+from planner.models.tokens.selectors.scoring import cls_attention
+
+__all__ = ["VisionZip", "contextual_tokens"]
+
+
+def contextual_tokens(features: Tensor, keys: Tensor, targets: int) -> tuple[Tensor, Tensor]:
+    """Merge patches into evenly spaced target patches by key similarity.
+
+    Every patch that is no target joins the target whose key has the highest cosine to its own; a
+    target gains the mean of those that joined it.
+
+    Args:
+        features: shape (runs, n, width).
+        keys: shape (runs, n, key width).
+        targets: at most n; 0 gives no tokens.
+
+    Returns:
+        tokens: shape (runs, targets, width).
+        positions: shape (targets,), int64: which patches the targets are.
+    """
+    n = features.shape[1]
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    positions = torch.arange(n, device=features.device)[:: max(1, n // max(1, targets))][:targets]
+    if not targets:
+        return features[:, :0], positions
+    joins = torch.ones(n, dtype=torch.bool, device=features.device).index_fill_(0, positions, False)
+    direction = normalize(keys.to(dtype), dim=-1)
+    nearest = (direction[:, joins] @ direction[:, positions].mT).argmax(-1)
+    membership = one_hot(nearest, targets).to(dtype)
+    size = membership.sum(1).clamp(min=1)[..., None]
+    gained = membership.mT @ features[:, joins].to(dtype) / size
+    return (features[:, positions].to(dtype) + gained).to(features.dtype), positions
+
+
+@dataclass(frozen=True)
+class VisionZip(VisionSelector):
+    """CLS, the patches it attends to most, and a few tokens merged from all others.
+
+    CLS attention and keys are those of the tower's second last layer; attention is summed, keys are
+    averaged over heads. Yang et al., "VisionZip" (arXiv 2412.04467). In the code the
+    CLS token is one of the dominant tokens: the default 54 + 10 are CLS, 53 patches and 10
+    contextual tokens, the 64 of the paper's tables. A contextual token is its target patch plus the
+    mean of what joined it, as in the code.
+
+    Attributes:
+        dominant: tokens kept by attention, CLS among them.
+        contextual: tokens merged from the rest.
+    """
+
+    name = "visionzip"
+    needs = Needs.TOWER_ATTENTION | Needs.CLS_FEATURE
+    tower_layers: ClassVar[tuple[int, ...]] = (-2,)
+    dominant: int = 54
+    contextual: int = 10
+
+    def __post_init__(self) -> None:
+        self.check("dominant", self.dominant >= 1, "a count from 1 on, the CLS token included")
+        self.check("contextual", self.contextual >= 0, "a count from 0 on")
+
+    def counts(self, tokens: int) -> tuple[int | None, ...]:
+        """CLS and `dominant` - 1 patches, then `contextual` tokens, as far as there are patches."""
+        patches = min(self.dominant - 1, tokens)
+        return (1 + patches + min(self.contextual, tokens - patches),)
+
+    def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
+        """CLS attention; similarities to the targets, and what joined each of them."""
+        patches, width = sizes.image_tokens, sizes.tower
+        rest = max(patches - (self.dominant - 1), 0)
+        targets = min(self.contextual, rest)
+        joins = rest - targets
+        return (
+            (1, patches + 1, width),
+            (joins, targets, width // sizes.tower_heads),
+            (targets, width, joins),
+        )
+
+    def select(self, inputs: VisionInputs) -> VisionSelection:
+        """All runs at once; they keep equal numbers."""
+        tower = inputs.attention(self.tower_layers[0], self.name)
+        cls_feature, features = supplied(inputs.cls_feature, "cls_feature"), inputs.features
+        runs, patches, width = features.shape
+        scores = cls_attention(tower.query, tower.key, tower.heads).sum(1)
+        counts = torch.full((runs,), self.dominant - 1, device=scores.device)
+        dominant = top_mask(scores, torch.ones_like(scores, dtype=torch.bool), counts)
+        kept, _ = pack(dominant, "right")
+        rest, _ = pack(~dominant, "right")
+        keys = tower.key[:, 1:].view(runs, patches, tower.heads, -1).mean(2)
+        tokens, targets = contextual_tokens(
+            features.gather(1, rest[..., None].expand(-1, -1, width)),
+            keys.gather(1, rest[..., None].expand(-1, -1, keys.shape[-1])),
+            min(self.contextual, rest.shape[1]),
+        )
+        picked = features.gather(1, kept[..., None].expand(-1, -1, width))
+        nowhere = kept.new_full((runs, 1), -1)
+        return VisionSelection(
+            tuple(torch.cat([cls_feature[:, None], picked, tokens], dim=1)),
+            tuple(torch.cat([nowhere, kept, nowhere.expand(-1, len(targets))], dim=1)),
+        )

@@ -1,0 +1,303 @@
+"""Token stages: which image tokens there are, and which of them go on from a layer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph
+from planner.models.running.call import Call, Record
+from planner.models.running.program import LayerGroup, Program
+from planner.models.tokens.kept_tokens import Kept, gather, scatter
+from planner.models.tokens.selectors import (
+    SELECTORS,
+    DecoderInputs,
+    DecoderSelector,
+    Needs,
+    VisionSelector,
+    counted,
+    parse,
+)
+from planner.models.tokens.vision_stage import VisionStage
+from planner.plan import TokenStage
+
+__all__ = ["Places", "TokenStages", "selector_of", "stages_of"]
+
+Places = Callable[[Tensor, bool], Tensor]
+
+
+def selector_of(stage: TokenStage) -> DecoderSelector | VisionSelector:
+    """The selector that a plan names.
+
+    With arguments, ``fastv:k=2,r=0.5``, it is taken as it is; ``fastv`` keeps as many as the stage
+    says.
+    """
+    known = SELECTORS.get(stage.selector)
+    if known is not None and issubclass(known, DecoderSelector):
+        return known.at(stage.layer, stage.keep, stage.of)
+    selector = parse(stage.selector)
+    assert isinstance(selector, DecoderSelector | VisionSelector)
+    if isinstance(selector, VisionSelector) and stage.layer:
+        raise InputError(
+            f"the plan runs {stage.selector} at layer {stage.layer}, but it works before layer 0"
+        )
+    return selector
+
+
+def stages_of(text: str, image_tokens: int, per_run: int = 0) -> tuple[TokenStage, ...]:
+    """The token stages of a selector such as ``fastv:k=2,r=0.5``, on so many image tokens.
+
+    Args:
+        text: the selector.
+        image_tokens: of one sample.
+        per_run: image tokens that one run of the vision encoder yields; 0 where unknown.
+
+    Raises:
+        InputError: there is no such selector, or it keeps a number that depends on content and has
+            no cap.
+    """
+    selector = parse(text)
+    return tuple(
+        TokenStage(layer, count, image_tokens, str(selector))
+        for layer, count in zip(
+            selector.layers, counted(selector, image_tokens, per_run), strict=True
+        )
+    )
+
+
+class TokenStages:
+    """Carries out the token stages of a program.
+
+    Args:
+        model: the whole model; its arguments say where images are.
+        graph: its Graph.
+        program: what is active.
+        places: carries what is known of the model's tokens, shape (batch, tokens), over to the
+            tokens that the decoder gets, with the given value for those in addition.
+
+    Attributes:
+        recorded: layers whose attention some selector scores tokens by.
+        kept: layer of a stage -> image tokens of the last prompt that were left behind it, by row
+            of its batch, shape (batch,).
+
+    Raises:
+        InputError: a stage cannot be carried out on this model.
+    """
+
+    def __init__(
+        self, model: nn.Module, graph: Graph, program: Program, places: Places | None = None
+    ) -> None:
+        self.program = program
+        self._places = places or (lambda known, value: known)
+        self.selectors: dict[TokenStage, DecoderSelector] = {}
+        self.recorded: set[int] = set()
+        self.kept: dict[int, Tensor] = {}
+        self._image_token = image_token(model)
+        vision = None
+        for stage in {stage for plan in program.plans for stage in plan.tokens}:
+            selector = selector_of(stage)
+            if isinstance(selector, VisionSelector):
+                if any(stage not in plan.tokens for plan in program.plans):
+                    raise InputError(
+                        f"{stage.selector} works on all images at once, so all plans of a batch "
+                        f"must have it"
+                    )
+                vision = selector
+            else:
+                self.selectors[stage] = selector
+                if Needs.QUERY_KEY in selector.needs:
+                    self.recorded.update(program.scored_by(stage))
+        # Hooks come last: nothing is left behind where a stage is refused.
+        self._vision = None if vision is None else VisionStage(model, graph, vision)
+        self._names = list(inspect.signature(type(model).forward).parameters)[1:]
+        self._arguments: dict[str, Any] = {}
+        self._hooks: list[RemovableHandle] = [
+            model.register_forward_pre_hook(self._remember, with_kwargs=True),
+            model.register_forward_hook(self._forget, always_call=True),
+        ]
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+        if self._vision is not None:
+            self._vision.close()
+
+    def _remember(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._arguments = dict(zip(self._names, args)) | kwargs
+
+    def _forget(self, *_: Any) -> None:
+        self._arguments = {}
+
+    @torch.compiler.disable
+    def enter(self, call: Call, hidden: Tensor) -> Tensor:
+        """Find the images of a prompt, before layer 0.
+
+        Args:
+            call: this forward pass; images and padding are noted in it.
+            hidden: shape (batch, tokens, width).
+
+        Returns:
+            The hidden states, without marks of a vision selector.
+
+        Raises:
+            InputError: there is no image, or no telling where.
+        """
+        ids, image = self._arguments.get("input_ids"), None
+        if ids is not None:
+            image = ids.to(hidden.device) == self._image_token
+            # Masks cover all tokens from the first on, ids just those of this pass.
+            image = image if call.past else self._places(image, False)
+        if image is None or tuple(image.shape[:2]) != (call.batch, call.tokens):
+            raise InputError(
+                "a plan with token stages finds the images by their tokens: call the whole model, "
+                "with input_ids rather than inputs_embeds"
+            )
+        if image.any():
+            call.image = image
+            self.kept = {}
+        elif not call.past:
+            raise InputError(
+                "the plan drops image tokens and the prompt has no image; pass one, or use a plan "
+                "without token stages"
+            )
+        if call.cache is not None:
+            if call.cache[0].ends_in_image and image[:, 0].any():
+                raise InputError(
+                    "prefill_chunk_size cuts an image in two, so its tokens cannot be compared; "
+                    "leave it out, or use a plan without token stages"
+                )
+            call.cache[0].ends_in_image = bool(image[:, -1].any())
+        mask = self._arguments.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():
+            call.valid = self._places(mask.to(hidden.device).bool(), True)
+        if self._vision is not None and call.image is not None:
+            call.unwanted = image & (hidden == torch.inf).all(-1)
+            hidden = hidden.masked_fill(call.unwanted[:, :, None], 0)
+        for selector in self.selectors.values():
+            if Needs.MARKS in selector.needs and call.image is not None:
+                call.marks[selector] = selector.mark(hidden, image, call.new_valid())
+        return hidden
+
+    # How many tokens go on follows from values, which torch.compile does not look at.
+    @torch.compiler.disable
+    def select(self, call: Call, group: LayerGroup, rows: Tensor | None, hidden: Tensor) -> Tensor:
+        """Let a token stage choose what goes on, for the rows of one group.
+
+        Args:
+            call: this forward pass, which has images; what is left is noted in it.
+            group: its last stage is applied.
+            rows: batch rows of the group, None for all.
+            hidden: shape (batch, tokens, width): what is about to enter the stage's layer.
+
+        Returns:
+            The hidden states; a copy where the selector changed some.
+        """
+        stage, earlier = group.stages[-1], len(group.stages) > 1
+        if call.left is None:
+            call.left = call.new_valid()
+        if stage not in self.selectors:
+            assert call.unwanted is not None
+            call.left &= ~call.unwanted
+            return self._chosen(call, stage, hidden)
+        everyone = torch.arange(call.batch, device=hidden.device)
+        for part, record in self._pieces(call, stage, everyone if rows is None else rows):
+            kept = call.kept.rows(part) if earlier and call.kept is not None else None
+            inputs = self._inputs(call, self.selectors[stage], part, kept, hidden, record)
+            selection = self.selectors[stage].select(inputs, stage.layer)
+            keep = selection.keep
+            if kept is not None:
+                # Padding stands for tokens dropped before, which stay dropped.
+                keep = torch.zeros_like(call.left[part]).scatter(1, kept.index, keep)
+            if selection.hidden_states is not None:
+                everything = kept or Kept.of(torch.ones_like(call.left[part]))
+                hidden = scatter(hidden.clone(), part, everything, selection.hidden_states)
+            call.left[part] &= keep
+        return self._chosen(call, stage, hidden)
+
+    def _chosen(self, call: Call, stage: TokenStage, hidden: Tensor) -> Tensor:
+        """Note what is left behind a stage; the hidden states."""
+        assert call.image is not None
+        assert call.left is not None
+        call.kept = Kept.of(call.left)
+        self.kept[stage.layer] = (call.left & call.image).sum(1)
+        return hidden
+
+    def _pieces(
+        self, call: Call, stage: TokenStage, rows: Tensor
+    ) -> list[tuple[Tensor, Record | None]]:
+        """Rows that can be scored together: those that one run of an attention block served."""
+        if Needs.QUERY_KEY not in self.selectors[stage].needs:
+            return [(rows, None)]
+        copies = call.batch // len(self.program.plans)
+        pieces: list[tuple[Tensor, Record | None]] = []
+        for layer, samples in self.program.scored_by(stage).items():
+            for record in call.records.get(layer, []):
+                mine = torch.isin(rows // copies, torch.tensor(samples, device=rows.device))
+                if record.rows is not None:
+                    mine &= torch.isin(rows, record.rows)
+                if mine.any():
+                    pieces.append((rows[mine], record))
+        if sum(len(part) for part, _ in pieces) != len(rows):
+            raise InputError(
+                f"{stage.selector} scores tokens by the attention of a layer before layer "
+                f"{stage.layer}, and this model's attention cannot be seen from outside"
+            )
+        return pieces
+
+    def _inputs(
+        self,
+        call: Call,
+        selector: DecoderSelector,
+        rows: Tensor,
+        kept: Kept | None,
+        hidden: Tensor,
+        record: Record | None,
+    ) -> DecoderInputs:
+        assert call.image is not None
+        image, states = call.image[rows], hidden[rows]
+        valid = call.new_valid()[rows]
+        marks = call.marks[selector][rows] if selector in call.marks else None
+        if kept is not None:
+            image, valid = gather(image, kept.index, -1) & kept.valid, kept.valid
+            states = gather(states, kept.index, -2)
+            marks = None if marks is None else gather(marks, kept.index, -1) & valid
+        if record is None:
+            return DecoderInputs(image, valid, marks=marks, hidden_states=states)
+        seen, own = record.seen, rows
+        if record.rows is not None:
+            own = torch.searchsorted(record.rows, rows)
+        if record.valid is not None:
+            valid = record.valid[own]
+        elif call.valid is not None:
+            # A sliding window holds the last keys only.
+            valid = call.valid[rows][:, -seen.key.shape[2] :]
+        else:
+            valid = torch.ones_like(image[:, :1]).expand(-1, seen.key.shape[2])
+        mask = seen.mask
+        if mask is not None:
+            # Flash attention's masks say what is padding, which `valid` does too.
+            mask = None if mask.ndim == 2 else mask[own] if mask.shape[0] > 1 else mask
+        return DecoderInputs(
+            image, valid, seen.query[own], seen.key[own], seen.scaling, mask, marks, states
+        )
+
+
+def image_token(model: nn.Module) -> int:
+    """The placeholder of an image in the prompt.
+
+    Raises:
+        InputError: the model has none.
+    """
+    config = model.config
+    for name in ("image_token_id", "image_token_index"):
+        token = getattr(config, name, None)
+        if isinstance(token, int):
+            return token
+    raise InputError(f"{type(model).__name__} takes no images, so a plan cannot drop image tokens")

@@ -1,0 +1,243 @@
+"""The file of labels: one row per sample and budget, in Parquet.
+
+| column      | type          | what                                                              |
+|-------------|---------------|-------------------------------------------------------------------|
+| `sample`    | string        | which sample                                                      |
+| `budget`    | double        | fraction of the base model                                        |
+| `utilities` | list<double>  | change of the loss without each switch, nats per answer token     |
+| `plan`      | list<bool>    | the label: which switches are on                                  |
+| `cost`      | int64         | of the plan                                                       |
+| `limit`     | int64         | of the budget                                                     |
+| `losses`    | list<double>  | change of the loss under every plan there is, or null             |
+
+Plan p of `losses` has switch i on where bit i of p is 1. The schema's metadata holds a JSON object
+under the key ``planner_labels``: format, terms (`Terms`) and the names of the switches.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.files import write_bytes
+from planner.ir.cost import Workload
+from planner.ir.cost.device_table import device
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph
+from planner.planning.budgets import Budget
+from planner.planning.compiler import DEFAULT_DEVICE
+from planner.planning.pricing import Pricing
+from planner.planning.problem import Problem
+from planner.planning.switch_vectors import switch_names
+from planner.planning.switches import SwitchSet, with_switches
+from planner.planning.unit_counting import faithful_problem
+from planner.planning.utilities import uniform
+
+__all__ = ["FORMAT", "Labels", "Terms", "read_labels", "write_labels"]
+
+FORMAT = 1
+_KEY = b"planner_labels"
+_COLUMNS = ("sample", "budget", "utilities", "plan", "cost", "limit", "losses")
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What labels of a file have in common.
+
+    Attributes:
+        model: what the user called it.
+        fingerprint: of its Graph.
+        switches: ``adallava-l``, counted as in the paper, or some of layers, heads and mlp joined
+            by commas, priced in FLOPs of the prefill.
+        source: what made the plans, ``heuristic`` or the scheduler's name.
+        image_tokens: of the workload that costs are of.
+        text_tokens: of the same.
+        mlp_groups: groups an MLP is divided into; None for the usual number.
+    """
+
+    model: str
+    fingerprint: str
+    switches: str
+    source: str
+    image_tokens: int
+    text_tokens: int
+    mlp_groups: int | None = None
+
+    def problem(self, graph: Graph, budget: float) -> Problem:
+        """The problem that a budget poses; its utilities are no label's.
+
+        Args:
+            graph: of the model.
+            budget: fraction of the base model.
+
+        Raises:
+            InputError: the graph is another model's, or labels cannot be had for such switches.
+        """
+        if self.fingerprint != graph.properties["fingerprint"]:
+            raise InputError(
+                f"the labels are for '{self.model}' ({self.fingerprint}), not for '{graph.name}' "
+                f"({graph.properties['fingerprint']})"
+            )
+        switches = SwitchSet.parse(self.switches)
+        if "tokens" in switches.axes or switches.faithful == "adallava-h":
+            raise InputError(
+                f"there are no labels for the switches {self.switches}: choose adallava-l, or some "
+                "of layers,heads,mlp"
+            )
+        graph = with_switches(graph, self.mlp_groups)
+        load = Workload.default(graph, self.image_tokens, self.text_tokens, 0)
+        pricing = Pricing(graph, load, switches, device(DEFAULT_DEVICE))
+        utilities = uniform(graph, pricing.work())
+        wanted = Budget.of(budget)
+        if switches.faithful:
+            return faithful_problem(graph, wanted, utilities, switches.faithful)
+        return pricing.problem(wanted, utilities)
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """All labels of a file.
+
+    Attributes:
+        terms: of all of them.
+        switches: names, see `planner.planning.switch_vectors.switch_names`.
+        samples: one per label.
+        budgets: shape (labels,).
+        utilities: shape (labels, switches).
+        plans: shape (labels, switches), bool.
+        costs: shape (labels,), int64.
+        limits: shape (labels,), int64.
+        losses: label -> shape (2 ^ switches,), where they were measured.
+    """
+
+    terms: Terms
+    switches: tuple[str, ...]
+    samples: tuple[str, ...]
+    budgets: Floats
+    utilities: Floats
+    plans: npt.NDArray[np.bool_]
+    costs: npt.NDArray[np.int64]
+    limits: npt.NDArray[np.int64]
+    losses: dict[int, Floats]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def problems(self, graph: Graph) -> dict[float, Problem]:
+        """Budget -> its problem, priced afresh; its utilities are no label's.
+
+        Raises:
+            InputError: the graph is another model's, or the switches are not those of the file.
+        """
+        found = {b: self.terms.problem(graph, b) for b in sorted(set(self.budgets.tolist()))}
+        for problem in found.values():
+            if switch_names(problem) != self.switches:
+                raise InputError(
+                    f"the labels have {len(self.switches)} switches, which are not those of "
+                    f"'{graph.name}' under {self.terms.switches}"
+                )
+        return found
+
+
+def _arrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError("labels need pyarrow: pip install 'planner[train]'") from None
+    return pyarrow
+
+
+def write_labels(path: Path, labels: Labels) -> None:
+    """Write a file of labels, whole or not at all."""
+    arrow = _arrow()
+    header = {"format": FORMAT, "terms": asdict(labels.terms), "switches": labels.switches}
+    losses = [labels.losses.get(index) for index in range(len(labels))]
+    columns: dict[str, Any] = {
+        "sample": arrow.array(labels.samples, arrow.string()),
+        "budget": arrow.array(labels.budgets),
+        "utilities": arrow.array(list(labels.utilities), arrow.list_(arrow.float64())),
+        "plan": arrow.array(labels.plans.tolist(), arrow.list_(arrow.bool_())),
+        "cost": arrow.array(labels.costs),
+        "limit": arrow.array(labels.limits),
+        "losses": arrow.array(losses, arrow.list_(arrow.float64())),
+    }
+    table = arrow.table(columns).replace_schema_metadata({_KEY: json.dumps(header).encode()})
+    stream = arrow.BufferOutputStream()
+    arrow.parquet.write_table(table, stream, compression="zstd")
+    write_bytes(path, stream.getvalue().to_pybytes())
+
+
+def read_labels(path: Path) -> Labels:
+    """Read and check a file of labels; every fault is one sentence in an InputError."""
+    arrow = _arrow()
+    if not path.is_file():
+        raise InputError(f"there is no file of labels '{path}'")
+    try:
+        table = arrow.parquet.read_table(path)
+    except (OSError, arrow.ArrowException):
+        raise InputError(f"'{path}' is truncated or not a Parquet file") from None
+    header = _header(table, path)
+    missing = [name for name in _COLUMNS if name not in table.column_names]
+    if missing:
+        raise InputError(f"the labels '{path}' have no column '{missing[0]}'")
+    columns = {name: table.column(name).to_pylist() for name in _COLUMNS}
+    try:
+        labels = _labels(header, columns)
+    except (TypeError, ValueError, KeyError, OverflowError):
+        raise InputError(
+            f"the labels '{path}' are broken: a column is not as it should be"
+        ) from None
+    _check(labels, path)
+    return labels
+
+
+def _header(table: Any, path: Path) -> dict[str, Any]:
+    text = (table.schema.metadata or {}).get(_KEY)
+    try:
+        header: dict[str, Any] = dict(json.loads(text or "null"))
+    except (TypeError, ValueError):
+        raise InputError(f"'{path}' is a Parquet file, but not one of labels") from None
+    if header.get("format") != FORMAT:
+        raise InputError(
+            f"the labels '{path}' have format {header.get('format')}, this planner reads {FORMAT}"
+        )
+    return header
+
+
+def _labels(header: dict[str, Any], columns: dict[str, Sequence[Any]]) -> Labels:
+    switches = tuple(header["switches"])
+    rows = len(columns["sample"])
+    return Labels(
+        terms=Terms(**header["terms"]),
+        switches=switches,
+        samples=tuple(str(name) for name in columns["sample"]),
+        budgets=np.array(columns["budget"], dtype=np.float64),
+        utilities=np.array(columns["utilities"], dtype=np.float64).reshape(rows, len(switches)),
+        plans=np.array(columns["plan"], dtype=np.bool_).reshape(rows, len(switches)),
+        costs=np.array(columns["cost"], dtype=np.int64),
+        limits=np.array(columns["limit"], dtype=np.int64),
+        losses={
+            index: np.array(values, dtype=np.float64).reshape(1 << len(switches))
+            for index, values in enumerate(columns["losses"])
+            if values is not None
+        },
+    )
+
+
+def _check(labels: Labels, path: Path) -> None:
+    if not len(labels):
+        raise InputError(f"the labels '{path}' are empty")
+    if not ((labels.budgets > 0) & (labels.budgets <= 1)).all():
+        raise InputError(f"a budget in '{path}' is not more than 0 and at most 1")
+    for values in (labels.utilities, *labels.losses.values()):
+        if not np.isfinite(values).all():
+            raise InputError(f"a utility or loss in '{path}' is not a finite number")

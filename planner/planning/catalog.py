@@ -1,0 +1,150 @@
+"""The catalogue: from what a user calls a model to its config.
+
+An alias is a config inside the package. Anything else is a local folder with a ``config.json`` or
+the id of a model on the Hugging Face hub. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from planner.ir.errors import InputError
+
+__all__ = ["HUB", "PLANNED_EXPORT", "Source", "aliases", "find_model"]
+
+# alias -> what it is; its config is planner/aliases/<alias>.json, tiny-llava's lies by its weights.
+ALIASES = {
+    "llava-7b": "LLaVA-1.5 with Vicuna-7B (llava-hf/llava-1.5-7b-hf)",
+    "llava-13b": "LLaVA-1.5 with Vicuna-13B (llava-hf/llava-1.5-13b-hf)",
+    "mipha-3b": "Phi-2 with SigLIP, the model of Mipha-3B (arXiv 2403.06199)",
+    "tiny-llava": "the small LLaVA that ships with planner, for trying things out",
+}
+# What marks a folder that planner exported under a plan, `planner.models.export.planned_export`.
+PLANNED_EXPORT = "planner.json"
+# alias -> where its weights are, for the commands that need weights.
+HUB = {
+    "llava-7b": "llava-hf/llava-1.5-7b-hf",
+    "llava-13b": "llava-hf/llava-1.5-13b-hf",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's config and where it comes from.
+
+    Attributes:
+        name: what the user called it.
+        config: contents of its ``config.json``.
+        folder: local folder with the model's files, None for an alias or a hub id.
+        hub_id: id on the hub, None otherwise.
+        trust_remote_code: whether code beside the config may run.
+    """
+
+    name: str
+    config: dict[str, Any]
+    folder: Path | None = None
+    hub_id: str | None = None
+    trust_remote_code: bool = False
+
+    def load_config(self) -> Any:
+        """The transformers config object; imports transformers."""
+        from transformers import CONFIG_MAPPING, AutoConfig
+
+        model_type = self.config.get("model_type")
+        if self.trust_remote_code and (self.folder or self.hub_id):
+            return AutoConfig.from_pretrained(
+                str(self.folder or self.hub_id), trust_remote_code=True
+            )
+        if model_type not in CONFIG_MAPPING:
+            raise InputError(
+                f"'{self.name}' has model type '{model_type}', which this version of transformers "
+                "does not know (models with code of their own need --trust-remote-code)"
+            )
+        try:
+            return CONFIG_MAPPING[model_type].from_dict(self.config)
+        except Exception as error:
+            first = (
+                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            )
+            raise InputError(f"the config of '{self.name}' is not valid: {first}") from None
+
+
+@cache
+def aliases() -> dict[str, str]:
+    """Known aliases and what they stand for."""
+    return dict(ALIASES)
+
+
+def _read_config(path: Path, name: str) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"the folder '{name}' has no config.json") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        raise InputError(f"the config.json of '{name}' is not readable JSON") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise InputError(f"the config.json of '{name}' does not name a model_type")
+    return config
+
+
+def find_model(name: str, trust_remote_code: bool = False) -> Source:
+    """Find a model's config by alias, local folder or hub id.
+
+    Raises:
+        InputError: one sentence that says what was looked for.
+    """
+    if name == "tiny-llava":
+        folder = tiny_llava_folder()
+        return Source(name, _read_config(folder / "config.json", name), folder=folder)
+    if name in ALIASES:
+        text = files("planner").joinpath(f"aliases/{name}.json").read_text(encoding="utf-8")
+        return Source(name, json.loads(text))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        config = _read_config(folder / "config.json", name)
+        # Its config is the base model's, its weights are not.
+        if (folder / PLANNED_EXPORT).is_file():
+            raise InputError(
+                f"'{name}' is an export that only planner.models.export.load can load: it is "
+                f"narrowed already, so give the model that it was made from"
+            )
+        return Source(name, config, folder=folder, trust_remote_code=trust_remote_code)
+    if folder.exists():
+        raise InputError(
+            f"'{name}' is a file: give a folder with a config.json, an alias or a hub id"
+        )
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"there is no folder '{name}'")
+    return _from_hub(name, trust_remote_code)
+
+
+def tiny_llava_folder() -> Path:
+    """Folder of the model that ships with planner; found without importing `planner.models`."""
+    spec = find_spec("planner.models")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return Path(next(iter(spec.submodule_search_locations))) / "tiny_llava"
+
+
+def _from_hub(name: str, trust_remote_code: bool) -> Source:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    unknown = (
+        f"unknown model '{name}': it is no alias ({', '.join(ALIASES)}), no local folder, "
+        "and no model on the hub that can be reached from here"
+    )
+    if "/" not in name:
+        raise InputError(unknown)
+    try:
+        path = hf_hub_download(name, "config.json")
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
+        raise InputError(unknown) from None
+    config = _read_config(Path(path), name)
+    return Source(name, config, hub_id=name, trust_remote_code=trust_remote_code)

@@ -1,0 +1,311 @@
+"""Compile: from a model's config and a budget to a proven Plan."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from planner import __version__
+from planner.ir.cost import Workload
+from planner.ir.cost.device_table import device as find_device
+from planner.ir.cost.workload import DEFAULT_NEW_TOKENS, DEFAULT_TEXT_TOKENS
+from planner.ir.errors import InputError, PlannerError
+from planner.ir.graph import Graph
+from planner.plan import Plan, TokenStage
+from planner.planning.budgets import Budget
+from planner.planning.catalog import Source, find_model
+from planner.planning.config_sizes import head_counts
+from planner.planning.graph_cache import cached_graph
+from planner.planning.pricing import Pricing, compared
+from planner.planning.problem import Choice, Problem
+from planner.planning.switches import SwitchSet, with_switches
+from planner.planning.unit_counting import faithful_problem, unfold
+from planner.planning.utilities import Utilities, load_utilities, prior, uniform
+from planner.solver import Solution, solve, solve_uniform
+
+__all__ = ["DEFAULT_DEVICE", "Compiled", "Request", "compile_plan", "lowered_graph"]
+
+DEFAULT_DEVICE = "a100-40g"
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compile. Fields are the options of ``planner compile``."""
+
+    model: str
+    budget: Any = 0.65
+    switches: str = "all"
+    tokens: str | None = None
+    kv: str | None = None
+    utilities: str = "prior"
+    device: str | None = None
+    scope: str | None = None
+    image_tokens: int | None = None
+    text_tokens: int = DEFAULT_TEXT_TOKENS
+    new_tokens: int = DEFAULT_NEW_TOKENS
+    batch: int = 1
+    mlp_groups: int | None = None
+    uniform: bool = False
+    time_limit_seconds: float = 60.0
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A plan and everything that led to it."""
+
+    plan: Plan
+    graph: Graph
+    pricing: Pricing
+    problem: Problem
+    solution: Solution
+    notes: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    from_cache: bool = False
+
+
+def lowered_graph(source: Source) -> tuple[Graph, tuple[str, ...], bool]:
+    """The Graph of a model, from the cache or lowered now; (graph, notes, from cache)."""
+
+    def build() -> tuple[Graph, tuple[str, ...]]:
+        from planner.ir.lowering import lower_config
+
+        lowered = lower_config(source.load_config(), source.name)
+        return lowered.graph, lowered.notes
+
+    graph, notes, cached = cached_graph(source, build)
+    return replace(graph, name=source.name), notes, cached
+
+
+def compile_plan(request: Request, progress: Progress = lambda stage: None) -> Compiled:
+    """Find, lower, price and solve; see the module docstring.
+
+    Raises:
+        InputError: for anything wrong with the request, limits that cannot be met among them.
+    """
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        progress(name)
+        started = time.perf_counter()
+        yield
+        seconds[name] = time.perf_counter() - started
+
+    budget = Budget.of(request.budget)
+    switches = SwitchSet.parse(request.switches)
+    if any(limit.metric == "latency" for limit in budget.limits) and request.device is None:
+        raise InputError("a latency budget needs --device: seconds mean nothing without one")
+    chip = find_device(request.device or DEFAULT_DEVICE)
+    with stage("find"):
+        source = find_model(request.model, request.trust_remote_code)
+    with stage("lower"):
+        graph, notes, cached = lowered_graph(source)
+    counts = _plain_counts(source, graph) if request.uniform else None
+    compiled = plan_graph(graph, request, budget, switches, chip.name, stage, counts)
+    return replace(compiled, notes=notes, seconds=seconds, from_cache=cached)
+
+
+def plan_graph(
+    graph: Graph,
+    request: Request,
+    budget: Budget,
+    switches: SwitchSet,
+    device: str,
+    stage: Callable[[str], Any],
+    counts: Mapping[str, Collection[int]] | None = None,
+) -> Compiled:
+    """Price and solve a Graph that is at hand.
+
+    `counts`: see `solve_uniform`; for requests with equal widths in all layers.
+    """
+    scope = request.scope or ("llm" if switches.faithful else "model")
+    if scope not in ("model", "llm"):
+        raise InputError(f"unknown scope '{scope}': choose model or llm")
+    with stage("price"):
+        like_heads = switches.faithful == "adallava-h"
+        graph = with_switches(graph, request.mlp_groups, like_heads)
+        if not switches.usable(graph) and switches.axes != ("tokens",):
+            raise InputError(
+                f"'{graph.name}' has nothing to switch on the axes {', '.join(switches.axes)}"
+            )
+        load = Workload.default(
+            graph, request.image_tokens, request.text_tokens, request.new_tokens, request.batch
+        )
+        if request.tokens is not None:
+            switches = switches.with_selector(
+                request.tokens, load.image_tokens, load.image_tokens_per_run
+            )
+            last = max(switches.token_layers)
+            if last >= graph.layers:
+                raise InputError(
+                    f"{request.tokens} drops tokens before decoder layer {last}, counted from 0, "
+                    f"and '{graph.name}' has {graph.layers} layers"
+                )
+        if request.kv is not None:
+            switches = switches.with_kv_policy(request.kv)
+        pricing = Pricing(graph, load, switches, find_device(device), scope)
+        utilities = _utilities(request.utilities, graph, pricing)
+        if switches.faithful:
+            problem = faithful_problem(graph, budget, utilities, switches.faithful)
+        else:
+            problem = pricing.problem(budget, utilities)
+    with stage("solve"):
+        limit = request.time_limit_seconds
+        if request.uniform:
+            solution = solve_uniform(problem, counts=counts, time_limit_seconds=limit)
+        else:
+            solution = solve(problem, time_limit_seconds=limit)
+    with stage("check"):
+        plan = _plan(graph, pricing, problem, solution, budget, utilities, request, device)
+    return Compiled(plan, graph, pricing, problem, solution)
+
+
+def _plain_counts(source: Source, graph: Graph) -> dict[str, Collection[int]]:
+    """Numbers of heads that a plain checkpoint can have, by kind of site."""
+    groups = {site.lanes for site in graph.sites_of("heads")}
+    if len(groups) != 1:
+        return {}
+    return {"heads": head_counts(source.load_config(), groups.pop())}
+
+
+def _utilities(name: str, graph: Graph, pricing: Pricing) -> Utilities:
+    if name == "prior":
+        return prior(graph, pricing.work())
+    if name == "uniform":
+        return uniform(graph, pricing.work())
+    return load_utilities(Path(name), graph)
+
+
+def _plan(
+    graph: Graph,
+    pricing: Pricing,
+    problem: Problem,
+    solution: Solution,
+    budget: Budget,
+    utilities: Utilities,
+    request: Request,
+    device: str,
+) -> Plan:
+    """Write a solution down as a Plan, and price the plan afresh."""
+    choice = solution.choice
+    if pricing.switches.faithful:
+        choice = unfold(choice, graph, utilities)
+    keep = pricing.token_options[choice.token_option] if pricing.stages else ()
+    of = pricing.workload.image_tokens
+    stages: list[TokenStage] = []
+    for layer, count in zip(pricing.stages, keep, strict=True):
+        before = stages[-1].keep if stages else of
+        if count < before:
+            stages.append(TokenStage(layer, count, of, pricing.switches.token_selector))
+    off = tuple(i for i, on in enumerate(choice.layers_on) if not on)
+    heads: dict[int, tuple[int, ...]] = {}
+    mlp: dict[int, tuple[int, ...]] = {}
+    groups: dict[int, int] = {}
+    for site in graph.sites:
+        kept = choice.kept.get(site.name)
+        if site.kind == "layer" or kept is None or site.layer in off or len(kept) == site.switches:
+            continue
+        if site.kind == "heads":
+            heads[site.layer] = kept
+        else:
+            mlp[site.layer] = kept
+            groups[site.layer] = site.switches
+    plan = Plan(
+        model=graph.name,
+        fingerprint=str(graph.properties["fingerprint"]),
+        layers=graph.layers,
+        layers_off=off,
+        heads=heads,
+        mlp=mlp,
+        mlp_switches=groups,
+        tokens=tuple(stages),
+        kv="" if pricing.switches.kv is None else str(pricing.switches.kv),
+        budget=budget.describe(),
+    )
+    costs = pricing.cost_of(plan)
+    base = pricing.base
+    limits = pricing.limits(budget)
+    if not pricing.switches.faithful:
+        _verify(costs, limits)
+    return replace(
+        plan,
+        cost=compared(costs, base, base),
+        utilisation=_utilisation(problem, solution, costs, pricing, budget),
+        solver={
+            "status": solution.status,
+            "utility": solution.utility,
+            "bound": solution.bound,
+            "gap": solution.gap,
+        },
+        provenance={
+            "planner": __version__,
+            "switches": pricing.switches.name,
+            "utilities": utilities.name,
+            "scope": pricing.scope,
+            "device": device,
+            "image_tokens": pricing.workload.image_tokens,
+            "text_tokens": pricing.workload.text_tokens,
+            "new_tokens": pricing.workload.new_tokens,
+            "batch": pricing.workload.batch,
+        },
+    )
+
+
+def _verify(costs: dict[str, float], limits: dict[str, int]) -> None:
+    """Trust but verify: the plan's cost, computed apart from the solver's tables, fits."""
+    for metric, limit in limits.items():
+        scale = 10**12 if metric == "latency" else 1
+        if round(costs[metric] * scale) > limit:
+            raise PlannerError(f"the plan exceeds its {metric} limit: this is a bug in planner")
+
+
+def _utilisation(
+    problem: Problem,
+    solution: Solution,
+    costs: dict[str, float],
+    pricing: Pricing,
+    budget: Budget,
+) -> dict[str, float]:
+    if pricing.switches.faithful:
+        limit = int(problem.limits[0])
+        return {"units": solution.cost["units"] / limit if limit else 1.0}
+    scale = {"latency": 10**12}
+    return {
+        metric: costs[metric] * scale.get(metric, 1) / limit
+        for metric, limit in pricing.limits(budget).items()
+    }
+
+
+def choice_of(plan: Plan, graph: Graph) -> Choice:
+    """The plan as a Choice over the graph's sites (token options aside)."""
+    kept = {}
+    for site in graph.sites:
+        if site.kind == "layer":
+            continue
+        table = plan.heads if site.kind == "heads" else plan.mlp
+        everything: Sequence[int] = range(site.switches)
+        kept[site.name] = (
+            () if site.layer in plan.layers_off else tuple(table.get(site.layer, everything))
+        )
+    on = tuple(i not in plan.layers_off for i in range(plan.layers))
+    return Choice(0, on, kept)
+
+
+def specialised(
+    graph: Graph, plan: Plan, print_between: Callable[[str, Graph], None] | None = None
+) -> Graph:
+    """The graph as it runs under a plan: layers, heads, groups and tokens that are off are gone.
+
+    What the stock model computes and never reads (CLIP's last layer in LLaVA) still runs, so dead
+    operators stay.
+    """
+    from planner.ir.passes import NarrowTokens, Specialise, run
+
+    plan.check(graph)
+    return run(graph, (Specialise(plan), NarrowTokens(plan.tokens)), print_between)

@@ -1,0 +1,94 @@
+"""The cache of lowered graphs: a second compile of the same model needs no torch.
+
+One text file per graph in the user's cache folder, keyed by the model's config, the library
+versions and the lowering's own source. Entries are written whole or not at all, so processes may
+share the folder; an entry that cannot be read back is rebuilt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+from planner import __version__
+from planner.files import write_text
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph
+from planner.ir.graph_text import parse_graph, print_graph
+from planner.planning.catalog import Source
+
+__all__ = ["cache_folder", "cached_graph", "graph_key"]
+
+
+def cache_folder() -> Path:
+    """``PLANNER_CACHE`` or the user's cache folder."""
+    override = os.environ.get("PLANNER_CACHE")
+    return Path(override) if override else user_cache_path("planner")
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {"planner": __version__}
+    for package in ("torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+@cache
+def _lowering_source() -> str:
+    """Digest of the code that makes graphs: a changed lowering makes old entries stale."""
+    digest = hashlib.sha256()
+    for package in ("planner.ir", "planner.ir.lowering"):
+        for entry in sorted(files(package).iterdir(), key=lambda e: e.name):
+            if entry.name.endswith(".py"):
+                digest.update(entry.read_bytes())
+    return digest.hexdigest()
+
+
+def graph_key(source: Source) -> str:
+    """What an entry depends on, as a file name."""
+    facts = [source.config, _versions(), _lowering_source(), source.trust_remote_code]
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _read(path: Path) -> tuple[Graph, tuple[str, ...]] | None:
+    try:
+        text = path.read_text(encoding="utf-8")
+        head, _, body = text.partition("\n")
+        facts = json.loads(head)
+        if facts["digest"] != hashlib.sha256(body.encode()).hexdigest():
+            return None
+        return parse_graph(body), tuple(facts["notes"])
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, InputError):
+        return None
+
+
+def cached_graph(
+    source: Source, build: Callable[[], tuple[Graph, tuple[str, ...]]]
+) -> tuple[Graph, tuple[str, ...], bool]:
+    """(graph, notes, whether it came from the cache); built and stored where it is not there."""
+    path = cache_folder() / "graphs" / f"{graph_key(source)}.txt"
+    found = _read(path)
+    if found is not None:
+        return *found, True
+    graph, notes = build()
+    body = print_graph(graph)
+    facts = {"digest": hashlib.sha256(body.encode()).hexdigest(), "notes": list(notes)}
+    # A cache that cannot be written costs time, nothing else.
+    with contextlib.suppress(OSError, InputError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(facts) + "\n" + body)
+    return graph, notes, False

@@ -1,0 +1,448 @@
+"""Pricing: from a Graph, a workload and a budget to the Problem that the solver solves.
+
+Every cost table comes from the cost model applied to really narrowed operators, so what the solver
+adds up is what the narrowed Graph costs. Layers that are alike are priced once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.ir.cost import Workload, price
+from planner.ir.cost.device_table import Device
+from planner.ir.cost.memory import peak_bytes
+from planner.ir.dims import Dim
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph, Operator, Site
+from planner.ir.narrowing import narrowed, scores_by_attention
+from planner.plan import Plan
+from planner.planning.budgets import Budget
+from planner.planning.problem import LayerChoices, Problem, SiteChoices, TokenOption
+from planner.planning.switches import SwitchSet
+from planner.planning.utilities import Utilities
+
+__all__ = ["Pricing", "compared"]
+
+# Seconds are priced in whole picoseconds, costs rounded up and limits down.
+PICOSECONDS = 10**12
+KEEP_FRACTIONS = tuple(eighths / 8 for eighths in range(8, 0, -1))
+_ALL = ("flops", "latency", "kv", "memory")
+
+
+@dataclass(frozen=True, eq=False)
+class Pricing:
+    """Costs of one Graph under one workload.
+
+    Attributes:
+        graph: with switches assigned (`planner.planning.switches.with_switches`).
+        workload: token counts.
+        switches: what may be switched.
+        device: for latency.
+        scope: ``model`` counts everything, ``llm`` the decoder and lm_head alone.
+        keep: image tokens to choose from at every token stage, descending; by default eighths.
+    """
+
+    graph: Graph
+    workload: Workload
+    switches: SwitchSet
+    device: Device
+    scope: str = "model"
+    keep: tuple[int, ...] | None = None
+    _layer_memo: dict[object, npt.NDArray[np.int64]] = field(default_factory=dict)
+
+    # -- tokens ------------------------------------------------------------------------------
+
+    @cached_property
+    def stages(self) -> tuple[int, ...]:
+        """Layers before which tokens may be dropped."""
+        if "tokens" not in self.switches.axes or self.workload.image_tokens == 0:
+            return ()
+        return tuple(k for k in self.switches.token_layers if k < self.graph.layers)
+
+    @cached_property
+    def token_options(self) -> tuple[tuple[int, ...], ...]:
+        """Keep counts per stage, non-increasing, the base model's first."""
+        if not self.stages:
+            return ((),)
+        of = self.workload.image_tokens
+        if self.switches.token_counts is not None:
+            return (self.switches.token_counts[: len(self.stages)],)
+        counts = self.keep or tuple(dict.fromkeys(max(1, int(of * f)) for f in KEEP_FRACTIONS))
+        if any(not 0 <= c <= of for c in counts):
+            raise InputError(f"image tokens to keep must lie between 0 and {of}")
+        options: list[tuple[int, ...]] = [()]
+        for _ in self.stages:
+            options = [o + (c,) for o in options for c in counts if not o or c <= o[-1]]
+        return tuple(options)
+
+    def _sizes(self, layer: int | None, option: tuple[int, ...], context: bool) -> dict[str, int]:
+        """Sizes seen by a decoder layer, in the prefill or (context) at the end of generation."""
+        load = self.workload
+        sizes = load.decode(load.new_tokens) if context else load.prefill()
+        kept = [k for stage, k in zip(self.stages, option, strict=False) if (layer or 0) >= stage]
+        if layer is not None and kept:
+            dropped = load.image_tokens - kept[-1]
+            sizes["context"] -= dropped
+            if not context:
+                sizes["query"] -= dropped
+        if layer is not None and context and self.switches.kv is not None:
+            prompt = self._sizes(layer, option, context=False)["query"]
+            sizes["context"] = self.switches.kv.kept(prompt, load.new_tokens)
+        return sizes
+
+    # -- cost of a set of operators ----------------------------------------------------------
+
+    def _vector(
+        self,
+        operators: Sequence[Operator],
+        graph: Graph,
+        layer: int | None,
+        option: tuple[int, ...],
+    ) -> npt.NDArray[np.int64]:
+        """(flops, latency in ps, KV bytes, memory bytes) of operators; shape (4,)."""
+        prefill = self._sizes(layer, option, context=False)
+        costs = [price(operator, graph, prefill, self.device) for operator in operators]
+        if self.switches.kv is not None and layer is not None:
+            # A cache that evicts computes the scores of all queries once more: one product of two.
+            twice = [c for o, c in zip(operators, costs, strict=True) if o.kind == "attention"]
+            costs += [
+                replace(cost, flops=cost.flops // 2, seconds=cost.seconds / 2, parameters=0)
+                for cost in twice
+            ]
+        end = self._sizes(layer, option, context=True)
+        kv = sum(price(o, graph, end).kv_bytes for o in operators if o.kind == "attention")
+        weights = sum(c.parameters for c in costs) * int(self.graph.properties["dtype_bytes"])
+        return np.array(
+            [
+                sum(c.flops for c in costs),
+                math.ceil(math.fsum(c.seconds for c in costs) * PICOSECONDS),
+                kv,
+                weights + kv,
+            ],
+            dtype=np.int64,
+        )
+
+    @cached_property
+    def _working_bytes(self) -> int:
+        """Memory of the base prefill besides weights and cache: what a plan needs at most."""
+        sizes = self.workload.prefill()
+        costs = [price(operator, self.graph, sizes) for operator in self.graph]
+        weights = sum(cost.parameters for cost in costs) * int(self.graph.properties["dtype_bytes"])
+        return peak_bytes(self.graph, sizes) - weights - sum(cost.kv_bytes for cost in costs)
+
+    # -- tables ------------------------------------------------------------------------------
+
+    def _in_scope(self, operator: Operator) -> bool:
+        return self.scope == "model" or operator.part in ("decoder", "head")
+
+    @cached_property
+    def _by_layer(self) -> dict[int | None, list[Operator]]:
+        grouped: dict[int | None, list[Operator]] = {None: []}
+        for operator in self.graph:
+            if not self._in_scope(operator):
+                continue
+            key = operator.layer if operator.part == "decoder" else None
+            grouped.setdefault(key, []).append(operator)
+        return grouped
+
+    def outside(self, option: tuple[int, ...]) -> npt.NDArray[np.int64]:
+        """Cost of everything outside the decoder layers; shape (4,)."""
+        operators = self._by_layer[None]
+        before = [o for o in operators if o.part in ("vision", "projector") or not o.inputs]
+        after = [o for o in operators if o not in before]
+        cost = self._vector(before, self.graph, None, option)
+        cost = cost + self._vector(after, self.graph, self.graph.layers, option)
+        cost[3] += self._working_bytes
+        return cost
+
+    def selection(self, option: tuple[int, ...], plan: Plan | None = None) -> npt.NDArray[np.int64]:
+        """Cost of scoring and gathering tokens at every stage that drops any; shape (4,).
+
+        Under a plan scores come from the heads that run; without one from all heads.
+        """
+        cost = np.zeros(4, dtype=np.int64)
+        previous = self.workload.image_tokens
+        for stage, keep in zip(self.stages, option, strict=False):
+            if keep < previous:
+                cost = cost + self._selection(stage, option, self._score_width(stage, plan))
+                if self.switches.selector is not None:
+                    cost = cost + self._products(stage, previous, option)
+            previous = keep
+        return cost
+
+    def _products(
+        self, stage: int, image_tokens: int, option: tuple[int, ...]
+    ) -> npt.NDArray[np.int64]:
+        """Cost of what a selector multiplies to choose from so many tokens; shape (4,)."""
+        from planner.models.tokens.selectors import Sizes, VisionSelector
+
+        selector, load = self.switches.selector, self.workload
+        assert selector is not None
+        in_vision = isinstance(selector, VisionSelector)
+        if in_vision and self.scope == "llm":
+            return np.zeros(4, dtype=np.int64)
+        sizes = Sizes(
+            load.image_tokens_per_run if in_vision else image_tokens,
+            load.text_tokens,
+            # Of all heads: a plan with fewer costs less.
+            self._query_width(stage, None),
+            int(self.graph.properties["hidden_size"]),
+            *self._tower,
+        )
+        each = Dim.of("images" if in_vision else "batch")
+        products = [
+            Operator(f"product.{i}", "matmul", (), (each, Dim(rows), Dim(columns))).having(
+                inner=inner
+            )
+            for i, (rows, columns, inner) in enumerate(selector.products(stage, sizes))
+        ]
+        empty = Graph("", tuple(products), (), self.graph.properties)
+        return self._vector(products, empty, None, option)
+
+    def _selection(self, stage: int, option: tuple[int, ...], width: int) -> npt.NDArray[np.int64]:
+        hidden = (Dim.of("batch"), Dim.of("query"), Dim(int(self.graph.properties["hidden_size"])))
+        before = self._sizes(stage - 1, option, False)["query"] if stage else None
+        tokens = self.workload.prompt_tokens if before is None else before
+        operator = Operator("tokens", "select_tokens", (), hidden).having(
+            before=Dim(tokens), score_width=width
+        )
+        empty = Graph("", (operator,), (), self.graph.properties)
+        return self._vector([operator], empty, stage, option)
+
+    def _score_width(self, stage: int, plan: Plan | None) -> int:
+        """Query features (heads * head_dim) of the attention that scores tokens for a stage."""
+        if not scores_by_attention(self.switches.token_selector):
+            return 0
+        return self._query_width(stage, plan)
+
+    @cached_property
+    def _tower(self) -> tuple[int, int]:
+        """(width, attention heads) of the vision tower's attention; (0, 1) without any."""
+        for operator in self.graph:
+            if operator.part == "vision" and operator.kind == "attention":
+                heads = operator.integer("heads")
+                return heads * operator.integer("head_dim"), heads
+        return 0, 1
+
+    def _query_width(self, stage: int, plan: Plan | None) -> int:
+        """Query features of the last attention before a stage; 0 without one."""
+        for layer in range(stage - 1, -1, -1):
+            for operator in self._by_layer.get(layer, []):
+                if operator.kind != "attention":
+                    continue
+                width = operator.integer("heads") * operator.integer("head_dim")
+                site = self.graph.sites_by_name.get(f"heads.{layer}")
+                if plan is None or site is None:
+                    return width
+                if layer in plan.layers_off or plan.heads.get(layer) == ():
+                    break
+                kept = len(plan.heads.get(layer, range(site.lanes)))
+                return width // site.lanes * kept
+        return 0
+
+    def fixed(
+        self, layer: int, option: tuple[int, ...], sites: Sequence[Site]
+    ) -> npt.NDArray[np.int64]:
+        """Cost of a layer being on, its switchable sites left out; shape (4,)."""
+        names = {site.name for site in sites}
+        operators = [
+            o
+            for o in self._by_layer.get(layer, [])
+            if not any(s in names for _, s in o.narrowed_by)
+        ]
+        key = (self._alike(operators), tuple(self._sizes(layer, option, False).items()))
+        if key not in self._layer_memo:
+            self._layer_memo[key] = self._vector(operators, self.graph, layer, option)
+        return self._layer_memo[key]
+
+    def table(self, site: Site, option: tuple[int, ...]) -> npt.NDArray[np.int64]:
+        """Cost of keeping 0, 1, ... switches of a site; shape (4, switches + 1).
+
+        Where switches differ by one lane the first, wider ones are counted first, so a cost is
+        never understated.
+        """
+        operators = [
+            o
+            for o in self._by_layer.get(site.layer, [])
+            if any(name == site.name for _, name in o.narrowed_by)
+        ]
+        sizes = self._sizes(site.layer, option, False)
+        key = (self._alike(operators), site.lanes, site.switches, tuple(sizes.items()))
+        if key not in self._layer_memo:
+            bounds = site.bounds
+            columns = [np.zeros(4, dtype=np.int64)]
+            for count in range(1, site.switches + 1):
+                kept = {site.name: (bounds[count], site.lanes)}
+                some = [narrowed(o, kept) for o in operators]
+                around = self._around(some)
+                columns.append(self._vector(some, around, site.layer, option))
+            self._layer_memo[key] = np.maximum.accumulate(np.stack(columns, axis=1), axis=1)
+        return self._layer_memo[key]
+
+    def _around(self, operators: Sequence[Operator]) -> Graph:
+        """Narrowed operators with the operators they read, for the sizes of their inputs."""
+        names = {o.name for o in operators}
+        known = self.graph.by_name
+        read = {i for o in operators for i in o.inputs if i not in names and i in known}
+        outside = tuple(known[name] for name in sorted(read))
+        return Graph("", (*outside, *operators), (), self.graph.properties)
+
+    @staticmethod
+    def _alike(operators: Sequence[Operator]) -> tuple[object, ...]:
+        """Equal for layers whose operators cost the same."""
+        return tuple((o.kind, o.shape, o.attributes, len(o.inputs)) for o in operators)
+
+    # -- whole costs -------------------------------------------------------------------------
+
+    @cached_property
+    def base(self) -> dict[str, float]:
+        """Cost of the base model per metric: FLOPs, seconds, bytes, bytes."""
+        if self.switches.kv is not None:
+            return replace(self, switches=replace(self.switches, kv=None), _layer_memo={}).base
+        option = (self.workload.image_tokens,) * len(self.stages)
+        cost = self.outside(option)
+        for layer in range(self.graph.layers):
+            sites = [s for s in self.graph.sites_at(layer) if s.kind != "layer"]
+            cost = cost + self.fixed(layer, option, sites)
+            for site in sites:
+                cost = cost + self.table(site, option)[:, -1]
+        return self.in_units(cost)
+
+    def cost_of(self, plan: Plan) -> dict[str, float]:
+        """Cost of a plan per metric, from the narrowed operators themselves, not the tables."""
+        option, keep = [], self.workload.image_tokens
+        by_layer = {stage.layer: stage.keep for stage in plan.tokens}
+        for stage in self.stages:
+            keep = by_layer.get(stage, keep)
+            option.append(keep)
+        kept = tuple(option)
+        cost = self.outside(kept) + self.selection(kept, plan)
+        for layer in range(self.graph.layers):
+            if layer not in plan.layers_off:
+                cost = cost + self._layer_cost(plan, layer, kept)
+        return self.in_units(cost)
+
+    def _layer_cost(self, plan: Plan, layer: int, option: tuple[int, ...]) -> npt.NDArray[np.int64]:
+        """Cost of one running layer under a plan, operator by operator; shape (4,)."""
+        kept = {}
+        for site in self.graph.sites_at(layer):
+            table = plan.heads if site.kind == "heads" else plan.mlp
+            if site.kind != "layer" and layer in table:
+                if site.kind == "mlp":
+                    # Kept groups are of the plan's own division.
+                    site = replace(site, switches=plan.mlp_switches.get(layer, site.switches))
+                kept[site.name] = (len(site.lanes_of(table[layer])), site.lanes)
+        operators = [
+            narrowed(operator, kept)
+            for operator in self._by_layer.get(layer, [])
+            # A block with nothing left does not run.
+            if not any(kept.get(name, (1, 1))[0] == 0 for _, name in operator.narrowed_by)
+        ]
+        return self._vector(operators, self._around(operators), layer, option)
+
+    @staticmethod
+    def in_units(cost: npt.NDArray[np.int64]) -> dict[str, float]:
+        """A cost vector as metric -> FLOPs, seconds or bytes."""
+        flops, picoseconds, kv, memory = (int(c) for c in cost)
+        return {"flops": flops, "latency": picoseconds / PICOSECONDS, "kv": kv, "memory": memory}
+
+    def limits(self, budget: Budget) -> dict[str, int]:
+        """Metric -> limit in the integer units of the tables, rounded down."""
+        limits = {}
+        for limit in budget.limits:
+            scale = PICOSECONDS if limit.metric == "latency" else 1
+            if limit.amount is not None:
+                limits[limit.metric] = math.floor(limit.amount * scale)
+            else:
+                assert limit.fraction is not None
+                base = round(self.base[limit.metric] * scale)
+                limits[limit.metric] = math.floor(limit.fraction * base)
+        return limits
+
+    def problem(self, budget: Budget, utilities: Utilities) -> Problem:
+        """The Problem: every switch's worth and cost, and the limits."""
+        limits = self.limits(budget)
+        rows = [_ALL.index(metric) for metric in limits]
+        usable = {site.name for site in self.switches.usable(self.graph)}
+        options = self.token_options
+        layers = []
+        for layer in range(self.graph.layers):
+            here = self.graph.sites_at(layer)
+            sites = [s for s in here if s.kind != "layer" and s.name in usable]
+            optional = any(s.kind == "layer" and s.name in usable for s in here)
+            fixed = np.stack([self.fixed(layer, option, sites)[rows] for option in options])
+            worth = 0.0
+            if not sites and optional:
+                worth = utilities.of_layer(here)
+            layers.append(
+                LayerChoices(
+                    name=f"layer.{layer}",
+                    utility=worth,
+                    costs=fixed,
+                    optional=optional,
+                    sites=tuple(
+                        SiteChoices(
+                            name=site.name,
+                            utilities=utilities.of_site(site),
+                            costs=np.stack([self.table(site, option)[rows] for option in options]),
+                        )
+                        for site in sites
+                    ),
+                )
+            )
+        of = self.workload.image_tokens
+        tokens = tuple(
+            TokenOption(
+                keep=option,
+                utility=utilities.of_tokens(_mean_kept(option, self.stages, self.graph.layers, of)),
+                costs=(self.outside(option) + self.selection(option))[rows],
+            )
+            for option in options
+        )
+        return Problem(
+            tuple(limits), np.array(list(limits.values()), dtype=np.int64), tokens, tuple(layers)
+        )
+
+    def work(self) -> dict[str, float]:
+        """Site name -> FLOPs of all its switches, for utilities that follow the work."""
+        option = (self.workload.image_tokens,) * len(self.stages)
+        work = {}
+        for site in self.graph.sites:
+            if site.kind == "layer":
+                others = [
+                    s for s in self.graph.sites if s.layer == site.layer and s.kind != "layer"
+                ]
+                whole = self.fixed(site.layer, option, others)[0]
+                work[site.name] = float(whole + sum(self.table(s, option)[0, -1] for s in others))
+            else:
+                work[site.name] = float(self.table(site, option)[0, -1])
+        return work
+
+
+def compared(
+    costs: Mapping[str, float], base: Mapping[str, float], metrics: Iterable[str]
+) -> dict[str, dict[str, float]]:
+    """Costs of a plan beside the base model's: metric -> ``{"plan", "base", "fraction"}``."""
+    return {
+        metric: {
+            "plan": costs[metric],
+            "base": base[metric],
+            "fraction": costs[metric] / base[metric] if base[metric] else 1.0,
+        }
+        for metric in metrics
+    }
+
+
+def _mean_kept(option: tuple[int, ...], stages: Sequence[int], layers: int, of: int) -> float:
+    """Fraction of image tokens kept, averaged over the layers that a stage covers."""
+    if not option or not of:
+        return 1.0
+    ends = [*stages[1:], layers]
+    covered = [end - start for start, end in zip(stages, ends, strict=True)]
+    return sum(k / of * c for k, c in zip(option, covered, strict=True)) / sum(covered)

@@ -1,0 +1,256 @@
+"""The optimisation problem that a budget poses: what each choice is worth and what it costs.
+
+A `Problem` knows nothing of graphs, devices or weights: integer costs, real utilities, integer
+limits. `planner.planning.pricing` builds it from a Graph; `planner.solver` solves it; the scheduler
+and the audit use the same object, so "feasible" means one thing everywhere.
+
+Choices: one token option; for every layer, on or off; for every site of a layer that is on, which
+switches are kept. Switches of one site cost the same, so a site's cost depends on how many are
+kept, by a table - it need not be linear (a roofline is not). Token counts change every cost, so
+all tables have the token option as first axis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.ir.errors import InputError
+
+__all__ = ["Choice", "Costs", "LayerChoices", "Problem", "SiteChoices", "TokenOption", "top"]
+
+Costs = npt.NDArray[np.int64]
+
+# Sums of costs must stay exact in 64-bit integers, with room for one doubling.
+_COST_CEILING = 1 << 61
+
+
+@dataclass(frozen=True, eq=False)
+class SiteChoices:
+    """Switches of one attention block or MLP.
+
+    Attributes:
+        name: the site's name in the Graph; unique in the Problem.
+        utilities: shape (switches,): what keeping each switch is worth; may be negative.
+        costs: shape (token options, metrics, switches + 1), int64: cost of keeping n switches,
+            non-negative and non-decreasing in n.
+        minimum: fewest switches kept while the layer is on.
+    """
+
+    name: str
+    utilities: npt.NDArray[np.float64]
+    costs: Costs
+    minimum: int = 0
+
+    @property
+    def switches(self) -> int:
+        """Number of switches."""
+        return len(self.utilities)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerChoices:
+    """One layer: on (with its sites) or off.
+
+    Attributes:
+        name: the layer site's name, or a name of its own where the layer cannot be switched.
+        utility: what the layer being on is worth besides its sites.
+        costs: shape (token options, metrics), int64, non-negative: cost of being on, sites' costs
+            not included.
+        sites: the narrowable sites inside; empty while the layer is off.
+        optional: whether the layer may be off.
+    """
+
+    name: str
+    utility: float
+    costs: Costs
+    sites: tuple[SiteChoices, ...] = ()
+    optional: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class TokenOption:
+    """One way to set all token stages.
+
+    Attributes:
+        keep: image tokens kept after each stage, non-increasing.
+        utility: what it is worth.
+        costs: shape (metrics,), int64, non-negative: cost of everything outside the layers (vision
+            encoder, projector, lm_head, ...) with this option.
+    """
+
+    keep: tuple[int, ...]
+    utility: float
+    costs: Costs
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Maximise utility with every metric's cost within its limit.
+
+    Attributes:
+        metrics: names, for messages.
+        limits: shape (metrics,), int64.
+        tokens: at least one token option.
+        layers: in model order.
+    """
+
+    metrics: tuple[str, ...]
+    limits: Costs
+    tokens: tuple[TokenOption, ...]
+    layers: tuple[LayerChoices, ...]
+
+    @property
+    def sites(self) -> tuple[SiteChoices, ...]:
+        """All sites, in model order."""
+        return tuple(site for layer in self.layers for site in layer.sites)
+
+    @property
+    def switches(self) -> int:
+        """Number of layer, head and MLP switches."""
+        return sum(layer.optional + sum(s.switches for s in layer.sites) for layer in self.layers)
+
+    def cost(self, choice: Choice) -> Costs:
+        """Cost of a choice per metric, recomputed from the tables; shape (metrics,)."""
+        option = choice.token_option
+        total = self.tokens[option].costs.astype(np.int64).copy()
+        for layer, on in zip(self.layers, choice.layers_on, strict=True):
+            if not on:
+                continue
+            total += layer.costs[option]
+            for site in layer.sites:
+                total += site.costs[option, :, len(choice.kept[site.name])]
+        return total
+
+    def utility(self, choice: Choice) -> float:
+        """Utility of a choice, recomputed from the tables; the correctly rounded sum."""
+        terms = [self.tokens[choice.token_option].utility]
+        for layer, on in zip(self.layers, choice.layers_on, strict=True):
+            if on:
+                terms.append(layer.utility)
+                for site in layer.sites:
+                    terms += site.utilities[list(choice.kept[site.name])].tolist()
+        return math.fsum(terms)
+
+    def is_feasible(self, choice: Choice) -> bool:
+        """Whether a choice is one of this problem's and respects every limit and every minimum."""
+        if not 0 <= choice.token_option < len(self.tokens):
+            return False
+        if len(choice.layers_on) != len(self.layers):
+            return False
+        for layer, on in zip(self.layers, choice.layers_on, strict=True):
+            if not on and not layer.optional:
+                return False
+            for site in layer.sites:
+                kept = choice.kept.get(site.name)
+                if kept is None or len(set(kept)) != len(kept):
+                    return False
+                if any(not 0 <= switch < site.switches for switch in kept):
+                    return False
+                if (on and len(kept) < site.minimum) or (not on and kept):
+                    return False
+        return bool((self.cost(choice) <= self.limits).all())
+
+    def smallest_costs(self) -> Costs:
+        """Cost of the cheapest choice of every token option; shape (token options, metrics).
+
+        Costs never fall when something is kept, so one choice is the cheapest in all metrics.
+        """
+        total = np.stack([token.costs for token in self.tokens]).astype(np.int64)
+        for layer in self.layers:
+            if not layer.optional:
+                total += layer.costs
+                for site in layer.sites:
+                    total += site.costs[:, :, site.minimum]
+        return total
+
+    def check(self) -> None:
+        """Refuse tables that break what the fields above promise.
+
+        Raises:
+            InputError: naming the first table that is wrong.
+        """
+        options, metrics = len(self.tokens), len(self.metrics)
+        if options == 0:
+            raise InputError("the problem has no token option")
+        _check_table("the limits", self.limits, (metrics,), signed=True)
+        names = [site.name for site in self.sites]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(f"two sites of the problem have the name {twice!r}")
+        for token in self.tokens:
+            _check_table(f"the costs of token option {token.keep}", token.costs, (metrics,))
+            _check_finite(f"the utility of token option {token.keep}", token.utility)
+        for layer in self.layers:
+            _check_table(f"the costs of layer {layer.name}", layer.costs, (options, metrics))
+            _check_finite(f"the utility of layer {layer.name}", layer.utility)
+            for site in layer.sites:
+                _check_site(site, options, metrics)
+        tables = [np.stack([token.costs for token in self.tokens])]
+        tables += [layer.costs for layer in self.layers]
+        tables += [site.costs[:, :, -1] for site in self.sites]
+        for index, metric in enumerate(self.metrics):
+            total = sum(int(table[:, index].max()) for table in tables)
+            if total >= _COST_CEILING:
+                raise InputError(f"the costs of metric {metric} add up to {total}, beyond 2^61")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An answer to a Problem.
+
+    Attributes:
+        token_option: index into ``Problem.tokens``.
+        layers_on: one flag per layer.
+        kept: site name -> kept switches, ascending; empty for sites of layers that are off.
+    """
+
+    token_option: int
+    layers_on: tuple[bool, ...]
+    kept: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @staticmethod
+    def everything(problem: Problem, token_option: int = 0) -> Choice:
+        """The base model: all switches on."""
+        return Choice(
+            token_option,
+            tuple(True for _ in problem.layers),
+            {site.name: tuple(range(site.switches)) for site in problem.sites},
+        )
+
+
+def top(utilities: npt.NDArray[np.float64], count: int) -> tuple[int, ...]:
+    """The `count` most useful switches, ascending; ties go to the lower index."""
+    order: Sequence[int] = np.argsort(-utilities, kind="stable")[:count].tolist()
+    return tuple(sorted(order))
+
+
+def _check_site(site: SiteChoices, options: int, metrics: int) -> None:
+    what = f"the costs of site {site.name}"
+    _check_table(what, site.costs, (options, metrics, site.switches + 1))
+    if (site.costs[:, :, 1:] < site.costs[:, :, :-1]).any():
+        raise InputError(f"{what} fall when a switch is added")
+    if not np.isfinite(site.utilities).all():
+        raise InputError(f"a utility of site {site.name} is not a finite number")
+    if not 0 <= site.minimum <= site.switches:
+        raise InputError(
+            f"the minimum of site {site.name} is {site.minimum}, not between 0 and {site.switches}"
+        )
+
+
+def _check_table(what: str, table: Costs, shape: tuple[int, ...], signed: bool = False) -> None:
+    if table.dtype != np.int64:
+        raise InputError(f"{what} are {table.dtype}, not int64")
+    if table.shape != shape:
+        raise InputError(f"{what} have shape {table.shape}, not {shape}")
+    if not signed and (table < 0).any():
+        raise InputError(f"{what} include a negative one")
+
+
+def _check_finite(what: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise InputError(f"{what} is not a finite number")

@@ -1,0 +1,169 @@
+"""Switch sets: which axes a plan may use, and how finely MLPs are divided."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph, Site
+
+__all__ = ["AXES", "KvPolicy", "SwitchSet", "TokenSelector", "mlp_switches", "with_switches"]
+
+AXES = ("tokens", "layers", "heads", "mlp")
+_SITE_KIND = {"layers": "layer", "heads": "heads", "mlp": "mlp"}
+# Where tokens are dropped unless told otherwise: before the third decoder layer, as FastV (K = 2,
+# arXiv 2403.06764) and Dynamic-LLaVA (section 3 of arXiv 2412.00876) do.
+_TOKEN_LAYER = 2
+_TILE = 128
+
+
+class KvPolicy(Protocol):
+    """By what a KV cache evicts; written as its text."""
+
+    def kept(self, prompt: int, new: int = 0) -> int:
+        """Entries of each head's cache after a prompt and some decoded tokens."""
+
+
+class TokenSelector(Protocol):
+    """A rule that picks tokens, see `planner.models.tokens.selectors`."""
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the content decides how many tokens are left."""
+
+    def products(self, layer: int, sizes: Any) -> tuple[tuple[int, int, int], ...]:
+        """Products of matrices that choosing takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchSet:
+    """What may be switched.
+
+    Attributes:
+        name: as the user writes it.
+        axes: some of `AXES`.
+        faithful: ``adallava-l`` or ``adallava-h`` where switches are counted as in the paper
+            (upper half of the layers, see `planner.planning.unit_counting`), else "".
+        token_layers: decoder layers before which image tokens may be dropped.
+        token_selector: the rule that picks them.
+        token_counts: image tokens kept at each of `token_layers`, where a selector fixes them, or
+            the most that it keeps.
+        selector: `token_selector` itself, where the user gave one.
+        kv: evicts from the cache of every layer; None keeps everything.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    faithful: str = ""
+    token_layers: tuple[int, ...] = (_TOKEN_LAYER,)
+    token_selector: str = "fastv"
+    token_counts: tuple[int, ...] | None = None
+    selector: TokenSelector | None = None
+    kv: KvPolicy | None = None
+
+    @staticmethod
+    def parse(text: str) -> SwitchSet:
+        """Read ``all``, ``adallava-l``, ``adallava-h`` or axes joined by commas."""
+        if text == "all":
+            return SwitchSet("all", AXES)
+        if text == "adallava-l":
+            return SwitchSet(text, ("layers",), faithful=text)
+        if text == "adallava-h":
+            return SwitchSet(text, ("heads", "mlp"), faithful=text)
+        axes = tuple(part.strip() for part in text.split(",") if part.strip())
+        unknown = [axis for axis in axes if axis not in AXES]
+        if unknown or not axes:
+            raise InputError(
+                f"unknown switches '{', '.join(unknown) or text}': "
+                f"choose from {', '.join(AXES)}, or all, adallava-l, adallava-h"
+            )
+        return SwitchSet(text, tuple(axis for axis in AXES if axis in axes))
+
+    def with_selector(self, text: str, image_tokens: int, per_run: int = 0) -> SwitchSet:
+        """The same switches with image tokens dropped as a selector says, rather than chosen.
+
+        Args:
+            text: a selector with its arguments, such as ``fastv:k=2,r=0.5``; imports torch.
+            image_tokens: of one sample.
+            per_run: image tokens that one run of the vision encoder yields; 0 where unknown.
+
+        Raises:
+            InputError: where the selector does not exist, or keeps a number that depends on content
+                and has no cap (no cost could be promised).
+        """
+        from planner.models.tokens.selectors import counted, parse
+
+        selector = parse(text)
+        counts = counted(selector, image_tokens, per_run)
+        return replace(
+            self,
+            axes=tuple(axis for axis in AXES if axis in (*self.axes, "tokens")),
+            token_layers=tuple(selector.layers),
+            token_selector=str(selector),
+            token_counts=counts,
+            selector=selector,
+        )
+
+    def with_kv_policy(self, text: str) -> SwitchSet:
+        """The same switches with a cache that evicts, such as ``h2o:heavy=0.2,recent=0.2``.
+
+        Imports torch. Raises InputError where there is no such policy.
+        """
+        from planner.models.tokens.selectors import parse_kv_policy
+
+        return replace(self, kv=parse_kv_policy(text))
+
+    def usable(self, graph: Graph) -> tuple[Site, ...]:
+        """The graph's sites on these axes."""
+        kinds = {_SITE_KIND[axis] for axis in self.axes if axis in _SITE_KIND}
+        return tuple(site for site in graph.sites if site.kind in kinds)
+
+
+def mlp_switches(width: int, heads: int, like_heads: bool = False) -> int:
+    """Into how many groups the neurons of an MLP are divided.
+
+    Groups are multiples of 128 neurons where the width allows it, so that surviving groups fill
+    whole tiles of a GPU kernel (11008 = 43 x 256, 13824 = 36 x 384), and about as many as heads.
+    Otherwise, and where `like_heads` asks for the papers' division, there are as many as heads.
+    """
+    if like_heads or width % _TILE:
+        return max(1, min(heads, width))
+    tiles = width // _TILE
+    divisors = [d for d in range(1, tiles + 1) if tiles % d == 0]
+    closest = min(divisors, key=lambda d: (abs(d - heads), -d))
+    # A width of 2 large primes would leave one giant group: fall back on as many as heads.
+    return closest if closest >= heads / 3 else max(1, min(heads, width))
+
+
+def with_switches(graph: Graph, groups: int | None = None, like_heads: bool = False) -> Graph:
+    """The graph with every MLP site divided into switches.
+
+    Args:
+        groups: the same number everywhere; by default `mlp_switches` decides.
+        like_heads: as many groups as attention heads, as the papers do.
+    """
+    heads = {s.layer: _query_heads(graph, s) for s in graph.sites_of("heads")}
+    usual = max(heads.values(), default=32)
+    sites: Sequence[Site] = [
+        replace(
+            site,
+            switches=groups or mlp_switches(site.lanes, heads.get(site.layer, usual), like_heads),
+        )
+        if site.kind == "mlp"
+        else site
+        for site in graph.sites
+    ]
+    for site in sites:
+        if site.switches > site.lanes:
+            raise InputError(f"{site.name} has {site.lanes} neurons, too few for {groups} groups")
+    return graph.replacing(graph.operators, sites)
+
+
+def _query_heads(graph: Graph, site: Site) -> int:
+    """Attention heads (not KV groups) of a site's attention operator."""
+    for operator in graph.operators:
+        if operator.kind == "attention" and ("heads", site.name) in operator.narrowed_by:
+            return operator.integer("heads")
+    return site.lanes

@@ -1,0 +1,164 @@
+"""The best choice among those that keep the same counts in every layer.
+
+A checkpoint with plain configuration fields has one number of heads and one MLP width for all of
+its layers. Which switches are kept may still differ from layer to layer, and layers may be off.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import product
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.ir.errors import InputError
+from planner.planning.problem import Problem
+from planner.solver.branch import FORBIDDEN, Branch, Tables
+from planner.solver.search import Candidate, search
+from planner.solver.solution import Infeasible, Solution, certify, feasible_options
+
+__all__ = ["solve_uniform"]
+
+Rows = npt.NDArray[np.intp]
+Counts = npt.NDArray[np.int64]
+
+# Utility of a layer that cannot run at the counts of its branch: below all others together.
+_IMPOSSIBLE = -(1 << 54)
+
+
+def solve_uniform(
+    problem: Problem,
+    *,
+    counts: Mapping[str, Collection[int]] | None = None,
+    time_limit_seconds: float = 20.0,
+) -> Solution:
+    """Maximise utility within all limits, with equal counts in all layers that are on.
+
+    The n-th sites of all layers keep the same number of switches. Every token option with every
+    such set of counts is a branch of its own, in which only layers are left to decide; the exact
+    search goes through them by bound. The solution's bound is that of such choices.
+
+    Args:
+        problem: its layers must have equally many sites with equally many switches; layers without
+            sites are exempt.
+        counts: kind of site (what a name starts with: ``heads``) -> counts to choose from; by
+            default any.
+        time_limit_seconds: after it the best choice so far is returned with the bound so far.
+
+    Raises:
+        InputError: if the problem's tables are inconsistent, or its layers differ in shape.
+        Infeasible: if no such choice respects the limits.
+    """
+    begin = time.perf_counter()
+    problem.check()
+    options = feasible_options(problem)
+    widths = _widths(problem)
+    choices = _choices(problem, widths, counts or {})
+    tables = Tables(problem)
+    branches = {option: tables.branch(option) for option in options}
+    # Row s, column c: how many switches site s keeps under the c-th set of counts.
+    sets = np.array(list(product(*choices)), dtype=np.int64)
+    kept = np.tile(sets.T, (len(problem.sites) // max(len(widths), 1), 1))
+
+    candidates, keys, runs = [], [], False
+    smallest = np.full(len(problem.metrics), np.iinfo(np.int64).max)
+    for option, branch in branches.items():
+        bounds, costs = _screen(branch, kept)
+        possible = bounds > _IMPOSSIBLE // 2
+        if not possible.any():
+            continue
+        runs = True
+        fits = possible & (costs <= branch.room[:, None]).all(axis=0)
+        outside = problem.tokens[option].costs
+        smallest = np.minimum(smallest, outside + costs[:, possible].min(axis=1))
+        for column in np.flatnonzero(fits).tolist():
+            build = partial(_tied, branch, kept[:, column])
+            candidates.append(Candidate(int(bounds[column]), build))
+            keys.append((option, column))
+    if not runs:
+        raise Infeasible("at none of the equal counts asked for can every layer run", {})
+    if not candidates:
+        needs = dict(zip(problem.metrics, smallest.tolist()))
+        listed = ", ".join(f"{metric} {value}" for metric, value in needs.items())
+        raise Infeasible(
+            f"no choice with equal counts in all layers fits: it needs at least {listed}",
+            needs,
+        )
+    outcome = search(candidates, deadline=begin + time_limit_seconds)
+    option, column = keys[outcome.index]
+    assignment = branches[option].assign(outcome.assignment.on, kept[:, column])
+    seconds = time.perf_counter() - begin
+    return certify(tables, option, assignment, outcome.bound, seconds)
+
+
+def _widths(problem: Problem) -> tuple[int, ...]:
+    """Number of switches of the sites of every layer that has any."""
+    shapes = {tuple(site.switches for site in layer.sites) for layer in problem.layers}
+    shapes.discard(())
+    if len(shapes) > 1:
+        listed = " and ".join(str(list(shape)) for shape in sorted(shapes))
+        raise InputError(f"equal counts need layers of equal shape, not sites of {listed} switches")
+    return shapes.pop() if shapes else ()
+
+
+def _choices(
+    problem: Problem, widths: tuple[int, ...], counts: Mapping[str, Collection[int]]
+) -> list[list[int]]:
+    """Counts to choose from, for each of a layer's sites."""
+    sites = next((layer.sites for layer in problem.layers if layer.sites), ())
+    choices = []
+    for site, width in zip(sites, widths, strict=True):
+        allowed = counts.get(site.name.partition(".")[0], range(width + 1))
+        choices.append([count for count in range(width + 1) if count in allowed])
+    return choices
+
+
+def _layer_utility(branch: Branch, kept: Counts) -> npt.NDArray[np.int64]:
+    """Utility of each layer with its sites at given counts.
+
+    Args:
+        branch: the branch.
+        kept: shape (sites, sets).
+
+    Returns:
+        Shape (layers, sets).
+    """
+    gain = np.take_along_axis(branch.gain, kept, axis=1)
+    total = np.repeat(branch.layer_utility[:, None], kept.shape[1], axis=1)
+    np.add.at(total, branch.site_layer, np.where(gain == FORBIDDEN, _IMPOSSIBLE, gain))
+    return np.maximum(total, _IMPOSSIBLE)
+
+
+def _screen(branch: Branch, kept: Counts) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Of every set of counts, utility without limits, and cost of the layers that must run.
+
+    Args:
+        branch: the branch.
+        kept: shape (sites, sets).
+
+    Returns:
+        Shapes (sets,) and (metrics, sets).
+    """
+    worth = _layer_utility(branch, kept)
+    taken = np.where(branch.optional[:, None], np.maximum(worth, 0), worth)
+    bounds = branch.utility + np.maximum(taken.sum(axis=0), _IMPOSSIBLE)
+    must = ~branch.optional
+    cost = np.take_along_axis(branch.cost, kept[None], axis=2)[:, must[branch.site_layer]]
+    return bounds, branch.layer_cost[:, must].sum(axis=1)[:, None] + cost.sum(axis=1)
+
+
+def _tied(branch: Branch, counts: Counts) -> Branch:
+    """The branch with the counts of its sites given, so that only layers are left to decide."""
+    _, cost = branch.layer_totals(counts)
+    return replace(
+        branch,
+        layer_utility=_layer_utility(branch, counts[:, None])[:, 0],
+        layer_cost=cost,
+        site_layer=np.zeros(0, dtype=np.intp),
+        gain=np.zeros((0, 1), dtype=np.int64),
+        cost=np.zeros((len(cost), 0, 1), dtype=np.int64),
+    )

@@ -1,0 +1,233 @@
+"""One cell after the other: trained, measured, kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
+
+from planner.files import write_text
+from planner.ir.errors import PlannerError
+from planner.ir.graph import Graph
+from planner.ir.lowering import lower_model
+from planner.models.calibration import calibrate, read_samples
+from planner.models.calibration.samples import Question
+from planner.models.scheduling import Scheduled, load_scheduler
+from planner.models.scheduling.scheduled_model import Decide
+from planner.planning.catalog import find_model
+from planner.planning.compiler import Request
+from planner.planning.switches import with_switches
+from planner.planning.utilities import Utilities, save_utilities
+from planner.training.budget_accuracy import TEXT_TOKENS, UnderBudgets
+from planner.training.data import SceneQuestions
+from planner.training.evaluate import predict
+from planner.training.experiments.learning import label_file, losses_of, regret_of
+from planner.training.experiments.tables import Cell
+from planner.training.recipes import load_recipe
+
+__all__ = ["Bench", "Progress", "calibrated"]
+
+Progress = Callable[[str], None]
+# Questions on which skipping and masking must give the same answers.
+PARITY_QUESTIONS = 24
+CALIBRATION_QUESTIONS = 24
+
+
+class Bench:
+    """Models of one seed, trained and loaded when they are needed, and their measured cells.
+
+    Args:
+        work: where models and cells are kept.
+        seed: of the training runs and of the test questions.
+        samples: test questions.
+        overrides: of every training configuration.
+        progress: told what comes next.
+    """
+
+    def __init__(
+        self,
+        work: Path,
+        seed: int,
+        samples: int,
+        overrides: tuple[str, ...],
+        progress: Progress,
+    ) -> None:
+        self.work, self.seed, self.overrides, self.progress = work, seed, overrides, progress
+        self.samples = SceneQuestions("test", samples, seed)
+        self._loaded: dict[Path, tuple[Any, Any, Any]] = {}
+
+    def measured(self, cell: Cell) -> dict[str, Any]:
+        """A cell, from its file or measured now."""
+        return self._kept(cell.key, {"cell": repr(cell)}, lambda: self._measure(cell))
+
+    def learned(self, cell: Cell) -> dict[str, Any]:
+        """The regret of a cell's scheduler on validation questions, and its losses in training."""
+        kind = {"learned": cell.method, "config": cell.config, "own": list(cell.overrides)}
+        return self._kept(
+            f"{cell.method}_learned".replace(" ", "-"), kind, lambda: self._learned(cell)
+        )
+
+    def _kept(
+        self, name: str, kind: Mapping[str, Any], measure: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        identity = {**kind, "samples": len(self.samples), "overrides": list(self.overrides)}
+        path = self.work / "cells" / f"seed-{self.seed}" / f"{name}.json"
+        if path.is_file():
+            known = json.loads(path.read_text())
+            if known["identity"] == identity:
+                return dict(known["result"])
+        result = measure()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps({"identity": identity, "result": result}, indent=1) + "\n")
+        return result
+
+    def _learned(self, cell: Cell) -> dict[str, Any]:
+        folder = self._trained(cell)
+        model, processor, graph = self._load(folder)
+        self.progress(f"seed {self.seed}: regret of {cell.method}")
+        scheduled = Scheduled(model, graph, load_scheduler(folder, graph), mask=True)
+        return {
+            "method": cell.method,
+            "regret": regret_of(scheduled, processor, self.seed),
+            "losses": losses_of(folder.parent / "run"),
+        }
+
+    def _measure(self, cell: Cell) -> dict[str, Any]:
+        folder = self._trained(cell) if cell.config else _shipped()
+        model, processor, graph = self._load(folder)
+        self.progress(f"seed {self.seed}: {cell.method} {cell.tokens} at {cell.budget:g}")
+        scheduled, utilities = None, "prior"
+        switches = cell.switches or ("tokens" if cell.tokens else "layers")
+        if cell.config:
+            scheduler = load_scheduler(folder, graph)
+            decide = _rule(cell.rule, self.seed, scheduler.layout.decide)
+            scheduled = Scheduled(model, graph, scheduler, mask=True, decide=decide)
+        elif cell.rule == "calibrated":
+            utilities = str(calibrated(model, processor, graph, self.work))
+        request = Request(
+            "tiny-llava", switches=switches, utilities=utilities, text_tokens=TEXT_TOKENS
+        )
+        bench = UnderBudgets(
+            model, processor, graph, self.samples, scheduled, request, cell.tokens or None
+        )
+        measured = bench.measure(cell.budget)
+        if scheduled is not None:
+            _check_parity(scheduled, bench, cell)
+        count = measured["samples"]
+        return {
+            "method": cell.method,
+            "tokens": cell.tokens,
+            "rule": cell.rule,
+            **measured,
+            "success": 1 - measured["violations"] / count,
+        }
+
+    def _trained(self, cell: Cell) -> Path:
+        """The folder of a trained model; what was trained already is found again."""
+        own = (*cell.overrides, *self.overrides)
+        before = [f"labels={cell.labels}"] if cell.labels else []
+        label = "_".join([Path(cell.config).stem, *(o.replace("=", "-") for o in (*before, *own))])
+        folder = self.work / "models" / f"{label}_seed-{self.seed}"
+        if not (folder / "model" / "scheduler.json").is_file():
+            self.progress(f"seed {self.seed}: training {label}")
+            config = Path(__file__).parent.parent / "configs" / cell.config
+            if cell.labels:
+                base = self._load(_shipped())
+                before = [f"labels={label_file(*base, cell.labels, self.work)}"]
+            settings = [
+                f"output_dir={folder / 'run'}",
+                f"export_dir={folder / 'model'}",
+                f"seed={self.seed}",
+                *before,
+                *own,
+            ]
+            recipe, parsed = load_recipe(config, settings)
+            recipe.train(parsed)
+        return folder / "model"
+
+    def _load(self, folder: Path) -> tuple[Any, Any, Any]:
+        if folder not in self._loaded:
+            # One at a time: tables go through models in order.
+            self._loaded.clear()
+            logging.disable_progress_bar()
+            model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+            processor = AutoProcessor.from_pretrained(folder)
+            self._loaded[folder] = (model, processor, lower_model(model, "tiny-llava"))
+        return self._loaded[folder]
+
+
+def _shipped() -> Path:
+    folder = find_model("tiny-llava").folder
+    assert folder is not None
+    return folder
+
+
+def calibrated(model: Any, processor: Any, graph: Graph, work: Path) -> Path:
+    """Utilities of a model by leave-one-out on scenes of the training split, measured once."""
+    path = work / "calibrated.npz"
+    if path.is_file():
+        return path
+    pictures = work / "calibration"
+    pictures.mkdir(parents=True, exist_ok=True)
+    questions = []
+    for number, scene in enumerate(SceneQuestions("train", CALIBRATION_QUESTIONS)):
+        assert scene.image is not None
+        scene.image.save(pictures / f"{number}.png")
+        questions.append(Question(pictures / f"{number}.png", scene.turns[0].question, None))
+    divided = with_switches(graph)
+    samples = read_samples(model, processor, questions, len(questions), 0)
+    found = calibrate(model, divided, samples, measure="kl", partial=work / "calibrated.partial")
+    save_utilities(path, Utilities(path.name, found.sites, found.tokens), divided, "{}")
+    return path
+
+
+def _rule(name: str, seed: int, scheduler: Decide) -> Decide:
+    """How switches are chosen from logits and limits."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def at_random(logits: Tensor, limits: Tensor) -> Tensor:
+        return scheduler(torch.rand(logits.shape, generator=generator), limits)
+
+    def by_depth(logits: Tensor, limits: Tensor) -> Tensor:
+        return scheduler(-torch.arange(logits.shape[1]).float().expand_as(logits), limits)
+
+    def threshold(logits: Tensor, limits: Tensor) -> Tensor:
+        return logits > 0
+
+    rules: dict[str, Decide] = {
+        "scheduler": scheduler,
+        "random": at_random,
+        "depth": by_depth,
+        "threshold": threshold,
+    }
+    return rules[name]
+
+
+def _check_parity(scheduled: Scheduled, bench: UnderBudgets, cell: Cell) -> None:
+    """Cells are measured by masks, which many plans in a batch do not slow down.
+
+    Raises:
+        PlannerError: skipping answers otherwise.
+    """
+    if cell.rule == "random":
+        return
+    few = [bench.samples[i] for i in range(min(PARITY_QUESTIONS, len(bench.samples)))]
+    answers = []
+    for mask in (True, False):
+        runs = Scheduled(
+            scheduled.model,
+            scheduled.graph,
+            scheduled.scheduler,
+            mask=mask,
+            decide=scheduled.decide,
+        )
+        with runs.using(cell.budget, bench.stages):
+            answers.append(predict(bench.model, bench.processor, few, bench.batch_size))
+    if answers[0] != answers[1]:
+        raise PlannerError(f"{cell.method} at {cell.budget:g}: skipping and masking disagree")

@@ -1,0 +1,221 @@
+"""Labels: what switches are worth to each sample, measured, and the plan that follows from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from planner.audit import Labels, Terms, decide, worth
+from planner.audit.surrogate import all_plans
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph, Site
+from planner.models.calibration import Sample, weights_digest
+from planner.models.calibration.leave_one_out import Switch, as_gates, measure
+from planner.models.calibration.replay import NOT_FINITE, Replay
+from planner.models.calibration.store import Store
+from planner.models.running.masked import MaskedExecutor
+from planner.models.scheduling import Scheduled
+from planner.planning.problem import Problem
+from planner.planning.switch_vectors import Flags, choice_of, switch_names, with_utilities
+from planner.planning.switches import with_switches
+from planner.training.question_samples import prompt_of
+
+__all__ = ["MOST_SWITCHES", "label_samples", "loss_changes"]
+
+#: Switches of which every plan may be tried: 4,096 plans per sample.
+MOST_SWITCHES = 12
+
+Array = npt.NDArray[np.float64]
+Progress = Callable[[int, int], None]
+
+
+def label_samples(
+    model: nn.Module,
+    graph: Graph,
+    samples: Sequence[tuple[str, Sample]],
+    terms: Terms,
+    budgets: Sequence[float],
+    *,
+    tried: int = 0,
+    batch: int = 16,
+    scheduled: Scheduled | None = None,
+    partial: Path | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Labels:
+    """Measure every sample and decide its plan for every budget.
+
+    Args:
+        model: dense, in evaluation mode; left as it was.
+        graph: of the model, as lowered.
+        samples: name and contents, with the true answer.
+        terms: what the labels are for.
+        budgets: fractions of the base model.
+        tried: of how many samples every plan's true loss is measured as well.
+        batch: plans that run at once.
+        scheduled: makes the plans; None for the heuristic.
+        partial: where to keep partial results; the same call continues from them.
+        progress: called with the number of samples done, and of all.
+
+    Raises:
+        InputError: bad arguments, outputs that are not finite, or a budget that cannot be met.
+    """
+    problems = {budget: terms.problem(graph, budget) for budget in budgets}
+    names = switch_names(next(iter(problems.values())))
+    if not samples or not names:
+        raise InputError("labels need at least one sample, and a model with something to switch")
+    if tried and (len(names) > MOST_SWITCHES or any("[" in name for name in names)):
+        raise InputError(
+            f"every plan can be tried for at most {MOST_SWITCHES} layers, not for the "
+            f"{len(names)} switches of {terms.switches}"
+        )
+    executor = MaskedExecutor(model, graph)
+    switches = _switches(with_switches(graph, terms.mlp_groups), names)
+    count = len(samples)
+    shapes: dict[str, tuple[int, ...]] = {"utilities": (count, len(names))}
+    if tried:
+        shapes["losses"] = (min(tried, count), 1 << len(names))
+    if scheduled is not None:
+        shapes["plans"] = (count, len(budgets), len(names))
+    store = Store(partial, _key(terms, budgets, samples, model), shapes)
+    try:
+        for index, (_, sample) in enumerate(samples):
+            _measure(executor, switches, sample, store.arrays, index, batch)
+            if "plans" in shapes and np.isnan(store.arrays["plans"][index]).any():
+                assert scheduled is not None
+                store.arrays["plans"][index] = _scheduled_plans(scheduled, sample, budgets)
+            store.save()
+            progress(index + 1, count)
+    finally:
+        store.save(now=True)
+    labels = _labels(terms, names, [name for name, _ in samples], problems, store.arrays)
+    store.remove()
+    return labels
+
+
+@torch.no_grad()
+def loss_changes(
+    executor: MaskedExecutor, replay: Replay, switches: Sequence[Switch], plans: Flags
+) -> Array:
+    """Change of one sample's loss under plans, in nats per answer token.
+
+    Args:
+        executor: of the replayed model.
+        replay: the sample, on as many rows as plans run at once.
+        switches: what the plans are about; all else is on.
+        plans: shape (plans, switches).
+
+    Returns:
+        Shape (plans,).
+
+    Raises:
+        InputError: the model's output is not finite.
+    """
+    parts = []
+    for start in range(0, len(plans), replay.rows):
+        some = plans[start : start + replay.rows]
+        # Rows to spare keep everything on.
+        rows = np.ones((replay.rows, len(switches)), dtype=np.bool_)
+        rows[: len(some)] = some
+        columns: dict[Site, Tensor] = {}
+        for switch, column in zip(switches, rows.T, strict=True):
+            gates = columns.setdefault(switch.site, torch.ones(replay.rows, switch.site.switches))
+            gates[:, switch.index] = torch.from_numpy(column.astype(np.float32))
+        off = [s.site.layer for s, column in zip(switches, rows.T, strict=True) if not column.all()]
+        with executor.using(as_gates(columns)):
+            found = replay.log_probabilities(min(off, default=0))
+        parts.append(measure(found, replay, "loss")[: len(some)].double().cpu().numpy())
+    changes = np.concatenate(parts)
+    if not np.isfinite(changes).all():
+        raise InputError(NOT_FINITE)
+    return changes
+
+
+def _switches(graph: Graph, names: Sequence[str]) -> list[Switch]:
+    """The Graph's switches that a problem's names stand for."""
+    found = []
+    for name in names:
+        site, _, index = name.partition("[")
+        found.append(Switch(graph.sites_by_name[site], int(index.rstrip("]") or 0)))
+    return found
+
+
+def _measure(
+    executor: MaskedExecutor,
+    switches: Sequence[Switch],
+    sample: Sample,
+    arrays: dict[str, Array],
+    index: int,
+    batch: int,
+) -> None:
+    """What is still missing of one sample."""
+    wanted = {"utilities": ~np.eye(len(switches), dtype=np.bool_)}
+    if "losses" in arrays and index < len(arrays["losses"]):
+        wanted["losses"] = all_plans(len(switches))
+    missing = {n: plans for n, plans in wanted.items() if np.isnan(arrays[n][index]).any()}
+    if not missing:
+        return
+    rows = min(batch, max(len(plans) for plans in missing.values()))
+    replay = Replay(executor.model, executor.layers, sample, rows)
+    for name, plans in missing.items():
+        arrays[name][index] = loss_changes(executor, replay, switches, plans)
+
+
+@torch.no_grad()
+def _scheduled_plans(scheduled: Scheduled, sample: Sample, budgets: Sequence[float]) -> Array:
+    """The scheduler's plan under every budget, shape (budgets, switches), from one pass."""
+    prompt = prompt_of(sample, len(budgets))
+    with scheduled.using(list(budgets)):
+        scheduled.model(**prompt, use_cache=False)
+        assert scheduled.taken is not None
+        return scheduled.taken.double().cpu().numpy()
+
+
+def _labels(
+    terms: Terms,
+    names: tuple[str, ...],
+    samples: Sequence[str],
+    problems: dict[float, Problem],
+    arrays: dict[str, Array],
+) -> Labels:
+    """By sample, then by budget."""
+    plans: list[Flags] = []
+    costs, limits = [], []
+    losses: dict[int, Array] = {}
+    for index in range(len(samples)):
+        for place, problem in enumerate(problems.values()):
+            problem = with_utilities(problem, worth(arrays["utilities"][index]))
+            flags = decide(problem) if "plans" not in arrays else arrays["plans"][index, place] > 0
+            if "losses" in arrays and index < len(arrays["losses"]):
+                losses[len(plans)] = arrays["losses"][index]
+            plans.append(flags)
+            costs.append(int(problem.cost(choice_of(problem, flags))[0]))
+            limits.append(int(problem.limits[0]))
+    return Labels(
+        terms=terms,
+        switches=names,
+        samples=tuple(name for name in samples for _ in problems),
+        budgets=np.array(list(problems) * len(samples)),
+        utilities=np.repeat(arrays["utilities"], len(problems), axis=0),
+        plans=np.array(plans),
+        costs=np.array(costs, dtype=np.int64),
+        limits=np.array(limits, dtype=np.int64),
+        losses=losses,
+    )
+
+
+def _key(
+    terms: Terms,
+    budgets: Sequence[float],
+    samples: Sequence[tuple[str, Sample]],
+    model: nn.Module,
+) -> str:
+    """Equal for calls that give equal labels."""
+    facts = [repr(terms), list(budgets), [(name, sample.digest()) for name, sample in samples]]
+    return hashlib.sha256(json.dumps([*facts, weights_digest(model)]).encode()).hexdigest()
