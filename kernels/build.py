@@ -28,6 +28,7 @@ from planner.files import write_text
 from planner.ir.cost import Workload
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
+from planner.ir.intervals import print_ranges
 from planner.kernels.aot import Compiled, compile_kernel, specialization
 from planner.kernels.autotune import Tiles, autotuned, local_target
 from planner.kernels.codegen import Generated, Origin, Source, generate
@@ -35,7 +36,7 @@ from planner.kernels.manifest import NAME, CompiledKernel, Manifest
 from planner.kernels.shapes import Block, blocks_of
 from planner.kernels.tiles import Target, tiles_chosen_by
 from planner.kernels.trial import load_source
-from planner.plan import Plan, plan_digest, print_ranges
+from planner.plan import Plan, plan_digest
 from planner.planning.graph_cache import cache_folder
 
 __all__ = ["build_kernels"]

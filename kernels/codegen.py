@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from planner.ir.intervals import print_ranges
 from planner.kernels import fused
 from planner.kernels.hosts import Step, run_function
 from planner.kernels.launch import Launch, recorded
@@ -36,7 +37,6 @@ from planner.kernels.shapes import AttentionShape, Block, MLPShape, NormShape, S
 from planner.kernels.specialise import Program
 from planner.kernels.tables import Table
 from planner.kernels.tiles import Target
-from planner.plan import print_ranges
 
 __all__ = ["Generated", "Origin", "Source", "generate"]
 

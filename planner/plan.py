@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from planner.files import write_text
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
+from planner.ir.intervals import print_ranges, read_ranges
 
 __all__ = [
     "FORMAT",
@@ -22,8 +23,6 @@ __all__ = [
     "TokenStage",
     "load_plan",
     "plan_digest",
-    "print_ranges",
-    "read_ranges",
     "save_plan",
 ]
 
@@ -121,33 +120,6 @@ def _within(what: str, indices: Sequence[int], count: int) -> None:
 
 
 # -- the file -------------------------------------------------------------------------------------
-
-
-def print_ranges(numbers: Iterable[int]) -> str:
-    """Ascending numbers as ranges: ``0-3,7,9-10``; nothing as ``none``."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ",".join(f"{a}-{b}" if a != b else str(a) for a, b in parts) or "none"
-
-
-def read_ranges(text: str) -> tuple[int, ...]:
-    """Read what `print_ranges` wrote; raise ValueError on anything else."""
-    if text == "none":
-        return ()
-    numbers: list[int] = []
-    try:
-        for part in text.split(","):
-            first, dash, last = part.partition("-")
-            numbers.extend(range(int(first), int(last if dash else first) + 1))
-    except ValueError:
-        numbers = [0, 0]
-    if not numbers or numbers != sorted(set(numbers)):
-        raise ValueError(f"'{text}' is not a list of ascending ranges such as 0-3,7")
-    return tuple(numbers)
 
 
 class _Mlp(BaseModel):

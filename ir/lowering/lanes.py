@@ -9,7 +9,7 @@ layouts, gates - with no knowledge of the architecture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from planner.ir.graph import Block
+from planner.ir.intervals import intervals_of
 from planner.ir.lowering.aten import ACTIVATIONS, HEAVY, NORMS, REDUCTIONS, VIEWS, opname
 
 __all__ = ["Label", "LaneTracer", "affine_blocks"]
@@ -196,25 +197,14 @@ def affine_blocks(features: list[list[int]]) -> tuple[Block, ...] | None:
     Args:
         features: for each lane its feature numbers.
     """
-    runs = [_runs(sorted(set(lane))) for lane in features]
-    if not runs or not runs[0] or any(len(r) != len(runs[0]) for r in runs):
+    lanes = [intervals_of(sorted(set(lane))) for lane in features]
+    if not lanes or not lanes[0] or any(len(lane) != len(lanes[0]) for lane in lanes):
         return None
     blocks = []
-    for position, (offset, width) in enumerate(runs[0]):
-        stride = runs[1][position][0] - offset if len(runs) > 1 else width
-        for lane, run in enumerate(runs):
-            if run[position] != (offset + lane * stride, width):
+    for position, (start, stop) in enumerate(lanes[0]):
+        stride = lanes[1][position][0] - start if len(lanes) > 1 else stop - start
+        for number, lane in enumerate(lanes):
+            if lane[position] != (start + number * stride, stop + number * stride):
                 return None
-        blocks.append(Block(offset, stride, width))
+        blocks.append(Block(start, stride, stop - start))
     return tuple(blocks)
-
-
-def _runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
-    """Maximal runs of consecutive numbers as (start, length)."""
-    runs: list[tuple[int, int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][0] + runs[-1][1]:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((number, 1))
-    return runs

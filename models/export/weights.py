@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from planner.models.running.bindings import BoundLinear, Runs
+from planner.ir.intervals import Intervals
+from planner.models.running.bindings import BoundLinear
 from planner.models.running.program import Program
 
 __all__ = ["cast", "kept_weights"]
@@ -51,7 +52,7 @@ def cast(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Te
 
 
 @torch.no_grad()
-def _sliced(linear: BoundLinear, lanes: Runs) -> dict[str, Tensor]:
+def _sliced(linear: BoundLinear, lanes: Intervals) -> dict[str, Tensor]:
     """Copies of one linear's parameters with the kept features."""
     runs = linear.runs(lanes) or ((0, 0),)
     axis = 0 if linear.binding.axis == "out" else 1

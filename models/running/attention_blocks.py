@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from planner.ir.errors import InputError
-from planner.models.running.bindings import BoundSite, Runs
+from planner.ir.intervals import Intervals, count_of
+from planner.models.running.bindings import BoundSite
 from planner.models.running.narrowed_linear import LinearForward, SliceStore
 from planner.models.running.patches import ConfigView, Patches
 
@@ -139,7 +140,7 @@ def probe(decoder: nn.Module, site: BoundSite, width: int) -> AttentionBlock:
         if isinstance(output, tuple):
             shape = tuple(place is output[0] for place in output)
         lanes = site.site.lanes
-        kept: list[Runs] = [((0, 1),), ((1, lanes),)] if lanes > 1 else []
+        kept: list[Intervals] = [((0, 1),), ((1, lanes),)] if lanes > 1 else []
         expected = [_masked(site, runs, args, kwargs) for runs in kept]
         for integers in _attempts(_candidates(site)):
             block = AttentionBlock(lanes, integers, shape)
@@ -156,7 +157,7 @@ def probe(decoder: nn.Module, site: BoundSite, width: int) -> AttentionBlock:
     )
 
 
-def _masked(site: BoundSite, lanes: Runs, args: Any, kwargs: Any) -> Tensor:
+def _masked(site: BoundSite, lanes: Intervals, args: Any, kwargs: Any) -> Tensor:
     """The block's result with the outputs of all other heads multiplied by zero."""
     sink = site.sink
     mask = torch.zeros(sink.features, device=sink.weight.device, dtype=sink.weight.dtype)
@@ -174,10 +175,15 @@ def _masked(site: BoundSite, lanes: Runs, args: Any, kwargs: Any) -> Tensor:
 
 
 def _agrees(
-    block: AttentionBlock, site: BoundSite, lanes: Runs, args: Any, kwargs: Any, expected: Tensor
+    block: AttentionBlock,
+    site: BoundSite,
+    lanes: Intervals,
+    args: Any,
+    kwargs: Any,
+    expected: Tensor,
 ) -> bool:
     store = SliceStore(0)
-    count = sum(stop - start for start, stop in lanes)
+    count = count_of(lanes)
     with Patches() as patches:
         for linear in site.linears:
             forward = LinearForward(linear.module)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -17,36 +16,14 @@ from transformers.pytorch_utils import Conv1D
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Binding, Graph, Site
+from planner.ir.intervals import Intervals, merged
 
-__all__ = ["BoundLayer", "BoundLinear", "BoundSite", "Runs", "bind", "bind_site"]
-
-# Half-open, ascending, disjoint intervals of features: ((0, 64), (128, 192)).
-Runs = tuple[tuple[int, int], ...]
-
-
-def merge(runs: Iterable[tuple[int, int]]) -> Runs:
-    """Sort intervals and join those that touch or overlap."""
-    merged: list[tuple[int, int]] = []
-    for start, stop in sorted(runs):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-        elif start < stop:
-            merged.append((start, stop))
-    return tuple(merged)
+__all__ = ["BoundLayer", "BoundLinear", "BoundSite", "bind", "bind_site"]
 
 
 def _pairs(edges: Sequence[int]) -> Iterable[tuple[int, int]]:
     """Consecutive pairs."""
     return zip(edges[::2], edges[1::2], strict=True)
-
-
-def runs_of(lanes: Sequence[int]) -> Runs:
-    """Ascending numbers as intervals."""
-    runs = []
-    for _, run in groupby(enumerate(lanes), key=lambda pair: pair[1] - pair[0]):
-        numbers = [number for _, number in run]
-        runs.append((numbers[0], numbers[-1] + 1))
-    return tuple(runs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +43,7 @@ class BoundLinear:
     path: str
     module: nn.Module
     binding: Binding
-    shared: Runs
+    shared: Intervals
     records: tuple[tuple[int, int], ...] = ()
 
     @property
@@ -89,7 +66,7 @@ class BoundLinear:
         """Size of the narrowed axis in the base model."""
         return self.weight.shape[0 if self.binding.axis == "out" else 1]
 
-    def runs(self, lanes: Runs) -> Runs:
+    def runs(self, lanes: Intervals) -> Intervals:
         """Features kept with the given lanes, in the order that the weight stores them."""
         kept = list(self.shared)
         for block in self.binding.blocks:
@@ -99,7 +76,7 @@ class BoundLinear:
                     kept.append((first, last))
                 else:
                     kept.extend((f, f + block.width) for f in range(first, last, block.stride))
-        return merge(kept)
+        return merged(kept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +119,7 @@ def _bind_linear(model: nn.Module, site: Site, binding: Binding) -> BoundLinear:
             f"the graph gives {binding.module} {edges[-2]} features and the model has "
             f"{linear.features}; lower the model that is loaded"
         )
-    return BoundLinear(binding.module, module, binding, merge(_pairs(edges)))
+    return BoundLinear(binding.module, module, binding, merged(_pairs(edges)))
 
 
 def _records(linear: BoundLinear) -> tuple[tuple[int, int], ...]:

@@ -20,7 +20,7 @@ from math import gcd
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.models.running.bindings import Runs
+from planner.ir.intervals import Intervals
 
 __all__ = ["Moves", "moves", "order"]
 
@@ -29,7 +29,7 @@ Moves = tuple[tuple[int, int, int], ...]
 
 
 @lru_cache(maxsize=4096)
-def order(lanes: Runs, unit: int = 1) -> NDArray[np.int64]:
+def order(lanes: Intervals, unit: int = 1) -> NDArray[np.int64]:
     """Which lane lies in which slot, in units of lanes.
 
     Args:
@@ -55,7 +55,7 @@ def order(lanes: Runs, unit: int = 1) -> NDArray[np.int64]:
 
 
 @lru_cache(maxsize=4096)
-def moves(lanes: Runs, held: Runs = ()) -> Moves:
+def moves(lanes: Intervals, held: Intervals = ()) -> Moves:
     """What to copy so that memory which holds some lanes in their order holds others in theirs.
 
     Args:

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from planner.ir.intervals import Intervals, count_of
 from planner.kernels.products import kept_linear, suits
-from planner.models.running.bindings import BoundLinear, Runs
+from planner.models.running.bindings import BoundLinear
 from planner.models.running.lane_order import moves
 
 __all__ = ["LinearForward", "Narrowed", "SliceStore"]
@@ -88,7 +89,7 @@ def _state(parameter: Tensor) -> State:
     return id(parameter), parameter.data_ptr(), version
 
 
-def _pieces(linear: BoundLinear, lanes: Runs, held: Runs = ()) -> Pieces:
+def _pieces(linear: BoundLinear, lanes: Intervals, held: Intervals = ()) -> Pieces:
     """What of a weight to copy where, so that memory that holds some lanes holds others."""
     if held == lanes != ():
         return ()
@@ -99,7 +100,7 @@ def _pieces(linear: BoundLinear, lanes: Runs, held: Runs = ()) -> Pieces:
             pieces.append((place, start, stop - start))
             place += stop - start
         return tuple(pieces)
-    count, before = _lanes(lanes), _lanes(held)
+    count, before = count_of(lanes), count_of(held)
     # Behind the first block everything moves where the number of lanes changes.
     known = held if count == before or len(linear.records) == 1 else ()
     for offset, stride in linear.records:
@@ -126,7 +127,7 @@ def _views(linear: BoundLinear, pieces: Pieces) -> Narrowed:
 
 
 @torch.no_grad()
-def _slice(linear: BoundLinear, lanes: Runs, memory: Tensor, held: Runs = ()) -> Narrowed:
+def _slice(linear: BoundLinear, lanes: Intervals, memory: Tensor, held: Intervals = ()) -> Narrowed:
     """Narrow by copying.
 
     Args:
@@ -150,10 +151,6 @@ def _count(pieces: Pieces) -> int:
     return sum(number for _, _, number in pieces)
 
 
-def _lanes(lanes: Runs) -> int:
-    return sum(stop - start for start, stop in lanes)
-
-
 def _is_packed(linear: BoundLinear) -> bool:
     """Whether columns must lie without gaps, to be multiplied in the faster way."""
     return linear.binding.axis == "in" and suits(linear.weight)
@@ -167,7 +164,7 @@ class _Slots:
     """
 
     memory: Tensor
-    lanes: Runs = ()
+    lanes: Intervals = ()
     source: State = (0, 0, 0)
 
     @staticmethod
@@ -179,18 +176,18 @@ class _Slots:
         mine, weight = self.memory, linear.weight
         return (mine.shape, mine.dtype, mine.device) == (weight.shape, weight.dtype, weight.device)
 
-    def _held(self, linear: BoundLinear, lanes: Runs) -> Runs:
+    def _held(self, linear: BoundLinear, lanes: Intervals) -> Intervals:
         """Of the lanes that lie here, those whose features may stay where they are."""
         if self.source != _state(linear.parameter):
             return ()
-        moved = _is_packed(linear) and _lanes(lanes) != _lanes(self.lanes)
+        moved = _is_packed(linear) and count_of(lanes) != count_of(self.lanes)
         return () if moved else self.lanes
 
-    def missing(self, linear: BoundLinear, lanes: Runs) -> int:
+    def missing(self, linear: BoundLinear, lanes: Intervals) -> int:
         """How many features have to be copied."""
         return _count(_pieces(linear, lanes, self._held(linear, lanes)))
 
-    def hold(self, linear: BoundLinear, lanes: Runs) -> Narrowed:
+    def hold(self, linear: BoundLinear, lanes: Intervals) -> Narrowed:
         """Copy what is not there yet."""
         held, self.lanes = self._held(linear, lanes), ()
         memory = self.memory
@@ -218,9 +215,9 @@ class SliceStore:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.bytes = 0
-        self._slices: OrderedDict[tuple[str, Runs], Narrowed] = OrderedDict()
+        self._slices: OrderedDict[tuple[str, Intervals], Narrowed] = OrderedDict()
         # Features copied for lanes that have no slice of their own.
-        self._copied: OrderedDict[tuple[str, Runs], int] = OrderedDict()
+        self._copied: OrderedDict[tuple[str, Intervals], int] = OrderedDict()
         self._slots: dict[str, list[_Slots]] = {}
         self._lent: Counter[str] = Counter()
 
@@ -228,7 +225,7 @@ class SliceStore:
         """Declare that nothing handed out before is in use any more."""
         self._lent.clear()
 
-    def get(self, linear: BoundLinear, lanes: Runs, keep: bool = False) -> Narrowed:
+    def get(self, linear: BoundLinear, lanes: Intervals, keep: bool = False) -> Narrowed:
         """The linear narrowed to lanes, in the order of `slots`; valid until `begin`.
 
         Args:
@@ -246,7 +243,7 @@ class SliceStore:
 
     # Memory outlives the call that takes it, so it must not be that of inference tensors.
     @torch.inference_mode(False)
-    def _narrow(self, linear: BoundLinear, lanes: Runs, keep: bool) -> Narrowed:
+    def _narrow(self, linear: BoundLinear, lanes: Intervals, keep: bool) -> Narrowed:
         key, pieces = (linear.path, lanes), _pieces(linear, lanes)
         weight = linear.weight.detach()
         elements = weight.numel() // linear.features * _count(pieces)
@@ -286,7 +283,7 @@ class SliceStore:
             owned[number] = _Slots.of(linear)
         return owned[number]
 
-    def _drop(self, key: tuple[str, Runs]) -> None:
+    def _drop(self, key: tuple[str, Intervals]) -> None:
         narrowed = self._slices.pop(key, None)
         if narrowed is not None:
             self.bytes -= _bytes(narrowed)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.models.running.bindings import BoundLayer, BoundSite, Runs, runs_of
+from planner.ir.intervals import Intervals, intervals_of
+from planner.models.running.bindings import BoundLayer, BoundSite
 from planner.models.tokens.selectors import H2O, parse_kv_policy
 from planner.plan import Plan, TokenStage
 
@@ -72,8 +73,8 @@ class LayerGroup:
 
     samples: tuple[int, ...]
     on: bool = True
-    heads: Runs | None = None
-    mlp: Runs | None = None
+    heads: Intervals | None = None
+    mlp: Intervals | None = None
     stages: tuple[TokenStage, ...] = ()
     kv: H2O | None = None
 
@@ -203,7 +204,7 @@ def _lanes(
     bound: BoundSite | None,
     layer: int,
     kept: tuple[int, ...] | None,
-) -> Runs | None:
+) -> Intervals | None:
     if kept is None or bound is None:
         return None
     if bound.obstacle:
@@ -217,4 +218,4 @@ def _lanes(
     if len(kept) == site.switches:
         return None
     bounds = site.bounds
-    return tuple((bounds[start], bounds[stop]) for start, stop in runs_of(kept))
+    return tuple((bounds[start], bounds[stop]) for start, stop in intervals_of(kept))

@@ -20,9 +20,10 @@ from planner.api import Planning, name_of
 from planner.backend.options import Options, check_budget
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Site
+from planner.ir.intervals import intervals_of
 from planner.ir.lowering import NotLowered, lower_model
 from planner.kernels.records import Survivors, neuron_width
-from planner.models.running.bindings import BoundLayer, BoundSite, bind, runs_of
+from planner.models.running.bindings import BoundLayer, BoundSite, bind
 from planner.models.running.program import LayerGroup, Program
 from planner.plan import Plan
 
@@ -158,7 +159,7 @@ class Board:
             mask = torch.zeros(len(acts), 1, sink.features, dtype=like.dtype)
             for row, act in zip(mask, acts, strict=True):
                 lanes = _lanes(act, kind, site.site.lanes)
-                for start, stop in sink.runs(runs_of(lanes)) if act.on else ():
+                for start, stop in sink.runs(intervals_of(lanes)) if act.on else ():
                     row[:, start:stop] = 1
             return {"mask": mask}
 

@@ -179,7 +179,7 @@ def _scores(scheduled: Scheduled) -> dict[int, list[float]]:
 def print_explanation(rows: list[dict[str, Any]]) -> None:
     """The explanation as a table."""
     from planner.cli.printing import table
-    from planner.plan import print_ranges
+    from planner.ir.intervals import print_ranges
 
     headers = ["layer", "runs"]
     columns = [c for c in ("heads", "mlp", "image_tokens", "logits") if any(c in r for r in rows)]

@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from planner.ir.graph import Binding, Block, Site
+from planner.ir.intervals import merged
 from planner.kernels import products
 from planner.kernels.products import ONEDNN, kept_linear
-from planner.models.running.bindings import bind_site, merge
+from planner.models.running.bindings import bind_site
 from planner.models.running.narrowed_linear import SliceStore
 
 needs_onednn = pytest.mark.skipif(not ONEDNN, reason="products are oneDNN's only beside MKL")
@@ -101,7 +102,7 @@ def test_columns_that_are_copied_lie_without_gaps(sequence, by_onednn):
     up, down = bind_site(model, Site("mlp.0", "mlp", 0, "up", 16, 16, bindings)).linears
     store, x = SliceStore(10**6), torch.randn(3, 5)
     for kept in sequence:
-        rows, lanes = sorted(kept), merge([(lane, lane + 1) for lane in sorted(kept)])
+        rows, lanes = sorted(kept), merged([(lane, lane + 1) for lane in sorted(kept)])
         store.begin()
         first, last = store.get(up, lanes), store.get(down, lanes)
         assert last.weights[0].is_contiguous()

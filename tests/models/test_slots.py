@@ -14,15 +14,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from planner.ir.graph import Binding, Block, Site
+from planner.ir.intervals import intervals_of
 from planner.ir.lowering import lower_model
-from planner.models.running.bindings import bind_site, runs_of
+from planner.models.running.bindings import bind_site
 from planner.models.running.executor import Executor
 from planner.models.running.lane_order import moves, order
 from planner.models.running.masked import Gates, MaskedExecutor
 from planner.models.running.narrowed_linear import SliceStore
 
 LANES = 12
-some_lanes = st.sets(st.integers(0, LANES - 1), min_size=1).map(lambda s: runs_of(sorted(s)))
+some_lanes = st.sets(st.integers(0, LANES - 1), min_size=1).map(lambda s: intervals_of(sorted(s)))
 
 
 def numbers(lanes):
@@ -61,7 +62,8 @@ def test_random_plans_share_places():
     """The shares that the module's docstring gives."""
     for kept, share in ((8, 0.3), (14, 0.75)):
         rng = np.random.default_rng(0)
-        drawn = [runs_of(sorted(rng.choice(16, kept, replace=False).tolist())) for _ in range(400)]
+        lanes = [sorted(rng.choice(16, kept, replace=False).tolist()) for _ in range(400)]
+        drawn = [intervals_of(numbers) for numbers in lanes]
         held = [1 - sum(n for _, _, n in moves(b, a)) / kept for a, b in pairwise(drawn)]
         assert np.mean(held) > share
 

@@ -2,8 +2,6 @@ import os
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Site
@@ -12,8 +10,6 @@ from planner.plan import (
     TokenStage,
     dump_plan,
     load_plan,
-    print_ranges,
-    read_ranges,
     save_plan,
 )
 
@@ -46,18 +42,6 @@ def graph():
     )
     properties = {"decoder_layers": 4, "fingerprint": "0123456789abcdef", "dtype_bytes": 2}
     return Graph("m", (), sites, properties)
-
-
-@given(st.sets(st.integers(0, 200)))
-def test_ranges_round_trip(numbers):
-    ordered = tuple(sorted(numbers))
-    assert read_ranges(print_ranges(ordered)) == ordered
-
-
-@pytest.mark.parametrize("text", ["3-1", "1,1", "x", "", "1--2", "2,1"])
-def test_broken_ranges(text):
-    with pytest.raises(ValueError, match="ascending ranges"):
-        read_ranges(text)
 
 
 def test_a_plan_round_trips_and_is_deterministic(plan, tmp_path):
