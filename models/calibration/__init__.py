@@ -10,10 +10,10 @@ becomes a utilities file for the solver. Everything is in nats per answer token.
     taylor         the same estimated from one backward pass
     token_stages   what image tokens are worth, and the curve through that
     store          partial results on disk, so that a killed run continues
-    run            all of it in order
+    measurement    all of it in order
 """
 
-from planner.models.calibration.calibrate import METHODS, Calibrated, calibrate, weights_digest
+from planner.models.calibration.measurement import METHODS, Calibrated, calibrate, weights_digest
 from planner.models.calibration.measures import MEASURES
 from planner.models.calibration.samples import (
     Sample,

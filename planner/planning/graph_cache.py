@@ -50,8 +50,9 @@ def _versions() -> dict[str, str]:
 def _lowering_source() -> str:
     """Digest of the code that makes graphs: a changed lowering makes old entries stale."""
     digest = hashlib.sha256()
-    for package in ("planner.ir", "planner.ir.lowering"):
-        for entry in sorted(files(package).iterdir(), key=lambda e: e.name):
+    # Not `files("planner.ir.lowering")`, which would import it, and torch with it.
+    for folder in (files("planner.ir"), files("planner.ir") / "lowering"):
+        for entry in sorted(folder.iterdir(), key=lambda e: e.name):
             if entry.name.endswith(".py"):
                 digest.update(entry.read_bytes())
     return digest.hexdigest()

@@ -17,8 +17,8 @@ from planner.ir.cost.device_table import device
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
 from planner.models.calibration import Sample, calibrate, read_questions, sample_of
-from planner.models.calibration.calibrate import not_negative
 from planner.models.calibration.leave_one_out import as_gates, leave_one_out, measure, switches_of
+from planner.models.calibration.measurement import not_negative
 from planner.models.calibration.replay import Replay
 from planner.models.calibration.store import Store
 from planner.models.calibration.taylor import taylor
@@ -423,7 +423,7 @@ def test_ctrl_c_says_how_to_go_on(folder, capsys, monkeypatch):
             if not now:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr("planner.models.calibration.calibrate.Store", Stopped)
+    monkeypatch.setattr("planner.models.calibration.measurement.Store", Stopped)
     assert run(asked) == 130
     assert not output.exists()
     kept, last = capsys.readouterr().err.strip().splitlines()[-2:]

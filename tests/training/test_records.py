@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from planner.ir.errors import InputError
-from planner.training.data import LlavaConversations, records
+from planner.training.data import LlavaConversations
+from planner.training.data import conversation_table as records
 from planner.training.data.conversation_table import open_records
 
 
