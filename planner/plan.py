@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from planner.files import write_text
 from planner.ir.errors import InputError
-from planner.ir.graph import Graph
-from planner.ir.intervals import print_ranges, read_ranges
+from planner.ir.graph import Graph, Site
+from planner.ir.intervals import Intervals, count_of, merged, print_ranges, read_ranges
 
 __all__ = [
     "FORMAT",
+    "Kept",
     "Plan",
     "TokenStage",
     "load_plan",
@@ -43,8 +44,41 @@ class TokenStage:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What a plan keeps of one site.
+
+    Attributes:
+        switches: that stay on, ascending.
+        of: into how many switches the plan divides the site.
+        lanes: that stay on: all of 8 are ``((0, 8),)``, none is ``()``.
+    """
+
+    switches: tuple[int, ...]
+    of: int
+    lanes: Intervals
+
+    @property
+    def count(self) -> int:
+        """How many lanes stay on."""
+        return count_of(self.lanes)
+
+    @property
+    def everything(self) -> bool:
+        """Whether the site stays as it is in the base model."""
+        return len(self.switches) == self.of
+
+    @property
+    def nothing(self) -> bool:
+        """Whether the site does not run."""
+        return not self.switches
+
+
+@dataclass(frozen=True)
 class Plan:
     """An assignment of all switches of one model.
+
+    What it keeps of a site is read by `kept` and written by `keeping`; the fields `heads`, `mlp`
+    and `mlp_switches` are how the file stores it, and nothing outside this module reads them.
 
     Attributes:
         model: what the user called the model.
@@ -84,6 +118,51 @@ class Plan:
     def is_dense(self) -> bool:
         """Whether everything stays on."""
         return not (self.layers_off or self.heads or self.mlp or self.tokens or self.kv)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What is switched, without budget, costs and provenance: equal keys run equally."""
+        return (
+            self.layers_off,
+            tuple(sorted((n, tuple(kept)) for n, kept in self.heads.items())),
+            tuple(sorted((n, tuple(k), self.mlp_switches.get(n)) for n, k in self.mlp.items())),
+            self.tokens,
+            self.kv,
+        )
+
+    def kept(self, site: Site) -> Kept:
+        """What stays on of a layer, an attention block or an MLP; nothing in a layer that is off.
+
+        Args:
+            site: of the graph that the plan is for. An MLP that the plan narrows is divided as the
+                plan says, whatever ``site.switches`` is.
+        """
+        if site.kind == "mlp" and site.layer in self.mlp:
+            site = replace(site, switches=self.mlp_switches[site.layer])
+        stored = {"heads": self.heads, "mlp": self.mlp}.get(site.kind, {})
+        switches = tuple(stored.get(site.layer, range(site.switches)))
+        if site.layer in self.layers_off:
+            switches = ()
+        bounds = site.bounds
+        lanes = merged((bounds[switch], bounds[switch + 1]) for switch in switches)
+        return Kept(switches, site.switches, lanes)
+
+    def keeping(self, kept: Iterable[tuple[Site, Sequence[int]]]) -> Plan:
+        """The plan with other attention blocks and MLPs narrowed: to these of their switches.
+
+        Sites that are absent keep everything, and so do those in layers that are off.
+        """
+        narrowed = [
+            (site, tuple(switches))
+            for site, switches in kept
+            if site.layer not in self.layers_off and len(switches) < site.switches
+        ]
+        return replace(
+            self,
+            heads={site.layer: switches for site, switches in narrowed if site.kind == "heads"},
+            mlp={site.layer: switches for site, switches in narrowed if site.kind == "mlp"},
+            mlp_switches={s.layer: s.switches for s, _ in narrowed if s.kind == "mlp"},
+        )
 
     def check(self, graph: Graph) -> None:
         """Raise InputError unless this plan was made for this graph and fits it."""

@@ -237,16 +237,13 @@ def document(compiled: Compiled, path: Path, manifest: Manifest | None = None) -
 def kept(compiled: Compiled) -> dict[str, dict[str, int]]:
     """How many switches of each kind stay on."""
     plan, graph = compiled.plan, compiled.graph
-    on = [layer for layer in range(plan.layers) if layer not in plan.layers_off]
-    counted = {"layers": {"kept": len(on), "of": plan.layers}}
-    for kind, chosen in (("heads", plan.heads), ("mlp", plan.mlp)):
+    counted = {"layers": {"kept": plan.layers - len(plan.layers_off), "of": plan.layers}}
+    for kind in ("heads", "mlp"):
         sites = graph.sites_of(kind)
         if sites:
             counted[kind] = {
-                "kept": sum(
-                    len(chosen.get(s.layer, range(s.switches))) for s in sites if s.layer in on
-                ),
-                "of": sum(s.switches for s in sites),
+                "kept": sum(len(plan.kept(site).switches) for site in sites),
+                "of": sum(site.switches for site in sites),
             }
     if compiled.pricing.workload.image_tokens:
         of = compiled.pricing.workload.image_tokens

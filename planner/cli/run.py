@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,10 @@ from planner.cli.with_scheduler import (
     print_explanation,
     run_scheduled,
 )
+
+if TYPE_CHECKING:
+    from planner.ir.graph import Graph
+    from planner.plan import Plan
 
 __all__ = ["run_command"]
 
@@ -121,7 +125,7 @@ def run_command(
                 "cost": made.cost,
                 "cost_of_this_prompt": cost_on(graph, made, load, kept),
                 "image_tokens": kept_rows(image_tokens, kept),
-                "skipped": skipped(made, image_tokens, kept),
+                "skipped": skipped(made, graph, image_tokens, kept),
                 "scope": made.provenance.get("scope"),
                 "utilities": made.provenance.get("utilities"),
             }
@@ -202,18 +206,21 @@ def kept_rows(image_tokens: int, kept: Mapping[int, int]) -> list[dict[str, int]
     return [{"layer": layer, "of": image_tokens, "kept": count} for layer, count in kept.items()]
 
 
-def skipped(plan: Any, image_tokens: int, kept: Mapping[int, int] | None = None) -> dict[str, str]:
-    """What a plan leaves out, in words.
+def skipped(
+    plan: Plan, graph: Graph, image_tokens: int, kept: Mapping[int, int] | None = None
+) -> dict[str, str]:
+    """What a plan for a graph leaves out, in words.
 
     `kept`: layer of a token stage -> image tokens that were really left.
     """
     gone: dict[str, str] = {}
     if plan.layers_off:
         gone["layers"] = f"{len(plan.layers_off)} of {plan.layers}"
-    if plan.heads:
-        gone["heads in layers"] = f"{len(plan.heads)} of {plan.layers}"
-    if plan.mlp:
-        gone["MLP groups in layers"] = f"{len(plan.mlp)} of {plan.layers}"
+    for kind, what in (("heads", "heads"), ("mlp", "MLP groups")):
+        sites = [site for site in graph.sites_of(kind) if site.layer not in plan.layers_off]
+        narrowed = sum(not plan.kept(site).everything for site in sites)
+        if narrowed:
+            gone[f"{what} in layers"] = f"{narrowed} of {plan.layers}"
     for stage in plan.tokens:
         planned = round(image_tokens * stage.keep / stage.of)
         left = (kept or {}).get(stage.layer, planned)

@@ -121,7 +121,7 @@ def run_scheduled(
         "cost": PlanCosts(scheduled.graph, workload, schedule.tokens).of(plan),
         "cost_of_this_prompt": cost_on(scheduled.graph, plan, ran, kept),
         "image_tokens": kept_rows(image_tokens, kept),
-        "skipped": skipped(plan, image_tokens, kept),
+        "skipped": skipped(plan, scheduled.graph, image_tokens, kept),
         "scheduler": schedule.scheduler,
         "scope": "llm",
         "utilities": None,
@@ -144,15 +144,12 @@ def explain_plan(
     scores = _scores(scheduled) if scheduled is not None else {}
     rows = []
     for layer in range(plan.layers):
-        on = layer not in plan.layers_off
-        row: dict[str, Any] = {"layer": layer, "on": on}
-        for kind, kept in (("heads", plan.heads), ("mlp", plan.mlp)):
+        row: dict[str, Any] = {"layer": layer, "on": layer not in plan.layers_off}
+        for kind in ("heads", "mlp"):
             site = graph.sites_by_name.get(f"{kind}.{layer}")
             if site is not None:
-                divided = plan.mlp_switches if kind == "mlp" else {}
-                of = divided.get(layer, site.switches)
-                row[kind] = list(kept.get(layer, range(of))) if on else []
-                row[f"{kind}_of"] = of
+                kept = plan.kept(site)
+                row[kind], row[f"{kind}_of"] = list(kept.switches), kept.of
         stages = [s for s in plan.tokens if s.layer <= layer]
         if stages:
             last = stages[-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from planner.planning.catalog import Source, find_model
 from planner.planning.config_sizes import head_counts
 from planner.planning.graph_cache import cached_graph
 from planner.planning.pricing import Pricing, compared
-from planner.planning.problem import Choice, Problem
+from planner.planning.problem import Problem
 from planner.planning.switches import SwitchSet, with_switches
 from planner.planning.unit_counting import faithful_problem, unfold
 from planner.planning.utilities import Utilities, load_utilities, prior, uniform
@@ -203,31 +203,15 @@ def _plan(
         before = stages[-1].keep if stages else of
         if count < before:
             stages.append(TokenStage(layer, count, of, pricing.switches.token_selector))
-    off = tuple(i for i, on in enumerate(choice.layers_on) if not on)
-    heads: dict[int, tuple[int, ...]] = {}
-    mlp: dict[int, tuple[int, ...]] = {}
-    groups: dict[int, int] = {}
-    for site in graph.sites:
-        kept = choice.kept.get(site.name)
-        if site.kind == "layer" or kept is None or site.layer in off or len(kept) == site.switches:
-            continue
-        if site.kind == "heads":
-            heads[site.layer] = kept
-        else:
-            mlp[site.layer] = kept
-            groups[site.layer] = site.switches
     plan = Plan(
         model=graph.name,
         fingerprint=str(graph.properties["fingerprint"]),
         layers=graph.layers,
-        layers_off=off,
-        heads=heads,
-        mlp=mlp,
-        mlp_switches=groups,
+        layers_off=tuple(i for i, on in enumerate(choice.layers_on) if not on),
         tokens=tuple(stages),
         kv="" if pricing.switches.kv is None else str(pricing.switches.kv),
         budget=budget.describe(),
-    )
+    ).keeping((s, choice.kept[s.name]) for s in graph.sites if s.name in choice.kept)
     costs = pricing.cost_of(plan)
     base = pricing.base
     limits = pricing.limits(budget)
@@ -280,21 +264,6 @@ def _utilisation(
         metric: costs[metric] * scale.get(metric, 1) / limit
         for metric, limit in pricing.limits(budget).items()
     }
-
-
-def choice_of(plan: Plan, graph: Graph) -> Choice:
-    """The plan as a Choice over the graph's sites (token options aside)."""
-    kept = {}
-    for site in graph.sites:
-        if site.kind == "layer":
-            continue
-        table = plan.heads if site.kind == "heads" else plan.mlp
-        everything: Sequence[int] = range(site.switches)
-        kept[site.name] = (
-            () if site.layer in plan.layers_off else tuple(table.get(site.layer, everything))
-        )
-    on = tuple(i not in plan.layers_off for i in range(plan.layers))
-    return Choice(0, on, kept)
 
 
 def specialised(

@@ -240,10 +240,10 @@ class Pricing:
                 site = self.graph.sites_by_name.get(f"heads.{layer}")
                 if plan is None or site is None:
                     return width
-                if layer in plan.layers_off or plan.heads.get(layer) == ():
+                kept = plan.kept(site)
+                if kept.nothing:
                     break
-                kept = len(plan.heads.get(layer, range(site.lanes)))
-                return width // site.lanes * kept
+                return width // site.lanes * kept.count
         return 0
 
     def fixed(
@@ -330,14 +330,11 @@ class Pricing:
 
     def _layer_cost(self, plan: Plan, layer: int, option: tuple[int, ...]) -> npt.NDArray[np.int64]:
         """Cost of one running layer under a plan, operator by operator; shape (4,)."""
-        kept = {}
-        for site in self.graph.sites_at(layer):
-            table = plan.heads if site.kind == "heads" else plan.mlp
-            if site.kind != "layer" and layer in table:
-                if site.kind == "mlp":
-                    # Kept groups are of the plan's own division.
-                    site = replace(site, switches=plan.mlp_switches.get(layer, site.switches))
-                kept[site.name] = (len(site.lanes_of(table[layer])), site.lanes)
+        kept = {
+            site.name: (plan.kept(site).count, site.lanes)
+            for site in self.graph.sites_at(layer)
+            if not plan.kept(site).everything
+        }
         operators = [
             narrowed(operator, kept)
             for operator in self._by_layer.get(layer, [])

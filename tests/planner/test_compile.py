@@ -10,7 +10,7 @@ import pytest
 from planner.ir.cost import price, total
 from planner.ir.errors import InputError
 from planner.plan import dump_plan
-from planner.planning.compiler import Request, choice_of, compile_plan, specialised
+from planner.planning.compiler import Request, compile_plan, specialised
 from planner.planning.switches import mlp_switches
 
 BUDGETS = (0.5, 0.6, 0.65, 0.75, 0.85, 0.95, 1.0)
@@ -69,11 +69,11 @@ def test_adallava_l_runs_exactly_the_papers_layers(budget, layers):
 @pytest.mark.parametrize("budget", [0.5, 0.6, 0.85, 1])
 def test_adallava_h_counts_units_of_heads_and_groups(budget):
     result = compile_plan(Request("llava-7b", budget=budget, switches="adallava-h"))
-    choice = choice_of(result.plan, result.graph)
-    heads = sum(len(choice.kept[f"heads.{layer}"]) for layer in range(32))
-    groups = sum(len(choice.kept[f"mlp.{layer}"]) for layer in range(32))
+    plan, graph = result.plan, result.graph
+    heads = sum(len(plan.kept(site).switches) for site in graph.sites_of("heads"))
+    groups = sum(len(plan.kept(site).switches) for site in graph.sites_of("mlp"))
     assert heads == groups == int(128 * budget) * 8
-    assert all(len(choice.kept[f"heads.{layer}"]) == 32 for layer in range(16))
+    assert all(plan.kept(site).everything for site in graph.sites_of("heads")[:16])
     assert result.graph.sites_by_name["mlp.0"].widths() == (344,) * 32
 
 
@@ -119,7 +119,7 @@ def test_measured_utilities_are_used(tmp_path, compiled):
     np.savez(tmp_path / "u.npz", **arrays)
     result = compile_plan(Request("llava-7b", budget=0.65, utilities=str(tmp_path / "u.npz")))
     assert result.plan.provenance["utilities"] == "u.npz"
-    kept = choice_of(result.plan, result.graph).kept["heads.5"]
+    kept = result.plan.kept(result.graph.sites_by_name["heads.5"]).switches
     values = arrays["heads.5"]
     dropped = [i for i in range(32) if i not in kept]
     assert not dropped or min(values[list(kept)]) >= max(values[dropped])

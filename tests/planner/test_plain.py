@@ -30,7 +30,7 @@ def test_head_counts_that_a_stock_config_takes(config, groups, expected):
 @pytest.mark.parametrize("budget", [0.2, 0.35, 0.5])
 def test_uniform_plans_keep_to_them(budget):
     request = Request("tiny-llava", budget=budget, switches="heads,mlp", uniform=True, scope="llm")
-    plan = compile_plan(request).plan
-    kept = {len(plan.heads.get(layer, range(8))) for layer in range(plan.layers)}
+    result = compile_plan(request)
+    kept = {result.plan.kept(site).count for site in result.graph.sites_of("heads")}
     assert len(kept) == 1
     assert kept <= {1, 2, 4, 8}

@@ -1,11 +1,16 @@
 import os
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Site
+from planner.ir.intervals import numbers_of
 from planner.plan import (
+    Kept,
     Plan,
     TokenStage,
     dump_plan,
@@ -42,6 +47,44 @@ def graph():
     )
     properties = {"decoder_layers": 4, "fingerprint": "0123456789abcdef", "dtype_bytes": 2}
     return Graph("m", (), sites, properties)
+
+
+def test_what_a_plan_keeps_of_a_site(plan, graph):
+    def kept(name):
+        return plan.kept(graph.sites_by_name[name])
+
+    assert kept("heads.0") == Kept((0, 1, 3), 4, ((0, 2), (3, 4)))
+    assert kept("heads.0").count == 3
+    assert kept("heads.1").nothing
+    assert kept("mlp.0").everything
+    assert kept("mlp.3") == Kept((0, 2), 4, ((0, 16), (32, 48)))
+    assert kept("layer.0") == Kept((0,), 1, ((0, 1),))
+    # Whatever is in a layer that is off is off.
+    assert all(kept(f"{kind}.2").nothing for kind in ("layer", "heads", "mlp"))
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.data())
+def test_lanes_kept_are_those_of_the_switches(lanes, switches, data):
+    site = Site("mlp.0", "mlp", 0, "m", lanes, min(lanes, switches))
+    some = tuple(sorted(data.draw(st.sets(st.integers(0, site.switches - 1)))))
+    # The plan divides the site as it was made for, whatever the graph at hand says.
+    kept = Plan("m", "f", 1).keeping([(site, some)]).kept(replace(site, switches=1 + lanes // 2))
+    assert numbers_of(kept.lanes) == site.lanes_of(some)
+    assert all(stop < start for (_, stop), (start, _) in pairwise(kept.lanes))
+    assert kept.count == len(site.lanes_of(some))
+    assert kept.everything == (len(some) == site.switches)
+    if not kept.everything:
+        assert (kept.switches, kept.of) == (some, site.switches)
+
+
+def test_keeping_narrows_what_runs_and_is_less_than_all(plan, graph):
+    every = {site.name: range(site.switches) for site in graph.sites if site.kind != "layer"}
+    sites = graph.sites_by_name
+    again = plan.keeping((sites[name], plan.kept(sites[name]).switches) for name in every)
+    assert again == plan
+    assert plan.keeping((sites[name], switches) for name, switches in every.items()) == replace(
+        plan, heads={}, mlp={}, mlp_switches={}
+    )
 
 
 def test_a_plan_round_trips_and_is_deterministic(plan, tmp_path):
