@@ -1,24 +1,76 @@
-"""Writing files whole or not at all."""
+"""Files: read within limits, whatever a path may lead to; written whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from planner.ir.errors import InputError
 
-__all__ = ["output_folder", "write_bytes", "write_folder", "write_text"]
+__all__ = [
+    "MEBIBYTE",
+    "output_folder",
+    "read_bytes",
+    "read_text",
+    "write_bytes",
+    "write_folder",
+    "write_text",
+]
+
+MEBIBYTE = 1 << 20
+# Opening a FIFO that nobody writes to would otherwise never return.
+_READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+
+def read_bytes(path: Path, what: str, most_bytes: int) -> bytes:
+    """Read a whole file.
+
+    Args:
+        path: a regular file, or a link to one.
+        what: it should be, for messages: ``plan``.
+        most_bytes: larger files are refused unread.
+
+    Raises:
+        InputError: there is none, it is a folder, a pipe or a device, or it is too large.
+    """
+    try:
+        with os.fdopen(os.open(path, _READ_FLAGS), "rb") as stream:
+            found = os.fstat(stream.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise InputError(f"the {what} '{path}' is not a file with contents")
+            # Files that the system makes up, as in /proc, say that their size is 0.
+            contents = stream.read(most_bytes + 1) if found.st_size <= most_bytes else b""
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"there is no {what} '{path}'") from None
+    # ValueError: a path with a NUL in it.
+    except (OSError, ValueError):
+        raise InputError(f"the {what} '{path}' cannot be read") from None
+    if max(found.st_size, len(contents)) > most_bytes:
+        raise InputError(
+            f"the {what} '{path}' has more than {most_bytes // MEBIBYTE} MiB, "
+            "which is more than is read"
+        )
+    return contents
+
+
+def read_text(path: Path, what: str, most_bytes: int) -> str:
+    """Read a whole file of UTF-8 text; see `read_bytes`."""
+    try:
+        return read_bytes(path, what, most_bytes).decode("utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"the {what} '{path}' cannot be read: it is not UTF-8 text") from None
 
 
 def output_folder(path: Path) -> Path:
     """Create a folder for output; InputError where that is impossible."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to '{path}': {error.strerror or error}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write to '{path}': {_reason(error)}") from None
     if not os.access(path, os.W_OK | os.X_OK):
         raise InputError(f"cannot write to '{path}': permission denied")
     return path
@@ -42,11 +94,16 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
         if path.exists():
             os.replace(path, old)
         os.replace(fresh, path)
-    except OSError as error:
-        raise InputError(f"cannot write '{path}': {error.strerror or error}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write '{path}': {_reason(error)}") from None
     finally:
         if made is not None:
             shutil.rmtree(made, ignore_errors=True)
+
+
+def _reason(error: OSError | ValueError) -> str:
+    """What the system says is wrong; a ValueError says that a path holds a NUL."""
+    return str(getattr(error, "strerror", None) or error)
 
 
 def _umask() -> int:
@@ -70,8 +127,8 @@ def write_bytes(path: Path, contents: bytes) -> None:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         temporary = None
-    except OSError as error:
-        raise InputError(f"cannot write '{path}': {error.strerror or error}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write '{path}': {_reason(error)}") from None
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)

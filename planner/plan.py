@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from planner.documents import dump_yaml, parse_yaml, read_yaml
 from planner.files import write_text
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Site
@@ -271,7 +271,7 @@ def _digest(document: Mapping[str, Any]) -> str:
 
 def _readable(plan: Plan) -> dict[str, Any]:
     """The document as a reader will see it: through YAML once."""
-    document: dict[str, Any] = yaml.safe_load(yaml.safe_dump(_document(plan), sort_keys=False))
+    document: dict[str, Any] = parse_yaml(dump_yaml(_document(plan)), "the plan")
     return document
 
 
@@ -284,7 +284,7 @@ def dump_plan(plan: Plan) -> str:
     """The plan as YAML: equal plans give equal bytes."""
     document = _readable(plan)
     document["digest"] = _digest(document)
-    body = yaml.safe_dump(document, sort_keys=False, width=100)
+    body = dump_yaml(document)
     return f"# A plan of planner {FORMAT}: which switches of the model stay on.\n{body}"
 
 
@@ -295,16 +295,7 @@ def save_plan(plan: Plan, path: Path) -> None:
 
 def load_plan(path: Path) -> Plan:
     """Read and validate a plan file; every fault is one sentence in an InputError."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"there is no plan '{path}'") from None
-    except (OSError, UnicodeDecodeError):
-        raise InputError(f"the plan '{path}' cannot be read") from None
-    try:
-        document = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError:
-        raise InputError(f"the plan '{path}' is truncated or not YAML") from None
+    document = read_yaml(Path(path), "plan")
     if not isinstance(document, dict) or "planner_plan" not in document:
         raise InputError(f"'{path}' is not a plan of planner")
     if document["planner_plan"] != FORMAT:

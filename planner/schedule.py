@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from planner.documents import dump_yaml, read_yaml
 from planner.files import write_text
 from planner.ir.errors import InputError
 
@@ -56,13 +56,13 @@ _ADAPTER = TypeAdapter(Schedule)
 def save_schedule(schedule: Schedule, path: Path) -> None:
     """Write a schedule file, whole or not at all."""
     document = {"planner_schedule": FORMAT, **asdict(schedule)}
-    body = yaml.safe_dump(document, sort_keys=False, width=100)
-    write_text(path, f"# A schedule of planner {FORMAT}: plans are made for every input.\n{body}")
+    head = f"# A schedule of planner {FORMAT}: plans are made for every input.\n"
+    write_text(path, head + dump_yaml(document))
 
 
 def load_schedule(path: Path) -> Schedule:
     """Read and validate a schedule file; every fault is one sentence in an InputError."""
-    document = _read(path)
+    document = read_yaml(path, "schedule")
     if not isinstance(document, dict) or "planner_schedule" not in document:
         raise InputError(f"'{path}' is not a schedule of planner")
     found = document.pop("planner_schedule")
@@ -80,17 +80,7 @@ def load_schedule(path: Path) -> Schedule:
 def is_schedule(path: Path) -> bool:
     """Whether a file is a schedule, rather than a plan."""
     try:
-        return isinstance(document := _read(path), dict) and "planner_schedule" in document
+        return isinstance(document := read_yaml(path, "schedule"), dict) and "planner_schedule" in document
     except InputError:
         return False
 
-
-def _read(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"there is no schedule '{path}'") from None
-    except (OSError, UnicodeDecodeError):
-        raise InputError(f"the schedule '{path}' cannot be read") from None
-    except yaml.YAMLError:
-        raise InputError(f"the schedule '{path}' is truncated or not YAML") from None

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from planner.documents import parse_yaml, read_yaml
 from planner.ir.errors import InputError
 
 __all__ = ["Config", "load_config", "parse_config"]
@@ -27,19 +27,14 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 def load_config(schema: type[ConfigT], path: str | Path, overrides: Iterable[str] = ()) -> ConfigT:
     """Read a YAML file and apply overrides such as ``"learning_rate=1e-3"`` (values are YAML)."""
     path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist.") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not valid YAML ({' '.join(str(error).split())}).") from error
+    values = read_yaml(path, "configuration") or {}
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected keys and values, found {type(values).__name__}.")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise InputError(f'"--set {override}" should be "--set key=value".')
-        values[key.strip()] = yaml.safe_load(value)
+        values[key.strip()] = parse_yaml(value, f"the value of {key.strip()}")
     return parse_config(schema, values, str(path))
 
 

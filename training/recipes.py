@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 
+from planner.documents import read_yaml
 from planner.ir.errors import InputError
 from planner.training.adallava import AdaLlavaConfig
 from planner.training.adallava import train as train_adallava
@@ -39,13 +39,9 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> tuple[Recipe
     Raises:
         InputError: no such file, recipe or key, or a value that does not fit.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        values = None
+    values = read_yaml(Path(path), "configuration")
     name = values.get("recipe") if isinstance(values, dict) else None
-    if values is not None and name not in RECIPES:
+    if name not in RECIPES:
         raise InputError(f"{path}: recipe '{name}' is none of {', '.join(RECIPES)}")
-    # What is wrong with a file that cannot be read, the common loader says.
-    recipe = RECIPES[name or "adallava"]
+    recipe = RECIPES[name]
     return recipe, load_config(recipe.schema, path, overrides)

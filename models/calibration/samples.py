@@ -7,7 +7,6 @@ answers (then by how far the output distribution moves at those tokens).
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from planner.documents import parse_json
+from planner.files import MEBIBYTE, read_text
 from planner.ir.errors import InputError
 from planner.loading import load_image, prompt_inputs
 
@@ -26,6 +27,8 @@ DEFAULT_PROMPT = "Describe this image."
 # Tokens of the base model's own answer: enough to leave the first word behind, few enough to be
 # generated quickly.
 OWN_ANSWER_TOKENS = 16
+# Of a file of prompts.
+_MOST_BYTES = 64 * MEBIBYTE
 _SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 
 
@@ -83,12 +86,7 @@ def read_questions(images: Path, prompts: Path | None) -> list[Question]:
                 f"the folder '{images}' holds no images ({', '.join(sorted(_SUFFIXES))})"
             )
         return [Question(path, DEFAULT_PROMPT) for path in found]
-    try:
-        lines = prompts.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise InputError(f"there is no prompts file '{prompts}'") from None
-    except (OSError, UnicodeDecodeError):
-        raise InputError(f"the prompts file '{prompts}' cannot be read") from None
+    lines = read_text(prompts, "prompts file", _MOST_BYTES).splitlines()
     questions = [
         _question(line, f"line {number} of '{prompts}'", images)
         for number, line in enumerate(lines, 1)
@@ -106,10 +104,7 @@ def read_questions(images: Path, prompts: Path | None) -> list[Question]:
 
 
 def _question(line: str, where: str, images: Path) -> Question:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
-        raise InputError(f"{where} is not JSON") from None
+    record = parse_json(line, where)
     if not isinstance(record, dict) or not isinstance(record.get("image"), str):
         raise InputError(
             f'{where} is not of the form {{"image": ..., "prompt": ..., "answer": ...}}'

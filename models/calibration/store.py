@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import io
 import time
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from planner.arrays import read_arrays
 from planner.files import write_bytes
 from planner.ir.errors import InputError
 
@@ -52,20 +52,16 @@ class Store:
             self._read(path)
 
     def _read(self, path: Path) -> None:
-        try:
-            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as found:
-                key, arrays = str(found["key"]), {name: found[name] for name in self.arrays}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
-            raise InputError(f"'{path}' is no partial calibration: delete it") from None
-        same = {n: a.shape for n, a in arrays.items()} == {
-            n: a.shape for n, a in self.arrays.items()
-        }
-        if key != self.key or not same:
+        found = read_arrays(path, "partial calibration", "delete it")
+        key = str(found.pop("key", None))
+        kinds = {name: (values.shape, values.dtype) for name, values in found.items()}
+        wanted = {name: (values.shape, values.dtype) for name, values in self.arrays.items()}
+        if key != self.key or kinds != wanted:
             raise InputError(
                 f"'{path}' was left by a calibration of another model, other samples or other "
                 "options: finish that one, or delete the file"
             )
-        self.arrays = arrays
+        self.arrays = found
 
     def save(self, now: bool = False) -> None:
         """Write, unless that was done a moment ago."""

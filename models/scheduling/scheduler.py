@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from planner.files import output_folder, write_bytes, write_text
+from planner.documents import read_json
+from planner.files import MEBIBYTE, output_folder, read_bytes, write_bytes, write_text
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.models.scheduling.latency_encoder import LatencyEncoder
@@ -27,6 +28,8 @@ __all__ = ["DESCRIPTION", "Scheduler", "load_scheduler", "save_scheduler"]
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS = "scheduler.json", "scheduler.safetensors"
+# A matrix of a few hundred rows and an encoder beside it.
+_MOST_BYTES = 512 * MEBIBYTE
 
 
 class Scheduler(nn.Module):
@@ -102,13 +105,12 @@ def load_scheduler(folder: str | Path, graph: Graph) -> Scheduler:
         InputError: the folder holds none, it is broken, or it was made for another model.
     """
     folder = Path(folder)
+    if not (folder / DESCRIPTION).exists():
+        raise InputError(f"'{folder}' is no scheduler: it has no {DESCRIPTION}")
+    description = read_json(folder / DESCRIPTION, "scheduler")
     try:
-        description = json.loads((folder / DESCRIPTION).read_text())
-        weights = load_file(folder / WEIGHTS)
-    except FileNotFoundError as error:
-        missing = Path(str(error.filename)).name if error.filename else WEIGHTS
-        raise InputError(f"'{folder}' is no scheduler: it has no {missing}") from None
-    except (OSError, ValueError, SafetensorError) as error:
+        weights = load(read_bytes(folder / WEIGHTS, "scheduler", _MOST_BYTES))
+    except (ValueError, SafetensorError) as error:
         raise InputError(f"the scheduler in '{folder}' is broken: {error}") from None
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise InputError(f"the scheduler in '{folder}' is of another format than {FORMAT}")

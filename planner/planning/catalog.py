@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from planner.documents import read_json
 from planner.ir.errors import InputError
 
 __all__ = ["HUB", "PLANNED_EXPORT", "Source", "aliases", "find_model"]
@@ -82,12 +83,9 @@ def aliases() -> dict[str, str]:
 
 
 def _read_config(path: Path, name: str) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"the folder '{name}' has no config.json") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
-        raise InputError(f"the config.json of '{name}' is not readable JSON") from None
+    if not path.exists():
+        raise InputError(f"the folder '{name}' has no config.json")
+    config = read_json(path, "config.json")
     if not isinstance(config, dict) or "model_type" not in config:
         raise InputError(f"the config.json of '{name}' does not name a model_type")
     return config

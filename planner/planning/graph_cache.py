@@ -20,13 +20,17 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from planner import __version__
-from planner.files import write_text
+from planner.documents import parse_json
+from planner.files import MEBIBYTE, read_text, write_text
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.ir.graph_text import parse_graph, print_graph
 from planner.planning.catalog import Source
 
 __all__ = ["cache_folder", "cached_graph", "graph_key"]
+
+# A graph of the largest models has a few MiB.
+_MOST_BYTES = 64 * MEBIBYTE
 
 
 def cache_folder() -> Path:
@@ -67,13 +71,12 @@ def graph_key(source: Source) -> str:
 
 def _read(path: Path) -> tuple[Graph, tuple[str, ...]] | None:
     try:
-        text = path.read_text(encoding="utf-8")
-        head, _, body = text.partition("\n")
-        facts = json.loads(head)
+        head, _, body = read_text(path, "graph", _MOST_BYTES).partition("\n")
+        facts = parse_json(head, "the head of the graph")
         if facts["digest"] != hashlib.sha256(body.encode()).hexdigest():
             return None
         return parse_graph(body), tuple(facts["notes"])
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, InputError):
+    except (KeyError, TypeError, InputError):
         return None
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from planner.arrays import read_arrays
 from planner.files import write_bytes
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Site
@@ -123,6 +123,8 @@ def uniform(graph: Graph, work: Mapping[str, float]) -> Utilities:
 # Arrays of a utilities file that are no sites.
 _TEXTS = ("fingerprint", "about")
 _SCALARS = ("tokens", "saturation")
+# Sums of utilities must stay finite.
+_LARGEST = 1e100
 
 
 def save_utilities(path: Path, utilities: Utilities, graph: Graph, about: str = "") -> None:
@@ -156,21 +158,9 @@ def load_utilities(path: Path, graph: Graph) -> Utilities:
     Raises:
         InputError: no such file, a broken one, or one of another model.
     """
-    try:
-        # Opened here, so that a broken file is closed as well.
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            texts = {name: str(arrays[name]) for name in _TEXTS if name in arrays.files}
-            sites = {
-                name: np.asarray(arrays[name], dtype=np.float64)
-                for name in arrays.files
-                if name not in _TEXTS
-            }
-    except FileNotFoundError:
-        raise InputError(f"there is no utilities file '{path}'") from None
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError):
-        raise InputError(
-            f"'{path}' is not a utilities file (.npz with one array per site)"
-        ) from None
+    arrays = read_arrays(path, "utilities file", ".npz with one array per site")
+    texts = {name: str(arrays.pop(name)) for name in _TEXTS if name in arrays}
+    sites = {name: _numbers(path, name, values) for name, values in arrays.items()}
     expected = str(graph.properties.get("fingerprint", ""))
     if texts.get("fingerprint", expected) != expected:
         raise InputError(
@@ -182,11 +172,21 @@ def load_utilities(path: Path, graph: Graph) -> Utilities:
         raise InputError(
             f"the utilities in '{path}' value {unknown[0]}, which '{graph.name}' does not have"
         )
-    for name, values in sites.items():
-        if not np.isfinite(values).all():
-            raise InputError(f"the utilities in '{path}' are not finite for {name}")
     tokens = float(sites.pop("tokens", np.float64(0.0)))
     saturation = float(sites.pop("saturation", np.float64(_TOKEN_SATURATION)))
     if saturation <= 0:
         raise InputError(f"the saturation in '{path}' must be more than 0")
     return Utilities(path.name, sites, tokens, saturation)
+
+
+def _numbers(path: Path, name: str, values: npt.NDArray[np.generic]) -> Array:
+    if values.dtype.kind == "U":
+        raise InputError(f"the utilities in '{path}' are text for {name}, not numbers")
+    numbers = values.astype(np.float64)
+    if not np.isfinite(numbers).all():
+        raise InputError(f"the utilities in '{path}' are not finite for {name}")
+    if (np.abs(numbers) > _LARGEST).any():
+        raise InputError(f"the utilities in '{path}' are larger than {_LARGEST:g} for {name}")
+    if name in _SCALARS and numbers.shape:
+        raise InputError(f"'{name}' in '{path}' is not a single number")
+    return numbers

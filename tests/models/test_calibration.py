@@ -471,7 +471,7 @@ def test_questions(tmp_path):
     )
     for text, reason in (
         ("", "is empty"),
-        ("{", "line 1 .* is not JSON"),
+        ("{", "line 1 .* is truncated or not JSON"),
         ("[]", "not of the form"),
         ('{"image": "a.jpg", "prompt": 3}', "must be text"),
         ('{"image": "a.jpg", "answer": " "}', "answer .* is empty"),

@@ -103,7 +103,7 @@ BAD = [
     (["compile", "--model", "llava-7b", "-o", "file/below"], "cannot write"),
     (["compile", "--model", "llava-7b", "--scope", "moon"], "scope"),
     (["compile", "--model", "file"], "is a file"),
-    (["compile", "--model", "broken"], "not readable JSON"),
+    (["compile", "--model", "broken"], "truncated or not JSON"),
     (["compile", "--model", "untyped"], "model_type"),
     (["compile", "--model", "strange"], "does not know"),
     (["compile"], "model"),

@@ -1,0 +1,133 @@
+"""YAML and JSON that anyone may have written, read within limits.
+
+A document has a limited size, depth and number of nodes, plain tags, and no aliases: what is read
+is never much larger than its file, and reading takes a second at most. No number is NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from planner.files import MEBIBYTE, read_text
+from planner.ir.errors import InputError
+
+__all__ = ["dump_yaml", "parse_json", "parse_yaml", "read_json", "read_yaml"]
+
+_MOST_BYTES = 8 * MEBIBYTE
+_MOST_NODES = 100_000
+_DEEPEST = 50
+
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# What PyYAML guesses from the look of a plain word. Dates are left as text.
+_GUESSED = ("bool", "float", "int", "null")
+
+
+class _PlainLoader(_Loader):  # type: ignore[misc]
+    """Reads words, numbers, lists and mappings, and nothing else."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, look) for tag, look in guesses if tag.rpartition(":")[2] in _GUESSED]
+        for first, guesses in _Loader.yaml_implicit_resolvers.items()
+    }
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """Writes a value that occurs twice twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def dump_yaml(document: Any) -> str:
+    """YAML that `parse_yaml` reads back; keys stay in their order."""
+    return yaml.dump(document, Dumper=_PlainDumper, sort_keys=False, width=100)
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """Read one YAML document.
+
+    Args:
+        text: the document.
+        what: it is, for messages: ``the plan 'plan.yaml'``.
+
+    Raises:
+        InputError: it is not YAML, or beyond the limits.
+    """
+    try:
+        _check_yaml(text, what)
+        document = yaml.load(text, Loader=_PlainLoader)
+    # ValueError: a number of more digits than Python reads.
+    except (yaml.YAMLError, ValueError):
+        raise InputError(f"{what} is truncated or not YAML") from None
+    _check_contents(document, what)
+    return document
+
+
+def _check_yaml(text: str, what: str) -> None:
+    """Refuse a document by the events of its parser, before anything is built of them."""
+    depth = nodes = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        nodes += 1
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST or nodes > _MOST_NODES:
+            raise InputError(f"{what} is nested too deeply or has too many entries")
+        if isinstance(event, yaml.AliasEvent):
+            raise InputError(f"{what} has the alias *{event.anchor}: aliases are not read")
+        if getattr(event, "tag", None) is not None:
+            raise InputError(f"{what} has the tag {event.tag}: tags are not read")
+
+
+def parse_json(text: str, what: str) -> Any:
+    """Read one JSON document.
+
+    Args:
+        text: the document.
+        what: it is, for messages: ``the config.json of 'llava'``.
+
+    Raises:
+        InputError: it is not JSON, or beyond the limits.
+    """
+    try:
+        document = json.loads(text)
+    except RecursionError:
+        raise InputError(f"{what} is nested too deeply") from None
+    except ValueError:
+        raise InputError(f"{what} is truncated or not JSON") from None
+    _check_contents(document, what)
+    return document
+
+
+def _check_contents(document: Any, what: str) -> None:
+    """Refuse NaN, which YAML has a word for and Python's JSON reads, and deep nesting."""
+    level = [document]
+    for _ in range(_DEEPEST):
+        if any(isinstance(value, float) and math.isnan(value) for value in level):
+            raise InputError(f"{what} holds NaN, which is no number")
+        inside = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list))
+        level = [item for items in inside for item in items]
+    if level:
+        raise InputError(f"{what} is nested too deeply")
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """Read a file of YAML.
+
+    Args:
+        path: of the file.
+        what: it should be, for messages: ``plan``.
+
+    Raises:
+        InputError: it cannot be read, is not YAML, or is beyond the limits.
+    """
+    return parse_yaml(read_text(path, what, _MOST_BYTES), f"the {what} '{path}'")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Read a file of JSON; see `read_yaml`."""
+    return parse_json(read_text(path, what, _MOST_BYTES), f"the {what} '{path}'")
