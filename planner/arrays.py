@@ -25,6 +25,12 @@ _KINDS = "biufU"
 # What the archive's directory says of one array begins with these bytes.
 _ENTRY = b"PK\x01\x02"
 
+# Version of an array's header -> what reads it; later versions are for arrays of records.
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
 
 def read_arrays(path: Path, what: str, like: str) -> dict[str, npt.NDArray[Any]]:
     """Read all arrays of an archive; numbers and text only.
@@ -66,7 +72,10 @@ def _array(contents: bytes) -> npt.NDArray[Any]:
     """One array, whose header is believed only where the bytes behind it bear it out."""
     stream = io.BytesIO(contents)
     version = np.lib.format.read_magic(stream)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
     shape, _, dtype = read[version](stream)
     stated = math.prod(shape) * dtype.itemsize
     if dtype.kind not in _KINDS or stated != len(contents) - stream.tell():

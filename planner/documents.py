@@ -19,7 +19,7 @@ from planner.ir.errors import InputError
 __all__ = ["dump_yaml", "parse_json", "parse_yaml", "read_json", "read_yaml"]
 
 _MOST_BYTES = 8 * MEBIBYTE
-_MOST_NODES = 100_000
+_MOST_EVENTS = 100_000
 _DEEPEST = 50
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -70,17 +70,17 @@ def parse_yaml(text: str, what: str) -> Any:
 
 def _check_yaml(text: str, what: str) -> None:
     """Refuse a document by the events of its parser, before anything is built of them."""
-    depth = nodes = 0
-    for event in yaml.parse(text, Loader=_Loader):
-        nodes += 1
+    depth = 0
+    for number, event in enumerate(yaml.parse(text, Loader=_Loader)):
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEEPEST or nodes > _MOST_NODES:
+        if depth > _DEEPEST or number > _MOST_EVENTS:
             raise InputError(f"{what} is nested too deeply or has too many entries")
         if isinstance(event, yaml.AliasEvent):
             raise InputError(f"{what} has the alias *{event.anchor}: aliases are not read")
-        if getattr(event, "tag", None) is not None:
-            raise InputError(f"{what} has the tag {event.tag}: tags are not read")
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            raise InputError(f"{what} has the tag {tag}: tags are not read")
 
 
 def parse_json(text: str, what: str) -> Any:
@@ -93,6 +93,8 @@ def parse_json(text: str, what: str) -> Any:
     Raises:
         InputError: it is not JSON, or beyond the limits.
     """
+    if sum(map(text.count, ",[{")) > _MOST_EVENTS:
+        raise InputError(f"{what} has too many entries")
     try:
         document = json.loads(text)
     except RecursionError:
@@ -109,8 +111,9 @@ def _check_contents(document: Any, what: str) -> None:
     for _ in range(_DEEPEST):
         if any(isinstance(value, float) and math.isnan(value) for value in level):
             raise InputError(f"{what} holds NaN, which is no number")
-        inside = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list))
-        level = [item for items in inside for item in items]
+        lists = [value for value in level if isinstance(value, list)]
+        lists += [list(value.values()) for value in level if isinstance(value, dict)]
+        level = [item for items in lists for item in items]
     if level:
         raise InputError(f"{what} is nested too deeply")
 

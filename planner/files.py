@@ -38,7 +38,7 @@ def read_bytes(path: Path, what: str, most_bytes: int) -> bytes:
         InputError: there is none, it is a folder, a pipe or a device, or it is too large.
     """
     try:
-        with os.fdopen(os.open(path, _READ_FLAGS), "rb") as stream:
+        with open(path, "rb", opener=lambda name, _: os.open(name, _READ_FLAGS)) as stream:
             found = os.fstat(stream.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise InputError(f"the {what} '{path}' is not a file with contents")
@@ -46,6 +46,8 @@ def read_bytes(path: Path, what: str, most_bytes: int) -> bytes:
             contents = stream.read(most_bytes + 1) if found.st_size <= most_bytes else b""
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"there is no {what} '{path}'") from None
+    except IsADirectoryError:
+        raise InputError(f"the {what} '{path}' is a folder, not a file") from None
     # ValueError: a path with a NUL in it.
     except (OSError, ValueError):
         raise InputError(f"the {what} '{path}' cannot be read") from None

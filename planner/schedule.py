@@ -80,7 +80,10 @@ def load_schedule(path: Path) -> Schedule:
 def is_schedule(path: Path) -> bool:
     """Whether a file is a schedule, rather than a plan."""
     try:
-        return isinstance(document := read_yaml(path, "schedule"), dict) and "planner_schedule" in document
+        return (
+            isinstance(document := read_yaml(path, "schedule"), dict)
+            and "planner_schedule" in document
+        )
     except InputError:
         return False
-
+    return isinstance(document, dict) and "planner_schedule" in document

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
 from planner.documents import read_yaml
 from planner.ir.errors import InputError
 from planner.training.adallava import AdaLlavaConfig
@@ -40,7 +39,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> tuple[Recipe
         InputError: no such file, recipe or key, or a value that does not fit.
     """
     values = read_yaml(Path(path), "configuration")
-    name = values.get("recipe") if isinstance(values, dict) else None
+    name = str(values.get("recipe")) if isinstance(values, dict) else ""
     if name not in RECIPES:
         raise InputError(f"{path}: recipe '{name}' is none of {', '.join(RECIPES)}")
     recipe = RECIPES[name]

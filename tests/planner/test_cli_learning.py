@@ -75,7 +75,7 @@ def test_accuracy_under_budgets(cli, cli_json):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("train", "none.yaml"), "does not exist"),
+        (("train", "none.yaml"), "there is no configuration"),
         (("train", "bad.yaml"), "is none of"),
         (("train", "good.yaml", "--set", "lerning_rate=1"), "did you mean"),
         (("eval", "-m", "tiny-llava", "--budgets", "1,x"), "is not a list"),

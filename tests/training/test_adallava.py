@@ -265,8 +265,8 @@ def test_shipped_configurations_load(path):
         ("model: x\n", "recipe 'None' is none of"),
         ("recipe: adallava\noutput_dir: x\nlr: 1\n", 'unknown key "lr"'),
         ("recipe: adallava\n", '"output_dir"'),
-        ("recipe: [", "not valid YAML"),
-        (None, "does not exist"),
+        ("recipe: [", "truncated or not YAML"),
+        (None, "there is no configuration"),
     ],
 )
 def test_a_bad_configuration_is_one_sentence(tmp_path, text, message):

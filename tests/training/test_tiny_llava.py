@@ -127,7 +127,11 @@ def test_a_bad_key_or_value_is_one_sentence(override, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "not valid YAML"), ("- 1", "expected keys and values"), (None, "does not exist")],
+    [
+        ("a: [", "truncated or not YAML"),
+        ("- 1", "expected keys and values"),
+        (None, "there is no configuration"),
+    ],
 )
 def test_a_bad_file_is_one_sentence(tmp_path, text, message):
     path = tmp_path / "config.yaml"
