@@ -58,8 +58,9 @@ from planner.kernels.products import kept_linear
 from planner.models.running.executor import Executor
 from planner.models.running.kv_cache import cache_argument, kv_bytes
 from planner.models.running.masked import Gates, MaskedExecutor
-from planner.models.tokens.selectors import DecoderInputs, Uniform
+from planner.models.tokens.selectors import DecoderInputs, select_tokens
 from planner.plan import Plan, TokenStage
+from planner.planning.selectors import Uniform
 
 LAYERS, WIDTH, HEADS, NEURONS, TOKENS = 8, 1024, 16, 2752, 640
 SWITCHES = 16
@@ -199,7 +200,7 @@ class Bench:
         """Which tokens a stage lets go on, shape (1, tokens), bool."""
         image = self.inputs["input_ids"] == IMAGE
         seen = DecoderInputs(image, torch.ones_like(image))
-        return Uniform(stage.keep).select(seen, stage.layer).keep
+        return select_tokens(Uniform(stage.keep), seen, stage.layer).keep
 
     def ratios(self, sides: Sequence[Callable[[], float]]) -> list[float]:
         """Of the seconds of every side but the first over those of the first; medians of rounds.

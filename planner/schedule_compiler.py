@@ -104,7 +104,7 @@ def compile_schedule(
         InputError: one sentence.
     """
     from planner.models.scheduling import load_scheduler
-    from planner.models.tokens.token_stages import stages_of
+    from planner.planning.selectors import stages_of
 
     wanted = Budget.of(budget)
     folder = scheduler_folder(scheduler)

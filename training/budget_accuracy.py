@@ -12,10 +12,10 @@ from planner.ir.cost import Workload
 from planner.ir.graph import Graph
 from planner.models.running.executor import Executor
 from planner.models.scheduling import Scheduled
-from planner.models.tokens.token_stages import stages_of
 from planner.plan import Plan, TokenStage
 from planner.planning.budgets import Budget
 from planner.planning.compiler import DEFAULT_DEVICE, Request, plan_graph
+from planner.planning.selectors import stages_of
 from planner.planning.switches import SwitchSet
 from planner.schedule_compiler import PlanCosts
 from planner.training.data import Conversation

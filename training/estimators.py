@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from planner.ir.errors import InputError
-from planner.models.tokens.selectors.arguments import Arguments, read_named
+from planner.planning.selectors.arguments import Arguments, read_named
 from planner.training.subset_distributions import Subsets
 from planner.training.switch_costs import Costs
 

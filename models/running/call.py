@@ -10,7 +10,7 @@ from torch import Tensor
 from planner.models.running.kv_cache import PlannedLayer
 from planner.models.running.recording import Recorded
 from planner.models.tokens.kept_tokens import Kept
-from planner.models.tokens.selectors import Selector
+from planner.planning.selectors import Selector
 
 __all__ = ["Call", "Record"]
 

@@ -13,8 +13,8 @@ from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.ir.intervals import Intervals, intervals_of
 from planner.models.running.bindings import BoundLayer, BoundSite
-from planner.models.tokens.selectors import H2O, parse_kv_policy
 from planner.plan import Plan, TokenStage
+from planner.planning.selectors import H2O, parse_kv_policy
 
 __all__ = ["LayerGroup", "LayerProgram", "Program", "check_plan", "plan_key"]
 

@@ -25,12 +25,12 @@ from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.models.running.masked import Gates
 from planner.models.scheduling.layouts import Layout, Taken, upper_half
-from planner.models.tokens.token_stages import selector_of
 from planner.plan import Plan, TokenStage
 from planner.planning.budgets import Budget, Limit
 from planner.planning.compiler import DEFAULT_DEVICE
 from planner.planning.pricing import Pricing
 from planner.planning.problem import Choice, Problem
+from planner.planning.selectors import selector_of
 from planner.planning.switch_vectors import choice_of, flags_of, with_utilities
 from planner.planning.switches import AXES, SwitchSet, with_switches
 from planner.planning.utilities import uniform

@@ -15,60 +15,14 @@ from planner.ir.graph import Graph
 from planner.models.running.call import Call, Record
 from planner.models.running.program import LayerGroup, Program
 from planner.models.tokens.kept_tokens import Kept, gather, scatter
-from planner.models.tokens.selectors import (
-    SELECTORS,
-    DecoderInputs,
-    DecoderSelector,
-    Needs,
-    VisionSelector,
-    counted,
-    parse,
-)
+from planner.models.tokens.selectors import DecoderInputs, mark_tokens, select_tokens
 from planner.models.tokens.vision_stage import VisionStage
 from planner.plan import TokenStage
+from planner.planning.selectors import DecoderSelector, Needs, VisionSelector, selector_of
 
-__all__ = ["Places", "TokenStages", "selector_of", "stages_of"]
+__all__ = ["Places", "TokenStages"]
 
 Places = Callable[[Tensor, bool], Tensor]
-
-
-def selector_of(stage: TokenStage) -> DecoderSelector | VisionSelector:
-    """The selector that a plan names.
-
-    With arguments, ``fastv:k=2,r=0.5``, it is taken as it is; ``fastv`` keeps as many as the stage
-    says.
-    """
-    known = SELECTORS.get(stage.selector)
-    if known is not None and issubclass(known, DecoderSelector):
-        return known.at(stage.layer, stage.keep, stage.of)
-    selector = parse(stage.selector)
-    assert isinstance(selector, DecoderSelector | VisionSelector)
-    if isinstance(selector, VisionSelector) and stage.layer:
-        raise InputError(
-            f"the plan runs {stage.selector} at layer {stage.layer}, but it works before layer 0"
-        )
-    return selector
-
-
-def stages_of(text: str, image_tokens: int, per_run: int = 0) -> tuple[TokenStage, ...]:
-    """The token stages of a selector such as ``fastv:k=2,r=0.5``, on so many image tokens.
-
-    Args:
-        text: the selector.
-        image_tokens: of one sample.
-        per_run: image tokens that one run of the vision encoder yields; 0 where unknown.
-
-    Raises:
-        InputError: there is no such selector, or it keeps a number that depends on content and has
-            no cap.
-    """
-    selector = parse(text)
-    return tuple(
-        TokenStage(layer, count, image_tokens, str(selector))
-        for layer, count in zip(
-            selector.layers, counted(selector, image_tokens, per_run), strict=True
-        )
-    )
 
 
 class TokenStages:
@@ -182,7 +136,7 @@ class TokenStages:
             hidden = hidden.masked_fill(call.unwanted[:, :, None], 0)
         for selector in self.selectors.values():
             if Needs.MARKS in selector.needs and call.image is not None:
-                call.marks[selector] = selector.mark(hidden, image, call.new_valid())
+                call.marks[selector] = mark_tokens(selector, hidden, image, call.new_valid())
         return hidden
 
     # How many tokens go on follows from values, which torch.compile does not look at.
@@ -210,7 +164,7 @@ class TokenStages:
         for part, record in self._pieces(call, stage, everyone if rows is None else rows):
             kept = call.kept.rows(part) if earlier and call.kept is not None else None
             inputs = self._inputs(call, self.selectors[stage], part, kept, hidden, record)
-            selection = self.selectors[stage].select(inputs, stage.layer)
+            selection = select_tokens(self.selectors[stage], inputs, stage.layer)
             keep = selection.keep
             if kept is not None:
                 # Padding stands for tokens dropped before, which stay dropped.

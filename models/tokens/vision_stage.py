@@ -20,7 +20,8 @@ from torch.utils.hooks import RemovableHandle
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.models.running.patches import Patches
-from planner.models.tokens.selectors import Needs, TowerAttention, VisionInputs, VisionSelector
+from planner.models.tokens.selectors import TowerAttention, VisionInputs, select_features
+from planner.planning.selectors import Needs, VisionSelector
 
 __all__ = ["VisionStage", "places"]
 
@@ -105,7 +106,7 @@ class VisionStage:
 
     def _project(self, features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Stands in for the projector: shape (runs, patches, width) to (runs, patches, out)."""
-        selection = self.selector.select(self._inputs(features))
+        selection = select_features(self.selector, self._inputs(features))
         self._seen.clear()
         left = torch.cat(selection.features)
         projected = self._stock(left[None], *args, **kwargs)

@@ -95,8 +95,8 @@ def run_scheduled(
     from planner.cli.run import generate, kept_rows, skipped
     from planner.ir.cost import Workload
     from planner.loading import count_image_tokens, prompt_inputs
-    from planner.models.tokens.token_stages import stages_of
     from planner.planning.repricing import cost_on
+    from planner.planning.selectors import stages_of
     from planner.schedule_compiler import PlanCosts, load_scheduled
 
     update("load")
@@ -139,7 +139,7 @@ def explain_plan(
 
     `image_tokens`: layer of a token stage -> those that were really left, where that is known.
     """
-    from planner.models.tokens.token_stages import selector_of
+    from planner.planning.selectors import selector_of
 
     scores = _scores(scheduled) if scheduled is not None else {}
     rows = []

@@ -24,6 +24,7 @@ from planner.ir.narrowing import narrowed, scores_by_attention
 from planner.plan import Plan
 from planner.planning.budgets import Budget
 from planner.planning.problem import LayerChoices, Problem, SiteChoices, TokenOption
+from planner.planning.selectors import Sizes, VisionSelector
 from planner.planning.switches import SwitchSet
 from planner.planning.utilities import Utilities
 
@@ -180,8 +181,6 @@ class Pricing:
         self, stage: int, image_tokens: int, option: tuple[int, ...]
     ) -> npt.NDArray[np.int64]:
         """Cost of what a selector multiplies to choose from so many tokens; shape (4,)."""
-        from planner.models.tokens.selectors import Sizes, VisionSelector
-
         selector, load = self.switches.selector, self.workload
         assert selector is not None
         in_vision = isinstance(selector, VisionSelector)

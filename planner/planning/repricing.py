@@ -11,6 +11,7 @@ from planner.ir.graph import Graph
 from planner.plan import Plan
 from planner.planning.compiler import DEFAULT_DEVICE
 from planner.planning.pricing import Pricing, compared
+from planner.planning.selectors import selector_of
 from planner.planning.switches import AXES, SwitchSet, with_switches
 
 __all__ = ["cost_on"]
@@ -19,7 +20,7 @@ __all__ = ["cost_on"]
 def cost_on(
     graph: Graph, plan: Plan, workload: Workload, kept: Mapping[int, int] | None = None
 ) -> dict[str, dict[str, float]]:
-    """FLOPs and KV bytes of a plan, as a plan's own ``cost`` has them; imports torch.
+    """FLOPs and KV bytes of a plan, as a plan's own ``cost`` has them.
 
     Args:
         graph: that the plan is for.
@@ -51,8 +52,6 @@ def _scaled(keep: int, of: int, workload: Workload) -> int:
 
 def _switches(plan: Plan) -> SwitchSet:
     """What a plan switches, as pricing wants to know it."""
-    from planner.models.tokens.token_stages import selector_of
-
     switches = SwitchSet("of a plan", AXES, token_layers=tuple(s.layer for s in plan.tokens))
     if plan.tokens:
         first = plan.tokens[0]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Site
+from planner.planning.selectors import H2O, Selector, counted, parse, parse_kv_policy
 
-__all__ = ["AXES", "KvPolicy", "SwitchSet", "TokenSelector", "mlp_switches", "with_switches"]
+__all__ = ["AXES", "SwitchSet", "mlp_switches", "with_switches"]
 
 AXES = ("tokens", "layers", "heads", "mlp")
 _SITE_KIND = {"layers": "layer", "heads": "heads", "mlp": "mlp"}
@@ -17,24 +17,6 @@ _SITE_KIND = {"layers": "layer", "heads": "heads", "mlp": "mlp"}
 # arXiv 2403.06764) and Dynamic-LLaVA (section 3 of arXiv 2412.00876) do.
 _TOKEN_LAYER = 2
 _TILE = 128
-
-
-class KvPolicy(Protocol):
-    """By what a KV cache evicts; written as its text."""
-
-    def kept(self, prompt: int, new: int = 0) -> int:
-        """Entries of each head's cache after a prompt and some decoded tokens."""
-
-
-class TokenSelector(Protocol):
-    """A rule that picks tokens, see `planner.models.tokens.selectors`."""
-
-    @property
-    def is_adaptive(self) -> bool:
-        """Whether the content decides how many tokens are left."""
-
-    def products(self, layer: int, sizes: Any) -> tuple[tuple[int, int, int], ...]:
-        """Products of matrices that choosing takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +42,8 @@ class SwitchSet:
     token_layers: tuple[int, ...] = (_TOKEN_LAYER,)
     token_selector: str = "fastv"
     token_counts: tuple[int, ...] | None = None
-    selector: TokenSelector | None = None
-    kv: KvPolicy | None = None
+    selector: Selector | None = None
+    kv: H2O | None = None
 
     @staticmethod
     def parse(text: str) -> SwitchSet:
@@ -85,7 +67,7 @@ class SwitchSet:
         """The same switches with image tokens dropped as a selector says, rather than chosen.
 
         Args:
-            text: a selector with its arguments, such as ``fastv:k=2,r=0.5``; imports torch.
+            text: a selector with its arguments, such as ``fastv:k=2,r=0.5``.
             image_tokens: of one sample.
             per_run: image tokens that one run of the vision encoder yields; 0 where unknown.
 
@@ -93,8 +75,6 @@ class SwitchSet:
             InputError: where the selector does not exist, or keeps a number that depends on content
                 and has no cap (no cost could be promised).
         """
-        from planner.models.tokens.selectors import counted, parse
-
         selector = parse(text)
         counts = counted(selector, image_tokens, per_run)
         return replace(
@@ -109,10 +89,8 @@ class SwitchSet:
     def with_kv_policy(self, text: str) -> SwitchSet:
         """The same switches with a cache that evicts, such as ``h2o:heavy=0.2,recent=0.2``.
 
-        Imports torch. Raises InputError where there is no such policy.
+        Raises InputError where there is no such policy.
         """
-        from planner.models.tokens.selectors import parse_kv_policy
-
         return replace(self, kv=parse_kv_policy(text))
 
     def usable(self, graph: Graph) -> tuple[Site, ...]:

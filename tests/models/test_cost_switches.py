@@ -19,11 +19,11 @@ from planner.models.scheduling import (
     load_scheduler,
     save_scheduler,
 )
-from planner.models.tokens.token_stages import stages_of
 from planner.plan import Plan, TokenStage
 from planner.planning.budgets import Budget
 from planner.planning.catalog import find_model
 from planner.planning.compiler import lowered_graph
+from planner.planning.selectors import stages_of
 from planner.schedule_compiler import PlanCosts
 from planner.training.estimators import parse
 from planner.training.switch_costs import SiteCosts, UnequalCosts, costs_of

@@ -11,7 +11,8 @@ from plans import dense_plan, plans
 from planner.kernels import products
 from planner.models.running.executor import Executor
 from planner.models.running.masked import Gates, MaskedExecutor
-from planner.models.tokens.selectors import DecoderInputs, Uniform
+from planner.models.tokens.selectors import DecoderInputs, select_tokens
+from planner.planning.selectors import Uniform
 
 STEPS = 33
 
@@ -39,8 +40,8 @@ def uniform_gates(plan, inputs):
         for row in range(len(ids)):
             where = (left[row] & mask[row]).nonzero().flatten()
             image = (ids[row, where] == IMAGE)[None]
-            keep = Uniform(stage.keep).select(
-                DecoderInputs(image, torch.ones_like(image)), stage.layer
+            keep = select_tokens(
+                Uniform(stage.keep), DecoderInputs(image, torch.ones_like(image)), stage.layer
             )
             left[row, where] = keep.keep[0]
         gates[stage.layer] = left.float()

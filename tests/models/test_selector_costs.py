@@ -16,10 +16,10 @@ from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
 from planner.models.running.executor import Executor
 from planner.models.running.kv_cache import cache_among, kv_bytes
-from planner.models.tokens.token_stages import stages_of
 from planner.planning.budgets import Budget
 from planner.planning.compiler import Request, plan_graph
 from planner.planning.repricing import cost_on
+from planner.planning.selectors import stages_of
 from planner.planning.switches import SwitchSet
 
 ADAPTIVE = ["prumerge:max=0.2", "prumerge:max=0.7", "prumerge+:max=0.3", "prumerge+:max=0.9"]

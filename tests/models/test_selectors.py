@@ -9,15 +9,21 @@ from hypothesis import strategies as st
 
 from planner.ir.errors import InputError
 from planner.models.tokens.selectors import (
+    DecoderInputs,
+    TowerAttention,
+    VisionInputs,
+    mark_tokens,
+    select_features,
+    select_tokens,
+)
+from planner.planning.selectors import (
     KV_POLICIES,
     SELECTORS,
-    DecoderInputs,
+    DecoderSelector,
     FastV,
     PruMergePlus,
     SparseVLM,
-    Stage,
-    TowerAttention,
-    VisionInputs,
+    VisionSelector,
     parse,
     parse_kv_policy,
 )
@@ -54,7 +60,7 @@ def test_every_method_is_in_both_tables():
 def test_text_form_round_trips(text):
     selector = parse(text)
     assert parse(str(selector)) == selector
-    assert selector.stage is (Stage.DECODER if text in DECODER else Stage.VISION)
+    assert isinstance(selector, DecoderSelector if text in DECODER else VisionSelector)
 
 
 @given(st.integers(1, 99), st.floats(0, 1))
@@ -160,9 +166,9 @@ def alone(inputs, sample):
 
 def run(selector, inputs):
     if selector.name == "sparsevlm":
-        marks = selector.mark(inputs.hidden_states, inputs.image, inputs.valid)
+        marks = mark_tokens(selector, inputs.hidden_states, inputs.image, inputs.valid)
         inputs = replace(inputs, marks=marks)
-    return selector.select(inputs, selector.layers[0])
+    return select_tokens(selector, inputs, selector.layers[0])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -221,9 +227,9 @@ def one_run(inputs, i):
 @pytest.mark.parametrize("text", VISION)
 def test_a_batch_of_pictures_gets_what_they_get_alone(text, patches):
     selector, inputs = parse(text), vision_inputs(patches=patches)
-    selection = selector.select(inputs)
+    selection = select_features(selector, inputs)
     for i in range(3):
-        single = selector.select(one_run(inputs, i))
+        single = select_features(selector, one_run(inputs, i))
         torch.testing.assert_close(selection.features[i], single.features[0])
         assert torch.equal(selection.indices[i], single.indices[0])
         kept = selection.indices[i][selection.indices[i] >= 0].tolist()
@@ -242,7 +248,7 @@ def test_a_batch_of_pictures_gets_what_they_get_alone(text, patches):
 
 @pytest.mark.parametrize("text", VISION)
 def test_half_precision_features_keep_their_type(text):
-    selection = parse(text).select(vision_inputs(dtype=torch.bfloat16))
+    selection = select_features(parse(text), vision_inputs(dtype=torch.bfloat16))
     assert all(f.dtype == torch.bfloat16 for f in selection.features)
     assert all(f.isfinite().all() for f in selection.features)
 
@@ -251,15 +257,15 @@ def test_half_precision_features_keep_their_type(text):
 def test_a_tower_without_cls_is_refused(text):
     inputs = replace(vision_inputs(), tower={})
     with pytest.raises(InputError, match="CLS token, which this vision tower does not have"):
-        parse(text).select(inputs)
+        select_features(parse(text), inputs)
 
 
 def test_trim_without_a_text_encoder_is_refused():
     with pytest.raises(InputError, match="has no CLIP text encoder"):
-        parse("trim").select(replace(vision_inputs(), text_embeddings=None))
+        select_features(parse("trim"), replace(vision_inputs(), text_embeddings=None))
 
 
 def test_a_forgotten_input_is_named():
     inputs = replace(decoder_inputs("left"), key=None)
     with pytest.raises(ValueError, match="did not supply key"):
-        FastV().select(inputs, 2)
+        select_tokens(FastV(), inputs, 2)

@@ -8,9 +8,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from planner.models.tokens.selectors import DecoderInputs, FastV, Random, SparseVLM, Uniform
+from planner.models.tokens.selectors import DecoderInputs, mark_tokens, select_tokens
 from planner.models.tokens.selectors.sparsevlm import cluster, raters
 from planner.models.tokens.selectors.uniform import evenly_spaced, grid_points
+from planner.planning.selectors import FastV, Random, SparseVLM, Uniform
 
 few = settings(max_examples=20, deadline=None)
 HEADS, KV_HEADS, HEAD_DIM, WIDTH = 4, 2, 4, 6
@@ -54,7 +55,7 @@ def best(scores, count):
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.1, 0.5, 0.77, 1.0]))
 def test_fastv(seed, r):
     inputs = random_inputs(np.random.default_rng(seed))
-    selection = FastV(k=2, r=r).select(inputs, 2)
+    selection = select_tokens(FastV(k=2, r=r), inputs, 2)
     for sample in range(3):
         weights, where = attention_of(inputs, sample)
         tokens = np.flatnonzero(inputs.image[sample].numpy()[where])
@@ -74,9 +75,9 @@ def test_fastv_keeps_the_papers_number_and_reads_a_mask():
     window = torch.ones(4, 4).tril().triu(-2).bool()[None, None]
     everything = torch.ones(1, 4).bool()
     inputs = DecoderInputs(image, everything, query, key)
-    assert FastV(r=2 / 3).select(inputs, 2).indices(image)[0].tolist() == [0]
+    assert select_tokens(FastV(r=2 / 3), inputs, 2).indices(image)[0].tolist() == [0]
     inputs = DecoderInputs(image, everything, query, key, attention_mask=window)
-    assert FastV(r=2 / 3).select(inputs, 2).indices(image)[0].tolist() == [2]
+    assert select_tokens(FastV(r=2 / 3), inputs, 2).indices(image)[0].tolist() == [2]
 
 
 def test_fastv_sees_only_the_new_turn_of_a_cached_chat():
@@ -89,15 +90,15 @@ def test_fastv_sees_only_the_new_turn_of_a_cached_chat():
     query = whole.query
     cached = DecoderInputs(image[:, past:], whole.valid, query[:, :, past:], whole.key)
     at_once = DecoderInputs(image, whole.valid, query, whole.key)
-    kept = FastV().select(cached, 2).keep
-    assert torch.equal(kept, FastV().select(at_once, 2).keep[:, past:])
+    kept = select_tokens(FastV(), cached, 2).keep
+    assert torch.equal(kept, select_tokens(FastV(), at_once, 2).keep[:, past:])
 
 
 @few
 @given(st.integers(0, 2**32 - 1), st.integers(0, 9), st.integers(0, 5))
 def test_random_depends_on_seed_and_ordinal_alone(seed, keep, stream):
     inputs = random_inputs(np.random.default_rng(seed))
-    selection = Random(keep=keep, seed=stream).select(inputs, 0)
+    selection = select_tokens(Random(keep=keep, seed=stream), inputs, 0)
     draws = np.random.default_rng(stream).random(inputs.image.shape[1])
     for sample, kept in enumerate(selection.indices(inputs.image)):
         tokens = inputs.image[sample].nonzero().flatten().numpy()
@@ -107,7 +108,9 @@ def test_random_depends_on_seed_and_ordinal_alone(seed, keep, stream):
 def test_random_differs_by_seed_and_covers_all_tokens():
     image = torch.ones(1, 64, dtype=torch.bool)
     inputs = DecoderInputs(image, image)
-    times = sum(Random(keep=16, seed=seed).select(inputs, 0).keep.int() for seed in range(200))
+    times = sum(
+        select_tokens(Random(keep=16, seed=seed), inputs, 0).keep.int() for seed in range(200)
+    )
     # 200 draws with probability 1/4: mean 50, standard deviation 6.1.
     assert times.min() > 20
     assert times.max() < 80
@@ -140,7 +143,7 @@ def test_uniform_gives_every_picture_its_share():
     image[0, 3:19] = True  # 4 x 4
     image[0, 22:38] = True  # 4 x 4
     image[1, 1:10] = True  # 3 x 3
-    selection = Uniform(keep=8).select(DecoderInputs(image, torch.ones_like(image)), 0)
+    selection = select_tokens(Uniform(keep=8), DecoderInputs(image, torch.ones_like(image)), 0)
     first, second = selection.indices(image)
     square = [4 * row + column for row in (1, 3) for column in (1, 3)]
     assert first.tolist() == [3 + p for p in square] + [22 + p for p in square]
@@ -203,9 +206,9 @@ def test_sparsevlm(seed, recycle):
     inputs = random_inputs(rng)
     states = rng.normal(size=inputs.hidden_states.shape)
     selector = SparseVLM(after=(1, 4), keep=(int(rng.integers(0, 12)), 1), recycle=recycle)
-    marks = selector.mark(torch.from_numpy(states), inputs.image, inputs.valid)
+    marks = mark_tokens(selector, torch.from_numpy(states), inputs.image, inputs.valid)
     inputs = DecoderInputs(**{**vars(inputs), "marks": marks})
-    selection = selector.select(inputs, 2)
+    selection = select_tokens(selector, inputs, 2)
     for sample in range(3):
         weights, where = attention_of(inputs, sample)
         rating = naive_raters(

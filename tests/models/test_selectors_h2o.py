@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.models.tokens.selectors import H2O, HeavyHitters
+from planner.models.tokens.selectors import HeavyHitters
 from planner.models.tokens.selectors.h2o import attention_received
+from planner.planning.selectors import H2O
 
 HEAD_DIM = 4
 

@@ -9,16 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from planner.ir.errors import InputError
-from planner.models.tokens.selectors import (
-    TRIM,
-    HiRED,
-    PruMerge,
-    PruMergePlus,
-    TowerAttention,
-    VisionInputs,
-    VisionZip,
-)
+from planner.models.tokens.selectors import TowerAttention, VisionInputs, select_features
 from planner.models.tokens.selectors.hired import tile_counts
+from planner.planning.selectors import TRIM, HiRED, PruMerge, PruMergePlus, VisionZip
 
 few = settings(max_examples=15, deadline=None)
 HEADS, WIDTH = 2, 8
@@ -109,7 +102,7 @@ def check_merged(inputs, selection, run, attention, kept, neighbours):
 @example(seed=0, patches=49, sharpness=3.0, neighbours=32, cap=0.1)
 def test_prumerge(seed, patches, sharpness, neighbours, cap):
     inputs = random_inputs(np.random.default_rng(seed), 3, patches, sharpness)
-    selection = PruMerge(neighbours, cap).select(inputs)
+    selection = select_features(PruMerge(neighbours, cap), inputs)
     for run in range(3):
         attention = cls_row(inputs, -1, run, heads=1)
         if sharpness == 0:  # all equal, up to rounding in the reference
@@ -121,7 +114,7 @@ def test_prumerge(seed, patches, sharpness, neighbours, cap):
 
 def test_prumerge_without_outliers_is_one_token():
     inputs = random_inputs(np.random.default_rng(0), 1, 16, sharpness=0.0)
-    selection = PruMerge().select(inputs)
+    selection = select_features(PruMerge(), inputs)
     torch.testing.assert_close(selection.features[0], inputs.features[0].sum(0, keepdim=True) / 17)
 
 
@@ -137,7 +130,7 @@ def test_prumerge_without_outliers_is_one_token():
 @example(seed=0, patches=64, sharpness=0.0, cap=0.1)
 def test_prumerge_plus_adaptive(seed, patches, sharpness, cap):
     inputs = random_inputs(np.random.default_rng(seed), 3, patches, sharpness)
-    selection = PruMergePlus(neighbours=3, max=cap).select(inputs)
+    selection = select_features(PruMergePlus(neighbours=3, max=cap), inputs)
     for run in range(3):
         attention = cls_row(inputs, -1, run, heads=1)
         if sharpness == 0:
@@ -165,7 +158,7 @@ def test_prumerge_plus_adaptive(seed, patches, sharpness, cap):
 def test_prumerge_plus_fixed(seed, patches, ratio):
     inputs = random_inputs(np.random.default_rng(seed), 3, patches)
     selector = PruMergePlus(neighbours=3, ratio=ratio)
-    selection = selector.select(inputs)
+    selection = select_features(selector, inputs)
     step = int(1 / ratio)
     grid = [i for i in range(patches - 1) if i % step == step // 2 % step and i >= step // 2]
     for run in range(3):
@@ -179,7 +172,7 @@ def test_prumerge_plus_fixed(seed, patches, ratio):
 def test_prumerge_plus_gives_the_145_tokens_of_the_reference():
     assert PruMergePlus(ratio=1 / 8).counts(576) == (145,)
     inputs = random_inputs(np.random.default_rng(1), 2, 576)
-    selection = PruMergePlus(ratio=1 / 8).select(inputs)
+    selection = select_features(PruMergePlus(ratio=1 / 8), inputs)
     for run in range(2):
         kept = selection.indices[run][:-1].tolist()
         assert len(set(kept)) == 144
@@ -199,7 +192,7 @@ def test_prumerge_plus_gives_the_145_tokens_of_the_reference():
 def test_visionzip(seed, patches, dominant, contextual):
     inputs = random_inputs(np.random.default_rng(seed), 2, patches)
     selector = VisionZip(dominant, contextual)
-    selection = selector.select(inputs)
+    selection = select_features(selector, inputs)
     for run in range(2):
         x = inputs.features[run].numpy()
         keys = inputs.tower[-2].key[run, 1:].numpy().reshape(patches, HEADS, -1).mean(1)
@@ -258,7 +251,7 @@ def naive_hired(inputs, run, ratio, alpha, rows, columns, side):
 def test_hired(seed, side, ratio, alpha, tiles):
     runs = sum(1 + rows * columns for rows, columns in tiles)
     inputs = random_inputs(np.random.default_rng(seed), runs, side * side, tiles=tuple(tiles))
-    selection = HiRED(ratio, alpha).select(inputs)
+    selection = select_features(HiRED(ratio, alpha), inputs)
     first = 0
     for rows, columns in tiles:
         for offset, kept in enumerate(
@@ -273,7 +266,7 @@ def test_hired(seed, side, ratio, alpha, tiles):
 def test_hired_keeps_the_tables_number_and_never_overspends():
     assert HiRED(ratio=0.2).counts(576) == (115,)
     inputs = random_inputs(np.random.default_rng(3), 5, 576, tiles=((2, 2),))
-    left = [len(index) for index in HiRED(ratio=0.2).select(inputs).indices]
+    left = [len(index) for index in select_features(HiRED(ratio=0.2), inputs).indices]
     assert left[0] == 288
     assert 576 - 4 <= sum(left) <= 576
 
@@ -287,7 +280,7 @@ def test_hired_counts_patches_where_they_lie():
 def test_hired_refuses_tiles_that_do_not_add_up():
     inputs = random_inputs(np.random.default_rng(3), 4, 9, tiles=((2, 2),))
     with pytest.raises(InputError, match="got 4 runs"):
-        HiRED().select(inputs)
+        select_features(HiRED(), inputs)
 
 
 @few
@@ -303,7 +296,7 @@ def test_trim(seed, patches, ratio, cap):
     inputs = random_inputs(np.random.default_rng(seed), 3, patches)
     cap = cap if ratio is None else None
     selector = TRIM(ratio, cap)
-    selection = selector.select(inputs)
+    selection = select_features(selector, inputs)
     for run in range(3):
         dots = inputs.patch_embeddings[run].numpy() @ inputs.text_embeddings[run].numpy()
         scores = softmax(-dots)

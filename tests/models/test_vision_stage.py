@@ -8,9 +8,10 @@ from restored import same_state, snapshot
 
 from planner.ir.errors import InputError
 from planner.models.running.executor import Executor
-from planner.models.tokens.selectors import TowerAttention, VisionInputs, parse
+from planner.models.tokens.selectors import TowerAttention, VisionInputs, select_features
 from planner.models.tokens.vision_stage import places
 from planner.plan import TokenStage
+from planner.planning.selectors import parse
 
 SELECTORS = [
     "prumerge",
@@ -39,7 +40,7 @@ def by_hand(model, inputs, text):
         query, key = layer.self_attn.q_proj(normed)[:, 0], layer.self_attn.k_proj(normed)
         attention[index] = TowerAttention(query, key, layer.self_attn.num_heads)
     features = states[model.config.vision_feature_layer]
-    selection = selector.select(VisionInputs(features[:, 1:], features[:, 0], attention))
+    selection = select_features(selector, VisionInputs(features[:, 1:], features[:, 0], attention))
     words = model.get_input_embeddings()(inputs["input_ids"])[0]
     image = (inputs["input_ids"][0] == IMAGE).nonzero().flatten()
     chosen, new = [], words.clone()

@@ -143,11 +143,15 @@ def test_mlp_groups_fill_tiles_where_they_can(width, heads, groups):
     assert mlp_switches(width, heads) == groups
 
 
-def test_a_cached_compile_does_not_import_torch(tmp_path):
+@pytest.mark.parametrize(
+    "options", ["", "--tokens fastv:k=2,r=0.5 --kv h2o", "--tokens trim:max=0.2"]
+)
+def test_a_cached_compile_does_not_import_torch(tmp_path, options):
     compile_plan(Request("llava-7b"))
     code = (
         "import sys, json; from planner.cli import execute as run; "
-        f"c = run(['compile', '--model', 'llava-7b', '-o', {str(tmp_path)!r}, '-q']); "
+        f"c = run(['compile', '--model', 'llava-7b', '-o', {str(tmp_path)!r}, '-q', "
+        f"*{options.split()!r}]); "
         "print(json.dumps([c, 'torch' in sys.modules, 'transformers' in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,139 +1,45 @@
-"""Rules that pick image tokens, one small file per method, behind one interface.
-
-| selector  | works             | scores by                                 | paper            |
-|-----------|-------------------|-------------------------------------------|------------------|
-| fastv     | before layer k    | last query's attention, layer k - 1       | arXiv 2403.06764 |
-| sparsevlm | after some layers | attention of rating text, hidden states   | arXiv 2410.04417 |
-| random    | before layer k    | nothing                                   |                  |
-| uniform   | before layer k    | nothing                                   |                  |
-| prumerge  | before projector  | CLS attention and keys, last layer        | arXiv 2403.15388 |
-| prumerge+ | before projector  | CLS attention and keys, last layer        | arXiv 2403.15388 |
-| visionzip | before projector  | CLS attention and keys, second last layer | arXiv 2412.04467 |
-| hired     | before projector  | CLS attention, first and second last layer| arXiv 2408.10945 |
-| trim      | before projector  | CLIP's patch and prompt embeddings        | arXiv 2409.10994 |
-
-And one policy that evicts from the KV cache instead: h2o, by attention received per head (arXiv
-2306.14048). All of them are rules, none is trained; some were also published with a model
-fine-tuned under the rule (prumerge, prumerge+, visionzip).
-
-How many tokens a rule leaves is fixed by its arguments, or depends on the picture (adaptive). An
-adaptive rule may leave all of them, so a plan wants a cap, the largest share of each picture's
-tokens that it may leave. The plan is priced at the cap, and runs what the rule says.
-
-| adaptive  | the rule keeps                                          | with a cap | fixed       |
-|-----------|---------------------------------------------------------|------------|-------------|
-| prumerge  | outliers of attention, and the sum of the others        | max=0.25   |             |
-| prumerge+ | outliers, a grid as dense as they are many, and the sum | max=0.25   | ratio=0.125 |
-| trim      | outliers of similarity, and the mean of the others      | max=0.25   | ratio=0.25  |
+"""What token selectors compute, one small file per rule; `planner.planning.selectors` lists them.
 
 In: tensors that an executor took from a stock model. Out: `DecoderSelection` or
-`VisionSelection`. `parse("fastv:k=2,r=0.5")` reads a selector as users write it, ``str`` writes
-it. A new method is its own file, a line in the registry below and its twin in the tests.
+`VisionSelection`, by `select_tokens` and `select_features`.
+
+- `selection`: what a rule is given and what it returns
+- `ranking`: from scores to choices
+- `scoring`: the rows of attention that rules score with
+- `fastv`, `sparsevlm`, `random`, `uniform`: rules in the decoder
+- `prumerge` (with prumerge+), `visionzip`, `hired`, `trim`: rules before the projector
+- `h2o`: the cache that evicts
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from importlib import import_module
+from pkgutil import iter_modules
 
-from planner.ir.errors import InputError
-from planner.models.tokens.selectors.arguments import read_named
-from planner.models.tokens.selectors.base import (
+from planner.models.tokens.selectors.h2o import HeavyHitters
+from planner.models.tokens.selectors.selection import (
     DecoderInputs,
     DecoderSelection,
-    DecoderSelector,
-    Needs,
-    Product,
-    Selector,
-    Sizes,
-    Stage,
     TowerAttention,
     VisionInputs,
     VisionSelection,
-    VisionSelector,
+    mark_tokens,
+    select_features,
+    select_tokens,
 )
-from planner.models.tokens.selectors.fastv import FastV
-from planner.models.tokens.selectors.h2o import H2O, HeavyHitters
-from planner.models.tokens.selectors.hired import HiRED
-from planner.models.tokens.selectors.prumerge import PruMerge, PruMergePlus
-from planner.models.tokens.selectors.random import Random
-from planner.models.tokens.selectors.sparsevlm import SparseVLM
-from planner.models.tokens.selectors.trim import TRIM
-from planner.models.tokens.selectors.uniform import Uniform
-from planner.models.tokens.selectors.visionzip import VisionZip
 
 __all__ = [
-    "H2O",
-    "KV_POLICIES",
-    "SELECTORS",
-    "TRIM",
     "DecoderInputs",
     "DecoderSelection",
-    "DecoderSelector",
-    "FastV",
     "HeavyHitters",
-    "HiRED",
-    "Needs",
-    "Product",
-    "PruMerge",
-    "PruMergePlus",
-    "Random",
-    "Selector",
-    "Sizes",
-    "SparseVLM",
-    "Stage",
     "TowerAttention",
-    "Uniform",
     "VisionInputs",
     "VisionSelection",
-    "VisionSelector",
-    "VisionZip",
-    "counted",
-    "parse",
-    "parse_kv_policy",
+    "mark_tokens",
+    "select_features",
+    "select_tokens",
 ]
 
-SELECTORS: Mapping[str, type[Selector]] = {
-    "fastv": FastV,
-    "sparsevlm": SparseVLM,
-    "random": Random,
-    "uniform": Uniform,
-    "prumerge": PruMerge,
-    "prumerge+": PruMergePlus,
-    "visionzip": VisionZip,
-    "hired": HiRED,
-    "trim": TRIM,
-}
-
-KV_POLICIES: Mapping[str, type[H2O]] = {"h2o": H2O}
-
-
-def parse(text: str) -> Selector:
-    """Read a selector, for example ``fastv:k=2,r=0.5``; InputError says what is wrong."""
-    return read_named(text, SELECTORS, "token selector")
-
-
-def counted(selector: Selector, image_tokens: int, per_run: int = 0) -> tuple[int, ...]:
-    """Image tokens of one sample that a selector leaves at each of its layers, at most.
-
-    Args:
-        selector: any.
-        image_tokens: of the sample.
-        per_run: image tokens that one run of the vision encoder yields; 0 where unknown.
-
-    Raises:
-        InputError: the number depends on content and has no cap, so no cost can be promised.
-    """
-    counts = selector.counts_of_sample(image_tokens, per_run)
-    known = tuple(count for count in counts if count is not None)
-    if len(known) < len(counts):
-        raise InputError(
-            f"how many tokens {selector} keeps depends on the image, and may be all of them, so no "
-            f"cost below the base model's can be promised; give it a cap, such as "
-            f"{selector.name}:max=0.25"
-        )
-    return known
-
-
-def parse_kv_policy(text: str) -> H2O:
-    """Read a KV cache policy, for example ``h2o:heavy=0.25,recent=0.25``."""
-    return read_named(text, KV_POLICIES, "KV cache policy")
+# A rule registers itself when its file is imported.
+for _module in iter_modules(__path__, f"{__name__}."):
+    import_module(_module.name)

@@ -8,12 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["capped", "descending", "outliers", "pack", "top_mask"]
-
-
-def capped(tokens: int, share: float) -> int:
-    """Most of so many tokens that a cap leaves: their share, rounded down, and at least one."""
-    return max(1, int(tokens * share))
+__all__ = ["descending", "outliers", "pack", "top_mask"]
 
 
 def descending(scores: Tensor) -> Tensor:

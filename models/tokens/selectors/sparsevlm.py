@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Self
-
 import torch
 from torch import Tensor
 
-from planner.models.tokens.selectors.base import (
-    DecoderInputs,
-    DecoderSelection,
-    DecoderSelector,
-    Needs,
-    Product,
-    Sizes,
-    supplied,
-)
 from planner.models.tokens.selectors.ranking import descending, pack, top_mask
 from planner.models.tokens.selectors.scoring import attention_rows, visible_keys
+from planner.models.tokens.selectors.selection import (
+    DecoderInputs,
+    DecoderSelection,
+    mark_tokens,
+    select_tokens,
+    supplied,
+)
+from planner.planning.selectors import SparseVLM
 
-__all__ = ["SparseVLM", "cluster", "raters"]
-
-RECYCLED_SHARE = 0.3
-TOKENS_PER_CLUSTER = 10
+__all__ = ["cluster", "raters"]
 
 
 def raters(hidden_states: Tensor, image: Tensor, valid: Tensor) -> Tensor:
@@ -89,14 +81,6 @@ def cluster(tokens: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     return centres, members
 
 
-def recycled(dropped: int) -> tuple[int, int]:
-    """How many of the dropped tokens are recycled, and into how many."""
-    if not dropped:
-        return 0, 0
-    reused = int(dropped * RECYCLED_SHARE) + 1
-    return reused, int(reused / TOKENS_PER_CLUSTER) + 1
-
-
 def recycle(hidden_states: Tensor, image: Tensor, kept: Tensor, scores: Tensor) -> DecoderSelection:
     """Keep the best dropped image tokens as well, merged into a few.
 
@@ -110,7 +94,7 @@ def recycle(hidden_states: Tensor, image: Tensor, kept: Tensor, scores: Tensor) 
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     for sample in range(len(image)):
         dropped = (image[sample] & ~kept[sample]).nonzero().flatten()
-        reused, clusters = recycled(len(dropped))
+        reused, clusters = SparseVLM.recycled(len(dropped))
         if not reused:
             continue
         best = dropped[descending(scores[sample, dropped])[:reused]]
@@ -123,85 +107,27 @@ def recycle(hidden_states: Tensor, image: Tensor, kept: Tensor, scores: Tensor) 
     return DecoderSelection(keep, hidden_states)
 
 
-@dataclass(frozen=True)
-class SparseVLM(DecoderSelector):
-    """Keep the image tokens that selected text attends to, fewer after each of some layers.
+@mark_tokens.register(SparseVLM)
+def mark_raters(selector: SparseVLM, hidden_states: Tensor, image: Tensor, valid: Tensor) -> Tensor:
+    """The rating text tokens."""
+    return raters(hidden_states, image, valid)
 
-    The score is the attention that rating text tokens (`raters`) pay an image token in a layer,
-    averaged over heads and raters. Of the dropped tokens the best 30 % are merged by density-peak
-    clustering, ten to one, and recycled. Zhang et al., "SparseVLM" (arXiv 2410.04417).
 
-    The paper derives how many to drop from the rank of the attention matrix; its code has fixed
-    tables instead, and so have we: the default is the table for 192 tokens on average, 300/200/110
-    and the recycled ones, after layers 2, 6 and 15. In the code, which handles one sample, scores
-    come from the same layer's attention and the layers after it see the smaller set. Recycled
-    tokens go behind the image there, with renumbered positions; here they take the place and
-    position id of their cluster's centre, so what is left stays in its original order. The
-    reference drops at least one token at every step, this none where there are few enough.
-
-    Attributes:
-        after: layers after which tokens are dropped, ascending.
-        keep: image tokens kept after each of them, recycled ones not counted.
-        recycle: whether dropped tokens are recycled.
-    """
-
-    name = "sparsevlm"
-    needs = Needs.QUERY_KEY | Needs.MARKS | Needs.HIDDEN_STATES
-    after: tuple[int, ...] = (2, 6, 15)
-    keep: tuple[int, ...] = (300, 200, 110)
-    recycle: bool = True
-
-    def __post_init__(self) -> None:
-        ascending = all(a < b for a, b in pairwise((-1, *self.after)))
-        self.check("after", ascending and len(self.after) > 0, "layers from 0 on, ascending")
-        good = len(self.keep) == len(self.after) and min(self.keep) >= 0
-        self.check("keep", good, f"one count from 0 on for each of {len(self.after)} layers")
-
-    @classmethod
-    def at(cls, layer: int, keep: int, of: int) -> Self:
-        """One step, without recycling, that keeps `keep` tokens from `layer` on."""
-        return cls(after=(layer - 1,), keep=(keep,), recycle=False)
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The layers after those that score."""
-        return tuple(layer + 1 for layer in self.after)
-
-    def counts(self, tokens: int) -> tuple[int | None, ...]:
-        """What is kept and recycled at each step."""
-        left = []
-        for keep in self.keep:
-            kept = min(keep, tokens)
-            tokens = kept + (recycled(tokens - kept)[1] if self.recycle else 0)
-            left.append(tokens)
-        return tuple(left)
-
-    def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
-        """The raters' rows of attention and their mean, all text rating; before the first, fits."""
-        text, keys = sizes.text_tokens, sizes.text_tokens + sizes.image_tokens
-        scores: tuple[Product, ...] = ((text, keys, sizes.query), (1, keys, text))
-        if layer == self.layers[0]:
-            return (*scores, (sizes.image_tokens, text, sizes.hidden))
-        return scores
-
-    def mark(self, hidden_states: Tensor, image: Tensor, valid: Tensor) -> Tensor:
-        """The rating text tokens."""
-        return raters(hidden_states, image, valid)
-
-    def select(self, inputs: DecoderInputs, layer: int) -> DecoderSelection:
-        """Rank by the raters' rows of attention, then recycle."""
-        query, key = supplied(inputs.query, "query"), supplied(inputs.key, "key")
-        image, seq = inputs.image, inputs.image.shape[1]
-        rows, rating = pack(supplied(inputs.marks, "marks"), "right")
-        visible = visible_keys(rows, inputs.valid, inputs.attention_mask, seq)
-        index = rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-        attention = attention_rows(query.gather(2, index), key, visible, inputs.scaling).mean(1)
-        weight = rating / rating.sum(1, keepdim=True).clamp(min=1)
-        scores = torch.einsum("brk,br->bk", attention, weight.to(attention.dtype))[:, -seq:]
-        keep = self.keep[self.layers.index(layer)]
-        counts = torch.full((len(image),), keep, device=image.device)
-        kept = top_mask(scores, image, counts)
-        if not self.recycle:
-            return DecoderSelection(~image | kept)
-        hidden_states = supplied(inputs.hidden_states, "hidden_states")
-        return recycle(hidden_states, image, kept, scores)
+@select_tokens.register(SparseVLM)
+def sparsevlm(selector: SparseVLM, inputs: DecoderInputs, layer: int) -> DecoderSelection:
+    """Rank by the raters' rows of attention, then recycle."""
+    query, key = supplied(inputs.query, "query"), supplied(inputs.key, "key")
+    image, seq = inputs.image, inputs.image.shape[1]
+    rows, rating = pack(supplied(inputs.marks, "marks"), "right")
+    visible = visible_keys(rows, inputs.valid, inputs.attention_mask, seq)
+    index = rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    attention = attention_rows(query.gather(2, index), key, visible, inputs.scaling).mean(1)
+    weight = rating / rating.sum(1, keepdim=True).clamp(min=1)
+    scores = torch.einsum("brk,br->bk", attention, weight.to(attention.dtype))[:, -seq:]
+    keep = selector.keep[selector.layers.index(layer)]
+    counts = torch.full((len(image),), keep, device=image.device)
+    kept = top_mask(scores, image, counts)
+    if not selector.recycle:
+        return DecoderSelection(~image | kept)
+    hidden_states = supplied(inputs.hidden_states, "hidden_states")
+    return recycle(hidden_states, image, kept, scores)

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from planner.models.tokens.selectors.base import (
-    Needs,
-    Product,
-    Sizes,
-    VisionInputs,
-    VisionSelection,
-    VisionSelector,
-    supplied,
-)
 from planner.models.tokens.selectors.ranking import pack, top_mask
 from planner.models.tokens.selectors.scoring import cls_attention
+from planner.models.tokens.selectors.selection import (
+    VisionInputs,
+    VisionSelection,
+    select_features,
+    supplied,
+)
+from planner.planning.selectors import VisionZip
 
-__all__ = ["VisionZip", "contextual_tokens"]
+__all__ = ["contextual_tokens"]
 
 
 def contextual_tokens(features: Tensor, keys: Tensor, targets: int) -> tuple[Tensor, Tensor]:
@@ -53,67 +48,26 @@ def contextual_tokens(features: Tensor, keys: Tensor, targets: int) -> tuple[Ten
     return (features[:, positions].to(dtype) + gained).to(features.dtype), positions
 
 
-@dataclass(frozen=True)
-class VisionZip(VisionSelector):
-    """CLS, the patches it attends to most, and a few tokens merged from all others.
-
-    CLS attention and keys are those of the tower's second last layer; attention is summed, keys are
-    averaged over heads. Yang et al., "VisionZip" (arXiv 2412.04467). In the code the
-    CLS token is one of the dominant tokens: the default 54 + 10 are CLS, 53 patches and 10
-    contextual tokens, the 64 of the paper's tables. A contextual token is its target patch plus the
-    mean of what joined it, as in the code.
-
-    Attributes:
-        dominant: tokens kept by attention, CLS among them.
-        contextual: tokens merged from the rest.
-    """
-
-    name = "visionzip"
-    needs = Needs.TOWER_ATTENTION | Needs.CLS_FEATURE
-    tower_layers: ClassVar[tuple[int, ...]] = (-2,)
-    dominant: int = 54
-    contextual: int = 10
-
-    def __post_init__(self) -> None:
-        self.check("dominant", self.dominant >= 1, "a count from 1 on, the CLS token included")
-        self.check("contextual", self.contextual >= 0, "a count from 0 on")
-
-    def counts(self, tokens: int) -> tuple[int | None, ...]:
-        """CLS and `dominant` - 1 patches, then `contextual` tokens, as far as there are patches."""
-        patches = min(self.dominant - 1, tokens)
-        return (1 + patches + min(self.contextual, tokens - patches),)
-
-    def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
-        """CLS attention; similarities to the targets, and what joined each of them."""
-        patches, width = sizes.image_tokens, sizes.tower
-        rest = max(patches - (self.dominant - 1), 0)
-        targets = min(self.contextual, rest)
-        joins = rest - targets
-        return (
-            (1, patches + 1, width),
-            (joins, targets, width // sizes.tower_heads),
-            (targets, width, joins),
-        )
-
-    def select(self, inputs: VisionInputs) -> VisionSelection:
-        """All runs at once; they keep equal numbers."""
-        tower = inputs.attention(self.tower_layers[0], self.name)
-        cls_feature, features = supplied(inputs.cls_feature, "cls_feature"), inputs.features
-        runs, patches, width = features.shape
-        scores = cls_attention(tower.query, tower.key, tower.heads).sum(1)
-        counts = torch.full((runs,), self.dominant - 1, device=scores.device)
-        dominant = top_mask(scores, torch.ones_like(scores, dtype=torch.bool), counts)
-        kept, _ = pack(dominant, "right")
-        rest, _ = pack(~dominant, "right")
-        keys = tower.key[:, 1:].view(runs, patches, tower.heads, -1).mean(2)
-        tokens, targets = contextual_tokens(
-            features.gather(1, rest[..., None].expand(-1, -1, width)),
-            keys.gather(1, rest[..., None].expand(-1, -1, keys.shape[-1])),
-            min(self.contextual, rest.shape[1]),
-        )
-        picked = features.gather(1, kept[..., None].expand(-1, -1, width))
-        nowhere = kept.new_full((runs, 1), -1)
-        return VisionSelection(
-            tuple(torch.cat([cls_feature[:, None], picked, tokens], dim=1)),
-            tuple(torch.cat([nowhere, kept, nowhere.expand(-1, len(targets))], dim=1)),
-        )
+@select_features.register(VisionZip)
+def visionzip(selector: VisionZip, inputs: VisionInputs) -> VisionSelection:
+    """All runs at once; they keep equal numbers."""
+    tower = inputs.attention(selector.tower_layers[0], selector.name)
+    cls_feature, features = supplied(inputs.cls_feature, "cls_feature"), inputs.features
+    runs, patches, width = features.shape
+    scores = cls_attention(tower.query, tower.key, tower.heads).sum(1)
+    counts = torch.full((runs,), selector.dominant - 1, device=scores.device)
+    dominant = top_mask(scores, torch.ones_like(scores, dtype=torch.bool), counts)
+    kept, _ = pack(dominant, "right")
+    rest, _ = pack(~dominant, "right")
+    keys = tower.key[:, 1:].view(runs, patches, tower.heads, -1).mean(2)
+    tokens, targets = contextual_tokens(
+        features.gather(1, rest[..., None].expand(-1, -1, width)),
+        keys.gather(1, rest[..., None].expand(-1, -1, keys.shape[-1])),
+        min(selector.contextual, rest.shape[1]),
+    )
+    picked = features.gather(1, kept[..., None].expand(-1, -1, width))
+    nowhere = kept.new_full((runs, 1), -1)
+    return VisionSelection(
+        tuple(torch.cat([cls_feature[:, None], picked, tokens], dim=1)),
+        tuple(torch.cat([nowhere, kept, nowhere.expand(-1, len(targets))], dim=1)),
+    )

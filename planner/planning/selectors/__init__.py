@@ -1,0 +1,167 @@
+"""Token selectors as plans know them: names, arguments, how many tokens they leave, what they cost.
+
+| selector  | works             | scores by                                 | paper            |
+|-----------|-------------------|-------------------------------------------|------------------|
+| fastv     | before layer k    | last query's attention, layer k - 1       | arXiv 2403.06764 |
+| sparsevlm | after some layers | attention of rating text, hidden states   | arXiv 2410.04417 |
+| random    | before layer k    | nothing                                   |                  |
+| uniform   | before layer k    | nothing                                   |                  |
+| prumerge  | before projector  | CLS attention and keys, last layer        | arXiv 2403.15388 |
+| prumerge+ | before projector  | CLS attention and keys, last layer        | arXiv 2403.15388 |
+| visionzip | before projector  | CLS attention and keys, second last layer | arXiv 2412.04467 |
+| hired     | before projector  | CLS attention, first and second last layer| arXiv 2408.10945 |
+| trim      | before projector  | CLIP's patch and prompt embeddings        | arXiv 2409.10994 |
+
+And one policy that evicts from the KV cache instead: h2o, by attention received per head (arXiv
+2306.14048). All of them are rules, none is trained; some were also published with a model
+fine-tuned under the rule (prumerge, prumerge+, visionzip).
+
+How many tokens a rule leaves is fixed by its arguments, or depends on the picture (adaptive). An
+adaptive rule may leave all of them, so a plan wants a cap, the largest share of each picture's
+tokens that it may leave. The plan is priced at the cap, and runs what the rule says.
+
+| adaptive  | the rule keeps                                          | with a cap | fixed       |
+|-----------|---------------------------------------------------------|------------|-------------|
+| prumerge  | outliers of attention, and the sum of the others        | max=0.25   |             |
+| prumerge+ | outliers, a grid as dense as they are many, and the sum | max=0.25   | ratio=0.125 |
+| trim      | outliers of similarity, and the mean of the others      | max=0.25   | ratio=0.25  |
+
+`parse("fastv:k=2,r=0.5")` reads a selector as users write it, ``str`` writes it. Nothing here
+imports torch; what a rule computes is `planner.models.tokens.selectors`.
+
+- `arguments`: methods with parameters as text
+- `selector`: what is known of every selector
+- `in_decoder`, `in_vision`: the selectors
+- `eviction`: the policy of the KV cache
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from planner.ir.errors import InputError
+from planner.plan import TokenStage
+from planner.planning.selectors.arguments import read_named
+from planner.planning.selectors.eviction import H2O
+from planner.planning.selectors.in_decoder import FastV, Random, SparseVLM, Uniform
+from planner.planning.selectors.in_vision import TRIM, HiRED, PruMerge, PruMergePlus, VisionZip
+from planner.planning.selectors.selector import (
+    DecoderSelector,
+    Needs,
+    Product,
+    Selector,
+    Sizes,
+    VisionSelector,
+)
+
+__all__ = [
+    "H2O",
+    "KV_POLICIES",
+    "SELECTORS",
+    "TRIM",
+    "DecoderSelector",
+    "FastV",
+    "HiRED",
+    "Needs",
+    "Product",
+    "PruMerge",
+    "PruMergePlus",
+    "Random",
+    "Selector",
+    "Sizes",
+    "SparseVLM",
+    "Uniform",
+    "VisionSelector",
+    "VisionZip",
+    "counted",
+    "parse",
+    "parse_kv_policy",
+    "selector_of",
+    "stages_of",
+]
+
+SELECTORS: Mapping[str, type[DecoderSelector] | type[VisionSelector]] = {
+    "fastv": FastV,
+    "sparsevlm": SparseVLM,
+    "random": Random,
+    "uniform": Uniform,
+    "prumerge": PruMerge,
+    "prumerge+": PruMergePlus,
+    "visionzip": VisionZip,
+    "hired": HiRED,
+    "trim": TRIM,
+}
+
+KV_POLICIES: Mapping[str, type[H2O]] = {"h2o": H2O}
+
+
+def parse(text: str) -> DecoderSelector | VisionSelector:
+    """Read a selector, for example ``fastv:k=2,r=0.5``; InputError says what is wrong."""
+    return read_named(text, SELECTORS, "token selector")
+
+
+def parse_kv_policy(text: str) -> H2O:
+    """Read a KV cache policy, for example ``h2o:heavy=0.25,recent=0.25``."""
+    return read_named(text, KV_POLICIES, "KV cache policy")
+
+
+def counted(selector: Selector, image_tokens: int, per_run: int = 0) -> tuple[int, ...]:
+    """Image tokens of one sample that a selector leaves at each of its layers, at most.
+
+    Args:
+        selector: any.
+        image_tokens: of the sample.
+        per_run: image tokens that one run of the vision encoder yields; 0 where unknown.
+
+    Raises:
+        InputError: the number depends on content and has no cap, so no cost can be promised.
+    """
+    counts = selector.counts_of_sample(image_tokens, per_run)
+    known = tuple(count for count in counts if count is not None)
+    if len(known) < len(counts):
+        raise InputError(
+            f"how many tokens {selector} keeps depends on the image, and may be all of them, so no "
+            f"cost below the base model's can be promised; give it a cap, such as "
+            f"{selector.name}:max=0.25"
+        )
+    return known
+
+
+def stages_of(text: str, image_tokens: int, per_run: int = 0) -> tuple[TokenStage, ...]:
+    """The token stages of a selector such as ``fastv:k=2,r=0.5``, on so many image tokens.
+
+    Args:
+        text: the selector; "" has none.
+        image_tokens: of one sample.
+        per_run: image tokens that one run of the vision encoder yields; 0 where unknown.
+
+    Raises:
+        InputError: there is no such selector, or it keeps a number that depends on content and has
+            no cap.
+    """
+    if not text:
+        return ()
+    selector = parse(text)
+    return tuple(
+        TokenStage(layer, count, image_tokens, str(selector))
+        for layer, count in zip(
+            selector.layers, counted(selector, image_tokens, per_run), strict=True
+        )
+    )
+
+
+def selector_of(stage: TokenStage) -> DecoderSelector | VisionSelector:
+    """The selector that a plan names.
+
+    With arguments, ``fastv:k=2,r=0.5``, it is taken as it is; ``fastv`` keeps as many as the stage
+    says.
+    """
+    known = SELECTORS.get(stage.selector)
+    if known is not None and issubclass(known, DecoderSelector):
+        return known.at(stage.layer, stage.keep, stage.of)
+    selector = parse(stage.selector)
+    if isinstance(selector, VisionSelector) and stage.layer:
+        raise InputError(
+            f"the plan runs {stage.selector} at layer {stage.layer}, but it works before layer 0"
+        )
+    return selector

@@ -1,0 +1,41 @@
+"""Policies by which a KV cache evicts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner.planning.selectors.arguments import Arguments
+
+__all__ = ["H2O"]
+
+
+@dataclass(frozen=True)
+class H2O(Arguments):
+    """Heavy-hitter oracle: per head, keep what received most attention and what came last.
+
+    Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language
+    Models" (arXiv 2306.14048), Algorithm 1. Both budgets are shares of the prompt's length, fixed
+    from then on. Attention accumulates over the prompt and every decoded token, and evicted entries
+    are gone. With grouped queries the heads of a group share their keys, so their attention is
+    summed. The reference sums scores over a batch of one; here every sample has its own.
+
+    Attributes:
+        heavy: share of the prompt kept as heavy hitters.
+        recent: share of the prompt kept as most recent; at least the newest token.
+    """
+
+    name = "h2o"
+    heavy: float = 0.1
+    recent: float = 0.1
+
+    def __post_init__(self) -> None:
+        self.check("heavy", 0 <= self.heavy <= 1, "a share from 0 to 1")
+        self.check("recent", 0 <= self.recent <= 1, "a share from 0 to 1")
+
+    def budgets(self, prompt: int) -> tuple[int, int]:
+        """Heavy hitters and recent tokens kept after a prompt of that many tokens."""
+        return int(prompt * self.heavy), max(1, int(prompt * self.recent))
+
+    def kept(self, prompt: int, new: int = 0) -> int:
+        """Entries in the cache of each head after the prompt and `new` decoded tokens."""
+        return min(prompt + new, sum(self.budgets(prompt)))

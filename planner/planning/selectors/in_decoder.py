@@ -1,0 +1,203 @@
+"""Selectors that drop tokens between two layers of the decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Self
+
+from typing_extensions import override
+
+from planner.planning.selectors.selector import DecoderSelector, Needs, Product, Sizes
+
+__all__ = ["FastV", "Random", "SparseVLM", "Uniform"]
+
+
+@dataclass(frozen=True)
+class FastV(DecoderSelector):
+    """Keep round(n (1 - r)) image tokens from layer k on, by attention in layer k - 1.
+
+    The score is the attention that the last prompt token pays each image token, averaged over
+    heads. Order and position ids stay. Chen et al., "An Image is Worth 1/2 Tokens After Layer 2"
+    (arXiv 2403.06764), section 4. The reference scores sample 0 of a batch and needs the whole
+    attention matrix of one layer; here every sample is scored by its own last real token, from one
+    row computed from q and K. Counts round half to even, as there.
+
+    Attributes:
+        k: the first layer that sees fewer tokens; at least 1.
+        r: share of image tokens dropped.
+    """
+
+    name = "fastv"
+    needs = Needs.QUERY_KEY
+    k: int = 2
+    r: float = 0.5
+
+    def __post_init__(self) -> None:
+        self.check("k", self.k >= 1, "a layer from 1 on, because it scores by the layer before")
+        self.check("r", 0 <= self.r <= 1, "a share from 0 to 1")
+
+    @classmethod
+    @override
+    def at(cls, layer: int, keep: int, of: int) -> Self:
+        return cls(k=layer, r=1 - keep / of)
+
+    @property
+    @override
+    def layers(self) -> tuple[int, ...]:
+        return (self.k,)
+
+    @override
+    def counts(self, tokens: int) -> tuple[int | None, ...]:
+        return (round(tokens * (1 - self.r)),)
+
+
+@dataclass(frozen=True)
+class SparseVLM(DecoderSelector):
+    """Keep the image tokens that selected text attends to, fewer after each of some layers.
+
+    The score is the attention that rating text tokens (`raters` of the rule) pay an image token in
+    a layer, averaged over heads and raters. Of the dropped tokens the best 30 % are merged by
+    density-peak clustering, ten to one, and recycled. Zhang et al., "SparseVLM" (arXiv 2410.04417).
+
+    The paper derives how many to drop from the rank of the attention matrix; its code has fixed
+    tables instead, and so have we: the default is the table for 192 tokens on average, 300/200/110
+    and the recycled ones, after layers 2, 6 and 15. In the code, which handles one sample, scores
+    come from the same layer's attention and the layers after it see the smaller set. Recycled
+    tokens go behind the image there, with renumbered positions; here they take the place and
+    position id of their cluster's centre, so what is left stays in its original order. The
+    reference drops at least one token at every step, this none where there are few enough.
+
+    Attributes:
+        after: layers after which tokens are dropped, ascending.
+        keep: image tokens kept after each of them, recycled ones not counted.
+        recycle: whether dropped tokens are recycled.
+    """
+
+    name = "sparsevlm"
+    needs = Needs.QUERY_KEY | Needs.MARKS | Needs.HIDDEN_STATES
+    after: tuple[int, ...] = (2, 6, 15)
+    keep: tuple[int, ...] = (300, 200, 110)
+    recycle: bool = True
+
+    def __post_init__(self) -> None:
+        ascending = all(a < b for a, b in pairwise((-1, *self.after)))
+        self.check("after", ascending and len(self.after) > 0, "layers from 0 on, ascending")
+        good = len(self.keep) == len(self.after) and min(self.keep) >= 0
+        self.check("keep", good, f"one count from 0 on for each of {len(self.after)} layers")
+
+    @classmethod
+    @override
+    def at(cls, layer: int, keep: int, of: int) -> Self:
+        """One step, without recycling, that keeps `keep` tokens from `layer` on."""
+        return cls(after=(layer - 1,), keep=(keep,), recycle=False)
+
+    @property
+    @override
+    def layers(self) -> tuple[int, ...]:
+        """The layers after those that score."""
+        return tuple(layer + 1 for layer in self.after)
+
+    @override
+    def counts(self, tokens: int) -> tuple[int | None, ...]:
+        """What is kept and recycled at each step."""
+        left = []
+        for keep in self.keep:
+            kept = min(keep, tokens)
+            tokens = kept + (self.recycled(tokens - kept)[1] if self.recycle else 0)
+            left.append(tokens)
+        return tuple(left)
+
+    @staticmethod
+    def recycled(dropped: int) -> tuple[int, int]:
+        """How many of the dropped tokens are recycled, and into how many."""
+        if not dropped:
+            return 0, 0
+        reused = int(dropped * _RECYCLED_SHARE) + 1
+        return reused, int(reused / _TOKENS_PER_CLUSTER) + 1
+
+    @override
+    def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
+        """The raters' rows of attention and their mean, all text rating; before the first, fits."""
+        text, keys = sizes.text_tokens, sizes.text_tokens + sizes.image_tokens
+        scores: tuple[Product, ...] = ((text, keys, sizes.query), (1, keys, text))
+        if layer == self.layers[0]:
+            return (*scores, (sizes.image_tokens, text, sizes.hidden))
+        return scores
+
+
+_RECYCLED_SHARE = 0.3
+_TOKENS_PER_CLUSTER = 10
+
+
+@dataclass(frozen=True)
+class Random(DecoderSelector):
+    """Keep a random subset of each sample's image tokens: the baseline that others have to beat.
+
+    The i-th image token of a sample draws the i-th number of the seeded stream, so a choice depends
+    on nothing but the seed and the number of image tokens: not on the batch, padding or device.
+
+    Attributes:
+        keep: image tokens kept per sample.
+        seed: of the stream.
+        k: the first layer that sees fewer tokens; 0 is the whole decoder.
+    """
+
+    name = "random"
+    keep: int
+    seed: int = 0
+    k: int = 0
+
+    def __post_init__(self) -> None:
+        self.check("keep", self.keep >= 0, "a count from 0 on")
+        self.check("seed", self.seed >= 0, "a number from 0 on")
+        self.check("k", self.k >= 0, "a layer from 0 on")
+
+    @classmethod
+    @override
+    def at(cls, layer: int, keep: int, of: int) -> Self:
+        return cls(keep=keep, k=layer)
+
+    @property
+    @override
+    def layers(self) -> tuple[int, ...]:
+        return (self.k,)
+
+    @override
+    def counts(self, tokens: int) -> tuple[int | None, ...]:
+        return (min(self.keep, tokens),)
+
+
+@dataclass(frozen=True)
+class Uniform(DecoderSelector):
+    """Keep a regular grid of each sample's image tokens, the other baseline without a model.
+
+    Every unbroken run of image tokens is taken as one picture; pictures share the count in
+    proportion to their tokens.
+
+    Attributes:
+        keep: image tokens kept per sample.
+        k: the first layer that sees fewer tokens; 0 is the whole decoder.
+    """
+
+    name = "uniform"
+    keep: int
+    k: int = 0
+
+    def __post_init__(self) -> None:
+        self.check("keep", self.keep >= 0, "a count from 0 on")
+        self.check("k", self.k >= 0, "a layer from 0 on")
+
+    @classmethod
+    @override
+    def at(cls, layer: int, keep: int, of: int) -> Self:
+        return cls(keep=keep, k=layer)
+
+    @property
+    @override
+    def layers(self) -> tuple[int, ...]:
+        return (self.k,)
+
+    @override
+    def counts(self, tokens: int) -> tuple[int | None, ...]:
+        return (min(self.keep, tokens),)

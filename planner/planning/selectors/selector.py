@@ -1,0 +1,163 @@
+"""What is known of a token selector without a model: its arguments, where it works, what it costs.
+
+A selector works in one of two places. A *vision* selector sees each run of the vision encoder (one
+image, or one tile of a high-resolution image) before the projector, and leaves fewer, possibly
+merged, features. A *decoder* selector acts just before decoder layer k and says which tokens of
+each sample go on. What they compute is in `planner.models.tokens.selectors`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import Flag, auto
+from typing import ClassVar, Self
+
+from typing_extensions import override
+
+from planner.ir.errors import InputError
+from planner.planning.selectors.arguments import Arguments
+
+__all__ = ["DecoderSelector", "Needs", "Product", "Selector", "Sizes", "VisionSelector"]
+
+# Rows, columns and inner size of a product of two matrices: 2 * rows * columns * inner FLOPs.
+Product = tuple[int, int, int]
+
+
+class Needs(Flag):
+    """What an executor must supply besides features (vision) or image and valid (decoder).
+
+    The fields are those of `VisionInputs` and `DecoderInputs` in
+    `planner.models.tokens.selectors`; one that no flag asks for may stay empty.
+    """
+
+    NOTHING = 0
+    TOWER_ATTENTION = auto()  # VisionInputs.tower, for the layers in `VisionSelector.tower_layers`
+    CLS_FEATURE = auto()  # VisionInputs.cls_feature
+    TEXT_EMBEDDING = auto()  # VisionInputs.patch_embeddings and .text_embeddings
+    QUERY_KEY = auto()  # DecoderInputs.query, .key, .scaling and .attention_mask of layer k - 1
+    MARKS = auto()  # DecoderInputs.marks, which the rule makes before layer 0
+    HIDDEN_STATES = auto()  # DecoderInputs.hidden_states
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the products follow from that a selector makes of its own.
+
+    Attributes:
+        image_tokens: that enter: of one run (vision) or of one sample (decoder).
+        text_tokens: of one sample.
+        query: features of the queries that tokens are scored by, heads * head_dim.
+        hidden: width of the hidden states.
+        tower: width of the vision tower.
+        tower_heads: attention heads of the vision tower.
+    """
+
+    image_tokens: int
+    text_tokens: int = 0
+    query: int = 0
+    hidden: int = 0
+    tower: int = 0
+    tower_heads: int = 1
+
+
+class Selector(Arguments, ABC):
+    """A rule that picks image tokens; a frozen dataclass whose fields are its arguments.
+
+    Attributes:
+        name: how users call it.
+        needs: what it must be given.
+    """
+
+    needs: ClassVar[Needs] = Needs.NOTHING
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the content decides how many tokens are left."""
+        return False
+
+    @property
+    @abstractmethod
+    def layers(self) -> tuple[int, ...]:
+        """Decoder layers that are the first to see a smaller set, ascending; (0,) for vision."""
+
+    @abstractmethod
+    def counts(self, tokens: int) -> tuple[int | None, ...]:
+        """How many image tokens are left from each of `layers` on.
+
+        Args:
+            tokens: image tokens before selection: of one run (vision) or one sample (decoder).
+
+        Returns:
+            One count per layer: exact, or for an adaptive selector with a cap the most that it
+            leaves. None where it depends on the content, and may be all of them.
+        """
+
+    def counts_of_sample(self, image_tokens: int, per_run: int = 0) -> tuple[int | None, ...]:
+        """The same for one sample, as `counts` says it for what the selector looks at.
+
+        Args:
+            image_tokens: of the sample.
+            per_run: image tokens that one run of the vision encoder yields; 0 where unknown.
+        """
+        return self.counts(image_tokens)
+
+    def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
+        """Products of matrices that choosing takes, of one run (vision) or sample, at most.
+
+        The one row of attention that FastV scores by is not among them: the operator
+        ``select_tokens`` has it.
+
+        Args:
+            layer: one of `layers`.
+            sizes: of what is chosen from.
+        """
+        return ()
+
+    def check_cap(self, cap: float | None, ratio: float | None = None) -> None:
+        """Raise InputError unless an adaptive selector's cap, its field `max`, is a share.
+
+        `ratio`: of a selector that can also keep a fixed number; then it has no cap.
+        """
+        good = cap is None or 0 < cap < 1
+        self.check("max", good, "a share above 0 and below 1")
+        if None not in (cap, ratio):
+            raise InputError(
+                f"{self.name} keeps a fixed number with ratio, and at most a share with max: give "
+                f"one of the two."
+            )
+
+
+class VisionSelector(Selector):
+    """A selector that works between the vision tower and the projector.
+
+    Attributes:
+        tower_layers: layers of the tower whose attention it needs.
+    """
+
+    tower_layers: ClassVar[tuple[int, ...]] = ()
+
+    @property
+    @override
+    def layers(self) -> tuple[int, ...]:
+        return (0,)
+
+    @override
+    def counts_of_sample(self, image_tokens: int, per_run: int = 0) -> tuple[int | None, ...]:
+        """Run by run; tokens that no run yields, such as the ends of lines between tiles, stay."""
+        if not per_run:
+            return self.counts(image_tokens)
+        runs, others = -(-image_tokens // per_run), image_tokens % per_run
+        return tuple(
+            None if count is None else min(image_tokens, runs * count + others)
+            for count in self.counts(per_run)
+        )
+
+
+class DecoderSelector(Selector):
+    """A selector that works inside the decoder."""
+
+    @classmethod
+    @abstractmethod
+    def at(cls, layer: int, keep: int, of: int) -> Self:
+        """The selector of this kind that keeps `keep` of `of` tokens from `layer` on."""
