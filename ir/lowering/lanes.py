@@ -102,7 +102,7 @@ class LaneTracer:
             for label in labels:
                 if isinstance(label.index, tuple | list):
                     picked.append(
-                        Label(label.source, label.index[node.args[1]], label.activated)  # type: ignore[index]
+                        Label(label.source, label.index[node.args[1]], label.activated)
                     )
             return tuple(picked)
         return tuple(
@@ -186,7 +186,7 @@ def _axes(node: fx.Node) -> tuple[int, ...]:
     if isinstance(axes, int):
         return (axes,)
     if isinstance(axes, list | tuple) and all(isinstance(a, int) for a in axes):
-        return tuple(axes)  # type: ignore[arg-type]
+        return tuple(axes)
     rank = node.args[0].meta["val"].ndim if isinstance(node.args[0], fx.Node) else 1
     return tuple(range(rank))
 

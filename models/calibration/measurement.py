@@ -258,14 +258,14 @@ def not_negative(effects: Array) -> Array:
     Returns:
         Shape (switches,).
     """
-    mean = effects.mean(0)
-    if len(effects) < 2:
-        return np.maximum(mean, 0)
-    error = effects.std(0, ddof=1) / np.sqrt(len(effects))
-    known = error == 0
-    error = np.where(known, 1, error)
-    hazard = np.exp(norm.logpdf(-mean / error) - norm.logsf(-mean / error))
-    return np.maximum(np.where(known, mean, mean + error * hazard), 0)
+    mean: Array = effects.mean(0)
+    if len(effects) > 1:
+        error = effects.std(0, ddof=1) / np.sqrt(len(effects))
+        known = error == 0
+        error = np.where(known, 1, error)
+        hazard = np.exp(norm.logpdf(-mean / error) - norm.logsf(-mean / error))
+        mean = np.where(known, mean, mean + error * hazard)
+    return mean.clip(min=0)
 
 
 def _spearman(one: Array, other: Array) -> float:

@@ -64,7 +64,8 @@ def fit(fractions: Array, losses: Array) -> tuple[float, float]:
     """
 
     def shape(saturation: float) -> Array:
-        return 1 - np.log1p(saturation * fractions) / np.log1p(saturation)
+        worth: Array = np.log1p(saturation * fractions) / np.log1p(saturation)
+        return 1 - worth
 
     def tokens(saturation: float) -> float:
         lost = shape(saturation)
