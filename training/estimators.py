@@ -24,11 +24,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from planner.ir.errors import InputError
+from planner.models.scheduling import UnitSwitches
 from planner.planning.selectors.arguments import Arguments, read_named
 from planner.training.subset_distributions import Subsets
-from planner.training.switch_costs import Costs
+from planner.training.switch_costs import AdditiveCosts, Costs
 
 __all__ = [
     "ESTIMATORS",
@@ -37,10 +39,15 @@ __all__ = [
     "Estimator",
     "GumbelSequential",
     "GumbelTopK",
+    "Noise",
     "Simple",
     "log_probability",
     "parse",
 ]
+
+# A generator on the device of the logits, or one for every sample, on any device: what is drawn for
+# a sample then does not depend on its batch.
+Noise = torch.Generator | Sequence[torch.Generator] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,46 +73,18 @@ class Estimator(Arguments):
     """Samples switches under limits; read from, and written as, ``gumbel:temperature=5``."""
 
     @abstractmethod
-    def draw(
-        self,
-        logits: Tensor,
-        costs: Costs,
-        limits: Tensor,
-        generator: torch.Generator | None = None,
-    ) -> Drawn:
+    def draw(self, logits: Tensor, costs: Costs, limits: Tensor, noise: Noise = None) -> Drawn:
         """Sample switches, for training.
 
         Args:
             logits: shape (batch, switches).
-            costs: of the switches.
+            costs: of the switches; the same for all samples, if every sample has its generator.
             limits: shape (batch,), int64, not negative: what every sample may spend.
-            generator: of the noise, on the device of the logits.
+            noise: where random numbers come from.
 
         Raises:
             InputError: a limit is negative, or the estimator cannot work with such costs.
         """
-
-    def draw_each(
-        self,
-        logits: Tensor,
-        costs: Costs,
-        limits: Tensor,
-        generators: Sequence[torch.Generator],
-    ) -> Drawn:
-        """As `draw`, each sample with noise of its own: its switches do not depend on its batch.
-
-        Args:
-            logits: shape (batch, switches).
-            costs: of the switches, the same for all samples.
-            limits: shape (batch,).
-            generators: one per sample.
-        """
-        rows = [
-            self.draw(row.to(noise.device), costs, limit.to(noise.device), noise)
-            for row, limit, noise in zip(logits.split(1), limits.split(1), generators, strict=True)
-        ]
-        gates, taken = torch.cat([r.gates for r in rows]), torch.cat([r.taken for r in rows])
-        return Drawn(gates.to(logits.device), taken.to(logits.device))
 
     def decide(self, logits: Tensor, costs: Costs, limits: Tensor) -> Tensor:
         """The best-scored switches that fit, for inference: no noise.
@@ -176,6 +155,13 @@ def _check(limits: Tensor) -> None:
         raise InputError(f"a limit of {int(limits.min())} leaves nothing to choose")
 
 
+def _prices(costs: Costs, user: str, like: Tensor) -> Tensor:
+    """Of costs that add up, shape (batch, switches), int64."""
+    if not isinstance(costs, AdditiveCosts):
+        raise InputError(f"{user} needs costs that add up")
+    return costs.prices.to(like.device).expand(like.shape)
+
+
 def _by_rank(order: Tensor) -> Callable[[Tensor], Tensor]:
     """Choose the candidate that comes first in an order of switches, (batch, switches)."""
     rank = order.argsort(-1)
@@ -183,22 +169,18 @@ def _by_rank(order: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda candidates: rank.masked_fill(~candidates, last).argmin(-1)
 
 
-# One generator on the device of the logits, or one for every row, on any.
-Noise = torch.Generator | Sequence[torch.Generator] | None
-
-
-def _gumbel(like: Tensor, generator: Noise) -> Tensor:
-    """Standard Gumbel noise in float32, -log of exponential noise."""
-    if isinstance(generator, Sequence):
+def _gumbel(like: Tensor, noise: Noise) -> Tensor:
+    """Standard Gumbel noise in float32, which is -log of exponential noise."""
+    if isinstance(noise, Sequence):
         rows = [
             torch.empty(like.shape[1], device=each.device).exponential_(generator=each)
-            for each in generator
+            for each in noise
         ]
-        noise = torch.stack(rows).to(like.device)
+        drawn = torch.stack(rows).to(like.device)
     else:
-        noise = torch.empty_like(like, dtype=torch.float32, requires_grad=False)
-        noise.exponential_(generator=generator)
-    return -noise.clamp_(min=torch.finfo(torch.float32).tiny).log()
+        drawn = torch.empty_like(like, dtype=torch.float32, requires_grad=False)
+        drawn.exponential_(generator=noise)
+    return -drawn.clamp_(min=torch.finfo(torch.float32).tiny).log()
 
 
 def _straight_through(hard: Tensor, soft: Tensor) -> Tensor:
@@ -207,31 +189,7 @@ def _straight_through(hard: Tensor, soft: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Gumbel(Estimator):
-    """What estimators by Gumbel noise share: a temperature, and noise row by row."""
-
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        self.check("temperature", self.temperature > 0, "more than 0")
-
-    @abstractmethod
-    def draw(self, logits: Tensor, costs: Costs, limits: Tensor, generator: Noise = None) -> Drawn:
-        """See `Estimator`; `generator` may be one for every row."""
-
-    def draw_each(
-        self,
-        logits: Tensor,
-        costs: Costs,
-        limits: Tensor,
-        generators: Sequence[torch.Generator],
-    ) -> Drawn:
-        """See `Estimator`; all samples at once."""
-        return self.draw(logits, costs, limits, generators)
-
-
-@dataclass(frozen=True)
-class GumbelSequential(_Gumbel):
+class GumbelSequential(Estimator):
     """AdaLLaVA's sampling (arXiv 2503.10905, sections 3.3 and 3.4 and supplement).
 
     One draw after the other, fresh Gumbel noise each, what was drawn at -inf; every draw is one-hot
@@ -244,14 +202,11 @@ class GumbelSequential(_Gumbel):
     name: ClassVar[str] = "gumbel"
     temperature: float = 5.0
 
-    def draw(
-        self,
-        logits: Tensor,
-        costs: Costs,
-        limits: Tensor,
-        generator: Noise = None,
-    ) -> Drawn:
-        """See `Estimator`; with the log-probability of the order."""
+    def __post_init__(self) -> None:
+        self.check("temperature", self.temperature > 0, "more than 0")
+
+    @override
+    def draw(self, logits: Tensor, costs: Costs, limits: Tensor, noise: Noise = None) -> Drawn:
         scores = logits.float()
         taken = torch.zeros_like(scores, dtype=torch.bool)
         soft = 0 * scores  # a function of the logits even where nothing is drawn
@@ -259,7 +214,7 @@ class GumbelSequential(_Gumbel):
 
         def choose(candidates: Tensor) -> Tensor:
             nonlocal noisy
-            noisy = scores + _gumbel(scores, generator)
+            noisy = scores + _gumbel(scores, noise)
             return noisy.detach().masked_fill(~candidates, -torch.inf).argmax(-1)
 
         total = soft.sum(-1)
@@ -271,6 +226,35 @@ class GumbelSequential(_Gumbel):
             picks.append(turn.pick.masked_fill(~turn.active, -1))
         order = torch.stack(picks, 1) if picks else taken.new_zeros((len(taken), 0)).long()
         return Drawn(_straight_through(taken, soft), taken, total, order)
+
+    def draw_units(
+        self, layout: UnitSwitches, logits: Tensor, limits: Tensor, noise: Noise = None
+    ) -> Tensor:
+        """Gates of AdaLLaVA-H: at every draw a layer's best heads with its best MLP groups.
+
+        The unit is what `UnitSwitches.next_unit` finds among the noisy logits that are left. A
+        draw is relaxed to the softmax of these logits, times the switches in a unit; the paper
+        describes that for single switches and leaves units open.
+
+        Args:
+            layout: what the logits stand for.
+            logits: shape (batch, size).
+            limits: shape (batch,): units to draw.
+            noise: where random numbers come from.
+
+        Returns:
+            Shape (batch, size): 0 or 1 in value; the relaxation's gradient flows through.
+        """
+        taken = torch.zeros_like(logits, dtype=torch.bool)
+        soft = torch.zeros_like(logits)
+        for step in range(int(limits.max())):
+            noisy = (logits + _gumbel(logits, noise)) / self.temperature
+            active = (step < limits)[:, None]
+            # Rows that are through keep something finite for the softmax; it counts nothing.
+            left = noisy.masked_fill(taken & active, -torch.inf)
+            soft = soft + active * 2 * layout.rank * left.softmax(-1)
+            taken = taken | (layout.next_unit(noisy, taken & active) & active)
+        return _straight_through(taken, soft)
 
 
 def log_probability(order: Tensor, logits: Tensor, costs: Costs, limits: Tensor) -> Tensor:
@@ -312,7 +296,7 @@ def _log_chance(scores: Tensor, turn: _Turn) -> Tensor:
 
 
 @dataclass(frozen=True)
-class GumbelTopK(_Gumbel):
+class GumbelTopK(Estimator):
     """One noise for all draws: the best under it that fit, and a relaxed top-k behind them.
 
     The best k under Gumbel noise are a sample without replacement (Kool et al., arXiv 1903.06059).
@@ -326,16 +310,13 @@ class GumbelTopK(_Gumbel):
     name: ClassVar[str] = "gumbel-topk"
     temperature: float = 1.0
 
-    def draw(
-        self,
-        logits: Tensor,
-        costs: Costs,
-        limits: Tensor,
-        generator: Noise = None,
-    ) -> Drawn:
-        """See `Estimator`."""
+    def __post_init__(self) -> None:
+        self.check("temperature", self.temperature > 0, "more than 0")
+
+    @override
+    def draw(self, logits: Tensor, costs: Costs, limits: Tensor, noise: Noise = None) -> Drawn:
         scores = logits.float()
-        keys = scores + _gumbel(scores, generator)
+        keys = scores + _gumbel(scores, noise)
         taken = torch.zeros_like(scores, dtype=torch.bool)
         soft = 0 * scores  # a function of the logits even where nothing is drawn
         tiny = torch.finfo(scores.dtype).tiny
@@ -367,21 +348,21 @@ class Simple(Estimator):
     def __post_init__(self) -> None:
         self.check("columns", self.columns > 0, "at least 1")
 
-    def draw(
-        self,
-        logits: Tensor,
-        costs: Costs,
-        limits: Tensor,
-        generator: torch.Generator | None = None,
-    ) -> Drawn:
-        """See `Estimator`; with the log-probability of the set, where costs were not rounded."""
-        if not costs.additive:
-            raise InputError("simple needs costs that add up: use gumbel or gumbel-topk here")
+    @override
+    def draw(self, logits: Tensor, costs: Costs, limits: Tensor, noise: Noise = None) -> Drawn:
+        if isinstance(noise, Sequence):
+            # Subsets of a batch are counted in one unit, so samples are drawn one by one.
+            samples = zip(logits[:, None], limits[:, None], noise, strict=True)
+            rows = [
+                self.draw(row.to(one.device), costs, limit.to(one.device), one)
+                for row, limit, one in samples
+            ]
+            gates, taken = torch.cat([r.gates for r in rows]), torch.cat([r.taken for r in rows])
+            return Drawn(gates.to(logits.device), taken.to(logits.device))
         _check(limits)
-        nothing = torch.zeros_like(logits, dtype=torch.bool)
-        prices = costs.of_next(nothing)
+        prices = _prices(costs, self.name, logits)
         subsets = Subsets.of(logits, prices, limits, self.columns)
-        taken = sampled = subsets.sample(generator)
+        taken = sampled = subsets.sample(noise)
         left = limits.to(logits.device) - torch.where(sampled, prices, 0).sum(-1)
         best = _by_rank(costs.ranked(logits.detach()))
         for turn in _turns(best, sampled, costs, left):
@@ -409,19 +390,13 @@ class Deterministic(Estimator):
     def __post_init__(self) -> None:
         self.check("weight", self.weight >= 0, "0 or more")
 
-    def draw(
-        self,
-        logits: Tensor,
-        costs: Costs,
-        limits: Tensor,
-        generator: torch.Generator | None = None,
-    ) -> Drawn:
-        """See `Estimator`, but that nothing is random and no limit is kept to."""
+    @override
+    def draw(self, logits: Tensor, costs: Costs, limits: Tensor, noise: Noise = None) -> Drawn:
         taken = self.decide(logits, costs, limits)
         return Drawn(_straight_through(taken, logits.float().sigmoid()), taken)
 
+    @override
     def decide(self, logits: Tensor, costs: Costs, limits: Tensor) -> Tensor:
-        """Switches with positive logits; shape (batch, switches), bool."""
         return logits > 0
 
     def penalty(self, gates: Tensor, costs: Costs, limits: Tensor) -> Tensor:
@@ -438,9 +413,7 @@ class Deterministic(Estimator):
         Raises:
             InputError: costs do not add up.
         """
-        if not costs.additive:
-            raise InputError("the penalty needs costs that add up")
-        prices = costs.of_next(torch.zeros_like(gates, dtype=torch.bool)).double()
+        prices = _prices(costs, "the penalty", gates).double()
         limit = limits.to(prices).clamp(min=1)
         excess = ((gates.double() * prices).sum(-1) - limits.to(prices)) / limit
         return (self.weight * excess.relu()).float()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from planner.training.estimators import log_probability, parse
-from planner.training.switch_costs import UnequalCosts
+from planner.training.switch_costs import AdditiveCosts
 
 __all__ = ["CASES", "METHODS", "Case", "Check", "check", "exact_gradient", "fillings"]
 
@@ -124,7 +124,7 @@ def exact_gradient(case: Case, method: str) -> Tensor:
             row[: len(order)] = torch.tensor(order, dtype=torch.int64)
         rows = logits.expand(len(members), -1)
         limits = torch.full((len(members),), case.limit)
-        chances = log_probability(columns, rows, UnequalCosts(case.costs[None]), limits).exp()
+        chances = log_probability(columns, rows, AdditiveCosts(case.costs[None]), limits).exp()
     gates = torch.zeros(len(members), len(logits))
     for row, subset in zip(gates, members):
         row[list(subset)] = 1
@@ -145,7 +145,7 @@ def check(case: Case, method: str, draws: int = 50_000, seed: int = 0) -> Check:
     logits = case.logits.repeat(draws, 1).requires_grad_()
     limits = torch.full((draws,), case.limit)
     generator = torch.Generator().manual_seed(seed)
-    drawn = estimator.draw(logits, UnequalCosts(case.costs[None]), limits, generator)
+    drawn = estimator.draw(logits, AdditiveCosts(case.costs[None]), limits, generator)
     values = case.f(drawn.gates)
     if method.startswith(_SCORE):
         assert drawn.log_probability is not None

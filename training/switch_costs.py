@@ -7,37 +7,31 @@ sums of them are exact.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from planner.ir.errors import InputError
 from planner.models.scheduling import CostSwitches, Layout
-from planner.planning.problem import Choice, Problem
-from planner.planning.switch_vectors import choice_of
-from planner.solver.solution import Infeasible
+from planner.planning.problem import Problem
 
-__all__ = ["NEVER", "Costs", "EqualCosts", "SiteCosts", "UnequalCosts", "costs_of"]
+__all__ = ["NEVER", "AdditiveCosts", "Costs", "SiteCosts", "costs_of"]
 
 #: Cost of a switch that cannot be taken yet: more than any limit.
 NEVER = torch.iinfo(torch.int64).max
 
 
-class Costs(Protocol):
-    """What switches cost, given which are on.
+class Costs(ABC):
+    """What each switch would add to the cost now, given those that are on."""
 
-    Attributes:
-        additive: whether a switch costs the same whatever else is on.
-    """
-
-    additive: ClassVar[bool]
-
+    @abstractmethod
     def of_next(self, taken: Tensor) -> Tensor:
-        """Cost of adding each switch now.
+        """Cost of adding each switch.
 
         Args:
             taken: shape (batch, switches), bool.
@@ -45,7 +39,6 @@ class Costs(Protocol):
         Returns:
             Shape (batch, switches), int64; for switches that are taken already, anything.
         """
-        ...
 
     def ranked(self, scores: Tensor) -> Tensor:
         """Switches in the order in which they are taken, best first; ties to the lower index.
@@ -56,49 +49,35 @@ class Costs(Protocol):
         Returns:
             Shape (batch, switches), int64: indices of switches.
         """
-        ...
-
-
-class EqualCosts:
-    """Every switch costs 1, so that a limit is a number of switches."""
-
-    additive: ClassVar[bool] = True
-
-    def of_next(self, taken: Tensor) -> Tensor:
-        """See `Costs`."""
-        return torch.ones_like(taken, dtype=torch.int64)
-
-    def ranked(self, scores: Tensor) -> Tensor:
-        """See `Costs`."""
-        return _best_first(scores)
+        return scores.argsort(dim=-1, descending=True, stable=True)
 
 
 @dataclass(frozen=True, eq=False)
-class UnequalCosts:
-    """Every switch has its own cost.
+class AdditiveCosts(Costs):
+    """A switch costs the same whatever else is on.
 
     Attributes:
-        costs: shape (batch or 1, switches), int64, not negative.
+        prices: shape (batch or 1, switches), int64, not negative.
     """
 
-    costs: Tensor
-    additive: ClassVar[bool] = True
+    prices: Tensor
 
     def __post_init__(self) -> None:
-        if self.costs.dtype != torch.int64 or self.costs.ndim != 2 or (self.costs < 0).any():
+        if self.prices.dtype != torch.int64 or self.prices.ndim != 2 or (self.prices < 0).any():
             raise InputError("costs of switches are int64, (batch or 1, switches), not negative")
 
-    def of_next(self, taken: Tensor) -> Tensor:
-        """See `Costs`."""
-        return self.costs.to(taken.device).expand(taken.shape)
+    @staticmethod
+    def equal(switches: int) -> AdditiveCosts:
+        """Every switch costs 1, so that a limit is a number of switches."""
+        return AdditiveCosts(torch.ones(1, switches, dtype=torch.int64))
 
-    def ranked(self, scores: Tensor) -> Tensor:
-        """See `Costs`."""
-        return _best_first(scores)
+    @override
+    def of_next(self, taken: Tensor) -> Tensor:
+        return self.prices.to(taken.device).expand(taken.shape)
 
 
 @dataclass(frozen=True, eq=False)
-class SiteCosts:
+class SiteCosts(Costs):
     """Costs of the switches of a `planner.planning.problem.Problem` with one metric.
 
     Switches are in the order of `planner.planning.switch_vectors`. A layer's own costs what the
@@ -106,8 +85,6 @@ class SiteCosts:
     costs the step of its site's table from the count that is on.
 
     Attributes:
-        problem: where the costs come from.
-        token_options: shape (batch or 1,): the token option of every sample.
         needs: shape (switches,): the own switch of the layer that a switch is in, -1 where the
             layer is always on, and for own switches.
         site: shape (switches,): the site of a switch; the number of sites for own switches.
@@ -115,13 +92,10 @@ class SiteCosts:
         steps: shape (batch or 1, sites + 1, most switches + 1): cost from n to n + 1 switches.
     """
 
-    problem: Problem
-    token_options: Tensor
     needs: Tensor
     site: Tensor
     entry: Tensor
     steps: Tensor
-    additive: ClassVar[bool] = False
 
     @staticmethod
     def of(problem: Problem, token_options: Sequence[int] = (0,)) -> SiteCosts:
@@ -161,33 +135,15 @@ class SiteCosts:
                 numbers += [number] * site.switches
                 number += 1
         return SiteCosts(
-            problem,
-            torch.from_numpy(options),
             torch.tensor(needs, dtype=torch.int64),
             torch.tensor(numbers, dtype=torch.int64),
             torch.from_numpy(np.stack(entry, 1) if entry else np.zeros((len(options), 0), int)),
             torch.from_numpy(steps),
         )
 
-    @property
-    def room(self) -> Tensor:
-        """What the problem's limit leaves for switches; shape (batch or 1,), int64.
-
-        Raises:
-            Infeasible: what cannot be off costs more than the limit under an option.
-        """
-        metric, limit = self.problem.metrics[0], int(self.problem.limits[0])
-        always = torch.from_numpy(self.problem.smallest_costs()[self.token_options.numpy(), 0])
-        if (always > limit).any():
-            least = int(always.max())
-            raise Infeasible(
-                f"{metric} is limited to {limit}, and the smallest possible is {least}",
-                {metric: least},
-            )
-        return limit - always
-
+    @override
     def of_next(self, taken: Tensor) -> Tensor:
-        """See `Costs`; NEVER for switches of layers that are off."""
+        """`NEVER` for switches of layers that are off."""
         device, batch = taken.device, len(taken)
         site, needs = self.site.to(device), self.needs.to(device)
         steps = self.steps.to(device).expand(batch, -1, -1)
@@ -199,8 +155,9 @@ class SiteCosts:
         locked = (needs >= 0) & ~taken[:, needs.clamp(min=0)]
         return (step + self.entry.to(device)).masked_fill(locked, NEVER)
 
+    @override
     def ranked(self, scores: Tensor) -> Tensor:
-        """See `Costs`; a switch counts no more than the layer it is in.
+        """A switch counts no more than the layer it is in.
 
         The order of `planner.solver.take_while_fits`: of equal scores first the layer's own, then
         site by site; in a site the best first, though they count no more than their layer.
@@ -209,21 +166,16 @@ class SiteCosts:
         most = scores[:, needs.clamp(min=0)].masked_fill(needs < 0, torch.inf)
         capped = torch.minimum(scores, most)
         # Stable sorts, the least significant key first.
-        order = _best_first(scores)
+        order = super().ranked(scores)
         order = order.gather(1, group[order].argsort(dim=-1, stable=True))
-        return order.gather(1, _best_first(capped.gather(1, order)))
+        return order.gather(1, super().ranked(capped.gather(1, order)))
 
     @property
     def _group(self) -> Tensor:
         """Number of a switch's site, or of its layer for an own switch, in model order."""
-        own = self.site == len(self.problem.sites)
+        own = self.site == self.steps.shape[1] - 1
         fresh = own | torch.cat([own.new_ones(1), self.site[1:] != self.site[:-1]])[: len(own)]
         return fresh.long().cumsum(0)
-
-    def choices(self, taken: Tensor) -> list[Choice]:
-        """What each row of `taken`, (batch, switches), says of the problem."""
-        rows, options = taken.cpu().numpy(), self.token_options.expand(len(taken)).tolist()
-        return [choice_of(self.problem, row, option) for row, option in zip(rows, options)]
 
 
 def costs_of(layout: Layout) -> Costs:
@@ -233,14 +185,9 @@ def costs_of(layout: Layout) -> Costs:
     wait for no layer, and of which one costs as much as the next.
     """
     if not isinstance(layout, CostSwitches):
-        return EqualCosts()
+        return AdditiveCosts.equal(layout.size)
     costs = SiteCosts.of(layout.problem)
-    nothing = torch.zeros(1, layout.size, dtype=torch.bool)
     even = all((np.ptp(np.diff(site.costs[0, 0])) == 0) for site in layout.problem.sites)
     if even and (costs.needs < 0).all():
-        return UnequalCosts(costs.of_next(nothing))
+        return AdditiveCosts(costs.of_next(torch.zeros(1, layout.size, dtype=torch.bool)))
     return costs
-
-
-def _best_first(scores: Tensor) -> Tensor:
-    return scores.argsort(dim=-1, descending=True, stable=True)

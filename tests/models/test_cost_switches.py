@@ -26,7 +26,7 @@ from planner.planning.compiler import lowered_graph
 from planner.planning.selectors import stages_of
 from planner.schedule_compiler import PlanCosts
 from planner.training.estimators import parse
-from planner.training.switch_costs import SiteCosts, UnequalCosts, costs_of
+from planner.training.switch_costs import AdditiveCosts, SiteCosts, costs_of
 
 SWITCHES = ("layers,heads,mlp", "layers,heads,mlp:groups=16", "heads,mlp", "layers,mlp:groups=5")
 
@@ -101,7 +101,7 @@ def test_budgets_are_used_to_99_per_cent(seed, budget):
     logits = torch.randn(3, layout.size) * 3
     limits = torch.full((3,), limit)
     noise = [torch.Generator().manual_seed(seed + row) for row in range(3)]
-    drawn = parse("gumbel").draw_each(logits, costs_of(layout), limits, noise).taken
+    drawn = parse("gumbel").draw(logits, costs_of(layout), limits, noise).taken
     for taken in (*drawn, *layout.decide(logits, limits)):
         assert 0.989 <= layout.utilisation([layout.spent(taken)], limit) <= 1
 
@@ -110,7 +110,7 @@ def test_budgets_are_used_to_99_per_cent(seed, budget):
 def test_training_and_inference_have_one_rule(tiny_llava, switches):
     layout = layout_of(switches, tiny_llava)
     costs = costs_of(layout)
-    assert isinstance(costs, SiteCosts if "layers" in switches else UnequalCosts)
+    assert isinstance(costs, SiteCosts if "layers" in switches else AdditiveCosts)
     torch.manual_seed(0)
     logits = torch.randn(12, layout.size).round(decimals=1)
     limits = torch.randint(0, layout.steps + 1, (12,))
@@ -127,7 +127,7 @@ def test_a_sample_s_draws_do_not_depend_on_its_batch(tiny_llava):
     logits = torch.randn(2, layout.size)
     for name in ("gumbel", "gumbel-topk"):
         together, alone = (
-            parse(name).draw_each(
+            parse(name).draw(
                 logits[rows],
                 costs,
                 limits[rows],

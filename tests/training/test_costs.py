@@ -1,5 +1,7 @@
 """Costs from a Problem's tables: the same rule as the solver's, and full use of real budgets."""
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -8,10 +10,11 @@ from hypothesis import strategies as st
 
 from planner.ir.errors import InputError
 from planner.planning.compiler import Request, compile_plan
-from planner.planning.problem import LayerChoices, Problem, SiteChoices, TokenOption
-from planner.solver import Infeasible, Scores, take_while_fits
+from planner.planning.problem import Choice, LayerChoices, Problem, SiteChoices, TokenOption
+from planner.planning.switch_vectors import choice_of
+from planner.solver import Scores, take_while_fits
 from planner.training.estimators import log_probability, parse
-from planner.training.switch_costs import EqualCosts, SiteCosts
+from planner.training.switch_costs import SiteCosts
 from tests.problems import medium_problem, problems
 
 SAMPLERS = ("gumbel", "gumbel-topk")
@@ -36,16 +39,25 @@ def draw_logits(batch: int, switches: int, seed: int) -> torch.Tensor:
     return (2 * torch.randn(batch, switches, generator=generator)).round() / 2
 
 
-def leaves_no_room(costs: SiteCosts, taken: torch.Tensor) -> bool:
+def choices_of(problem: Problem, options: Iterable[int], taken: torch.Tensor) -> list[Choice]:
+    """What each row says of the problem, under its token option."""
+    return [choice_of(problem, row.numpy(), int(o)) for row, o in zip(taken, options, strict=True)]
+
+
+def room_of(problem: Problem, options: Sequence[int]) -> torch.Tensor:
+    """What the limit leaves for switches under token options."""
+    return torch.from_numpy(problem.limits[0] - problem.smallest_costs()[options, 0])
+
+
+def leaves_no_room(problem: Problem, options: Iterable[int], taken: torch.Tensor) -> bool:
     """Whether nothing fits besides, going by the costs of whole choices."""
-    problem = costs.problem
-    for choice, row in zip(costs.choices(taken), taken):
+    for choice, row in zip(choices_of(problem, options, taken), taken, strict=True):
         if not problem.is_feasible(choice):
             return False
         for switch in (~row).nonzero()[:, 0].tolist():
             more = row.clone()
             more[switch] = True
-            (other,) = SiteCosts.of(problem, [choice.token_option]).choices(more[None])
+            (other,) = choices_of(problem, [choice.token_option], more[None])
             # A switch of a layer that is off changes nothing.
             if other != choice and problem.is_feasible(other):
                 return False
@@ -57,17 +69,15 @@ def leaves_no_room(costs: SiteCosts, taken: torch.Tensor) -> bool:
 def test_deciding_is_the_solver_s_rule(problem, seed):
     options = np.flatnonzero(problem.smallest_costs()[:, 0] <= problem.limits[0])
     if not len(options):
-        with pytest.raises(Infeasible):
-            _ = SiteCosts.of(problem, range(len(problem.tokens))).room
         return
     costs = SiteCosts.of(problem, options)
     logits = draw_logits(len(options), problem.switches, seed)
-    taken = parse("gumbel").decide(logits, costs, costs.room)
+    taken = parse("gumbel").decide(logits, costs, room_of(problem, options))
     expected = [
         take_while_fits(problem, scores_of(problem, option, row.double().numpy()))
         for option, row in zip(options.tolist(), logits)
     ]
-    assert costs.choices(taken) == expected
+    assert choices_of(problem, options, taken) == expected
 
 
 @pytest.mark.parametrize("tables", ["equal", "rounded", "stairs", "random"])
@@ -75,12 +85,12 @@ def test_deciding_is_the_solver_s_rule_on_larger_problems(tables):
     problem = medium_problem(3, tables, "gamma", alike=False)
     costs = SiteCosts.of(problem, [0, 1, 2])
     logits = draw_logits(3, problem.switches, 1)
-    taken = parse("gumbel").decide(logits, costs, costs.room)
+    taken = parse("gumbel").decide(logits, costs, room_of(problem, [0, 1, 2]))
     expected = [
         take_while_fits(problem, scores_of(problem, option, row.double().numpy()))
         for option, row in enumerate(logits)
     ]
-    assert costs.choices(taken) == expected
+    assert choices_of(problem, [0, 1, 2], taken) == expected
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -92,8 +102,9 @@ def test_samples_fit_and_leave_no_room(name, problem, seed):
         return
     costs = SiteCosts.of(problem, options)
     logits = draw_logits(len(options), problem.switches, seed).requires_grad_()
-    drawn = parse(name).draw(logits, costs, costs.room, torch.Generator().manual_seed(seed))
-    assert leaves_no_room(costs, drawn.taken)
+    room = room_of(problem, options)
+    drawn = parse(name).draw(logits, costs, room, torch.Generator().manual_seed(seed))
+    assert leaves_no_room(problem, options, drawn.taken)
     (gradient,) = torch.autograd.grad(drawn.gates.sum(), logits)
     assert torch.isfinite(gradient).all()
 
@@ -108,13 +119,14 @@ def test_heads_wait_for_their_layer_and_log_probability_counts_who_could_be_draw
     )
     problem = Problem(("flops",), np.array([9]), (option,), layers)
     costs = SiteCosts.of(problem)
-    assert costs.room.tolist() == [8]
+    room = room_of(problem, [0])
+    assert room.tolist() == [8]
     nothing = torch.zeros(1, 4, dtype=torch.bool)
     assert costs.of_next(nothing)[0, [0, 3]].tolist() == [2, 4]
     assert (costs.of_next(nothing)[0, [1, 2]] > 1 << 61).all()
     logits = torch.tensor([[0.3, 1.0, -1.0, 0.8]])
     orders = torch.tensor([[0, 1, 2], [0, 2, 1], [0, 3, -1], [3, 0, -1], [0, 1, -1]])[:4]
-    chances = log_probability(orders, logits.repeat(4, 1), costs, costs.room.repeat(4)).exp()
+    chances = log_probability(orders, logits.repeat(4, 1), costs, room.repeat(4)).exp()
     weight = logits[0].exp()
     first = weight[0] / (weight[0] + weight[3])
     then = weight[[1, 2, 3]] / weight[1:].sum()
@@ -138,10 +150,10 @@ def test_real_budgets_are_used_to_99_per_cent(model, groups, batch, budget):
     problem = compile_plan(request).problem
     costs = SiteCosts.of(problem)
     logits = 2 * torch.randn(batch, problem.switches, generator=torch.Generator().manual_seed(0))
-    room = costs.room.expand(batch)
+    room = room_of(problem, [0] * batch)
     drawn = parse("gumbel").draw(logits, costs, room, torch.Generator().manual_seed(1)).taken
     for taken in (drawn, parse("gumbel").decide(logits, costs, room)):
-        for choice in costs.choices(taken):
+        for choice in choices_of(problem, [0] * batch, taken):
             used = int(problem.cost(choice)[0]) / int(problem.limits[0])
             assert 0.99 <= used <= 1
 
@@ -149,5 +161,3 @@ def test_real_budgets_are_used_to_99_per_cent(model, groups, batch, budget):
 def test_several_metrics_are_refused():
     with pytest.raises(InputError, match="under one metric"):
         SiteCosts.of(medium_problem(0, "equal", "gamma", alike=True, metrics=2))
-    assert EqualCosts().additive
-    assert not SiteCosts.additive

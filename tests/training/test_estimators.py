@@ -12,7 +12,7 @@ from planner.ir.errors import InputError
 from planner.training.estimators import ESTIMATORS, log_probability, parse
 from planner.training.gradient_check import fillings
 from planner.training.subset_distributions import Subsets
-from planner.training.switch_costs import EqualCosts, UnequalCosts
+from planner.training.switch_costs import AdditiveCosts
 
 SAMPLERS = ("gumbel", "gumbel-topk", "simple", "simple:columns=7")
 
@@ -49,8 +49,8 @@ def test_drawn_switches_fit_and_leave_no_room(name, knapsack, seed):
     logits, costs, limits = knapsack
     estimator = parse(name)
     logits.requires_grad_()
-    drawn = estimator.draw(logits, UnequalCosts(costs), limits, generator(seed))
-    for taken in (drawn.taken, estimator.decide(logits, UnequalCosts(costs), limits)):
+    drawn = estimator.draw(logits, AdditiveCosts(costs), limits, generator(seed))
+    for taken in (drawn.taken, estimator.decide(logits, AdditiveCosts(costs), limits)):
         left = limits - (costs * taken).sum(-1)
         assert (left >= 0).all()
         assert not (~taken & (costs <= left[:, None])).any()
@@ -69,9 +69,9 @@ def test_equal_costs_give_exactly_k(name, data):
     logits = torch.randn(len(limits), switches, generator=generator(data.draw(st.integers(0, 9))))
     estimator = parse(name)
     expected = limits.clamp(max=switches)
-    drawn = estimator.draw(logits, EqualCosts(), limits, generator(1))
+    drawn = estimator.draw(logits, AdditiveCosts.equal(switches), limits, generator(1))
     assert torch.equal(drawn.taken.sum(-1), expected)
-    decided = estimator.decide(logits, EqualCosts(), limits)
+    decided = estimator.decide(logits, AdditiveCosts.equal(switches), limits)
     assert torch.equal(decided.sum(-1), expected)
     for row, scores, k in zip(decided, logits, expected.tolist()):
         assert set(row.nonzero()[:, 0].tolist()) == set(scores.topk(k).indices.tolist())
@@ -110,7 +110,7 @@ CASES = [
 def test_simple_samples_what_it_says(costs, limit):
     logits = torch.tensor([0.5, -1.0, 0.3, 1.2, -0.4][: len(costs)])
     draws = 40_000
-    prices = UnequalCosts(torch.tensor([costs]))
+    prices = AdditiveCosts(torch.tensor([costs]))
     drawn = parse("simple").draw(
         logits.repeat(draws, 1), prices, torch.full((draws,), limit), generator(3)
     )
@@ -132,7 +132,7 @@ def test_simple_samples_what_it_says(costs, limit):
 def test_gumbel_draws_orders_with_their_probability(name, costs, limit):
     """Both follow Plackett-Luce, which for one noise is the Gumbel-top-k trick."""
     logits = torch.tensor([0.5, -1.0, 0.3, 1.2, -0.4][: len(costs)])
-    prices, draws = UnequalCosts(torch.tensor([costs])), 40_000
+    prices, draws = AdditiveCosts(torch.tensor([costs])), 40_000
     ordered = orders(costs, limit)
     padded = torch.full((len(ordered), max(map(len, ordered))), -1)
     for row, order in zip(padded, ordered):
@@ -164,7 +164,7 @@ def test_the_paper_s_gradient_is_that_of_every_draw_s_softmax():
     logits = torch.tensor([[0.5, -1.0, 0.3, 1.2]], requires_grad=True)
     weights = torch.tensor([1.0, -2.0, 0.5, 3.0])
     drawn = parse("gumbel:temperature=5").draw(
-        logits, EqualCosts(), torch.tensor([2]), generator(0)
+        logits, AdditiveCosts.equal(4), torch.tensor([2]), generator(0)
     )
     (found,) = torch.autograd.grad((drawn.gates * weights).sum(), logits)
     noise, expected = generator(0), torch.zeros(1, 4)
@@ -181,7 +181,7 @@ def test_the_paper_s_gradient_is_that_of_every_draw_s_softmax():
 def test_deterministic_keeps_what_is_positive_and_pays_for_the_excess():
     estimator = parse("deterministic:weight=2")
     logits = torch.tensor([[1.0, -1.0, 0.5], [2.0, 1.0, 3.0]], requires_grad=True)
-    costs, limits = UnequalCosts(torch.tensor([[4, 2, 2]])), torch.tensor([7, 5])
+    costs, limits = AdditiveCosts(torch.tensor([[4, 2, 2]])), torch.tensor([7, 5])
     drawn = estimator.draw(logits, costs, limits)
     assert drawn.taken.tolist() == [[True, False, True], [True, True, True]]
     penalty = estimator.penalty(drawn.gates, costs, limits)
@@ -206,6 +206,6 @@ def test_bad_arguments_are_refused():
             parse(text)
     for name in SAMPLERS:
         with pytest.raises(InputError, match="nothing to choose"):
-            parse(name).draw(torch.zeros(1, 3), EqualCosts(), torch.tensor([-1]))
+            parse(name).draw(torch.zeros(1, 3), AdditiveCosts.equal(3), torch.tensor([-1]))
     with pytest.raises(InputError, match="int64"):
-        UnequalCosts(torch.tensor([1, 2]))
+        AdditiveCosts(torch.tensor([1, 2]))
