@@ -17,36 +17,31 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
+from planner.loading import load_model
 from planner.models.scheduling import Scheduled, Scheduler, UnitSwitches, save_scheduler
-from planner.planning.catalog import find_model
-from planner.training.config import Config, parse_config
+from planner.training.config import RunConfig, parse_config
 from planner.training.data import Conversation, LlavaConversations, Packer, SceneConversations
-from planner.training.data.conversations import FAMILY_WEIGHTS
 from planner.training.data.packing import IGNORE
 from planner.training.estimators import Deterministic, Estimator, GumbelSequential, parse
 from planner.training.switch_costs import costs_of
 from planner.training.tiny_llava import export as export_half
-from planner.training.trainer import RunTrainer
-from planner.training.unit_sampling import draw_units
+from planner.training.trainer import RunTrainer, training_arguments
 from planner.training.warm_start import warm_start
 
 __all__ = ["AdaLlavaConfig", "AdaptiveModel", "BudgetCollator", "train"]
 
 
-class AdaLlavaConfig(Config):
+class AdaLlavaConfig(RunConfig):
     """Everything that makes one AdaLLaVA model; a batch counts conversations."""
 
     recipe: str = "adallava"
-    output_dir: str
-    export_dir: str | None = None
     # Write the weights as fp16, to be shipped; the config asks for float32 still.
     export_half: bool = False
-    seed: int = 0
 
     model: str = "tiny-llava"
     switches: str = "adallava-l"
@@ -56,13 +51,10 @@ class AdaLlavaConfig(Config):
     conversations: str | None = None
     image_folder: str | None = None
     on_error: str = "raise"
-    scenes: int = 1_000_000
     data_seed: int = 1
     # How many turns a batch's conversations have, one of these drawn per batch.
     turns: list[int] = [1]
     description_share: float = 0.1
-    family_weights: dict[str, float] = FAMILY_WEIGHTS
-    max_text_tokens: int = 110
 
     # A file of `planner labels`: the scheduler learns it alone, before all else. Where the labels
     # are not of drawn scenes, where their questions are.
@@ -74,11 +66,9 @@ class AdaLlavaConfig(Config):
     label_encoder_learning_rate: float = 2e-4
 
     max_steps: int = 1000
-    batch_size: int = 32
     gradient_accumulation_steps: int = 1
     learning_rate: float = 5e-4
     scheduler_learning_rate: float | None = None
-    weight_decay: float = 0.0
     warmup_ratio: float = 0.03
     lr_schedule: str = "cosine"
     freeze_vision: bool = True
@@ -87,10 +77,6 @@ class AdaLlavaConfig(Config):
     fsdp: str = ""
     fsdp_layer: str | None = None
     deepspeed: str | None = None
-
-    save_steps: int = 200
-    logging_steps: int = 20
-    dataloader_workers: int = 0
 
 
 class AdaptiveModel(nn.Module):
@@ -152,25 +138,16 @@ class AdaptiveModel(nn.Module):
         return output
 
     def _draw(self, logits: Tensor, limits: Tensor) -> Tensor:
-        layout = self.scheduler.layout
+        layout, estimator = self.scheduler.layout, self.estimator
         assert self._seeds is not None
-        generators = [torch.Generator().manual_seed(int(seed)) for seed in self._seeds]
+        noise = [torch.Generator().manual_seed(int(seed)) for seed in self._seeds]
         if isinstance(layout, UnitSwitches):
-            assert isinstance(self.estimator, GumbelSequential)
-            noise = torch.stack(
-                [
-                    torch.empty(layout.steps, layout.size).exponential_(generator=g)
-                    for g in generators
-                ],
-                dim=1,
-            )
-            gumbel = -noise.log().to(logits.device)
-            gates = draw_units(layout, logits, limits, gumbel, self.estimator.temperature)
-            self._count(gates.detach() > 0.5, limits)
-            return gates
-        drawn = self.estimator.draw_each(logits, self._costs, limits, generators)
-        self._count(drawn.taken, limits)
-        return drawn.gates
+            assert isinstance(estimator, GumbelSequential)
+            gates = estimator.draw_units(layout, logits, limits, noise)
+        else:
+            gates = estimator.draw(logits, self._costs, limits, noise).gates
+        self._count(gates.detach() > 0.5, limits)
+        return gates
 
     def _count(self, taken: Tensor, limits: Tensor) -> None:
         layout = self.scheduler.layout
@@ -263,13 +240,7 @@ def build_trainer(config: AdaLlavaConfig) -> tuple[RunTrainer, AdaptiveModel, An
 
 
 def _load(config: AdaLlavaConfig) -> tuple[Any, Any, Graph]:
-    source = find_model(config.model, False)
-    where = str(source.folder or source.hub_id or config.model)
-    dtype = getattr(torch, config.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise InputError(f"unknown dtype '{config.dtype}'")
-    model = AutoModelForImageTextToText.from_pretrained(where, dtype=dtype)
-    processor = AutoProcessor.from_pretrained(where)
+    model, processor, _ = load_model(config.model, config.dtype)
     return model, processor, lower_model(model, config.model.rstrip("/").rpartition("/")[2])
 
 
@@ -346,50 +317,28 @@ def _dataset(config: AdaLlavaConfig) -> Sequence[Conversation]:
 
 
 def _arguments(config: AdaLlavaConfig) -> TrainingArguments:
-    distributed: dict[str, Any] = {}
     if config.fsdp and not torch.accelerator.is_available():
         raise InputError(
             "fsdp shards over accelerators, and on CPUs every process would hold all of the model: "
             "leave fsdp empty here"
         )
+    options: dict[str, Any] = {}
     if config.fsdp:
-        distributed["fsdp"] = config.fsdp
-        distributed["fsdp_config"] = {"transformer_layer_cls_to_wrap": config.fsdp_layer}
+        options["fsdp"] = config.fsdp
+        options["fsdp_config"] = {"transformer_layer_cls_to_wrap": config.fsdp_layer}
     if config.deepspeed:
-        distributed["deepspeed"] = config.deepspeed
+        options["deepspeed"] = config.deepspeed
     if config.activation_checkpointing:
-        distributed["activation_checkpointing"] = True
-    return TrainingArguments(
-        output_dir=config.output_dir,
-        max_steps=config.max_steps,
-        per_device_train_batch_size=config.batch_size,
+        options["activation_checkpointing"] = True
+    return training_arguments(
+        config,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_schedule,
         warmup_steps=round(config.warmup_ratio * config.max_steps),
-        max_grad_norm=1.0,
         bf16=config.dtype == "bfloat16",
-        use_cpu=not torch.accelerator.is_available(),
-        save_steps=config.save_steps,
         save_total_limit=2,
-        logging_steps=config.logging_steps,
-        logging_nan_inf_filter=False,
-        dataloader_num_workers=config.dataloader_workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        label_names=["labels"],
-        report_to=_reports(),
-        seed=config.seed,
-        data_seed=config.seed,
-        **distributed,
+        **options,
     )
-
-
-def _reports() -> list[str]:
-    """TensorBoard where it is installed."""
-    from transformers.integrations import is_tensorboard_available
-
-    return ["tensorboard"] if is_tensorboard_available() else []
 
 
 def export(adaptive: AdaptiveModel, processor: Any, config: AdaLlavaConfig) -> None:

@@ -11,21 +11,45 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from planner.documents import parse_yaml, read_yaml
 from planner.ir.errors import InputError
+from planner.training.data.conversations import FAMILY_WEIGHTS
 
-__all__ = ["Config", "load_config", "parse_config"]
+__all__ = ["RunConfig", "parse_config", "read_settings"]
 
 
-class Config(BaseModel):
-    """Base of all configurations: immutable, and a key it does not know is an error."""
+class RunConfig(BaseModel):
+    """What every training run has; immutable, and a key that it does not know is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    recipe: str
+    output_dir: str
+    export_dir: str | None = None
+    seed: int = 0
 
-ConfigT = TypeVar("ConfigT", bound=Config)
+    # Of rendered scenes: how many there are, and what their questions are about.
+    scenes: int = 1_000_000
+    description_share: float
+    family_weights: dict[str, float] = FAMILY_WEIGHTS
+    max_text_tokens: int = 110
+
+    max_steps: int
+    batch_size: int = 32
+    learning_rate: float
+    weight_decay: float = 0.0
+    save_steps: int = 200
+    logging_steps: int = 20
+    dataloader_workers: int = 0
 
 
-def load_config(schema: type[ConfigT], path: str | Path, overrides: Iterable[str] = ()) -> ConfigT:
-    """Read a YAML file and apply overrides such as ``"learning_rate=1e-3"`` (values are YAML)."""
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+
+def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Read a YAML file and apply overrides such as ``"learning_rate=1e-3"`` (values are YAML).
+
+    Raises:
+        InputError: there is no such file, or it does not hold keys and values.
+    """
     path = Path(path)
     values = read_yaml(path, "configuration") or {}
     if not isinstance(values, dict):
@@ -35,7 +59,7 @@ def load_config(schema: type[ConfigT], path: str | Path, overrides: Iterable[str
         if not equals:
             raise InputError(f'"--set {override}" should be "--set key=value".')
         values[key.strip()] = parse_yaml(value, f"the value of {key.strip()}")
-    return parse_config(schema, values, str(path))
+    return values
 
 
 def parse_config(
@@ -47,14 +71,11 @@ def parse_config(
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, schema.model_fields, n=1)
-            hint = (
-                f'; did you mean "{near[0]}"?'
-                if near
-                else f"; known: {', '.join(schema.model_fields)}."
-            )
-            raise InputError(f'{source}: unknown key "{key}"{hint}') from None
-        raise InputError(
-            f'{source}: "{key}": {problem["msg"]} (found {problem["input"]!r}).'
-        ) from None
+        if problem["type"] != "extra_forbidden":
+            raise InputError(
+                f'{source}: "{key}": {problem["msg"]} (found {problem["input"]!r}).'
+            ) from None
+        near = difflib.get_close_matches(key, schema.model_fields, n=1)
+        known = ", ".join(schema.model_fields)
+        hint = f'did you mean "{near[0]}"?' if near else f"known: {known}."
+        raise InputError(f'{source}: unknown key "{key}"; {hint}') from None

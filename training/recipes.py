@@ -7,13 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from planner.documents import read_yaml
 from planner.ir.errors import InputError
-from planner.training.adallava import AdaLlavaConfig
-from planner.training.adallava import train as train_adallava
-from planner.training.config import Config, load_config
-from planner.training.tiny_llava import TinyLlavaConfig
-from planner.training.tiny_llava import train as train_tiny_llava
+from planner.training import adallava, tiny_llava
+from planner.training.config import RunConfig, parse_config, read_settings
 
 __all__ = ["RECIPES", "Recipe", "load_recipe"]
 
@@ -22,25 +18,24 @@ __all__ = ["RECIPES", "Recipe", "load_recipe"]
 class Recipe:
     """A schema, and what trains by it."""
 
-    schema: type[Config]
+    schema: type[RunConfig]
     train: Callable[[Any], Any]
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "tiny-llava": Recipe(TinyLlavaConfig, train_tiny_llava),
-    "adallava": Recipe(AdaLlavaConfig, train_adallava),
+    "tiny-llava": Recipe(tiny_llava.TinyLlavaConfig, tiny_llava.train),
+    "adallava": Recipe(adallava.AdaLlavaConfig, adallava.train),
 }
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> tuple[Recipe, Config]:
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> tuple[Recipe, RunConfig]:
     """Read a configuration with ``key=value`` overrides, by the schema of its recipe.
 
     Raises:
         InputError: no such file, recipe or key, or a value that does not fit.
     """
-    values = read_yaml(Path(path), "configuration")
-    name = str(values.get("recipe")) if isinstance(values, dict) else ""
-    if name not in RECIPES:
-        raise InputError(f"{path}: recipe '{name}' is none of {', '.join(RECIPES)}")
-    recipe = RECIPES[name]
-    return recipe, load_config(recipe.schema, path, overrides)
+    values = read_settings(path, overrides)
+    recipe = RECIPES.get(str(values.get("recipe")))
+    if recipe is None:
+        raise InputError(f"{path}: recipe '{values.get('recipe')}' is none of {', '.join(RECIPES)}")
+    return recipe, parse_config(recipe.schema, values, str(path))

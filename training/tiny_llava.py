@@ -1,7 +1,6 @@
 """tiny-llava: a small real LLaVA (CLIP tower, projector, Llama decoder), trained from scratch.
 
-    python -m planner.training.tiny_llava --config training/configs/tiny-llava.yaml [--set key=value
-    ...]
+    planner train training/configs/tiny-llava.yaml [--set key=value ...]
 
 The result is a folder that stock transformers loads with
 `LlavaForConditionalGeneration.from_pretrained` and `AutoProcessor.from_pretrained`; a run that was
@@ -10,7 +9,6 @@ stopped goes on from its last checkpoint.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Sequence
@@ -29,16 +27,14 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
-    TrainingArguments,
     set_seed,
 )
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
-from planner.training.config import Config, load_config, parse_config
+from planner.training.config import RunConfig, parse_config
 from planner.training.data import IMAGE_SIZE, Conversation, Packer, Scene, SceneConversations
-from planner.training.data.conversations import FAMILY_WEIGHTS
 from planner.training.data.scenes import COLORS, COLUMNS, ROWS, SHAPES, SIZES
-from planner.training.trainer import RunTrainer
+from planner.training.trainer import RunTrainer, training_arguments
 
 __all__ = ["TinyLlavaConfig", "build_model", "build_processor", "export", "train"]
 
@@ -54,13 +50,10 @@ CHAT_TEMPLATE = """{% for message in messages %}\
 {% if add_generation_prompt %}ASSISTANT:{% endif %}"""
 
 
-class TinyLlavaConfig(Config):
+class TinyLlavaConfig(RunConfig):
     """Everything that makes one tiny-llava; times are in steps, a batch counts images."""
 
     recipe: str = "tiny-llava"
-    output_dir: str
-    export_dir: str | None = None
-    seed: int = 0
     data_seed: int = 0
 
     hidden_size: int = 128
@@ -73,25 +66,17 @@ class TinyLlavaConfig(Config):
     vision_heads: int = 4
     patch_size: int = 8
 
-    scenes: int = 1_000_000
     tower_steps: int = 2000
     max_steps: int = 3000
-    batch_size: int = 32
     questions: int = 8
     questions_beside_description: int = 3
     description_share: float = 0.4
-    family_weights: dict[str, float] = FAMILY_WEIGHTS
-    max_text_tokens: int = 110
     dialogue_share: float = 0.2
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
     warmup_steps: int = 200
     decay_steps: int = 1000
     concept_loss_weight: float = 1.0
-
-    save_steps: int = 200
-    logging_steps: int = 20
-    dataloader_workers: int = 0
 
 
 def build_processor(patch_size: int = 8) -> LlavaProcessor:
@@ -288,12 +273,11 @@ def build_trainer(
         config.family_weights,
     )
     steps = config.tower_steps if tower else config.max_steps
-    arguments = TrainingArguments(
+    arguments = training_arguments(
+        config,
         output_dir=str(Path(config.output_dir) / stage),
         max_steps=steps,
-        per_device_train_batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
+        data_seed=config.data_seed,
         adam_beta2=0.98,
         lr_scheduler_type="warmup_stable_decay",
         warmup_steps=config.warmup_steps,
@@ -302,17 +286,6 @@ def build_trainer(
             "min_lr_ratio": 0.02,
             "decay_type": "1-sqrt",
         },
-        max_grad_norm=1.0,
-        save_steps=config.save_steps,
-        save_total_limit=3,
-        logging_steps=config.logging_steps,
-        logging_nan_inf_filter=False,
-        dataloader_num_workers=config.dataloader_workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        report_to=[],
-        seed=config.seed,
-        data_seed=config.data_seed,
     )
     packer = Packer(processor, config.max_text_tokens, config.dialogue_share)
     return RunTrainer(
@@ -366,16 +339,3 @@ def export(
     config_file = Path(folder) / "config.json"
     config = json.loads(config_file.read_text())
     config_file.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Train tiny-llava.")
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    options = parser.parse_args(arguments)
-    train(load_config(TinyLlavaConfig, options.config, options.set))
-
-
-if __name__ == "__main__":
-    main()

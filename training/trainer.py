@@ -14,13 +14,40 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations import is_tensorboard_available
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from planner.ir.errors import PlannerError
+from planner.training.config import RunConfig
 
-__all__ = ["RunTrainer", "last_checkpoint"]
+__all__ = ["RunTrainer", "last_checkpoint", "training_arguments"]
+
+
+def training_arguments(config: RunConfig, **options: Any) -> TrainingArguments:
+    """transformers' arguments: a configuration's, with options of the run in place of them."""
+    common: dict[str, Any] = {
+        "output_dir": config.output_dir,
+        "max_steps": config.max_steps,
+        "per_device_train_batch_size": config.batch_size,
+        "learning_rate": config.learning_rate,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": 1.0,
+        "use_cpu": not torch.accelerator.is_available(),
+        "save_steps": config.save_steps,
+        "save_total_limit": 3,
+        "logging_steps": config.logging_steps,
+        "logging_nan_inf_filter": False,
+        "dataloader_num_workers": config.dataloader_workers,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "report_to": ["tensorboard"] if is_tensorboard_available() else [],
+        "seed": config.seed,
+        "data_seed": config.seed,
+    }
+    return TrainingArguments(**common | options)
 
 
 class RunTrainer(Trainer):  # type: ignore[misc]
@@ -47,7 +74,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         trainer = cast(Any, self)
         if trainer.optimizer is None and self._optimizer_of is not None:
             trainer.optimizer = self._optimizer_of()
-        return super().create_optimizer(*args, **kwargs)
+        optimizer: Optimizer = super().create_optimizer(*args, **kwargs)
+        return optimizer
 
     def whole_state(self) -> dict[str, Tensor] | None:
         """All weights, gathered, where processes hold shards of them; None where they do not.
@@ -76,7 +104,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     ) -> Tensor:
         """Forward and backward; a NaN or infinite loss is an error before the weights change."""
         ids = inputs.pop("ids", None)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             named = f" of records {', '.join(ids)}" if ids else ""
             raise PlannerError(

@@ -15,11 +15,10 @@ from planner.training import adallava
 from planner.training.adallava import AdaptiveModel, BudgetCollator, build_trainer, last_answer
 from planner.training.data import Packer, SceneConversations
 from planner.training.data.packing import IGNORE
-from planner.training.estimators import parse
+from planner.training.estimators import GumbelSequential, parse
 from planner.training.recipes import load_recipe
 from planner.training.tiny_llava import build_processor
 from planner.training.trainer import RunTrainer
-from planner.training.unit_sampling import draw_units
 
 CONFIGS = Path(adallava.__file__).parent / "configs"
 
@@ -94,8 +93,7 @@ def test_units_are_drawn_exactly_and_their_gradient_reaches_what_is_left(loaded)
     torch.manual_seed(0)
     logits = torch.randn(5, layout.size, requires_grad=True)
     limits = torch.tensor([0, 1, 3, 5, layout.steps])
-    noise = -torch.empty(layout.steps, 5, layout.size).exponential_().log()
-    gates = draw_units(layout, logits, limits, noise, 5.0)
+    gates = GumbelSequential().draw_units(layout, logits, limits)
     assert set(gates.unique().tolist()) <= {0.0, 1.0}
     assert [layout.spent(row.bool()) for row in gates] == limits.tolist()
     worth = torch.randn(layout.size)
@@ -104,11 +102,11 @@ def test_units_are_drawn_exactly_and_their_gradient_reaches_what_is_left(loaded)
     assert (logits.grad[1:4] != 0).all()
 
 
-def test_units_without_noise_are_those_of_inference(loaded):
+def test_units_that_noise_cannot_change_are_those_of_inference(loaded):
     layout = layout_of("adallava-h", loaded[1])
     torch.manual_seed(1)
-    logits, limits = torch.randn(4, layout.size), torch.tensor([1, 2, 4, 7])
-    drawn = draw_units(layout, logits, limits, torch.zeros(8, 4, layout.size), 5.0)
+    logits, limits = 1e6 * torch.randn(4, layout.size), torch.tensor([1, 2, 4, 7])
+    drawn = GumbelSequential().draw_units(layout, logits, limits)
     assert torch.equal(drawn.bool(), layout.decide(logits, limits))
 
 

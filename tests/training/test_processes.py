@@ -113,7 +113,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
-from planner.training import adallava
+from planner.training import adallava, trainer
 
 start = PartialState.__init__
 
@@ -124,8 +124,8 @@ def pretend(self, *args, **kwargs):
 
 PartialState.__init__ = pretend
 torch.accelerator.is_available = lambda *_: True
-real = adallava.TrainingArguments
-adallava.TrainingArguments = lambda **settings: real(**settings | {"use_cpu": True})
+real = trainer.TrainingArguments
+trainer.TrainingArguments = lambda **settings: real(**settings | {"use_cpu": True})
 weights = list(adallava.train(json.loads(sys.argv[1])).parameters())
 print("RESULT", sum(isinstance(weight, DTensor) for weight in weights), len(weights), flush=True)
 torch.distributed.destroy_process_group()

@@ -7,9 +7,9 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from planner.ir.errors import InputError, PlannerError
 from planner.training import tiny_llava
-from planner.training.config import load_config
 from planner.training.data import SceneQuestions
-from planner.training.tiny_llava import TinyLlavaConfig, train
+from planner.training.recipes import load_recipe
+from planner.training.tiny_llava import train
 from planner.training.trainer import RunTrainer, last_checkpoint
 
 CONFIG = Path(tiny_llava.__file__).parent / "configs" / "tiny-llava.yaml"
@@ -106,7 +106,7 @@ def test_a_loss_that_is_no_number_names_the_batch(tmp_path, monkeypatch):
 
 
 def test_the_shipped_configuration_loads_with_overrides():
-    config = load_config(TinyLlavaConfig, CONFIG, ["learning_rate=1e-5", "seed=3"])
+    _, config = load_recipe(CONFIG, ["learning_rate=1e-5", "seed=3"])
     assert (config.learning_rate, config.seed) == (1e-5, 3)
 
 
@@ -117,11 +117,12 @@ def test_the_shipped_configuration_loads_with_overrides():
         ("zzz=1", r'unknown key "zzz"; known: .*max_steps'),
         ("max_steps=many", r'"max_steps": .*found \'many\''),
         ("max_steps", r'should be "--set key=value"'),
+        ("max_steps=[", "the value of max_steps is truncated or not YAML"),
     ],
 )
 def test_a_bad_key_or_value_is_one_sentence(override, message):
     with pytest.raises(InputError, match=message) as caught:
-        load_config(TinyLlavaConfig, CONFIG, [override])
+        load_recipe(CONFIG, [override])
     assert "\n" not in str(caught.value)
 
 
@@ -138,7 +139,7 @@ def test_a_bad_file_is_one_sentence(tmp_path, text, message):
     if text is not None:
         path.write_text(text)
     with pytest.raises(InputError, match=message) as caught:
-        load_config(TinyLlavaConfig, path)
+        load_recipe(path)
     assert "\n" not in str(caught.value)
 
 

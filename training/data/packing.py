@@ -102,7 +102,7 @@ class Packer:
         return row
 
     def _ids(self, text: str, bos: bool = False) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return [self.tokenizer.bos_token_id] * bos + ids
 
 
