@@ -101,9 +101,7 @@ class LaneTracer:
             picked: list[Label] = []
             for label in labels:
                 if isinstance(label.index, tuple | list):
-                    picked.append(
-                        Label(label.source, label.index[node.args[1]], label.activated)
-                    )
+                    picked.append(Label(label.source, label.index[node.args[1]], label.activated))
             return tuple(picked)
         return tuple(
             Label(label.source, moved, label.activated)
