@@ -10,45 +10,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from types import MappingProxyType
 from typing import Any
 
 import networkx as nx
 
-from planner.ir.dims import Dim
+from planner.ir.dims import Dim, product
 
-__all__ = ["KINDS", "PARTS", "SITE_KINDS", "Binding", "Block", "Graph", "Operator", "Site"]
+__all__ = ["PARTS", "SITE_KINDS", "Binding", "Block", "Graph", "Operator", "Site", "Value"]
 
-# kind -> what it computes. Every kind must have a FLOPs formula in planner.ir.cost.flops.
-KINDS: Mapping[str, str] = MappingProxyType(
-    {
-        "input": "tokens or pixels entering a part",
-        "linear": "x W^T (+ b); attributes in, out, bias",
-        "matmul": "batched product of two activations; attribute inner",
-        "conv": "convolution; attributes in (channels per group), out, kernel (taps), bias",
-        "attention": "softmax(q k^T) v; attributes heads, kv_heads, head_dim, value_dim, keys, and "
-        "window where the cache keeps only the latest tokens, capped where scores are bounded",
-        "norm": "RMSNorm, LayerNorm or GroupNorm; attributes width, bias, and centred for a "
-        "LayerNorm without a bias",
-        "rotary": "rotation of queries or keys by position; attribute lanes where only these turn",
-        "activation": "an elementwise non-linearity; attribute function",
-        "multiply": "elementwise product",
-        "add": "elementwise sum, residual connections among them",
-        "elementwise": "any other elementwise work",
-        "softmax": "softmax outside an attention operator",
-        "reduce": "sum, mean, maximum, top-k and the like",
-        "embedding": "table look-up; attributes entries, width",
-        "gather": "tokens or rows copied by index",
-        "experts": "grouped product, rows routed to experts; attributes in, out, experts",
-        "scan": "a state-space or linear-attention recurrence; attribute flops_per_row",
-        # written by passes
-        "select_tokens": "keeps the image tokens a selector chose; attributes keep, of, before "
-        "(tokens until then), score_width (query features that score them, 0: none)",
-        "fused_linear": "linears with one input run as one; attributes in, out, bias, count",
-        "norm_linear": "a norm folded into the linear after it; "
-        "attributes in, out, bias, count, norm_bias",
-    }
-)
 PARTS = ("vision", "projector", "decoder", "head")
 SITE_KINDS = ("tokens", "layer", "heads", "mlp")
 
@@ -61,13 +30,13 @@ class Operator:
 
     Attributes:
         name: unique in the graph.
-        kind: a key of `KINDS`.
+        kind: name of its record in `planner.ir.kinds`.
         inputs: names of the operators whose outputs this one reads, in order.
         shape: shape of the output, symbolic, batch first.
         module: path of the stock model's module that computes it ("" for none).
         part: one of `PARTS`.
         layer: index of the decoder (or vision) layer it belongs to, None outside the stack.
-        attributes: what the kind's cost formula needs, sorted by name.
+        attributes: those of the kind's record, sorted by name.
         narrowed_by: pairs (attribute or ``shape.i``, site name): that quantity shrinks in
             proportion to the lanes the site keeps.
     """
@@ -101,6 +70,14 @@ class Operator:
         if not isinstance(value, int):
             raise TypeError(f"attribute {attribute} of {self.name} is {value!r}, not an integer")
         return value
+
+    def elements(self, sizes: Mapping[str, int]) -> int:
+        """Elements of the output at the given sizes of the symbols."""
+        return product(self.shape, sizes)
+
+    def rows(self, sizes: Mapping[str, int]) -> int:
+        """Rows of the output: elements of all dimensions but the last."""
+        return product(self.shape[:-1], sizes)
 
     def having(self, **attributes: Value) -> Operator:
         """A copy with attributes set."""
@@ -247,6 +224,11 @@ class Graph:
     def layers(self) -> int:
         """Number of decoder layers."""
         return int(self.properties["decoder_layers"])
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of one weight or activation."""
+        return int(self.properties.get("dtype_bytes", 2))
 
     def replacing(
         self, operators: Iterable[Operator], sites: Iterable[Site] | None = None

@@ -17,7 +17,8 @@ from collections.abc import Callable
 
 from planner.ir.dims import Dim
 from planner.ir.errors import InputError
-from planner.ir.graph import KINDS, PARTS, SITE_KINDS, Binding, Block, Graph, Operator, Site
+from planner.ir.graph import PARTS, SITE_KINDS, Binding, Block, Graph, Operator, Site, Value
+from planner.ir.kinds import KINDS, Kind
 
 __all__ = ["fingerprint", "parse_graph", "print_graph"]
 
@@ -81,23 +82,18 @@ def fingerprint(graph: Graph) -> str:
     return hashlib.sha256(body.encode()).hexdigest()[:16]
 
 
-def _value(text: str) -> int | str | Dim:
-    if _is_number(text):
-        return int(text)
-    if "query" in text or "context" in text or "*" in text:
-        return Dim.parse(text)
-    return text
-
-
 def _is_number(text: str) -> bool:
     return text.isascii() and text.isdecimal()
 
 
-def _attribute(item: str) -> tuple[str, int | str | Dim]:
-    key, equals, text = item.partition("=")
+def _attribute(kind: Kind, item: str) -> tuple[str, Value]:
+    name, equals, text = item.partition("=")
     if not equals:
         raise ValueError(f"'{item}' is not an attribute such as in=4096")
-    return key, _value(text)
+    for attribute in kind.attributes:
+        if attribute.name == name:
+            return name, attribute.read(text)
+    raise ValueError(f"{kind.name} has no attribute '{name}'")
 
 
 def _input(item: str) -> str:
@@ -126,7 +122,7 @@ def _parse_operator(line: str) -> Operator:
             module=name if module == "=" else module,
             part=part,
             layer=int(match["layer"]) if match["layer"] else None,
-            attributes=tuple(map(_attribute, _items(match["attributes"]))),
+            attributes=tuple(_attribute(KINDS[kind], i) for i in _items(match["attributes"])),
             narrowed_by=tuple((what, site) for what, _, site in pairs),
         )
     except ValueError as error:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from planner.ir.dims import Dim
 from planner.ir.graph import Operator, Value
 
-__all__ = ["narrowed", "scores_by_attention"]
+__all__ = ["narrowed"]
 
 
 def narrowed(operator: Operator, kept: Mapping[str, tuple[int, int]]) -> Operator:
@@ -39,8 +39,3 @@ def _scaled(operator: Operator, value: int, some: int, lanes: int) -> int:
     if value % lanes:
         raise ValueError(f"{operator.name}: {value} is not a multiple of {lanes} lanes")
     return value // lanes * some
-
-
-def scores_by_attention(selector: str) -> bool:
-    """Whether a selector scores tokens by a row of attention, which costs products of its own."""
-    return selector.partition(":")[0] == "fastv"

@@ -13,45 +13,20 @@ from types import MappingProxyType
 
 import networkx as nx
 
-from planner.ir.dims import Dim, product
+from planner.ir.dims import Dim
 from planner.ir.errors import InputError
-from planner.ir.graph import KINDS, PARTS, SITE_KINDS, Binding, Graph, Operator, Site
+from planner.ir.graph import PARTS, SITE_KINDS, Binding, Graph, Operator, Site
+from planner.ir.kinds import KINDS, kind_of
 
-__all__ = ["LINEAR_KINDS", "RULES", "verify"]
+__all__ = ["RULES", "verify"]
 
 # A rule yields one complaint, a whole sentence, for everything that breaks it.
 Rule = Callable[[Graph], Iterator[str]]
 
-LINEAR_KINDS = frozenset(["linear", "fused_linear", "norm_linear"])
 PROPERTIES = ("decoder_layers", "dtype_bytes", "hidden_size", "image_tokens")
-# kind -> the attributes that its cost formulas read. All are counts; `keys` may be symbolic, and
-# `_WORDS` are words.
-ATTRIBUTES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "linear": ("bias", "in", "out"),
-        "matmul": ("inner",),
-        "conv": ("bias", "in", "kernel", "out"),
-        "attention": ("head_dim", "heads", "keys", "kv_heads", "value_dim"),
-        "norm": ("bias", "width"),
-        "activation": ("function",),
-        "elementwise": ("function",),
-        "reduce": ("function",),
-        "embedding": ("entries", "width"),
-        "experts": ("experts", "in", "out"),
-        "scan": ("flops_per_row",),
-        "select_tokens": ("before", "keep", "of", "score_width"),
-        "fused_linear": ("bias", "count", "in", "out"),
-        "norm_linear": ("bias", "count", "in", "norm_bias", "out"),
-    }
-)
-_WORDS = frozenset(["function"])
-_TOKEN_COUNTS = frozenset(["before", "keys"])
-_MAY_BE_ZERO = frozenset(["bias", "keep", "norm_bias", "score_width"])
 # Characters that the text form uses between names.
 _RESERVED = frozenset(" \t\n,()[]{}%=:;")
 _SYMBOL = re.compile(r"batch|images|(query|context)(\.\d+)?", re.ASCII)
-# Sizes to compare shapes at: primes, so that different expressions differ.
-_SAMPLE = 1009
 
 
 def _names(graph: Graph) -> Iterator[str]:
@@ -108,115 +83,34 @@ def _attributes(graph: Graph) -> Iterator[str]:
         names = [name for name, _ in operator.attributes]
         if names != sorted(set(names)):
             yield f"operator {operator.name} has attributes out of order or twice"
-        for name in ATTRIBUTES.get(operator.kind, ()):
-            value = operator.get(name)
-            if value is None:
-                yield f"operator {operator.name} ({operator.kind}) lacks the attribute {name}"
-            elif name in _WORDS:
-                if not isinstance(value, str):
-                    yield f"attribute {name} of operator {operator.name} is {value}, not a word"
-            elif isinstance(value, int):
-                if value < (name not in _MAY_BE_ZERO):
-                    yield f"attribute {name} of operator {operator.name} is {value}"
-            elif name not in _TOKEN_COUNTS or not isinstance(value, Dim):
-                yield f"attribute {name} of operator {operator.name} is {value}, not a count"
-
-
-# -- shapes ---------------------------------------------------------------------------------------
-
-
-def _width(attribute: str) -> Callable[[Operator], str | None]:
-    """The last dimension is what an attribute says."""
-
-    def check(operator: Operator) -> str | None:
-        if operator.shape[-1] != Dim(operator.integer(attribute)):
-            return f"{operator[attribute]} features ({attribute})"
-        return None
-
-    return check
-
-
-def _attention(operator: Operator) -> str | None:
-    heads, groups = operator.integer("heads"), operator.integer("kv_heads")
-    if heads % groups:
-        return f"heads in {groups} equal groups, not {heads} of them"
-    places = operator.shape[-3:-2]
-    if not places or (places[0].is_constant and places[0] != Dim(heads)):
-        return f"{heads} heads before its tokens"
-    return _width("value_dim")(operator)
-
-
-def _tokens(operator: Operator) -> str | None:
-    keep, of = operator.integer("keep"), operator.integer("of")
-    return f"at most {of} tokens, not {keep}" if keep > of else None
-
-
-# kind -> what its shape must have, or None where it has it.
-SHAPES: Mapping[str, Callable[[Operator], str | None]] = MappingProxyType(
-    {
-        "linear": _width("out"),
-        "fused_linear": _width("out"),
-        "norm_linear": _width("out"),
-        "experts": _width("out"),
-        "embedding": _width("width"),
-        "attention": _attention,
-        "select_tokens": _tokens,
-    }
-)
+        known = {attribute.name: attribute for attribute in kind_of(operator).attributes}
+        for name in names:
+            if name not in known:
+                yield f"operator {operator.name} has the attribute {name}, {operator.kind} has not"
+        for attribute in known.values():
+            if fault := attribute.fault(operator):
+                yield fault
 
 
 def _shapes(graph: Graph) -> Iterator[str]:
     for operator in graph:
-        counts = [operator[name] for name in _TOKEN_COUNTS if operator.get(name) is not None]
-        sizes = (*operator.shape, *(count for count in counts if isinstance(count, Dim)))
-        for symbol in sorted({symbol for size in sizes for symbol in size.symbols}):
+        counts = (value for _, value in operator.attributes if isinstance(value, Dim))
+        symbols = {symbol for size in (*operator.shape, *counts) for symbol in size.symbols}
+        for symbol in sorted(symbols):
             if not _SYMBOL.fullmatch(symbol):
                 yield f"operator {operator.name} has the unknown size {symbol}"
         if not operator.shape:
             yield f"operator {operator.name} has no shape"
-        elif operator.kind in SHAPES and (lack := SHAPES[operator.kind](operator)):
+        elif fault := kind_of(operator).shape_fault(operator):
             shape = ", ".join(map(str, operator.shape))
-            yield f"operator {operator.name} with shape [{shape}] should have {lack}"
+            yield f"operator {operator.name} with shape [{shape}] should have {fault}"
 
 
-def _elements(operator: Operator) -> int:
-    symbols = {symbol for dim in operator.shape for symbol in dim.symbols}
-    return product(operator.shape, dict.fromkeys(symbols, _SAMPLE))
-
-
-def _features(graph: Graph) -> Iterator[str]:
-    """A linear takes the features of its input: all, a part, or the same ones several times."""
-    known = graph.by_name
+def _input_shapes(graph: Graph) -> Iterator[str]:
     for operator in graph:
-        if operator.kind in LINEAR_KINDS and len(operator.inputs) == 1:
-            source = known[operator.inputs[0]]
-            out, columns = operator.integer("out"), operator.integer("in")
-            have, taken = _elements(source), _elements(operator) // out * columns
-            if taken > have and taken % have:
-                yield f"operator {operator.name} takes {columns} features, {source.name} has fewer"
-
-
-def _broadcast(graph: Graph) -> Iterator[str]:
-    """A smaller operand of equal rank in a sum or product broadcasts.
-
-    Views are no operators, so an operand of the same size or larger may be arranged otherwise or
-    read in part, and a smaller one may be arranged otherwise before it is broadcast.
-    """
-    known = graph.by_name
-    for operator in graph:
-        if operator.kind not in ("add", "multiply"):
-            continue
-        for source in (known[name] for name in operator.inputs):
-            if len(source.shape) != len(operator.shape):
-                continue
-            *others, last = (
-                have in (want, Dim(1))
-                for have, want in zip(source.shape, operator.shape, strict=True)
-            )
-            have, want = _elements(source), _elements(operator)
-            features_differ = all(others) and not last
-            if have < want and (features_differ or (not all(others) and want % have)):
-                yield f"operator {operator.name} cannot broadcast {source.name} to its shape"
+        inputs = [graph.by_name[name] for name in operator.inputs]
+        if fault := kind_of(operator).input_fault(operator, inputs):
+            yield f"operator {operator.name} {fault}"
 
 
 # -- sites ----------------------------------------------------------------------------------------
@@ -332,8 +226,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "inputs come first": _order,
         "attributes fit the kind": _attributes,
         "shapes fit the attributes": _shapes,
-        "linears have their features": _features,
-        "sums broadcast": _broadcast,
+        "shapes fit the inputs": _input_shapes,
         "sites are well formed": _sites,
         "layers exist": _layers,
         "narrowings refer to something": _narrowing,

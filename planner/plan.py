@@ -25,6 +25,7 @@ __all__ = [
     "load_plan",
     "plan_digest",
     "save_plan",
+    "scores_by_attention",
 ]
 
 FORMAT = 1
@@ -41,6 +42,16 @@ class TokenStage:
     keep: int
     of: int
     selector: str = "uniform"
+
+    @property
+    def scores_by_attention(self) -> bool:
+        """Whether the rule scores tokens by a row of attention, which costs products of its own."""
+        return scores_by_attention(self.selector)
+
+
+def scores_by_attention(selector: str) -> bool:
+    """Whether a selector, given with or without its arguments, scores by a row of attention."""
+    return selector.partition(":")[0] == "fastv"
 
 
 @dataclass(frozen=True)

@@ -8,24 +8,57 @@ projector, embeddings and rotations.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
+
+from typing_extensions import override
 
 from planner.ir.cost.device_table import Device
 from planner.ir.cost.price import Cost, roofline, total
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator
+from planner.ir.kinds import kind_of
+from planner.ir.kinds.products import Linear, Product
 
-__all__ = ["Convention", "DynamicLlava", "LlmViewer", "Row", "convention", "conventions"]
+__all__ = ["CONVENTIONS", "Convention", "DynamicLlava", "LlmViewer", "Row", "convention"]
+
+_ELEMENT_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of a convention's account; `Cost.flops` are operations as the convention counts."""
+    """One line of a convention's account, for one sample.
+
+    Attributes:
+        name: of the operator, or what the convention calls it.
+        operations: as the convention counts them.
+        activations: elements read and written.
+        weights: elements read, whatever the number of samples.
+        cached: elements left in the KV cache.
+        layer: decoder layer, None outside the stack.
+    """
 
     name: str
-    layer: int | None
-    cost: Cost
+    operations: int
+    activations: int = 0
+    weights: int = 0
+    cached: int = 0
+    layer: int | None = None
+
+    def cost(self, device: Device | None = None, batch: int = 1) -> Cost:
+        """Cost for a batch, with seconds where there is a device."""
+        operations = batch * self.operations
+        moved = (self.weights + batch * self.activations) * _ELEMENT_BYTES
+        seconds, bound = roofline(operations, moved, device) if device else (0.0, "-")
+        return Cost(
+            flops=operations,
+            bytes=moved,
+            seconds=seconds,
+            kv_bytes=batch * self.cached * _ELEMENT_BYTES,
+            parameters=self.weights,
+            bound=bound,
+        )
 
 
 class Convention(ABC):
@@ -35,8 +68,18 @@ class Convention(ABC):
     a layer that is off. A graph specialised to a plan is counted as it is.
     """
 
-    name: str
-    source: str
+    name: ClassVar[str]
+    source: ClassVar[str]
+
+    @abstractmethod
+    def rows(self, graph: Graph, queries: Sequence[int], keys: Sequence[int]) -> Iterable[Row]:
+        """What is counted, for one sample.
+
+        Args:
+            graph: lowered model; its structure alone is read.
+            queries: tokens that each decoder layer computes, shape (layers,).
+            keys: tokens that those attend to, shape (layers,).
+        """
 
     def prefill(
         self,
@@ -56,20 +99,9 @@ class Convention(ABC):
         Raises:
             InputError: where the graph or the arguments are outside the convention.
         """
-        rows = self.prefill_rows(graph, tokens_per_layer, device, batch)
-        return total(row.cost for row in rows)
+        counts = _checked(graph, tokens_per_layer)
+        return total(row.cost(device, batch) for row in self.rows(graph, counts, counts))
 
-    @abstractmethod
-    def prefill_rows(
-        self,
-        graph: Graph,
-        tokens_per_layer: Sequence[int],
-        device: Device | None = None,
-        batch: int = 1,
-    ) -> list[Row]:
-        """The rows that `prefill` sums."""
-
-    @abstractmethod
     def decode(
         self,
         graph: Graph,
@@ -77,7 +109,10 @@ class Convention(ABC):
         device: Device | None = None,
         batch: int = 1,
     ) -> Cost:
-        """Cost of decoding; what `tokens_per_layer` means is the convention's."""
+        """Cost of one decoding step; tokens are those that the new one attends to, and itself."""
+        keys = _checked(graph, tokens_per_layer)
+        queries = [min(1, tokens) for tokens in keys]
+        return total(row.cost(device, batch) for row in self.rows(graph, queries, keys))
 
 
 def _checked(graph: Graph, tokens_per_layer: Sequence[int]) -> Sequence[int]:
@@ -87,6 +122,10 @@ def _checked(graph: Graph, tokens_per_layer: Sequence[int]) -> Sequence[int]:
             f"but token counts are given for {len(tokens_per_layer)}"
         )
     return tokens_per_layer
+
+
+def _hidden(graph: Graph) -> int:
+    return int(graph.properties["hidden_size"])
 
 
 class LlmViewer(Convention):
@@ -100,139 +139,53 @@ class LlmViewer(Convention):
 
     name = "llm-viewer"
     source = "LLM Inference Unveiled: Survey and Roofline Model Insights, arXiv 2402.16363"
-    element_bytes = 2
 
-    def prefill_rows(
-        self,
-        graph: Graph,
-        tokens_per_layer: Sequence[int],
-        device: Device | None = None,
-        batch: int = 1,
-    ) -> list[Row]:
-        """The rows that `prefill` sums, operator by operator."""
-        counts = [(tokens, tokens) for tokens in _checked(graph, tokens_per_layer)]
-        return self._rows(graph, counts, device, batch)
-
-    def decode(
-        self,
-        graph: Graph,
-        tokens_per_layer: Sequence[int],
-        device: Device | None = None,
-        batch: int = 1,
-    ) -> Cost:
-        """Cost of one decoding step.
-
-        Args:
-            graph: lowered model.
-            tokens_per_layer: tokens that the new one attends to in each layer, itself included.
-            device: for seconds.
-            batch: samples.
-        """
-        rows = self.decode_rows(graph, tokens_per_layer, device, batch)
-        return total(row.cost for row in rows)
-
-    def decode_rows(
-        self,
-        graph: Graph,
-        tokens_per_layer: Sequence[int],
-        device: Device | None = None,
-        batch: int = 1,
-    ) -> list[Row]:
-        """The rows that `decode` sums: the prefill's with one query."""
-        counts = [(min(1, tokens), tokens) for tokens in _checked(graph, tokens_per_layer)]
-        return self._rows(graph, counts, device, batch)
-
-    def _rows(
-        self,
-        graph: Graph,
-        counts: Sequence[tuple[int, int]],
-        device: Device | None,
-        batch: int,
-    ) -> list[Row]:
-        by_layer: dict[int, list[Operator]] = {}
+    @override
+    def rows(self, graph: Graph, queries: Sequence[int], keys: Sequence[int]) -> Iterator[Row]:
+        running = {layer: tokens for layer, tokens in enumerate(queries) if tokens}
+        layers: dict[int, None] = {}
         for operator in graph:
-            if operator.part == "decoder" and operator.layer is not None:
-                by_layer.setdefault(operator.layer, []).append(operator)
-        rows: list[Row] = []
-        for layer, (queries, keys) in enumerate(counts):
-            if queries and layer in by_layer:
-                for part in _layer_parts(by_layer[layer], _hidden(graph), queries, keys):
-                    rows.append(self._row(part, layer, device, batch))
-        for operator in graph:
-            if operator.part == "head":
-                rows.append(self._row(_head_part(operator), None, device, batch))
-        return rows
-
-    def _row(self, part: _Part, layer: int | None, device: Device | None, batch: int) -> Row:
-        operations = batch * part.operations
-        moved = (part.weights + batch * part.activations) * self.element_bytes
-        seconds, bound = roofline(operations, moved, device) if device else (0.0, "-")
-        cost = Cost(
-            flops=operations,
-            bytes=moved,
-            seconds=seconds,
-            kv_bytes=batch * part.cached * self.element_bytes,
-            parameters=part.weights,
-            bound=bound,
-        )
-        return Row(part.name, layer, cost)
+            layer = operator.layer
+            if operator.part == "decoder" and layer is not None and layer in running:
+                layers[layer] = None
+                yield from _operator_rows(operator, running[layer], keys[layer])
+            elif operator.part == "head":
+                read, written = operator.integer("in"), operator.integer("out")
+                weights = read * written
+                # sic: not twice the weights
+                yield Row(operator.name, weights, read + written, weights)
+        for layer in layers:
+            width = running[layer] * _hidden(graph)
+            for name in ("attention_norm", "mlp_norm"):
+                yield Row(name, 7 * width, 2 * width, layer=layer)
+            for name in ("attention_add", "mlp_add"):
+                yield Row(name, width, 2 * width, layer=layer)
+            yield Row("mlp_activation", 2 * width, 3 * width, layer=layer)
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One row for one sample: operations, and elements moved or kept."""
-
-    name: str
-    operations: int
-    activations: int
-    weights: int = 0
-    cached: int = 0
-
-
-def _layer_parts(
-    operators: Sequence[Operator], hidden: int, queries: int, keys: int
-) -> Iterator[_Part]:
-    """Rows of one decoder layer for one sample."""
-    for operator in operators:
-        if operator.kind in ("linear", "fused_linear", "norm_linear"):
-            yield _linear_part(operator, queries)
-        elif operator.kind == "attention":
-            yield from _attention_parts(operator, queries, keys)
-        elif operator.kind in ("experts", "scan", "matmul", "conv"):
-            raise InputError(
-                f"convention llm-viewer has no row for {operator.name}, of kind {operator.kind}"
-            )
-    width = queries * hidden
-    for name in ("attention_norm", "mlp_norm"):
-        yield _Part(name, 7 * width, 2 * width)
-    for name in ("attention_add", "mlp_add"):
-        yield _Part(name, width, 2 * width)
-    yield _Part("mlp_activation", 2 * width, 3 * width)
-
-
-def _linear_part(operator: Operator, rows: int) -> _Part:
-    read, written = operator.integer("in"), operator.integer("out")
-    weights = read * written
-    return _Part(operator.name, 2 * weights * rows, (read + written) * rows, weights)
-
-
-def _attention_parts(operator: Operator, queries: int, keys: int) -> Iterator[_Part]:
-    head = operator.integer("head_dim")
-    heads, kv_heads = operator.integer("heads"), operator.integer("kv_heads")
-    products = 2 * queries * keys * heads * head
-    scores = queries * keys * heads
-    cached = keys * head * kv_heads
-    read = queries * head * kv_heads  # sic: queries have as many heads as scores, not as keys
-    yield _Part(f"{operator.name}.qk", products, read + cached + scores, cached=cached)
-    written = queries * head * heads
-    yield _Part(f"{operator.name}.sv", products, scores + cached + written, cached=cached)
-    yield _Part(f"{operator.name}.softmax", 5 * scores, 2 * scores)
-
-
-def _head_part(operator: Operator) -> _Part:
-    read, written = operator.integer("in"), operator.integer("out")
-    weights = read * written
-    return _Part(operator.name, weights, read + written, weights)  # sic: not twice the weights
+def _operator_rows(operator: Operator, queries: int, keys: int) -> Iterator[Row]:
+    """Rows of one operator of a decoder layer."""
+    kind, name, layer = kind_of(operator), operator.name, operator.layer
+    if isinstance(kind, Linear):
+        read, written = operator.integer("in"), operator.integer("out")
+        weights = read * written
+        moved = (read + written) * queries
+        yield Row(name, 2 * weights * queries, moved, weights, layer=layer)
+    elif operator.kind == "attention":
+        head = operator.integer("head_dim")
+        heads, kv_heads = operator.integer("heads"), operator.integer("kv_heads")
+        products = 2 * queries * keys * heads * head
+        scores = queries * keys * heads
+        cached = keys * head * kv_heads
+        read = queries * head * kv_heads  # sic: queries have as many heads as scores, not as keys
+        written = queries * head * heads
+        moved = read + cached + scores
+        yield Row(f"{name}.qk", products, moved, cached=cached, layer=layer)
+        moved = scores + cached + written
+        yield Row(f"{name}.sv", products, moved, cached=cached, layer=layer)
+        yield Row(f"{name}.softmax", 5 * scores, 2 * scores, layer=layer)
+    elif isinstance(kind, Product):
+        raise InputError(f"convention llm-viewer has no row for {name}, of kind {kind.name}")
 
 
 class DynamicLlava(Convention):
@@ -246,23 +199,27 @@ class DynamicLlava(Convention):
     name = "dynamic-llava"
     source = "Dynamic-LLaVA, arXiv 2412.00876, Table 10"
 
-    def prefill_rows(
+    @override
+    def rows(self, graph: Graph, queries: Sequence[int], keys: Sequence[int]) -> Iterator[Row]:
+        width = _hidden(graph)
+        for layer, tokens in enumerate(queries):
+            if tokens:
+                flops = 32 * tokens * width**2 + 4 * tokens**2 * width
+                yield Row(f"layer.{layer}", flops, layer=layer)
+
+    @override
+    def prefill(
         self,
         graph: Graph,
         tokens_per_layer: Sequence[int],
         device: Device | None = None,
         batch: int = 1,
-    ) -> list[Row]:
-        """The rows that `prefill` sums, one per layer; tokens are image tokens."""
+    ) -> Cost:
         if device is not None:
             raise InputError("convention dynamic-llava counts FLOPs alone, so it takes no device")
-        width = _hidden(graph)
-        return [
-            Row(f"layer.{layer}", layer, Cost(flops=batch * _layer_flops(tokens, width)))
-            for layer, tokens in enumerate(_checked(graph, tokens_per_layer))
-            if tokens
-        ]
+        return super().prefill(graph, tokens_per_layer, device, batch)
 
+    @override
     def decode(
         self,
         graph: Graph,
@@ -274,24 +231,12 @@ class DynamicLlava(Convention):
         return self.prefill(graph, tokens_per_layer, device, batch)
 
 
-def _layer_flops(tokens: int, width: int) -> int:
-    return 32 * tokens * width**2 + 4 * tokens**2 * width
-
-
-def _hidden(graph: Graph) -> int:
-    return int(graph.properties["hidden_size"])
-
-
-_CONVENTIONS: Mapping[str, Convention] = {c.name: c for c in (LlmViewer(), DynamicLlava())}
-
-
-def conventions() -> Mapping[str, Convention]:
-    """All conventions by name."""
-    return _CONVENTIONS
+# Name -> convention.
+CONVENTIONS: Mapping[str, Convention] = {c.name: c for c in (LlmViewer(), DynamicLlava())}
 
 
 def convention(name: str) -> Convention:
     """One convention by name; InputError lists the known ones."""
-    if name not in _CONVENTIONS:
-        raise InputError(f"unknown convention '{name}': choose one of {', '.join(_CONVENTIONS)}")
-    return _CONVENTIONS[name]
+    if name not in CONVENTIONS:
+        raise InputError(f"unknown convention '{name}': choose one of {', '.join(CONVENTIONS)}")
+    return CONVENTIONS[name]

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from planner.ir.cost.flops import attended_keys, operator_kv_elements, operator_parameters
-from planner.ir.dims import product
+from planner.ir.cost.flops import operator_kv_elements, operator_parameters
 from planner.ir.graph import Graph, Operator
+from planner.ir.kinds import kind_of
+from planner.ir.kinds.elementwise import SINGLE_PRECISION
+from planner.ir.kinds.products import attended_keys
 
 __all__ = ["activation_bytes", "peak_bytes"]
-
-# Stock code computes norms, rotations and some activations (tanh-approximated GELU) in several
-# steps, holding up to three values of the output's size on the way.
-_INTERMEDIATES = 3
-_SINGLE_ACTIVATIONS = frozenset(
-    ["silu", "gelu", "gelu_tanh", "relu", "leaky_relu", "elu", "mish", "hardswish"]
-)
-_SINGLE_PRECISION = 4
 
 
 def peak_bytes(graph: Graph, sizes: Mapping[str, int]) -> int:
@@ -31,7 +25,7 @@ def peak_bytes(graph: Graph, sizes: Mapping[str, int]) -> int:
         graph: dense, or specialised to a plan.
         sizes: size of every symbol (`Workload.prefill` or `Workload.decode`).
     """
-    element = int(graph.properties.get("dtype_bytes", 2))
+    element = graph.dtype_bytes
     parameters = sum(operator_parameters(operator) for operator in graph)
     cached = [operator_kv_elements(operator, sizes) for operator in graph]
     cache = sum(cached) + max(cached, default=0)
@@ -45,7 +39,7 @@ def _shared_bytes(graph: Graph, sizes: Mapping[str, int]) -> int:
     A mask holds an element per query and key, and there is one for each window; the tables hold
     cosines and sines in single precision.
     """
-    element = int(graph.properties.get("dtype_bytes", 2))
+    element = graph.dtype_bytes
     masks: dict[int, int] = {}
     tables = 0
     for operator in graph:
@@ -54,7 +48,7 @@ def _shared_bytes(graph: Graph, sizes: Mapping[str, int]) -> int:
             mask = rows * attended_keys(operator, sizes) * element
             window = operator.get("window", 0)
             masks[window] = max(masks.get(window, 0), mask)
-            table = rows * operator.integer("head_dim") * 2 * _SINGLE_PRECISION
+            table = rows * operator.integer("head_dim") * 2 * SINGLE_PRECISION
             tables = max(tables, table)
     return sum(masks.values()) + tables * len(masks)
 
@@ -65,28 +59,20 @@ def activation_bytes(graph: Graph, sizes: Mapping[str, int]) -> int:
     An activation lives until its last reader is done, and longer where it was the argument of a
     module's call: the caller's frame holds it until the call returns.
     """
-    element = int(graph.properties.get("dtype_bytes", 2))
+    element = graph.dtype_bytes
     order = {operator.name: position for position, operator in enumerate(graph)}
     released = _released(graph, order)
     freed: dict[int, int] = {}
     alive = worst = 0
     for position, operator in enumerate(graph):
-        elements = product(operator.shape, sizes)
+        elements = operator.elements(sizes)
         alive += elements * element
-        worst = max(worst, alive + elements * _intermediate_bytes(operator, element))
+        held = kind_of(operator).intermediate_bytes(operator, element)
+        worst = max(worst, alive + elements * held)
         end = released[operator.name]
         freed[end] = freed.get(end, 0) + elements * element
         alive -= freed.pop(position, 0)
     return worst
-
-
-def _intermediate_bytes(operator: Operator, element: int) -> int:
-    """Bytes per element of the output that an operator holds while it runs."""
-    if operator.kind in ("norm", "softmax"):
-        return _INTERMEDIATES * _SINGLE_PRECISION
-    if operator.kind == "activation" and operator["function"] not in _SINGLE_ACTIVATIONS:
-        return _INTERMEDIATES * element
-    return _INTERMEDIATES * element if operator.kind == "rotary" else 0
 
 
 def _released(graph: Graph, order: Mapping[str, int]) -> dict[str, int]:

@@ -12,36 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
 from planner.ir.cost.device_table import Device
-from planner.ir.cost.flops import (
-    attended_keys,
-    operator_flops,
-    operator_kv_elements,
-    operator_parameters,
-    operator_weights,
-    tokens_scored,
-)
-from planner.ir.dims import product
+from planner.ir.cost.flops import operator_kv_elements, operator_parameters
 from planner.ir.graph import Graph, Operator
+from planner.ir.kinds import kind_of
 
 __all__ = ["Cost", "price", "roofline", "total"]
-
-# Work per element of the output where no matrices are multiplied, for the roofline only: these
-# operations are not FLOPs in the sense of `planner.ir.cost.flops`.
-_LIGHT_OPERATIONS = {
-    "norm": 7,
-    "softmax": 5,
-    "rotary": 3,
-    "activation": 4,
-    "multiply": 1,
-    "add": 1,
-    "elementwise": 1,
-    "reduce": 1,
-}
-_LINEAR = frozenset(["linear", "fused_linear", "norm_linear", "experts"])
-_COPIES = frozenset(["embedding", "gather"])
-_ELEMENTWISE = frozenset(
-    ["norm", "softmax", "rotary", "activation", "multiply", "add", "elementwise"]
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,44 +51,6 @@ def roofline(operations: int, moved_bytes: int, device: Device) -> tuple[float, 
     return (compute, "compute") if compute > memory else (memory, "memory")
 
 
-def _weights_read(operator: Operator, rows: int) -> int:
-    """Elements of the weights that are read for the given number of rows."""
-    if operator.kind == "embedding":
-        return 0  # the rows of the table are counted as its input
-    weights = operator_weights(operator)
-    if operator.kind == "experts":
-        # Each row is routed to one expert: few rows leave most experts untouched.
-        experts = operator.integer("experts")
-        return weights // experts * min(experts, rows)
-    return weights
-
-
-def _inputs_read(operator: Operator, graph: Graph, sizes: Mapping[str, int], output: int) -> int:
-    """Elements of the activations that are read."""
-    kind = operator.kind
-    if kind in _LINEAR:
-        return product(operator.shape[:-1], sizes) * operator.integer("in")
-    if kind == "attention":
-        return _attention_inputs(operator, sizes)
-    if kind in _COPIES:
-        return output
-    if kind == "select_tokens":
-        return output + tokens_scored(operator, sizes) * operator.integer("score_width")
-    read = [product(graph.by_name[i].shape, sizes) for i in operator.inputs if i in graph.by_name]
-    if kind in _ELEMENTWISE:
-        # A slice of a wider value (the gate of a fused projection) is all that is read of it.
-        return sum(min(elements, output) for elements in read)
-    return sum(read)
-
-
-def _attention_inputs(operator: Operator, sizes: Mapping[str, int]) -> int:
-    """Queries, and the keys and values once per KV head, however many queries share them."""
-    *samples, heads, queries, value_dim = (dim.evaluate(sizes) for dim in operator.shape)
-    head_dim = operator.integer("head_dim")
-    keys = attended_keys(operator, sizes) * operator.integer("kv_heads")
-    return math.prod(samples) * (heads * queries * head_dim + keys * (head_dim + value_dim))
-
-
 def price(
     operator: Operator,
     graph: Graph,
@@ -128,20 +65,18 @@ def price(
         sizes: size of every symbol (`Workload.prefill` or `Workload.decode`).
         device: for seconds.
     """
+    kind, element = kind_of(operator), graph.dtype_bytes
     parameters = operator_parameters(operator)
-    output = product(operator.shape, sizes)
-    idle = operator.kind == "select_tokens" and not tokens_scored(operator, sizes)
-    if output == 0 or idle or operator.kind == "input":
+    output = operator.elements(sizes)
+    if output == 0 or not kind.runs(operator, sizes):
         return Cost(parameters=parameters)
-    element = int(graph.properties.get("dtype_bytes", 2))
-    flops = operator_flops(operator, sizes)
-    rows = product(operator.shape[:-1], sizes)
-    moved = _weights_read(operator, rows) + _inputs_read(operator, graph, sizes, output) + output
-    moved_bytes = moved * element
+    inputs = (graph.by_name[i].elements(sizes) for i in operator.inputs if i in graph.by_name)
+    read = kind.weights_read(operator, sizes) + kind.inputs_read(operator, inputs, sizes)
+    moved_bytes = (read + output) * element
+    flops = kind.flops(operator, sizes)
     seconds, bound = 0.0, "-"
     if device is not None:
-        work = flops or _LIGHT_OPERATIONS.get(operator.kind, 0) * output
-        seconds, bound = roofline(work, moved_bytes, device)
+        seconds, bound = roofline(flops or kind.light_operations * output, moved_bytes, device)
     return Cost(
         flops=flops,
         bytes=moved_bytes,

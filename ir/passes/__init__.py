@@ -7,10 +7,11 @@ after. Usual order: specialise to a plan, narrow tokens, drop dead operators, th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from inspect import signature
+from typing import Protocol
 
+from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.ir.passes.drop_dead import DropDead
 from planner.ir.passes.fuse_norm import FuseNorm
@@ -27,6 +28,7 @@ __all__ = [
     "NarrowTokens",
     "Pass",
     "Specialise",
+    "find_passes",
     "run",
 ]
 
@@ -42,16 +44,24 @@ class Pass(Protocol):
         """The rewritten graph; the given one is left as it is."""
 
 
-# name -> class.
-PASSES: Mapping[str, Callable[..., Any]] = MappingProxyType(
-    {
-        Specialise.name: Specialise,
-        NarrowTokens.name: NarrowTokens,
-        DropDead.name: DropDead,
-        FuseProjections.name: FuseProjections,
-        FuseNorm.name: FuseNorm,
-    }
-)
+# Name -> class.
+PASSES: dict[str, Callable[..., Pass]] = {
+    "specialise": Specialise,
+    "narrow-tokens": NarrowTokens,
+    "drop-dead": DropDead,
+    "fuse-projections": FuseProjections,
+    "fuse-norm": FuseNorm,
+}
+
+
+def find_passes(names: str) -> list[Pass]:
+    """Passes without arguments, from their names with commas between; InputError lists those."""
+    known = {name: made for name, made in PASSES.items() if not signature(made).parameters}
+    chosen = names.split(",") if names else []
+    for name in chosen:
+        if name not in known:
+            raise InputError(f"unknown pass '{name}': choose of {', '.join(known)}")
+    return [known[name]() for name in chosen]
 
 
 def run(

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, Protocol
 
 from planner.ir.dims import Dim
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator
-from planner.ir.narrowing import scores_by_attention
 from planner.ir.structure import redirected
 
-if TYPE_CHECKING:
-    from planner.plan import TokenStage
-
 __all__ = ["NarrowTokens"]
+
+
+class TokenStage(Protocol):
+    """A choice of image tokens before a decoder layer."""
+
+    @property
+    def layer(self) -> int:
+        """The first layer that sees the smaller set."""
+
+    @property
+    def keep(self) -> int:
+        """Image tokens kept, per sample."""
+
+    @property
+    def of(self) -> int:
+        """Image tokens of a sample before any stage."""
+
+    @property
+    def scores_by_attention(self) -> bool:
+        """Whether tokens are scored by a row of attention, which costs a product of its own."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +139,7 @@ def _tokens(operator: Operator) -> Dim:
 
 def _score_width(stage: TokenStage, before: Sequence[Operator]) -> int:
     """Query features that score the tokens: of the last attention that runs before the stage."""
-    if not scores_by_attention(stage.selector):
+    if not stage.scores_by_attention:
         return 0
     for operator in reversed(before):
         if operator.kind == "attention" and operator.part == "decoder":

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, Protocol
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator, Site
+from planner.ir.kinds import kind_of
 from planner.ir.narrowing import narrowed
 from planner.ir.structure import exit_of, needed, redirected, residual_entry, within
 
-if TYPE_CHECKING:
-    from planner.plan import Plan
-
 __all__ = ["Specialise"]
+
+
+class KeptLanes(Protocol):
+    """What is kept of a site."""
+
+    @property
+    def count(self) -> int:
+        """How many lanes."""
+
+
+class Choice(Protocol):
+    """What the pass reads of a plan."""
+
+    @property
+    def layers_off(self) -> tuple[int, ...]:
+        """Layers that do not run, ascending."""
+
+    def kept(self, site: Site) -> KeptLanes:
+        """What is kept of a layer, of attention heads or of an MLP."""
+
+    def check(self, graph: Graph) -> None:
+        """Raise InputError unless it was made for this graph."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +47,7 @@ class Specialise:
         plan: made for the graph that the pass is given.
     """
 
-    plan: Plan
+    plan: Choice
     name: ClassVar[str] = "specialise"
 
     def apply(self, graph: Graph) -> Graph:
@@ -38,22 +58,14 @@ class Specialise:
         """
         self.plan.check(graph)
         graph = _without_layers(graph, self.plan.layers_off)
-        kept = {site.name: len(self._lanes(site)) for site in graph.sites}
-        partial = {s.name: (kept[s.name], s.lanes) for s in graph.sites if kept[s.name] < s.lanes}
-        empty = {name for name, (some, _) in partial.items() if some == 0}
+        sites = [site for site in graph.sites if site.kind != "tokens"]
+        kept = {site.name: (self.plan.kept(site).count, site.lanes) for site in sites}
+        partial = {name: (some, lanes) for name, (some, lanes) in kept.items() if some < lanes}
+        empty = {name for name, (some, _) in partial.items() if not some}
         if empty:
             graph = _without_blocks(graph, empty)
         operators = [_decided(narrowed(operator, partial), set(partial)) for operator in graph]
         return graph.replacing(operators, (s for s in graph.sites if s.name not in partial))
-
-    def _lanes(self, site: Site) -> range | list[int]:
-        """The lanes of a site that the plan keeps."""
-        if site.kind == "heads" and site.layer in self.plan.heads:
-            return site.lanes_of(self.plan.heads[site.layer])
-        if site.kind == "mlp" and site.layer in self.plan.mlp:
-            divided = replace(site, switches=self.plan.mlp_switches[site.layer])
-            return divided.lanes_of(self.plan.mlp[site.layer])
-        return range(site.lanes)
 
 
 def _decided(operator: Operator, sites: set[str]) -> Operator:
@@ -100,7 +112,8 @@ def _without_blocks(graph: Graph, sites: set[str]) -> Graph:
         elif not constant:
             operators.append(operator)
         elif not rest:
-            zero[operator.name] = all(zero[n] for n in constant) and _keeps_zero(operator)
+            keeps_zero = kind_of(operator).keeps_zero(operator)
+            zero[operator.name] = keeps_zero and all(zero[n] for n in constant)
         elif operator.kind == "multiply" and any(zero[n] for n in constant):
             zero[operator.name] = True
         elif operator.kind == "add" and len(rest) == 1 and all(zero[n] for n in constant):
@@ -111,10 +124,3 @@ def _without_blocks(graph: Graph, sites: set[str]) -> Graph:
     emptied = graph.replacing(operators)
     alive = needed(emptied) | dead_before
     return emptied.replacing(o for o in operators if o.name in alive)
-
-
-def _keeps_zero(operator: Operator) -> bool:
-    """Whether an operator whose inputs are all zero gives zero."""
-    if operator.kind in ("linear", "norm"):
-        return not operator.get("bias", 1)
-    return operator.kind in ("multiply", "gather")

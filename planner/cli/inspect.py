@@ -28,6 +28,9 @@ __all__ = ["inspect_command"]
 def inspect_command(
     model: Model,
     plan: Annotated[Path | None, typer.Option("--plan", help="A plan to apply first.")] = None,
+    passes: Annotated[
+        str, typer.Option("--passes", help="Passes to apply, such as drop-dead,fuse-projections.")
+    ] = "",
     device: Device = None,
     by: Annotated[str, typer.Option("--by", help="Rows: operator, layer or kind.")] = "layer",
     step: Annotated[
@@ -50,6 +53,7 @@ def inspect_command(
     from planner.ir.cost.device_table import device as find_device
     from planner.ir.errors import InputError
     from planner.ir.graph_text import print_graph
+    from planner.ir.passes import find_passes, run
     from planner.plan import load_plan
     from planner.planning.catalog import find_model
     from planner.planning.compiler import DEFAULT_DEVICE, lowered_graph, specialised
@@ -60,6 +64,7 @@ def inspect_command(
         raise InputError(f"unknown --step '{step}': choose prefill or decode")
     chip = find_device(device or DEFAULT_DEVICE)
     loaded = load_plan(plan) if plan else None
+    rewrites = find_passes(passes)
     with status(not (quiet or as_json), verbose) as update:
         update("lower")
         graph, _, _ = lowered_graph(find_model(model, trust_remote_code))
@@ -68,6 +73,7 @@ def inspect_command(
     if loaded is not None:
         graph = specialised(graph, loaded)
         kept = {stage.layer: min(stage.keep, load.image_tokens) for stage in loaded.tokens}
+    graph = run(graph, rewrites)
     sizes = load.prefill(kept) if step == "prefill" else load.decode(max(1, new_tokens), kept)
     costs = [(operator, price(operator, graph, sizes, chip)) for operator in graph]
     whole = total(cost for _, cost in costs)

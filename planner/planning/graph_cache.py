@@ -55,7 +55,7 @@ def _lowering_source() -> str:
     """Digest of the code that makes graphs: a changed lowering makes old entries stale."""
     digest = hashlib.sha256()
     # Not `files("planner.ir.lowering")`, which would import it, and torch with it.
-    for folder in (files("planner.ir"), files("planner.ir") / "lowering"):
+    for folder in (files("planner.ir") / name for name in ("", "kinds", "lowering")):
         for entry in sorted(folder.iterdir(), key=lambda e: e.name):
             if entry.name.endswith(".py"):
                 digest.update(entry.read_bytes())

@@ -20,8 +20,8 @@ from planner.ir.cost.memory import peak_bytes
 from planner.ir.dims import Dim
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator, Site
-from planner.ir.narrowing import narrowed, scores_by_attention
-from planner.plan import Plan
+from planner.ir.narrowing import narrowed
+from planner.plan import Plan, scores_by_attention
 from planner.planning.budgets import Budget
 from planner.planning.problem import LayerChoices, Problem, SiteChoices, TokenOption
 from planner.planning.selectors import Sizes, VisionSelector

@@ -5,7 +5,7 @@ import functools
 import pytest
 from transformers import LlamaConfig
 
-from planner.ir.cost.conventions import convention, conventions
+from planner.ir.cost.conventions import CONVENTIONS, convention
 from planner.ir.cost.device_table import device
 from planner.ir.errors import InputError
 from planner.ir.graph import Operator
@@ -183,10 +183,9 @@ def test_llm_viewer_rows_with_grouped_queries():
         num_key_value_heads=2,
     )
     graph = lower_config(config, "tiny").graph
-    rows = convention("llm-viewer").prefill_rows(graph, [10, 0])
-    found = {
-        ".".join(row.name.split(".")[-2:]): (row.cost.flops, row.cost.bytes // 2) for row in rows
-    }
+    rows = list(convention("llm-viewer").rows(graph, [10, 0], [10, 0]))
+    costs = [(row.name, row.cost()) for row in rows]
+    found = {".".join(name.split(".")[-2:]): (c.flops, c.bytes // 2) for name, c in costs}
     assert found == {
         "self_attn.q_proj": (2 * 64 * 64 * 10, 64 * 64 + 10 * (64 + 64)),
         "self_attn.k_proj": (2 * 64 * 32 * 10, 64 * 32 + 10 * (64 + 32)),
@@ -232,7 +231,7 @@ def test_llm_viewer_batches_activations_but_not_weights():
 
 def test_bad_arguments():
     graph = llama("7b")
-    for known in conventions().values():
+    for known in CONVENTIONS.values():
         with pytest.raises(InputError, match="32 decoder layers, but token counts are given for 3"):
             known.prefill(graph, [1, 2, 3])
     with pytest.raises(InputError, match="takes no device"):

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from planner.ir.dims import Dim
 from planner.ir.errors import InputError
-from planner.ir.graph import KINDS, PARTS, SITE_KINDS, Binding, Block, Graph, Operator, Site
+from planner.ir.graph import PARTS, SITE_KINDS, Binding, Block, Graph, Operator, Site
 from planner.ir.graph_text import fingerprint, parse_graph, print_graph
+from planner.ir.kinds import KINDS
 
 words = st.text("abcxyz019_.+", min_size=1, max_size=6).filter(lambda w: not w.isdecimal())
 counts = st.integers(0, 10**6)
@@ -20,18 +21,29 @@ sizes = st.builds(
 token_counts = st.builds(
     lambda s, c: Dim(0, ((s, c),)), st.sampled_from(["query", "context"]), st.integers(1, 9)
 )
+values = {"word": words, "count": counts, "tokens": counts | token_counts}
+
+
+def attributes_of(kind):
+    """Any of the attributes that a kind's record names, with values of their type."""
+    named = {a.name: values[a.type] for a in KINDS[kind].attributes}
+    drawn = st.fixed_dictionaries({}, optional=named)
+    return drawn.map(lambda found: {"kind": kind, "attributes": tuple(sorted(found.items()))})
+
+
+def operator(facts, **others):
+    return Operator(**facts, **others)
+
+
 operators = st.builds(
-    Operator,
+    operator,
+    facts=st.sampled_from(sorted(KINDS)).flatmap(attributes_of),
     name=words,
-    kind=st.sampled_from(sorted(KINDS)),
     inputs=st.lists(words, max_size=3).map(tuple),
     shape=st.lists(sizes, max_size=4).map(tuple),
     module=words | st.just(""),
     part=st.sampled_from(PARTS),
     layer=st.none() | st.integers(0, 99),
-    attributes=st.dictionaries(words, counts | token_counts | words, max_size=3).map(
-        lambda d: tuple(sorted(d.items()))
-    ),
     narrowed_by=st.lists(st.tuples(words, words), max_size=2).map(tuple),
 )
 bindings = st.builds(
@@ -81,6 +93,13 @@ def test_remarks_are_not_read_back():
     assert parse_graph(remarked) == graph
 
 
+def test_a_word_is_a_word_whatever_it_looks_like():
+    """Functions are named by the model's code: context_gate, query, 2."""
+    for word in ("context_gate", "query", "2", "a*b"):
+        line = f"%act = elementwise(%x) [batch, query, 64] {{function={word}}} @decoder.0\n"
+        assert parse_graph(TEXT + line).by_name["act"]["function"] == word
+
+
 def test_every_field_is_read():
     graph = parse_graph(TEXT)
     assert graph.properties == {"decoder_layers": 1}
@@ -111,6 +130,7 @@ def test_every_field_is_read():
         ("query, 96", "query, -96", "operator mlp.up: '-96' is not a size"),
         ("bias=0", "bias", "operator mlp.up: 'bias' is not an attribute"),
         ("out=96", "out=9*", "operator mlp.up: '9*' is not a size"),
+        ("bias=0", "bais=0", "operator mlp.up: linear has no attribute 'bais'"),
         ("%mlp.up = ", "", "is not an operator"),
         ("lanes=96", "lanes=many", "line 3 of the graph: 'site mlp.0 mlp"),
         ("[0:1:1]", "[0:1]", "'mlp.up.out[0:1]' is not a binding"),

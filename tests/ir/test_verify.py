@@ -101,6 +101,8 @@ BROKEN = {
             lambda g: with_operator(g, UP, attributes=(*g.by_name[UP].attributes, ("bias", 1))),
             f"{UP} has attributes out of order or twice",
         ),
+        (lambda g: having(g, UP, function="silu"), f"{UP} has the attribute function, linear has"),
+        (lambda g: having(g, ATTENTION, window=0), f"window of operator {ATTENTION} is 0"),
     ],
     "shapes fit the attributes": [
         (lambda g: having(g, UP, out=80), f"{UP} with shape [batch, query, 96] should have 80"),
@@ -113,10 +115,8 @@ BROKEN = {
             f"{ADD} has the unknown size tokens",
         ),
     ],
-    "linears have their features": [
+    "shapes fit the inputs": [
         (lambda g: having(g, UP, **{"in": 65}), f"{UP} takes 65 features"),
-    ],
-    "sums broadcast": [
         (
             lambda g: with_operator(g, ADD, shape=shape("batch", "query", 128)),
             f"{ADD} cannot broadcast {LAYER}.add to its shape",

@@ -67,6 +67,15 @@ def test_models_devices_and_version(cli, cli_json):
     assert "mipha-3b" in cli("models")[1]
 
 
+def test_inspect_after_passes(cli_json):
+    dense = cli_json("inspect", "--model", "tiny-llava")
+    passes = "drop-dead,fuse-projections,fuse-norm"
+    fused = cli_json("inspect", "--model", "tiny-llava", "--passes", passes)
+    assert len(fused["operators"]) < len(dense["operators"])
+    assert fused["totals"]["bytes"] < dense["totals"]["bytes"]
+    assert "norm_linear" in {operator["kind"] for operator in fused["operators"]}
+
+
 @pytest.mark.parametrize("alias", ["llava-13b", "mipha-3b", "tiny-llava"])
 def test_every_alias_compiles(cli_json, alias):
     document = cli_json("compile", "--model", alias, "--budget", "0.7")
@@ -111,6 +120,7 @@ BAD = [
     (["inspect", "--model", "llava-7b", "--plan", "absent.yaml"], "no plan"),
     (["inspect", "--model", "llava-7b", "--plan", "cut.yaml"], "truncated|not a plan"),
     (["inspect", "--model", "llava-7b", "--by", "colour"], "colour"),
+    (["inspect", "--model", "llava-7b", "--passes", "fold"], "unknown pass 'fold'"),
     (["inspect", "--model", "llava-7b", "--device", "abacus"], "unknown device"),
     (["models", "--check", "--only", "nothing"], "nothing"),
     (["dance"], "dance"),
