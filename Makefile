@@ -17,6 +17,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p planner
+	$(BIN)/lint-imports --no-logo
 
 install: $(STAMP)
 

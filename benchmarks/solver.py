@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from ortools.sat.python import cp_model
 
-from planner.planning.problem import Choice, LayerChoices, Problem, SiteChoices, TokenOption
 from planner.solver import solve
+from planner.solver.problem import Choice, LayerChoices, Problem, SiteChoices, TokenOption
 
 Ints = npt.NDArray[np.int64]
 

@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from planner.planning.problem import LayerChoices, Problem, SiteChoices, TokenOption
+from planner.solver.problem import LayerChoices, Problem, SiteChoices, TokenOption
 
 __all__ = [
     "best_by_enumeration",

@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from planner.cli.app import app
-from planner.debug import LEVELS
+from planner.cli.debug import LEVELS
 
 ROOT = Path(__file__).parent.parent
 # Not part of the project: what tools build, fetch and cache.

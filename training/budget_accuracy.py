@@ -15,9 +15,9 @@ from planner.models.scheduling import Scheduled
 from planner.plan import Plan, TokenStage
 from planner.planning.budgets import Budget
 from planner.planning.compiler import DEFAULT_DEVICE, Request, plan_graph
+from planner.planning.plan_costs import PlanCosts
 from planner.planning.selectors import stages_of
 from planner.planning.switches import SwitchSet
-from planner.schedule_compiler import PlanCosts
 from planner.training.data import Conversation
 from planner.training.evaluate import evaluate
 
@@ -63,9 +63,7 @@ class UnderBudgets:
     def stages(self) -> tuple[TokenStage, ...]:
         """Of `tokens`."""
         load = self.workload
-        if self.tokens is None:
-            return ()
-        return stages_of(self.tokens, load.image_tokens, load.image_tokens_per_run)
+        return stages_of(self.tokens or "", load.image_tokens, load.image_tokens_per_run)
 
     def measure(self, budget: Any) -> dict[str, Any]:
         """What `evaluate` measures, with `budget` and the mean `cost_fraction` of the plans.
@@ -131,4 +129,4 @@ class UnderBudgets:
 
     @cached_property
     def _costs(self) -> PlanCosts:
-        return PlanCosts(self.graph, self.workload, self.tokens or "")
+        return PlanCosts(self.graph, self.workload, "llm")

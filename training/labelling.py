@@ -22,9 +22,8 @@ from planner.models.calibration.replay import NOT_FINITE, Replay
 from planner.models.calibration.store import Store
 from planner.models.running.masked import MaskedExecutor
 from planner.models.scheduling import Scheduled
-from planner.planning.problem import Problem
-from planner.planning.switch_vectors import Flags, choice_of, switch_names, with_utilities
 from planner.planning.switches import with_switches
+from planner.solver.problem import Flags, Problem
 from planner.training.question_samples import prompt_of
 
 __all__ = ["MOST_SWITCHES", "label_samples", "loss_changes"]
@@ -67,7 +66,7 @@ def label_samples(
         InputError: bad arguments, outputs that are not finite, or a budget that cannot be met.
     """
     problems = {budget: terms.problem(graph, budget) for budget in budgets}
-    names = switch_names(next(iter(problems.values())))
+    names = next(iter(problems.values())).switch_names
     if not samples or not names:
         raise InputError("labels need at least one sample, and a model with something to switch")
     if tried and (len(names) > MOST_SWITCHES or any("[" in name for name in names)):
@@ -190,12 +189,12 @@ def _labels(
     losses: dict[int, Array] = {}
     for index in range(len(samples)):
         for place, problem in enumerate(problems.values()):
-            problem = with_utilities(problem, worth(arrays["utilities"][index]))
+            problem = problem.with_utilities(worth(arrays["utilities"][index]))
             flags = decide(problem) if "plans" not in arrays else arrays["plans"][index, place] > 0
             if "losses" in arrays and index < len(arrays["losses"]):
                 losses[len(plans)] = arrays["losses"][index]
             plans.append(flags)
-            costs.append(int(problem.cost(choice_of(problem, flags))[0]))
+            costs.append(int(problem.cost(problem.choice_of(flags))[0]))
             limits.append(int(problem.limits[0]))
     return Labels(
         terms=terms,

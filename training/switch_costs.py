@@ -1,7 +1,7 @@
 """What switches cost, given which are on: counted, added up, or read from a Problem's tables.
 
 Estimators ask one question at every draw: what would each switch add now? So they keep to limits
-whatever the structure of the costs. All numbers are integers, as in `planner.planning.problem`, and
+whatever the structure of the costs. All numbers are integers, as in `planner.solver.problem`, and
 sums of them are exact.
 """
 
@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from planner.ir.errors import InputError
 from planner.models.scheduling import CostSwitches, Layout
-from planner.planning.problem import Problem
+from planner.solver.problem import Problem
 
 __all__ = ["NEVER", "AdditiveCosts", "Costs", "SiteCosts", "costs_of"]
 
@@ -78,9 +78,9 @@ class AdditiveCosts(Costs):
 
 @dataclass(frozen=True, eq=False)
 class SiteCosts(Costs):
-    """Costs of the switches of a `planner.planning.problem.Problem` with one metric.
+    """Costs of the switches of a `planner.solver.problem.Problem` with one metric.
 
-    Switches are in the order of `planner.planning.switch_vectors`. A layer's own costs what the
+    Switches are in the order of `planner.solver.problem.Flags`. A layer's own costs what the
     layer needs with its sites at their minimum; the others cannot be taken before it, and each
     costs the step of its site's table from the count that is on.
 

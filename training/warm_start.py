@@ -34,7 +34,7 @@ from planner.models.scheduling import (
     UnitSwitches,
 )
 from planner.planning.budgets import Budget
-from planner.planning.switch_vectors import Flags, switch_names
+from planner.solver.problem import Flags
 from planner.training.question_samples import Asked, prompt_of
 from planner.training.subset_distributions import Subsets
 from planner.training.trainer import RunTrainer
@@ -142,9 +142,9 @@ def target_plans(labels: Labels, layout: Layout) -> Flags:
 
 
 def _names(layout: Layout) -> tuple[str, ...]:
-    """Switches in the order of logits, see `planner.planning.switch_vectors.switch_names`."""
+    """Switches in the order of logits, see `planner.solver.problem.Problem.switch_names`."""
     if isinstance(layout, CostSwitches):
-        return switch_names(layout.problem)
+        return layout.problem.switch_names
     if isinstance(layout, LayerSwitches):
         return tuple(f"layer.{layer}" for layer in layout.layers)
     assert isinstance(layout, UnitSwitches)

@@ -15,6 +15,7 @@ model obeying, sample by sample, the plans that the scheduler makes.
 from planner.models.scheduling.cost_layout import CostSwitches
 from planner.models.scheduling.layouts import LayerSwitches, Layout, Taken, UnitSwitches
 from planner.models.scheduling.naming import layout_of
+from planner.models.scheduling.schedule_compiler import compile_schedule, load_scheduled
 from planner.models.scheduling.scheduled_model import Scheduled
 from planner.models.scheduling.scheduler import Scheduler, load_scheduler, save_scheduler
 
@@ -26,7 +27,9 @@ __all__ = [
     "Scheduler",
     "Taken",
     "UnitSwitches",
+    "compile_schedule",
     "layout_of",
+    "load_scheduled",
     "load_scheduler",
     "save_scheduler",
 ]

@@ -29,12 +29,11 @@ from planner.plan import Plan, TokenStage
 from planner.planning.budgets import Budget, Limit
 from planner.planning.compiler import DEFAULT_DEVICE
 from planner.planning.pricing import Pricing
-from planner.planning.problem import Choice, Problem
 from planner.planning.selectors import selector_of
-from planner.planning.switch_vectors import choice_of, flags_of, with_utilities
 from planner.planning.switches import AXES, SwitchSet, with_switches
 from planner.planning.utilities import uniform
 from planner.solver import Infeasible, Scores, take_while_fits
+from planner.solver.problem import Choice, Problem
 
 __all__ = ["CostSwitches"]
 
@@ -231,10 +230,10 @@ class CostSwitches(Layout):
     def decide(self, logits: Tensor, limits: Tensor) -> Taken:
         """See `Layout`; `planner.solver.take_while_fits`."""
         rows = [
-            flags_of(problem, take_while_fits(problem, Scores.of_utilities(problem)))
+            problem.flags_of(take_while_fits(problem, Scores.of_utilities(problem)))
             for problem in (
                 replace(
-                    with_utilities(self.problem, row),
+                    self.problem.with_utilities(row),
                     limits=np.array([self.always + limit], dtype=np.int64),
                 )
                 for row, limit in zip(
@@ -246,7 +245,7 @@ class CostSwitches(Layout):
 
     def spent(self, taken: Taken) -> int:
         """See `Layout`."""
-        choice = choice_of(self.problem, taken.bool().cpu().numpy())
+        choice = self.problem.choice_of(taken.bool().cpu().numpy())
         return int(self.problem.cost(choice)[0]) - self.always
 
     @cached_property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ortools.sat.python import cp_model
 
 from planner.ir.errors import PlannerError
-from planner.planning.problem import Problem
+from planner.solver.problem import Problem
 
 __all__ = ["UNIT", "best_utility"]
 

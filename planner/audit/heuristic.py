@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from planner.planning.problem import LayerChoices, Problem, SiteChoices
-from planner.planning.switch_vectors import Flags, flags_of
 from planner.solver import Scores, take_while_fits
+from planner.solver.problem import Flags, LayerChoices, Problem, SiteChoices
 
 __all__ = ["decide", "worth"]
 
@@ -43,14 +42,14 @@ def decide(problem: Problem) -> Flags:
         problem: with one metric and one token option.
 
     Returns:
-        Shape (switches,), in the order of `planner.planning.switch_vectors`.
+        Shape (switches,), in the order of `planner.solver.problem.Flags`.
 
     Raises:
         Infeasible: if no choice respects the limit.
     """
     sites = {site.name: _per_cost(site) for site in problem.sites}
     layers = np.array([_layer_score(layer, sites) for layer in problem.layers])
-    return flags_of(problem, take_while_fits(problem, Scores(np.zeros(1), layers, sites)))
+    return problem.flags_of(take_while_fits(problem, Scores(np.zeros(1), layers, sites)))
 
 
 def _per_cost(site: SiteChoices) -> np.ndarray:

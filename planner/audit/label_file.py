@@ -33,11 +33,10 @@ from planner.ir.graph import Graph
 from planner.planning.budgets import Budget
 from planner.planning.compiler import DEFAULT_DEVICE
 from planner.planning.pricing import Pricing
-from planner.planning.problem import Problem
-from planner.planning.switch_vectors import switch_names
 from planner.planning.switches import SwitchSet, with_switches
 from planner.planning.unit_counting import faithful_problem
 from planner.planning.utilities import uniform
+from planner.solver.problem import Problem
 
 __all__ = ["FORMAT", "Labels", "Terms", "read_labels", "write_labels"]
 
@@ -108,7 +107,7 @@ class Labels:
 
     Attributes:
         terms: of all of them.
-        switches: names, see `planner.planning.switch_vectors.switch_names`.
+        switches: names, see `planner.solver.problem.Problem.switch_names`.
         samples: one per label.
         budgets: shape (labels,).
         utilities: shape (labels, switches).
@@ -139,7 +138,7 @@ class Labels:
         """
         found = {b: self.terms.problem(graph, b) for b in sorted(set(self.budgets.tolist()))}
         for problem in found.values():
-            if switch_names(problem) != self.switches:
+            if problem.switch_names != self.switches:
                 raise InputError(
                     f"the labels have {len(self.switches)} switches, which are not those of "
                     f"'{graph.name}' under {self.terms.switches}"

@@ -13,8 +13,8 @@ from planner.audit.label_file import Labels
 from planner.audit.surrogate import Surrogate, measure_surrogate
 from planner.audit.verdicts import Verdict, judge
 from planner.ir.graph import Graph
-from planner.planning.switch_vectors import Flags
 from planner.solver import TOLERANCE
+from planner.solver.problem import Flags
 
 __all__ = ["Audit", "audit"]
 

@@ -18,8 +18,7 @@ from scipy.stats import spearmanr
 from planner.audit.heuristic import decide, worth
 from planner.audit.label_file import Labels
 from planner.audit.verdicts import Verdict
-from planner.planning.problem import Problem
-from planner.planning.switch_vectors import Flags, with_utilities
+from planner.solver.problem import Flags, Problem
 
 __all__ = ["Surrogate", "all_plans", "measure_surrogate", "predictions"]
 
@@ -122,7 +121,7 @@ def _measure(
     static: Mapping[float, int],
 ) -> Surrogate:
     losses, budget = labels.losses[index], float(labels.budgets[index])
-    problem = with_utilities(problems[budget], worth(labels.utilities[index]))
+    problem = problems[budget].with_utilities(worth(labels.utilities[index]))
     plans = all_plans(len(labels.switches))
     fits = _costs(problem, plans) <= problem.limits[0]
     fills = _fills(problem, plans)

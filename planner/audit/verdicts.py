@@ -12,9 +12,8 @@ from planner.audit.crosscheck import best_utility
 from planner.audit.heuristic import worth
 from planner.audit.label_file import Labels
 from planner.ir.graph import Graph
-from planner.planning.problem import Choice, Problem
-from planner.planning.switch_vectors import Flags, choice_of, flags_of, with_utilities
 from planner.solver import TOLERANCE, solve
+from planner.solver.problem import Choice, Flags, Problem
 
 __all__ = ["Verdict", "judge"]
 
@@ -91,7 +90,7 @@ def judge(
     problems = labels.problems(graph)
     verdicts = []
     for index, budget in enumerate(labels.budgets.tolist()):
-        problem = with_utilities(problems[budget], worth(labels.utilities[index]))
+        problem = problems[budget].with_utilities(worth(labels.utilities[index]))
         recorded = int(labels.costs[index]), int(labels.limits[index])
         verdicts.append(_judge(problem, labels.plans[index], recorded, exact, time_limit_seconds))
         progress(index + 1, len(labels))
@@ -102,7 +101,7 @@ def _judge(
     problem: Problem, flags: Flags, recorded: tuple[int, int], exact: bool, seconds: float
 ) -> Verdict:
     begin = time.perf_counter()
-    label = choice_of(problem, flags)
+    label = problem.choice_of(flags)
     cost, limit = int(problem.cost(label)[0]), int(problem.limits[0])
     feasible, utility = problem.is_feasible(label), problem.utility(label)
     solution = solve(problem, time_limit_seconds=seconds, hint=label)
@@ -118,8 +117,8 @@ def _judge(
         utility=utility,
         optimum=solution.utility,
         proven=solution.status == "optimal",
-        best=flags_of(problem, solution.choice),
-        dominating=None if better is None else flags_of(problem, better),
+        best=problem.flags_of(solution.choice),
+        dominating=None if better is None else problem.flags_of(better),
         cost=cost,
         dominating_cost=cost if better is None else int(problem.cost(better)[0]),
         dominating_utility=utility if better is None else problem.utility(better),

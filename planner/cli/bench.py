@@ -42,9 +42,9 @@ def bench_command(
     verbose: Verbose = False,
 ) -> None:
     """Measure prefill and decoding under budgets, against the base model in the same run."""
+    from planner.cli.measuring import measure
     from planner.ir.errors import InputError
     from planner.loading import load_model, noise_image, prompt_inputs
-    from planner.measuring import measure
 
     fractions = parse_fractions(budgets)
     for name, value, least in (

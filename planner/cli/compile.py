@@ -96,7 +96,7 @@ def compile_command(
     verbose: Verbose = False,
 ) -> None:
     """Decide what of a model to run under a budget, with proof; write the plan."""
-    from planner.debug import PASSES, debug_level, explain
+    from planner.cli.debug import PASSES, debug_level, explain
     from planner.files import output_folder
     from planner.ir.errors import InputError
     from planner.planning.compiler import Request, compile_plan

@@ -44,8 +44,8 @@ def eval_command(
     from planner.ir.errors import InputError
     from planner.ir.lowering import lower_model
     from planner.loading import load_model
+    from planner.models.scheduling import compile_schedule, load_scheduled
     from planner.planning.compiler import Request
-    from planner.schedule_compiler import compile_schedule, load_scheduled
     from planner.training.budget_accuracy import TEXT_TOKENS, UnderBudgets
     from planner.training.data import SPLITS, SceneQuestions
 

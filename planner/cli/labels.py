@@ -86,7 +86,7 @@ def labels_command(
         update("load")
         scheduled = None
         if scheduler is not None:
-            from planner.schedule_compiler import compile_schedule, load_scheduled
+            from planner.models.scheduling import compile_schedule, load_scheduled
 
             schedule = compile_schedule(
                 model, fractions[0], scheduler, trust_remote_code=trust_remote_code

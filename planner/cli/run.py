@@ -59,11 +59,11 @@ def run_command(
     from planner.ir.cost import Workload
     from planner.ir.errors import InputError
     from planner.loading import count_image_tokens, load_image, load_model, prompt_inputs
+    from planner.models.scheduling import compile_schedule
     from planner.plan import load_plan
     from planner.planning.budgets import Budget
-    from planner.planning.repricing import cost_on
+    from planner.planning.plan_costs import PlanCosts
     from planner.schedule import is_schedule, load_schedule
-    from planner.schedule_compiler import compile_schedule
 
     if new_tokens < 1:
         raise InputError("--new-tokens must be at least 1")
@@ -123,7 +123,7 @@ def run_command(
                 "answer": answer,
                 **facts,
                 "cost": made.cost,
-                "cost_of_this_prompt": cost_on(graph, made, load, kept),
+                "cost_of_this_prompt": PlanCosts(graph, load).of(made, kept),
                 "image_tokens": kept_rows(image_tokens, kept),
                 "skipped": skipped(made, graph, image_tokens, kept),
                 "scope": made.provenance.get("scope"),

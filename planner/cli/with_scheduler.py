@@ -49,8 +49,8 @@ def compile_scheduled(
 ) -> tuple[Schedule, Path]:
     """Check, price and write a schedule; (schedule, its path)."""
     from planner.files import output_folder
+    from planner.models.scheduling import compile_schedule
     from planner.schedule import save_schedule
-    from planner.schedule_compiler import compile_schedule
 
     schedule = compile_schedule(
         model, budget, scheduler, tokens, image_tokens, text_tokens, trust_remote_code, update
@@ -95,9 +95,9 @@ def run_scheduled(
     from planner.cli.run import generate, kept_rows, skipped
     from planner.ir.cost import Workload
     from planner.loading import count_image_tokens, prompt_inputs
-    from planner.planning.repricing import cost_on
+    from planner.models.scheduling import load_scheduled
+    from planner.planning.plan_costs import PlanCosts
     from planner.planning.selectors import stages_of
-    from planner.schedule_compiler import PlanCosts, load_scheduled
 
     update("load")
     model, processor, scheduled = load_scheduled(schedule, dtype, device, trust_remote_code)
@@ -105,7 +105,7 @@ def run_scheduled(
     image_tokens = count_image_tokens(model, inputs)
     text_tokens = int(inputs["input_ids"].shape[1]) - image_tokens
     per_run = int(scheduled.graph.properties["image_tokens"])
-    stages = stages_of(schedule.tokens, image_tokens, per_run) if schedule.tokens else ()
+    stages = stages_of(schedule.tokens, image_tokens, per_run)
     workload = Workload.default(scheduled.graph, image_tokens, text_tokens, new_tokens)
     update("generate")
     with scheduled.using(schedule.budget, stages, workload):
@@ -118,8 +118,8 @@ def run_scheduled(
     document = {
         "answer": answer,
         **facts,
-        "cost": PlanCosts(scheduled.graph, workload, schedule.tokens).of(plan),
-        "cost_of_this_prompt": cost_on(scheduled.graph, plan, ran, kept),
+        "cost": PlanCosts(scheduled.graph, workload).of(plan),
+        "cost_of_this_prompt": PlanCosts(scheduled.graph, ran).of(plan, kept),
         "image_tokens": kept_rows(image_tokens, kept),
         "skipped": skipped(plan, scheduled.graph, image_tokens, kept),
         "scheduler": schedule.scheduler,

@@ -1,18 +1,17 @@
 """Planning: from a Graph and a budget to a Plan, by a Problem that the solver solves.
 
 Enters: a model's config or Graph, a budget. Leaves: a `planner.plan.Plan`. Imports `planner.ir`,
-`planner.plan` and `planner.solver`; torch is never needed.
+`planner.plan` and `planner.solver`, and no torch.
 
-    catalog          what users call models -> their configs
-    graph_cache      Graphs that were lowered before
-    budgets          limits on metrics, as users write them
-    switches         which axes a plan may use, how finely MLPs are divided
-    unit_counting    AdaLLaVA's switch sets, which count units instead of costs
-    utilities        what switches are worth
-    pricing          Graph, workload, budget -> Problem
-    repricing        what a plan costs on another prompt
-    problem          the optimisation problem, and answers to it
-    switch_vectors   an answer as one row of flags
-    config_sizes     what a stock config can say of a plan
-    compiler         all of it, in order
+    catalog        what users call models -> their configs
+    graph_cache    Graphs that were lowered before
+    budgets        limits on metrics, as users write them
+    switches       which axes a plan may use, how finely MLPs are divided
+    selectors      token selectors and cache policies: arguments, counts, costs
+    unit_counting  AdaLLaVA's switch sets, which count units instead of costs
+    utilities      what switches are worth
+    pricing        Graph, workload, budget -> Problem
+    config_sizes   what a stock config can say of a plan
+    compiler       all of it, in order
+    plan_costs     what a plan costs on another prompt
 """

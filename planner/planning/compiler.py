@@ -21,11 +21,11 @@ from planner.planning.catalog import Source, find_model
 from planner.planning.config_sizes import head_counts
 from planner.planning.graph_cache import cached_graph
 from planner.planning.pricing import Pricing, compared
-from planner.planning.problem import Problem
 from planner.planning.switches import SwitchSet, with_switches
 from planner.planning.unit_counting import faithful_problem, unfold
 from planner.planning.utilities import Utilities, load_utilities, prior, uniform
 from planner.solver import Solution, solve, solve_uniform
+from planner.solver.problem import Problem
 
 __all__ = ["DEFAULT_DEVICE", "Compiled", "Request", "compile_plan", "lowered_graph"]
 

@@ -23,10 +23,10 @@ from planner.ir.graph import Graph, Operator, Site
 from planner.ir.narrowing import narrowed
 from planner.plan import Plan, scores_by_attention
 from planner.planning.budgets import Budget
-from planner.planning.problem import LayerChoices, Problem, SiteChoices, TokenOption
 from planner.planning.selectors import Sizes, VisionSelector
 from planner.planning.switches import SwitchSet
 from planner.planning.utilities import Utilities
+from planner.solver.problem import LayerChoices, Problem, SiteChoices, TokenOption
 
 __all__ = ["Pricing", "compared"]
 

@@ -20,8 +20,8 @@ import numpy as np
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.planning.budgets import Budget
-from planner.planning.problem import Choice, LayerChoices, Problem, SiteChoices, TokenOption
 from planner.planning.utilities import Utilities
+from planner.solver.problem import Choice, LayerChoices, Problem, SiteChoices, TokenOption
 
 __all__ = ["UNITS_PER_LAYER", "counted_fraction", "faithful_problem", "unfold", "unit_count"]
 

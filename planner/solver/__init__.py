@@ -1,13 +1,13 @@
 """Solvers of a `Problem`: exact, from a precomputed frontier, and by a rule.
 
-Enters: a `planner.planning.problem.Problem`. Leaves: a `Solution`, which is a choice with its
-certificate (bound and gap), or a bare `Choice` from the rule. Nothing here knows of graphs, models
-or devices.
+Enters: a `Problem`. Leaves: a `Solution`, which is a choice with its certificate (bound and gap),
+or a bare `Choice` from the rule. Nothing here knows of graphs, models or devices.
 
+    problem                                   what is to be solved, and answers to it
     branch -> relaxation -> rounding          tables of one token option, its bounds, first answers
     columns -> core -> cpsat -> search        what bounds leave open, solved by OR-Tools, in order
     hull                                      all limits of one metric at once
-    exact, uniform | frontier | greedy        the solvers, on top of the above
+    exact, equal_widths | frontier | greedy   the solvers, on top of the above
 """
 
 from planner.solver.equal_widths import solve_uniform

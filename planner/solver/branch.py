@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from planner.planning.problem import Choice, Costs, Problem, top
+from planner.solver.problem import Choice, Costs, Problem, top
 
 __all__ = ["FORBIDDEN", "Assignment", "Branch", "Scale", "Tables"]
 

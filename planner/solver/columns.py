@@ -14,7 +14,7 @@ from itertools import groupby, pairwise
 
 import numpy as np
 
-from planner.planning.problem import Costs
+from planner.solver.problem import Costs
 
 __all__ = ["Columns", "Step", "are_loose"]
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.planning.problem import Costs
 from planner.solver.branch import Assignment, Branch, Flags, Ints
 from planner.solver.columns import Columns, Step, are_loose
+from planner.solver.problem import Costs
 from planner.solver.relaxation import Relaxation
 
 __all__ = ["Core"]

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.ir.errors import InputError
-from planner.planning.problem import Problem
 from planner.solver.branch import FORBIDDEN, Branch, Tables
+from planner.solver.problem import Problem
 from planner.solver.search import Candidate, search
 from planner.solver.solution import Infeasible, Solution, certify, feasible_options
 

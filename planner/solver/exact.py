@@ -6,8 +6,8 @@ import time
 from functools import partial
 
 from planner.ir.errors import InputError
-from planner.planning.problem import Choice, Problem
 from planner.solver.branch import Tables
+from planner.solver.problem import Choice, Problem
 from planner.solver.search import Candidate, search
 from planner.solver.solution import Solution, certify, feasible_options
 

@@ -15,9 +15,9 @@ from dataclasses import replace
 import numpy as np
 
 from planner.ir.errors import InputError
-from planner.planning.problem import Costs, Problem
 from planner.solver.branch import Assignment, Tables
 from planner.solver.hull import Hull
+from planner.solver.problem import Costs, Problem
 from planner.solver.relaxation import relax
 from planner.solver.rounding import improve
 from planner.solver.solution import Solution, certify, feasible_options

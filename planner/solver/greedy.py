@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.ir.errors import InputError
-from planner.planning.problem import Choice, LayerChoices, Problem, top
+from planner.solver.problem import Choice, LayerChoices, Problem, top
 from planner.solver.solution import feasible_options
 
 __all__ = ["Scores", "take_while_fits"]

@@ -15,8 +15,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from planner.planning.problem import Costs
 from planner.solver.branch import FORBIDDEN, Assignment, Branch, Ints
+from planner.solver.problem import Costs
 
 __all__ = ["Hull"]
 

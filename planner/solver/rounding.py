@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from planner.planning.problem import Costs
 from planner.solver.branch import FORBIDDEN, Assignment, Branch, Ints
+from planner.solver.problem import Costs
 from planner.solver.relaxation import Floats, Relaxation, relax
 
 __all__ = ["improve", "round_down"]

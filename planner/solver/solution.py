@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 
 from planner.ir.errors import InputError
-from planner.planning.problem import Choice, Problem
 from planner.solver.branch import Assignment, Tables
+from planner.solver.problem import Choice, Problem
 
 __all__ = ["TOLERANCE", "Infeasible", "Solution", "certify", "feasible_options"]
 

@@ -29,10 +29,10 @@ from planner.plan import TokenStage
 from planner.planning.budgets import Budget
 from planner.planning.catalog import tiny_llava_folder
 from planner.planning.pricing import Pricing
-from planner.planning.problem import Choice
 from planner.planning.switches import SwitchSet, with_switches
 from planner.planning.utilities import Utilities, load_utilities, save_utilities
 from planner.solver import solve
+from planner.solver.problem import Choice
 
 
 @functools.cache

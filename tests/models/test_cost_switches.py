@@ -23,8 +23,8 @@ from planner.plan import Plan, TokenStage
 from planner.planning.budgets import Budget
 from planner.planning.catalog import find_model
 from planner.planning.compiler import lowered_graph
+from planner.planning.plan_costs import PlanCosts
 from planner.planning.selectors import stages_of
-from planner.schedule_compiler import PlanCosts
 from planner.training.estimators import parse
 from planner.training.switch_costs import AdditiveCosts, SiteCosts, costs_of
 
@@ -77,7 +77,7 @@ def test_no_plan_passes_its_budget_and_nothing_more_would_fit(data):
         # Selecting tokens costs something, and a single cheap token may be all there is to drop.
         assert layout.always / layout.problem.limits[0] > fraction
         return
-    costs = PlanCosts(tiny_llava, load, tokens if stages else "")
+    costs = PlanCosts(tiny_llava, load, "llm")
     slack = 1e-3 if layout.groups == 5 else 0
     for taken in layout.decide(logits, torch.tensor([limit, limit])):
         spent = layout.spent(taken)
@@ -197,7 +197,7 @@ def test_skipping_answers_as_masking_does(name, switches):
             logits = family.model(**inputs).logits[real]
             tokens = family.model.generate(**inputs, max_new_tokens=6, do_sample=False)
         answers.append((logits, tokens, scheduled.taken))
-        costs = PlanCosts(graph, load)
+        costs = PlanCosts(graph, load, "llm")
         for plan, budget in zip(scheduled.plans(), (0.6, 0.8, 1.0), strict=True):
             assert costs.of(plan)["flops"]["fraction"] <= budget
     assert torch.equal(answers[0][2], answers[1][2])
@@ -222,9 +222,8 @@ def test_tokens_and_switches_share_a_budget_at_run_time():
                 answers.append(family.model(**inputs).logits[inputs["attention_mask"] == 1])
         assert (answers[0] - answers[1]).norm() <= 1e-5 * answers[1].norm()
         plans = scheduled.plans(scheduled.base(stages))
-        assert all(
-            PlanCosts(graph, load, tokens).of(plan)["flops"]["fraction"] <= 0.65 for plan in plans
-        )
+        costs = PlanCosts(graph, load, "llm")
+        assert all(costs.of(plan)["flops"]["fraction"] <= 0.65 for plan in plans)
         on[tokens] = int(scheduled.taken.sum())
     assert on["fastv:k=2,r=0.5"] > on[""]
 

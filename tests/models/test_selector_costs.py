@@ -18,7 +18,7 @@ from planner.models.running.executor import Executor
 from planner.models.running.kv_cache import cache_among, kv_bytes
 from planner.planning.budgets import Budget
 from planner.planning.compiler import Request, plan_graph
-from planner.planning.repricing import cost_on
+from planner.planning.plan_costs import PlanCosts
 from planner.planning.selectors import stages_of
 from planner.planning.switches import SwitchSet
 
@@ -79,12 +79,9 @@ def test_a_prompt_never_costs_more_than_its_plan_says(text, seed, images, batch,
     assert kv_bytes(cache_among(run)) <= plan.cost["kv"]["plan"]
     for stage in plan.tokens:
         assert max(kept[stage.layer]) <= stage.keep
-    ran = cost_on(
-        graph,
-        plan,
-        Workload.default(graph, 16 * images, prompt - 16 * images, 2, batch),
-        {layer: max(counts) for layer, counts in kept.items()},
-    )
+    load = Workload.default(graph, 16 * images, prompt - 16 * images, 2, batch)
+    most = {layer: max(counts) for layer, counts in kept.items()}
+    ran = PlanCosts(graph, load).of(plan, most)
     assert counter.get_total_flops() <= ran["flops"]["plan"] <= plan.cost["flops"]["plan"]
     assert kv_bytes(cache_among(run)) == ran["kv"]["plan"]
     assert ran["flops"]["base"] == plan.cost["flops"]["base"]

@@ -17,7 +17,6 @@ from planner.audit.surrogate import all_plans, predictions
 from planner.ir.errors import InputError
 from planner.planning.catalog import find_model
 from planner.planning.compiler import lowered_graph
-from planner.planning.switch_vectors import choice_of, flags_of, switch_names, with_utilities
 from planner.solver import solve
 from tests.problems import best_by_enumeration, problems
 
@@ -33,7 +32,7 @@ def labels_of(graph, switches="layers", samples=4, seed=0, losses=True):
     """Labels by the heuristic, of made-up utilities; losses that are additive but for a little."""
     terms = Terms("tiny-llava", graph.properties["fingerprint"], switches, "heuristic", 36, 16)
     made = {budget: terms.problem(graph, budget) for budget in BUDGETS}
-    names = switch_names(made[0.6])
+    names = made[0.6].switch_names
     rng = np.random.default_rng(seed)
     utilities, plans, costs, limits, tried = [], [], [], [], {}
     for _ in range(samples):
@@ -43,11 +42,11 @@ def labels_of(graph, switches="layers", samples=4, seed=0, losses=True):
                 everything = all_plans(len(names))
                 tried[len(plans)] = ~everything @ gained + 0.02 * rng.random(len(everything))
                 tried[len(plans)][-1] = 0
-            problem = with_utilities(problem, worth(gained))
+            problem = problem.with_utilities(worth(gained))
             flags = decide(problem)
             utilities.append(gained)
             plans.append(flags)
-            costs.append(problem.cost(choice_of(problem, flags))[0])
+            costs.append(problem.cost(problem.choice_of(flags))[0])
             limits.append(problem.limits[0])
     return Labels(
         terms,
@@ -77,13 +76,13 @@ def with_one_option(problem):
 def test_flags_and_choices_say_the_same(problem, seed):
     rng = np.random.default_rng(seed)
     flags = rng.random(problem.switches) < 0.6
-    choice = choice_of(problem, flags)
-    again = flags_of(problem, choice)
-    assert choice_of(problem, again) == choice
+    choice = problem.choice_of(flags)
+    again = problem.flags_of(choice)
+    assert problem.choice_of(again) == choice
     assert not (again & ~flags).any()
-    assert len(switch_names(problem)) == len(flags)
+    assert len(problem.switch_names) == len(flags)
     values = rng.normal(size=problem.switches)
-    valued = with_utilities(problem, values)
+    valued = problem.with_utilities(values)
     always = problem.tokens[0].utility
     assert valued.utility(choice) == pytest.approx(always + float(values @ again))
 
@@ -97,7 +96,7 @@ def test_the_second_solver_finds_the_optimum_too(problem):
     largest = max([1e-9, *(abs(layer.utility) for layer in problem.layers)])
     largest = max([largest, *(float(np.abs(s.utilities).max(initial=0)) for s in problem.sites)])
     assert best_utility(problem) == pytest.approx(best, abs=1e-9 * largest)
-    used = choice_of(problem, decide(problem))
+    used = problem.choice_of(decide(problem))
     assert problem.is_feasible(used)
 
 
@@ -158,9 +157,9 @@ def test_gaps_are_those_of_the_solver(graph):
     labels = labels_of(graph, "layers,heads,mlp", losses=False, samples=2)
     made = labels.problems(graph)
     for index, verdict in enumerate(judge(labels, graph)):
-        problem = with_utilities(made[labels.budgets[index]], worth(labels.utilities[index]))
+        problem = made[labels.budgets[index]].with_utilities(worth(labels.utilities[index]))
         best = solve(problem)
-        utility = problem.utility(choice_of(problem, labels.plans[index]))
+        utility = problem.utility(problem.choice_of(labels.plans[index]))
         assert verdict.gap == pytest.approx((best.utility - utility) / best.utility, abs=1e-12)
         assert verdict.utilisation == labels.costs[index] / labels.limits[index]
 
@@ -172,7 +171,7 @@ def test_surrogates_and_regret_by_hand(graph):
     for surrogate in found.surrogates:
         losses = labels.losses[surrogate.label]
         problem = made[labels.budgets[surrogate.label]]
-        fits = [problem.is_feasible(choice_of(problem, plan)) for plan in all_plans(8)]
+        fits = [problem.is_feasible(problem.choice_of(plan)) for plan in all_plans(8)]
         best = losses[fits].min()
         label = int((labels.plans[surrogate.label] * 2 ** np.arange(8)).sum())
         assert surrogate.regret["label"] == pytest.approx(losses[label] - best)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from planner.debug import LEVELS, debug_level
+from planner.cli.debug import LEVELS, debug_level
 from planner.ir.errors import InputError
 
 # What a level adds to stderr: the beginning of a line that only it and those above it print.

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from problems import best_by_enumeration, best_by_table, medium_problem, problems
 
 from planner.ir.errors import InputError
-from planner.planning.problem import Choice
 from planner.solver import Frontier, Infeasible, solve
 from planner.solver.branch import Tables
+from planner.solver.problem import Choice
 from planner.solver.relaxation import best_prices, relax
 
 

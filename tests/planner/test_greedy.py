@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from problems import medium_problem, problems
 
 from planner.ir.errors import InputError
-from planner.planning.problem import Choice
 from planner.solver import Infeasible, Scores, take_while_fits
+from planner.solver.problem import Choice
 
 
 @st.composite

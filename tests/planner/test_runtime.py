@@ -236,7 +236,7 @@ def test_bench_reports_beside_the_base(cli_json):
 
 
 def test_bench_counts_all_tokens_of_a_batch_and_says_how_steady_it_was():
-    from planner.measuring import _row
+    from planner.cli.measuring import _row
 
     base, planned = [(2.0, 0.5, 7), (4.0, 0.5, 7), (3.0, 1.0, 7)], [(1.0, 0.25, 5)] * 3
     row = _row("0.5", 0.5, planned, base, batch=4)

@@ -16,9 +16,9 @@ from problems import (
 )
 
 from planner.ir.errors import InputError
-from planner.planning.problem import Choice, LayerChoices, Problem, SiteChoices, TokenOption
 from planner.solver import Infeasible, search, solve
 from planner.solver.branch import Tables
+from planner.solver.problem import Choice, LayerChoices, Problem, SiteChoices, TokenOption
 from planner.solver.relaxation import relax
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from planner.planning.problem import Choice
 from planner.solver import Frontier, Infeasible, Scores, solve, solve_uniform, take_while_fits
+from planner.solver.problem import Choice
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "solver.py"
 BUDGETS = (0.5, 0.6, 0.65, 0.75, 0.85, 0.95, 1.0)

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from problems import best_uniform_by_enumeration, medium_problem, problems
 
 from planner.ir.errors import InputError
-from planner.planning.problem import LayerChoices
 from planner.solver import Infeasible, solve, solve_uniform
+from planner.solver.problem import LayerChoices
 
 
 def counts(problem, choice):

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from planner.ir.errors import InputError
 from planner.planning.compiler import Request, compile_plan
-from planner.planning.problem import Choice, LayerChoices, Problem, SiteChoices, TokenOption
-from planner.planning.switch_vectors import choice_of
 from planner.solver import Scores, take_while_fits
+from planner.solver.problem import Choice, LayerChoices, Problem, SiteChoices, TokenOption
 from planner.training.estimators import log_probability, parse
 from planner.training.switch_costs import SiteCosts
 from tests.problems import medium_problem, problems
@@ -41,7 +40,7 @@ def draw_logits(batch: int, switches: int, seed: int) -> torch.Tensor:
 
 def choices_of(problem: Problem, options: Iterable[int], taken: torch.Tensor) -> list[Choice]:
     """What each row says of the problem, under its token option."""
-    return [choice_of(problem, row.numpy(), int(o)) for row, o in zip(taken, options, strict=True)]
+    return [problem.choice_of(row.numpy(), int(o)) for row, o in zip(taken, options, strict=True)]
 
 
 def room_of(problem: Problem, options: Sequence[int]) -> torch.Tensor:

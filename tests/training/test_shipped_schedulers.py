@@ -3,7 +3,11 @@
 import pytest
 
 from planner.ir.errors import InputError
-from planner.schedule_compiler import compile_schedule, load_scheduled, scheduler_folder
+from planner.models.scheduling.schedule_compiler import (
+    compile_schedule,
+    load_scheduled,
+    scheduler_folder,
+)
 from planner.training.budget_accuracy import UnderBudgets
 from planner.training.data import SceneQuestions
 

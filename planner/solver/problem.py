@@ -1,8 +1,8 @@
 """The optimisation problem that a budget poses: what each choice is worth and what it costs.
 
 A `Problem` knows nothing of graphs, devices or weights: integer costs, real utilities, integer
-limits. `planner.planning.pricing` builds it from a Graph; `planner.solver` solves it; the scheduler
-and the audit use the same object, so "feasible" means one thing everywhere.
+limits. `planner.planning.pricing` builds it from a Graph, the solvers beside this file solve it,
+and the scheduler and the audit use the same object, so "feasible" means one thing everywhere.
 
 Choices: one token option; for every layer, on or off; for every site of a layer that is on, which
 switches are kept. Switches of one site cost the same, so a site's cost depends on how many are
@@ -14,16 +14,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from planner.ir.errors import InputError
 
-__all__ = ["Choice", "Costs", "LayerChoices", "Problem", "SiteChoices", "TokenOption", "top"]
+__all__ = [
+    "Choice",
+    "Costs",
+    "Flags",
+    "LayerChoices",
+    "Problem",
+    "SiteChoices",
+    "TokenOption",
+    "top",
+]
 
 Costs = npt.NDArray[np.int64]
+# One per switch, shape (switches,), by layer: the layer's own, where it can be off, then those of
+# its sites. The form in which labels and logits hold a choice.
+Flags = npt.NDArray[np.bool_]
 
 # Sums of costs must stay exact in 64-bit integers, with room for one doubling.
 _COST_CEILING = 1 << 61
@@ -154,6 +166,56 @@ class Problem:
                 if (on and len(kept) < site.minimum) or (not on and kept):
                     return False
         return bool((self.cost(choice) <= self.limits).all())
+
+    @property
+    def switch_names(self) -> tuple[str, ...]:
+        """``layer.3`` for a layer's own switch, ``heads.3[0]`` for one of a site; as in `Flags`."""
+        names: list[str] = []
+        for layer in self.layers:
+            if layer.optional:
+                names.append(layer.name)
+            for site in layer.sites:
+                names += [f"{site.name}[{index}]" for index in range(site.switches)]
+        return tuple(names)
+
+    def choice_of(self, flags: Sequence[bool] | Flags, token_option: int = 0) -> Choice:
+        """What flags, shape (switches,), say; in layers that are off, everything is off."""
+        on: list[bool] = []
+        kept: dict[str, tuple[int, ...]] = {}
+        row, place = np.asarray(flags, dtype=np.bool_), 0
+        for layer in self.layers:
+            on.append(bool(row[place]) if layer.optional else True)
+            place += layer.optional
+            for site in layer.sites:
+                here = row[place : place + site.switches]
+                kept[site.name] = tuple(np.flatnonzero(here).tolist()) if on[-1] else ()
+                place += site.switches
+        return Choice(token_option, tuple(on), kept)
+
+    def flags_of(self, choice: Choice) -> Flags:
+        """A choice as flags, shape (switches,); its token option is left out."""
+        parts: list[Flags] = [np.zeros(0, dtype=np.bool_)]
+        for layer, on in zip(self.layers, choice.layers_on, strict=True):
+            if layer.optional:
+                parts.append(np.array([on]))
+            for site in layer.sites:
+                row = np.zeros(site.switches, dtype=np.bool_)
+                row[list(choice.kept[site.name])] = True
+                parts.append(row)
+        return np.concatenate(parts)
+
+    def with_utilities(self, utilities: npt.NDArray[np.float64]) -> Problem:
+        """The problem with other utilities, shape (switches,); layers always on are worth 0."""
+        layers, place = [], 0
+        for layer in self.layers:
+            worth = float(utilities[place]) if layer.optional else 0.0
+            place += layer.optional
+            sites = []
+            for site in layer.sites:
+                sites.append(replace(site, utilities=utilities[place : place + site.switches]))
+                place += site.switches
+            layers.append(replace(layer, utility=worth, sites=tuple(sites)))
+        return replace(self, layers=tuple(layers))
 
     def smallest_costs(self) -> Costs:
         """Cost of the cheapest choice of every token option; shape (token options, metrics).

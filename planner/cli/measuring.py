@@ -20,7 +20,7 @@ from planner.api import graph_of, kept_image_tokens, plan_of, restore
 from planner.ir.cost import Workload
 from planner.ir.errors import PlannerError
 from planner.loading import count_image_tokens
-from planner.planning.repricing import cost_on
+from planner.planning.plan_costs import PlanCosts
 
 __all__ = ["measure"]
 
@@ -68,13 +68,14 @@ def measure(
         _time(model, inputs, decode, nullcontext())
         plans, ran = {}, {}
         workload = Workload.default(graph_of(model), **load, new_tokens=decode, batch=batch)
+        costs = PlanCosts(graph_of(model), workload)
         for fraction in fractions:
             with under(model, fraction) as plan:
                 plans[fraction] = plan
                 _time(model, inputs, decode, nullcontext())
                 # An adaptive selector may have kept less than the plan counts with.
                 kept = {k: max(counts) for k, counts in kept_image_tokens(model).items()}
-                ran[fraction] = cost_on(graph_of(model), plan, workload, kept)["flops"]["fraction"]
+                ran[fraction] = costs.of(plan, kept)["flops"]["fraction"]
         whom: tuple[float | None, ...] = (None, *plans)
         runs: dict[float | None, list[tuple[float, float, int]]] = {which: [] for which in whom}
         for index in range(repeat):

@@ -3,64 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from planner.ir.cost import Workload
-from planner.ir.cost.device_table import device
 from planner.ir.errors import InputError
-from planner.ir.graph import Graph
-from planner.plan import Plan, TokenStage
+from planner.ir.lowering import lower_model
+from planner.loading import load_model
+from planner.models.scheduling.scheduled_model import Scheduled
+from planner.models.scheduling.scheduler import load_scheduler
 from planner.planning.budgets import Budget
 from planner.planning.catalog import find_model, tiny_llava_folder
-from planner.planning.compiler import DEFAULT_DEVICE, lowered_graph
-from planner.planning.pricing import Pricing, compared
-from planner.planning.switches import SwitchSet, with_switches
+from planner.planning.compiler import lowered_graph
+from planner.planning.plan_costs import PlanCosts
+from planner.planning.selectors import stages_of
 from planner.schedule import Schedule
 
-if TYPE_CHECKING:
-    from planner.models.scheduling import Scheduled
-
-__all__ = ["PlanCosts", "compile_schedule", "load_scheduled", "scheduler_folder"]
+__all__ = ["compile_schedule", "load_scheduled", "scheduler_folder"]
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True, eq=False)
-class PlanCosts:
-    """What a scheduler's plans cost under one workload: the language model's prefill.
-
-    Args:
-        graph: of the model.
-        workload: token counts.
-        tokens: a token selector in front of the switches, "" for none.
-    """
-
-    graph: Graph
-    workload: Workload
-    tokens: str = ""
-
-    def of(self, plan: Plan) -> dict[str, dict[str, float]]:
-        """Metric -> ``{"plan", "base", "fraction"}``, against the model without any plan."""
-        return compared(self._pricing.cost_of(plan), self._base, ("flops", "kv"))
-
-    @cached_property
-    def _pricing(self) -> Pricing:
-        switches = SwitchSet.parse("layers,heads,mlp")
-        if self.tokens:
-            load = self.workload
-            switches = switches.with_selector(
-                self.tokens, load.image_tokens, load.image_tokens_per_run
-            )
-        graph = with_switches(self.graph, like_heads=True)
-        return Pricing(graph, self.workload, switches, device(DEFAULT_DEVICE), "llm")
-
-    @cached_property
-    def _base(self) -> dict[str, float]:
-        fingerprint = str(self.graph.properties["fingerprint"])
-        return self._pricing.cost_of(Plan(self.graph.name, fingerprint, self.graph.layers))
 
 
 def scheduler_folder(name: str) -> Path:
@@ -103,9 +64,6 @@ def compile_schedule(
     Raises:
         InputError: one sentence.
     """
-    from planner.models.scheduling import load_scheduler
-    from planner.planning.selectors import stages_of
-
     wanted = Budget.of(budget)
     folder = scheduler_folder(scheduler)
     progress("lower")
@@ -114,9 +72,7 @@ def compile_schedule(
     layout = load_scheduler(folder, graph).layout
     load = Workload.default(graph, image_tokens, text_tokens, 0)
     progress("price")
-    stages: tuple[TokenStage, ...] = ()
-    if tokens:
-        stages = stages_of(tokens, load.image_tokens, load.image_tokens_per_run)
+    stages = stages_of(tokens or "", load.image_tokens, load.image_tokens_per_run)
     layout = layout.under(load, stages, wanted.limits[0].metric)
     limit = layout.limit(wanted)
     return Schedule(
@@ -129,7 +85,7 @@ def compile_schedule(
         of=layout.steps,
         measure=layout.measure,
         tokens=tokens or "",
-        cost=PlanCosts(graph, load, tokens or "").of(layout.example(limit, stages)),
+        cost=PlanCosts(graph, load, "llm").of(layout.example(limit, stages)),
     )
 
 
@@ -147,10 +103,6 @@ def load_scheduled(
     Raises:
         InputError: the checkpoint or the scheduler cannot be loaded, or is of another model.
     """
-    from planner.ir.lowering import lower_model
-    from planner.loading import load_model
-    from planner.models.scheduling import Scheduled, load_scheduler
-
     model, processor, _ = load_model(schedule.scheduler, dtype, place, trust_remote_code)
     graph = lower_model(model, Path(schedule.model).name)
     scheduler = load_scheduler(schedule.scheduler, graph)

@@ -1,0 +1,66 @@
+"""What plans cost on a prompt at hand, rather than under the workload that they were made for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from planner.ir.cost import Workload
+from planner.ir.cost.device_table import device
+from planner.ir.graph import Graph
+from planner.plan import Plan
+from planner.planning.compiler import DEFAULT_DEVICE
+from planner.planning.pricing import Pricing, compared
+from planner.planning.selectors import selector_of
+from planner.planning.switches import AXES, SwitchSet, with_switches
+
+__all__ = ["PlanCosts"]
+
+
+@dataclass(frozen=True, eq=False)
+class PlanCosts:
+    """FLOPs and KV bytes of plans for one model on one prompt, beside the base model's.
+
+    Attributes:
+        graph: of the model.
+        workload: of the prompt, and of what was generated.
+        scope: ``model`` or ``llm``; None for what each plan was made for.
+    """
+
+    graph: Graph
+    workload: Workload
+    scope: str | None = None
+    _base: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def of(self, plan: Plan, kept: Mapping[int, int] | None = None) -> dict[str, dict[str, float]]:
+        """What a plan costs, as a plan's own ``cost`` has it.
+
+        Args:
+            plan: any of the model.
+            kept: layer of a token stage -> image tokens that were really left, per sample. By
+                default what the plan says, scaled to the image tokens there are.
+        """
+        image_tokens = self.workload.image_tokens
+        stages = []
+        for stage in plan.tokens:
+            planned = min(image_tokens, round(image_tokens * stage.keep / stage.of))
+            left = (kept or {}).get(stage.layer, planned)
+            stages.append(replace(stage, keep=left, of=image_tokens))
+        scope = self.scope or str(plan.provenance.get("scope", "model"))
+        if scope not in self._base:
+            dense = Plan(plan.model, plan.fingerprint, plan.layers)
+            self._base[scope] = self._pricing(dense, scope).cost_of(dense)
+        costs = self._pricing(plan, scope).cost_of(replace(plan, tokens=tuple(stages)))
+        return compared(costs, self._base[scope], ("flops", "kv"))
+
+    def _pricing(self, plan: Plan, scope: str) -> Pricing:
+        """The cost model for what a plan switches."""
+        switches = SwitchSet("of a plan", AXES, token_layers=tuple(s.layer for s in plan.tokens))
+        if plan.tokens:
+            first = plan.tokens[0]
+            switches = replace(switches, token_selector=first.selector, selector=selector_of(first))
+        if plan.kv:
+            switches = switches.with_kv_policy(plan.kv)
+        # No metric here depends on the device.
+        chip = device(DEFAULT_DEVICE)
+        return Pricing(with_switches(self.graph), self.workload, switches, chip, scope)
