@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# So quiet, pip tells of what fails and of nothing else.
+PIP := $(BIN)/python -m pip install --quiet --quiet
 
 .PHONY: compile test check install golden format clean
 
@@ -23,10 +25,11 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "planner needs Python 3.11 to 3.13: make PYTHON=python3.12 ...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
-	touch $(STAMP)
+	@echo "installing planner and what it needs into $(VENV): a few minutes"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip
+	@$(PIP) -c constraints.txt -e ".[dev]"
+	@touch $(STAMP)
 
 # Rewrite the golden text files after an intended change; read the diff before committing it.
 golden: install
