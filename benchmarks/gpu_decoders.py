@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from planner.kernels import naive, ops
+from planner.kernels import block_ops as ops
+from planner.kernels import naive
 from planner.kernels.records import AttentionWeights, KVCache, MLPWeights, Norm, Survivors
 from planner.models.running.kv_cache import cache_argument
 

@@ -54,7 +54,7 @@ from transformers import (
 from planner.cli.printing import print_json, table
 from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
-from planner.kernels.products import kept_linear
+from planner.kernels.ops.kept_linear import kept_linear
 from planner.models.running.executor import Executor
 from planner.models.running.kv_cache import cache_argument, kv_bytes
 from planner.models.running.masked import Gates, MaskedExecutor

@@ -23,7 +23,7 @@ from planner.kernels.naive import (
     rotate,
     visible,
 )
-from planner.kernels.products import kept_linear
+from planner.kernels.ops.kept_linear import kept_linear
 from planner.kernels.records import AttentionWeights, KVCache, MLPWeights, Norm, Survivors
 
 __all__ = [

@@ -8,7 +8,7 @@ The stock code runs unchanged. While a plan is active, `forward` of the modules 
 touches is shadowed on the instance: linears compute with what is kept, layers that are off return
 their input, layers behind a token stage run on the tokens that are left. So is that of the other
 linears of the decoder, where products have a faster way than the stock one
-(`planner.kernels.products`). Parameters, submodules and hooks are never replaced.
+(`planner.kernels.ops.kept_linear`). Parameters, submodules and hooks are never replaced.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from planner.ir.intervals import Intervals, count_of
-from planner.kernels.products import kept_linear, suits
+from planner.kernels.ops.kept_linear import kept_linear, suits
 from planner.models.running.bindings import BoundLinear
 from planner.models.running.lane_order import moves
 

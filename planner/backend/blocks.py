@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from planner.ir.lowering.aten import ATTENTION, VIEWS, opname
-from planner.kernels.naive import ACTIVATIONS
+from planner.kernels.ops.project_up import ACTIVATIONS
 from planner.models.running.bindings import BoundLinear, BoundSite
 
 __all__ = ["Attention", "Linears", "Mlp", "Product", "match_attention", "match_mlp", "value_of"]
@@ -52,7 +52,7 @@ class Mlp:
         x: the block's input.
         up: the product it comes from, and its rows there.
         gate: likewise, or None.
-        activation: a key of `planner.kernels.naive.ACTIVATIONS`.
+        activation: a key of `planner.kernels.ops.project_up.ACTIVATIONS`.
         inner: nodes between the products, in order, which the op replaces.
     """
 
@@ -133,7 +133,7 @@ def match_mlp(site: BoundSite, sink: Product, linears: Linears) -> Mlp:
     """The MLP that ends in `sink`.
 
     Raises:
-        Unmatched: it is none that ``planner::mlp`` computes.
+        Unmatched: it is none that ``planner::project_up`` computes.
     """
     sources = _sources(site, linears)
     if len({source.x for source in sources}) != 1:
@@ -152,7 +152,7 @@ def match_attention(site: BoundSite, sink: Product, linears: Linears) -> Attenti
     """The attention that ends in `sink`.
 
     Raises:
-        Unmatched: it is none that ``planner::project_heads`` and ``planner::attend_heads`` compute.
+        Unmatched: it is none that ``planner::project_rows`` and ``planner::attend`` compute.
     """
     attention, inner = _behind(sink)
     given = _arguments(attention, _SDPA)

@@ -22,7 +22,7 @@ from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Site
 from planner.ir.intervals import intervals_of
 from planner.ir.lowering import NotLowered, lower_model
-from planner.kernels.records import Survivors, neuron_width
+from planner.kernels.survivors import Survivors, neuron_width
 from planner.models.running.bindings import BoundLayer, BoundSite, bind
 from planner.models.running.program import LayerGroup, Program
 from planner.plan import Plan
@@ -135,7 +135,7 @@ class Board:
     def survivors(self, site: BoundSite, device: torch.device) -> Tensors:
         """Surviving units of a site: ``units`` and ``counts``, of an MLP ``lanes`` as well.
 
-        The tensors of `planner.kernels.records.Survivors`; units of an MLP are `neuron_width`
+        The tensors of `planner.kernels.survivors.Survivors`; units of an MLP are `neuron_width`
         neurons wide.
         """
         kind, total = site.site.kind, site.site.lanes

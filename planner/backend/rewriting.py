@@ -1,8 +1,8 @@
 """Rewriting: blocks of a captured graph become planner's ops, which read a model's board.
 
-Products of projections compute the rows of surviving heads, attention and its output projection
-become one op, and so does an MLP. Norms, rotations, caches and residual additions stay as they are,
-for inductor to fuse. A block that no op computes is masked instead: right, but not faster.
+Products of projections compute the rows of surviving heads; attention, output projections and both
+halves of an MLP read survivors alone. Norms, rotations, caches and residual additions stay as they
+are, for inductor to fuse. A block that no op computes is masked instead: right, but not faster.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 
-import planner.kernels.head_ops  # noqa: F401 - registers the ops
 from planner.backend.blocks import (
     Attention,
     Linears,
@@ -28,8 +27,9 @@ from planner.backend.blocks import (
     value_of,
 )
 from planner.backend.board import Board
-from planner.kernels.library import pack_mlp
-from planner.kernels.records import MLPWeights, Survivors, neuron_width
+from planner.kernels.ops import attend, project_columns, project_rows, project_up
+from planner.kernels.ops.registration import Op
+from planner.kernels.survivors import Survivors, neuron_width
 from planner.models.running.bindings import BoundSite
 
 __all__ = ["rewritten"]
@@ -103,79 +103,48 @@ class _Rewriter:
         self.buffers: set[str] = set()
 
     def attention(self, site: BoundSite, sink: Product, block: Attention) -> None:
-        """Narrow the projections in place; attention and output projection become one op."""
-        dials = self._survivors(site, sink)
-        by_input: dict[fx.Node, list[tuple[Product, tuple[slice, ...]]]] = {}
+        """Narrow the projections where they stand, the attention, and the output projection."""
+        heads = self._survivors(site, sink)
         for product, pieces in block.projections:
-            by_input.setdefault(product.x, []).append((product, pieces))
-        for x, products in by_input.items():
-            self._project(x, products, dials)
+            self._project(product, pieces, heads, site.site.lanes)
         with self.graph.inserting_before(sink.node):
-            attended = self.graph.call_function(
-                torch.ops.planner.attend_heads.default,
-                (
-                    block.query,
-                    block.key,
-                    block.value,
-                    block.mask,
-                    sink.weight,
-                    dials["units"],
-                    dials["counts"],
-                    block.scale,
-                    block.causal,
-                ),
-            )
-            result = self._biased(site, sink, attended)
+            operands = (block.query, block.key, block.value, block.mask, block.scale, block.causal)
+            attended = self._call(attend.op, *operands, heads)
+            rows = self.graph.call_method("flatten", (attended, 2))
+            features = heads.widened(sink.bound.features // site.site.lanes)
+            narrowed = self._call(project_columns.op, rows, sink.weight, None, features)
+            result = self._biased(site, sink, narrowed)
         self._replace(sink.node, result, block.inner)
 
     def _project(
-        self,
-        x: fx.Node,
-        products: Sequence[tuple[Product, tuple[slice, ...]]],
-        dials: dict[str, fx.Node],
+        self, product: Product, pieces: Sequence[slice], heads: Survivors, lanes: int
     ) -> None:
-        """Products that read the same input become one op."""
-        first = min(products, key=lambda pair: self._place(pair[0].node))[0].node
-        with self.graph.inserting_before(first):
-            rows = [(product, piece) for product, pieces in products for piece in pieces]
-            weights = [self._rows(product.weight, piece) for product, piece in rows]
-            biases = [self._rows(p.bias, piece) for p, piece in rows if p.bias is not None]
-            biased = [product.bias is not None for product, _ in rows]
-            survivors = (dials["units"], dials["counts"])
-            projected = self.graph.call_function(
-                torch.ops.planner.project_heads.default, (x, weights, biases, biased, *survivors)
-            )
-            parts = [
-                self.graph.call_function(operator.getitem, (projected, i))
-                for i in range(len(weights))
-            ]
-            results = []
-            for _, pieces in products:
-                own, parts = parts[: len(pieces)], parts[len(pieces) :]
-                joined = self.graph.call_function(torch.cat, (own, -1)) if len(own) > 1 else own[0]
-                results.append(joined)
-        for (product, _), result in zip(products, results, strict=True):
-            self._replace(product.node, result)
+        """A projection becomes an op for each piece of its rows."""
+        with self.graph.inserting_before(product.node):
+            parts = []
+            for piece in pieces:
+                weight = self._rows(product.weight, piece)
+                bias = None if product.bias is None else self._rows(product.bias, piece)
+                features = heads.widened((piece.stop - piece.start) // lanes)
+                packed = False
+                parts.append(self._call(project_rows.op, product.x, weight, bias, packed, features))
+            joined = self.graph.call_function(torch.cat, (parts, -1)) if len(parts) > 1 else None
+        self._replace(product.node, joined or parts[0])
 
     def mlp(self, site: BoundSite, sink: Product, block: Mlp) -> None:
-        """The MLP becomes one op."""
-        dials = self._survivors(site, sink)
+        """The MLP becomes two ops."""
+        neurons = self._survivors(site, sink)
         with self.graph.inserting_before(sink.node):
-            tensors: dict[str, Any] = {}
-            for name, rows in (("up", block.up), ("gate", block.gate)):
-                if rows is not None:
-                    product, piece = rows
-                    tensors[name] = self._rows(product.weight, piece)
-                    if product.bias is not None:
-                        tensors[f"{name}_bias"] = self._rows(product.bias, piece)
-            down: Any = sink.weight
-            weights = MLPWeights(down=down, activation=block.activation, **tensors)
-            width = neuron_width(site.site.lanes)
-            nodes: Any = dials
-            survivors = Survivors(nodes["units"], nodes["counts"], width, nodes["lanes"])
-            hidden: Any = block.x
-            arguments = pack_mlp(hidden, weights, survivors, None)
-            narrowed = self.graph.call_function(torch.ops.planner.mlp.default, arguments)
+            tensors: list[Any] = []
+            for rows in (block.up, block.gate):
+                if rows is None:
+                    tensors += [None, None]
+                    continue
+                product, piece = rows
+                bias = None if product.bias is None else self._rows(product.bias, piece)
+                tensors += [self._rows(product.weight, piece), bias]
+            inner = self._call(project_up.op, block.x, *tensors, block.activation, neurons)
+            narrowed = self._call(project_columns.op, inner, sink.weight, None, neurons)
             result = self._biased(site, sink, narrowed)
         sources = {rows[0].node: None for rows in (block.up, block.gate) if rows is not None}
         self._replace(sink.node, result, (*sources, *block.inner))
@@ -202,9 +171,16 @@ class _Rewriter:
         bias = self.graph.call_function(operator.mul, (sink.bias, flag))
         return self.graph.call_function(operator.add, (product, bias))
 
-    def _survivors(self, site: BoundSite, sink: Product) -> dict[str, fx.Node]:
+    def _call(self, op: Op, *inputs: Any) -> fx.Node:
+        """A node that computes an op."""
+        return self.graph.call_function(op.overload, op.flat(*inputs, triton=False))
+
+    def _survivors(self, site: BoundSite, sink: Product) -> Survivors:
+        """Survivors of a site, whose tensors are nodes."""
         tensors = self.board.survivors(site, value_of(sink.weight).device)
-        return {n: self._buffer(f"{site.site.name}.{n}", t) for n, t in tensors.items()}
+        nodes: Any = {n: self._buffer(f"{site.site.name}.{n}", t) for n, t in tensors.items()}
+        width = neuron_width(site.site.lanes) if site.site.kind == "mlp" else 1
+        return Survivors(nodes["units"], nodes["counts"], width, nodes.get("lanes"))
 
     def _buffer(self, name: str, tensor: Tensor) -> fx.Node:
         """A node that reads one of the board's tensors."""
@@ -223,9 +199,6 @@ class _Rewriter:
         if (rows.start, rows.stop) == (0, int(value_of(parameter).shape[0])):
             return parameter
         return self.graph.call_function(operator.getitem, (parameter, rows))
-
-    def _place(self, node: fx.Node) -> int:
-        return next(place for place, other in enumerate(self.graph.nodes) if other is node)
 
     def _replace(self, node: fx.Node, by: fx.Node, inner: Sequence[fx.Node] = ()) -> None:
         """Read `by` where `node` was read; remove it, and the nodes that it alone depended on."""

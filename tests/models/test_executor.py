@@ -13,8 +13,8 @@ from transformers import DynamicCache
 from planner.ir.cost import Workload
 from planner.ir.cost.device_table import device
 from planner.ir.errors import InputError
-from planner.kernels import products
-from planner.kernels.products import ONEDNN
+from planner.kernels.ops import kept_linear as products
+from planner.kernels.ops.kept_linear import ONEDNN
 from planner.models.running.executor import Executor
 from planner.models.running.kv_cache import kv_bytes
 from planner.plan import TokenStage

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plans import dense_plan, plans
 
-from planner.kernels import products
+from planner.kernels.ops import kept_linear as products
 from planner.models.running.executor import Executor
 from planner.models.running.masked import Gates, MaskedExecutor
 from planner.models.tokens.selectors import DecoderInputs, select_tokens

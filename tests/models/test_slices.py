@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from planner.ir.graph import Binding, Block, Site
 from planner.ir.intervals import merged
-from planner.kernels import products
-from planner.kernels.products import ONEDNN, kept_linear
+from planner.kernels.ops import kept_linear as products
+from planner.kernels.ops.kept_linear import ONEDNN, kept_linear
 from planner.models.running.bindings import bind_site
 from planner.models.running.narrowed_linear import SliceStore
 

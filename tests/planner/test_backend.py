@@ -173,8 +173,9 @@ def test_all_layers_are_rewritten_in_one_graph():
 
     logits(compiled(built.model, inner="keep_what_planner_left"), built.inputs(images=0))
     (targets,) = [targets for targets in rewritten if any("planner." in t for t in targets)]
-    for op in ("project_heads", "attend_heads", "mlp"):
-        assert targets.count(f"planner.{op}.default") == graph.layers
+    per_layer = {"project_rows": 3, "attend": 1, "project_up": 1, "project_columns": 2}
+    for op, count in per_layer.items():
+        assert targets.count(f"planner.{op}.default") == count * graph.layers
 
 
 def test_while_nothing_is_left_out_the_captured_graph_itself_runs():
@@ -199,7 +200,7 @@ def test_while_nothing_is_left_out_the_captured_graph_itself_runs():
     ran.clear()
     planner.set_budget(model, 0.5)
     logits(model, inputs)
-    assert "planner.attend_heads.default" in ran
+    assert "planner.attend.default" in ran
     ran.clear()
     for full in (1.0, dense_plan(graph), plan_of(graph, heads={0: (0, 1)})):
         planner.set_budget(model, full)

@@ -1,0 +1,48 @@
+"""How the PyTorch side of the ops reads survivors: samples by plan, weights by runs of features.
+
+What does not survive is not computed. Features are read as contiguous runs of weight rows and
+columns without a copy where runs are long, and gathered where they are short: matrix products want
+long runs, and a gather costs as much as reading the weights twice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from planner.ir.intervals import intervals_of
+from planner.kernels.survivors import Survivors
+
+__all__ = ["Part", "length_of", "parts_of", "plans_of"]
+
+# Mean run, in weight rows, from which views beat a gather (measured on a CPU, prefill and decode).
+LONG_RUN = 32
+
+Part = slice | Tensor
+"""Features of a weight, or samples of a batch: a run, read in place, or a list, gathered."""
+
+
+def plans_of(survivors: Survivors) -> list[tuple[Part, int]]:
+    """(samples, plan) for each distinct plan; a plan that all share serves all."""
+    if survivors.plans == 1:
+        return [(slice(None), 0)]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for plan in range(survivors.plans):
+        groups.setdefault(tuple(survivors.kept(plan).tolist()), []).append(plan)
+    if len(groups) == 1:
+        return [(slice(None), 0)]
+    device = survivors.units.device
+    return [(torch.tensor(samples, device=device), samples[0]) for samples in groups.values()]
+
+
+def parts_of(features: Tensor) -> list[Part]:
+    """Ascending features: runs to view where these are long, else one list to gather."""
+    runs = intervals_of(features.tolist())
+    if len(features) < LONG_RUN * len(runs):
+        return [features]
+    return [slice(start, stop) for start, stop in runs]
+
+
+def length_of(part: Part) -> int:
+    """How many features a part has."""
+    return part.stop - part.start if isinstance(part, slice) else len(part)

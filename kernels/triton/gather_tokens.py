@@ -1,0 +1,81 @@
+"""The tokens that are left, copied side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from planner.kernels.ops.gather_tokens import naive_gather_tokens
+from planner.kernels.triton.kernel import Case, Kernel, require
+from planner.kernels.triton.launch import Launch
+from planner.kernels.triton.tiles import Target, power_of_two
+
+__all__ = ["gather_tokens"]
+
+
+@triton.jit(do_not_specialize=["tokens", "picked"])
+def gather_tokens_kernel(
+    x,  # [batch, tokens, width]
+    index,  # [batch, picked] int64, or one row for all
+    out,  # [batch, picked, width]
+    tokens,
+    picked,
+    width,
+    index_stride,
+    BLOCK: tl.constexpr,
+):
+    """out[t] = x[index[t]], exactly."""
+    row = tl.program_id(0).to(tl.int64)
+    sample = row // picked
+    source = tl.load(index + sample * index_stride + row % picked)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    start = (sample * tokens + source) * width
+    value = tl.load(x + start + column, mask=column < width, other=0.0)
+    tl.store(out + row * width + column, value, mask=column < width)
+
+
+class GatherTokens(Kernel):
+    """See `planner.kernels.ops.gather_tokens`."""
+
+    function = gather_tokens_kernel
+    multiplies = False
+    twin = staticmethod(naive_gather_tokens)
+
+    def __call__(self, x: Tensor, index: Tensor) -> Tensor:
+        """Arguments and result as those of the op."""
+        batch, tokens, width = x.shape
+        rows, picked = index.shape
+        require(rows in (1, batch), f"{rows} rows of places do not fit {batch} samples.")
+        out = x.new_empty(batch, picked, width)
+        block = min(1024, power_of_two(width))
+        self.start(
+            (batch * picked, triton.cdiv(width, block)),
+            {
+                "x": x.contiguous(),
+                "index": index.contiguous(),
+                "out": out,
+                "tokens": tokens,
+                "picked": picked,
+                "width": width,
+                "index_stride": picked if rows > 1 else 0,
+                "BLOCK": block,
+            },
+        )
+        return out
+
+    def seconds(self, launch: Launch, target: Target) -> float:
+        """Bound by memory: what is picked is read and written."""
+        return target.roofline(0, 2 * launch.arguments["out"].nbytes)
+
+    def cases(self) -> Iterator[Case]:
+        """Rows of more than one block, each sample its own places or all the same."""
+        for rows in (1, 2):
+            inputs = {"x": torch.randn(2, 9, 1100), "index": torch.randint(9, (rows, 4))}
+            yield Case(f"{rows} rows of places", inputs)
+
+
+gather_tokens = GatherTokens()

@@ -1,0 +1,136 @@
+"""The parts that attention over split keys left, joined exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from planner.kernels.survivors import Survivors
+from planner.kernels.triton.kernel import Case, Kernel, tensor_bytes
+from planner.kernels.triton.launch import Launch
+from planner.kernels.triton.tiles import Target, power_of_two
+
+__all__ = ["join_splits"]
+
+
+@triton.jit(do_not_specialize=["slots", "splits"])
+def join_splits_kernel(
+    partial,  # [batch, slots * GROUP, splits, HEAD_DIM] float32
+    weight,  # [batch, slots * GROUP, splits] float32
+    counts,  # [plans] int32
+    out,  # [batch, slots * GROUP, HEAD_DIM]
+    slots,
+    splits,
+    plan_stride,
+    HEAD_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """out = sum over splits of 2^(weight - max) partial / sum over splits of 2^(weight - max).
+
+    A head whose splits are all empty gets 0; heads of slots beyond a plan's count get nothing.
+    """
+    head = tl.program_id(0)
+    sample = tl.program_id(1)
+    if head >= tl.load(counts + sample * plan_stride) * GROUP:
+        return
+    row = (sample * slots).to(tl.int64) * GROUP + head
+    split = tl.arange(0, BLOCK_S)
+    lane = tl.arange(0, BLOCK_D)
+    real_split = split < splits
+    real_lane = lane < HEAD_DIM
+    log = tl.load(weight + row * splits + split, mask=real_split, other=float("-inf"))
+    highest = tl.max(log, axis=0)
+    share = tl.exp2(log - tl.where(highest == float("-inf"), 0.0, highest))  # [BLOCK_S]
+    cell = (row * splits + split)[:, None] * HEAD_DIM + lane[None, :]
+    part = tl.load(partial + cell, mask=real_split[:, None] & real_lane[None, :], other=0.0)
+    total = tl.sum(share, axis=0)
+    result = tl.sum(part * share[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out + row * HEAD_DIM + lane, result.to(out.dtype.element_ty), mask=real_lane)
+
+
+def naive_join_splits(partial: Tensor, weight: Tensor, survivors: Survivors) -> Tensor:
+    """The twin: a softmax in base 2 over the splits."""
+    share = torch.softmax(weight.to(partial.dtype) * 0.6931471805599453, dim=-1).nan_to_num(0.0)
+    out = (partial * share[..., None]).sum(dim=2)
+    width = partial.shape[1] // survivors.slots
+    for sample in range(len(out)):
+        plan = sample if survivors.plans > 1 else 0
+        out[sample, int(survivors.counts[plan]) * width :] = torch.nan
+    return out
+
+
+class JoinSplits(Kernel):
+    """The second step of `attend` for a single token, whose keys were divided among programs.
+
+    Source: Flash-Decoding (Dao et al., 2023).
+    """
+
+    function = join_splits_kernel
+    multiplies = False
+    dtypes = (torch.float32,)
+    twin = staticmethod(naive_join_splits)
+
+    def __call__(
+        self,
+        partial: Tensor,
+        weight: Tensor,
+        survivors: Survivors,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Join softmax sums over disjoint keys.
+
+        Args:
+            partial: (batch, heads, splits, head_dim) float32: each split's attention.
+            weight: (batch, heads, splits) float32: base-2 logarithms of its softmax sums, -inf for
+                a split without keys.
+            survivors: surviving units of heads; one plan, or one per sample.
+            dtype: of the result.
+
+        Returns:
+            (batch, heads, head_dim), undefined beyond a plan's count.
+        """
+        batch, heads, splits, head_dim = partial.shape
+        out = partial.new_empty((batch, heads, head_dim), dtype=dtype)
+        self.start(
+            (heads, batch),
+            {
+                "partial": partial,
+                "weight": weight,
+                "counts": survivors.counts,
+                "out": out,
+                "slots": survivors.slots,
+                "splits": splits,
+                "plan_stride": int(survivors.plans > 1),
+                "HEAD_DIM": head_dim,
+                "GROUP": heads // survivors.slots,
+                "BLOCK_D": power_of_two(head_dim),
+                "BLOCK_S": power_of_two(splits),
+            },
+            survivors=survivors,
+        )
+        return out
+
+    def seconds(self, launch: Launch, target: Target) -> float:
+        """Bound by memory."""
+        return target.roofline(0, tensor_bytes(launch))
+
+    def cases(self) -> Iterator[Case]:
+        """Odd numbers of splits, empty ones among them, and a plan without heads."""
+        for splits, plans in ((1, [[0, 2]]), (5, [[0], [], [1, 2]])):
+            weight = torch.randn(3, 6, splits)
+            weight[:, ::2, :2] = -torch.inf
+            inputs = {
+                "partial": torch.randn(3, 6, splits, 20),
+                "weight": weight,
+                "survivors": Survivors.of(plans, 3),
+            }
+            yield Case(f"{splits} splits, {len(plans)} plans", inputs)
+
+
+join_splits = JoinSplits()

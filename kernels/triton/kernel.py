@@ -1,0 +1,107 @@
+"""What a kernel of planner is: a Triton function, and all that is known about it, in one object."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from planner.ir.errors import InputError
+from planner.kernels.survivors import Survivors
+from planner.kernels.triton.launch import Launch, launch
+from planner.kernels.triton.tiles import Product, Target, Tile, matmul_seconds
+
+__all__ = ["Case", "Kernel", "product_seconds", "require", "tensor_bytes"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test of a kernel: inputs for its launcher and for its twin.
+
+    Attributes:
+        name: what is special about it.
+        inputs: keyword arguments of both.
+        options: further ones of the launcher: a tile, splits.
+    """
+
+    name: str
+    inputs: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Kernel(ABC):
+    """One Triton kernel: calling the object launches it.
+
+    A subclass defines `__call__`, the launcher: it checks shapes, allocates the result, chooses the
+    tile and calls `start`.
+
+    Attributes:
+        function: the ``@triton.jit`` function; it is named after the kernel.
+        multiplies: whether it multiplies matrices, and so must compile to tensor-core code.
+        dtypes: of its floating inputs.
+        twin: the same in plain PyTorch, in any floating dtype; places that the launcher leaves
+            unwritten are NaN.
+    """
+
+    function: ClassVar[JITFunction]
+    multiplies: ClassVar[bool] = True
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16, torch.float16)
+    twin: ClassVar[Callable[..., Tensor]]
+
+    @property
+    def name(self) -> str:
+        """Of the op it computes, in most cases."""
+        name: str = self.function.fn.__name__
+        return name.removesuffix("_kernel")
+
+    @abstractmethod
+    def __call__(self, *inputs: Any, **options: Any) -> Tensor:
+        """Launch on inputs as the twin takes them."""
+
+    @abstractmethod
+    def seconds(self, launch: Launch, target: Target) -> float:
+        """What a launch takes on a target, as the cost model predicts; nothing is timed."""
+
+    @abstractmethod
+    def cases(self) -> Iterator[Case]:
+        """Inputs in float32 that reach every branch, odd sizes among them."""
+
+    def start(
+        self,
+        grid: tuple[int, ...],
+        arguments: Mapping[str, Any],
+        *,
+        warps: int = 4,
+        stages: int = 1,
+        survivors: Survivors | None = None,
+    ) -> None:
+        """Launch on the device the tensors are on; see `Launch` for the arguments."""
+        launch(Launch(self, grid, arguments, warps, stages, survivors))
+
+
+def require(holds: bool, complaint: str) -> None:
+    """Raise InputError with a complaint unless something holds."""
+    if not holds:
+        raise InputError(complaint)
+
+
+def tensor_bytes(launch: Launch) -> int:
+    """Bytes of all tensors of a launch: what a kernel bound by memory moves."""
+    return sum(value.nbytes for value in launch.arguments.values() if isinstance(value, Tensor))
+
+
+def product_seconds(
+    launch: Launch, target: Target, rows: int, columns: int, depth: int, *, parts: int = 1
+) -> float:
+    """Seconds of a launch that multiplies matrices; arguments as those of `Product`."""
+    given = launch.arguments
+    block_m, block_n, block_k = (given[f"BLOCK_{axis}"] for axis in "MNK")
+    tile = Tile(block_m, block_n, block_k, launch.warps, launch.stages, given["GROUP_ROWS"])
+    element_bytes, samples = given["out"].element_size(), launch.grid[1]
+    wanted = Product(rows, columns, depth, target, samples, element_bytes, parts)
+    return matmul_seconds(tile, wanted)

@@ -1,0 +1,112 @@
+"""Start a kernel: compiled on CUDA tensors, interpreted on CPU tensors, recorded on meta tensors.
+
+The third way is how kernels are compiled ahead of time: running an op on meta tensors under
+`recorded` gives the very launches, tiles and specialisations included, that it would make on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from planner.kernels.survivors import Survivors
+from planner.kernels.triton.interpreter import interpret
+from planner.kernels.triton.tiles import TARGETS, Target, target_of
+
+if TYPE_CHECKING:
+    from planner.kernels.triton.kernel import Kernel
+
+__all__ = ["Launch", "counted", "launch", "loaded", "recorded", "target_for"]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch.
+
+    Attributes:
+        kernel: what is launched.
+        grid: programs along up to three axes; an empty grid runs nothing.
+        arguments: by parameter name, constexpr parameters among them.
+        warps: warps per program.
+        stages: depth of the software pipeline.
+        survivors: whose tensors are among the arguments; what the host knows of their contents
+            is in `Survivors.kept_runs`.
+    """
+
+    kernel: Kernel
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    warps: int
+    stages: int
+    survivors: Survivors | None = None
+
+
+# Asked at each launch on a real device: returns True where it has run a generated kernel instead.
+loaded: ContextVar[Callable[[Launch], bool] | None] = ContextVar("loaded", default=None)
+_recording: ContextVar[tuple[Target, list[Launch]]] = ContextVar("recording")
+_counters: ContextVar[tuple[Counter[str], ...]] = ContextVar("counters", default=())
+
+
+@contextmanager
+def recorded(target: Target) -> Iterator[list[Launch]]:
+    """Collect the launches made on meta tensors, tiled for `target`."""
+    launches: list[Launch] = []
+    token = _recording.set((target, launches))
+    try:
+        yield launches
+    finally:
+        _recording.reset(token)
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Count the kernels that run inside the block, by name, interpreted ones too."""
+    counter: Counter[str] = Counter()
+    token = _counters.set((*_counters.get(), counter))
+    try:
+        yield counter
+    finally:
+        _counters.reset(token)
+
+
+def target_for(tensor: Tensor) -> Target:
+    """The target whose tiles a tensor gets; interpreted kernels (CPU tensors) take sm_80's."""
+    if tensor.is_cuda:
+        return _cuda_target(tensor.device)
+    return _recording.get()[0] if tensor.is_meta else TARGETS["sm_80"]
+
+
+@cache
+def _cuda_target(device: torch.device) -> Target:
+    return target_of(torch.cuda.get_device_capability(device))
+
+
+def launch(wanted: Launch) -> None:
+    """Run a kernel on the device its tensors are on, or record it."""
+    if 0 in wanted.grid:
+        return
+    arguments, function = wanted.arguments, wanted.kernel.function
+    device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
+    if device.type == "meta":
+        _recording.get()[1].append(wanted)
+        return
+    for counter in _counters.get():
+        counter[wanted.kernel.name] += 1
+    generated = loaded.get()
+    if generated is not None and generated(wanted):
+        return
+    if device.type == "cpu":
+        interpret(function, wanted.grid, arguments)
+        return
+    with torch.cuda.device(device):
+        # Fusing multiply and add is Triton's present default; naming it keeps it so.
+        options = {"num_warps": wanted.warps, "num_stages": wanted.stages}
+        function[wanted.grid](**arguments, **options, enable_fp_fusion=True)

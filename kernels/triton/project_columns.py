@@ -1,0 +1,167 @@
+"""A linear layer over surviving input features: columns of its weight, read in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from planner.kernels.ops.project_columns import naive_project_columns
+from planner.kernels.survivors import Survivors
+from planner.kernels.triton.kernel import Case, Kernel, product_seconds, require
+from planner.kernels.triton.launch import Launch, target_for
+from planner.kernels.triton.primitives import tile_order
+from planner.kernels.triton.tiles import Target, Tile, matmul_tile, vector
+
+__all__ = ["project_columns"]
+
+
+@triton.jit(do_not_specialize=["rows", "slots"])
+def project_columns_kernel(
+    a,  # [samples, rows, slots * WIDTH]
+    weight,  # [features_out, features_in], strided
+    bias,  # [features_out] or None
+    units,  # [samples, slots] int32
+    counts,  # [samples] int32
+    out,  # [samples, rows, features_out]
+    rows,
+    slots,
+    features_out,
+    weight_row,  # strides, in elements
+    weight_column,
+    WIDTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+):
+    """out = bias + sum over virtual columns j of a[:, j] weight[:, f(j)].
+
+    f(j) is the feature of virtual column j; VECTOR, a power of two that divides WIDTH, is how many
+    features in a row are contiguous and aligned. bf16, fp16 or fp32, accumulated in float32;
+    columns of the weight that do not survive are never read. A sample without survivors gets the
+    bias.
+    """
+    sample = tl.program_id(1)
+    survivors = tl.load(counts + sample) * WIDTH
+    row_tile, column_tile = tile_order(
+        tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(features_out, BLOCK_N), GROUP_ROWS
+    )
+    units += sample * slots
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Rows and columns beyond the end read the last one; they are not stored.
+    a_row = a + (sample * rows + tl.minimum(row, rows - 1)).to(tl.int64)[:, None] * (slots * WIDTH)
+    last = tl.minimum(column, features_out - 1).to(tl.int64)
+    weight_start = weight + last[:, None] * weight_row
+    accumulator = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + column, mask=column < features_out, other=0.0)
+        accumulator += shift.to(tl.float32)[None, :]
+    for start in range(0, survivors, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        inside = k < survivors
+        unit = tl.load(units + k // WIDTH, mask=inside, other=0)
+        # Written out and not called: a hint on what a function returns is lost when it is inlined.
+        feature = tl.where(inside, unit * WIDTH + k % WIDTH, 0)
+        feature = tl.max_contiguous(tl.multiple_of(feature, VECTOR), VECTOR)
+        weight_tile = weight_start + feature[None, :] * weight_column
+        p = tl.load(a_row + k[None, :], mask=inside[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        w = tl.load(weight_tile, mask=inside[None, :], other=0.0)
+        accumulator = tl.dot(p, tl.trans(w), accumulator, input_precision="ieee")
+    address = (sample * rows + row).to(tl.int64)[:, None] * features_out + column[None, :]
+    mask = (row < rows)[:, None] & (column < features_out)[None, :]
+    tl.store(out + address, accumulator.to(out.dtype.element_ty), mask=mask)
+
+
+class ProjectColumns(Kernel):
+    """See `planner.kernels.ops.project_columns`."""
+
+    function = project_columns_kernel
+    twin = staticmethod(naive_project_columns)
+
+    def __call__(
+        self,
+        a: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        survivors: Survivors,
+        tile: Tile | None = None,
+    ) -> Tensor:
+        """Arguments and result as those of the op; `tile` is for tests."""
+        columns, plans = survivors.slots * survivors.width, survivors.plans
+        features_out = weight.shape[0]
+        require(a.shape[-1] == columns, f"{a.shape[-1]} features where survivors have {columns}.")
+        require(weight.shape[1] >= columns, f"{columns} survivors of {weight.shape[1]} features.")
+        require(a.dtype == weight.dtype, f"{a.dtype} features meet a weight in {weight.dtype}.")
+        out = a.new_empty(*a.shape[:-1], features_out)
+        rows = out.numel() // features_out // plans
+        tile = tile or matmul_tile(
+            rows,
+            features_out,
+            columns,
+            target_for(a),
+            samples=plans,
+            element_bytes=a.element_size(),
+            accumulators=128,
+        )
+        self.start(
+            (triton.cdiv(rows, tile.block_m) * triton.cdiv(features_out, tile.block_n), plans),
+            {
+                "a": a.contiguous(),
+                "weight": weight,
+                "bias": bias,
+                "units": survivors.units,
+                "counts": survivors.counts,
+                "out": out,
+                "rows": rows,
+                "slots": survivors.slots,
+                "features_out": features_out,
+                "weight_row": weight.stride(0),
+                "weight_column": weight.stride(1),
+                "WIDTH": survivors.width,
+                "VECTOR": vector(survivors.width),
+                **tile.blocks,
+            },
+            warps=tile.warps,
+            # The index of a weight is loaded before the weight, so the compiler halves the depth
+            # of the pipeline that it is given.
+            stages=2 * tile.stages - 1,
+            survivors=survivors,
+        )
+        return out
+
+    def seconds(self, launch: Launch, target: Target) -> float:
+        """Of a product with the columns there is room for."""
+        given = launch.arguments
+        depth = given["slots"] * given["WIDTH"]
+        halved = replace(launch, stages=(launch.stages + 1) // 2)
+        return product_seconds(halved, target, given["rows"], given["features_out"], depth)
+
+    def cases(self) -> Iterator[Case]:
+        """One plan and three, one of which leaves nothing, on weights of both layouts."""
+        small = Tile(block_m=16, block_n=16, block_k=32, warps=4, stages=2, group_rows=2)
+        for width in (1, 8, 24):
+            for plans in ([[0, 3, 4]], [[0, 3, 4], [], [2]]):
+                kept = [[u * width + i for u in plan for i in range(width)] for plan in plans]
+                a = torch.randn(3, 21, 5 * width)
+                for sample in range(3):
+                    count = len(kept[min(sample, len(kept) - 1)])
+                    a[sample, :, count:] = torch.nan
+                weight = torch.randn(37, 5 * width) / (3 * width) ** 0.5
+                weight[:, width : 2 * width] = torch.nan  # survives nowhere
+                inputs = {
+                    "a": a,
+                    "weight": weight.t().contiguous().t() if width == 24 else weight,
+                    "bias": torch.randn(37) if width < 24 else None,
+                    "survivors": Survivors.of(kept, 5 * width, width),
+                }
+                yield Case(f"width {width}, {len(plans)} plans", inputs, {"tile": small})
+
+
+project_columns = ProjectColumns()

@@ -1,0 +1,26 @@
+"""All kernels, a line each: what tests compare with twins, and what is compiled ahead of time."""
+
+from __future__ import annotations
+
+from planner.kernels.triton.attend import attend
+from planner.kernels.triton.choose_tokens import choose_tokens
+from planner.kernels.triton.gather_tokens import gather_tokens
+from planner.kernels.triton.join_splits import join_splits
+from planner.kernels.triton.kernel import Kernel
+from planner.kernels.triton.project_columns import project_columns
+from planner.kernels.triton.project_rows import project_rows
+from planner.kernels.triton.project_up import project_up
+from planner.kernels.triton.score_tokens import score_tokens
+
+__all__ = ["KERNELS"]
+
+KERNELS: tuple[Kernel, ...] = (
+    project_rows,
+    project_up,
+    project_columns,
+    attend,
+    join_splits,
+    score_tokens,
+    choose_tokens,
+    gather_tokens,
+)
