@@ -132,7 +132,7 @@ def _forward(
     return kernel(query, key, value, mask, scale, causal, survivors)
 
 
-def _fake(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
     batch, heads, tokens, _ = query.shape
     return query.new_empty(batch, tokens, heads, value.shape[-1])
 

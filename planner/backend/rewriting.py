@@ -27,6 +27,7 @@ from planner.backend.blocks import (
     value_of,
 )
 from planner.backend.board import Board
+from planner.kernels.choice import Kernels, for_plans_as_data
 from planner.kernels.ops import attend, project_columns, project_rows, project_up
 from planner.kernels.ops.registration import Op
 from planner.kernels.survivors import Survivors, neuron_width
@@ -101,6 +102,7 @@ class _Rewriter:
     def __init__(self, graph_module: fx.GraphModule, board: Board) -> None:
         self.module, self.graph, self.board = graph_module, graph_module.graph, board
         self.buffers: set[str] = set()
+        self.triton = False
 
     def attention(self, site: BoundSite, sink: Product, block: Attention) -> None:
         """Narrow the projections where they stand, the attention, and the output projection."""
@@ -173,11 +175,13 @@ class _Rewriter:
 
     def _call(self, op: Op, *inputs: Any) -> fx.Node:
         """A node that computes an op."""
-        return self.graph.call_function(op.overload, op.flat(*inputs, triton=False))
+        return self.graph.call_function(op.overload, op.flat(*inputs, triton=self.triton))
 
     def _survivors(self, site: BoundSite, sink: Product) -> Survivors:
         """Survivors of a site, whose tensors are nodes."""
-        tensors = self.board.survivors(site, value_of(sink.weight).device)
+        device = value_of(sink.weight).device
+        self.triton = for_plans_as_data(Kernels.AUTO, device)
+        tensors = self.board.survivors(site, device)
         nodes: Any = {n: self._buffer(f"{site.site.name}.{n}", t) for n, t in tensors.items()}
         width = neuron_width(site.site.lanes) if site.site.kind == "mlp" else 1
         return Survivors(nodes["units"], nodes["counts"], width, nodes.get("lanes"))
