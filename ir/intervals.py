@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from itertools import pairwise
 
 __all__ = [
     "Intervals",
@@ -13,6 +15,8 @@ __all__ = [
     "print_ranges",
     "read_ranges",
 ]
+
+_RANGE = re.compile(r"(\d{1,18})(?:-(\d{1,18}))?", re.ASCII)
 
 # Half-open, ascending, disjoint: ((0, 64), (128, 192)).
 Intervals = tuple[tuple[int, int], ...]
@@ -56,17 +60,19 @@ def print_ranges(numbers: Iterable[int]) -> str:
     return ",".join(f"{a}-{b}" if a != b else str(a) for a, b in ranges) or "none"
 
 
-def read_ranges(text: str) -> tuple[int, ...]:
-    """Read what `print_ranges` wrote; raise ValueError on anything else."""
+def read_ranges(text: str, below: int) -> tuple[int, ...]:
+    """Read what `print_ranges` wrote, of numbers below a bound.
+
+    Raises:
+        ValueError: it is something else, or goes beyond the bound; no range is expanded then.
+    """
     if text == "none":
         return ()
-    numbers: list[int] = []
-    try:
-        for part in text.split(","):
-            first, dash, last = part.partition("-")
-            numbers.extend(range(int(first), int(last if dash else first) + 1))
-    except ValueError:
-        numbers = []
-    if not numbers or numbers != sorted(set(numbers)):
-        raise ValueError(f"'{text}' is not a list of ascending ranges such as 0-3,7")
-    return tuple(numbers)
+    matches = [_RANGE.fullmatch(part) for part in text.split(",")]
+    ranges = [(int(m[1]), int(m[2] or m[1])) for m in matches if m is not None]
+    edges = [edge for first, last in ranges for edge in (2 * first, 2 * last + 1)]
+    if len(ranges) < len(matches) or any(a >= b for a, b in pairwise(edges)):
+        raise ValueError(f"'{text[:80]}' is not a list of ascending ranges such as 0-3,7")
+    if ranges[-1][1] >= below:
+        raise ValueError(f"'{text[:80]}' goes beyond the {below} there are")
+    return tuple(numbers_of(tuple((first, last + 1) for first, last in ranges)))

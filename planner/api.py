@@ -21,6 +21,7 @@ from planner.ir.graph import Graph
 from planner.plan import Plan
 from planner.planning.budgets import Budget
 from planner.planning.compiler import DEFAULT_DEVICE, Compiled, Request, plan_graph
+from planner.planning.figures import check_figures
 from planner.planning.switches import SwitchSet
 
 if TYPE_CHECKING:
@@ -133,6 +134,8 @@ def compile(model: Model, budget: Any = 0.65, *, plan: Plan | None = None, **opt
     graph = known_model.planning.graph
     planning = Planning(graph, Request(graph.name, **options))
     running = replace(known_model, planning=planning, active=[])
+    if plan is not None:
+        check_figures(plan, graph)
     chosen = planning.plan(plan if plan is not None else budget)
     running.executor.attach(chosen)
     running.active = [chosen]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from planner.documents import dump_yaml, parse_yaml, read_yaml
 from planner.files import write_text
@@ -182,6 +182,11 @@ class Plan:
                 f"the plan was made for '{self.model}' ({self.fingerprint}), "
                 f"not for '{graph.name}' ({graph.properties.get('fingerprint')})"
             )
+        if self.layers != graph.layers:
+            raise InputError(
+                f"the plan is for {self.layers} layers, and '{graph.name}' has {graph.layers}"
+            )
+        _within("layers that are off", self.layers_off, graph.layers)
         for layer, kept in self.heads.items():
             _within(f"heads of layer {layer}", kept, _lanes(graph, f"heads.{layer}"))
         for layer, kept in self.mlp.items():
@@ -192,9 +197,33 @@ class Plan:
                     f"the plan divides {lanes} neurons of layer {layer} into {switches}"
                 )
             _within(f"MLP groups of layer {layer}", kept, switches)
-        _within("layers that are off", self.layers_off, graph.layers)
+        for layer in self.layers_off:
+            if layer in self.heads or layer in self.mlp:
+                raise InputError(f"the plan narrows layer {layer}, which it leaves out")
+        self._check_stages(graph)
+
+    def _check_stages(self, graph: Graph) -> None:
+        """Image tokens can only become fewer, at layers that are there."""
+        layers = [stage.layer for stage in self.tokens]
+        _within("token stages", layers, graph.layers)
+        if not self.tokens:
+            return
+        if not graph.properties.get("image_tokens"):
+            raise InputError(f"the plan drops image tokens, and '{graph.name}' reads no images")
+        of = self.provenance.get("image_tokens", self.tokens[0].of)
+        left = of
         for stage in self.tokens:
-            _within("token stages", (stage.layer,), graph.layers)
+            if stage.of != of:
+                raise InputError(
+                    f"the plan keeps {stage.keep} of {stage.of} image tokens before layer "
+                    f"{stage.layer}, and it was made for {of}"
+                )
+            if not 0 <= stage.keep <= left:
+                raise InputError(
+                    f"the plan keeps {stage.keep} image tokens before layer {stage.layer}, "
+                    f"and only {left} are left there"
+                )
+            left = stage.keep
 
 
 def _lanes(graph: Graph, name: str) -> int:
@@ -212,9 +241,17 @@ def _within(what: str, indices: Sequence[int], count: int) -> None:
 # -- the file -------------------------------------------------------------------------------------
 
 
+# More than any model has; what a file claims is held against its model by `Plan.check`.
+_MOST_LAYERS = 10_000
+_MOST_HEADS = 10_000
+_MOST_NEURONS = 1_000_000
+# Kept switches of all layers together.
+_MOST_SWITCHES = 10_000_000
+
+
 class _Mlp(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    of: int = Field(gt=0)
+    of: int = Field(gt=0, le=_MOST_NEURONS)
     keep: str
 
 
@@ -234,7 +271,7 @@ class _File(BaseModel):
     model: str
     fingerprint: str
     digest: str
-    layers: int = Field(gt=0)
+    layers: int = Field(gt=0, le=_MOST_LAYERS)
     layers_off: str
     heads: dict[int, str]
     mlp: dict[int, _Mlp]
@@ -242,8 +279,8 @@ class _File(BaseModel):
     # Absent in plans of before there were policies.
     kv: str = "none"
     budget: dict[str, Any]
-    cost: dict[str, dict[str, float]]
-    utilisation: dict[str, float]
+    cost: dict[str, dict[str, FiniteFloat]]
+    utilisation: dict[str, FiniteFloat]
     solver: dict[str, Any]
     provenance: dict[str, Any]
 
@@ -315,33 +352,50 @@ def load_plan(path: Path) -> Plan:
         )
     try:
         parsed = _File.model_validate(document)
+        digest = _digest(document)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = ".".join(map(str, first["loc"]))[:80]
         raise InputError(
             f"the plan '{path}' is broken at {where}: {first['msg'].lower()}"
         ) from None
-    if parsed.digest != _digest(document):
+    # Keys of several types in one mapping.
+    except TypeError:
+        raise InputError(f"the plan '{path}' is broken: a key is not text") from None
+    if parsed.digest != digest:
         raise InputError(
             f"the plan '{path}' was changed after it was written (its digest does not match): "
             "compile it again"
         )
     try:
-        return Plan(
-            model=parsed.model,
-            fingerprint=parsed.fingerprint,
-            layers=parsed.layers,
-            layers_off=read_ranges(parsed.layers_off),
-            heads={layer: read_ranges(kept) for layer, kept in parsed.heads.items()},
-            mlp={layer: read_ranges(entry.keep) for layer, entry in parsed.mlp.items()},
-            mlp_switches={layer: entry.of for layer, entry in parsed.mlp.items()},
-            tokens=tuple(TokenStage(s.layer, s.keep, s.of, s.selector) for s in parsed.tokens),
-            kv="" if parsed.kv == "none" else parsed.kv,
-            budget=parsed.budget,
-            cost=parsed.cost,
-            utilisation=parsed.utilisation,
-            solver=parsed.solver,
-            provenance=parsed.provenance,
-        )
+        return _plan(parsed)
     except ValueError as error:
         raise InputError(f"the plan '{path}' is broken: {error}") from None
+
+
+def _plan(parsed: _File) -> Plan:
+    """The plan of a file; ValueError where a range is none or goes too far."""
+    left = _MOST_SWITCHES
+
+    def kept(text: str, below: int) -> tuple[int, ...]:
+        nonlocal left
+        numbers = read_ranges(text, min(below, left))
+        left -= len(numbers)
+        return numbers
+
+    return Plan(
+        model=parsed.model,
+        fingerprint=parsed.fingerprint,
+        layers=parsed.layers,
+        layers_off=kept(parsed.layers_off, parsed.layers),
+        heads={layer: kept(text, _MOST_HEADS) for layer, text in parsed.heads.items()},
+        mlp={layer: kept(entry.keep, entry.of) for layer, entry in parsed.mlp.items()},
+        mlp_switches={layer: entry.of for layer, entry in parsed.mlp.items()},
+        tokens=tuple(TokenStage(s.layer, s.keep, s.of, s.selector) for s in parsed.tokens),
+        kv="" if parsed.kv == "none" else parsed.kv,
+        budget=parsed.budget,
+        cost=parsed.cost,
+        utilisation=parsed.utilisation,
+        solver=parsed.solver,
+        provenance=parsed.provenance,
+    )

@@ -39,6 +39,7 @@ def export_command(
     from planner.plan import load_plan
     from planner.planning.catalog import find_model
     from planner.planning.compiler import lowered_graph
+    from planner.planning.figures import check_figures
 
     wanted = load_plan(plan)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -49,7 +50,7 @@ def export_command(
         stock, processor, source = load_model(model, dtype, "cpu", trust_remote_code)
         update("lower")
         graph = lowered_graph(source)[0]
-        wanted.check(graph)
+        check_figures(wanted, graph)
         picture = noise_image() if hasattr(processor, "image_processor") else None
         inputs = prompt_inputs(stock, processor, "Describe this image.", picture)
         update("export")

@@ -57,6 +57,7 @@ def inspect_command(
     from planner.plan import load_plan
     from planner.planning.catalog import find_model
     from planner.planning.compiler import DEFAULT_DEVICE, lowered_graph, specialised
+    from planner.planning.figures import check_figures
 
     if by not in ("operator", "layer", "kind"):
         raise InputError(f"unknown --by '{by}': choose operator, layer or kind")
@@ -71,6 +72,7 @@ def inspect_command(
     load = Workload.default(graph, image_tokens, text_tokens, new_tokens, batch)
     kept: dict[int, int] = {}
     if loaded is not None:
+        check_figures(loaded, graph)
         graph = specialised(graph, loaded)
         kept = {stage.layer: min(stage.keep, load.image_tokens) for stage in loaded.tokens}
     graph = run(graph, rewrites)

@@ -14,4 +14,5 @@ Enters: a model's config or Graph, a budget. Leaves: a `planner.plan.Plan`. Impo
     config_sizes   what a stock config can say of a plan
     compiler       all of it, in order
     plan_costs     what a plan costs on another prompt
+    figures        what a plan's file states, computed again
 """

@@ -27,9 +27,11 @@ from planner.planning.utilities import Utilities, load_utilities, prior, uniform
 from planner.solver import Solution, solve, solve_uniform
 from planner.solver.problem import Problem
 
-__all__ = ["DEFAULT_DEVICE", "Compiled", "Request", "compile_plan", "lowered_graph"]
+__all__ = ["DEFAULT_DEVICE", "SCOPES", "Compiled", "Request", "compile_plan", "lowered_graph"]
 
 DEFAULT_DEVICE = "a100-40g"
+# What a fraction is of: everything, or the decoder and lm_head alone.
+SCOPES = ("model", "llm")
 Progress = Callable[[str], None]
 
 
@@ -125,7 +127,7 @@ def plan_graph(
     `counts`: see `solve_uniform`; for requests with equal widths in all layers.
     """
     scope = request.scope or ("llm" if switches.faithful else "model")
-    if scope not in ("model", "llm"):
+    if scope not in SCOPES:
         raise InputError(f"unknown scope '{scope}': choose model or llm")
     with stage("price"):
         like_heads = switches.faithful == "adallava-h"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from planner.ir.cost import Workload
-from planner.ir.cost.device_table import device
+from planner.ir.cost.device_table import Device, device
 from planner.ir.graph import Graph
 from planner.plan import Plan
 from planner.planning.compiler import DEFAULT_DEVICE
@@ -14,7 +14,7 @@ from planner.planning.pricing import Pricing, compared
 from planner.planning.selectors import selector_of
 from planner.planning.switches import AXES, SwitchSet, with_switches
 
-__all__ = ["PlanCosts"]
+__all__ = ["PlanCosts", "pricing_for"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,20 +47,23 @@ class PlanCosts:
             left = (kept or {}).get(stage.layer, planned)
             stages.append(replace(stage, keep=left, of=image_tokens))
         scope = self.scope or str(plan.provenance.get("scope", "model"))
-        if scope not in self._base:
-            dense = Plan(plan.model, plan.fingerprint, plan.layers)
-            self._base[scope] = self._pricing(dense, scope).cost_of(dense)
-        costs = self._pricing(plan, scope).cost_of(replace(plan, tokens=tuple(stages)))
-        return compared(costs, self._base[scope], ("flops", "kv"))
-
-    def _pricing(self, plan: Plan, scope: str) -> Pricing:
-        """The cost model for what a plan switches."""
-        switches = SwitchSet("of a plan", AXES, token_layers=tuple(s.layer for s in plan.tokens))
-        if plan.tokens:
-            first = plan.tokens[0]
-            switches = replace(switches, token_selector=first.selector, selector=selector_of(first))
-        if plan.kv:
-            switches = switches.with_kv_policy(plan.kv)
         # No metric here depends on the device.
         chip = device(DEFAULT_DEVICE)
-        return Pricing(with_switches(self.graph), self.workload, switches, chip, scope)
+        if scope not in self._base:
+            dense = Plan(plan.model, plan.fingerprint, plan.layers)
+            pricing = pricing_for(dense, self.graph, self.workload, scope, chip)
+            self._base[scope] = pricing.cost_of(dense)
+        pricing = pricing_for(plan, self.graph, self.workload, scope, chip)
+        costs = pricing.cost_of(replace(plan, tokens=tuple(stages)))
+        return compared(costs, self._base[scope], ("flops", "kv"))
+
+
+def pricing_for(plan: Plan, graph: Graph, workload: Workload, scope: str, chip: Device) -> Pricing:
+    """The cost model for what a plan switches."""
+    switches = SwitchSet("of a plan", AXES, token_layers=tuple(s.layer for s in plan.tokens))
+    if plan.tokens:
+        first = plan.tokens[0]
+        switches = replace(switches, token_selector=first.selector, selector=selector_of(first))
+    if plan.kv:
+        switches = switches.with_kv_policy(plan.kv)
+    return Pricing(with_switches(graph), workload, switches, chip, scope)

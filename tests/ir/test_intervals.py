@@ -36,7 +36,7 @@ def test_merged_intervals_hold_the_same_numbers(intervals):
 
 @given(sets_of_numbers)
 def test_ranges_round_trip(numbers):
-    assert read_ranges(print_ranges(numbers)) == tuple(numbers)
+    assert read_ranges(print_ranges(numbers), 201) == tuple(numbers)
 
 
 def test_ranges_read_well():
@@ -44,7 +44,18 @@ def test_ranges_read_well():
     assert print_ranges([]) == "none"
 
 
-@pytest.mark.parametrize("text", ["3-1", "1,1", "x", "", "1--2", "2,1"])
+@pytest.mark.parametrize(
+    "text",
+    ["3-1", "1,1", "x", "", "1--2", "2,1", "0-3,3-4", "0-3,2", "-1", "+1", " 1", "1_0", "٣", "1,",
+     "9" * 30, "none,1"],
+)  # fmt: skip
 def test_broken_ranges(text):
     with pytest.raises(ValueError, match="ascending ranges"):
-        read_ranges(text)
+        read_ranges(text, 10**20)
+
+
+@pytest.mark.parametrize("text", ["4", "0-4", "0-999999999", "0-999999999999999999", "3,7"])
+def test_ranges_are_bounded_before_they_are_expanded(text):
+    assert read_ranges("0-3", 4) == (0, 1, 2, 3)
+    with pytest.raises(ValueError, match="beyond the 4"):
+        read_ranges(text, 4)
