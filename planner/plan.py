@@ -208,7 +208,8 @@ class Plan:
         _within("token stages", layers, graph.layers)
         if not self.tokens:
             return
-        if not graph.properties.get("image_tokens"):
+        sees = any(operator.part == "vision" for operator in graph)
+        if graph.properties.get("image_tokens") == 0 and not sees:
             raise InputError(f"the plan drops image tokens, and '{graph.name}' reads no images")
         of = self.provenance.get("image_tokens", self.tokens[0].of)
         left = of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
@@ -13,6 +14,10 @@ __all__ = ["DEFAULT_NEW_TOKENS", "DEFAULT_TEXT_TOKENS", "Workload"]
 
 DEFAULT_TEXT_TOKENS = 64
 DEFAULT_NEW_TOKENS = 64
+
+_LEAST = {"image_tokens": 0, "text_tokens": 0, "new_tokens": 0, "batch": 1}
+# Of each count; what they come to together is for pricing to judge.
+_MOST = 10**8
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +39,14 @@ class Workload:
     image_tokens_per_run: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("image_tokens", 0),
-            ("text_tokens", 0),
-            ("new_tokens", 0),
-            ("batch", 1),
-        ):
-            value = getattr(self, name)
+        for name, least in _LEAST.items():
+            value, said = getattr(self, name), name.replace("_", "-")
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise InputError(f"{said} must be a whole number, not {value!r:.40}")
             if value < least:
-                raise InputError(f"{name.replace('_', '-')} must be at least {least}, not {value}")
+                raise InputError(f"{said} must be at least {least}, not {value}")
+            if value > _MOST:
+                raise InputError(f"{said} must be at most {_MOST}, and it is larger")
         if self.prompt_tokens == 0:
             raise InputError("the prompt has no tokens: give --text-tokens or --image-tokens")
 

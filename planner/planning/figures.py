@@ -87,8 +87,11 @@ def _check_proof(plan: Plan) -> None:
     figures = [plan.solver[name] for name in names]
     numbers = all(isinstance(f, int | float) and math.isfinite(f) for f in figures)
     utility, bound, gap = figures if numbers else (1.0, 0.0, 0.0)
-    distance = bound - utility
-    follows = 0 <= gap * abs(utility) <= distance * (1 + _RELATIVE) and (gap > 0) == (distance > 0)
+    # A gap is relative to the utility, or to a thousandth of all where the utility is less: which
+    # happens only where measured utilities nearly cancel.
+    largest = (bound - utility) / abs(utility) if utility else math.inf
+    least = largest if plan.provenance.get("utilities") in ("prior", "uniform") else 0.0
+    follows = least * (1 - _RELATIVE) <= gap <= largest * (1 + _RELATIVE) and bound >= utility
     if not follows or plan.solver.get("status") != ("optimal" if gap <= TOLERANCE else "feasible"):
         raise InputError("the plan's gap does not follow from its utility and bound")
 

@@ -1,5 +1,6 @@
 """Plans whose file is whole and whose contents are not: none is taken for another model's plan."""
 
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -20,7 +21,9 @@ def _file(plan, change):
     """The plan's file after a change, with a digest that fits it."""
     document = parse_yaml(dump_plan(plan), "it")
     change(document)
-    document["digest"] = _digest(document)
+    # Without a digest where there is none of such contents.
+    with suppress(TypeError):
+        document["digest"] = _digest(document)
     return dump_yaml(document)
 
 
@@ -78,7 +81,8 @@ OTHERS = {
     "of 1000 image tokens": (_set("tokens", 0, "of", value=1000), "was made for 49"),
     "more kept than there are": (_set("tokens", 0, "keep", value=50), "only 49 are left"),
     "rising stages": (
-        lambda d: d["tokens"].append(d["tokens"][0] | {"layer": 5, "keep": 40}), "only 24 are left"),
+        lambda d: d["tokens"].append(d["tokens"][0] | {"layer": 5, "keep": 40}),
+        "only 24 are left"),
     "stages out of order": (
         lambda d: d["tokens"].append(d["tokens"][0] | {"layer": 1}), "token stages"),
     "a stage behind the last layer": (_set("tokens", 0, "layer", value=8), "token stages"),
@@ -124,7 +128,11 @@ def test_a_plan_of_ones_own_is_taken(compiled, tmp_path):
 
 
 def test_a_text_model_has_no_image_tokens_to_drop(compiled):
-    graph = replace(compiled.graph, properties={**compiled.graph.properties, "image_tokens": 0})
+    graph = replace(
+        compiled.graph,
+        operators=tuple(o for o in compiled.graph if o.part != "vision"),
+        properties={**compiled.graph.properties, "image_tokens": 0},
+    )
     with pytest.raises(InputError, match="reads no images"):
         compiled.plan.check(graph)
 
