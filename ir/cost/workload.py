@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
@@ -40,7 +41,8 @@ class Workload:
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
-            value, said = getattr(self, name), name.replace("_", "-")
+            value: Any = getattr(self, name)
+            said = name.replace("_", "-")
             if isinstance(value, bool) or not isinstance(value, Integral):
                 raise InputError(f"{said} must be a whole number, not {value!r:.40}")
             if value < least:
