@@ -43,7 +43,8 @@ class Workload:
         for name, least in _LEAST.items():
             value: Any = getattr(self, name)
             said = name.replace("_", "-")
-            if isinstance(value, bool) or not isinstance(value, Integral):
+            whole = isinstance(value, Integral) and not isinstance(value, bool)
+            if not whole:
                 raise InputError(f"{said} must be a whole number, not {value!r:.40}")
             if value < least:
                 raise InputError(f"{said} must be at least {least}, not {value}")
