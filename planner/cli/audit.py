@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.printing import Json, Quiet, Verbose, print_json, progress_bar, status, table
-from planner.cli.shared_options import TrustRemoteCode
+from planner.cli.options import command
+from planner.cli.printing import Console, table
+
+if TYPE_CHECKING:
+    from planner.planning.compiler import Request
 
 __all__ = ["audit_command"]
 
 
+@command("trust_remote_code")
 def audit_command(
+    request: Request,
+    console: Console,
     labels: Annotated[Path, typer.Argument(help="File that planner labels wrote.")],
     model: Annotated[
         str | None,
@@ -25,10 +31,6 @@ def audit_command(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write a page (.html) as well.")
     ] = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Solve every label's problem to proven optimality and say how far off the label is."""
     from planner.audit import audit, read_labels
@@ -40,23 +42,24 @@ def audit_command(
 
     if output is not None and output.suffix != ".html":
         raise InputError(f"the output '{output}' must be an .html file")
-    with status(not (quiet or as_json), verbose) as update:
+    with console.status() as update:
         update("read the labels")
         read = read_labels(labels)
         update("lower")
-        graph = lowered_graph(find_model(model or read.terms.model, trust_remote_code))[0]
+        graph = lowered_graph(find_model(model or read.terms.model, request.trust_remote_code))[0]
     if output is not None:
         output_folder(output.parent)
-    with progress_bar(not (quiet or as_json), "labels") as progress:
+    with console.progress_bar("labels") as progress:
         found = audit(read, graph, exact=exact, progress=progress)
     if output is not None:
         write_text(output, page(found))
-    if as_json:
-        print_json({"file": str(labels), **found.summary})
-    elif not quiet:
-        _print_summary(found.summary, verbose)
+
+    def text() -> None:
+        _print_summary(found.summary, console.verbose)
         if output is not None:
             print(f"wrote {output}")
+
+    console.show({"file": str(labels), **found.summary}, text)
 
 
 def _print_summary(summary: dict[str, Any], verbose: bool) -> None:

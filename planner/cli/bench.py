@@ -3,43 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.printing import Json, Quiet, Verbose, amount, print_json, status, table
-from planner.cli.shared_options import (
-    Dtype,
-    KvPolicyOption,
-    Model,
-    TrustRemoteCode,
-    parse_fractions,
-)
+from planner.cli.options import Budgets, Dtype, Place, command, parse_fractions
+from planner.cli.printing import Console, amount, table
+
+if TYPE_CHECKING:
+    from planner.planning.compiler import Request
 
 __all__ = ["bench_command"]
 
 
+@command(
+    "model", "switches", "tokens", "kv", "utilities", "text_tokens", "batch", "trust_remote_code",
+    text_tokens="Prompt tokens, about.",
+)  # fmt: skip
 def bench_command(
-    model: Model,
-    budgets: Annotated[
-        str, typer.Option("--budgets", help="Fractions of the base model, by commas.")
-    ] = "0.5,0.65,0.85,1",
-    switches: Annotated[str, typer.Option("--switches", help="As for compile.")] = "all",
-    tokens: Annotated[
-        str | None, typer.Option("--tokens", help="A token selector, such as fastv:k=2,r=0.5.")
-    ] = None,
-    kv: KvPolicyOption = None,
-    utilities: Annotated[str, typer.Option("--utilities", help="As for compile.")] = "prior",
+    request: Request,
+    console: Console,
+    budgets: Budgets = "0.5,0.65,0.85,1",
     decode: Annotated[int, typer.Option("--decode", help="Tokens to generate.")] = 32,
-    text_tokens: Annotated[int, typer.Option("--text-tokens", help="Prompt tokens, about.")] = 64,
-    batch: Annotated[int, typer.Option("--batch", help="Samples that run together.")] = 1,
     repeat: Annotated[int, typer.Option("--repeat", help="Interleaved rounds.")] = 7,
     dtype: Dtype = "auto",
-    device: Annotated[str, typer.Option("--on", help="Where to run: cpu, cuda.")] = "cpu",
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    device: Place = "cpu",
 ) -> None:
     """Measure prefill and decoding under budgets, against the base model in the same run."""
     from planner.cli.measuring import measure
@@ -50,25 +38,25 @@ def bench_command(
     for name, value, least in (
         ("decode", decode, 2),
         ("repeat", repeat, 1),
-        ("batch", batch, 1),
-        ("text-tokens", text_tokens, 1),
+        ("batch", request.batch, 1),
+        ("text-tokens", request.text_tokens, 1),
     ):
         if value < least:
             raise InputError(f"--{name} must be at least {least}")
-    with status(not (quiet or as_json), verbose) as update:
+    with console.status() as update:
         update("load")
-        stock, processor, source = load_model(model, dtype, device, trust_remote_code)
+        stock, processor, source = load_model(
+            request.model, dtype, device, request.trust_remote_code
+        )
         picture = noise_image() if "vision_config" in source.config else None
-        inputs = prompt_inputs(stock, processor, "what is this ? " * (text_tokens // 4), picture)
-        inputs = {k: v.repeat(batch, *[1] * (v.ndim - 1)) for k, v in inputs.items()}
+        prompt = "what is this ? " * (request.text_tokens // 4)
+        inputs = prompt_inputs(stock, processor, prompt, picture)
+        inputs = {k: v.repeat(request.batch, *[1] * (v.ndim - 1)) for k, v in inputs.items()}
         report = measure(
-            stock, inputs, fractions, switches, decode, repeat, update,
-            tokens=tokens, kv=kv, utilities=utilities,
+            stock, inputs, fractions, request.switches, decode, repeat, update,
+            tokens=request.tokens, kv=request.kv, utilities=request.utilities,
         )  # fmt: skip
-    if as_json:
-        print_json(report)
-    elif not quiet:
-        _print(report)
+    console.show(report, lambda: _print(report))
 
 
 # A clock is called steady if the slowest round of the base model takes at most so many times the

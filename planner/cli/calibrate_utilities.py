@@ -9,19 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.printing import Json, Quiet, Verbose, print_json, progress_bar, say, status, table
-from planner.cli.shared_options import Model, TrustRemoteCode
+from planner.cli.options import Dtype, Place, command
+from planner.cli.printing import Console, say, table
 
 if TYPE_CHECKING:
     from planner.models.calibration import Calibrated
+    from planner.planning.compiler import Request
 
 __all__ = ["calibrate_command"]
 
 _KINDS = {"all": "all switches", "layer": "layers", "heads": "heads", "mlp": "MLP groups"}
 
 
+@command("model", "trust_remote_code")
 def calibrate_command(
-    model: Model,
+    request: Request,
+    console: Console,
     images: Annotated[Path, typer.Option("--images", help="Folder of pictures.")],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Utilities file (.npz) for compile --utilities.")
@@ -43,14 +46,8 @@ def calibrate_command(
     samples: Annotated[int, typer.Option("--samples", help="Most samples to use.")] = 32,
     batch: Annotated[int, typer.Option("--batch", help="Switches measured at once.")] = 16,
     seed: Annotated[int, typer.Option("--seed", help="Which samples are drawn.")] = 0,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="auto, float32, bfloat16, float16.")
-    ] = "auto",
-    device: Annotated[str, typer.Option("--on", help="Where to run: cpu, cuda.")] = "cpu",
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    dtype: Dtype = "auto",
+    device: Place = "cpu",
 ) -> None:
     """Measure what every layer, head and MLP group is worth, without training.
 
@@ -85,16 +82,18 @@ def calibrate_command(
         raise InputError("--measure loss needs answers in the prompts file")
     output_folder(output.parent)
     started = time.perf_counter()
-    with status(not (quiet or as_json), verbose) as update:
+    with console.status() as update:
         update("load")
-        stock, processor, source = load_model(model, dtype, device, trust_remote_code)
+        stock, processor, source = load_model(
+            request.model, dtype, device, request.trust_remote_code
+        )
         update("lower")
         graph = with_switches(lowered_graph(source)[0])
         update("read the images")
         chosen = read_samples(stock, processor, questions, samples, seed)
     partial = output.with_name(output.name + ".partial")
     try:
-        with progress_bar(not (quiet or as_json), "measure") as progress:
+        with console.progress_bar("measure") as progress:
             found = calibrate(
                 stock,
                 graph,
@@ -115,11 +114,13 @@ def calibrate_command(
     utilities = Utilities(output.name, found.sites, found.tokens)
     if found.saturation is not None:
         utilities = Utilities(output.name, found.sites, found.tokens, found.saturation)
-    save_utilities(output, utilities, graph, json.dumps({"model": model, **facts}, sort_keys=True))
-    if as_json:
-        print_json({"utilities": str(output), "model": model, **facts, "seconds": seconds})
-    elif not quiet:
-        _print_summary(found, output, seconds)
+    save_utilities(
+        output, utilities, graph, json.dumps({"model": request.model, **facts}, sort_keys=True)
+    )
+    console.show(
+        {"utilities": str(output), "model": request.model, **facts, "seconds": seconds},
+        lambda: _print_summary(found, output, seconds),
+    )
 
 
 def _facts(found: Calibrated) -> dict[str, Any]:

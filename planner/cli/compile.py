@@ -3,107 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from planner.cli.kernels import Autotune, IndexDriven, Targets, compile_kernels, wanted_targets
-from planner.cli.printing import (
-    Json,
-    Quiet,
-    Verbose,
-    amount,
-    print_json,
-    say,
-    status,
-    table,
-)
-from planner.cli.shared_options import (
-    Batch,
-    Device,
-    ImageTokens,
-    KvPolicyOption,
-    Model,
-    NewTokens,
-    TextTokens,
-    TrustRemoteCode,
-)
-from planner.cli.with_scheduler import SchedulerOption, compile_scheduled, print_schedule
+from planner.cli.options import RequestOptions, Scheduler, command
+from planner.cli.printing import Console, amount, say, table
 
 if TYPE_CHECKING:
     from planner.kernels.manifest import Manifest
-    from planner.planning.compiler import Compiled
+    from planner.planning.compiler import Compiled, Request
+    from planner.schedule import Schedule
 
 __all__ = ["compile_command"]
 
 
+@command(*(field.name for field in fields(RequestOptions)))
 def compile_command(
-    model: Model,
-    budget: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--budget",
-            "-b",
-            help="Fraction of the base (0.65) or limit (kv=256MiB, latency=49ms); repeatable.",
-        ),
-    ] = None,
+    request: Request,
+    console: Console,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder [default: build/<model>].")
     ] = None,
-    switches: Annotated[
-        str,
-        typer.Option(
-            "--switches", help="Axes: tokens,layers,heads,mlp; or all, adallava-l, adallava-h."
-        ),
-    ] = "all",
-    tokens: Annotated[
-        str | None, typer.Option("--tokens", help="A token selector, such as fastv:k=2,r=0.5.")
-    ] = None,
-    kv: KvPolicyOption = None,
-    utilities: Annotated[
-        str, typer.Option("--utilities", help="prior, uniform, or an .npz file of measured ones.")
-    ] = "prior",
-    scheduler: SchedulerOption = None,
-    device: Device = None,
-    scope: Annotated[
-        str | None,
-        typer.Option("--scope", help="What a fraction is of: model, or llm [default: model]."),
-    ] = None,
-    image_tokens: ImageTokens = None,
-    text_tokens: TextTokens = 64,
-    new_tokens: NewTokens = 64,
-    batch: Batch = 1,
-    mlp_groups: Annotated[
-        int | None, typer.Option("--mlp-groups", help="Groups an MLP is divided into.")
-    ] = None,
-    uniform: Annotated[
-        bool,
-        typer.Option("--uniform", help="Equal widths in all layers, as a plain export needs."),
-    ] = False,
+    scheduler: Scheduler = None,
     target: Targets = None,
     index_driven: IndexDriven = False,
     autotune: Autotune = False,
-    time_limit: Annotated[
-        float, typer.Option("--time-limit", help="Seconds the solver may take.")
-    ] = 60.0,
     print_between_passes: Annotated[
         bool, typer.Option("--print-between-passes", help="Print the graph after every pass.")
     ] = False,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Decide what of a model to run under a budget, with proof; write the plan."""
     from planner.cli.debug import PASSES, debug_level, explain
     from planner.files import output_folder
     from planner.ir.errors import InputError
-    from planner.planning.compiler import Request, compile_plan
+    from planner.planning.compiler import compile_plan
 
-    if time_limit <= 0:
+    if request.time_limit_seconds <= 0:
         raise InputError("--time-limit must be more than 0 seconds")
-    if mlp_groups is not None and mlp_groups < 1:
+    if request.mlp_groups is not None and request.mlp_groups < 1:
         raise InputError("--mlp-groups must be at least 1")
     if (index_driven or autotune) and not target:
         raise InputError("--index-driven and --autotune are about kernels: name a --target too")
@@ -111,45 +52,12 @@ def compile_command(
         raise InputError("--target is not for --scheduler: index-driven kernels serve any plan")
     targets = wanted_targets(target)
     level = debug_level()
+    folder = output or Path("build") / Path(request.model.rstrip("/")).name
     if scheduler is not None:
-        if kv is not None:
-            raise InputError("--kv goes with a plan of its own, not with --scheduler")
-        folder = output or Path("build") / Path(model.rstrip("/")).name
-        with status(not (quiet or as_json), verbose) as update:
-            made = compile_scheduled(
-                model,
-                budget or ["0.65"],
-                scheduler,
-                folder,
-                tokens,
-                image_tokens,
-                text_tokens,
-                trust_remote_code,
-                update,
-            )
-        print_schedule(*made, as_json, quiet)
+        _compile_schedule(request, scheduler, folder, console)
         return
-    folder = output or Path("build") / Path(model.rstrip("/")).name
-    request = Request(
-        model=model,
-        budget=budget or ["0.65"],
-        switches=switches,
-        tokens=tokens,
-        kv=kv,
-        utilities=utilities,
-        device=device,
-        scope=scope,
-        image_tokens=image_tokens,
-        text_tokens=text_tokens,
-        new_tokens=new_tokens,
-        batch=batch,
-        mlp_groups=mlp_groups,
-        uniform=uniform,
-        time_limit_seconds=time_limit,
-        trust_remote_code=trust_remote_code,
-    )
     output_folder(folder)
-    with status(not (quiet or as_json), verbose) as update:
+    with console.status() as update:
         compiled = compile_plan(request, update)
         for line in explain(compiled, level):
             say(line)
@@ -159,16 +67,59 @@ def compile_command(
         between = print_between_passes or level >= PASSES
         path = write_outputs(compiled, folder, between, kernels[1] if kernels else None)
     manifest = kernels[0] if kernels else None
-    if as_json:
-        print_json(document(compiled, path, manifest))
-    elif not quiet:
-        _print_summary(compiled, path, verbose)
+
+    def text() -> None:
+        _print_summary(compiled, path, console.verbose)
         if manifest is not None:
             sources = len({kernel.source for kernel in manifest.kernels})
             print(
                 f"wrote {len(manifest.kernels)} kernels in {sources} sources to "
                 f"{folder / 'kernels'} (see: planner kernels {folder})"
             )
+
+    console.show(document(compiled, path, manifest), text)
+
+
+def _compile_schedule(request: Request, scheduler: str, folder: Path, console: Console) -> None:
+    """Check, price and write a schedule, whose plans a scheduler makes at run time."""
+    from planner.files import output_folder
+    from planner.ir.errors import InputError
+    from planner.models.scheduling import compile_schedule
+    from planner.schedule import save_schedule
+
+    if request.kv is not None:
+        raise InputError("--kv goes with a plan of its own, not with --scheduler")
+    with console.status() as update:
+        schedule = compile_schedule(
+            request.model,
+            request.budget,
+            scheduler,
+            request.tokens,
+            request.image_tokens,
+            request.text_tokens,
+            request.trust_remote_code,
+            update,
+        )
+        path = output_folder(folder) / "schedule.yaml"
+        save_schedule(schedule, path)
+    console.show(
+        {"schedule": str(path), **asdict(schedule)}, lambda: _print_schedule(schedule, path)
+    )
+
+
+def _print_schedule(schedule: Schedule, path: Path) -> None:
+    flops = schedule.cost["flops"]
+    print(f"{schedule.model} under {schedule.budget}, plans by {schedule.switches} per input")
+    if schedule.measure == "switches":
+        print(f"switches: {schedule.limit} of {schedule.of} on")
+    else:
+        share = schedule.limit / max(schedule.of, 1)
+        print(f"switches: {share:.4f} of what they cost in {schedule.measure} on")
+    print(
+        f"FLOPs of the language model's prefill: {amount(flops['plan'], 'flops')} of "
+        f"{amount(flops['base'], 'flops')}, {flops['fraction']:.4f}"
+    )
+    print(f"wrote {path}")
 
 
 def write_outputs(

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.printing import Json, Quiet, Verbose, print_json, status, table
-from planner.cli.shared_options import Dtype, Model, TrustRemoteCode, parse_fractions
-from planner.cli.with_scheduler import SchedulerOption
+from planner.cli.options import Budgets, Dtype, Place, Scheduler, command, parse_fractions
+from planner.cli.printing import Console, table
+
+if TYPE_CHECKING:
+    from planner.planning.compiler import Request
 
 __all__ = ["eval_command"]
 
 
+@command(
+    "model", "switches", "tokens", "utilities", "trust_remote_code",
+    switches="Axes of static plans, as for compile.",
+)  # fmt: skip
 def eval_command(
-    model: Model,
-    budgets: Annotated[
-        str, typer.Option("--budgets", help="Fractions of the base model, by commas.")
-    ] = "1,0.85,0.6",
-    scheduler: SchedulerOption = None,
-    switches: Annotated[
-        str, typer.Option("--switches", help="Of static plans, as for compile.")
-    ] = "all",
-    tokens: Annotated[
-        str | None, typer.Option("--tokens", help="A token selector, such as fastv:k=2,r=0.5.")
-    ] = None,
-    utilities: Annotated[str, typer.Option("--utilities", help="As for compile.")] = "prior",
+    request: Request,
+    console: Console,
+    budgets: Budgets = "1,0.85,0.6",
+    scheduler: Scheduler = None,
     samples: Annotated[int, typer.Option("--samples", help="Questions.")] = 300,
     seed: Annotated[int, typer.Option("--seed", help="Which questions.")] = 0,
     split: Annotated[str, typer.Option("--split", help="train, val or test.")] = "test",
@@ -34,21 +33,17 @@ def eval_command(
         bool, typer.Option("--mask", help="Multiply by zero instead of skipping (scheduler only).")
     ] = False,
     dtype: Dtype = "auto",
-    device: Annotated[str, typer.Option("--on", help="Where to run: cpu, cuda.")] = "cpu",
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    device: Place = "cpu",
 ) -> None:
     """Measure accuracy per question family under budgets, through generate()."""
     from planner.ir.errors import InputError
     from planner.ir.lowering import lower_model
     from planner.loading import load_model
     from planner.models.scheduling import compile_schedule, load_scheduled
-    from planner.planning.compiler import Request
     from planner.training.budget_accuracy import TEXT_TOKENS, UnderBudgets
     from planner.training.data import SPLITS, SceneQuestions
 
+    model, trust = request.model, request.trust_remote_code
     fractions = parse_fractions(budgets)
     for name, value in (("samples", samples), ("batch", batch)):
         if value < 1:
@@ -59,38 +54,35 @@ def eval_command(
         raise InputError("--mask is for a --scheduler")
     questions = SceneQuestions(split, samples, seed)
     results: list[dict[str, Any]] = []
-    with status(not (quiet or as_json), verbose) as update:
+    with console.status() as update:
         update("load")
         scheduled = None
         if scheduler is not None:
             schedule = compile_schedule(
-                model, fractions[0], scheduler, tokens, trust_remote_code=trust_remote_code
+                model, fractions[0], scheduler, request.tokens, trust_remote_code=trust
             )
-            loaded, processor, scheduled = load_scheduled(
-                schedule, dtype, device, trust_remote_code, mask
-            )
+            loaded, processor, scheduled = load_scheduled(schedule, dtype, device, trust, mask)
             graph = scheduled.graph
         else:
-            loaded, processor, _ = load_model(model, dtype, device, trust_remote_code)
+            loaded, processor, _ = load_model(model, dtype, device, trust)
             update("lower")
             graph = lower_model(loaded, model)
-        request = Request(model, switches=switches, utilities=utilities, text_tokens=TEXT_TOKENS)
-        bench = UnderBudgets(loaded, processor, graph, questions, scheduled, request, tokens, batch)
+        how = replace(request, text_tokens=TEXT_TOKENS)
+        bench = UnderBudgets(
+            loaded, processor, graph, questions, scheduled, how, request.tokens, batch
+        )
         for fraction in fractions:
             update(f"budget {fraction:g}")
             results.append(bench.measure(fraction))
     document = {
         "model": model,
         "scheduler": scheduler,
-        "tokens": tokens,
+        "tokens": request.tokens,
         "split": split,
         "seed": seed,
         "results": results,
     }
-    if as_json:
-        print_json(document)
-    elif not quiet:
-        _print(results)
+    console.show(document, lambda: _print(results))
 
 
 def _print(results: list[dict[str, Any]]) -> None:

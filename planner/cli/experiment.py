@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from planner.cli.printing import Json, Quiet, Verbose, print_json, say, table
+from planner.cli.options import command
+from planner.cli.printing import Console, say, table
 
 __all__ = ["experiment_command"]
 
 
+@command()
 def experiment_command(
+    console: Console,
     name: Annotated[str, typer.Argument(help="table1, table3, baselines or warm-start.")],
     seeds: Annotated[str, typer.Option("--seeds", help="Training runs, by commas.")] = "0,1,2",
     samples: Annotated[int, typer.Option("--samples", help="Test questions per seed.")] = 600,
@@ -27,9 +30,6 @@ def experiment_command(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change every training configuration."),
     ] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Train and measure one table of results; what is there already is not done again."""
     from planner.files import output_folder
@@ -50,25 +50,26 @@ def experiment_command(
         output_folder(output)
 
     def progress(text: str) -> None:
-        if not quiet and (verbose or not as_json):
+        if not console.quiet and (console.verbose or not console.as_json):
             say(f"planner: {text}")
 
     results = run_experiment(name, work, numbers, samples, settings or [], progress)
     if output is not None:
         write_page(results, output)
-    if as_json:
-        print_json(results)
-    elif not quiet:
-        headers = ["method", "tokens", "budget", "FLOPs", "accuracy", "spread"]
-        rows = [
-            [
-                row["method"],
-                row["tokens"] or "all",
-                f"{row['budget']:g}",
-                f"{row['cost_fraction']:.3f}",
-                f"{row['accuracy']:.3f}",
-                f"{row['accuracy_spread']:.3f}",
-            ]
-            for row in results["summary"]
+    console.show(results, lambda: _print(results))
+
+
+def _print(results: dict[str, Any]) -> None:
+    headers = ["method", "tokens", "budget", "FLOPs", "accuracy", "spread"]
+    rows = [
+        [
+            row["method"],
+            row["tokens"] or "all",
+            f"{row['budget']:g}",
+            f"{row['cost_fraction']:.3f}",
+            f"{row['accuracy']:.3f}",
+            f"{row['accuracy_spread']:.3f}",
         ]
-        table(headers, rows, results["title"])
+        for row in results["summary"]
+    ]
+    table(headers, rows, results["title"])

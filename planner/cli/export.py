@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.printing import Json, Quiet, Verbose, amount, print_json, status
-from planner.cli.shared_options import Model, TrustRemoteCode
+from planner.cli.options import command
+from planner.cli.printing import Console, amount
 
 if TYPE_CHECKING:
     import torch
+
+    from planner.planning.compiler import Request
 
 __all__ = ["export_command"]
 
@@ -19,14 +21,12 @@ __all__ = ["export_command"]
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
+@command("model", "trust_remote_code")
 def export_command(
-    model: Model,
+    request: Request,
+    console: Console,
     plan: Annotated[Path, typer.Option("--plan", help="The plan file.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="New folder.")],
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Write the weights that a plan keeps as a checkpoint of their own.
 
@@ -41,13 +41,14 @@ def export_command(
     from planner.planning.compiler import lowered_graph
     from planner.planning.figures import check_figures
 
+    model, trust = request.model, request.trust_remote_code
     wanted = load_plan(plan)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"'{output}' is there already and not empty: name a new folder")
-    with status(not (quiet or as_json), verbose) as update:
+    with console.status() as update:
         update("load")
-        dtype = _named_dtype(find_model(model, trust_remote_code).config)
-        stock, processor, source = load_model(model, dtype, "cpu", trust_remote_code)
+        dtype = _named_dtype(find_model(model, trust).config)
+        stock, processor, source = load_model(model, dtype, "cpu", trust)
         update("lower")
         graph = lowered_graph(source)[0]
         check_figures(wanted, graph)
@@ -58,20 +59,18 @@ def export_command(
         done = export(stock, graph, wanted, output, inputs, folder, _stored_dtype(folder))
         if source.folder is None:
             processor.save_pretrained(output)
-    if as_json:
-        print_json(
-            {
-                "folder": str(done.folder),
-                "plain": done.plain,
-                "why_not_plain": done.why_not or None,
-                "parameters": done.parameters,
-                "base_parameters": done.base_parameters,
-                "relative_error": done.error,
-                "token_stages": len(wanted.tokens),
-                "kv": wanted.kv or None,
-            }
-        )
-    elif not quiet:
+    document = {
+        "folder": str(done.folder),
+        "plain": done.plain,
+        "why_not_plain": done.why_not or None,
+        "parameters": done.parameters,
+        "base_parameters": done.base_parameters,
+        "relative_error": done.error,
+        "token_stages": len(wanted.tokens),
+        "kv": wanted.kv or None,
+    }
+
+    def text() -> None:
         share = done.parameters / done.base_parameters
         print(
             f"{amount(done.parameters, 'count')} of {amount(done.base_parameters, 'count')} "
@@ -88,6 +87,8 @@ def export_command(
             print(f"not a plain checkpoint: {done.why_not}")
             print("load it with planner.models.export.load")
         print(f"wrote {done.folder}")
+
+    console.show(document, text)
 
 
 def _named_dtype(config: dict[str, Any]) -> str:

@@ -7,49 +7,37 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.printing import Json, Quiet, Verbose, amount, print_json, status, table
-from planner.cli.shared_options import (
-    Batch,
-    Device,
-    ImageTokens,
-    Model,
-    NewTokens,
-    TextTokens,
-    TrustRemoteCode,
-)
+from planner.cli.options import command
+from planner.cli.printing import Console, amount, table
 
 if TYPE_CHECKING:
     from planner.ir.cost import Cost
     from planner.ir.graph import Operator
+    from planner.planning.compiler import Request
 
 __all__ = ["inspect_command"]
 
 
+@command(
+    "model", "device", "image_tokens", "text_tokens", "new_tokens", "batch", "trust_remote_code"
+)
 def inspect_command(
-    model: Model,
+    request: Request,
+    console: Console,
     plan: Annotated[Path | None, typer.Option("--plan", help="A plan to apply first.")] = None,
     passes: Annotated[
         str, typer.Option("--passes", help="Passes to apply, such as drop-dead,fuse-projections.")
     ] = "",
-    device: Device = None,
     by: Annotated[str, typer.Option("--by", help="Rows: operator, layer or kind.")] = "layer",
     step: Annotated[
         str, typer.Option("--step", help="What runs: prefill, or decode (the last token).")
     ] = "prefill",
-    image_tokens: ImageTokens = None,
-    text_tokens: TextTokens = 64,
-    new_tokens: NewTokens = 64,
-    batch: Batch = 1,
     graph_text: Annotated[
         bool, typer.Option("--graph", help="Print the graph's text form instead.")
     ] = False,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Show the cost of a model: FLOPs, bytes, roofline seconds, KV bytes, parameters."""
-    from planner.ir.cost import Workload, price, total
+    from planner.ir.cost import price, total
     from planner.ir.cost.device_table import device as find_device
     from planner.ir.errors import InputError
     from planner.ir.graph_text import print_graph
@@ -63,40 +51,39 @@ def inspect_command(
         raise InputError(f"unknown --by '{by}': choose operator, layer or kind")
     if step not in ("prefill", "decode"):
         raise InputError(f"unknown --step '{step}': choose prefill or decode")
-    chip = find_device(device or DEFAULT_DEVICE)
+    chip = find_device(request.device or DEFAULT_DEVICE)
     loaded = load_plan(plan) if plan else None
     rewrites = find_passes(passes)
-    with status(not (quiet or as_json), verbose) as update:
+    with console.status() as update:
         update("lower")
-        graph, _, _ = lowered_graph(find_model(model, trust_remote_code))
-    load = Workload.default(graph, image_tokens, text_tokens, new_tokens, batch)
+        graph, _, _ = lowered_graph(find_model(request.model, request.trust_remote_code))
+    load = request.workload(graph)
     kept: dict[int, int] = {}
     if loaded is not None:
         check_figures(loaded, graph)
         graph = specialised(graph, loaded)
         kept = {stage.layer: min(stage.keep, load.image_tokens) for stage in loaded.tokens}
     graph = run(graph, rewrites)
-    sizes = load.prefill(kept) if step == "prefill" else load.decode(max(1, new_tokens), kept)
+    last = max(1, request.new_tokens)
+    sizes = load.prefill(kept) if step == "prefill" else load.decode(last, kept)
     costs = [(operator, price(operator, graph, sizes, chip)) for operator in graph]
     whole = total(cost for _, cost in costs)
-    if as_json:
-        print_json(
-            {
-                "model": graph.name,
-                "device": chip.name,
-                "step": step,
-                "totals": _facts(whole),
-                "operators": [_row(operator, cost) for operator, cost in costs],
-            }
-        )
-        return
-    if quiet:
-        return
-    if graph_text:
-        by_name = {operator.name: cost for operator, cost in costs}
-        print(print_graph(graph, lambda o: amount(by_name[o.name].flops, "flops")), end="")
-        return
-    _print(graph.name, chip.name, step, costs, whole, by)
+    document = {
+        "model": graph.name,
+        "device": chip.name,
+        "step": step,
+        "totals": _facts(whole),
+        "operators": [_row(operator, cost) for operator, cost in costs],
+    }
+
+    def text() -> None:
+        if graph_text:
+            by_name = {operator.name: cost for operator, cost in costs}
+            print(print_graph(graph, lambda o: amount(by_name[o.name].flops, "flops")), end="")
+        else:
+            _print(graph.name, chip.name, step, costs, whole, by)
+
+    console.show(document, text)
 
 
 def _facts(cost: Cost) -> dict[str, Any]:

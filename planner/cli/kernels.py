@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.printing import Json, Quiet, Verbose, amount, print_json, say, table
+from planner.cli.options import command
+from planner.cli.printing import Console, amount, say, table
 
 if TYPE_CHECKING:
     from planner.kernels.manifest import CompiledKernel, Manifest
@@ -80,16 +81,15 @@ def compile_kernels(
     )
 
 
+@command()
 def kernels_command(
+    console: Console,
     folder: Annotated[
         Path, typer.Argument(help="What planner compile --target was given with -o.")
     ],
     target: Annotated[
         list[str] | None, typer.Option("--target", help="Only these targets; repeatable.")
     ] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Per kernel and target: registers, spills, shared memory, tensor cores, predicted time."""
     from planner.ir.errors import InputError
@@ -103,10 +103,10 @@ def kernels_command(
                 f"there are no kernels for '{name}' in '{folder}', but for {', '.join(known)}"
             )
     rows = [kernel for kernel in manifest.kernels if not target or kernel.target in target]
-    if as_json:
-        print_json(manifest.model_copy(update={"kernels": rows}).model_dump())
-    elif not quiet:
-        _print_kernels(manifest, rows, verbose)
+    console.show(
+        manifest.model_copy(update={"kernels": rows}).model_dump(),
+        lambda: _print_kernels(manifest, rows, console.verbose),
+    )
 
 
 def _print_kernels(manifest: Manifest, rows: list[CompiledKernel], verbose: bool) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.printing import Json, Quiet, Verbose, print_json, progress_bar, status
-from planner.cli.shared_options import Dtype, Model, TrustRemoteCode, parse_fractions
-from planner.cli.with_scheduler import SchedulerOption
+from planner.cli.options import Budgets, Dtype, Place, Scheduler, command, parse_fractions
+from planner.cli.printing import Console
+
+if TYPE_CHECKING:
+    from planner.planning.compiler import Request
 
 __all__ = ["labels_command"]
 
@@ -18,19 +20,19 @@ __all__ = ["labels_command"]
 _TEXT_TOKENS = 16
 
 
+@command("model", "mlp_groups", "trust_remote_code")
 def labels_command(
-    model: Model,
+    request: Request,
+    console: Console,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Labels file (.parquet) for planner audit.")
     ],
-    budgets: Annotated[
-        str, typer.Option("--budgets", help="Fractions of the base model, by commas.")
-    ] = "0.6,0.7,0.8,0.9",
+    budgets: Budgets = "0.6,0.7,0.8,0.9",
     switches: Annotated[
         str,
         typer.Option("--switches", help="adallava-l (counted), or some of layers,heads,mlp."),
     ] = "adallava-l",
-    scheduler: SchedulerOption = None,
+    scheduler: Scheduler = None,
     samples: Annotated[int, typer.Option("--samples", help="How many questions.")] = 256,
     tried: Annotated[
         int,
@@ -48,15 +50,8 @@ def labels_command(
     split: Annotated[str, typer.Option("--split", help="Of scenes: train, val, test.")] = "train",
     seed: Annotated[int, typer.Option("--seed", help="Which questions.")] = 0,
     batch: Annotated[int, typer.Option("--batch", help="Plans that run at once.")] = 16,
-    mlp_groups: Annotated[
-        int | None, typer.Option("--mlp-groups", help="Groups an MLP is divided into.")
-    ] = None,
     dtype: Dtype = "auto",
-    device: Annotated[str, typer.Option("--on", help="Where to run: cpu, cuda.")] = "cpu",
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    device: Place = "cpu",
 ) -> None:
     """Measure what switches are worth to each sample, and decide its plan for every budget.
 
@@ -70,6 +65,7 @@ def labels_command(
     from planner.training.labelling import label_samples
     from planner.training.question_samples import picture_samples, scene_samples
 
+    model, trust = request.model, request.trust_remote_code
     fractions = list(dict.fromkeys(parse_fractions(budgets)))
     for name, value in (("samples", samples), ("batch", batch)):
         if value < 1:
@@ -82,18 +78,14 @@ def labels_command(
         raise InputError("--prompts needs --images")
     output_folder(output.parent)
     started = time.perf_counter()
-    with status(not (quiet or as_json), verbose) as update:
+    with console.status() as update:
         update("load")
         scheduled = None
         if scheduler is not None:
             from planner.models.scheduling import compile_schedule, load_scheduled
 
-            schedule = compile_schedule(
-                model, fractions[0], scheduler, trust_remote_code=trust_remote_code
-            )
-            stock, processor, scheduled = load_scheduled(
-                schedule, dtype, device, trust_remote_code, mask=True
-            )
+            schedule = compile_schedule(model, fractions[0], scheduler, trust_remote_code=trust)
+            stock, processor, scheduled = load_scheduled(schedule, dtype, device, trust, mask=True)
             if scheduled.layout.name != switches:
                 raise InputError(
                     f"the scheduler decides {scheduled.layout.name}, and the labels are for "
@@ -101,7 +93,7 @@ def labels_command(
                 )
             graph = scheduled.graph
         else:
-            stock, processor, _ = load_model(model, dtype, device, trust_remote_code)
+            stock, processor, _ = load_model(model, dtype, device, trust)
             update("lower")
             graph = lower_model(stock, model)
         terms = Terms(
@@ -111,7 +103,7 @@ def labels_command(
             source=f"scheduler {scheduler}" if scheduler else "heuristic",
             image_tokens=int(graph.properties.get("image_tokens", 0)),
             text_tokens=_TEXT_TOKENS,
-            mlp_groups=mlp_groups,
+            mlp_groups=request.mlp_groups,
         )
         terms.problem(graph, fractions[0])
         update("read the questions")
@@ -119,7 +111,7 @@ def labels_command(
             chosen = scene_samples(stock, processor, split, samples, seed)
         else:
             chosen = picture_samples(stock, processor, images, prompts, samples, seed)
-    with progress_bar(not (quiet or as_json), "samples") as progress:
+    with console.progress_bar("samples") as progress:
         labels = label_samples(
             stock,
             graph,
@@ -143,9 +135,8 @@ def labels_command(
         "tried": min(tried, len(chosen)),
         "seconds": time.perf_counter() - started,
     }
-    if as_json:
-        print_json({"output": str(output), **facts})
-    elif not quiet:
+
+    def text() -> None:
         print(
             f"{facts['labels']} labels for {model}: {facts['samples']} samples under "
             f"{len(fractions)} budgets, {len(labels.switches)} switches ({switches}), "
@@ -154,3 +145,5 @@ def labels_command(
         if facts["tried"]:
             print(f"every one of {1 << len(labels.switches)} plans tried on {facts['tried']}")
         print(f"wrote {output} in {facts['seconds']:.1f} s; see: planner audit {output}")
+
+    console.show({"output": str(output), **facts}, text)

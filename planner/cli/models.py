@@ -8,12 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from planner.cli.printing import Json, Quiet, Verbose, print_json, say, table
+from planner.cli.options import command
+from planner.cli.printing import Console, say, table
 
 __all__ = ["models_command"]
 
 
+@command()
 def models_command(
+    console: Console,
     check: Annotated[
         bool,
         typer.Option(
@@ -23,25 +26,19 @@ def models_command(
     only: Annotated[
         list[str] | None, typer.Option("--only", help="With --check: just these model types.")
     ] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """List model aliases; with --check, what can be lowered."""
     from planner.planning.catalog import aliases
 
     if not check:
-        if as_json:
-            print_json({"aliases": aliases()})
-        elif not quiet:
-            table(["alias", "model"], [[name, what] for name, what in aliases().items()])
+        rows = [[name, what] for name, what in aliases().items()]
+        console.show({"aliases": aliases()}, lambda: table(["alias", "model"], rows))
         return
-    results = check_models(only, show=not (quiet or as_json))
-    if as_json:
-        print_json({"models": results})
-        return
-    if quiet:
-        return
+    results = check_models(only, console.shows_progress)
+    console.show({"models": results}, lambda: _print_checks(results, console.verbose))
+
+
+def _print_checks(results: list[dict[str, Any]], verbose: bool) -> None:
     lowered = [r for r in results if r["lowered"]]
     with_sites = [r for r in lowered if r["sites"]]
     rows = [

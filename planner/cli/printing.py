@@ -8,27 +8,93 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
-__all__ = [
-    "Json",
-    "Quiet",
-    "Verbose",
-    "amount",
-    "print_json",
-    "progress_bar",
-    "say",
-    "status",
-    "table",
-]
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, nothing else.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Print more.")]
+__all__ = ["Console", "amount", "print_json", "say", "table"]
 
 _SHOW_AFTER_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Console:
+    """How much a command prints, and as what; the options that every command has."""
+
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document, nothing else.")
+    ] = False
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")] = False
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print more.")] = False
+
+    def show(self, document: Any, text: Callable[[], None]) -> None:
+        """What came out: as JSON, or else in words unless the user wants to see nothing."""
+        if self.as_json:
+            print_json(document)
+        elif not self.quiet:
+            text()
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether what is being done may be said on stderr."""
+        return not (self.quiet or self.as_json)
+
+    @contextmanager
+    def status(self) -> Iterator[Callable[[str], None]]:
+        """Say on stderr what is being done once it takes longer than two seconds.
+
+        Yields a function that takes the name of the stage. With --verbose every stage is a line.
+        """
+        current = {"stage": ""}
+
+        def update(stage: str) -> None:
+            current["stage"] = stage
+            if self.shows_progress and self.verbose:
+                say(f"planner: {stage}")
+
+        # In a log, a spinner is noise: there, progress is what --verbose says.
+        if not self.shows_progress or self.verbose or not sys.stderr.isatty():
+            yield update
+            return
+        done = threading.Event()
+
+        def spin() -> None:
+            if done.wait(_SHOW_AFTER_SECONDS):
+                return
+            import rich.console
+
+            with rich.console.Console(stderr=True).status("") as spinner:
+                while not done.wait(0.1):
+                    spinner.update(f"{current['stage']} ...")
+
+        thread = threading.Thread(target=spin, daemon=True)
+        thread.start()
+        try:
+            yield update
+        finally:
+            done.set()
+            thread.join(timeout=1)
+
+    @contextmanager
+    def progress_bar(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """A progress bar on stderr; yields a function of what is done and of all there is."""
+        if not self.shows_progress:
+            yield lambda done, total: None
+            return
+        import rich.console
+        from rich import progress
+
+        columns = (
+            progress.TextColumn(what),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+        )
+        with progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def print_json(document: Any) -> None:
@@ -93,67 +159,3 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str = ""
 
 def _is_number(text: str) -> bool:
     return not text or text[0].isdigit() or text[0] in "+-." or text == "-"
-
-
-@contextmanager
-def status(show: bool, verbose: bool = False) -> Iterator[Any]:
-    """Say on stderr what is being done once it takes longer than two seconds.
-
-    Yields a function that takes the name of the stage. Where `verbose`, every stage is a line.
-    """
-    current = {"stage": ""}
-
-    def update(stage: str) -> None:
-        current["stage"] = stage
-        if show and verbose:
-            say(f"planner: {stage}")
-
-    # In a log, a spinner is noise: there, progress is what --verbose says.
-    if not show or verbose or not sys.stderr.isatty():
-        yield update
-        return
-    done = threading.Event()
-
-    def spin() -> None:
-        if done.wait(_SHOW_AFTER_SECONDS):
-            return
-        from rich.console import Console
-
-        with Console(stderr=True).status("") as spinner:
-            while not done.wait(0.1):
-                spinner.update(f"{current['stage']} ...")
-
-    thread = threading.Thread(target=spin, daemon=True)
-    thread.start()
-    try:
-        yield update
-    finally:
-        done.set()
-        thread.join(timeout=1)
-
-
-@contextmanager
-def progress_bar(show: bool, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr; yields a function of what is done and of all there is."""
-    if not show:
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn(what),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -3,146 +3,208 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.printing import Json, Quiet, Verbose, amount, print_json, status
-from planner.cli.shared_options import Device, Dtype, KvPolicyOption, Model, TrustRemoteCode
-from planner.cli.with_scheduler import (
-    Explain,
-    SchedulerOption,
-    explain_plan,
-    print_explanation,
-    run_scheduled,
-)
+from planner.cli.explain import layer_rows, print_layers, skipped
+from planner.cli.options import Dtype, Place, Scheduler, command
+from planner.cli.printing import Console, amount, print_json
 
 if TYPE_CHECKING:
     from planner.ir.graph import Graph
+    from planner.models.scheduling import Scheduled
     from planner.plan import Plan
+    from planner.planning.compiler import Request
+    from planner.schedule import Schedule
 
 __all__ = ["run_command"]
 
 
+@dataclass(frozen=True)
+class _Question:
+    """What is asked, and where it is answered."""
+
+    prompt: str
+    picture: Any
+    dtype: str
+    place: str
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What came of it.
+
+    Attributes:
+        facts: the answer itself, its tokens and seconds.
+        plan: that was followed.
+        cost: that it was made with.
+        graph: of the model.
+        image_tokens, text_tokens: of the prompt.
+        kept: layer of a token stage -> image tokens that were left.
+        scheduled: what decided, where that was a scheduler.
+    """
+
+    facts: dict[str, Any]
+    plan: Plan
+    cost: Any
+    graph: Graph
+    image_tokens: int
+    text_tokens: int
+    kept: dict[int, int]
+    scheduled: Scheduled | None = None
+
+
+@command(
+    "model", "budget", "switches", "tokens", "kv", "utilities", "new_tokens", "device",
+    "trust_remote_code",
+    new_tokens="Most tokens to generate.",
+)  # fmt: skip
 def run_command(
-    model: Model,
+    request: Request,
+    console: Console,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
     image: Annotated[Path | None, typer.Option("--image", "-i", help="A picture.")] = None,
-    budget: Annotated[
-        list[str] | None, typer.Option("--budget", "-b", help="As for compile; repeatable.")
-    ] = None,
     plan: Annotated[
         Path | None, typer.Option("--plan", help="A plan or schedule, instead of a budget.")
     ] = None,
-    scheduler: SchedulerOption = None,
-    explain: Explain = False,
-    switches: Annotated[str, typer.Option("--switches", help="As for compile.")] = "all",
-    tokens: Annotated[
-        str | None, typer.Option("--tokens", help="A token selector, such as fastv:k=2,r=0.5.")
-    ] = None,
-    kv: KvPolicyOption = None,
-    utilities: Annotated[str, typer.Option("--utilities", help="As for compile.")] = "prior",
-    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Most tokens to generate.")] = 64,
-    roofline: Device = None,
+    scheduler: Scheduler = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say layer by layer what ran.")
+    ] = False,
     dtype: Dtype = "auto",
-    device: Annotated[str, typer.Option("--on", help="Where to run: cpu, cuda.")] = "cpu",
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    place: Place = "cpu",
 ) -> None:
     """Answer one question, running only what the plan keeps."""
-    from planner.api import compile as compile_model
-    from planner.api import graph_of, kept_image_tokens, plan_of
     from planner.ir.cost import Workload
     from planner.ir.errors import InputError
-    from planner.loading import count_image_tokens, load_image, load_model, prompt_inputs
+    from planner.loading import load_image
     from planner.models.scheduling import compile_schedule
     from planner.plan import load_plan
     from planner.planning.budgets import Budget
     from planner.planning.plan_costs import PlanCosts
     from planner.schedule import is_schedule, load_schedule
 
-    if new_tokens < 1:
+    if request.new_tokens < 1:
         raise InputError("--new-tokens must be at least 1")
-    if kv is not None and (plan is not None or scheduler is not None):
+    if request.kv is not None and (plan is not None or scheduler is not None):
         raise InputError("--kv is part of a plan: give it with --budget, not beside another plan")
-    if tokens is not None and image is None:
-        raise InputError(f"--tokens {tokens} picks image tokens: give an --image too")
+    if request.tokens is not None and image is None:
+        raise InputError(f"--tokens {request.tokens} picks image tokens: give an --image too")
     schedule = None
     if plan is not None and is_schedule(plan):
         schedule = load_schedule(plan)
     elif scheduler is not None:
-        schedule = compile_schedule(model, budget or ["0.65"], scheduler, tokens)
+        schedule = compile_schedule(request.model, request.budget, scheduler, request.tokens)
     loaded = load_plan(plan) if plan and schedule is None else None
-    if plan is not None and (budget or tokens or utilities != "prior"):
+    decided = request.tokens or request.budget != type(request).budget
+    if plan is not None and (decided or request.utilities != "prior"):
         raise InputError("--plan is a whole plan: give it without --budget, --tokens, --utilities")
-    wanted = Budget.of(budget or ["0.65"])
-    if roofline is None and any(limit.metric == "latency" for limit in wanted.limits):
+    limits = Budget.of(request.budget).limits
+    if request.device is None and any(limit.metric == "latency" for limit in limits):
         raise InputError("a latency budget needs --device: seconds mean nothing without one")
-    picture = load_image(image) if image else None
-    kept: dict[int, int] = {}
-    with status(not (quiet or as_json), verbose) as update:
+    question = _Question(prompt, load_image(image) if image else None, dtype, place)
+    with console.status() as update:
         if schedule is not None:
-            document, made, scheduled = run_scheduled(
-                schedule, prompt, picture, new_tokens, dtype, device, trust_remote_code, update
-            )
-            graph = scheduled.graph
-            kept = {row["layer"]: row["kept"] for row in document["image_tokens"]}
+            ran = _run_scheduled(schedule, request, question, update)
         else:
-            scheduled = None
-            update("load")
-            stock, processor, _ = load_model(model, dtype, device, trust_remote_code)
-            inputs = prompt_inputs(stock, processor, prompt, picture)
-            image_tokens = count_image_tokens(stock, inputs)
-            text_tokens = int(inputs["input_ids"].shape[1]) - image_tokens
-            if picture is None and image_tokens == 0 and "tokens" in switches:
-                switches = ",".join(axis for axis in switches.split(",") if axis != "tokens")
-            update("compile")
-            compile_model(
-                stock,
-                wanted,
-                plan=loaded,
-                switches=switches,
-                tokens=tokens,
-                kv=kv,
-                utilities=utilities,
-                device=roofline,
-                image_tokens=image_tokens,
-                text_tokens=text_tokens,
-                new_tokens=new_tokens,
-            )
-            update("generate")
-            answer, facts = generate(stock, processor, inputs, new_tokens)
-            made, graph = plan_of(stock), graph_of(stock)
-            kept = {layer: counts[0] for layer, counts in kept_image_tokens(stock).items()}
-            load = Workload.default(graph, image_tokens, text_tokens, facts["tokens"] - 1)
-            document = {
-                "answer": answer,
-                **facts,
-                "cost": made.cost,
-                "cost_of_this_prompt": PlanCosts(graph, load).of(made, kept),
-                "image_tokens": kept_rows(image_tokens, kept),
-                "skipped": skipped(made, graph, image_tokens, kept),
-                "scope": made.provenance.get("scope"),
-                "utilities": made.provenance.get("utilities"),
-            }
+            ran = _run_planned(loaded, request, question, update)
+    load = Workload.default(ran.graph, ran.image_tokens, ran.text_tokens, ran.facts["tokens"] - 1)
+    document = {
+        **ran.facts,
+        "cost": ran.cost,
+        "cost_of_this_prompt": PlanCosts(ran.graph, load).of(ran.plan, ran.kept),
+        "image_tokens": [
+            {"layer": layer, "of": ran.image_tokens, "kept": left}
+            for layer, left in ran.kept.items()
+        ],
+        "skipped": skipped(ran.plan, ran.graph, ran.image_tokens, ran.kept),
+        "scope": ran.plan.provenance.get("scope"),
+        "utilities": ran.plan.provenance.get("utilities"),
+    }
+    if schedule is not None:
+        document["scheduler"] = schedule.scheduler
     if explain:
-        document["layers"] = explain_plan(made, graph, scheduled, kept)
-    if as_json:
+        document["layers"] = layer_rows(ran.plan, ran.graph, ran.kept, ran.scheduled)
+    if console.as_json:
         print_json(document)
         return
     print(document["answer"])
-    if not quiet:
+    if not console.quiet:
         _print_facts(document)
+
+
+def _run_planned(
+    plan: Plan | None, request: Request, question: _Question, update: Callable[[str], None]
+) -> _Answer:
+    """Answer under one plan, made for this prompt where none is given."""
+    from planner.api import compile as compile_model
+    from planner.api import graph_of, kept_image_tokens, plan_of
+    from planner.loading import count_image_tokens, load_model, prompt_inputs
+
+    update("load")
+    model, processor, _ = load_model(
+        request.model, question.dtype, question.place, request.trust_remote_code
+    )
+    inputs = prompt_inputs(model, processor, question.prompt, question.picture)
+    image_tokens = count_image_tokens(model, inputs)
+    text_tokens = int(inputs["input_ids"].shape[1]) - image_tokens
+    request = replace(request, image_tokens=image_tokens, text_tokens=text_tokens)
+    if question.picture is None and image_tokens == 0:
+        axes = [axis for axis in request.switches.split(",") if axis != "tokens"]
+        request = replace(request, switches=",".join(axes))
+    update("compile")
+    options = {name: value for name, value in vars(request).items() if name not in _OF_THE_MODEL}
+    compile_model(model, request.budget, plan=plan, **options)
+    update("generate")
+    facts = _generate(model, processor, inputs, request.new_tokens)
+    kept = {layer: counts[0] for layer, counts in kept_image_tokens(model).items()}
+    made = plan_of(model)
+    return _Answer(facts, made, made.cost, graph_of(model), image_tokens, text_tokens, kept)
+
+
+# Fields of a Request that `planner.compile` is given otherwise.
+_OF_THE_MODEL = ("model", "budget", "trust_remote_code")
+
+
+def _run_scheduled(
+    schedule: Schedule, request: Request, question: _Question, update: Callable[[str], None]
+) -> _Answer:
+    """Answer under the plan that a scheduler makes."""
+    from planner.ir.cost import Workload
+    from planner.loading import count_image_tokens, prompt_inputs
+    from planner.models.scheduling import load_scheduled
+    from planner.planning.plan_costs import PlanCosts
+    from planner.planning.selectors import stages_of
+
+    update("load")
+    model, processor, scheduled = load_scheduled(
+        schedule, question.dtype, question.place, request.trust_remote_code
+    )
+    graph = scheduled.graph
+    inputs = prompt_inputs(model, processor, question.prompt, question.picture)
+    image_tokens = count_image_tokens(model, inputs)
+    text_tokens = int(inputs["input_ids"].shape[1]) - image_tokens
+    stages = stages_of(schedule.tokens, image_tokens, int(graph.properties["image_tokens"]))
+    workload = Workload.default(graph, image_tokens, text_tokens, request.new_tokens)
+    update("generate")
+    with scheduled.using(schedule.budget, stages, workload):
+        facts = _generate(model, processor, inputs, request.new_tokens)
+        kept = {layer: counts[0] for layer, counts in scheduled.kept_image_tokens.items()}
+    plan = scheduled.plans(scheduled.base(stages))[0]
+    # Schedulers budget the language model alone.
+    plan = replace(plan, provenance={**plan.provenance, "scope": "llm"})
+    cost = PlanCosts(graph, workload).of(plan)
+    return _Answer(facts, plan, cost, graph, image_tokens, text_tokens, kept, scheduled)
 
 
 def _print_facts(document: dict[str, Any]) -> None:
     print()
     if "layers" in document:
-        print_explanation(document["layers"])
+        print_layers(document["layers"])
         print()
     gone = ", ".join(f"{what} {n}" for what, n in document["skipped"].items()) or "nothing"
     print(f"skipped: {gone}")
@@ -161,10 +223,10 @@ def _print_facts(document: dict[str, Any]) -> None:
     print(f"FLOPs of this prompt: {ran['fraction']:.4f} of {whole}'s{said}")
 
 
-def generate(
+def _generate(
     model: Any, processor: Any, inputs: dict[str, Any], new_tokens: int
-) -> tuple[str, dict[str, Any]]:
-    """(answer, seconds of the prefill, tokens, tokens a second of the rest, bytes in the cache)."""
+) -> dict[str, Any]:
+    """The answer, its tokens, seconds of the prefill, tokens a second of the rest, cache bytes."""
     from transformers.generation.streamers import BaseStreamer
 
     from planner.models.running.kv_cache import cache_among, kv_bytes
@@ -193,40 +255,10 @@ def generate(
     answer = tokenizer.decode(run.sequences[0, length:], skip_special_tokens=True).strip()
     prompt, first, *rest = clock.times
     spent = (rest[-1] - first) if rest else 0.0
-    return answer, {
+    return {
+        "answer": answer,
         "tokens": int(run.sequences.shape[1]) - length,
         "prefill_seconds": first - prompt,
         "tokens_per_second": len(rest) / spent if spent else None,
         "kv_bytes": kv_bytes(cache_among(run)),
     }
-
-
-def kept_rows(image_tokens: int, kept: Mapping[int, int]) -> list[dict[str, int]]:
-    """What was left of an image, by layer of a token stage, as JSON has it."""
-    return [{"layer": layer, "of": image_tokens, "kept": count} for layer, count in kept.items()]
-
-
-def skipped(
-    plan: Plan, graph: Graph, image_tokens: int, kept: Mapping[int, int] | None = None
-) -> dict[str, str]:
-    """What a plan for a graph leaves out, in words.
-
-    `kept`: layer of a token stage -> image tokens that were really left.
-    """
-    gone: dict[str, str] = {}
-    if plan.layers_off:
-        gone["layers"] = f"{len(plan.layers_off)} of {plan.layers}"
-    for kind, what in (("heads", "heads"), ("mlp", "MLP groups")):
-        sites = [site for site in graph.sites_of(kind) if site.layer not in plan.layers_off]
-        narrowed = sum(not plan.kept(site).everything for site in sites)
-        if narrowed:
-            gone[f"{what} in layers"] = f"{narrowed} of {plan.layers}"
-    for stage in plan.tokens:
-        planned = round(image_tokens * stage.keep / stage.of)
-        left = (kept or {}).get(stage.layer, planned)
-        gone[f"image tokens before layer {stage.layer}"] = (
-            f"{image_tokens - left} of {image_tokens}"
-        )
-    if plan.kv:
-        gone["cache entries by"] = plan.kv
-    return gone

@@ -8,20 +8,20 @@ from typing import Annotated, Any
 
 import typer
 
-from planner.cli.printing import Json, Quiet, Verbose, print_json, say
+from planner.cli.options import command
+from planner.cli.printing import Console, say
 
 __all__ = ["train_command"]
 
 
+@command()
 def train_command(
+    console: Console,
     config: Annotated[Path, typer.Argument(help="A YAML file; see training/configs.")],
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change the configuration; repeatable."),
     ] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Train a model or a scheduler; a run that was stopped goes on from its last checkpoint.
 
@@ -30,11 +30,11 @@ def train_command(
     from planner.training.recipes import load_recipe
 
     recipe, parsed = load_recipe(config, settings or [])
-    if verbose:
+    if console.verbose:
         for key, value in parsed.model_dump().items():
             say(f"planner: {key} = {value}")
     started = time.perf_counter()
-    _quiet_logs(quiet or as_json)
+    _quiet_logs(not console.shows_progress)
     recipe.train(parsed)
     document: dict[str, Any] = {
         "recipe": parsed.model_dump()["recipe"],
@@ -42,11 +42,8 @@ def train_command(
         "export_dir": getattr(parsed, "export_dir", None),
         "seconds": time.perf_counter() - started,
     }
-    if as_json:
-        print_json(document)
-    elif not quiet:
-        where = document["export_dir"] or document["output_dir"]
-        print(f"trained in {document['seconds']:.0f} s: {where}")
+    where = document["export_dir"] or document["output_dir"]
+    console.show(document, lambda: print(f"trained in {document['seconds']:.0f} s: {where}"))
 
 
 def _quiet_logs(quiet: bool) -> None:

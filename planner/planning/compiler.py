@@ -56,6 +56,12 @@ class Request:
     time_limit_seconds: float = 60.0
     trust_remote_code: bool = False
 
+    def workload(self, graph: Graph) -> Workload:
+        """What a model with this Graph is priced for."""
+        return Workload.default(
+            graph, self.image_tokens, self.text_tokens, self.new_tokens, self.batch
+        )
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -136,9 +142,7 @@ def plan_graph(
             raise InputError(
                 f"'{graph.name}' has nothing to switch on the axes {', '.join(switches.axes)}"
             )
-        load = Workload.default(
-            graph, request.image_tokens, request.text_tokens, request.new_tokens, request.batch
-        )
+        load = request.workload(graph)
         if request.tokens is not None:
             switches = switches.with_selector(
                 request.tokens, load.image_tokens, load.image_tokens_per_run

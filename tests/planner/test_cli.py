@@ -197,3 +197,15 @@ def test_every_command_takes_json_quiet_and_verbose():
     for name, command in get_command(app).commands.items():
         options = {option for parameter in command.params for option in parameter.opts}
         assert options >= {"--json", "-q", "-v"}, name
+
+
+def test_the_options_of_a_request_are_its_fields():
+    from dataclasses import fields
+
+    from planner.cli.options import RequestOptions
+    from planner.planning.compiler import Request
+
+    options = {field.name: field.default for field in fields(RequestOptions)}
+    of_request = {field.name: field.default for field in fields(Request)}
+    assert set(options) == set(of_request)
+    assert all(default in (None, of_request[name]) for name, default in options.items())
