@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 from itertools import chain
 
 import torch
 from torch import Tensor
 
 from planner.ir.errors import InputError
-from planner.ir.intervals import Intervals, intervals_of
+from planner.ir.intervals import Intervals, intervals_of, merged
 
 __all__ = ["Survivors", "neuron_width"]
 
@@ -75,15 +75,25 @@ class Survivors:
         return _built(tuple(runs), width, total // width if slots is None else slots, device)
 
     @staticmethod
-    def packed(runs: Intervals, device: torch.device | str = "cpu") -> Survivors:
+    def packed(
+        runs: Intervals, width: int | None = None, device: torch.device | str = "cpu"
+    ) -> Survivors:
         """One plan's lanes in as few units as possible, with no slot to spare.
 
-        The width divides the ends of all runs. What is packed by slot then has as many columns as
-        lanes survive.
+        Args:
+            runs: surviving lanes.
+            width: lanes per unit; by default so many that all units survive whole, and what is
+                packed by slot has as many columns as lanes survive.
+            device: where the tensors go.
         """
-        width = reduce(math.gcd, chain.from_iterable(runs), 0) or 1
-        slots = sum(stop - start for start, stop in runs) // width
-        return _built((runs,), width, slots, device)
+        width = width or reduce(math.gcd, chain.from_iterable(runs), 0) or 1
+        return _built((runs,), width, len(_units(runs, width)), device)
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def everything(total: int, device: torch.device) -> Survivors:
+        """All of so many units, one lane each."""
+        return Survivors.packed(((0, total),), 1, device)
 
     @property
     def plans(self) -> int:
@@ -116,6 +126,13 @@ class Survivors:
         units = self.units[plan, : int(self.counts[plan])].long()
         lanes = torch.arange(self.width, device=units.device)
         return (units[:, None] * self.width + lanes).flatten()
+
+    def runs(self, plan: int) -> Intervals:
+        """`features` as intervals. Waits for the GPU unless the host knows what survives."""
+        if self.kept_runs is None:
+            return intervals_of(self.features(plan).tolist())
+        width = self.width
+        return merged((a // width * width, -(-b // width) * width) for a, b in self.kept_runs[plan])
 
     def widened(self, width: int) -> Survivors:
         """The same units, of another width: heads of so many features, say."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from planner.ir.intervals import intervals_of
+from planner.ir.intervals import Intervals
 from planner.kernels.ops.registration import Gradients, Op
 from planner.kernels.ops.slices import Part, plans_of
 from planner.kernels.survivors import Survivors
@@ -98,7 +98,7 @@ def _sliced(
     batch, count, tokens, _ = query.shape
     out = query.new_zeros(batch, tokens, count, value.shape[-1])
     for samples, plan in plans_of(survivors):
-        runs = intervals_of(survivors.features(plan).tolist())
+        runs = survivors.runs(plan)
         if len(runs) > 1 and mask is not None and mask.dtype == torch.bool:
             # Attention would turn it into this once for every run.
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
@@ -151,7 +151,7 @@ def _backward(
     sums = {"query": query, "key": key, "value": value}
     sums = {name: torch.zeros_like(tensor) for name, tensor in sums.items()}
     for samples, plan in plans_of(survivors):
-        runs = intervals_of(survivors.features(plan).tolist())
+        runs = survivors.runs(plan)
         first = 0
         for heads, kv_heads in _heads_of(runs, query, key, survivors.slots):
             q, k, v = query[samples, heads], key[samples, kv_heads], value[samples, kv_heads]
@@ -181,7 +181,7 @@ def _softmax(products: Tensor, mask: Tensor | None, scale: float, causal: bool) 
 
 
 def _heads_of(
-    runs: tuple[tuple[int, int], ...], query: Tensor, key: Tensor, slots: int
+    runs: Intervals, query: Tensor, key: Tensor, slots: int
 ) -> Iterator[tuple[slice, slice]]:
     """The query heads and the KV heads of each run of units."""
     widths = [operand.shape[1] // slots for operand in (query, key)]

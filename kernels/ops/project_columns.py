@@ -51,7 +51,7 @@ def _sliced(a: Tensor, weight: Tensor, bias: Tensor | None, survivors: Survivors
         rows = a[samples].flatten(end_dim=-2)
         total: Tensor | None = None
         column = 0
-        for part in parts_of(survivors.features(plan)):
+        for part in parts_of(survivors, plan):
             stop = column + length_of(part)
             value, columns = rows[:, column:stop], weight[:, part]
             total = value @ columns.T if total is None else total.addmm_(value, columns.T)

@@ -62,16 +62,14 @@ def _sliced(
     x: Tensor, weight: Tensor, bias: Tensor | None, packed: bool, survivors: Survivors
 ) -> Tensor:
     plans = plans_of(survivors)
-    if len(plans) == 1:
-        features = survivors.features(0)
-        if len(features) == len(weight):
-            return F.linear(x, weight, bias)
+    if len(plans) == 1 and survivors.runs(0) == ((0, len(weight)),):
+        return F.linear(x, weight, bias)
     columns = survivors.slots * survivors.width if packed else len(weight)
     out = x.new_zeros(*x.shape[:-1], columns)
     for samples, plan in plans:
         chosen = out if isinstance(samples, slice) else out[samples]
         column = 0
-        for part in parts_of(survivors.features(plan)):
+        for part in parts_of(survivors, plan):
             stop = column + length_of(part)
             rows = kept_linear(x[samples], weight[part], None if bias is None else bias[part])
             chosen[..., slice(column, stop) if packed else part] = rows

@@ -112,7 +112,7 @@ def _sliced(
     for samples, plan in plans_of(survivors):
         chosen = out if isinstance(samples, slice) else out[samples]
         rows, column = x[samples], 0
-        for part in parts_of(survivors.features(plan)):
+        for part in parts_of(survivors, plan):
             stop = column + length_of(part)
             value = _rows_of(rows, up, up_bias, part)
             if gate is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from planner.ir.intervals import intervals_of
+from planner.ir.intervals import count_of
 from planner.kernels.survivors import Survivors
 
 __all__ = ["Part", "length_of", "parts_of", "plans_of"]
@@ -26,20 +26,22 @@ def plans_of(survivors: Survivors) -> list[tuple[Part, int]]:
     """(samples, plan) for each distinct plan; a plan that all share serves all."""
     if survivors.plans == 1:
         return [(slice(None), 0)]
-    groups: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[object, list[int]] = {}
     for plan in range(survivors.plans):
-        groups.setdefault(tuple(survivors.kept(plan).tolist()), []).append(plan)
+        known = survivors.kept_runs
+        kept = tuple(survivors.kept(plan).tolist()) if known is None else known[plan]
+        groups.setdefault(kept, []).append(plan)
     if len(groups) == 1:
         return [(slice(None), 0)]
     device = survivors.units.device
     return [(torch.tensor(samples, device=device), samples[0]) for samples in groups.values()]
 
 
-def parts_of(features: Tensor) -> list[Part]:
-    """Ascending features: runs to view where these are long, else one list to gather."""
-    runs = intervals_of(features.tolist())
-    if len(features) < LONG_RUN * len(runs):
-        return [features]
+def parts_of(survivors: Survivors, plan: int) -> list[Part]:
+    """Features of a plan's units: runs to view where these are long, else one list to gather."""
+    runs = survivors.runs(plan)
+    if count_of(runs) < LONG_RUN * len(runs):
+        return [survivors.features(plan)]
     return [slice(start, stop) for start, stop in runs]
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from planner.kernels.survivors import Survivors
 from planner.kernels.triton.interpreter import interpret
-from planner.kernels.triton.tiles import TARGETS, Target, target_of
+from planner.kernels.triton.tiles import TARGETS, Target, target_of_device
 
 if TYPE_CHECKING:
     from planner.kernels.triton.kernel import Kernel
@@ -80,13 +79,8 @@ def counted() -> Iterator[Counter[str]]:
 def target_for(tensor: Tensor) -> Target:
     """The target whose tiles a tensor gets; interpreted kernels (CPU tensors) take sm_80's."""
     if tensor.is_cuda:
-        return _cuda_target(tensor.device)
+        return target_of_device(tensor.device)
     return _recording.get()[0] if tensor.is_meta else TARGETS["sm_80"]
-
-
-@cache
-def _cuda_target(device: torch.device) -> Target:
-    return target_of(torch.cuda.get_device_capability(device))
 
 
 def launch(wanted: Launch) -> None:

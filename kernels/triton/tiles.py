@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import product
 from math import ceil
+
+import torch
 
 from planner.ir.cost.device_table import device
 from planner.ir.errors import InputError
@@ -36,6 +38,7 @@ __all__ = [
     "power_of_two",
     "ranked_tiles",
     "target_of",
+    "target_of_device",
     "targets_of",
     "tiles_chosen_by",
     "vector",
@@ -104,6 +107,12 @@ def target_of(capability: tuple[int, int]) -> Target:
     if not older:
         raise InputError(f"Compute capability {number / 10} is not supported; 8.0 is the oldest.")
     return max(older, key=lambda target: target.capability)
+
+
+@cache
+def target_of_device(gpu: torch.device) -> Target:
+    """The target of a CUDA device."""
+    return target_of(torch.cuda.get_device_capability(gpu))
 
 
 def targets_of(names: Iterable[str]) -> dict[str, Target]:

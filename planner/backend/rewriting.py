@@ -27,7 +27,7 @@ from planner.backend.blocks import (
     value_of,
 )
 from planner.backend.board import Board
-from planner.kernels.choice import Kernels, for_plans_as_data
+from planner.kernels.choice import Kernels, with_triton
 from planner.kernels.ops import attend, project_columns, project_rows, project_up
 from planner.kernels.ops.registration import Op
 from planner.kernels.survivors import Survivors, neuron_width
@@ -180,7 +180,7 @@ class _Rewriter:
     def _survivors(self, site: BoundSite, sink: Product) -> Survivors:
         """Survivors of a site, whose tensors are nodes."""
         device = value_of(sink.weight).device
-        self.triton = for_plans_as_data(Kernels.AUTO, device)
+        self.triton = with_triton(Kernels.AUTO, device)
         tensors = self.board.survivors(site, device)
         nodes: Any = {n: self._buffer(f"{site.site.name}.{n}", t) for n, t in tensors.items()}
         width = neuron_width(site.site.lanes) if site.site.kind == "mlp" else 1

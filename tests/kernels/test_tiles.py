@@ -2,13 +2,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planner.ir.cost.device_table import device
 from planner.ir.errors import InputError
-from planner.kernels.tiles import (
+from planner.kernels.triton.tiles import (
     TARGETS,
     attention_tile,
     decode_splits,
     decode_tile,
-    fold_norm,
     matmul_tile,
     target_of,
 )
@@ -42,12 +42,6 @@ def test_prefill_is_tiled_for_tensor_cores_and_decode_for_bandwidth():
         assert programs >= target.processors
 
 
-def test_norm_is_folded_while_weights_are_the_bottleneck():
-    assert fold_norm(1)
-    assert fold_norm(32)
-    assert not fold_norm(640)
-
-
 @given(st.integers(1, 5000), st.sampled_from([32, 64, 80, 96, 128, 256]), targets)
 def test_attention_tiles_fit_the_machine(tokens, head_dim, target):
     width = 1 << (head_dim - 1).bit_length()
@@ -71,3 +65,10 @@ def test_targets_by_capability():
     assert target_of((12, 0)) is TARGETS["sm_89"]
     with pytest.raises(InputError, match=r"7\.5 is not supported"):
         target_of((7, 5))
+
+
+def test_peaks_are_the_device_table_s():
+    for target in TARGETS.values():
+        row = device(target.device)
+        assert target.roofline(row.operations_per_second, 0) == 1
+        assert target.roofline(0, row.bytes_per_second) == 1
