@@ -2,4 +2,22 @@
 
 Enters: images with questions and answers (`data/`), a YAML configuration (`configs/`). Leaves: a
 model folder that stock transformers loads. May import every other part of planner except the CLI.
+
+    data/                 pictures with questions and answers
+    configs/              what `planner train` takes
+    recipes               what can be trained, by a configuration's `recipe`
+    config                configurations: read, checked, changed by `key=value`
+    tiny_llava            the recipe of the small model
+    adallava              the recipe of a scheduler together with its model
+    warm_start            a scheduler taught by labels first
+    trainer               transformers' Trainer, for runs that stop and go on
+    estimators            switches drawn from logits, with a gradient
+    subset_distributions  exact distributions over subsets that fill a limit
+    switch_costs          what switches cost, given those that are on
+    gradient_check        estimators' gradients against exact ones
+    labelling             what switches are worth to each sample, measured
+    question_samples      the questions that labels are about, by name
+    evaluate              accuracy per question family
+    budget_accuracy       accuracy under budgets, by a scheduler or by static plans
+    experiments/          tables of results, trained and measured
 """

@@ -2,10 +2,10 @@
 
     planner train training/configs/adallava-l.yaml [--set learning_rate=1e-4 ...]
 
-Every sample comes with a budget drawn uniformly over what its switches can be; a plan within the
-budget is drawn from the scheduler, masks carry it out, and the gradient of the answer's
-cross-entropy reaches the decoder and, through the estimator, the scheduler. The result is a folder
-with a checkpoint that stock transformers loads, its processor, and the scheduler.
+Every sample gets a budget, drawn uniformly from 0 to everything. The scheduler draws a plan within
+it, masks carry the plan out, and the gradient of the answer's cross-entropy reaches the decoder
+and, through the estimator, the scheduler. The result is a folder with a checkpoint that stock
+transformers loads, its processor, and the scheduler.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class AdaLlavaConfig(RunConfig):
     """Everything that makes one AdaLLaVA model; a batch counts conversations."""
 
     recipe: str = "adallava"
-    # Write the weights as fp16, to be shipped; the config asks for float32 still.
+    # Write the weights in half precision; the config still asks for float32.
     export_half: bool = False
 
     model: str = "tiny-llava"
@@ -52,12 +52,12 @@ class AdaLlavaConfig(RunConfig):
     image_folder: str | None = None
     on_error: str = "raise"
     data_seed: int = 1
-    # How many turns a batch's conversations have, one of these drawn per batch.
+    # How many turns conversations have: every batch draws one of these numbers.
     turns: list[int] = [1]
     description_share: float = 0.1
 
-    # A file of `planner labels`: the scheduler learns it alone, before all else. Where the labels
-    # are not of drawn scenes, where their questions are.
+    # A file of `planner labels`, which the scheduler learns first, alone; and the pictures and
+    # questions that its labels are about, if they are not about drawn scenes.
     labels: str | None = None
     label_images: str | None = None
     label_prompts: str | None = None
@@ -86,7 +86,7 @@ class AdaptiveModel(nn.Module):
         model: a stock image-text model.
         graph: its Graph.
         scheduler: of that model.
-        estimator: how plans are drawn and what their gradient is.
+        estimator: draws plans, and gives them a gradient.
     """
 
     def __init__(
@@ -105,7 +105,8 @@ class AdaptiveModel(nn.Module):
         self.scheduler = scheduler
         self.estimator = estimator
         self._costs = costs_of(scheduler.layout)
-        # Plans drawn since the last log, their summed utilisation, and violations.
+        # Since the last log: how many plans were drawn, the sum of their utilisations, and how many
+        # were beyond their limit.
         self.tally = torch.zeros(3, dtype=torch.float64)
         self._seeds: Tensor | None = None
         # Not a submodule: the model and the scheduler are ones already.
@@ -124,7 +125,7 @@ class AdaptiveModel(nn.Module):
         Args:
             labels: shape (batch, tokens); the latency token stands before the last answer.
             limits: shape (batch,), in the layout's measure.
-            seeds: shape (batch,): of the noise; a sample's draws do not depend on its batch.
+            seeds: shape (batch,): of every sample's noise, so that draws do not depend on a batch.
             inputs: the model's other arguments.
         """
         self.scheduled.at = last_answer(labels)
@@ -157,7 +158,7 @@ class AdaptiveModel(nn.Module):
             self.tally += torch.tensor([1, used, spent > limit], dtype=self.tally.dtype)
 
     def summary(self, tally: Tensor) -> dict[str, float]:
-        """What is logged of plans drawn: their mean utilisation of budgets, and how many pass them.
+        """Numbers to log: mean utilisation of the plans drawn, and how many exceed their limit.
 
         Args:
             tally: shape (3,): plans, summed utilisation, violations.
@@ -176,13 +177,13 @@ def last_answer(labels: Tensor) -> Tensor:
 
 
 class BudgetCollator:
-    """Batches of conversations, each with a budget: `limits` and `seeds` follow from its id.
+    """Batches of conversations, each with a limit and a seed that follow from its id.
 
     Args:
         packer: makes dialogues.
-        steps: the largest limit; they are uniform over 0 to it.
+        steps: the largest limit; limits are uniform from 0 to it.
         seed: of the draws.
-        turns: lengths of conversations; a batch draws one.
+        turns: how many turns conversations may have; every batch draws one of these numbers.
     """
 
     def __init__(self, packer: Packer, steps: int, seed: int, turns: Sequence[int]) -> None:
@@ -217,7 +218,7 @@ def train(config: dict[str, Any] | AdaLlavaConfig) -> AdaptiveModel:
 
 
 def build_trainer(config: AdaLlavaConfig) -> tuple[RunTrainer, AdaptiveModel, Any]:
-    """(trainer ready to start or resume, what it trains, processor); labels are learned before."""
+    """(trainer ready to start or resume, what it trains, processor); labels are learned here."""
     set_seed(config.seed)
     model, processor, graph = _load(config)
     if config.freeze_vision:
@@ -245,7 +246,7 @@ def _load(config: AdaLlavaConfig) -> tuple[Any, Any, Graph]:
 
 
 def _unsharded(config: AdaLlavaConfig, weights: dict[str, Tensor]) -> AdaptiveModel:
-    """What was trained, as one process would have it."""
+    """The trained model whole in this process, from weights that were gathered."""
     model, _, graph = _load(config)
     scheduler = Scheduler.of(graph, config.switches)
     adaptive = AdaptiveModel(model, graph, scheduler, parse(config.estimator))
@@ -264,7 +265,7 @@ def _freeze_vision(model: Any) -> None:
 def _learn_labels(
     model: nn.Module, graph: Graph, scheduler: Scheduler, processor: Any, config: AdaLlavaConfig
 ) -> None:
-    """A warm start, with checkpoints of its own; the model fits into every process."""
+    """A warm start, with checkpoints of its own; every process holds the whole model."""
     alone = {
         "output_dir": str(Path(config.output_dir) / "labels"),
         "max_steps": config.label_steps,

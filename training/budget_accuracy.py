@@ -66,11 +66,11 @@ class UnderBudgets:
         return stages_of(self.tokens or "", load.image_tokens, load.image_tokens_per_run)
 
     def measure(self, budget: Any) -> dict[str, Any]:
-        """What `evaluate` measures, with `budget` and the mean `cost_fraction` of the plans.
+        """What `evaluate` measures, and how the plans kept to the budget.
 
-        The fraction is of the base model's FLOPs of a prefill, language model only. `violations`
-        counts plans beyond the budget, `utilisation` is the mean share of it that is used; both in
-        the measure that the budget is kept in: switches where they are counted, else a metric.
+        `cost_fraction` is the mean FLOPs of a prefill under the plans, over the base model's, the
+        language model alone. `violations` is how many plans were beyond the budget, `utilisation`
+        the mean share of it that they used, both in the unit of the scheduler's limits.
 
         Raises:
             InputError: the budget cannot be met.

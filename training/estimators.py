@@ -11,8 +11,8 @@ switches that keep to it, in training with a gradient (`Estimator.draw`), at inf
 | simple        | exact, from the subsets that fill up | of the exact marginals                   |
 | deterministic | a threshold; no limit is enforced    | sigmoid, straight-through; and a penalty |
 
-With costs that are not equal, a switch is a candidate while it still fits what is left, and draws
-go on until none does. So every sample keeps to its limit and leaves no room for a further switch.
+A switch is a candidate as long as its cost fits what is left of the limit, and draws go on until
+there is no candidate. So every sample keeps to its limit and leaves no room for another switch.
 """
 
 from __future__ import annotations
@@ -57,9 +57,10 @@ class Drawn:
     Attributes:
         gates: shape (batch, switches), 0 or 1 in value; the estimator's gradient flows through.
         taken: shape (batch, switches), bool: the same without a gradient.
-        log_probability: shape (batch,), differentiable, where the estimator knows it: of `order`,
-            or where that is None of the set `taken`.
-        order: shape (batch, draws), int64: switches in the order drawn, -1 after the last.
+        log_probability: shape (batch,), differentiable: of `order`, or of the set `taken` if there
+            is no order; None if the estimator does not know it.
+        order: shape (batch, draws), int64: switches in the order drawn, -1 after the last; None if
+            they were not drawn one by one.
     """
 
     gates: Tensor
@@ -87,10 +88,10 @@ class Estimator(Arguments):
         """
 
     def decide(self, logits: Tensor, costs: Costs, limits: Tensor) -> Tensor:
-        """The best-scored switches that fit, for inference: no noise.
+        """The best switches that fit, without noise, for inference.
 
-        Switches are taken by logit while they fit what is left, and passed over otherwise; the rule
-        of `planner.solver.take_while_fits`.
+        The rule of `planner.solver.take_while_fits`: by descending logit, every switch that fits
+        what is left is taken.
 
         Args:
             logits: shape (batch, switches).
@@ -131,7 +132,7 @@ def _turns(
 
     Args:
         choose: candidates (batch, switches) -> one of them for each sample, (batch,).
-        taken: shape (batch, switches), bool: what is on at the start, all of it paid for.
+        taken: shape (batch, switches), bool: on at the start, and not charged to the limits.
         costs: of the switches.
         limits: shape (batch,).
     """
@@ -192,8 +193,9 @@ def _straight_through(hard: Tensor, soft: Tensor) -> Tensor:
 class GumbelSequential(Estimator):
     """AdaLLaVA's sampling (arXiv 2503.10905, sections 3.3 and 3.4 and supplement).
 
-    One draw after the other, fresh Gumbel noise each, what was drawn at -inf; every draw is one-hot
-    with the gradient of its softmax (Jang et al., arXiv 1611.01144), and draws are summed.
+    Switches are drawn one after the other, each time with fresh Gumbel noise and with the switches
+    already drawn at -inf. Every draw is one-hot, with the gradient of its softmax (Jang et al.,
+    arXiv 1611.01144), and the gates are the sum of the draws.
 
     Attributes:
         temperature: of the softmax; it does not change what is drawn.
@@ -297,11 +299,11 @@ def _log_chance(scores: Tensor, turn: _Turn) -> Tensor:
 
 @dataclass(frozen=True)
 class GumbelTopK(Estimator):
-    """One noise for all draws: the best under it that fit, and a relaxed top-k behind them.
+    """The best switches that fit under one Gumbel noise, with the gradient of a relaxed top-k.
 
     The best k under Gumbel noise are a sample without replacement (Kool et al., arXiv 1903.06059).
-    The gradient is that of k softmaxes, each with the switches before it pushed down by log(1 - p)
-    (Xie and Ermon, arXiv 1901.10517, section 4).
+    The gradient is that of k softmaxes; after each of them, log(1 - p) is added to the logits, to
+    push down what was taken with probability p (Xie and Ermon, arXiv 1901.10517, section 4).
 
     Attributes:
         temperature: of the relaxation; it does not change what is drawn.
@@ -333,10 +335,10 @@ class GumbelTopK(Estimator):
 class Simple(Estimator):
     """SIMPLE (Ahmed et al., arXiv 2210.01941): exact samples, and the gradient of exact marginals.
 
-    Subsets that leave no room for a further switch have probability proportional to the product of
-    exp(logit) over what they hold; with equal costs these are the subsets of k switches. Costs must
-    add up. Where they need more than `columns` steps to the limit, they are counted in coarser
-    units, rounded up, and room that this leaves is filled by logit.
+    A subset that leaves no room for another switch has probability proportional to the product of
+    exp(logit) over its switches; with equal costs these are the subsets of k switches. Costs must
+    add up. If the limit is more than `columns` steps of the costs' common divisor, costs are
+    rounded up to a coarser unit, and the room that rounding leaves is filled by logit.
 
     Attributes:
         columns: largest number of steps in which a limit is counted.

@@ -2,9 +2,9 @@
 
     python -m planner.training.gradient_check [--draws N] [--seed N] [--json]
 
-The objective is the mean of f over an estimator's own samples, for a linear and for a pairwise f of
-six switches. Beside the estimators stand score functions (REINFORCE), which are unbiased: the
-gradient of f times the log-probability, f without its mean over the draws.
+The objective is the mean of f over an estimator's own samples, where f is a linear or a pairwise
+function of six switches. Score functions (REINFORCE), which are unbiased, are there to compare: the
+gradient of (f - mean f) times the log-probability.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Case:
         logits: shape (switches,).
         costs: shape (switches,), int64.
         limit: of the cost.
-        linear: shape (switches,): f is this, times the gates ...
-        pairs: shape (switches, switches): ... plus this between the gates.
+        linear: shape (switches,): what f adds for a gate.
+        pairs: shape (switches, switches): what f adds for two gates.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Check:
         method: as `planner.training.estimators.parse` reads it; "score of ..." for score functions.
         case: name of the case.
         bias: norm of (mean gradient - exact gradient), relative to the exact gradient.
-        bias_error: standard error of the mean gradient, in the same unit: bias below it is none.
+        bias_error: standard error of the mean gradient, in the same unit; a smaller bias is chance.
         cosine: between the mean gradient and the exact one.
         deviation: root of the summed variances of one draw, in the same unit.
     """

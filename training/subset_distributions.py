@@ -4,9 +4,9 @@ SIMPLE (Ahmed et al., arXiv 2210.01941) computes partition function, samples and
 k-subsets. Here costs may differ, and the subsets are those that fit and leave no room for another
 item; with equal costs these are the k-subsets.
 
-Sort items by cost. In such a subset everything before the first missing item m is present, and what
-is left is less than the cost of m, which is the cheapest one missing. So the subsets fall into
-disjoint classes by m, and each is a sum over totals of the items after m.
+Sort items by cost, and let m be the first item that a subset lacks. All items before m are in it,
+and what it leaves of the limit is less than the cost of m, the cheapest item that it lacks. So the
+subsets fall into classes by m, and a class is a sum over the total cost of its items after m.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Subsets:
 
     @cached_property
     def _totals(self) -> list[Tensor]:
-        """For items from each place on, log of the weight of all their subsets by total cost.
+        """By place: log-weights of all subsets of the items from there on, by total cost.
 
         `items` + 1 tensors of shape (batch, largest limit + 1).
         """
@@ -88,9 +88,9 @@ class Subsets:
 
     @cached_property
     def _classes(self) -> tuple[Tensor, Tensor]:
-        """By the first missing item, `items` for none: log-weight, and cost of the items before it.
+        """By the first missing item: log-weight of the class, and cost of the items before it.
 
-        Both of shape (batch, items + 1).
+        Both of shape (batch, items + 1); the last class is the subset that lacks none.
         """
         items = self.weights.shape[1]
         zero = self.weights.new_zeros(len(self.weights), 1)

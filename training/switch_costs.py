@@ -80,9 +80,9 @@ class AdditiveCosts(Costs):
 class SiteCosts(Costs):
     """Costs of the switches of a `planner.solver.problem.Problem` with one metric.
 
-    Switches are in the order of `planner.solver.problem.Flags`. A layer's own costs what the
-    layer needs with its sites at their minimum; the others cannot be taken before it, and each
-    costs the step of its site's table from the count that is on.
+    Switches are in the order of `planner.solver.problem.Flags`. A layer's own switch costs what the
+    layer needs with its sites at their minimum. The switches of its sites can be taken only after
+    it, and each costs the next step of its site's table.
 
     Attributes:
         needs: shape (switches,): the own switch of the layer that a switch is in, -1 where the

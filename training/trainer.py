@@ -53,8 +53,8 @@ def training_arguments(config: RunConfig, **options: Any) -> TrainingArguments:
 class RunTrainer(Trainer):  # type: ignore[misc]
     """A Trainer whose batches may carry `ids` (list of str), which name them in errors.
 
-    A model with `tally`, shape (n,), has what its `summary` makes of the tallies of all processes,
-    a dict of numbers, logged beside the loss and then starts to count again.
+    If the model has a `tally`, shape (n,), the sum of all processes' tallies goes to its `summary`,
+    which gives numbers to log beside the loss, and the tally starts at zero again.
 
     Args:
         optimizer_of: makes the optimizer once the model is where it is trained. Trainer takes a
@@ -78,9 +78,9 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         return optimizer
 
     def whole_state(self) -> dict[str, Tensor] | None:
-        """All weights, gathered, where processes hold shards of them; None where they do not.
+        """All weights, gathered from processes that hold shards; None where there are no shards.
 
-        Every process must ask, and the main one is answered.
+        All processes must call it; the main one gets the weights.
         """
         if not self.is_fsdp_enabled:
             return None

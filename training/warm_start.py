@@ -3,12 +3,11 @@
     planner labels --model tiny-llava -o labels.parquet
     planner train training/configs/adallava-l.yaml --set labels=labels.parquet
 
-The model is frozen, and prompts are read as they are when asked: the latency token at the end, the
-layers that always run, the scheduler's logits; nothing after them is run. What is on is a set, so
-the loss is the set's: its negative log-likelihood among all sets of as many switches, with
-probability proportional to the product of exp(logit) over what a set holds. That is the
-distribution of the estimator ``simple``. Gradients reach the head and, through the frozen layers,
-the latency encoder.
+The model is frozen. A prompt is read as when it is asked, with the latency token at its end, and no
+further than the scheduler's logits. A plan is a set of switches, and the loss is its negative
+log-likelihood among all sets of equal size, where a set's probability is proportional to the
+product of exp(logit) over its switches: the distribution of the estimator ``simple``. Gradients
+reach the scheduler's head and, through the frozen layers, the latency encoder.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from planner.models.scheduling import (
     Layout,
     Scheduled,
     Scheduler,
-    UnitSwitches,
 )
 from planner.planning.budgets import Budget
 from planner.solver.problem import Flags
@@ -53,7 +51,7 @@ def warm_start(
     images: Path | None = None,
     prompts: Path | None = None,
 ) -> None:
-    """Train a scheduler on labels, or load it where that was done; its model stays as it is.
+    """Train a scheduler on labels, or load it if that was done; its model stays as it is.
 
     Args:
         model: a stock image-text model.
@@ -62,9 +60,8 @@ def warm_start(
         processor: of the model.
         labels: file that `planner labels` wrote.
         arguments: of the training; a batch counts samples, each under all of its budgets.
-        encoder_rate: learning rate of the latency encoder. The token that it makes also predicts
-            the answer, from wherever this training leaves it.
-        images: folder of the labels' pictures, where they are not of drawn scenes.
+        encoder_rate: learning rate of the latency encoder, whose token predicts the answer too.
+        images: folder of the labels' pictures, if they are not about drawn scenes.
         prompts: JSON lines with the questions about them.
 
     Raises:
@@ -114,17 +111,17 @@ def set_loss(logits: Tensor, plans: Tensor) -> Tensor:
 
 
 def target_plans(labels: Labels, layout: Layout) -> Flags:
-    """What the scheduler is to switch on, shape (labels, size).
+    """The plans that the scheduler should learn, shape (labels, size).
 
-    Labels of the same switches say so themselves. From others the scheduler's own rule makes plans
-    by the utilities that were measured: no labels are made of `adallava-h`'s units, but heads and
-    MLP groups have utilities.
+    Labels for the scheduler's own switches hold these plans. For other labels, the scheduler's rule
+    makes plans of the utilities that were measured: ``adallava-h``, for one, has no labels of its
+    own, but its heads and MLP groups have utilities.
 
     Raises:
-        InputError: labels of another model, or that say nothing about some switch.
+        InputError: labels of another model, or without a utility for some switch.
     """
     labels.problems(layout.graph)
-    names = _names(layout)
+    names = layout.switch_names
     if labels.switches == names:
         return labels.plans
     place = {name: index for index, name in enumerate(labels.switches)}
@@ -141,31 +138,16 @@ def target_plans(labels: Labels, layout: Layout) -> Flags:
     return plans
 
 
-def _names(layout: Layout) -> tuple[str, ...]:
-    """Switches in the order of logits, see `planner.solver.problem.Problem.switch_names`."""
-    if isinstance(layout, CostSwitches):
-        return layout.problem.switch_names
-    if isinstance(layout, LayerSwitches):
-        return tuple(f"layer.{layer}" for layer in layout.layers)
-    assert isinstance(layout, UnitSwitches)
-    return tuple(
-        f"{kind}.{layer}[{index}]"
-        for layer in layout.layers
-        for kind in ("heads", "mlp")
-        for index in range(layout.heads)
-    )
-
-
 def _site(name: str) -> str:
     return name.partition("[")[0]
 
 
 def _options(layout: Layout) -> str:
-    """What to give `planner labels` for a layout."""
+    """Options of `planner labels` that make labels for a layout."""
     if isinstance(layout, LayerSwitches):
         return f"--switches {layout.name}"
     axes = ",".join(layout.axes) if isinstance(layout, CostSwitches) else "heads,mlp"
-    groups = sum(_site(name) == f"mlp.{layout.first}" for name in _names(layout))
+    groups = sum(_site(name) == f"mlp.{layout.first}" for name in layout.switch_names)
     return f"--switches {axes}" + (f" --mlp-groups {groups}" if groups else "")
 
 
@@ -176,13 +158,13 @@ def _limits(labels: Labels, layout: Layout) -> Tensor:
 
 
 class LabelledPrompts(Sequence[dict[str, Any]]):
-    """One item a sample: its prompt once for each of its budgets, and what is to be on.
+    """One item a sample: its prompt, repeated for each of its budgets, and the plans to learn.
 
     Args:
         labels: of a file.
         plans: shape (labels, size), see `target_plans`.
         layout: of the scheduler.
-        asked: gives samples by name.
+        asked: finds samples by name.
     """
 
     def __init__(self, labels: Labels, plans: Flags, layout: Layout, asked: Asked) -> None:
@@ -221,7 +203,7 @@ def _collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 class _Decided(Exception):
-    """Carries the logits out of a pass that need not go on."""
+    """Ends a pass as soon as there are logits, and carries them."""
 
 
 def _stop(logits: Tensor, limits: Tensor) -> Tensor:
@@ -229,7 +211,7 @@ def _stop(logits: Tensor, limits: Tensor) -> Tensor:
 
 
 class Pupil(nn.Module):
-    """A scheduler to train, in front of a model that is no part of it.
+    """A scheduler to train, with a model that is not trained.
 
     Args:
         scheduled: the model under the scheduler, which decides by `_stop`.

@@ -41,7 +41,7 @@ def kept_weights(model: Any, program: Program) -> dict[str, Tensor]:
 
 
 def cast(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Weights in another precision (None: as they are); names of one tensor stay that."""
+    """Weights in another precision (None: as they are); a tensor with two names stays one."""
     done: dict[tuple[int, torch.Size], Tensor] = {}
     return {
         name: value

@@ -3,13 +3,14 @@
 Enters: a stock model, its Graph, and a `Scheduler` (trained by `planner.training`). Leaves: the
 model obeying, sample by sample, the plans that the scheduler makes.
 
-    latency     the budget as a token (AdaLLaVA's latency encoder)
-    insertion   that token put into a prompt behind the model's back, and its output taken out
-    layouts     which switches the logits stand for; from logits to plans that keep to the budget
-    cost        the layout that budgets in cost, over layers, heads and MLP groups
-    naming      what layouts are called
-    scheduler   the network, and its folder on disk
-    scheduled   a model running under it
+    latency_encoder    the budget as a token (AdaLLaVA's latency encoder)
+    insertion          that token put into a prompt unseen by the model, and its output taken out
+    layouts            which switches the logits stand for, and the plans that logits make of them
+    cost_layout        the layout that budgets in cost, over layers, heads and MLP groups
+    naming             the names of layouts
+    scheduler          the network, and its folder on disk
+    scheduled_model    a model running under it
+    schedule_compiler  from a scheduler's folder and a budget to a Schedule
 """
 
 from planner.models.scheduling.cost_layout import CostSwitches

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from planner.ir.cost import Workload
 from planner.ir.cost.device_table import device
@@ -51,7 +52,7 @@ class _Columns:
     Attributes:
         own: of the layer itself; None where it has none.
         sites: by kind, heads before mlp.
-        vanishes: whether the layer can be off, and is when all its heads and groups are.
+        vanishes: whether the layer is off when all its heads and groups are.
     """
 
     own: int | None
@@ -70,21 +71,21 @@ class _Columns:
 class CostSwitches(Layout):
     """Layers, heads (KV groups) and MLP groups of the upper half, each at its own cost.
 
-    Called by its axes, with the number of an MLP's groups where it is not the papers', one per
-    head: ``layers,heads,mlp:groups=16``. Logits go by layer: its own, its heads, its groups. Heads
-    and groups of a layer that is off are off.
+    Its name is that of its axes, such as ``layers,heads,mlp``, and ends in ``:groups=16`` if an MLP
+    does not have one group per head, as in the papers. Logits go by layer: first the layer's own,
+    then its heads', then its groups'. If a layer is off, so are its heads and groups.
 
-    A limit is in FLOPs or bytes, and of what can be switched alone. A budget is of the base model's
-    language model, without the latency token. Where token stages drop tokens in front of the
-    switches, what that saves is left to the switches, and layers cost what the tokens that are left
-    make them cost.
+    A limit is in FLOPs or bytes, and counts only what can be switched. A budget is a share of the
+    base model's language model, without the latency token. Token stages in front of the switches
+    save cost, which the switches may spend: layers are priced with the tokens that are left.
 
     Attributes:
         axes: some of layers, heads and mlp.
         groups: of every MLP; None for one per head.
         metric: of budgets.
-        workload: that costs are of; None for one image and 64 text tokens, nothing generated.
-        stages: in front of the switches.
+        workload: token counts that costs are for; None for one image, 64 text tokens and nothing
+            generated.
+        stages: token stages in front of the switches.
     """
 
     axes: tuple[str, ...]
@@ -117,22 +118,22 @@ class CostSwitches(Layout):
         return CostSwitches(graph, switches.axes, groups)
 
     @property
+    @override
     def name(self) -> str:
-        """See `Layout`."""
         return ",".join(self.axes) + (f":groups={self.groups}" if self.groups else "")
 
     @property
+    @override
     def measure(self) -> str:
-        """See `Layout`."""
         return self.metric
 
+    @override
     def under(
         self,
         workload: Workload | None = None,
         stages: Sequence[TokenStage] = (),
         metric: str = "flops",
     ) -> CostSwitches:
-        """See `Layout`."""
         self.check_stages(stages)
         if metric not in _METRICS:
             raise InputError(
@@ -189,27 +190,29 @@ class CostSwitches(Layout):
         return problem
 
     @property
+    @override
     def always(self) -> int:
-        """See `Layout`."""
         return int(self.problem.smallest_costs()[0, 0])
 
     @property
-    def size(self) -> int:
-        """See `Layout`."""
-        return self.problem.switches
+    @override
+    def switch_names(self) -> tuple[str, ...]:
+        return self.problem.switch_names
 
     @property
+    @override
     def steps(self) -> int:
-        """See `Layout`."""
         return int(self.problem.cost(Choice.everything(self.problem))[0]) - self.always
 
     @property
+    @override
     def levels(self) -> int:
-        """See `Layout`; the number of switches, which with equal costs is what the paper has."""
+        """The number of switches, which with equal costs is what the paper has."""
         return self.size
 
+    @override
     def limit(self, budget: Budget) -> int:
-        """See `Layout`; of a budget beyond what everything costs, what everything costs."""
+        """At most the cost of everything, however large the budget is."""
         metrics = [limit.metric for limit in budget.limits]
         if metrics != [self.metric]:
             raise InputError(
@@ -227,8 +230,9 @@ class CostSwitches(Layout):
 
     # -- from logits to plans ----------------------------------------------------------------------
 
+    @override
     def decide(self, logits: Tensor, limits: Tensor) -> Taken:
-        """See `Layout`; `planner.solver.take_while_fits`."""
+        """By logit while they fit, see `planner.solver.take_while_fits`."""
         rows = [
             problem.flags_of(take_while_fits(problem, Scores.of_utilities(problem)))
             for problem in (
@@ -243,8 +247,8 @@ class CostSwitches(Layout):
         ]
         return torch.from_numpy(np.stack(rows)).to(logits.device)
 
+    @override
     def spent(self, taken: Taken) -> int:
-        """See `Layout`."""
         choice = self.problem.choice_of(taken.bool().cpu().numpy())
         return int(self.problem.cost(choice)[0]) - self.always
 
@@ -263,12 +267,13 @@ class CostSwitches(Layout):
                 found[index] = _Columns(own, sites, removable and set(sites) == {"heads", "mlp"})
         return found
 
+    @override
     def by_layer(self) -> dict[int, slice]:
-        """See `Layout`."""
         return {layer: columns.all for layer, columns in self._columns.items()}
 
+    @override
     def gates(self, taken: Taken) -> Gates:
-        """See `Layout`; a layer with nothing left is off."""
+        """A layer with nothing left is off."""
         values = taken if taken.is_floating_point() else taken.float()
         layers: dict[int, Tensor] = {}
         kinds: dict[str, dict[int, Tensor]] = {"heads": {}, "mlp": {}}
@@ -287,8 +292,9 @@ class CostSwitches(Layout):
                 layers[layer] = gate
         return Gates(layers=layers, heads=kinds["heads"], mlp=kinds["mlp"])
 
+    @override
     def plan(self, taken: Taken, base: Plan) -> Plan:
-        """See `Layout`; a layer with nothing left is off."""
+        """A layer with nothing left is off."""
         row = taken.bool().cpu()
         off: list[int] = []
         kept: dict[str, dict[int, tuple[int, ...]]] = {"heads": {}, "mlp": {}}

@@ -3,7 +3,7 @@
 AdaLLaVA (arXiv 2503.10905), section 3.5: switches sit on the upper half of the decoder; the lower
 half always runs and carries the latency token to the scheduler. A budget is a number of switches
 (``adallava-l``: layers; ``adallava-h``: units of a quarter of a layer's heads and MLP groups). The
-layout that budgets in cost is in `cost`.
+layout that budgets in cost is in `cost_layout`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from planner.ir.cost import Workload
 from planner.ir.errors import InputError
@@ -42,16 +43,16 @@ class Layout(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """What users call it; see `planner.models.scheduling.naming`."""
+        """Its name for users, see `planner.models.scheduling.naming`."""
 
     @property
     def measure(self) -> str:
-        """What a limit is of: ``switches``, or a metric of the cost model."""
+        """The unit of limits: ``switches``, or a metric of the cost model."""
         return "switches"
 
     @property
     def always(self) -> int:
-        """What runs whatever the limit, in the measure of limits; nothing that is counted."""
+        """The cost of what always runs, in the unit of limits; 0 where switches are counted."""
         return 0
 
     @property
@@ -60,9 +61,14 @@ class Layout(ABC):
         return self.graph.layers // 2
 
     @property
-    @abstractmethod
     def size(self) -> int:
         """How many logits there are."""
+        return len(self.switch_names)
+
+    @property
+    @abstractmethod
+    def switch_names(self) -> tuple[str, ...]:
+        """In the order of logits: ``layer.4``, ``heads.4[0]``, ``mlp.4[2]``."""
 
     @property
     @abstractmethod
@@ -71,7 +77,7 @@ class Layout(ABC):
 
     @property
     def levels(self) -> int:
-        """K of the latency encoder, its value for `steps`."""
+        """K of the latency encoder, which stands for `steps`."""
         return self.steps
 
     def under(
@@ -80,12 +86,14 @@ class Layout(ABC):
         stages: Sequence[TokenStage] = (),
         metric: str = "flops",
     ) -> Layout:
-        """The same switches as they are for certain prompts; counting does not look at prompts.
+        """The same switches, with limits and costs for certain prompts.
+
+        Where switches are counted, all prompts are alike.
 
         Args:
             workload: token counts; None for those of training.
-            stages: in front of the switches.
-            metric: that budgets are in.
+            stages: token stages in front of the switches.
+            metric: of budgets.
 
         Raises:
             InputError: a stage is behind the first switch, or budgets cannot be in this metric.
@@ -95,7 +103,7 @@ class Layout(ABC):
 
     @abstractmethod
     def limit(self, budget: Budget) -> int:
-        """How much may be switched on under a budget, from 0 to `steps`.
+        """The limit that a budget sets, from 0 to `steps`.
 
         Raises:
             InputError: this layout cannot keep to such a budget.
@@ -111,14 +119,14 @@ class Layout(ABC):
 
     @abstractmethod
     def gates(self, taken: Taken) -> Gates:
-        """For the masked model. Where `taken` has a gradient, so have the gates."""
+        """Gates of the masked model; a gradient of `taken` goes through them."""
 
     @abstractmethod
     def plan(self, taken: Taken, base: Plan) -> Plan:
         """One sample's switches, shape (size,), as a plan; all else as in `base`."""
 
     def utilisation(self, spent: Sequence[int], limit: int) -> float:
-        """The mean share of a budget that is used, what always runs included; 1 of nothing."""
+        """The mean share of the budget that is used, with what always runs; 1 if it is 0."""
         whole = len(spent) * (self.always + limit)
         return (len(spent) * self.always + sum(spent)) / whole if whole else 1.0
 
@@ -149,7 +157,7 @@ class Layout(ABC):
 
 
 def upper_half(graph: Graph) -> list[int]:
-    """Layers that switches sit on; raises InputError where there is no lower half."""
+    """The layers with switches; raises InputError where there is no lower half."""
     layers = list(range(graph.layers // 2, graph.layers))
     if not graph.layers // 2:
         raise InputError(f"'{graph.name}' has {graph.layers} layers, too few for a scheduler")
@@ -161,8 +169,8 @@ class LayerSwitches(Layout):
     """AdaLLaVA-L: one switch for each layer of the upper half."""
 
     @property
+    @override
     def name(self) -> str:
-        """See `Layout`."""
         return "adallava-l"
 
     @property
@@ -176,35 +184,36 @@ class LayerSwitches(Layout):
         return upper_half(self.graph)
 
     @property
-    def size(self) -> int:
-        """See `Layout`."""
-        return len(self.layers)
+    @override
+    def switch_names(self) -> tuple[str, ...]:
+        return tuple(f"layer.{layer}" for layer in self.layers)
 
     @property
+    @override
     def steps(self) -> int:
-        """See `Layout`."""
         return self.size
 
+    @override
     def limit(self, budget: Budget) -> int:
-        """See `Layout`; floor(L b) - L/2 layers of the upper half."""
+        """Floor(L b) - L/2 layers of the upper half."""
         return unit_count(self.graph.layers, counted_fraction(budget, self.name))
 
+    @override
     def decide(self, logits: Tensor, limits: Tensor) -> Taken:
-        """See `Layout`."""
         ranks = logits.argsort(dim=-1, descending=True, stable=True).argsort(-1)
         return ranks < limits.to(ranks)[:, None]
 
+    @override
     def spent(self, taken: Taken) -> int:
-        """See `Layout`."""
         return int(taken.sum())
 
+    @override
     def gates(self, taken: Taken) -> Gates:
-        """See `Layout`."""
         columns = taken if taken.is_floating_point() else taken.float()
         return Gates(layers={layer: columns[:, n] for n, layer in enumerate(self.layers)})
 
+    @override
     def plan(self, taken: Taken, base: Plan) -> Plan:
-        """See `Layout`."""
         off = tuple(n for n, on in zip(self.layers, taken.tolist(), strict=True) if not on)
         return replace(base, layers_off=off)
 
@@ -220,8 +229,8 @@ class UnitSwitches(Layout):
     """
 
     @property
+    @override
     def name(self) -> str:
-        """See `Layout`."""
         return "adallava-h"
 
     @property
@@ -257,30 +266,36 @@ class UnitSwitches(Layout):
         return self.heads // UNITS_PER_LAYER
 
     @property
-    def size(self) -> int:
-        """See `Layout`."""
-        return len(self.layers) * 2 * self.heads
+    @override
+    def switch_names(self) -> tuple[str, ...]:
+        return tuple(
+            f"{kind}.{layer}[{index}]"
+            for layer in self.layers
+            for kind in ("heads", "mlp")
+            for index in range(self.heads)
+        )
 
     @property
+    @override
     def steps(self) -> int:
-        """See `Layout`."""
         return len(self.layers) * UNITS_PER_LAYER
 
+    @override
     def limit(self, budget: Budget) -> int:
-        """See `Layout`; floor(4 L b) - 2 L units."""
+        """Floor(4 L b) - 2 L units."""
         fraction = counted_fraction(budget, self.name)
         return unit_count(self.graph.layers, fraction, UNITS_PER_LAYER)
 
+    @override
     def decide(self, logits: Tensor, limits: Tensor) -> Taken:
-        """See `Layout`."""
         taken = torch.zeros_like(logits, dtype=torch.bool)
         for step in range(int(limits.max()) if len(limits) else 0):
             unit = self.next_unit(logits, taken)
             taken = taken | (unit & (step < limits)[:, None])
         return taken
 
+    @override
     def spent(self, taken: Taken) -> int:
-        """See `Layout`."""
         return int(taken.sum()) // (2 * self.rank)
 
     def next_unit(self, logits: Tensor, taken: Taken) -> Taken:
@@ -296,8 +311,8 @@ class UnitSwitches(Layout):
         unit[rows, layer] = torch.zeros_like(sites[:, 0], dtype=torch.bool).scatter(-1, best, True)
         return unit.view(batch, -1)
 
+    @override
     def gates(self, taken: Taken) -> Gates:
-        """See `Layout`."""
         batch = len(taken)
         columns = (taken if taken.is_floating_point() else taken.float()).view(
             batch, -1, 2, self.heads
@@ -313,8 +328,8 @@ class UnitSwitches(Layout):
             mlp={layer: columns[:, n, 1] for n, layer in enumerate(self.layers)},
         )
 
+    @override
     def plan(self, taken: Taken, base: Plan) -> Plan:
-        """See `Layout`."""
         off: list[int] = []
         kept: dict[str, dict[int, tuple[int, ...]]] = {"heads": {}, "mlp": {}}
         for layer, sites in zip(self.layers, taken.view(-1, 2, self.heads), strict=True):

@@ -1,11 +1,13 @@
 """Visual question answering: rendered scenes with known answers, and LLaVA's conversation JSON.
 
-- `scenes`: what a picture contains, drawn from a seed, split by content;
-- `render`: a scene as pixels;
-- `questions`: questions of six families with their answers, derived from the scene;
-- `conversations`: the record a model is trained on, and datasets of them (rendered, or from JSON);
-- `records`: LLaVA's JSON as an Arrow file that processes share;
-- `packing`: conversations as token tensors, several questions behind one image.
+Enters: a seed, or a JSON file and its pictures. Leaves: conversations, and batches of them.
+
+    scenes              what a picture contains, drawn from a seed, split by content
+    render              a scene as pixels
+    questions           questions of six families with their answers, derived from the scene
+    conversations       the record a model is trained on, and datasets of them
+    conversation_table  LLaVA's JSON as an Arrow file that processes share
+    packing             conversations as token tensors, several questions behind one image
 """
 
 from planner.training.data.conversations import (

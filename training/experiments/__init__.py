@@ -5,10 +5,10 @@
 Every cell is measured once and kept in the working folder, so a run that was stopped goes on. A
 seed stands for the training run and for the test questions, so the base model has a spread too.
 
-    tables      which cells make which table
-    bench       training and measuring them
-    learning    labels to start from, the regret of plans, the losses of training
-    page        tables as text and pictures
+    tables        which cells make which table
+    cells         training and measuring them
+    learning      labels to start from, the regret of plans, the losses of training
+    results_page  tables as text and pictures
 """
 
 from __future__ import annotations
