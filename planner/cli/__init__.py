@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 the input is bad (one sentence on stderr), 1 something fai
 
 from __future__ import annotations
 
+import os
 import sys
 
 __all__ = ["main"]
@@ -15,7 +16,14 @@ _INTERRUPTED = 130
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit."""
-    sys.exit(execute(sys.argv[1:] if arguments is None else arguments))
+    code = execute(sys.argv[1:] if arguments is None else arguments)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # A full disk. What is left in the buffer goes nowhere, or Python would try once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or _fail(f"the output cannot be written: {error.strerror}", 1)
+    sys.exit(code)
 
 
 def execute(arguments: list[str]) -> int:
@@ -50,7 +58,13 @@ def execute(arguments: list[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
+# What a user typed, or a file held, may be in the sentence.
+_LONGEST = 800
+
+
 def _fail(sentence: str, code: int) -> int:
-    message = " ".join(sentence.split())
+    message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(sentence.split()))
+    if len(message) > _LONGEST:
+        message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
     print(f"planner: {message}", file=sys.stderr)
     return code

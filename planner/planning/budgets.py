@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,13 @@ _UNITS: Mapping[str, Mapping[str, Fraction]] = {
 }  # fmt: skip
 # ``flops=2e12`` is an amount; below this a number without a unit can just be a mistaken fraction.
 _FEWEST_FLOPS = 1000
-_QUANTITY = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-zµ%]*)\s*")
+# More FLOPs, seconds or bytes than anything has; a mistake, which printed would be mere digits.
+_BEYOND = 10**90
+# Of so many digits, since `Fraction` works out every one of 1e99999999.
+_QUANTITY = re.compile(
+    r"\s*([+-]?(?:\d{1,40}\.?\d{0,40}|\.\d{1,40})(?:[eE][+-]?\d{1,2})?)\s*([A-Za-zµ%]*)\s*",
+    re.ASCII,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +63,15 @@ class Limit:
         metric = metric.strip()
         if metric not in METRICS:
             raise InputError(
-                f"unknown metric '{metric}' in budget '{text}': choose one of {', '.join(METRICS)}"
+                f"unknown metric '{metric:.40}' in budget '{text:.80}': "
+                f"choose one of {', '.join(METRICS)}"
             )
         match = _QUANTITY.fullmatch(quantity)
         units = _UNITS["kv" if metric == "memory" else metric]
         if match is None or (match[2] not in units and match[2] not in ("", "%")):
             known = ", ".join(unit for unit in units if unit)
             raise InputError(
-                f"budget '{text}' is not an amount of {metric}: "
+                f"budget '{text:.80}' is not an amount of {metric}: "
                 f"give a fraction such as 0.65 or a number with one of {known}"
             )
         value, unit = Fraction(match[1]), match[2]
@@ -73,12 +79,14 @@ class Limit:
         absolute = unit not in ("", "%") or (
             equals and metric == "flops" and value >= _FEWEST_FLOPS
         )
-        if absolute and value > 0:
+        if absolute and 0 < value * units[unit] < _BEYOND:
             return Limit(metric, amount=value * units[unit])
         if percent:
             value /= 100
         if absolute or not 0 < value <= 1:
-            raise InputError(f"budget '{text}' must be more than 0 and at most 1 of the base model")
+            raise InputError(
+                f"budget '{text:.80}' must be more than 0 and at most 1 of the base model"
+            )
         return Limit(metric, fraction=value)
 
     def __str__(self) -> str:
@@ -101,22 +109,18 @@ class Budget:
         if isinstance(value, bool) or value is None:
             raise InputError(f"budget {value!r} is not a number such as 0.65")
         if isinstance(value, Mapping):
-            return Budget.of([f"{metric}={amount}" for metric, amount in value.items()])
+            return Budget.of([f"{metric}={_said(amount)}" for metric, amount in value.items()])
         if isinstance(value, int | float):
-            if isinstance(value, float) and not math.isfinite(value):
-                raise InputError(
-                    f"budget '{value}' must be more than 0 and at most 1 of the base model"
-                )
             if not 0 < value <= 1:
                 raise InputError(
-                    f"budget '{value}' must be more than 0 and at most 1 of the base model"
+                    f"budget '{_said(value)}' must be more than 0 and at most 1 of the base model"
                 )
             return Budget((Limit("flops", fraction=Fraction(str(value))),))
         if isinstance(value, str):
             value = [value]
         if not isinstance(value, Sequence) or not value:
-            raise InputError(f"budget {value!r} is not a number such as 0.65")
-        limits = tuple(Limit.parse(str(text)) for text in value)
+            raise InputError(f"budget {value!r:.80} is not a number such as 0.65")
+        limits = tuple(Limit.parse(_said(text)) for text in value)
         metrics = [limit.metric for limit in limits]
         for metric in metrics:
             if metrics.count(metric) > 1:
@@ -132,6 +136,14 @@ class Budget:
             kind = "of base" if limit.fraction is not None else _BASE_UNITS[limit.metric]
             described[limit.metric] = f"{float(value):.12g} {kind}"
         return described
+
+
+def _said(value: Any) -> str:
+    """A value as users would write it; Python prints no integer of thousands of digits."""
+    try:
+        return str(value)
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 _BASE_UNITS = {"flops": "FLOP", "latency": "s", "kv": "B", "memory": "B"}

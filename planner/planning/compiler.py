@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from planner import __version__
 from planner.ir.cost import Workload
@@ -33,18 +34,24 @@ DEFAULT_DEVICE = "a100-40g"
 # What a fraction is of: everything, or the decoder and lm_head alone.
 SCOPES = ("model", "llm")
 Progress = Callable[[str], None]
+# Type of an option -> what is taken for it.
+_ACCEPTED: Mapping[Any, Any] = {int: Integral, float: Real, int | None: Integral | None}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to compile. Fields are the options of ``planner compile``."""
+    """What to compile. Fields are the options of ``planner compile``.
+
+    Raises:
+        InputError: an option is of another type, or out of its range whatever the model.
+    """
 
     model: str
     budget: Any = 0.65
     switches: str = "all"
     tokens: str | None = None
     kv: str | None = None
-    utilities: str = "prior"
+    utilities: str | Path = "prior"
     device: str | None = None
     scope: str | None = None
     image_tokens: int | None = None
@@ -55,6 +62,23 @@ class Request:
     uniform: bool = False
     time_limit_seconds: float = 60.0
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(Request).items():
+            value: Any = getattr(self, name)
+            accepted = _ACCEPTED.get(kind, kind)
+            mistaken = isinstance(value, bool) and kind is not bool
+            if kind is not Any and (mistaken or not isinstance(value, accepted)):
+                wanted = getattr(kind, "__name__", str(kind))
+                raise InputError(f"{name.replace('_', '-')} is {value!r:.60}: it must be {wanted}")
+        if self.mlp_groups is not None and self.mlp_groups < 1:
+            raise InputError(f"mlp-groups must be at least 1, not {self.mlp_groups}")
+        if not self.time_limit_seconds > 0:
+            raise InputError(
+                f"the time limit must be more than 0 seconds, not {self.time_limit_seconds}"
+            )
+        if self.scope is not None and self.scope not in SCOPES:
+            raise InputError(f"unknown scope '{self.scope}': choose model or llm")
 
     def workload(self, graph: Graph) -> Workload:
         """What a model with this Graph is priced for."""
@@ -133,8 +157,6 @@ def plan_graph(
     `counts`: see `solve_uniform`; for requests with equal widths in all layers.
     """
     scope = request.scope or ("llm" if switches.faithful else "model")
-    if scope not in SCOPES:
-        raise InputError(f"unknown scope '{scope}': choose model or llm")
     with stage("price"):
         like_heads = switches.faithful == "adallava-h"
         graph = with_switches(graph, request.mlp_groups, like_heads)
@@ -180,7 +202,7 @@ def _plain_counts(source: Source, graph: Graph) -> dict[str, Collection[int]]:
     return {"heads": head_counts(source.load_config(), groups.pop())}
 
 
-def _utilities(name: str, graph: Graph, pricing: Pricing) -> Utilities:
+def _utilities(name: str | Path, graph: Graph, pricing: Pricing) -> Utilities:
     if name == "prior":
         return prior(graph, pricing.work())
     if name == "uniform":

@@ -26,7 +26,7 @@ from planner.planning.budgets import Budget
 from planner.planning.selectors import Sizes, VisionSelector
 from planner.planning.switches import SwitchSet
 from planner.planning.utilities import Utilities
-from planner.solver.problem import LayerChoices, Problem, SiteChoices, TokenOption
+from planner.solver.problem import COST_CEILING, LayerChoices, Problem, SiteChoices, TokenOption
 
 __all__ = ["Pricing", "compared"]
 
@@ -119,15 +119,19 @@ class Pricing:
         end = self._sizes(layer, option, context=True)
         kv = sum(price(o, graph, end).kv_bytes for o in operators if o.kind == "attention")
         weights = sum(c.parameters for c in costs) * int(self.graph.properties["dtype_bytes"])
-        return np.array(
-            [
-                sum(c.flops for c in costs),
-                math.ceil(math.fsum(c.seconds for c in costs) * PICOSECONDS),
-                kv,
-                weights + kv,
-            ],
-            dtype=np.int64,
-        )
+        vector = [
+            sum(c.flops for c in costs),
+            math.ceil(math.fsum(c.seconds for c in costs) * PICOSECONDS),
+            kv,
+            weights + kv,
+        ]
+        # A layer and its sites are priced apart; all of them together must not overflow.
+        if max(vector) > COST_CEILING // (4 * (self.graph.layers + 2)):
+            raise InputError(
+                f"the workload is too large to be priced: {self.workload.prompt_tokens} tokens a "
+                f"prompt, {self.workload.new_tokens} new ones, batch {self.workload.batch}"
+            )
+        return np.array(vector, dtype=np.int64)
 
     @cached_property
     def _working_bytes(self) -> int:
@@ -354,7 +358,8 @@ class Pricing:
         for limit in budget.limits:
             scale = PICOSECONDS if limit.metric == "latency" else 1
             if limit.amount is not None:
-                limits[limit.metric] = math.floor(limit.amount * scale)
+                # No plan costs more, and tables are of 64 bits.
+                limits[limit.metric] = min(math.floor(limit.amount * scale), COST_CEILING)
             else:
                 assert limit.fraction is not None
                 base = round(self.base[limit.metric] * scale)

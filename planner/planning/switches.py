@@ -121,7 +121,12 @@ def with_switches(graph: Graph, groups: int | None = None, like_heads: bool = Fa
     Args:
         groups: the same number everywhere; by default `mlp_switches` decides.
         like_heads: as many groups as attention heads, as the papers do.
+
+    Raises:
+        InputError: an MLP cannot be divided into so many groups.
     """
+    if groups is not None and groups < 1:
+        raise InputError(f"mlp-groups must be at least 1, not {groups}")
     heads = {s.layer: _query_heads(graph, s) for s in graph.sites_of("heads")}
     usual = max(heads.values(), default=32)
     sites: Sequence[Site] = [

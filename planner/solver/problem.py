@@ -38,7 +38,7 @@ Costs = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
 # Sums of costs must stay exact in 64-bit integers, with room for one doubling.
-_COST_CEILING = 1 << 61
+COST_CEILING = 1 << 61
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,7 +257,7 @@ class Problem:
         tables += [site.costs[:, :, -1] for site in self.sites]
         for index, metric in enumerate(self.metrics):
             total = sum(int(table[:, index].max()) for table in tables)
-            if total >= _COST_CEILING:
+            if total >= COST_CEILING:
                 raise InputError(f"the costs of metric {metric} add up to {total}, beyond 2^61")
 
 
