@@ -64,7 +64,7 @@ OPTIONS = [
     ("switches", "", "unknown switches"),
     ("switches", "all,all", "unknown switches"),
     ("tokens", "fastv:k=999", "layer 999"),
-    ("tokens", "fastv:k=" + "9" * 300, "k="),
+    ("tokens", "fastv:k=" + "9" * 80, "k="),
     ("tokens", ["fastv"], "tokens"),
     ("kv", "h2o:heavy=nan,recent=0.1", "heavy"),
     ("kv", "h2o:heavy=2", "heavy"),
