@@ -36,12 +36,14 @@ def plans(draw: st.DrawFn, graph: Graph, image_tokens: int = 0, images: int = 1)
     def some_of(count: int) -> st.SearchStrategy[tuple[int, ...]]:
         return st.sets(st.integers(0, count - 1), max_size=count).map(lambda s: tuple(sorted(s)))
 
+    off = tuple(layer for layer in layers if draw(st.integers(0, 3)) == 0)
+    on = [layer for layer in layers if layer not in off]
     heads = {
         layer: draw(some_of(graph.sites_by_name[f"heads.{layer}"].switches))
-        for layer in layers
+        for layer in on
         if draw(st.booleans())
     }
-    mlp = {layer: draw(some_of(MLP_SWITCHES)) for layer in layers if draw(st.booleans())}
+    mlp = {layer: draw(some_of(MLP_SWITCHES)) for layer in on if draw(st.booleans())}
     stages = []
     left = image_tokens * images
     if image_tokens:
@@ -51,7 +53,7 @@ def plans(draw: st.DrawFn, graph: Graph, image_tokens: int = 0, images: int = 1)
             left = keep
     return plan_of(
         graph,
-        layers_off=tuple(layer for layer in layers if draw(st.integers(0, 3)) == 0),
+        layers_off=off,
         heads=heads,
         mlp=mlp,
         tokens=tuple(stages),
