@@ -126,33 +126,39 @@ PartialState.__init__ = pretend
 torch.accelerator.is_available = lambda *_: True
 real = trainer.TrainingArguments
 trainer.TrainingArguments = lambda **settings: real(**settings | {"use_cpu": True})
-weights = list(adallava.train(json.loads(sys.argv[1])).parameters())
-print("RESULT", sum(isinstance(weight, DTensor) for weight in weights), len(weights), flush=True)
+for settings in json.loads(sys.argv[1]):
+    weights = list(adallava.train(settings).parameters())
+    sharded = sum(isinstance(weight, DTensor) for weight in weights)
+    print("RESULT", sharded, len(weights), flush=True)
 torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("switches", ["adallava-l", "layers,heads,mlp"])
-def test_sharded_processes_train_as_one(base, tmp_path, switches):
+def test_sharded_processes_train_as_one(base, tmp_path):
     """FSDP on CPUs: logs, resuming and what is exported are those of one process."""
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
-    one, two = tmp_path / "one", tmp_path / "two"
-    common = {"switches": switches, "save_steps": 2}
-    adallava.train(settings(base, one, batch_size=4, export_dir=str(one / "model"), **common))
     sharded = {"fsdp": "full_shard auto_wrap", "fsdp_layer": "LlamaDecoderLayer"}
-    ours = settings(base, two, batch_size=2, export_dir=str(two / "model"), **common, **sharded)
+    folders, ours = [], []
+    for switches in ("adallava-l", "layers,heads,mlp"):
+        one, two = tmp_path / switches / "one", tmp_path / switches / "two"
+        common = {"switches": switches, "save_steps": 2}
+        adallava.train(settings(base, one, batch_size=4, export_dir=str(one / "model"), **common))
+        common |= {"export_dir": str(two / "model"), **sharded}
+        folders.append((one, two))
+        ours.append(settings(base, two, batch_size=2, **common))
     for _ in range(2):  # from the start, and from the checkpoint at two of three steps
         done = launch(LAUNCHERS["torchrun"], str(script), json.dumps(ours))
         assert done.returncode == 0, done.stderr
         # The main process is given back what it exported, which is whole; the other one's is not.
-        assert re.search(r"RESULT (\d+) \1\b", done.stdout)
-        for found, expected in zip(logged(two), logged(one), strict=True):
-            assert found["loss"] == pytest.approx(expected["loss"], rel=2e-3)
-        for name in ("model.safetensors", "scheduler.safetensors"):
-            found, expected = (load_file(folder / "model" / name) for folder in (two, one))
-            assert found.keys() == expected.keys()
-            for key, value in expected.items():
-                assert torch.allclose(found[key], value, atol=2e-4), key
-        shutil.rmtree(two / "checkpoint-3")
-        shutil.rmtree(two / "model")
+        assert len(re.findall(r"RESULT (\d+) \1\b", done.stdout)) == len(ours)
+        for one, two in folders:
+            for found, expected in zip(logged(two), logged(one), strict=True):
+                assert found["loss"] == pytest.approx(expected["loss"], rel=2e-3)
+            for name in ("model.safetensors", "scheduler.safetensors"):
+                found, expected = (load_file(folder / "model" / name) for folder in (two, one))
+                assert found.keys() == expected.keys()
+                for key, value in expected.items():
+                    assert torch.allclose(found[key], value, atol=2e-4), key
+            shutil.rmtree(two / "checkpoint-3")
+            shutil.rmtree(two / "model")

@@ -1,7 +1,6 @@
 """LLaVA's JSON as an Arrow file: written once, shared, and found stale when the file changes."""
 
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -119,26 +118,13 @@ def test_processes_that_start_together_share_one_file(tmp_path, cache):
         subprocess.Popen(
             [sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True
         )
-        for _ in range(3)
+        for _ in range(2)
     ]
-    assert [run.communicate(timeout=300)[0].strip() for run in runs] == ["2000"] * 3
+    assert [run.communicate(timeout=300)[0].strip() for run in runs] == ["2000"] * 2
     assert len(list(cache.glob("*.arrow*"))) == 2  # and its lock
 
 
-def test_without_datasets_it_says_what_to_install(tmp_path, cache):
-    path = write(tmp_path, [record(1)])
-    program = (
-        "import sys; sys.modules['datasets'] = None; from pathlib import Path\n"
-        "from planner.training.data.conversation_table import *\n"
-        "try: open_records(Path(sys.argv[1]))\n"
-        "except Exception as error: print(type(error).__name__, error)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(path)],
-        capture_output=True,
-        text=True,
-        env=dict(os.environ),
-        timeout=300,
-    )
-    assert "InputError" in done.stdout, done.stderr
-    assert "pip install 'planner[train]'" in done.stdout
+def test_without_datasets_it_says_what_to_install(tmp_path, cache, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"pip install 'planner\[train\]'"):
+        open_records(write(tmp_path, [record(1)]))
