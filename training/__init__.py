@@ -12,6 +12,7 @@ model folder that stock transformers loads. May import every other part of plann
     warm_start            a scheduler taught by labels first
     trainer               transformers' Trainer, for runs that stop and go on
     estimators            switches drawn from logits, with a gradient
+    sequential_draws      switches drawn one by one, and how likely an order is
     subset_distributions  exact distributions over subsets that fill a limit
     switch_costs          what switches cost, given those that are on
     gradient_check        estimators' gradients against exact ones

@@ -18,7 +18,7 @@ there is no candidate. So every sample keeps to its limit and leaves no room for
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,6 +29,7 @@ from typing_extensions import override
 from planner.ir.errors import InputError
 from planner.models.scheduling import UnitSwitches
 from planner.planning.selectors.arguments import Arguments, read_named
+from planner.training.sequential_draws import by_rank, check_limits, log_chance, turns
 from planner.training.subset_distributions import Subsets
 from planner.training.switch_costs import AdditiveCosts, Costs
 
@@ -41,7 +42,6 @@ __all__ = [
     "GumbelTopK",
     "Noise",
     "Simple",
-    "log_probability",
     "parse",
 ]
 
@@ -101,59 +101,11 @@ class Estimator(Arguments):
         Returns:
             Shape (batch, switches), bool.
         """
-        best = _by_rank(costs.ranked(logits.detach()))
+        best = by_rank(costs.ranked(logits.detach()))
         taken = torch.zeros_like(logits, dtype=torch.bool)
-        for turn in _turns(best, taken, costs, limits):
+        for turn in turns(best, taken, costs, limits):
             taken = turn.taken
         return taken
-
-
-@dataclass(frozen=True, eq=False)
-class _Turn:
-    """One draw for every sample that still has candidates.
-
-    Attributes:
-        candidates: shape (batch, switches), bool: not taken, and fitting what is left.
-        active: shape (batch,), bool: whether the sample has candidates.
-        pick: shape (batch,), int64: the switch taken, where active.
-        taken: shape (batch, switches), bool: after the draw.
-    """
-
-    candidates: Tensor
-    active: Tensor
-    pick: Tensor
-    taken: Tensor
-
-
-def _turns(
-    choose: Callable[[Tensor], Tensor], taken: Tensor, costs: Costs, limits: Tensor
-) -> Iterator[_Turn]:
-    """Take one switch after the other while any fits, in all samples at once.
-
-    Args:
-        choose: candidates (batch, switches) -> one of them for each sample, (batch,).
-        taken: shape (batch, switches), bool: on at the start, and not charged to the limits.
-        costs: of the switches.
-        limits: shape (batch,).
-    """
-    _check(limits)
-    left = limits.to(taken.device, torch.int64)
-    while True:
-        price = costs.of_next(taken)
-        candidates = ~taken & (price <= left[:, None])
-        active = candidates.any(-1)
-        if not active.any():
-            return
-        pick = choose(candidates)
-        chosen = torch.zeros_like(taken).scatter(1, pick[:, None], active[:, None])
-        taken = taken | chosen
-        left = left - torch.where(chosen, price, 0).sum(-1)
-        yield _Turn(candidates, active, pick, taken)
-
-
-def _check(limits: Tensor) -> None:
-    if (limits < 0).any():
-        raise InputError(f"a limit of {int(limits.min())} leaves nothing to choose")
 
 
 def _prices(costs: Costs, user: str, like: Tensor) -> Tensor:
@@ -161,13 +113,6 @@ def _prices(costs: Costs, user: str, like: Tensor) -> Tensor:
     if not isinstance(costs, AdditiveCosts):
         raise InputError(f"{user} needs costs that add up")
     return costs.prices.to(like.device).expand(like.shape)
-
-
-def _by_rank(order: Tensor) -> Callable[[Tensor], Tensor]:
-    """Choose the candidate that comes first in an order of switches, (batch, switches)."""
-    rank = order.argsort(-1)
-    last = order.shape[-1]
-    return lambda candidates: rank.masked_fill(~candidates, last).argmin(-1)
 
 
 def _gumbel(like: Tensor, noise: Noise) -> Tensor:
@@ -221,10 +166,10 @@ class GumbelSequential(Estimator):
 
         total = soft.sum(-1)
         picks = []
-        for turn in _turns(choose, taken, costs, limits):
+        for turn in turns(choose, taken, costs, limits):
             taken = turn.taken
             soft = soft + _softmax(noisy / self.temperature, turn.candidates)
-            total = total + _log_chance(scores, turn)
+            total = total + log_chance(scores, turn)
             picks.append(turn.pick.masked_fill(~turn.active, -1))
         order = torch.stack(picks, 1) if picks else taken.new_zeros((len(taken), 0)).long()
         return Drawn(_straight_through(taken, soft), taken, total, order)
@@ -259,42 +204,11 @@ class GumbelSequential(Estimator):
         return _straight_through(taken, soft)
 
 
-def log_probability(order: Tensor, logits: Tensor, costs: Costs, limits: Tensor) -> Tensor:
-    """Log-probability that `GumbelSequential` draws switches in an order (Plackett-Luce).
-
-    At every draw, the log-softmax of the logits over the candidates. Policy gradients need it under
-    logits other than those that the order was drawn from.
-
-    Args:
-        order: shape (batch, draws), as in `Drawn`.
-        logits: shape (batch, switches).
-        costs: that the order was drawn with.
-        limits: that it was drawn with, shape (batch,).
-
-    Returns:
-        Shape (batch,), differentiable.
-    """
-    scores = logits.float()
-    columns = iter(order.unbind(1))
-    taken = torch.zeros_like(scores, dtype=torch.bool)
-    total = scores.new_zeros(len(scores))
-    for turn in _turns(lambda _: next(columns).clamp(min=0), taken, costs, limits):
-        total = total + _log_chance(scores, turn)
-    return total
-
-
 def _softmax(scores: Tensor, among: Tensor) -> Tensor:
     """Softmax over some switches, 0 elsewhere; rows without any are 0 throughout."""
     empty = ~among.any(-1, keepdim=True)
     shares = scores.masked_fill(~among & ~empty, -torch.inf).softmax(-1)
     return shares.masked_fill(~among, 0)
-
-
-def _log_chance(scores: Tensor, turn: _Turn) -> Tensor:
-    """Log-probability of a turn's picks, 0 for samples without candidates; shape (batch,)."""
-    out = turn.active[:, None] & ~turn.candidates
-    chances = scores.masked_fill(out, -torch.inf).log_softmax(-1)
-    return torch.where(turn.active, chances.gather(1, turn.pick[:, None])[:, 0], 0)
 
 
 @dataclass(frozen=True)
@@ -322,7 +236,7 @@ class GumbelTopK(Estimator):
         taken = torch.zeros_like(scores, dtype=torch.bool)
         soft = 0 * scores  # a function of the logits even where nothing is drawn
         tiny = torch.finfo(scores.dtype).tiny
-        for turn in _turns(_by_rank(costs.ranked(keys.detach())), taken, costs, limits):
+        for turn in turns(by_rank(costs.ranked(keys.detach())), taken, costs, limits):
             # What was taken is pushed down only as far as the relaxation took it.
             share = _softmax(keys / self.temperature, turn.candidates | taken)
             soft = soft + share
@@ -361,13 +275,13 @@ class Simple(Estimator):
             ]
             gates, taken = torch.cat([r.gates for r in rows]), torch.cat([r.taken for r in rows])
             return Drawn(gates.to(logits.device), taken.to(logits.device))
-        _check(limits)
+        check_limits(limits)
         prices = _prices(costs, self.name, logits)
         subsets = Subsets.of(logits, prices, limits, self.columns)
         taken = sampled = subsets.sample(noise)
         left = limits.to(logits.device) - torch.where(sampled, prices, 0).sum(-1)
-        best = _by_rank(costs.ranked(logits.detach()))
-        for turn in _turns(best, sampled, costs, left):
+        best = by_rank(costs.ranked(logits.detach()))
+        for turn in turns(best, sampled, costs, left):
             taken = turn.taken
         gates = taken.float()
         if subsets.weights.requires_grad:

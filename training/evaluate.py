@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from planner.loading import load_model
 from planner.training.data import Conversation, SceneQuestions, Turn
 
 __all__ = ["evaluate", "language_prior", "predict", "score"]
@@ -146,8 +147,6 @@ def _mean(values: Sequence[float]) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     parser = argparse.ArgumentParser(description="Accuracy per family on rendered scenes.")
     parser.add_argument("--model", required=True)
     parser.add_argument("--split", default="test", choices=["train", "val", "test"])
@@ -157,8 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     samples = SceneQuestions(options.split, options.samples, options.seed)
-    model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(options.model)
+    model, processor, _ = load_model(options.model)
     measured = evaluate(model, processor, samples, options.batch_size)
     prior = language_prior(SceneQuestions("train", 10 * options.samples, options.seed), samples)
     if options.json:

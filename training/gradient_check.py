@@ -18,7 +18,8 @@ from itertools import combinations, permutations
 import torch
 from torch import Tensor
 
-from planner.training.estimators import log_probability, parse
+from planner.training.estimators import parse
+from planner.training.sequential_draws import log_probability
 from planner.training.switch_costs import AdditiveCosts
 
 __all__ = ["CASES", "METHODS", "Case", "Check", "check", "exact_gradient", "fillings"]

@@ -12,7 +12,8 @@ from planner.ir.errors import InputError
 from planner.planning.compiler import Request, compile_plan
 from planner.solver import Scores, take_while_fits
 from planner.solver.problem import Choice, LayerChoices, Problem, SiteChoices, TokenOption
-from planner.training.estimators import log_probability, parse
+from planner.training.estimators import parse
+from planner.training.sequential_draws import log_probability
 from planner.training.switch_costs import SiteCosts
 from tests.problems import medium_problem, problems
 

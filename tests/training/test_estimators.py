@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.ir.errors import InputError
-from planner.training.estimators import ESTIMATORS, log_probability, parse
+from planner.training.estimators import ESTIMATORS, parse
 from planner.training.gradient_check import fillings
+from planner.training.sequential_draws import log_probability
 from planner.training.subset_distributions import Subsets
 from planner.training.switch_costs import AdditiveCosts
 

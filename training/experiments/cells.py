@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import logging
 
 from planner.files import write_text
 from planner.ir.errors import PlannerError
 from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
+from planner.loading import load_model
 from planner.models.calibration import calibrate, read_samples
 from planner.models.calibration.samples import Question
 from planner.models.scheduling import Scheduled, load_scheduler
@@ -155,9 +154,7 @@ class Bench:
         if folder not in self._loaded:
             # One at a time: tables go through models in order.
             self._loaded.clear()
-            logging.disable_progress_bar()
-            model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-            processor = AutoProcessor.from_pretrained(folder)
+            model, processor, _ = load_model(str(folder))
             self._loaded[folder] = (model, processor, lower_model(model, "tiny-llava"))
         return self._loaded[folder]
 
