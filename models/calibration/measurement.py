@@ -245,12 +245,12 @@ class _Run:
 
 
 def not_negative(effects: Array) -> Array:
-    """Means over samples, knowing that no switch does harm.
+    """Means over samples, given that no switch does harm.
 
-    On a few samples the loss falls for some switches by chance when they are off, and a plan would
-    leave those off whatever the budget. So the value is the mean of what the samples say, a normal
-    distribution around their mean with its standard error, cut off below 0: nearly the mean where
-    that is clear, small and positive where it is not.
+    With few samples, the loss may fall by chance when a switch is off, and plans would then leave
+    the switch off whatever the budget. So a switch's value is the mean of a truncated normal
+    distribution: the mean over samples and its standard error, cut off below 0. That is nearly the
+    mean if it is clearly positive, and else small and positive.
 
     Args:
         effects: shape (samples, switches).

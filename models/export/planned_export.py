@@ -93,7 +93,7 @@ def _take_shared(state: dict[str, Tensor]) -> dict[str, str]:
 
 
 def _attention(model: Any, graph: Graph, program: Program) -> dict[str, Any]:
-    """What narrowed attention blocks need beside their weights: path -> integers, or silence."""
+    """Path of a narrowed attention block -> attributes to change, or what stands in for it."""
     blocks: dict[Any, AttentionBlock] = {}
     found: dict[str, Any] = {}
     for layer in program.layers:

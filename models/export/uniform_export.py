@@ -20,7 +20,7 @@ __all__ = ["NotPlain", "save_plain"]
 
 
 class NotPlain(Exception):
-    """A plan that no stock config can say, and why, in one sentence."""
+    """A plan that no stock config describes; the message is one sentence and says why."""
 
 
 def save_plain(
