@@ -14,7 +14,7 @@ from typing import Any
 
 import networkx as nx
 
-from planner.ir.dims import Dim, product
+from planner.ir.dims import Dim, Sizes, product
 
 __all__ = ["PARTS", "SITE_KINDS", "Binding", "Block", "Graph", "Operator", "Site", "Value"]
 
@@ -71,11 +71,11 @@ class Operator:
             raise TypeError(f"attribute {attribute} of {self.name} is {value!r}, not an integer")
         return value
 
-    def elements(self, sizes: Mapping[str, int]) -> int:
+    def elements(self, sizes: Sizes) -> int:
         """Elements of the output at the given sizes of the symbols."""
         return product(self.shape, sizes)
 
-    def rows(self, sizes: Mapping[str, int]) -> int:
+    def rows(self, sizes: Sizes) -> int:
         """Rows of the output: elements of all dimensions but the last."""
         return product(self.shape[:-1], sizes)
 

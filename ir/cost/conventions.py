@@ -19,7 +19,6 @@ from planner.ir.cost.price import Cost, roofline, total
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator
 from planner.ir.kinds import kind_of
-from planner.ir.kinds.products import Linear, Product
 
 __all__ = ["CONVENTIONS", "Convention", "DynamicLlava", "LlmViewer", "Row", "convention"]
 
@@ -165,13 +164,13 @@ class LlmViewer(Convention):
 
 def _operator_rows(operator: Operator, queries: int, keys: int) -> Iterator[Row]:
     """Rows of one operator of a decoder layer."""
-    kind, name, layer = kind_of(operator), operator.name, operator.layer
-    if isinstance(kind, Linear):
+    kind, name, layer = operator.kind, operator.name, operator.layer
+    if kind in ("linear", "fused_linear", "norm_linear"):
         read, written = operator.integer("in"), operator.integer("out")
         weights = read * written
         moved = (read + written) * queries
         yield Row(name, 2 * weights * queries, moved, weights, layer=layer)
-    elif operator.kind == "attention":
+    elif kind == "attention":
         head = operator.integer("head_dim")
         heads, kv_heads = operator.integer("heads"), operator.integer("kv_heads")
         products = 2 * queries * keys * heads * head
@@ -184,8 +183,8 @@ def _operator_rows(operator: Operator, queries: int, keys: int) -> Iterator[Row]
         moved = scores + cached + written
         yield Row(f"{name}.sv", products, moved, cached=cached, layer=layer)
         yield Row(f"{name}.softmax", 5 * scores, 2 * scores, layer=layer)
-    elif isinstance(kind, Product):
-        raise InputError(f"convention llm-viewer has no row for {name}, of kind {kind.name}")
+    elif kind_of(operator).flops and kind != "select_tokens":
+        raise InputError(f"convention llm-viewer has no row for {name}, of kind {kind}")
 
 
 class DynamicLlava(Convention):
