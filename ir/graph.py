@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import networkx as nx
@@ -105,18 +104,6 @@ class Binding:
     axis: str
     blocks: tuple[Block, ...]
 
-    def features(self, lanes: Iterable[int]) -> list[int]:
-        """Feature indices of the given lanes, block by block, ascending inside a block."""
-        lanes = sorted(lanes)
-        return [
-            index
-            for block in self.blocks
-            for lane in lanes
-            for index in range(
-                block.offset + lane * block.stride, block.offset + lane * block.stride + block.width
-            )
-        ]
-
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -158,10 +145,6 @@ class Site:
         """Lanes covered by the given switches, ascending."""
         bounds = self.bounds
         return [lane for u in sorted(switches) for lane in range(bounds[u], bounds[u + 1])]
-
-    def widths(self) -> tuple[int, ...]:
-        """Lanes in each switch."""
-        return tuple(stop - start for start, stop in pairwise(self.bounds))
 
 
 @dataclass(frozen=True)

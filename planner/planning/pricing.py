@@ -20,7 +20,7 @@ from planner.ir.cost.memory import peak_bytes
 from planner.ir.dims import Dim
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator, Site
-from planner.ir.narrowing import narrowed
+from planner.ir.structure import narrowed
 from planner.plan import Plan, scores_by_attention
 from planner.planning.budgets import Budget
 from planner.planning.selectors import Sizes, VisionSelector
