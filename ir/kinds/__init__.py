@@ -1,8 +1,10 @@
 """Operator kinds: one record each, read by the text form, the verifier, the costs and the passes.
 
-table        all records
-kind         the type of a record
-shape_rules  what the shapes of operators must be
+A new kind is one record in the table.
+
+    table        all records
+    kind         the type of a record
+    shape_rules  what the shapes of operators must be
 """
 
 from planner.ir.graph import Operator

@@ -1,23 +1,29 @@
 """Lowering: from a model, or just its config, to a Graph.
 
-In the order of the data:
+Enters: a transformers config, or a model with weights. Leaves: a Graph, and notes on what was left
+out. From the whole to the parts:
 
-    whole_model      builds a model without weights, and joins its parts once they are lowered
+    whole_model      build a model without weights, lower its parts, join them into a Graph
+    decoder          the decoder, and the output embedding after it
+    vision_side      the vision encoder and the projector
     attempts         candidates tried in turn, and what to say where none works
-    decoder          the decoder and the output embedding;  vision_side: encoder and projector
     example_inputs   shapes to capture a part with
-    capture          a part as an ATen graph, layers that are alike traced once
-    tensor_writes    rewrite: writes into an empty tensor become a concatenation
-    eager_attention  rewrite: softmax between two products becomes one fused attention
-    aten             what the ATen operations are, by name
+    capture          a part as an ATen graph; of layers that are alike, one is traced
+    tensor_writes    a rewrite: writes into an empty tensor become a concatenation
+    eager_attention  a rewrite: softmax between two products becomes fused attention
+    raising          the ATen graph -> operators and sites
+    aten             what ATen operations are, by name
     flow             which nodes carry activations
     grouping         nodes that together are one operator
-    describing       an operator's kind, shape and attributes
-    raising          ATen nodes -> operators and sites;  folding: copies for layers that are alike
-    lanes            features followed through views;  traced_layer: one layer's nodes and labels
-    assignment       which features belong to which lane of a site
-    head_lanes       lanes of attention heads;  neuron_lanes: of an MLP;  sites: both, of a layer
-    sharing          sites that are none, since others depend on what lies inside
+    describing       kind, shape and attributes of an operator
+    folding          copies of a traced layer, for the layers that are like it
+    sites            what can be narrowed in one traced layer
+    traced_layer     the nodes of one layer, and where their values come from
+    lanes            features followed through the views that a model applies
+    assignment       which features of which linears belong to which lane
+    head_lanes       the lanes of attention heads
+    neuron_lanes     the lanes of an MLP's neurons
+    sharing          layers and heads that others need whole, and so are no sites
 """
 
 from planner.ir.lowering.attempts import NotLowered

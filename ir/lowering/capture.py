@@ -21,7 +21,8 @@ from planner.ir.lowering.tensor_writes import join_writes
 
 __all__ = ["WRAPPED", "Captured", "Stack", "build_on_meta", "capture", "path_of"]
 
-# A module that only lends its face to a model keeps the model under this name, left out of paths.
+# A module that wraps a model, to have one of its functions traced, keeps the model under this name;
+# paths leave it out.
 WRAPPED = "root"
 
 

@@ -1,7 +1,7 @@
-"""Sharing: sites that are none because something outside them depends on what lies inside.
+"""Sharing: layers and heads that cannot be narrowed, because operators outside need them whole.
 
-Some models let later layers attend to an earlier layer's keys and values. That layer's heads belong
-to all of its readers, and it cannot be left out.
+Some models let later layers attend to an earlier layer's keys and values. The heads of that layer
+belong to all of its readers, and it cannot be left out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["without_shared"]
 
 
 def without_shared(graph: Graph) -> tuple[Graph, list[str]]:
-    """The graph without such sites, and one sentence for each kind of site."""
+    """The graph without the sites that are shared, and one sentence for each kind of site."""
     reasons = {
         site: f"{site}: {reader} reads {source}, which it does not narrow"
         for reader, source, site in unnarrowed_readers(graph)
