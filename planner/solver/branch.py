@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.solver.problem import Choice, Costs, Problem, top
+from planner.solver.reach import within_reach
 
 __all__ = ["FORBIDDEN", "Assignment", "Branch", "Scale", "Tables"]
 
@@ -48,7 +49,11 @@ class Scale:
 
     @staticmethod
     def of(problem: Problem) -> Scale:
-        """The finest scale at which all utilities of a problem together stay below 2^52."""
+        """The finest scale at which all utilities of a problem together stay below 2^52.
+
+        Args:
+            problem: as `within_reach` leaves it.
+        """
         fixed = [layer.utility for layer in problem.layers]
         switches = [u for site in problem.sites for u in site.utilities.tolist()]
         tokens = [token.utility for token in problem.tokens]
@@ -206,10 +211,16 @@ class Branch:
 
 
 class Tables:
-    """A Problem, scaled: makes its branches, and turns their assignments back into choices."""
+    """A Problem, scaled: makes its branches, and turns their assignments back into choices.
+
+    Attributes:
+        problem: whose choices are made. It may have lower limits than the tables were made for.
+        scale: of all that could be chosen under the limits they were made for.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
+        problem = within_reach(problem)
         self.scale = Scale.of(problem)
         layers = problem.layers
         self._token_utility = self.scale.integers([token.utility for token in problem.tokens])

@@ -9,8 +9,9 @@ from typing import Literal
 import numpy as np
 
 from planner.ir.errors import InputError
-from planner.solver.branch import Assignment, Tables
+from planner.solver.branch import Assignment, Scale, Tables
 from planner.solver.problem import Choice, Problem
+from planner.solver.reach import within_reach
 
 __all__ = ["TOLERANCE", "Infeasible", "Solution", "certify", "feasible_options"]
 
@@ -108,7 +109,9 @@ def certify(
         raise AssertionError("the solver made a choice that breaks a limit: this is a bug")
     utility = problem.utility(choice)
     certified = max(scale.real(bound + scale.slack), utility)
-    gap = (certified - utility) / max(abs(utility), scale.negligible)
+    # Of what fits the problem's own limits, which may be lower than those of the tables.
+    negligible = Scale.of(within_reach(problem)).negligible
+    gap = (certified - utility) / max(abs(utility), negligible)
     return Solution(
         choice=choice,
         utility=utility,
