@@ -54,13 +54,13 @@ class Scale:
         Args:
             problem: as `within_reach` leaves it.
         """
-        fixed = [layer.utility for layer in problem.layers]
-        switches = [u for site in problem.sites for u in site.utilities.tolist()]
-        tokens = [token.utility for token in problem.tokens]
-        most = math.fsum(map(abs, fixed + switches)) + max(map(abs, tokens))
+        layers = np.array([layer.utility for layer in problem.layers], dtype=np.float64)
+        summed = np.concatenate([layers, *(site.utilities for site in problem.sites)])
+        tokens = np.array([token.utility for token in problem.tokens], dtype=np.float64)
+        most = math.fsum(np.abs(summed).tolist()) + float(np.abs(tokens).max())
         exponent = _UTILITY_BITS - math.frexp(most)[1] if most else 0
-        error = math.fsum(_rounding(u, exponent) for u in fixed + switches)
-        return Scale(exponent, math.ceil(error + max(_rounding(u, exponent) for u in tokens)))
+        error = math.fsum(_rounding(summed, exponent).tolist())
+        return Scale(exponent, math.ceil(error + float(_rounding(tokens, exponent).max())))
 
     def integers(self, utilities: npt.ArrayLike) -> Ints:
         """Utilities as integers."""
@@ -281,6 +281,7 @@ class Tables:
         )
 
 
-def _rounding(utility: float, exponent: int) -> float:
-    units = math.ldexp(utility, exponent)
-    return abs(units - round(units))
+def _rounding(utilities: npt.NDArray[np.float64], exponent: int) -> npt.NDArray[np.float64]:
+    """By how much each utility differs from a whole number of units."""
+    units = np.ldexp(utilities, exponent)
+    return np.asarray(np.abs(units - np.rint(units)))

@@ -22,7 +22,7 @@ def within_reach(problem: Problem) -> Problem:
     Feasible choices are the same, and are worth the same.
     """
     room = problem.limits - problem.smallest_costs()  # (options, metrics)
-    possible = (room >= 0).all(axis=1)
+    possible = np.asarray((room >= 0).all(axis=1))
     tokens = tuple(
         token if fits else replace(token, utility=0.0)
         for token, fits in zip(problem.tokens, possible.tolist(), strict=True)

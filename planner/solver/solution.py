@@ -13,7 +13,14 @@ from planner.solver.branch import Assignment, Scale, Tables
 from planner.solver.problem import Choice, Problem
 from planner.solver.reach import within_reach
 
-__all__ = ["TOLERANCE", "Infeasible", "Solution", "certify", "feasible_options"]
+__all__ = [
+    "TOLERANCE",
+    "Infeasible",
+    "Solution",
+    "certify",
+    "deadline_after",
+    "feasible_options",
+]
 
 #: An answer is called optimal if its gap, rounding of utilities included, is at most this.
 TOLERANCE = 1e-9
@@ -54,6 +61,17 @@ class Infeasible(InputError):
     def __init__(self, message: str, smallest: Mapping[str, int]) -> None:
         super().__init__(message)
         self.smallest = dict(smallest)
+
+
+def deadline_after(begin: float, time_limit_seconds: float) -> float:
+    """When a search ends that began at `begin`, on `time.perf_counter`'s clock.
+
+    Raises:
+        InputError: the limit is negative or no number.
+    """
+    if not time_limit_seconds >= 0:
+        raise InputError(f"a time limit is 0 seconds or more, not {time_limit_seconds}")
+    return begin + time_limit_seconds
 
 
 def feasible_options(problem: Problem) -> list[int]:
