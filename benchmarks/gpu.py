@@ -20,11 +20,10 @@ import argparse
 import gc
 import json
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -39,13 +38,17 @@ from torch.nn import functional as F
 
 from planner.cli.printing import print_json, table
 from planner.files import write_text
+from planner.ir.intervals import intervals_of, numbers_of
 from planner.kernels import head_ops, heads
-from planner.kernels.codegen import Generated, Origin, generate
-from planner.kernels.interpreter import interpreting
-from planner.kernels.records import Survivors
-from planner.kernels.shapes import AttentionShape, Block, MLPShape, NormShape
-from planner.kernels.tiles import target_of
-from planner.kernels.trial import load_source, trial
+from planner.kernels.ops.attend import attend
+from planner.kernels.ops.mlp import MLPWeights, mlp
+from planner.kernels.ops.project_columns import project_columns
+from planner.kernels.ops.project_rows import project_rows
+from planner.kernels.survivors import Survivors, neuron_width
+from planner.kernels.targets.autotune import on_device
+from planner.kernels.triton.kernel import tensor_bytes
+from planner.kernels.triton.launch import Launch, launch, recorded, target_for
+from planner.kernels.triton.tiles import target_of
 
 BUDGETS = (0.85, 0.65, 0.5)
 KINDS = ("layers", "heads and mlp", "tokens", "all")
@@ -128,7 +131,7 @@ class Row:
 
 @dataclass(frozen=True)
 class KernelRow:
-    """A generated kernel, or an op. `share` is its speed over cuBLAS's, over the copy bandwidth, or
+    """A kernel, or an op. `share` is its speed over cuBLAS's, over the copy bandwidth, or
     over everything dense."""
 
     block: str
@@ -178,56 +181,68 @@ def measured(clock: Clock, run: Callable[[], Any]) -> tuple[float, bool]:
 
 
 def kernel_rows(clock: Clock, size: Size, batch: int, budget: float) -> Iterator[KernelRow]:
-    """Every generated kernel of one layer under a plan of the budget."""
+    """Every kernel of one layer under a plan of the budget."""
     cuda = clock.device.type == "cuda"
     capability = torch.cuda.get_device_capability(clock.device) if cuda else (8, 0)
     copy = copy_bandwidth(clock, size)
-    norm = NormShape("rms")
     draw = Draw("heads and mlp", budget)
-    heads = tuple(draw.some(size.heads, 0))
-    neurons = draw.neurons(size, 0)
-    shapes = (
-        AttentionShape(size.hidden, size.head_dim, 1, size.heads, heads, size.head_dim, norm=norm),
-        MLPShape(size.hidden, size.neurons, neurons, "silu", norm=norm),
-    )
-    with tempfile.TemporaryDirectory() as folder, nullcontext() if cuda else interpreting():
-        for shape in shapes:
-            for phase, tokens in (("prefill", size.tokens), ("decode", 1)):
-                block = Block(shape, phase, tokens, size.tokens, batch, (0,))
-                (source,) = generate([block], target_of(capability), Origin("llava-7b", "-", "-"))
-                module = load_source(source, Path(folder))
-                for kernel in source.kernels:
-                    run, graph = clock.captured(trial(module, kernel, clock.device))
-                    seconds = clock.seconds(run, 20 if graph else 1)
-                    yield kernel_row(clock, block, kernel, seconds, copy)
+    heads, neurons = draw.some(size.heads, 0), numbers_of(draw.neurons(size, 0))
+    for phase, tokens in (("prefill", size.tokens), ("decode", 1)):
+        for title, op in layer_ops(size, heads, neurons, batch, tokens):
+            with recorded(target_of(capability)) as launches:
+                op()
+            for each in (on_device(one, clock.device) for one in launches):
+                run, graph = clock.captured(partial(launch, each))
+                seconds = clock.seconds(run, 20 if graph else 1)
+                yield kernel_row(clock, f"{phase} {each.kernel.name}", title, each, seconds, copy)
+
+
+def layer_ops(
+    size: Size, heads: list[int], neurons: list[int], batch: int, tokens: int
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The ops of a layer on tensors without storage, each under a title."""
+
+    def meta(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+
+    square, hidden = meta(size.hidden, size.hidden), meta(batch, tokens, size.hidden)
+    lanes = [head * size.head_dim + lane for head in heads for lane in range(size.head_dim)]
+    kept = Survivors.packed(intervals_of(lanes), device="meta")
+    query = meta(batch, tokens, len(heads), size.head_dim).transpose(1, 2)
+    key = meta(batch, len(heads), size.tokens, size.head_dim)
+    every = Survivors.of([range(len(heads))], len(heads), device="meta")
+    options = {"scale": size.head_dim**-0.5, "causal": tokens > 1}
+    title = f"attention, {len(heads)} of {size.heads} heads"
+    yield title, lambda: project_rows(hidden, square, None, kept, packed=True, triton=True)
+    yield title, lambda: attend(query, key, key, None, every, **options, triton=True)
+    mixed = meta(batch, tokens, len(lanes))
+    yield title, lambda: project_columns(mixed, square, None, kept, triton=True)
+    up, down = meta(size.neurons, size.hidden), meta(size.hidden, size.neurons)
+    width = neuron_width(size.neurons)
+    survivors = Survivors.of([neurons], size.neurons, width, device="meta")
+    weights = MLPWeights(up, down, gate=up)
+    title = f"MLP, {len(neurons)} of {size.neurons} neurons"
+    yield title, lambda: mlp(hidden, weights, survivors, triton=True)
 
 
 def kernel_row(
-    clock: Clock, block: Block, kernel: Generated, seconds: float, copy: float
+    clock: Clock, name: str, title: str, each: Launch, seconds: float, copy: float
 ) -> KernelRow:
-    shape, rows = block.shape, block.batch * block.tokens
-    moved = sum(v.nbytes for v in kernel.arguments.values() if isinstance(v, Tensor))
-    flops, share, against = 0, moved / seconds / copy, "copy"
-    sizes = product_sizes(shape, kernel.name)
+    """A launch's speed, against cuBLAS where it multiplies, otherwise against a copy."""
+    moved = tensor_bytes(each)
+    rows, flops, share, against = 0, 0, moved / seconds / copy, "copy"
+    sizes = product_sizes(each)
     if sizes is not None:
-        depth, columns = sizes
+        rows, depth, columns = sizes
         flops = 2 * rows * depth * columns
         x = torch.randn(rows, depth, dtype=torch.bfloat16, device=clock.device)
         weight = torch.randn(columns, depth, dtype=torch.bfloat16, device=clock.device)
         product, graph = clock.captured(lambda: F.linear(x, weight))
         share, against = clock.seconds(product, 20 if graph else 1) / seconds, "cuBLAS"
         moved = 2 * (rows * depth + columns * depth + rows * columns)
-    return KernelRow(
-        block.shape.title,
-        f"{block.phase} {kernel.name.removesuffix('_kernel')}",
-        rows,
-        seconds * 1e6,
-        kernel.seconds * 1e6,
-        flops / seconds / 1e12,
-        moved / seconds / 1e9,
-        against,
-        share,
-    )
+    predicted = each.kernel.seconds(each, target_for(each.arguments["out"]))
+    speeds = (flops / seconds / 1e12, moved / seconds / 1e9)
+    return KernelRow(title, name, rows, seconds * 1e6, predicted * 1e6, *speeds, against, share)
 
 
 def half_rows(clock: Clock, size: Size, batch: int, budget: float) -> Iterator[KernelRow]:
@@ -277,20 +292,16 @@ def half_rows(clock: Clock, size: Size, batch: int, budget: float) -> Iterator[K
             )
 
 
-def product_sizes(shape: Any, kernel: str) -> tuple[int, int] | None:
-    """(depth, columns) of a dense product of what survives; None for other kernels."""
-    if isinstance(shape, MLPShape):
-        sizes = {
-            "project_up_kernel": (shape.hidden, 2 * shape.count),
-            "project_out_kernel": (shape.count, shape.hidden),
-        }
-    else:
-        lanes = len(shape.kept) * shape.head_dim
-        sizes = {
-            "project_qkv_kernel": (shape.hidden, 3 * lanes),
-            "project_out_kernel": (lanes, shape.hidden),
-        }
-    return sizes.get(kernel)
+def product_sizes(each: Launch) -> tuple[int, int, int] | None:
+    """(rows, depth, columns) of a dense product of what survives; None for other kernels."""
+    given = each.arguments
+    kept = given.get("slots", 0) * given.get("WIDTH", 0)
+    sizes = {
+        "project_rows": lambda: (given["depth"], kept),
+        "project_up": lambda: (given["depth"], 2 * kept),
+        "project_columns": lambda: (kept, given["features_out"]),
+    }
+    return (given["rows"], *sizes[each.kernel.name]()) if each.kernel.name in sizes else None
 
 
 def copy_bandwidth(clock: Clock, size: Size) -> float:

@@ -6,10 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["Dim", "Sizes", "product"]
-
-# Symbol -> size.
-Sizes = Mapping[str, int]
+__all__ = ["Dim", "product"]
 
 _TERM = re.compile(
     r"(?:(?P<coefficient>\d+)(?:\*(?P<symbol>[a-z][a-z0-9_.]*))?|(?P<alone>[a-z][a-z0-9_.]*))"
@@ -64,7 +61,7 @@ class Dim:
     def __mul__(self, factor: int) -> Dim:
         return Dim(self.constant * factor, tuple((s, c * factor) for s, c in self.terms if factor))
 
-    def evaluate(self, sizes: Sizes) -> int:
+    def evaluate(self, sizes: Mapping[str, int]) -> int:
         """The number this stands for when its symbols have the given sizes."""
         total = self.constant
         for symbol, coefficient in self.terms:
@@ -88,7 +85,7 @@ class Dim:
         return not self.terms
 
 
-def product(shape: tuple[Dim, ...], sizes: Sizes) -> int:
+def product(shape: tuple[Dim, ...], sizes: Mapping[str, int]) -> int:
     """Number of elements of a shape at the given sizes."""
     total = 1
     for dim in shape:

@@ -8,12 +8,11 @@ and launches are free. The price also says which of the two terms bounds the ope
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
 from planner.ir.cost.device_table import Device
-from planner.ir.cost.flops import operator_flops, operator_kv_elements, operator_parameters
-from planner.ir.dims import Sizes
+from planner.ir.cost.flops import operator_kv_elements, operator_parameters
 from planner.ir.graph import Graph, Operator
 from planner.ir.kinds import kind_of
 
@@ -55,7 +54,7 @@ def roofline(operations: int, moved_bytes: int, device: Device) -> tuple[float, 
 def price(
     operator: Operator,
     graph: Graph,
-    sizes: Sizes,
+    sizes: Mapping[str, int],
     device: Device | None = None,
 ) -> Cost:
     """Cost of one operator.
@@ -72,16 +71,15 @@ def price(
     if output == 0 or not kind.runs(operator, sizes):
         return Cost(parameters=parameters)
     inputs = (graph.by_name[i].elements(sizes) for i in operator.inputs if i in graph.by_name)
-    few = kind.weights_read
-    weights = few(operator, sizes) if few else kind.weights(operator)
-    moved = weights + kind.inputs_read(operator, sizes, inputs) + output
-    flops = operator_flops(operator, sizes)
+    read = kind.weights_read(operator, sizes) + kind.inputs_read(operator, inputs, sizes)
+    moved_bytes = (read + output) * element
+    flops = kind.flops(operator, sizes)
     seconds, bound = 0.0, "-"
     if device is not None:
-        seconds, bound = roofline(flops or kind.light_operations * output, moved * element, device)
+        seconds, bound = roofline(flops or kind.light_operations * output, moved_bytes, device)
     return Cost(
         flops=flops,
-        bytes=moved * element,
+        bytes=moved_bytes,
         seconds=seconds,
         kv_bytes=operator_kv_elements(operator, sizes) * element,
         parameters=parameters,

@@ -17,13 +17,10 @@ __all__ = ["Found", "find_sites"]
 
 @dataclass
 class Found:
-    """What can be narrowed in one traced layer.
+    """Sites of a layer (named by kind only), what they narrow, and why others are none.
 
-    Attributes:
-        sites: named by their kind only.
-        narrowed: node -> pairs (attribute or ``shape.i``, kind of the site that narrows it).
-        kv_lanes: attention node -> its number of KV heads.
-        reasons: why a block cannot be narrowed, one sentence each.
+    `narrowed` maps a node to pairs (attribute or ``shape.i``, site kind); `kv_lanes` an attention
+    node to its number of KV heads.
     """
 
     sites: list[Site] = field(default_factory=list)

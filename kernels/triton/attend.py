@@ -203,6 +203,7 @@ class Attend(Kernel):
     """See `planner.kernels.ops.attend`."""
 
     function = attend_kernel
+    of_plan = frozenset({"slots", "plan_stride"})
     twin = staticmethod(naive_attend)
 
     def __call__(

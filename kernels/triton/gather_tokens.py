@@ -42,6 +42,7 @@ class GatherTokens(Kernel):
     """See `planner.kernels.ops.gather_tokens`."""
 
     function = gather_tokens_kernel
+    of_model = frozenset({"width"})
     multiplies = False
     twin = staticmethod(naive_gather_tokens)
 

@@ -72,6 +72,7 @@ class JoinSplits(Kernel):
     """
 
     function = join_splits_kernel
+    of_plan = frozenset({"slots", "plan_stride"})
     multiplies = False
     dtypes = (torch.float32,)
     twin = staticmethod(naive_join_splits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -46,9 +47,18 @@ class Kernel(ABC):
         dtypes: of its floating inputs.
         twin: the same in plain PyTorch, in any floating dtype; places that the launcher leaves
             unwritten are NaN.
+        of_model: integer parameters that the model decides: sizes and strides of weights.
+        of_plan: integer parameters that the plan decides. The input decides all others.
+        plan_axis: axis of the grid that has a program for each plan, if there is one.
+        indexed_by: parameter whose entries are loaded a step ahead of the weights they lead to:
+            they take half of the pipeline, which they need not where they are known.
     """
 
     function: ClassVar[JITFunction]
+    of_model: ClassVar[frozenset[str]] = frozenset()
+    of_plan: ClassVar[frozenset[str]] = frozenset()
+    plan_axis: ClassVar[int | None] = None
+    indexed_by: ClassVar[str | None] = None
     multiplies: ClassVar[bool] = True
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16, torch.float16)
     twin: ClassVar[Callable[..., Tensor]]
@@ -58,6 +68,11 @@ class Kernel(ABC):
         """Of the op it computes, in most cases."""
         name: str = self.function.fn.__name__
         return name.removesuffix("_kernel")
+
+    @cached_property
+    def constants(self) -> frozenset[str]:
+        """Parameters of which Triton compiles the value in."""
+        return frozenset(p.name for p in self.function.params if p.is_constexpr)
 
     @abstractmethod
     def __call__(self, *inputs: Any, **options: Any) -> Tensor:

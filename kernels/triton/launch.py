@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from planner.kernels.survivors import Survivors
 from planner.kernels.triton.interpreter import interpret
@@ -23,7 +24,16 @@ from planner.kernels.triton.tiles import TARGETS, Target, target_of_device
 if TYPE_CHECKING:
     from planner.kernels.triton.kernel import Kernel
 
-__all__ = ["Launch", "counted", "launch", "loaded", "recorded", "target_for"]
+__all__ = [
+    "Launch",
+    "counted",
+    "interpreted_for",
+    "launch",
+    "loaded",
+    "recorded",
+    "run",
+    "target_for",
+]
 
 
 @dataclass(frozen=True)
@@ -47,9 +57,15 @@ class Launch:
     stages: int
     survivors: Survivors | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return next(a.device for a in self.arguments.values() if isinstance(a, Tensor))
+
 
 # Asked at each launch on a real device: returns True where it has run a generated kernel instead.
 loaded: ContextVar[Callable[[Launch], bool] | None] = ContextVar("loaded", default=None)
+_interpreted_target: ContextVar[Target] = ContextVar("target", default=TARGETS["sm_80"])
 _recording: ContextVar[tuple[Target, list[Launch]]] = ContextVar("recording")
 _counters: ContextVar[tuple[Counter[str], ...]] = ContextVar("counters", default=())
 
@@ -76,31 +92,44 @@ def counted() -> Iterator[Counter[str]]:
         _counters.reset(token)
 
 
+@contextmanager
+def interpreted_for(target: Target) -> Iterator[None]:
+    """Tile kernels on CPU tensors for `target`, inside the block."""
+    token = _interpreted_target.set(target)
+    try:
+        yield
+    finally:
+        _interpreted_target.reset(token)
+
+
 def target_for(tensor: Tensor) -> Target:
-    """The target whose tiles a tensor gets; interpreted kernels (CPU tensors) take sm_80's."""
+    """The target whose tiles a tensor gets; interpreted kernels take sm_80's, unless told."""
     if tensor.is_cuda:
         return target_of_device(tensor.device)
-    return _recording.get()[0] if tensor.is_meta else TARGETS["sm_80"]
+    return _recording.get()[0] if tensor.is_meta else _interpreted_target.get()
 
 
 def launch(wanted: Launch) -> None:
     """Run a kernel on the device its tensors are on, or record it."""
     if 0 in wanted.grid:
         return
-    arguments, function = wanted.arguments, wanted.kernel.function
-    device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
-    if device.type == "meta":
+    if wanted.device.type == "meta":
         _recording.get()[1].append(wanted)
         return
     for counter in _counters.get():
         counter[wanted.kernel.name] += 1
     generated = loaded.get()
-    if generated is not None and generated(wanted):
-        return
-    if device.type == "cpu":
+    if generated is None or not generated(wanted):
+        run(wanted.kernel.function, wanted)
+
+
+def run(function: JITFunction, wanted: Launch) -> None:
+    """Run a launch by a function: its kernel's, or one made of that with fewer parameters."""
+    arguments = {name: wanted.arguments[name] for name in function.arg_names}
+    if wanted.device.type == "cpu":
         interpret(function, wanted.grid, arguments)
         return
-    with torch.cuda.device(device):
+    with torch.cuda.device(wanted.device):
         # Fusing multiply and add is Triton's present default; naming it keeps it so.
         options = {"num_warps": wanted.warps, "num_stages": wanted.stages}
         function[wanted.grid](**arguments, **options, enable_fp_fusion=True)

@@ -83,6 +83,10 @@ class ProjectColumns(Kernel):
     """See `planner.kernels.ops.project_columns`."""
 
     function = project_columns_kernel
+    of_model = frozenset({"features_out", "weight_row", "weight_column"})
+    of_plan = frozenset({"slots"})
+    plan_axis = 1
+    indexed_by = "units"
     twin = staticmethod(naive_project_columns)
 
     def __call__(

@@ -92,6 +92,9 @@ class ProjectRows(Kernel):
     """See `planner.kernels.ops.project_rows`."""
 
     function = project_rows_kernel
+    of_model = frozenset({"depth", "weight_row", "weight_column"})
+    of_plan = frozenset({"slots", "columns"})
+    plan_axis = 1
     twin = staticmethod(naive_project_rows)
 
     def __call__(

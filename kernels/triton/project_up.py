@@ -117,6 +117,9 @@ class ProjectUp(Kernel):
     """See `planner.kernels.ops.project_up`."""
 
     function = project_up_kernel
+    of_model = frozenset({"depth", "weight_row", "weight_column"})
+    of_plan = frozenset({"slots"})
+    plan_axis = 1
     twin = staticmethod(naive_project_up)
 
     def __call__(

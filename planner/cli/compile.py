@@ -14,7 +14,7 @@ from planner.cli.options import RequestOptions, Scheduler, command
 from planner.cli.printing import Console, amount, say, table
 
 if TYPE_CHECKING:
-    from planner.kernels.manifest import Manifest
+    from planner.kernels.targets.manifest import Manifest
     from planner.planning.compiler import Compiled, Request
     from planner.schedule import Schedule
 

@@ -13,8 +13,8 @@ from planner.cli.options import command
 from planner.cli.printing import Console, amount, say, table
 
 if TYPE_CHECKING:
-    from planner.kernels.manifest import CompiledKernel, Manifest
-    from planner.kernels.tiles import Target
+    from planner.kernels.targets.manifest import CompiledKernel, Manifest
+    from planner.kernels.triton.tiles import Target
     from planner.planning.compiler import Compiled
 
 __all__ = [
@@ -52,7 +52,7 @@ def wanted_targets(names: Sequence[str] | None) -> dict[str, Target]:
         InputError: one is unknown, or there is no Triton to compile with.
     """
     from planner.ir.errors import InputError
-    from planner.kernels.tiles import targets_of
+    from planner.kernels.triton.tiles import targets_of
 
     found = targets_of(names or ())
     if found and find_spec("triton") is None:
@@ -68,7 +68,7 @@ def compile_kernels(
     update: Any,
 ) -> tuple[Manifest, dict[str, bytes]]:
     """Generate and compile the kernels of a plan; nothing is written."""
-    from planner.kernels.build import build_kernels
+    from planner.kernels.targets.build import build_kernels
 
     return build_kernels(
         compiled.graph,
@@ -93,7 +93,7 @@ def kernels_command(
 ) -> None:
     """Per kernel and target: registers, spills, shared memory, tensor cores, predicted time."""
     from planner.ir.errors import InputError
-    from planner.kernels.manifest import read_manifest
+    from planner.kernels.targets.manifest import read_manifest
 
     manifest = read_manifest(folder)
     known = list(dict.fromkeys(kernel.target for kernel in manifest.kernels))
@@ -116,7 +116,7 @@ def _print_kernels(manifest: Manifest, rows: list[CompiledKernel], verbose: bool
     for target in dict.fromkeys(kernel.target for kernel in rows):
         print()
         table(
-            ["kernel", "block", "phase", "layers", *_MADE, *(["warps", "tile"] * verbose)],
+            ["kernel", "modules", "phase", "layers", *_MADE, *(["warps", "tile"] * verbose)],
             [_cells(kernel, verbose) for kernel in rows if kernel.target == target],
             title=target,
         )
@@ -132,8 +132,8 @@ _MADE = ("tokens", "registers", "spilled", "shared", "mma", "wgmma", "predicted"
 def _cells(kernel: CompiledKernel, verbose: bool) -> list[str]:
     sizes = "x".join(str(size) for size in kernel.tile.values())
     return [
-        kernel.kernel.removesuffix("_kernel"),
-        kernel.block,
+        kernel.kernel,
+        kernel.modules,
         kernel.phase,
         kernel.layers,
         str(kernel.tokens),

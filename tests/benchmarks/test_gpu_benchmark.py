@@ -50,7 +50,7 @@ def test_all_parts_run_without_ortools(tmp_path):
     for kind in kinds[2:]:
         assert 0.3 < rows[kind, "prefill"]["ideal"] < 0.75
     kernels = {row["kernel"] for row in document["kernels"]}
-    assert kernels >= {"prefill project_qkv", "prefill attend", "decode project_up"}
+    assert kernels >= {"prefill project_rows", "prefill attend", "decode project_up"}
     assert kernels >= {"prefill project_heads", "decode attend_heads"}
     assert all(row["microseconds"] > 0 for row in document["kernels"])
 

@@ -1,0 +1,93 @@
+"""MLPs that run as one fused block, recognised in a Graph.
+
+Enters: a Graph and a site. Leaves: which modules are gate, up and down, and the activation; or why
+the block cannot be fused, and so runs linear by linear. The executor asks this, and so does whoever
+lists a plan's launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from planner.ir.graph import Graph, Operator, Site
+
+__all__ = ["MLPBlock", "NotFusable", "mlp_block"]
+
+# The Graph's name of an activation -> the kernels'.
+ACTIVATIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "silu": "silu",
+        "relu": "relu",
+        "gelu": "gelu",
+        "gelu_tanh": "gelu_pytorch_tanh",
+        "gelu_new": "gelu_pytorch_tanh",
+        "sigmoid": "quick_gelu",
+    }
+)
+
+
+class NotFusable(Exception):
+    """Why a block is not fused, as the end of a sentence: ``its ...``."""
+
+
+@dataclass(frozen=True)
+class MLPBlock:
+    """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` where there is no gate.
+
+    Attributes:
+        up, down, gate: the linears; `module` is their path.
+        activation: a key of `planner.kernels.ops.project_up.ACTIVATIONS`.
+    """
+
+    up: Operator
+    down: Operator
+    gate: Operator | None
+    activation: str
+
+    @property
+    def linears(self) -> tuple[Operator, ...]:
+        """Gate, if there is one, up and down."""
+        return (*([] if self.gate is None else [self.gate]), self.up, self.down)
+
+
+def mlp_block(graph: Graph, site: Site) -> MLPBlock:
+    """The fused form of an MLP.
+
+    Args:
+        graph: of the base model, or specialised to a plan that keeps some of the MLP.
+        site: of kind ``mlp``.
+
+    Raises:
+        NotFusable: the kernels compute something else than this block.
+    """
+    linears = {o.module: o for o in graph if o.kind == "linear" and o.part == "decoder"}
+    bound = [(binding.axis, linears.get(binding.module)) for binding in site.bindings]
+    named = {linear.name for _, linear in bound if linear is not None}
+    down = next((linear for axis, linear in bound if axis == "in"), None)
+    if down is None or len(named) < len(bound):
+        raise NotFusable("its weights are not read by one linear each")
+
+    def source(operator: Operator) -> Operator:
+        return graph.by_name[operator.inputs[0]]
+
+    product = source(down)
+    gated = product.kind == "multiply"
+    parts = [graph.by_name[name] for name in product.inputs] if gated else [product]
+    activations = [part for part in parts if part.kind == "activation"]
+    plain = [part for part in parts if part.kind == "linear"]
+    if len(activations) != 1 or len(plain) != len(parts) - 1:
+        raise NotFusable("it is not an activation, or one times a projection")
+    function = ACTIVATIONS.get(str(activations[0]["function"]))
+    if function is None:
+        raise NotFusable(f"its activation, {activations[0]['function']}, is none of the kernels'")
+    inner = source(activations[0])
+    up, gate = (plain[0], inner) if gated else (inner, None)
+    if inner.kind != "linear" or up.inputs != inner.inputs:
+        raise NotFusable("its activation does not read a projection of the block's input")
+    if up is gate:
+        raise NotFusable("its gate and its up projection are rows of one weight")
+    if {inner.name, up.name, down.name} != named:
+        raise NotFusable("its weights are not those of gate, up and down")
+    return MLPBlock(up, down, gate, function)

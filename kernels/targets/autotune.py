@@ -1,0 +1,157 @@
+"""Tiles by measurement, for those who want to wait: what is fastest on the GPU at hand.
+
+Enters: the ops that a plan calls, and a GPU. Leaves: a tile per matrix product, remembered in the
+user's cache by the GPU's name. The model of `planner.kernels.triton.tiles` proposes a few tiles for
+each product; they differ little in predicted time, and the clock decides. Nothing here runs unless
+asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.testing import do_bench
+
+from planner.files import write_text
+from planner.ir.errors import InputError
+from planner.kernels.targets.keys import contents_of, survivor_parameters
+from planner.kernels.targets.plan_launches import Call, launches_of
+from planner.kernels.triton.launch import Launch, launch
+from planner.kernels.triton.tiles import (
+    TARGETS,
+    Product,
+    Target,
+    Tile,
+    ranked_tiles,
+    target_of,
+    tiles_chosen_by,
+)
+from planner.planning.graph_cache import cache_folder
+
+__all__ = ["Tiles", "autotuned", "local_target", "on_device"]
+
+Tiles = dict[Product, Tile]
+
+_CANDIDATES = 6
+
+
+def local_target(targets: Mapping[str, Target]) -> str:
+    """The one of the targets that the GPU at hand is.
+
+    Raises:
+        InputError: there is no GPU, or it is none of them.
+    """
+    if not torch.cuda.is_available():
+        raise InputError("--autotune times kernels on a GPU, and there is none here")
+    here = target_of(torch.cuda.get_device_capability())
+    for name, target in targets.items():
+        if target == here:
+            return name
+    wanted = next(name for name, target in TARGETS.items() if target == here)
+    raise InputError(f"--autotune needs --target {wanted}, which is what the GPU here is")
+
+
+def autotuned(
+    calls: Iterable[Call],
+    target: Target,
+    progress: Callable[[str], None] = lambda stage: None,
+    *,
+    device_name: str | None = None,
+    timer: Callable[[Sequence[Launch]], float] | None = None,
+) -> Tiles:
+    """The fastest tile of every matrix product that some ops ask for.
+
+    Args:
+        calls: of a plan.
+        target: the GPU's.
+        progress: told what is being done.
+        device_name: the GPU's, which measured tiles are remembered by.
+        timer: seconds of some launches, one after the other; on the GPU at hand by default.
+    """
+    device_name = device_name or torch.cuda.get_device_name()
+    path = cache_folder() / "tiles" / f"{device_name}, triton {triton.__version__}.json"
+    known = _read(path)
+
+    def seconds(call: Call, wanted: Product, tile: Tile) -> float:
+        with tiles_chosen_by((known | {wanted: tile}).get):
+            return (timer or _timed)([each for _, each in launches_of([call], target)])
+
+    for call in calls:
+        for wanted in _products(call, target):
+            if wanted in known:
+                continue
+            progress(f"timing tiles of {wanted.rows} x {wanted.columns} x {wanted.depth}")
+            candidates = ranked_tiles(wanted)[:_CANDIDATES]
+            known[wanted] = min(candidates, key=partial(seconds, call, wanted))
+            # After every product, so that nobody who interrupts this has waited in vain.
+            _write(path, known)
+    return known
+
+
+def on_device(recorded: Launch, device: torch.device | str) -> Launch:
+    """A recorded launch on made-up tensors: random numbers, and the survivors that it was for."""
+    contents, survivors = contents_of(recorded), recorded.survivors
+
+    def filled(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        made = torch.zeros(value.shape, dtype=value.dtype, device=device)
+        if name in contents:
+            made.view(-1)[: len(contents[name])] = torch.tensor(contents[name], dtype=value.dtype)
+        return made.normal_() if value.is_floating_point() else made
+
+    arguments = {name: filled(name, value) for name, value in recorded.arguments.items()}
+    if survivors is not None:
+        tensors = {field: arguments[name] for name, field in survivor_parameters(recorded).items()}
+        survivors = replace(survivors, **tensors)
+    return replace(recorded, arguments=arguments, survivors=survivors)
+
+
+def _timed(launches: Sequence[Launch]) -> float:
+    """Seconds of launches on the GPU at hand, of the index-driven kernels."""
+    return sum(
+        1e-3 * float(do_bench(partial(launch, on_device(each, "cuda")))) for each in launches
+    )
+
+
+def _products(call: Call, target: Target) -> list[Product]:
+    """The products that an op asks tiles for."""
+    asked: list[Product] = []
+
+    def note(wanted: Product) -> None:
+        asked.append(wanted)
+
+    with tiles_chosen_by(note):
+        launches_of([call], target)
+    return asked
+
+
+def _read(path: Path) -> Tiles:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            Product(**product | {"target": TARGETS[product["target"]]}): Tile(**tile)
+            for product, tile in entries
+        }
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
+def _write(path: Path, tiles: Tiles) -> None:
+    names = {target: name for name, target in TARGETS.items()}
+    entries = [
+        [asdict(wanted) | {"target": names[wanted.target]}, asdict(tile)]
+        for wanted, tile in tiles.items()
+    ]
+    with contextlib.suppress(OSError, InputError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(entries))

@@ -1,0 +1,172 @@
+"""A plan's kernels as files: sources, machine code, and the manifest of both.
+
+Enters: a Graph, a Plan, and targets. Leaves: the contents of the folder ``kernels``, ready to be
+written.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+import triton
+
+from planner import __version__
+from planner.ir.cost import Workload
+from planner.ir.graph import Graph
+from planner.kernels.targets.autotune import Tiles, autotuned, local_target
+from planner.kernels.targets.compilation import Compiled, compile_kernel, compiling_for
+from planner.kernels.targets.keys import facts_of
+from planner.kernels.targets.manifest import NAME, CompiledKernel, Manifest, TileRow
+from planner.kernels.targets.plan_launches import calls_of, launches_of
+from planner.kernels.targets.sources import (
+    Origin,
+    Source,
+    layers_of,
+    load_function,
+    modules_of,
+    phases_of,
+    sources_of,
+)
+from planner.kernels.triton.tiles import Product, Target, Tile, ranked_tiles, tiles_chosen_by
+from planner.plan import Plan, plan_digest
+
+__all__ = ["build_kernels"]
+
+Progress = Callable[[str], None]
+
+
+def build_kernels(
+    graph: Graph,
+    plan: Plan,
+    workload: Workload,
+    targets: Mapping[str, Target],
+    *,
+    index_driven: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    autotune: bool = False,
+    progress: Progress = lambda stage: None,
+) -> tuple[Manifest, dict[str, bytes]]:
+    """Generate and compile the kernels of a plan.
+
+    Args:
+        graph: of the base model.
+        plan: made for it.
+        workload: whose token counts tiles are chosen for.
+        targets: by name.
+        index_driven: survivors as data, for plans that change with the input.
+        dtype: of activations and weights.
+        autotune: time tiles on the GPU at hand, for its target.
+        progress: told what is being done.
+
+    Returns:
+        The manifest, and every file of the folder by path, the manifest's among them.
+
+    Raises:
+        InputError: the plan does not fit the graph, no tile fits a target, or there is no GPU to
+            time tiles on.
+    """
+    tuned = local_target(targets) if autotune else None
+    calls, left_out = calls_of(graph, plan, workload, dtype, any_plan=index_driven)
+    origin = Origin(graph.name, plan_digest(plan), __version__)
+    files: dict[str, bytes] = {}
+    rows: list[CompiledKernel] = []
+    tiles: list[TileRow] = []
+    for name, target in targets.items():
+        measured = autotuned(calls, target, progress) if name == tuned else {}
+        asked: dict[Product, Tile] = {}
+        with tiles_chosen_by(_noting(measured, asked)):
+            launches = launches_of(calls, target)
+        sources = sources_of(launches, target, origin, any_plan=index_driven)
+        tiles += [_tile_row(name, product, tile) for product, tile in asked.items()]
+        for source, made in _compiled(sources, name, target, progress):
+            row = _row(source, made, name, target, index_driven)
+            files[row.source] = source.text.encode()
+            files[row.cubin], files[row.metadata] = made.cubin, made.metadata.encode()
+            rows.append(row)
+    versions = {"planner": __version__, "triton": triton.__version__, "torch": torch.__version__}
+    manifest = Manifest(
+        model=graph.name,
+        graph=str(graph.properties["fingerprint"]),
+        plan=origin.plan,
+        index_driven=index_driven,
+        dtype=str(dtype).removeprefix("torch."),
+        versions=versions,
+        files={path: sha256(contents).hexdigest() for path, contents in files.items()},
+        tiles=tiles,
+        kernels=rows,
+        left_out=left_out,
+    )
+    files[NAME] = manifest.dump().encode()
+    return manifest, files
+
+
+def _noting(measured: Tiles, asked: dict[Product, Tile]) -> Callable[[Product], Tile]:
+    """Chooses measured tiles, or the model's, and notes them."""
+
+    def choose(wanted: Product) -> Tile:
+        asked[wanted] = measured.get(wanted) or ranked_tiles(wanted)[0]
+        return asked[wanted]
+
+    return choose
+
+
+def _tile_row(name: str, product: Product, tile: Tile) -> TileRow:
+    sizes = {field: value for field, value in asdict(product).items() if field != "target"}
+    return TileRow(target=name, product=sizes, tile=asdict(tile))
+
+
+def _row(
+    source: Source, made: Compiled, name: str, target: Target, index_driven: bool
+) -> CompiledKernel:
+    launch, call = source.launch, source.calls[0]
+    return CompiledKernel(
+        kernel=launch.kernel.name,
+        function=source.function,
+        target=name,
+        facts=facts_of(launch, index_driven),
+        source=f"{name}/{source.name}.py",
+        cubin=f"{name}/{source.name}.cubin",
+        metadata=f"{name}/{source.name}.json",
+        modules=modules_of(source.calls),
+        phase=phases_of(source.calls),
+        layers=layers_of(source.calls),
+        batch=call.batch,
+        tokens=call.tokens,
+        registers=made.registers,
+        spill_bytes=made.spill_bytes,
+        shared_bytes=made.shared_bytes,
+        mma=made.mma,
+        wgmma=made.wgmma,
+        warps=launch.warps,
+        stages=source.stages,
+        tile={n: v for n, v in launch.arguments.items() if n.startswith("BLOCK_")},
+        predicted_us=round(launch.kernel.seconds(launch, target) * 1e6, 3),
+    )
+
+
+def _compiled(
+    sources: Sequence[Source], name: str, target: Target, progress: Progress
+) -> list[tuple[Source, Compiled]]:
+    """Machine code of sources, compiled on all cores."""
+    with tempfile.TemporaryDirectory(prefix="planner-kernels-") as folder:
+
+        def compiled(source: Source) -> Compiled:
+            path = Path(folder) / f"{source.name}.py"
+            path.write_text(source.text, encoding="utf-8")
+            function = load_function(path, source.function)
+            warps, stages = source.launch.warps, source.stages
+            return compile_kernel(function, source.arguments, warps=warps, stages=stages)
+
+        results: list[tuple[Source, Compiled]] = []
+        with compiling_for(target), ThreadPoolExecutor(os.cpu_count()) as pool:
+            for source, made in zip(sources, pool.map(compiled, sources), strict=True):
+                results.append((source, made))
+                progress(f"{name}: {len(results)} of {len(sources)} kernels compiled")
+        return results

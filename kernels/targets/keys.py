@@ -1,0 +1,88 @@
+"""What is known of a launch, and the key that a generated kernel is found by.
+
+Enters: a `Launch`, recorded on meta tensors or about to run. Leaves: facts - constants, types,
+which optional tensors are absent, what survivors hold - and the key made of them, the same both
+times. What the input decides (rows, tokens, strides of activations) is no fact, so that a generated
+kernel runs at any length; nor are floating-point numbers, such as the scale of scores, which a
+Graph does not tell. Computing a key reads nothing off a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+from torch import Tensor
+
+from planner.ir.intervals import Intervals
+from planner.kernels.survivors import Survivors
+from planner.kernels.triton.launch import Launch
+
+__all__ = ["Fact", "Key", "contents_of", "facts_of", "key_of", "survivor_parameters"]
+
+Fact = str | int | None
+Key = tuple[str, tuple[tuple[str, Fact], ...]]
+
+
+def facts_of(launch: Launch, any_plan: bool) -> dict[str, Fact]:
+    """Facts by parameter, in the order of the kernel's parameters.
+
+    Args:
+        launch: recorded, or about to run.
+        any_plan: leave out what a plan decides, survivors and their number.
+    """
+    kernel, survivors = launch.kernel, launch.survivors
+    held = {} if any_plan else survivor_parameters(launch)
+    constant = kernel.constants | kernel.of_model | (frozenset() if any_plan else kernel.of_plan)
+    facts: dict[str, Fact] = {}
+    for parameter in kernel.function.arg_names:
+        value = launch.arguments[parameter]
+        if isinstance(value, Tensor):
+            fact = str(value.dtype).removeprefix("torch.")
+            if parameter in held and survivors is not None and survivors.kept_runs is not None:
+                fact += _text(survivors.kept_runs, survivors.width)
+            facts[parameter] = fact
+        elif parameter in constant or value is None:
+            facts[parameter] = value
+    return facts
+
+
+def key_of(launch: Launch, any_plan: bool) -> Key:
+    """The name of the kernel, and the facts."""
+    return launch.kernel.name, tuple(facts_of(launch, any_plan).items())
+
+
+def contents_of(launch: Launch) -> dict[str, list[int]]:
+    """What the index tensors of one plan's survivors hold, by parameter, if the host knows it."""
+    survivors = launch.survivors
+    if survivors is None or survivors.kept_runs is None or survivors.plans > 1:
+        return {}
+    contents = _contents(survivors.kept_runs[0], survivors.width)
+    return {name: contents[field] for name, field in survivor_parameters(launch).items()}
+
+
+def survivor_parameters(launch: Launch) -> dict[str, str]:
+    """Parameters that are given tensors of the launch's survivors -> name of the tensor there."""
+    if launch.survivors is None:
+        return {}
+    fields = {id(getattr(launch.survivors, name)): name for name in ("units", "counts", "lanes")}
+    return {
+        parameter: fields[id(value)]
+        for parameter, value in launch.arguments.items()
+        if isinstance(value, Tensor) and id(value) in fields
+    }
+
+
+@lru_cache(maxsize=4096)
+def _text(kept_runs: tuple[Intervals, ...], width: int) -> str:
+    """Surviving lanes of each plan: `` of 0-15,24-39 by 8``."""
+    plans = [",".join(f"{a}-{b - 1}" for a, b in runs) or "none" for runs in kept_runs]
+    return f" of {'; '.join(plans)} by {width}"
+
+
+@lru_cache(maxsize=1024)
+def _contents(runs: Intervals, width: int) -> Mapping[str, list[int]]:
+    """Entries of the tensors of one plan's survivors, as far as they are meant."""
+    made = Survivors.packed(runs, width)
+    lanes = [] if made.lanes is None else made.lanes[0].tolist()
+    return {"units": made.units[0].tolist(), "counts": made.counts.tolist(), "lanes": lanes}

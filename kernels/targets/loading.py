@@ -1,0 +1,170 @@
+"""Generated kernels at run time: launches that have one are served by it.
+
+    with load_kernels(Path("build/llava-7b"), "cuda").used() as loaded:
+        model.generate(**inputs)
+    print(loaded.served, loaded.missed)
+
+Enters: a folder that ``planner compile --target`` wrote, and launches. Each launch is looked up by
+its key; one without a generated kernel runs the index-driven one, and is counted apart. On CPU
+tensors sources are interpreted. On a GPU the machine code of the folder is put into Triton's cache,
+which launches it where it is what Triton would compile: of the same version, for such arguments.
+Otherwise it compiles the source. (Not run on a GPU yet; a test compiles against such a cache.)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from triton.runtime.jit import JITFunction
+
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph
+from planner.kernels.targets.compilation import remember
+from planner.kernels.targets.keys import Key, key_of
+from planner.kernels.targets.manifest import FOLDER, CompiledKernel, Manifest, read_manifest
+from planner.kernels.targets.sources import load_function
+from planner.kernels.triton.launch import Launch, interpreted_for, loaded, run
+from planner.kernels.triton.tiles import TARGETS, Product, Tile, target_of, tiles_chosen_by
+from planner.plan import Plan, plan_digest
+
+__all__ = ["Loaded", "load_kernels"]
+
+
+class Loaded:
+    """Generated kernels of one target.
+
+    Attributes:
+        manifest: of the folder.
+        target: ``sm_90``.
+        served: launches that a generated kernel ran, by the name of planner's kernel.
+        missed: launches for which there is none, likewise.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, target: str, on_gpu: bool) -> None:
+        self.manifest, self.target = manifest, target
+        self.served: Counter[str] = Counter()
+        self.missed: Counter[str] = Counter()
+        self._kernels: dict[Key, GeneratedKernel] = {
+            (row.kernel, tuple(row.facts.items())): GeneratedKernel(folder / FOLDER, row, on_gpu)
+            for row in manifest.kernels
+            if row.target == target
+        }
+        self._tiles = {
+            Product(**row.product, target=TARGETS[target]): Tile(**row.tile)
+            for row in manifest.tiles
+            if row.target == target
+        }
+
+    def check(self, graph: Graph, plan: Plan) -> None:
+        """Raise InputError unless these are kernels of a model and of the plan it runs under."""
+        own = self.manifest
+        if own.graph != graph.properties["fingerprint"]:
+            raise InputError(f"the kernels are of another model, '{own.model}': compile again")
+        if not own.index_driven and own.plan != plan_digest(plan):
+            raise InputError(
+                f"the kernels are of another plan, {own.plan}, not of {plan_digest(plan)}: "
+                "compile again, or with --index-driven for any plan"
+            )
+
+    @contextmanager
+    def used(self) -> Iterator[Loaded]:
+        """Serve the launches made inside the block, in this thread."""
+        with interpreted_for(TARGETS[self.target]), tiles_chosen_by(self._tile):
+            token = loaded.set(self)
+            try:
+                yield self
+            finally:
+                loaded.reset(token)
+
+    def __call__(self, launch: Launch) -> bool:
+        """Run a launch if there is a kernel for it; whether there was."""
+        kernel = self.kernel_for(launch)
+        if kernel is None:
+            self.missed[launch.kernel.name] += 1
+            return False
+        kernel.run(launch)
+        self.served[launch.kernel.name] += 1
+        return True
+
+    def kernel_for(self, launch: Launch) -> GeneratedKernel | None:
+        """The kernel that serves a launch."""
+        return self._kernels.get(key_of(launch, self.manifest.index_driven))
+
+    def _tile(self, wanted: Product) -> Tile | None:
+        """The tile of the product of as many rows, or of the closest number that it suits."""
+
+        def distance(rows: int) -> float:
+            return abs(math.log2(rows / wanted.rows))
+
+        alike = {
+            product.rows: tile
+            for product, tile in self._tiles.items()
+            if _but_rows(product) == _but_rows(wanted) and tile.block_m <= wanted.rows
+        }
+        return alike[min(alike, key=distance)] if alike else None
+
+
+def load_kernels(folder: Path, device: torch.device | str = "cpu") -> Loaded:
+    """Load the generated kernels of a folder for a device.
+
+    Args:
+        folder: what ``planner compile --target`` was given with ``-o``.
+        device: where the model runs. The CPU takes the first target of the folder.
+
+    Raises:
+        InputError: there are none, or none for this GPU, or files were changed.
+    """
+    manifest = read_manifest(folder)
+    targets = list(dict.fromkeys(row.target for row in manifest.kernels))
+    if not targets:
+        raise InputError(f"there are no kernels in '{folder}': the plan leaves nothing to run")
+    target, on_gpu = targets[0], torch.device(device).type == "cuda"
+    if on_gpu:
+        own = target_of(torch.cuda.get_device_capability(device))
+        target = f"sm_{own.capability}"
+        if target not in targets:
+            raise InputError(
+                f"there are no kernels for this GPU, {target}, in '{folder}', but for "
+                f"{', '.join(targets)}"
+            )
+    return Loaded(folder, manifest, target, on_gpu)
+
+
+def _but_rows(product: Product) -> tuple[int, ...]:
+    return (
+        product.columns,
+        product.depth,
+        product.samples,
+        product.element_bytes,
+        product.parts,
+        product.accumulators,
+    )
+
+
+class GeneratedKernel:
+    """One row of a manifest, whose function is loaded when it is first launched."""
+
+    def __init__(self, home: Path, row: CompiledKernel, on_gpu: bool) -> None:
+        self.home, self.row, self.on_gpu = home, row, on_gpu
+
+    @cached_property
+    def function(self) -> JITFunction:
+        """The kernel in the source."""
+        row = self.row
+        if self.on_gpu:
+            metadata = (self.home / row.metadata).read_text(encoding="utf-8")
+            cubin = (self.home / row.cubin).read_bytes()
+            remember(row.function, json.loads(metadata)["hash"], metadata, cubin)
+        return load_function(self.home / row.source, row.function)
+
+    def run(self, launch: Launch) -> None:
+        """Run a launch with the parameters that are left."""
+        run(self.function, replace(launch, warps=self.row.warps, stages=self.row.stages))

@@ -1,0 +1,168 @@
+"""The record of a plan's generated kernels: ``kernels/manifest.json`` beside the plan.
+
+One row per kernel and target: what its key is made of, where its files are, what the compiler made
+of it, and what the cost model expects. Reading needs neither torch nor Triton.
+"""
+
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from planner.ir.errors import InputError
+from planner.plan import load_plan
+
+__all__ = ["FOLDER", "NAME", "CompiledKernel", "Manifest", "TileRow", "read_manifest"]
+
+FORMAT = 2
+FOLDER, NAME = "kernels", "manifest.json"
+
+
+class CompiledKernel(BaseModel):
+    """One kernel for one target.
+
+    Attributes:
+        kernel: name of planner's kernel that it was made from.
+        function: in the source.
+        target: ``sm_90``.
+        facts: by parameter: what of a launch is compiled in (see `planner.kernels.targets.keys`).
+        source, cubin, metadata: paths inside the folder; metadata is Triton's.
+        modules: of a layer, that run it.
+        phase: in which it runs: ``prefill``, ``decode``, or both.
+        layers: that run it, as ranges.
+        batch, tokens: of the first op that runs it; it is predicted for these.
+        registers: per thread.
+        spill_bytes: per thread.
+        shared_bytes: per program.
+        mma, wgmma: tensor-core instructions in the code.
+        warps, stages: of a launch.
+        tile: block sizes by name.
+        predicted_us: microseconds by the cost model; nothing was timed.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    kernel: str
+    function: str
+    target: str
+    facts: dict[str, bool | int | str | None]
+    source: str
+    cubin: str
+    metadata: str
+    modules: str
+    phase: str
+    layers: str
+    batch: int = Field(gt=0)
+    tokens: int = Field(gt=0)
+    registers: int = Field(ge=0)
+    spill_bytes: int = Field(ge=0)
+    shared_bytes: int = Field(ge=0)
+    mma: int = Field(ge=0)
+    wgmma: int = Field(ge=0)
+    warps: int = Field(gt=0)
+    stages: int = Field(gt=0)
+    tile: dict[str, int]
+    predicted_us: float = Field(ge=0)
+
+
+class TileRow(BaseModel):
+    """The tile that a matrix product was given; attributes are those of the records' fields."""
+
+    model_config = ConfigDict(extra="forbid")
+    target: str
+    product: dict[str, int]
+    tile: dict[str, int]
+
+
+class Manifest(BaseModel):
+    """All kernels of a plan.
+
+    Attributes:
+        model: what the user called it.
+        graph: fingerprint of its Graph.
+        plan: digest of the plan that the sources hold.
+        index_driven: whether survivors are data, so that the kernels serve any plan of the model.
+        dtype: of activations and weights.
+        versions: planner, triton and torch.
+        files: path inside the folder -> SHA-256.
+        tiles: of the matrix products, which launches must be given to find their kernels.
+        kernels: in the order of targets, layers and launches.
+        left_out: one sentence per block of the model without kernels.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    planner_kernels: int = FORMAT
+    model: str
+    graph: str
+    plan: str
+    index_driven: bool
+    dtype: str
+    versions: dict[str, str]
+    files: dict[str, str]
+    tiles: list[TileRow]
+    kernels: list[CompiledKernel]
+    left_out: list[str]
+
+    def dump(self) -> str:
+        """The file: equal manifests give equal text."""
+        return json.dumps(self.model_dump(), indent=1) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the kernels of a folder that ``planner compile --target`` wrote.
+
+    Raises:
+        InputError: there are none, or they are broken, or of another plan than the one beside them.
+    """
+    home = folder / FOLDER
+    path = home / NAME
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            f"there are no kernels in '{folder}': planner compile --target makes them"
+        ) from None
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"'{path}' cannot be read") from None
+    except ValueError:
+        raise InputError(f"'{path}' is truncated or not JSON") from None
+    if not isinstance(document, dict) or "planner_kernels" not in document:
+        raise InputError(f"'{path}' is not a manifest of planner")
+    if document["planner_kernels"] != FORMAT:
+        raise InputError(
+            f"'{path}' has format {document['planner_kernels']}, this planner reads {FORMAT}: "
+            "compile again"
+        )
+    try:
+        manifest = Manifest.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"'{path}' is broken at {where}: {first['msg'].lower()}") from None
+    _check_files(manifest, home)
+    plan = folder / "plan.yaml"
+    if plan.exists() and _digest_of(plan) != manifest.plan:
+        raise InputError(f"'{home}' is of another plan than '{plan}': compile again with --target")
+    return manifest
+
+
+def _digest_of(plan: Path) -> str:
+    """The digest that a plan's file carries."""
+    load_plan(plan)  # says what is wrong with it
+    return str(yaml.safe_load(plan.read_text(encoding="utf-8"))["digest"])
+
+
+def _check_files(manifest: Manifest, home: Path) -> None:
+    named = {path for row in manifest.kernels for path in (row.source, row.cubin, row.metadata)}
+    if named - set(manifest.files):
+        raise InputError(f"'{home / NAME}' is broken: it has no digest of {min(named)}")
+    for name, digest in manifest.files.items():
+        try:
+            contents = (home / name).read_bytes()
+        except OSError as error:
+            raise InputError(f"'{error.filename}' cannot be read: compile again") from None
+        if sha256(contents).hexdigest() != digest:
+            raise InputError(f"'{home / name}' was changed or cut off: compile again")

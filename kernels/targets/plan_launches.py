@@ -1,0 +1,248 @@
+"""What a plan launches: the ops that the executor calls for it, on tensors without storage.
+
+Enters: a Graph, a Plan and a workload. Leaves: `Call`s - one op each, of a prompt or of one decoded
+token, with the shapes that the Graph says - and, run on meta tensors, the launches that they make.
+Tiles and everything else about a launch are therefore decided in one place, the kernels' launchers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from planner.ir.cost.workload import Workload
+from planner.ir.dims import Dim
+from planner.ir.graph import Binding, Graph, Operator, Site
+from planner.ir.intervals import Intervals, intervals_of, numbers_of
+from planner.ir.passes import NarrowTokens, Specialise, run
+from planner.kernels.blocks import MLPBlock, NotFusable, mlp_block
+from planner.kernels.ops.attend import attend
+from planner.kernels.ops.choose_tokens import choose_tokens
+from planner.kernels.ops.gather_tokens import gather_tokens
+from planner.kernels.ops.mlp import MLPWeights, mlp
+from planner.kernels.ops.project_columns import project_columns
+from planner.kernels.ops.project_rows import project_rows
+from planner.kernels.ops.score_tokens import score_tokens
+from planner.kernels.survivors import Survivors, neuron_width
+from planner.kernels.triton.launch import Launch, recorded
+from planner.kernels.triton.tiles import Target
+from planner.plan import Plan
+
+__all__ = ["Call", "calls_of", "launches_of"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One op that a plan calls.
+
+    Attributes:
+        module: whose work it does, as the layer calls it: ``mlp``, ``self_attn.q_proj``.
+        layer: decoder layer.
+        phase: ``prefill`` or ``decode``.
+        batch: samples.
+        tokens: per sample.
+        run: calls the op on meta tensors.
+    """
+
+    module: str
+    layer: int
+    phase: str
+    batch: int
+    tokens: int
+    run: Callable[[], Any]
+
+
+def calls_of(
+    graph: Graph,
+    plan: Plan,
+    workload: Workload,
+    dtype: torch.dtype,
+    *,
+    any_plan: bool = False,
+) -> tuple[list[Call], list[str]]:
+    """The ops that the executor calls under a plan; a sentence for every block it does not fuse.
+
+    Args:
+        graph: of the base model.
+        plan: made for it.
+        workload: whose token counts are run.
+        dtype: of activations and weights.
+        any_plan: survivors as executors of several plans have them: room for all units.
+
+    Raises:
+        InputError: the plan does not fit the graph.
+    """
+    plan.check(graph)
+    keep = {stage.layer: stage.keep for stage in plan.tokens}
+    phases = [("prefill", workload.prefill(keep))]
+    if workload.new_tokens:
+        # Keys are divided among programs by their number, which grows.
+        steps = dict.fromkeys((1, workload.new_tokens))
+        phases += [("decode", workload.decode(step, keep)) for step in steps]
+    lister = _Lister(graph, plan, dtype, any_plan)
+    calls = [call for phase, sizes in phases for call in lister.calls(phase, sizes)]
+    return calls, lister.unfused
+
+
+def launches_of(calls: Iterable[Call], target: Target) -> list[tuple[Call, Launch]]:
+    """The launches of some ops, tiled for a target, each with its op.
+
+    Raises:
+        InputError: no tile fits into the target's shared memory.
+    """
+    launches = []
+    for call in calls:
+        with recorded(target) as made:
+            call.run()
+        launches += [(call, launch) for launch in made]
+    return launches
+
+
+class _Lister:
+    """Reads the specialised graph operator by operator; survivors come from the plan."""
+
+    def __init__(self, graph: Graph, plan: Plan, dtype: torch.dtype, any_plan: bool) -> None:
+        self.plan, self.dtype, self.any_plan = plan, dtype, any_plan
+        self.narrow = run(graph, (Specialise(plan), NarrowTokens(plan.tokens)))
+        self.base = {o.module: o for o in graph if o.kind == "linear"}
+        self.bound: dict[str, tuple[Site, Binding]] = {}
+        self.fused: dict[str, tuple[Site, MLPBlock]] = {}
+        self.unfused: list[str] = []
+        for site in graph.sites:
+            self.bound |= {binding.module: (site, binding) for binding in site.bindings}
+            if site.kind == "mlp" and plan.kept(site).lanes:
+                try:
+                    block = mlp_block(graph, site)
+                except NotFusable as why:
+                    self.unfused.append(f"{site.module} is not fused: {why}")
+                else:
+                    self.fused |= {linear.module: (site, block) for linear in block.linears}
+
+    def calls(self, phase: str, sizes: Mapping[str, int]) -> Iterator[Call]:
+        """The ops of one pass, in order."""
+        for operator in self.narrow:
+            if operator.part != "decoder" or operator.layer is None:
+                continue
+            module = operator.module.rpartition(f".{operator.layer}.")[2]
+            for tokens, op in self.ops(operator, phase, sizes):
+                yield Call(module, operator.layer, phase, sizes["batch"], tokens, op)
+
+    def ops(
+        self, operator: Operator, phase: str, sizes: Mapping[str, int]
+    ) -> Iterator[tuple[int, Callable[[], Any]]]:
+        """What runs in place of an operator, each with its number of tokens."""
+        module, batch = operator.module, sizes["batch"]
+        if module in self.fused:
+            site, block = self.fused[module]
+            if module == block.down.module:
+                tokens = _sized(operator.shape[1], sizes)
+                yield tokens, partial(self.mlp, site, block, batch, tokens)
+        elif module in self.bound and operator.kind == "linear":
+            tokens = _sized(operator.shape[1], sizes)
+            yield tokens, partial(self.linear, self.base[module], batch, tokens)
+        elif operator.kind == "attention" and operator["head_dim"] == operator["value_dim"]:
+            tokens, keys = _sized(operator.shape[2], sizes), _sized(operator["keys"], sizes)
+            for masked in (False, True):
+                yield tokens, partial(self.attention, operator, batch, tokens, keys, masked)
+        elif operator.kind == "select_tokens" and phase == "prefill":
+            before, after = _sized(operator["before"], sizes), _sized(operator.shape[1], sizes)
+            if operator["score_width"]:
+                yield before, partial(self.choice, operator, batch, before)
+            yield before, partial(self.gather, operator, batch, before, after)
+
+    # Ops on meta tensors.
+
+    def linear(self, linear: Operator, batch: int, tokens: int) -> None:
+        site, binding = self.bound[linear.module]
+        ins, outs = linear.integer("in"), linear.integer("out")
+        every = outs if binding.axis == "out" else ins
+        weight, bias = self.tensor(outs, ins), self.bias(linear)
+        lanes = self.plan.kept(site).lanes
+        kept = kept_features(site, binding, lanes, every)
+        survivors = self.known(Survivors.packed(kept, device="meta"))
+        if binding.axis == "out":
+            x = self.tensor(batch, tokens, ins)
+            project_rows(x, weight, bias, survivors, packed=True, triton=True)
+        else:
+            a = self.tensor(batch, tokens, survivors.slots * survivors.width)
+            project_columns(a, weight, bias, survivors, triton=True)
+
+    def mlp(self, site: Site, block: MLPBlock, batch: int, tokens: int) -> None:
+        neurons, hidden = site.lanes, block.up.integer("in")
+        gate = None if block.gate is None else self.tensor(neurons, hidden)
+        weights = MLPWeights(
+            up=self.tensor(neurons, hidden),
+            down=self.tensor(block.down.integer("out"), neurons),
+            gate=gate,
+            activation=block.activation,
+            up_bias=self.bias(block.up),
+            down_bias=self.bias(block.down),
+            gate_bias=None if block.gate is None else self.bias(block.gate),
+        )
+        lanes = self.plan.kept(site).lanes
+        survivors = Survivors.packed(lanes, neuron_width(neurons), device="meta")
+        mlp(self.tensor(batch, tokens, hidden), weights, self.known(survivors), triton=True)
+
+    def attention(
+        self, operator: Operator, batch: int, tokens: int, keys: int, masked: bool
+    ) -> None:
+        heads, kv_heads = operator.integer("heads"), operator.integer("kv_heads")
+        head_dim = operator.integer("head_dim")
+        key = self.tensor(batch, kv_heads, keys, head_dim)
+        mask = torch.empty(batch, 1, tokens, keys, dtype=torch.bool, device="meta")
+        attend(
+            self.tensor(batch, tokens, heads, head_dim).transpose(1, 2),
+            key,
+            key,
+            mask if masked else None,
+            self.known(Survivors.everything(kv_heads, torch.device("meta"))),
+            scale=1.0,
+            causal=tokens > 1 and not masked,
+            triton=True,
+        )
+
+    def choice(self, stage: Operator, batch: int, tokens: int) -> None:
+        """Score tokens by the attention in front of a stage, and choose."""
+        before = self.narrow.operators[: self.narrow.operators.index(stage)]
+        core = next(o for o in reversed(before) if o.kind == "attention" and o.part == "decoder")
+        head_dim = core.integer("head_dim")
+        visible = torch.empty(batch, tokens, dtype=torch.bool, device="meta")
+        scores = score_tokens(
+            self.tensor(batch, core.integer("heads"), 1, head_dim),
+            self.tensor(batch, core.integer("kv_heads"), tokens, head_dim),
+            visible,
+            scale=1.0,
+            triton=True,
+        )
+        counts = torch.empty(batch, dtype=torch.int64, device="meta")
+        choose_tokens(scores, visible, counts, triton=True)
+
+    def gather(self, stage: Operator, batch: int, before: int, after: int) -> None:
+        index = torch.empty(batch, after, dtype=torch.int64, device="meta")
+        width = _sized(stage.shape[-1], {})
+        gather_tokens(self.tensor(batch, before, width), index, triton=True)
+
+    def tensor(self, *shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=self.dtype, device="meta")
+
+    def bias(self, linear: Operator) -> Tensor | None:
+        return self.tensor(linear.integer("out")) if linear["bias"] else None
+
+    def known(self, survivors: Survivors) -> Survivors:
+        """Survivors of a plan; of any plan, nobody knows what they hold."""
+        return replace(survivors, kept_runs=None) if self.any_plan else survivors
+
+
+def kept_features(site: Site, binding: Binding, lanes: Intervals, every: int) -> Intervals:
+    """Features of a weight that a plan keeps: those of its lanes, and those of no lane."""
+    gone = {*binding.features(range(site.lanes))} - {*binding.features(numbers_of(lanes))}
+    return intervals_of(feature for feature in range(every) if feature not in gone)
+
+
+def _sized(value: int | str | Dim, sizes: Mapping[str, int]) -> int:
+    return Dim.of(value).evaluate(sizes)

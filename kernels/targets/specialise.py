@@ -1,0 +1,409 @@
+"""A kernel's source with some of its parameters known: constants named, dead branches gone.
+
+Enters: a ``@triton.jit`` function, and what is known of its parameters. Leaves: source text that
+stands alone and reads like the original, comments included: known parameters are constants at the
+top of the body, branches that cannot be taken are left out, loads from tables of known contents are
+computed. The kernels of planner thus stay the one definition.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import triton.language as tl
+from triton.runtime.jit import JITFunction
+from typing_extensions import override
+
+from planner.kernels.targets.printing import annotate, printed
+from planner.kernels.targets.tables import Table
+
+__all__ = ["Program", "Specialised"]
+
+_UNKNOWN = object()
+
+
+@dataclass(frozen=True)
+class Specialised:
+    """One function of a `Program`.
+
+    Attributes:
+        name: in the program; functions made from one original are numbered.
+        parameters: those that are left, in order.
+        source: text, decorator included.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    source: str
+
+
+@dataclass
+class Program:
+    """A specialised kernel, behind the device functions that it calls."""
+
+    functions: dict[str, Specialised] = field(default_factory=dict)
+    _made: dict[tuple[Any, ...], str] = field(default_factory=dict)
+
+    def add(
+        self,
+        function: JITFunction,
+        known: Mapping[str, Any],
+        single: int | None = None,
+        generic: Collection[str] = (),
+    ) -> Specialised:
+        """Specialise a function, and what it calls.
+
+        Args:
+            function: a kernel or a device function.
+            known: by parameter name: a number, text, None, or a `Table`.
+            single: axis of the grid that has a single program.
+            generic: parameters of which Triton is not to compile in any value, besides those that
+                the function names.
+
+        Raises:
+            NotImplementedError: the function is written in a way that no kernel has needed yet.
+        """
+        key = (function, single, *sorted(known.items(), key=lambda item: item[0]))
+        if key not in self._made:
+            name = function.fn.__name__
+            alike = sum(n == name or n.startswith(f"{name}_v") for n in self.functions)
+            name = f"{name}_v{alike + 1}" if alike else name
+            # What is called is added on the way, so it stands in front.
+            made = self._specialised(name, function, known, single, generic)
+            self.functions[name], self._made[key] = made, name
+        return self.functions[self._made[key]]
+
+    def add_table(self, table: Table) -> str:
+        """The name of the device function that computes a table's entries."""
+        made = Specialised(table.function, ("index",), table.source)
+        self.functions.setdefault(table.function, made)
+        return table.function
+
+    @property
+    def source(self) -> str:
+        """All functions, callees first."""
+        return "\n\n".join(function.source for function in self.functions.values())
+
+    def _specialised(
+        self,
+        name: str,
+        function: JITFunction,
+        known: Mapping[str, Any],
+        single: int | None,
+        generic: Collection[str],
+    ) -> Specialised:
+        lines = textwrap.dedent(inspect.getsource(function.fn)).splitlines()
+        (tree,) = ast.parse("\n".join(lines)).body
+        assert isinstance(tree, ast.FunctionDef)
+        annotate(tree, lines)
+        tree.name = name
+        documented = ast.get_docstring(tree) is not None
+        document, body = tree.body[:documented], tree.body[documented:]
+        body = _Rewriter(self, function, tree, known, single).block(body)
+        constants = [_constant(n, value) for n, value in known.items() if _is_plain(value)]
+        body = _pruned([*constants, *body])
+        read = _read(body)
+        tree.args.args = [a for a in tree.args.args if a.arg in read and a.arg not in known]
+        tree.body = [*document, *body]
+        parameters = tuple(argument.arg for argument in tree.args.args)
+        generic = {*generic, *(function.do_not_specialize or ())}
+        names = ", ".join(f'"{parameter}"' for parameter in parameters if parameter in generic)
+        decorator = f"@triton.jit(do_not_specialize=[{names}])" if names else "@triton.jit"
+        return Specialised(name, parameters, f"{decorator}\n{printed(tree)}\n")
+
+
+class _Rewriter(ast.NodeTransformer):
+    """Puts what is known into a function; `names` holds known values of parameters and locals."""
+
+    def __init__(
+        self,
+        program: Program,
+        function: JITFunction,
+        tree: ast.FunctionDef,
+        known: Mapping[str, Any],
+        single: int | None,
+    ) -> None:
+        self.program, self.globals, self.single = program, function.fn.__globals__, single
+        self.title, self.names = tree.name, dict(known)
+        parameters = {argument.arg for argument in tree.args.args}
+        bound = _bound(tree)
+        self.own = {*bound, *parameters}
+        # A local that is bound once, outside loops, may be a constant.
+        self.once = {name for name in bound if bound.count(name) == 1} - parameters
+        self.once -= {
+            name for loop in ast.walk(tree) if isinstance(loop, ast.For) for name in _bound(loop)
+        }
+
+    # Statements: a list, or None where nothing is left.
+
+    def block(self, statements: Sequence[ast.stmt]) -> list[ast.stmt]:
+        """What is left of consecutive statements, up to where the function is left."""
+        made: list[ast.stmt] = []
+        for statement in statements:
+            new = self.visit(statement)
+            made += new if isinstance(new, list) else [new] if new is not None else []
+            if made and isinstance(made[-1], ast.Return):
+                break
+        return made
+
+    @override
+    def visit(self, node: ast.AST) -> Any:
+        if isinstance(node, ast.While | ast.With | ast.Try | ast.FunctionDef | ast.Match):
+            raise self.unsupported(node, f"'{type(node).__name__.lower()}' cannot be specialised")
+        return super().visit(node)
+
+    def unsupported(self, node: ast.stmt | ast.expr, what: str) -> NotImplementedError:
+        """No kernel has needed this yet."""
+        return NotImplementedError(f"{self.title}, line {node.lineno}: {what}")
+
+    def visit_If(self, node: ast.If) -> Any:
+        test = self.value(node.test)
+        if test is _UNKNOWN:
+            node.test = self.visit(node.test)
+            node.body, node.orelse = self.block(node.body), self.block(node.orelse)
+            if not node.body and node.orelse:
+                node.test = ast.UnaryOp(ast.Not(), node.test)
+                node.body, node.orelse = node.orelse, []
+            return node if node.body else None
+        chosen = self.block(node.body if test else node.orelse)
+        if chosen:
+            chosen[0].above = [*node.above, *chosen[0].above]  # type: ignore[attr-defined]
+        return chosen
+
+    def visit_For(self, node: ast.For) -> Any:
+        node.iter, node.body = self.visit(node.iter), self.block(node.body)
+        return node if node.body else None
+
+    def visit_Assign(self, node: ast.Assign | ast.AnnAssign) -> Any:
+        name = _target(node)
+        value = self.value(node.value) if name in self.once and node.value else _UNKNOWN
+        if value is _UNKNOWN:
+            node.value = self.visit(node.value) if node.value else None
+            return node
+        self.names[name] = value
+        if not _is_plain(value):
+            return None
+        made = _constant(name, value)
+        made.above, made.behind = node.above, node.behind  # type: ignore[attr-defined, union-attr]
+        return made
+
+    visit_AnnAssign = visit_Assign
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> Any:
+        if self.value(node.value) == 0:
+            return None
+        if _target(node) in self.names:
+            raise self.unsupported(node, f"'{_target(node)}' is known and changes")
+        node.value = self.visit(node.value)
+        return node
+
+    # Expressions.
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        value = self.names.get(node.id, _UNKNOWN)
+        if value is None:
+            return ast.Constant(None)
+        if isinstance(value, Table):
+            raise self.unsupported(node, f"only loads can read '{node.id}', a table")
+        if node.id not in self.own:
+            value = self.globals.get(node.id)
+            value = value.value if isinstance(value, tl.constexpr) else value
+            if _is_plain(value):
+                return ast.Constant(value)
+            if isinstance(value, JITFunction):
+                return ast.Name(self.program.add(value, {}).name, ast.Load())
+        return node
+
+    def visit_IfExp(self, node: ast.IfExp) -> Any:
+        test = self.value(node.test)
+        if test is _UNKNOWN:
+            return self.generic_visit(node)
+        return self.visit(node.body if test else node.orelse)
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> Any:
+        if self.value(node) is not _UNKNOWN:
+            return ast.Constant(self.value(node))
+        node.values = [self.visit(part) for part in node.values if self.value(part) is _UNKNOWN]
+        return node if len(node.values) > 1 else node.values[0]
+
+    def visit_BinOp(self, node: ast.BinOp) -> Any:
+        zeros = [self.value(node.left) == 0, self.value(node.right) == 0]
+        if isinstance(node.op, ast.Mult) and any(zeros):
+            return ast.Constant(0)
+        if isinstance(node.op, ast.Add) and any(zeros):
+            return self.visit(node.left if zeros[1] else node.right)
+        return self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> Any:
+        value = self.value(node)
+        if _is_plain(value):
+            return ast.Constant(value)
+        if isinstance(node.func, ast.Name):
+            callee = self.globals.get(node.func.id)
+            if isinstance(callee, JITFunction):
+                return self.device_call(node, callee)
+        table, index = self.table_load(node)
+        if table is None:
+            return self.generic_visit(node)
+        if table.is_identity:
+            return self.visit(index)
+        name = self.program.add_table(table)
+        return ast.Call(ast.Name(name, ast.Load()), [self.visit(index)], [])
+
+    def device_call(self, node: ast.Call, callee: JITFunction) -> ast.Call:
+        """A call of a device function, without the arguments that are known."""
+        given = dict(zip(callee.arg_names, node.args)) | {
+            str(k.arg): k.value for k in node.keywords
+        }
+        values = {name: self.value(argument) for name, argument in given.items()}
+        constants = {parameter.name for parameter in callee.params if parameter.is_constexpr}
+        known = {
+            name: value
+            for name, value in values.items()
+            if isinstance(value, Table) or value is None or (name in constants and _is_plain(value))
+        }
+        made = self.program.add(callee, known)
+        left = [ast.keyword(name, self.visit(given[name])) for name in made.parameters]
+        plain = [] if node.keywords else [each.value for each in left]
+        return ast.Call(ast.Name(made.name, ast.Load()), plain, left if node.keywords else [])
+
+    def table_load(self, node: ast.Call) -> tuple[Table | None, ast.expr]:
+        """(table, index) where a call loads from a known table."""
+        terms = _terms(node.args[0]) if ast.unparse(node.func) == "tl.load" else []
+        for pointer in terms:
+            table = self.names.get(pointer.id) if isinstance(pointer, ast.Name) else None
+            if isinstance(table, Table):
+                index: ast.expr = ast.Constant(0)
+                for term in terms:
+                    index = index if term is pointer else ast.BinOp(index, ast.Add(), term)
+                return table, index
+        return None, node
+
+    # Values.
+
+    def value(self, node: ast.expr) -> Any:
+        """What an expression is, or `_UNKNOWN`."""
+        match node:
+            case ast.Constant():
+                return node.value
+            case ast.Name():
+                return self.names.get(node.id, _UNKNOWN)
+            case ast.IfExp():
+                test = self.value(node.test)
+                return test if test is _UNKNOWN else self.value(node.body if test else node.orelse)
+            case ast.BoolOp():
+                values, decisive = [*map(self.value, node.values)], isinstance(node.op, ast.Or)
+                if any(v is not _UNKNOWN and bool(v) is decisive for v in values):
+                    return decisive
+                return _UNKNOWN if any(v is _UNKNOWN for v in values) else not decisive
+            case ast.Compare(ops=[ast.Is() | ast.IsNot() as way], comparators=[ast.Constant(None)]):
+                # What is not known to be None is a tensor.
+                return (self.value(node.left) is None) == isinstance(way, ast.Is)
+            case ast.BinOp(op=ast.Mult()) if 0 in (self.value(node.left), self.value(node.right)):
+                return 0
+            case ast.BinOp(op=ast.Add()) if self.value(node.right) == 0:
+                return self.value(node.left)
+            case ast.BinOp() | ast.Compare() | ast.UnaryOp():
+                return self.computed(node)
+            case ast.Call():
+                return self.call_value(node)
+        return _UNKNOWN
+
+    def computed(self, node: ast.expr) -> Any:
+        """An operation on plain values."""
+        constants = copy.copy(node)
+        for name, part in ast.iter_fields(node):
+            parts = part if isinstance(part, list) else [part]
+            values = [self.value(p) if isinstance(p, ast.expr) else p for p in parts]
+            if not all(_is_plain(v) for v, p in zip(values, parts) if isinstance(p, ast.expr)):
+                return _UNKNOWN
+            made = [ast.Constant(v) if _is_plain(v) else v for v in values]
+            setattr(constants, name, made if isinstance(part, list) else made[0])
+        return eval(ast.unparse(constants), {"__builtins__": {}})
+
+    def call_value(self, node: ast.Call) -> Any:
+        function = ast.unparse(node.func)
+        values = [self.value(argument) for argument in node.args]
+        if function == "tl.cdiv" and all(map(_is_plain, values)):
+            return -(-values[0] // values[1])
+        if function == "tl.program_id" and self.single is not None and values == [self.single]:
+            return 0
+        table, _ = self.table_load(node)
+        return _UNKNOWN if table is None or table.constant is None else table.constant
+
+
+# -- values that nothing reads --------------------------------------------------------------------
+
+
+def _pruned(body: list[ast.stmt]) -> list[ast.stmt]:
+    """Without values that nothing reads, and without loops and branches of nothing."""
+    while True:
+        before = sum(1 for statement in body for _ in ast.walk(statement))
+        pruner = _Pruner(_read(body))
+        body = [s for statement in body if (s := pruner.visit(statement)) is not None]
+        if sum(1 for statement in body for _ in ast.walk(statement)) == before:
+            return body
+
+
+class _Pruner(ast.NodeTransformer):
+    def __init__(self, read: set[str]) -> None:
+        self.read = read
+
+    def visit_Assign(self, node: ast.Assign | ast.AnnAssign) -> Any:
+        name = _target(node)
+        # Of what kernels assign, only atomic operations do something besides.
+        return node if not name or name in self.read or ".atomic_" in ast.unparse(node) else None
+
+    visit_AnnAssign = visit_Assign
+
+    def visit_For(self, node: ast.For | ast.If) -> Any:
+        self.generic_visit(node)
+        return node if node.body else None
+
+    visit_If = visit_For
+
+
+def _read(body: Sequence[ast.stmt]) -> set[str]:
+    """Names that are read; one that is only added to counts as read."""
+    nodes = [node for statement in body for node in ast.walk(statement)]
+    loads = (n for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
+    return {n.id for n in loads} | {_target(n) for n in nodes if isinstance(n, ast.AugAssign)}
+
+
+# -- nodes ----------------------------------------------------------------------------------------
+
+
+def _bound(tree: ast.AST) -> list[str]:
+    """Names that are bound, each as often as it is."""
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    return [name.id for name in names if isinstance(name.ctx, ast.Store)]
+
+
+def _constant(name: str, value: Any) -> ast.AnnAssign:
+    """``name: tl.constexpr = value``."""
+    kind = ast.Attribute(ast.Name("tl", ast.Load()), "constexpr", ast.Load())
+    return ast.AnnAssign(ast.Name(name, ast.Store()), kind, ast.Constant(value), simple=1)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str)
+
+
+def _target(node: ast.stmt) -> str:
+    """The one name that a statement binds, or ""."""
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    (target, *more) = targets
+    return target.id if isinstance(target, ast.Name) and not more else ""
+
+
+def _terms(node: ast.expr) -> list[ast.expr]:
+    """What a sum adds up."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return [*_terms(node.left), *_terms(node.right)]
+    return [node]

@@ -1,0 +1,86 @@
+"""What image tokens are worth: outputs at several keep fractions, and a curve through them."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.optimize import minimize_scalar
+
+from planner.ir.graph import Graph
+from planner.models.calibration.leave_one_out import measure
+from planner.models.calibration.replay import Replay
+from planner.models.running.executor import Executor
+from planner.plan import Plan, TokenStage
+
+__all__ = ["FRACTIONS", "fit", "token_losses"]
+
+Array = npt.NDArray[np.float64]
+
+FRACTIONS = (0.125, 0.25, 0.5, 0.75)
+_SATURATION = (1e-3, 1e6)
+
+
+@torch.no_grad()
+def token_losses(
+    executor: Executor, replay: Replay, image_tokens: int, layer: int, selector: str, kind: str
+) -> Array:
+    """What dropping image tokens does to one sample.
+
+    Args:
+        executor: of the replayed model.
+        replay: the sample, on as many rows as there are `FRACTIONS`.
+        image_tokens: of the sample.
+        layer: before which tokens are dropped.
+        selector: what picks them.
+        kind: ``loss`` or ``kl``.
+
+    Returns:
+        Shape (2, fractions): kept fractions, which are whole counts, and the loss at each.
+    """
+    counts = [max(1, int(image_tokens * fraction)) for fraction in FRACTIONS]
+    plans = [
+        _plan(executor.graph, TokenStage(layer, count, image_tokens, selector)) for count in counts
+    ]
+    with executor.using(plans):
+        found = measure(replay.log_probabilities(0), replay, kind)
+    return np.array([[count / image_tokens for count in counts], found.double().tolist()])
+
+
+def _plan(graph: Graph, stage: TokenStage) -> Plan:
+    return Plan(graph.name, str(graph.properties["fingerprint"]), graph.layers, tokens=(stage,))
+
+
+def fit(fractions: Array, losses: Array) -> tuple[float, float]:
+    """(worth of all image tokens, saturation) of the curve that utilities use.
+
+    A fraction r of the tokens is worth ``tokens * log(1 + s r) / log(1 + s)``, so dropping the rest
+    loses ``tokens * (1 - log(1 + s r) / log(1 + s))``. Least squares: linear in `tokens`, a search
+    over s.
+
+    Args:
+        fractions: shape (n,), kept, above 0.
+        losses: shape (n,).
+    """
+
+    def shape(saturation: float) -> Array:
+        worth: Array = np.log1p(saturation * fractions) / np.log1p(saturation)
+        return 1 - worth
+
+    def tokens(saturation: float) -> float:
+        lost = shape(saturation)
+        return max(0.0, float(lost @ losses) / float(lost @ lost))
+
+    def error(logarithm: float) -> float:
+        saturation = float(np.exp(logarithm))
+        return float(np.square(tokens(saturation) * shape(saturation) - losses).sum())
+
+    low, high = np.log(_SATURATION)
+    # The error may have several minima: search between neighbours of the best of a grid.
+    grid = np.linspace(low, high, 64)
+    best = int(np.argmin([error(point) for point in grid]))
+    found = minimize_scalar(
+        error, bounds=(grid[max(0, best - 1)], grid[min(63, best + 1)]), method="bounded"
+    )
+    saturation = float(np.exp(found.x))
+    return tokens(saturation), saturation
