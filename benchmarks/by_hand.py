@@ -13,17 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from planner.ir.graph import Graph
+from planner.ir.intervals import Intervals
 from planner.plan import Plan
 
 __all__ = ["cut_by_hand"]
 
 
-def cut_by_hand(stock: Any, plan: Plan, left: Tensor | None = None) -> Any:
+def cut_by_hand(stock: Any, plan: Plan, graph: Graph, left: Tensor | None = None) -> Any:
     """A copy of a LLaMA-shaped model, or of a LLaVA around one, cut to a plan.
 
     Args:
         stock: the model; weights that stay whole are shared with it.
         plan: what to keep, with at most one token stage.
+        graph: of the model.
         left: places of the tokens that go on behind the token stage, shape (left,).
     """
     model = copy.deepcopy(stock, {id(p): p for p in stock.parameters()})
@@ -33,13 +36,14 @@ def cut_by_hand(stock: Any, plan: Plan, left: Tensor | None = None) -> Any:
         if index in plan.layers_off:
             continue
         attention, mlp = layer.self_attn, layer.mlp
-        if index in plan.heads:
-            rows = _features(plan.heads[index], attention.head_dim)
+        heads, neurons = (plan.kept(graph.sites_by_name[f"{s}.{index}"]) for s in ("heads", "mlp"))
+        if not heads.everything:
+            rows = _features(heads.lanes, attention.head_dim)
             for name in ("q_proj", "k_proj", "v_proj"):
                 setattr(attention, name, _linear(getattr(attention, name).weight[rows]))
             attention.o_proj = _linear(attention.o_proj.weight[:, rows])
-        if index in plan.mlp:
-            rows = _features(plan.mlp[index], mlp.up_proj.out_features // plan.mlp_switches[index])
+        if not neurons.everything:
+            rows = _features(neurons.lanes, 1)
             for name in ("gate_proj", "up_proj"):
                 setattr(mlp, name, _linear(getattr(mlp, name).weight[rows]))
             mlp.down_proj = _linear(mlp.down_proj.weight[:, rows])
@@ -68,9 +72,9 @@ class _Leave:
         return (hidden, *args[1:]), kwargs | {"position_embeddings": tuple(rotary)}
 
 
-def _features(kept: tuple[int, ...], size: int) -> Tensor:
-    """Features of kept switches, each of so many."""
-    return torch.cat([torch.arange(switch * size, (switch + 1) * size) for switch in kept])
+def _features(kept: Intervals, size: int) -> Tensor:
+    """Features of kept lanes, each of so many."""
+    return torch.cat([torch.arange(start * size, stop * size) for start, stop in kept])
 
 
 def _linear(weight: Tensor) -> nn.Linear:

@@ -194,7 +194,7 @@ class Bench:
         left = None
         for stage in plan.tokens:
             left = self.keep(stage)[0].nonzero()[:, 0]
-        return cut_by_hand(self.stock, plan, left)
+        return cut_by_hand(self.stock, plan, self.graph, left)
 
     def keep(self, stage: TokenStage) -> Tensor:
         """Which tokens a stage lets go on, shape (1, tokens), bool."""
@@ -377,12 +377,10 @@ def weight_bytes(bench: Bench, plan: Plan | None) -> int:
     """Bytes of the weights that one decoded token reads."""
     total = bench.stock.lm_head.weight.nbytes
     for site in bench.graph.sites:
-        if plan is not None and site.layer in plan.layers_off:
-            continue
-        kept = None
-        if plan is not None and site.kind in ("heads", "mlp"):
-            kept = getattr(plan, site.kind).get(site.layer)
-        share = 1 if kept is None else len(kept) / SWITCHES
+        share = 1.0
+        if plan is not None:
+            kept = plan.kept(site)
+            share = len(kept.switches) / kept.of
         weights = [bench.stock.get_submodule(bound.module).weight for bound in site.bindings]
         total += int(share * sum(weight.nbytes for weight in weights))
     return total

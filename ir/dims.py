@@ -6,7 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["Dim", "product"]
+__all__ = ["Dim", "Sizes", "product"]
+
+# Symbol -> size.
+Sizes = Mapping[str, int]
 
 _TERM = re.compile(
     r"(?:(?P<coefficient>\d+)(?:\*(?P<symbol>[a-z][a-z0-9_.]*))?|(?P<alone>[a-z][a-z0-9_.]*))"
@@ -61,7 +64,7 @@ class Dim:
     def __mul__(self, factor: int) -> Dim:
         return Dim(self.constant * factor, tuple((s, c * factor) for s, c in self.terms if factor))
 
-    def evaluate(self, sizes: Mapping[str, int]) -> int:
+    def evaluate(self, sizes: Sizes) -> int:
         """The number this stands for when its symbols have the given sizes."""
         total = self.constant
         for symbol, coefficient in self.terms:
@@ -85,7 +88,7 @@ class Dim:
         return not self.terms
 
 
-def product(shape: tuple[Dim, ...], sizes: Mapping[str, int]) -> int:
+def product(shape: tuple[Dim, ...], sizes: Sizes) -> int:
     """Number of elements of a shape at the given sizes."""
     total = 1
     for dim in shape:

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import networkx as nx
 
-from planner.ir.dims import Dim, product
+from planner.ir.dims import Dim, Sizes, product
 
 __all__ = ["PARTS", "SITE_KINDS", "Binding", "Block", "Graph", "Operator", "Site", "Value"]
 
@@ -71,11 +70,11 @@ class Operator:
             raise TypeError(f"attribute {attribute} of {self.name} is {value!r}, not an integer")
         return value
 
-    def elements(self, sizes: Mapping[str, int]) -> int:
+    def elements(self, sizes: Sizes) -> int:
         """Elements of the output at the given sizes of the symbols."""
         return product(self.shape, sizes)
 
-    def rows(self, sizes: Mapping[str, int]) -> int:
+    def rows(self, sizes: Sizes) -> int:
         """Rows of the output: elements of all dimensions but the last."""
         return product(self.shape[:-1], sizes)
 
@@ -104,18 +103,6 @@ class Binding:
     module: str
     axis: str
     blocks: tuple[Block, ...]
-
-    def features(self, lanes: Iterable[int]) -> list[int]:
-        """Feature indices of the given lanes, block by block, ascending inside a block."""
-        lanes = sorted(lanes)
-        return [
-            index
-            for block in self.blocks
-            for lane in lanes
-            for index in range(
-                block.offset + lane * block.stride, block.offset + lane * block.stride + block.width
-            )
-        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +145,6 @@ class Site:
         """Lanes covered by the given switches, ascending."""
         bounds = self.bounds
         return [lane for u in sorted(switches) for lane in range(bounds[u], bounds[u + 1])]
-
-    def widths(self) -> tuple[int, ...]:
-        """Lanes in each switch."""
-        return tuple(stop - start for start, stop in pairwise(self.bounds))
 
 
 @dataclass(frozen=True)

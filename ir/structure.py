@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import networkx as nx
 
+from planner.ir.dims import Dim
 from planner.ir.errors import InputError
-from planner.ir.graph import Graph, Operator, Site
+from planner.ir.graph import Graph, Operator, Site, Value
 
-__all__ = ["exit_of", "needed", "outputs", "redirected", "residual_entry", "within"]
+__all__ = [
+    "exit_of",
+    "narrowed",
+    "needed",
+    "redirected",
+    "residual_entry",
+    "takes_rows",
+    "unnarrowed_readers",
+    "within",
+]
 
 
 def outputs(graph: Graph) -> tuple[str, ...]:
@@ -35,6 +45,12 @@ def redirected(operators: Iterable[Operator], names: Mapping[str, str]) -> list[
         else o
         for o in operators
     ]
+
+
+def takes_rows(linear: Operator, graph: Graph) -> bool:
+    """Whether a linear takes the rows of its one input as they are, not a part of them."""
+    rows = (*linear.shape[:-1], Dim(linear.integer("in")))
+    return len(linear.inputs) == 1 and graph.by_name[linear.inputs[0]].shape == rows
 
 
 def within(graph: Graph, site: Site) -> set[str]:
@@ -78,3 +94,45 @@ def residual_entry(graph: Graph, site: Site, inside: set[str], end: str) -> str:
     if len(fitting) != 1:
         raise InputError(f"{site.name} cannot be left out: no residual path leads through it")
     return fitting.pop()
+
+
+def narrowed(operator: Operator, kept: Mapping[str, tuple[int, int]]) -> Operator:
+    """The operator with every quantity that a site narrows scaled by kept lanes / all lanes.
+
+    Args:
+        operator: any operator.
+        kept: site name -> (lanes kept, lanes); sites that are absent keep everything.
+
+    Raises:
+        ValueError: where a quantity is no multiple of the site's lanes.
+    """
+    shape = list(operator.shape)
+    attributes: dict[str, Value] = dict(operator.attributes)
+    for quantity, site in operator.narrowed_by:
+        if site not in kept:
+            continue
+        some, lanes = kept[site]
+        if quantity.startswith("shape."):
+            position = int(quantity[6:])
+            shape[position] = Dim(_scaled(operator, shape[position].constant, some, lanes))
+        else:
+            attributes[quantity] = _scaled(operator, operator.integer(quantity), some, lanes)
+    return replace(operator, shape=tuple(shape), attributes=tuple(sorted(attributes.items())))
+
+
+def _scaled(operator: Operator, value: int, some: int, lanes: int) -> int:
+    if value % lanes:
+        raise ValueError(f"{operator.name}: {value} is not a multiple of {lanes} lanes")
+    return value // lanes * some
+
+
+def unnarrowed_readers(graph: Graph) -> Iterator[tuple[str, str, str]]:
+    """(reader, source, site) wherever a site narrows what is read, but not the reader."""
+    sites = {o.name: {site for _, site in o.narrowed_by} for o in graph}
+    outgoing = {
+        o.name: {site for what, site in o.narrowed_by if what.startswith("shape.")} for o in graph
+    }
+    for reader in graph:
+        for source in reader.inputs:
+            for site in outgoing[source] - sites[reader.name]:
+                yield reader.name, source, site

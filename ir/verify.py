@@ -17,6 +17,7 @@ from planner.ir.dims import Dim
 from planner.ir.errors import InputError
 from planner.ir.graph import PARTS, SITE_KINDS, Binding, Graph, Operator, Site
 from planner.ir.kinds import KINDS, kind_of
+from planner.ir.structure import unnarrowed_readers
 
 __all__ = ["RULES", "verify"]
 
@@ -167,14 +168,8 @@ def _quantity(operator: Operator, quantity: str) -> int | None:
 
 def _flow(graph: Graph) -> Iterator[str]:
     """What reads a narrowed output is narrowed by the same site."""
-    sites = {o.name: {site for _, site in o.narrowed_by} for o in graph}
-    outgoing = {
-        o.name: {site for what, site in o.narrowed_by if what.startswith("shape.")} for o in graph
-    }
-    for operator in graph:
-        for name in operator.inputs:
-            for site in outgoing[name] - sites[operator.name]:
-                yield f"operator {operator.name} reads {name}, but {site} does not narrow it"
+    for reader, source, site in unnarrowed_readers(graph):
+        yield f"operator {reader} reads {source}, but {site} does not narrow it"
 
 
 def _bindings(graph: Graph) -> Iterator[str]:

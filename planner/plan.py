@@ -125,6 +125,11 @@ class Plan:
     solver: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
+    @staticmethod
+    def of(graph: Graph, **fields: Any) -> Plan:
+        """A plan for a graph, which keeps everything but what the other fields say."""
+        return Plan(graph.name, str(graph.properties["fingerprint"]), graph.layers, **fields)
+
     @property
     def is_dense(self) -> bool:
         """Whether everything stays on."""

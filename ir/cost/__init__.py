@@ -2,11 +2,12 @@
 
 Enters: a Graph, a `Workload` and (for seconds) a device. Leaves: a `Cost` per operator.
 
-    flops        exact FLOPs, parameters and KV elements of an operator
-    price        an operator's `Cost`, with roofline seconds; `total`
-    memory       peak bytes of a step
-    conventions  how published tables count, oddities included
-    devices      the table of devices;  workload: token counts of a request
+    workload      token counts of a request
+    device_table  the devices, from devices.yaml
+    flops         exact FLOPs, parameters and KV elements of an operator
+    price         an operator's `Cost`, with roofline seconds; `total`
+    memory        peak bytes of a step
+    conventions   how published tables count, oddities included
 """
 
 from planner.ir.cost.memory import activation_bytes, peak_bytes

@@ -19,7 +19,6 @@ from planner.ir.cost.price import Cost, roofline, total
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator
 from planner.ir.kinds import kind_of
-from planner.ir.kinds.products import Linear, Product
 
 __all__ = ["CONVENTIONS", "Convention", "DynamicLlava", "LlmViewer", "Row", "convention"]
 
@@ -70,6 +69,7 @@ class Convention(ABC):
 
     name: ClassVar[str]
     source: ClassVar[str]
+    has_seconds: ClassVar[bool] = True
 
     @abstractmethod
     def rows(self, graph: Graph, queries: Sequence[int], keys: Sequence[int]) -> Iterable[Row]:
@@ -99,8 +99,7 @@ class Convention(ABC):
         Raises:
             InputError: where the graph or the arguments are outside the convention.
         """
-        counts = _checked(graph, tokens_per_layer)
-        return total(row.cost(device, batch) for row in self.rows(graph, counts, counts))
+        return self._cost(graph, tokens_per_layer, tokens_per_layer, device, batch)
 
     def decode(
         self,
@@ -110,18 +109,25 @@ class Convention(ABC):
         batch: int = 1,
     ) -> Cost:
         """Cost of one decoding step; tokens are those that the new one attends to, and itself."""
-        keys = _checked(graph, tokens_per_layer)
-        queries = [min(1, tokens) for tokens in keys]
+        queries = [min(1, tokens) for tokens in tokens_per_layer]
+        return self._cost(graph, queries, tokens_per_layer, device, batch)
+
+    def _cost(
+        self,
+        graph: Graph,
+        queries: Sequence[int],
+        keys: Sequence[int],
+        device: Device | None,
+        batch: int,
+    ) -> Cost:
+        if len(keys) != graph.layers:
+            raise InputError(
+                f"'{graph.name}' has {graph.layers} decoder layers, "
+                f"but token counts are given for {len(keys)}"
+            )
+        if device is not None and not self.has_seconds:
+            raise InputError(f"convention {self.name} counts FLOPs alone, so it takes no device")
         return total(row.cost(device, batch) for row in self.rows(graph, queries, keys))
-
-
-def _checked(graph: Graph, tokens_per_layer: Sequence[int]) -> Sequence[int]:
-    if len(tokens_per_layer) != graph.layers:
-        raise InputError(
-            f"'{graph.name}' has {graph.layers} decoder layers, "
-            f"but token counts are given for {len(tokens_per_layer)}"
-        )
-    return tokens_per_layer
 
 
 def _hidden(graph: Graph) -> int:
@@ -165,13 +171,13 @@ class LlmViewer(Convention):
 
 def _operator_rows(operator: Operator, queries: int, keys: int) -> Iterator[Row]:
     """Rows of one operator of a decoder layer."""
-    kind, name, layer = kind_of(operator), operator.name, operator.layer
-    if isinstance(kind, Linear):
+    kind, name, layer = operator.kind, operator.name, operator.layer
+    if kind in ("linear", "fused_linear", "norm_linear"):
         read, written = operator.integer("in"), operator.integer("out")
         weights = read * written
         moved = (read + written) * queries
         yield Row(name, 2 * weights * queries, moved, weights, layer=layer)
-    elif operator.kind == "attention":
+    elif kind == "attention":
         head = operator.integer("head_dim")
         heads, kv_heads = operator.integer("heads"), operator.integer("kv_heads")
         products = 2 * queries * keys * heads * head
@@ -184,8 +190,8 @@ def _operator_rows(operator: Operator, queries: int, keys: int) -> Iterator[Row]
         moved = scores + cached + written
         yield Row(f"{name}.sv", products, moved, cached=cached, layer=layer)
         yield Row(f"{name}.softmax", 5 * scores, 2 * scores, layer=layer)
-    elif isinstance(kind, Product):
-        raise InputError(f"convention llm-viewer has no row for {name}, of kind {kind.name}")
+    elif kind_of(operator).flops and kind != "select_tokens":
+        raise InputError(f"convention llm-viewer has no row for {name}, of kind {kind}")
 
 
 class DynamicLlava(Convention):
@@ -198,6 +204,7 @@ class DynamicLlava(Convention):
 
     name = "dynamic-llava"
     source = "Dynamic-LLaVA, arXiv 2412.00876, Table 10"
+    has_seconds = False
 
     @override
     def rows(self, graph: Graph, queries: Sequence[int], keys: Sequence[int]) -> Iterator[Row]:
@@ -206,18 +213,6 @@ class DynamicLlava(Convention):
             if tokens:
                 flops = 32 * tokens * width**2 + 4 * tokens**2 * width
                 yield Row(f"layer.{layer}", flops, layer=layer)
-
-    @override
-    def prefill(
-        self,
-        graph: Graph,
-        tokens_per_layer: Sequence[int],
-        device: Device | None = None,
-        batch: int = 1,
-    ) -> Cost:
-        if device is not None:
-            raise InputError("convention dynamic-llava counts FLOPs alone, so it takes no device")
-        return super().prefill(graph, tokens_per_layer, device, batch)
 
     @override
     def decode(

@@ -8,17 +8,17 @@ attention, and agrees with it to the last operation. The formulas are in `planne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
+from planner.ir.dims import Sizes
 from planner.ir.graph import Operator
 from planner.ir.kinds import kind_of
 
 __all__ = ["operator_flops", "operator_kv_elements", "operator_parameters"]
 
 
-def operator_flops(operator: Operator, sizes: Mapping[str, int]) -> int:
+def operator_flops(operator: Operator, sizes: Sizes) -> int:
     """FLOPs of one operator when the graph's symbols have the given sizes."""
-    return kind_of(operator).flops(operator, sizes)
+    formula = kind_of(operator).flops
+    return formula(operator, sizes) if formula else 0
 
 
 def operator_parameters(operator: Operator) -> int:
@@ -29,6 +29,6 @@ def operator_parameters(operator: Operator) -> int:
     return 0 if operator.get("tied") else kind_of(operator).weights(operator)
 
 
-def operator_kv_elements(operator: Operator, sizes: Mapping[str, int]) -> int:
+def operator_kv_elements(operator: Operator, sizes: Sizes) -> int:
     """Elements of the keys and values that an operator leaves in the decoder's cache."""
     return kind_of(operator).cached(operator, sizes)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from planner.ir.cost.flops import operator_kv_elements, operator_parameters
+from planner.ir.dims import Sizes
 from planner.ir.graph import Graph, Operator
-from planner.ir.kinds import kind_of
-from planner.ir.kinds.elementwise import SINGLE_PRECISION
-from planner.ir.kinds.products import attended_keys
+from planner.ir.kinds import attended_keys, kind_of
+from planner.ir.kinds.table import SINGLE_PRECISION
 
 __all__ = ["activation_bytes", "peak_bytes"]
 
 
-def peak_bytes(graph: Graph, sizes: Mapping[str, int]) -> int:
+def peak_bytes(graph: Graph, sizes: Sizes) -> int:
     """Bytes that a step needs at its worst moment, at most.
 
     Parameters, the KV cache as the step leaves it, one layer's share of the cache again (stock
@@ -33,7 +33,7 @@ def peak_bytes(graph: Graph, sizes: Mapping[str, int]) -> int:
     return held + activation_bytes(graph, sizes)
 
 
-def _shared_bytes(graph: Graph, sizes: Mapping[str, int]) -> int:
+def _shared_bytes(graph: Graph, sizes: Sizes) -> int:
     """Bytes of what a decoder prepares once for all its layers: masks, and tables of rotations.
 
     A mask holds an element per query and key, and there is one for each window; the tables hold
@@ -53,7 +53,7 @@ def _shared_bytes(graph: Graph, sizes: Mapping[str, int]) -> int:
     return sum(masks.values()) + tables * len(masks)
 
 
-def activation_bytes(graph: Graph, sizes: Mapping[str, int]) -> int:
+def activation_bytes(graph: Graph, sizes: Sizes) -> int:
     """Bytes of the activations that are alive at the worst moment of a step.
 
     An activation lives until its last reader is done, and longer where it was the argument of a
@@ -67,7 +67,7 @@ def activation_bytes(graph: Graph, sizes: Mapping[str, int]) -> int:
     for position, operator in enumerate(graph):
         elements = operator.elements(sizes)
         alive += elements * element
-        held = kind_of(operator).intermediate_bytes(operator, element)
+        held = kind_of(operator).held_bytes(operator, element)
         worst = max(worst, alive + elements * held)
         end = released[operator.name]
         freed[end] = freed.get(end, 0) + elements * element

@@ -8,11 +8,12 @@ and launches are free. The price also says which of the two terms bounds the ope
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from planner.ir.cost.device_table import Device
-from planner.ir.cost.flops import operator_kv_elements, operator_parameters
+from planner.ir.cost.flops import operator_flops, operator_kv_elements, operator_parameters
+from planner.ir.dims import Sizes
 from planner.ir.graph import Graph, Operator
 from planner.ir.kinds import kind_of
 
@@ -54,7 +55,7 @@ def roofline(operations: int, moved_bytes: int, device: Device) -> tuple[float, 
 def price(
     operator: Operator,
     graph: Graph,
-    sizes: Mapping[str, int],
+    sizes: Sizes,
     device: Device | None = None,
 ) -> Cost:
     """Cost of one operator.
@@ -71,15 +72,16 @@ def price(
     if output == 0 or not kind.runs(operator, sizes):
         return Cost(parameters=parameters)
     inputs = (graph.by_name[i].elements(sizes) for i in operator.inputs if i in graph.by_name)
-    read = kind.weights_read(operator, sizes) + kind.inputs_read(operator, inputs, sizes)
-    moved_bytes = (read + output) * element
-    flops = kind.flops(operator, sizes)
+    few = kind.weights_read
+    weights = few(operator, sizes) if few else kind.weights(operator)
+    moved = weights + kind.inputs_read(operator, sizes, inputs) + output
+    flops = operator_flops(operator, sizes)
     seconds, bound = 0.0, "-"
     if device is not None:
-        seconds, bound = roofline(flops or kind.light_operations * output, moved_bytes, device)
+        seconds, bound = roofline(flops or kind.light_operations * output, moved * element, device)
     return Cost(
         flops=flops,
-        bytes=moved_bytes,
+        bytes=moved * element,
         seconds=seconds,
         kv_bytes=operator_kv_elements(operator, sizes) * element,
         parameters=parameters,

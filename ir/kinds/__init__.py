@@ -1,14 +1,19 @@
-"""Operator kinds: one record each, read by the verifier, the costs, the text form and passes.
+"""Operator kinds: one record each, read by the text form, the verifier, the costs and the passes.
 
-    record       the type of the records, `Kind`, and the register of them, `KINDS`
-    products     kinds that multiply: linears, attention, convolutions, experts, recurrences
-    elementwise  norms, activations, rotations, sums and other work without a product
-    copies       inputs, look-ups, gathers, the choice of tokens
+A new kind is one record in the table.
 
-A new kind is one record; it is known from then on.
+    table        all records
+    kind         the type of a record
+    shape_rules  what the shapes of operators must be
 """
 
-from planner.ir.kinds import copies, elementwise, products
-from planner.ir.kinds.record import KINDS, Attribute, Kind, kind_of
+from planner.ir.graph import Operator
+from planner.ir.kinds.kind import Attribute, Kind
+from planner.ir.kinds.table import KINDS, attended_keys
 
-__all__ = ["KINDS", "Attribute", "Kind", "copies", "elementwise", "kind_of", "products"]
+__all__ = ["KINDS", "Attribute", "Kind", "attended_keys", "kind_of"]
+
+
+def kind_of(operator: Operator) -> Kind:
+    """The record of an operator's kind, which must be a known one."""
+    return KINDS[operator.kind]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,10 @@ from torch import Tensor, fx, nn
 from planner.ir.lowering.eager_attention import fuse_attention
 from planner.ir.lowering.tensor_writes import join_writes
 
-__all__ = ["WRAPPED", "Captured", "Stack", "build_on_meta", "capture"]
+__all__ = ["WRAPPED", "Captured", "Stack", "build_on_meta", "capture", "path_of"]
 
-# A module that only lends its face to a model keeps the model under this name, left out of paths.
+# A module that wraps a model, to have one of its functions traced, keeps the model under this name;
+# paths leave it out.
 WRAPPED = "root"
 
 
@@ -71,16 +72,21 @@ class Captured:
     inputs: tuple[str, ...]
 
 
-def build_on_meta(config: Any, model_class: Any) -> nn.Module:
+def build_on_meta(config: Any, from_config: Callable[[Any], Any]) -> nn.Module:
     """Build a model from its config with shapes only, in evaluation mode."""
     from transformers.initialization import no_init_weights
 
     with torch.device("meta"), no_init_weights(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = model_class.from_config(config)
+        model = from_config(config)
         model.tie_weights()
     module: nn.Module = model.eval()
     return module
+
+
+def path_of(model: nn.Module, module: nn.Module) -> str:
+    """Path of a module inside a model, "" where it is not there."""
+    return next((path for path, child in model.named_modules() if child is module), "")
 
 
 def _signature(layer: nn.Module) -> object:

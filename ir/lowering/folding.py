@@ -1,4 +1,4 @@
-"""Folding: of layers that are alike one is captured; what it has, the others get as copies."""
+"""Folding: layers that are alike are captured once; the others get copies of what is found."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Narrowing = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Span:
-    """Where a traced layer stands: operators `start` to `stop`, its input's and output's names."""
+    """The operators of a traced layer: `start` to `stop`, and the names of its input and output."""
 
     start: int
     stop: int

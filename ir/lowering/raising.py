@@ -30,7 +30,7 @@ __all__ = ["Raised", "Surroundings", "raise_operators"]
 
 @dataclass(frozen=True)
 class Surroundings:
-    """How one captured module sits in the model.
+    """Where a captured module stands in the model.
 
     Attributes:
         prefix: path of the module inside the model, with a trailing dot, or "".
@@ -50,7 +50,14 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class Raised:
-    """Operators in order, the sites among them, why others are none, and the outputs' operators."""
+    """What a captured module became.
+
+    Attributes:
+        operators: in order.
+        sites: what can be narrowed.
+        reasons: why other layers and blocks cannot be, one sentence each.
+        outputs: names of the operators whose values leave the module.
+    """
 
     operators: list[Operator]
     sites: list[Site]
@@ -59,6 +66,8 @@ class Raised:
 
 
 class _Raiser:
+    """Walks the nodes of a captured module once, in order, and collects operators."""
+
     def __init__(self, captured: Captured, around: Surroundings) -> None:
         self.captured, self.around = captured, around
         self.flow = Flow(captured)
@@ -164,7 +173,7 @@ class _Raiser:
     # -- layers ------------------------------------------------------------------------------
 
     def _mark(self, node: fx.Node) -> None:
-        """The beginning or the end of a traced layer, or a layer that is like a traced one."""
+        """A layer begins or ends, or is left to be copied from the one it is like."""
         role, path = str(node.args[1]), str(node.args[2])
         before = self._first_source(node)
         self.source[node] = before
@@ -242,5 +251,5 @@ class _Raiser:
 
 
 def raise_operators(captured: Captured, around: Surroundings) -> Raised:
-    """Turn a captured module into operators and sites; see the module docstring."""
+    """Turn a captured module into operators and sites."""
     return _Raiser(captured, around).run()

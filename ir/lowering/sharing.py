@@ -1,7 +1,7 @@
-"""Sharing: sites that are none because something outside them depends on what lies inside.
+"""Sharing: layers and heads that cannot be narrowed, because operators outside need them whole.
 
-Some models let later layers attend to an earlier layer's keys and values. That layer's heads belong
-to all of its readers, and it cannot be left out.
+Some models let later layers attend to an earlier layer's keys and values. The heads of that layer
+belong to all of its readers, and it cannot be left out.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ from dataclasses import replace
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.ir.structure import exit_of, residual_entry, within
+from planner.ir.structure import exit_of, residual_entry, unnarrowed_readers, within
 
 __all__ = ["without_shared"]
 
 
 def without_shared(graph: Graph) -> tuple[Graph, list[str]]:
-    """The graph without such sites, and one sentence for each kind of site."""
-    reasons = _narrowed_elsewhere(graph) | _not_left_out(graph)
+    """The graph without the sites that are shared, and one sentence for each kind of site."""
+    reasons = {
+        site: f"{site}: {reader} reads {source}, which it does not narrow"
+        for reader, source, site in unnarrowed_readers(graph)
+    } | _not_left_out(graph)
     if not reasons:
         return graph, []
     operators = (
@@ -37,20 +40,6 @@ def _summary(reasons: dict[str, str]) -> list[str]:
         first + (f" (and {len(others)} layers more)" if others else "")
         for first, *others in kinds.values()
     ]
-
-
-def _narrowed_elsewhere(graph: Graph) -> dict[str, str]:
-    """Sites with a narrowed output that is read where the site does not narrow -> why."""
-    narrows = {
-        o.name: {site for what, site in o.narrowed_by if what.startswith("shape.")} for o in graph
-    }
-    reasons = {}
-    for reader in graph:
-        by = {site for _, site in reader.narrowed_by}
-        for source in reader.inputs:
-            for site in narrows[source] - by:
-                reasons[site] = f"{site}: {reader.name} reads {source}, which it does not narrow"
-    return reasons
 
 
 def _not_left_out(graph: Graph) -> dict[str, str]:

@@ -17,10 +17,13 @@ __all__ = ["Found", "find_sites"]
 
 @dataclass
 class Found:
-    """Sites of a layer (named by kind only), what they narrow, and why others are none.
+    """What can be narrowed in one traced layer.
 
-    `narrowed` maps a node to pairs (attribute or ``shape.i``, site kind); `kv_lanes` an attention
-    node to its number of KV heads.
+    Attributes:
+        sites: named by their kind only.
+        narrowed: node -> pairs (attribute or ``shape.i``, kind of the site that narrows it).
+        kv_lanes: attention node -> its number of KV heads.
+        reasons: why a block cannot be narrowed, one sentence each.
     """
 
     sites: list[Site] = field(default_factory=list)

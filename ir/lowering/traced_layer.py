@@ -1,4 +1,4 @@
-"""Traced: one captured layer, its nodes, and where their values come from."""
+"""One layer of a captured module: its nodes, and where their values come from."""
 
 from __future__ import annotations
 

@@ -2,7 +2,13 @@
 
 A pass is a frozen dataclass with a ``name`` and ``apply(graph) -> graph``; its fields are its
 arguments. A new pass is its file, one line in `PASSES`, and a test with golden text before and
-after. Usual order: specialise to a plan, narrow tokens, drop dead operators, then fuse.
+after. In the usual order:
+
+    specialise        leave out the layers, heads and neurons that a plan switches off
+    narrow_tokens     fewer image tokens from some decoder layer on
+    drop_dead         drop what no output needs
+    fuse_projections  linears that read the same input become one
+    fuse_norm         a norm goes into the linear after it
 """
 
 from __future__ import annotations

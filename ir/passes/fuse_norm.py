@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from planner.ir.dims import Dim
 from planner.ir.graph import Graph, Operator
+from planner.ir.structure import takes_rows
 
 __all__ = ["FuseNorm"]
 
@@ -40,6 +40,6 @@ def _foldable(norm: Operator, linear: Operator, graph: Graph) -> bool:
     return (
         norm.kind == "norm"
         and linear.kind in ("linear", "fused_linear")
-        and norm.shape == (*linear.shape[:-1], Dim(linear.integer("in")))
+        and takes_rows(linear, graph)
         and list(graph.network[norm.name]) == [linear.name]
     )

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from planner.ir.dims import Dim
 from planner.ir.graph import Graph, Operator
-from planner.ir.structure import redirected
+from planner.ir.structure import redirected, takes_rows
 
 __all__ = ["FuseProjections"]
 
@@ -25,12 +25,6 @@ def _key(operator: Operator) -> object:
         operator["bias"],
         operator.narrowed_by,
     )
-
-
-def _reads_whole(operator: Operator, graph: Graph) -> bool:
-    """Whether a linear takes its input's rows as they are, not a part of them."""
-    rows = (*operator.shape[:-1], Dim(operator.integer("in")))
-    return len(operator.inputs) == 1 and graph.by_name[operator.inputs[0]].shape == rows
 
 
 def _fused(members: list[Operator]) -> Operator:
@@ -62,7 +56,7 @@ class FuseProjections:
         """The graph with query, key and value fused, gate and up fused, and the like."""
         groups: dict[object, list[Operator]] = {}
         for operator in graph:
-            if operator.kind == "linear" and _reads_whole(operator, graph):
+            if operator.kind == "linear" and takes_rows(operator, graph):
                 groups.setdefault(_key(operator), []).append(operator)
         together = [members for members in groups.values() if len(members) > 1]
         fused = {members[0].name: _fused(members) for members in together}

@@ -8,8 +8,7 @@ from typing import ClassVar, Protocol
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator, Site
 from planner.ir.kinds import kind_of
-from planner.ir.narrowing import narrowed
-from planner.ir.structure import exit_of, needed, redirected, residual_entry, within
+from planner.ir.structure import exit_of, narrowed, needed, redirected, residual_entry, within
 
 __all__ = ["Specialise"]
 

@@ -8,7 +8,7 @@ becomes a utilities file for the solver. Everything is in nats per answer token.
     measures       how far an output is off: change of loss, or KL divergence
     leave_one_out  every switch off by itself, one per row of a batch
     taylor         the same estimated from one backward pass
-    token_stages   what image tokens are worth, and the curve through that
+    token_worth    what image tokens are worth, and the curve through that
     store          partial results on disk, so that a killed run continues
     measurement    all of it in order
 """

@@ -24,7 +24,7 @@ from planner.models.calibration.replay import NOT_FINITE, Replay
 from planner.models.calibration.samples import Sample
 from planner.models.calibration.store import Store
 from planner.models.calibration.taylor import DRAWS, taylor
-from planner.models.calibration.token_stages import FRACTIONS, fit, token_losses
+from planner.models.calibration.token_worth import FRACTIONS, fit, token_losses
 from planner.models.running.executor import Executor
 from planner.models.running.masked import MaskedExecutor
 from planner.planning.switches import SwitchSet

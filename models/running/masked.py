@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
+from planner.ir.intervals import numbers_of
 from planner.models.running.bindings import BoundSite, bind
 from planner.models.running.kv_cache import cache_among
 from planner.models.running.patches import ConfigView, Patches
@@ -67,15 +68,22 @@ class Gates:
 
         def hard(kind: str) -> dict[int, Tensor]:
             gates = {}
-            for layer in {layer for plan in plans for layer in getattr(plan, kind)}:
-                switches = {
-                    plan.mlp_switches.get(layer, 0) if kind == "mlp" else 0 for plan in plans
+            for site in graph.sites_of(kind):
+                # Where a layer is off, its own gate says so.
+                kept = {
+                    row: plan.kept(site)
+                    for row, plan in enumerate(plans)
+                    if site.layer not in plan.layers_off and not plan.kept(site).everything
                 }
-                count = max(switches) or graph.sites_by_name[f"{kind}.{layer}"].switches
-                rows = [getattr(plan, kind).get(layer, range(count)) for plan in plans]
-                gates[layer] = torch.tensor(
-                    [[float(u in row) for u in range(count)] for row in rows]
-                )
+                if not kept:
+                    continue
+                divisions = {one.of for one in kept.values()}
+                of = divisions.pop() if len(divisions) == 1 else site.lanes
+                gate = torch.ones(len(plans), of)
+                for row, one in kept.items():
+                    gate[row] = 0
+                    gate[row, list(one.switches if one.of == of else numbers_of(one.lanes))] = 1
+                gates[site.layer] = gate
             return gates
 
         off = {layer for plan in plans for layer in plan.layers_off}

@@ -23,7 +23,7 @@ from typing_extensions import override
 from planner.ir.cost import Workload
 from planner.ir.cost.device_table import device
 from planner.ir.errors import InputError
-from planner.ir.graph import Graph
+from planner.ir.graph import Graph, Site
 from planner.models.running.masked import Gates
 from planner.models.scheduling.layouts import Layout, Taken, upper_half
 from planner.plan import Plan, TokenStage
@@ -297,23 +297,13 @@ class CostSwitches(Layout):
         """A layer with nothing left is off."""
         row = taken.bool().cpu()
         off: list[int] = []
-        kept: dict[str, dict[int, tuple[int, ...]]] = {"heads": {}, "mlp": {}}
-        divided = {}
+        kept: list[tuple[Site, list[int]]] = []
         for layer, columns in self._columns.items():
             sites = {kind: row[place] for kind, place in columns.sites.items()}
             closed = columns.own is not None and not row[columns.own]
             if closed or (columns.vanishes and not any(on.any() for on in sites.values())):
                 off.append(layer)
-                continue
             for kind, on in sites.items():
-                if not on.all():
-                    kept[kind][layer] = tuple(on.nonzero().flatten().tolist())
-                    if kind == "mlp":
-                        divided[layer] = len(on)
-        return replace(
-            base,
-            layers_off=tuple(off),
-            heads=kept["heads"],
-            mlp=kept["mlp"],
-            mlp_switches=divided,
-        )
+                site = self.pricing.graph.sites_by_name[f"{kind}.{layer}"]
+                kept.append((site, on.nonzero().flatten().tolist()))
+        return replace(base, layers_off=tuple(off)).keeping(kept)

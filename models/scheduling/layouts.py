@@ -22,7 +22,12 @@ from planner.ir.graph import Graph
 from planner.models.running.masked import Gates
 from planner.plan import Plan, TokenStage
 from planner.planning.budgets import Budget
-from planner.planning.unit_counting import UNITS_PER_LAYER, counted_fraction, unit_count
+from planner.planning.unit_counting import (
+    UNITS_PER_LAYER,
+    counted_fraction,
+    first_counted,
+    unit_count,
+)
 
 __all__ = ["LayerSwitches", "Layout", "Taken", "UnitSwitches", "upper_half"]
 
@@ -58,7 +63,7 @@ class Layout(ABC):
     @property
     def first(self) -> int:
         """The decoder layer where the switches begin; layers before it always run."""
-        return self.graph.layers // 2
+        return first_counted(self.graph.layers)
 
     @property
     def size(self) -> int:
@@ -150,18 +155,17 @@ class Layout(ABC):
 
         All plans at one limit cost the same where switches are counted, else about the same.
         """
-        name, fingerprint = self.graph.name, str(self.graph.properties["fingerprint"])
-        base = Plan(name, fingerprint, self.graph.layers, tokens=tuple(tokens))
+        base = Plan.of(self.graph, tokens=tuple(tokens))
         order = -torch.arange(self.size).float()[None]
         return self.plan(self.decide(order, torch.tensor([limit]))[0], base)
 
 
 def upper_half(graph: Graph) -> list[int]:
     """The layers with switches; raises InputError where there is no lower half."""
-    layers = list(range(graph.layers // 2, graph.layers))
-    if not graph.layers // 2:
+    first = first_counted(graph.layers)
+    if not first:
         raise InputError(f"'{graph.name}' has {graph.layers} layers, too few for a scheduler")
-    return layers
+    return list(range(first, graph.layers))
 
 
 @dataclass(frozen=True)
@@ -330,20 +334,13 @@ class UnitSwitches(Layout):
 
     @override
     def plan(self, taken: Taken, base: Plan) -> Plan:
-        off: list[int] = []
-        kept: dict[str, dict[int, tuple[int, ...]]] = {"heads": {}, "mlp": {}}
-        for layer, sites in zip(self.layers, taken.view(-1, 2, self.heads), strict=True):
-            if not sites.any():
-                off.append(layer)
-                continue
-            for kind, row in zip(kept, sites, strict=True):
-                if not row.all():
-                    kept[kind][layer] = tuple(row.nonzero().flatten().tolist())
-        groups = dict.fromkeys(kept["mlp"], self.heads)
-        return replace(
-            base,
-            layers_off=tuple(off),
-            heads=kept["heads"],
-            mlp=kept["mlp"],
-            mlp_switches=groups,
+        rows = dict(zip(self.layers, taken.view(-1, 2, self.heads), strict=True))
+        off = tuple(layer for layer, row in rows.items() if not row.any())
+        kept = [
+            (replace(self.graph.sites_by_name[f"{kind}.{layer}"], switches=self.heads), on)
+            for layer, row in rows.items()
+            for kind, on in zip(("heads", "mlp"), row, strict=True)
+        ]
+        return replace(base, layers_off=off).keeping(
+            (site, on.nonzero().flatten().tolist()) for site, on in kept
         )

@@ -21,7 +21,7 @@ from planner.planning.budgets import Budget
 from planner.planning.catalog import Source, find_model
 from planner.planning.config_sizes import head_counts
 from planner.planning.graph_cache import cached_graph
-from planner.planning.pricing import Pricing, compared
+from planner.planning.pricing import COUNTED, Pricing, compared
 from planner.planning.switches import SwitchSet, with_switches
 from planner.planning.unit_counting import faithful_problem, unfold
 from planner.planning.utilities import Utilities, load_utilities, prior, uniform
@@ -190,7 +190,7 @@ def plan_graph(
         else:
             solution = solve(problem, time_limit_seconds=limit)
     with stage("check"):
-        plan = _plan(graph, pricing, problem, solution, budget, utilities, request, device)
+        plan = _plan(pricing, problem, solution, budget, utilities)
     return Compiled(plan, graph, pricing, problem, solution)
 
 
@@ -211,44 +211,34 @@ def _utilities(name: str | Path, graph: Graph, pricing: Pricing) -> Utilities:
 
 
 def _plan(
-    graph: Graph,
-    pricing: Pricing,
-    problem: Problem,
-    solution: Solution,
-    budget: Budget,
-    utilities: Utilities,
-    request: Request,
-    device: str,
+    pricing: Pricing, problem: Problem, solution: Solution, budget: Budget, utilities: Utilities
 ) -> Plan:
     """Write a solution down as a Plan, and price the plan afresh."""
-    choice = solution.choice
-    if pricing.switches.faithful:
-        choice = unfold(choice, graph, utilities)
+    graph, switches, load = pricing.graph, pricing.switches, pricing.workload
+    choice = unfold(solution.choice, graph, utilities) if switches.faithful else solution.choice
     keep = pricing.token_options[choice.token_option] if pricing.stages else ()
-    of = pricing.workload.image_tokens
     stages: list[TokenStage] = []
     for layer, count in zip(pricing.stages, keep, strict=True):
-        before = stages[-1].keep if stages else of
+        before = stages[-1].keep if stages else load.image_tokens
         if count < before:
-            stages.append(TokenStage(layer, count, of, pricing.switches.token_selector))
-    plan = Plan(
-        model=graph.name,
-        fingerprint=str(graph.properties["fingerprint"]),
-        layers=graph.layers,
+            stages.append(TokenStage(layer, count, load.image_tokens, switches.token_selector))
+    plan = Plan.of(
+        graph,
         layers_off=tuple(i for i, on in enumerate(choice.layers_on) if not on),
         tokens=tuple(stages),
-        kv="" if pricing.switches.kv is None else str(pricing.switches.kv),
+        kv="" if switches.kv is None else str(switches.kv),
         budget=budget.describe(),
     ).keeping((s, choice.kept[s.name]) for s in graph.sites if s.name in choice.kept)
-    costs = pricing.cost_of(plan)
-    base = pricing.base
-    limits = pricing.limits(budget)
-    if not pricing.switches.faithful:
-        _verify(costs, limits)
+    costs, base = pricing.cost_of(plan), pricing.base
+    if switches.faithful:
+        limit = int(problem.limits[0])
+        used = {"units": solution.cost["units"] / limit if limit else 1.0}
+    else:
+        used = _utilisation(costs, pricing.limits(budget))
     return replace(
         plan,
         cost=compared(costs, base, base),
-        utilisation=_utilisation(problem, solution, costs, pricing, budget),
+        utilisation=used,
         solver={
             "status": solution.status,
             "utility": solution.utility,
@@ -257,41 +247,28 @@ def _plan(
         },
         provenance={
             "planner": __version__,
-            "switches": pricing.switches.name,
+            "switches": switches.name,
             "utilities": utilities.name,
             "scope": pricing.scope,
-            "device": device,
-            "image_tokens": pricing.workload.image_tokens,
-            "text_tokens": pricing.workload.text_tokens,
-            "new_tokens": pricing.workload.new_tokens,
-            "batch": pricing.workload.batch,
+            "device": pricing.device.name,
+            "image_tokens": load.image_tokens,
+            "text_tokens": load.text_tokens,
+            "new_tokens": load.new_tokens,
+            "batch": load.batch,
         },
     )
 
 
-def _verify(costs: dict[str, float], limits: dict[str, int]) -> None:
-    """Trust but verify: the plan's cost, computed apart from the solver's tables, fits."""
+def _utilisation(costs: Mapping[str, float], limits: Mapping[str, int]) -> dict[str, float]:
+    """What a plan uses of its limits.
+
+    Raises:
+        PlannerError: more than all. Costs are computed apart from the solver's tables.
+    """
     for metric, limit in limits.items():
-        scale = 10**12 if metric == "latency" else 1
-        if round(costs[metric] * scale) > limit:
+        if round(costs[metric] * COUNTED[metric]) > limit:
             raise PlannerError(f"the plan exceeds its {metric} limit: this is a bug in planner")
-
-
-def _utilisation(
-    problem: Problem,
-    solution: Solution,
-    costs: dict[str, float],
-    pricing: Pricing,
-    budget: Budget,
-) -> dict[str, float]:
-    if pricing.switches.faithful:
-        limit = int(problem.limits[0])
-        return {"units": solution.cost["units"] / limit if limit else 1.0}
-    scale = {"latency": 10**12}
-    return {
-        metric: costs[metric] * scale.get(metric, 1) / limit
-        for metric, limit in pricing.limits(budget).items()
-    }
+    return {metric: costs[metric] * COUNTED[metric] / limit for metric, limit in limits.items()}
 
 
 def specialised(

@@ -13,7 +13,7 @@ from planner.plan import Plan
 from planner.planning.budgets import Budget
 from planner.planning.compiler import DEFAULT_DEVICE, SCOPES
 from planner.planning.plan_costs import pricing_for
-from planner.planning.pricing import PICOSECONDS, Pricing, compared
+from planner.planning.pricing import COUNTED, Pricing, compared
 from planner.solver import TOLERANCE
 
 __all__ = ["check_figures"]
@@ -68,7 +68,7 @@ def _check_limits(plan: Plan, dense: Pricing, costs: Mapping[str, float]) -> Non
         f"{metric}={str(limit).removesuffix(' of base')}" for metric, limit in plan.budget.items()
     ]
     for metric, limit in dense.limits(Budget.of(stated)).items():
-        cost = costs[metric] * (PICOSECONDS if metric == "latency" else 1)
+        cost = costs[metric] * COUNTED[metric]
         if cost > limit * (1 + _RELATIVE) + _UNITS:
             raise InputError(f"the plan exceeds its budget, {metric} {plan.budget[metric]}")
         used = plan.utilisation.get(metric)
@@ -102,8 +102,7 @@ def _pricings(graph: Graph, plan: Plan, workload: Workload) -> tuple[Pricing, Pr
     scope = str(plan.provenance.get("scope", "model"))
     if scope not in SCOPES:
         raise InputError(f"the plan has the scope '{scope}': it can be model or llm")
-    dense = Plan(plan.model, plan.fingerprint, plan.layers)
     return (
         pricing_for(plan, graph, workload, scope, chip),
-        pricing_for(dense, graph, workload, scope, chip),
+        pricing_for(Plan.of(graph), graph, workload, scope, chip),
     )

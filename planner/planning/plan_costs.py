@@ -50,7 +50,7 @@ class PlanCosts:
         # No metric here depends on the device.
         chip = device(DEFAULT_DEVICE)
         if scope not in self._base:
-            dense = Plan(plan.model, plan.fingerprint, plan.layers)
+            dense = Plan.of(self.graph)
             pricing = pricing_for(dense, self.graph, self.workload, scope, chip)
             self._base[scope] = pricing.cost_of(dense)
         pricing = pricing_for(plan, self.graph, self.workload, scope, chip)

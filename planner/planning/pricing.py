@@ -20,7 +20,7 @@ from planner.ir.cost.memory import peak_bytes
 from planner.ir.dims import Dim
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator, Site
-from planner.ir.narrowing import narrowed
+from planner.ir.structure import narrowed
 from planner.plan import Plan, scores_by_attention
 from planner.planning.budgets import Budget
 from planner.planning.selectors import Sizes, VisionSelector
@@ -28,12 +28,12 @@ from planner.planning.switches import SwitchSet
 from planner.planning.utilities import Utilities
 from planner.solver.problem import COST_CEILING, LayerChoices, Problem, SiteChoices, TokenOption
 
-__all__ = ["Pricing", "compared"]
+__all__ = ["COUNTED", "Pricing", "compared"]
 
-# Seconds are priced in whole picoseconds, costs rounded up and limits down.
-PICOSECONDS = 10**12
+# Metric -> the whole numbers that one FLOP, second or byte is counted in: seconds in picoseconds.
+# Costs are rounded up, limits down.
+COUNTED = {"flops": 1, "latency": 10**12, "kv": 1, "memory": 1}
 KEEP_FRACTIONS = tuple(eighths / 8 for eighths in range(8, 0, -1))
-_ALL = ("flops", "latency", "kv", "memory")
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +121,7 @@ class Pricing:
         weights = sum(c.parameters for c in costs) * int(self.graph.properties["dtype_bytes"])
         vector = [
             sum(c.flops for c in costs),
-            math.ceil(math.fsum(c.seconds for c in costs) * PICOSECONDS),
+            math.ceil(math.fsum(c.seconds for c in costs) * COUNTED["latency"]),
             kv,
             weights + kv,
         ]
@@ -349,14 +349,14 @@ class Pricing:
     @staticmethod
     def in_units(cost: npt.NDArray[np.int64]) -> dict[str, float]:
         """A cost vector as metric -> FLOPs, seconds or bytes."""
-        flops, picoseconds, kv, memory = (int(c) for c in cost)
-        return {"flops": flops, "latency": picoseconds / PICOSECONDS, "kv": kv, "memory": memory}
+        whole = zip(COUNTED.items(), cost.tolist(), strict=True)
+        return {metric: count if each == 1 else count / each for (metric, each), count in whole}
 
     def limits(self, budget: Budget) -> dict[str, int]:
         """Metric -> limit in the integer units of the tables, rounded down."""
         limits = {}
         for limit in budget.limits:
-            scale = PICOSECONDS if limit.metric == "latency" else 1
+            scale = COUNTED[limit.metric]
             if limit.amount is not None:
                 # No plan costs more, and tables are of 64 bits.
                 limits[limit.metric] = min(math.floor(limit.amount * scale), COST_CEILING)
@@ -369,7 +369,7 @@ class Pricing:
     def problem(self, budget: Budget, utilities: Utilities) -> Problem:
         """The Problem: every switch's worth and cost, and the limits."""
         limits = self.limits(budget)
-        rows = [_ALL.index(metric) for metric in limits]
+        rows = [list(COUNTED).index(metric) for metric in limits]
         usable = {site.name for site in self.switches.usable(self.graph)}
         options = self.token_options
         layers = []

@@ -23,14 +23,26 @@ from planner.planning.budgets import Budget
 from planner.planning.utilities import Utilities
 from planner.solver.problem import Choice, LayerChoices, Problem, SiteChoices, TokenOption
 
-__all__ = ["UNITS_PER_LAYER", "counted_fraction", "faithful_problem", "unfold", "unit_count"]
+__all__ = [
+    "UNITS_PER_LAYER",
+    "counted_fraction",
+    "faithful_problem",
+    "first_counted",
+    "unfold",
+    "unit_count",
+]
 
 UNITS_PER_LAYER = 4
 
 
+def first_counted(layers: int) -> int:
+    """The first layer of the upper half, where switches begin."""
+    return layers // 2
+
+
 def unit_count(layers: int, fraction: Fraction, per_layer: int = 1) -> int:
     """Units switched on in the upper half: ``max(0, floor(L * u * b) - L/2 * u)``."""
-    lower = layers // 2 * per_layer
+    lower = first_counted(layers) * per_layer
     return max(0, math.floor(layers * per_layer * fraction) - lower)
 
 
@@ -53,7 +65,7 @@ def faithful_problem(graph: Graph, budget: Budget, utilities: Utilities, name: s
     for layer in range(layers):
         here = [s for s in graph.sites if s.layer == layer and s.kind != "layer"]
         worth = sum(float(utilities.of_site(s).sum()) for s in here)
-        upper = layer >= layers // 2
+        upper = layer >= first_counted(layers)
         nothing = np.zeros((1, 1), dtype=np.int64)
         if name == "adallava-l":
             cost = np.ones((1, 1), dtype=np.int64) if upper else nothing

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.solver.problem import Choice, Costs, Problem, top
+from planner.solver.reach import within_reach
 
 __all__ = ["FORBIDDEN", "Assignment", "Branch", "Scale", "Tables"]
 
@@ -48,14 +49,18 @@ class Scale:
 
     @staticmethod
     def of(problem: Problem) -> Scale:
-        """The finest scale at which all utilities of a problem together stay below 2^52."""
-        fixed = [layer.utility for layer in problem.layers]
-        switches = [u for site in problem.sites for u in site.utilities.tolist()]
-        tokens = [token.utility for token in problem.tokens]
-        most = math.fsum(map(abs, fixed + switches)) + max(map(abs, tokens))
+        """The finest scale at which all utilities of a problem together stay below 2^52.
+
+        Args:
+            problem: as `within_reach` leaves it.
+        """
+        layers = np.array([layer.utility for layer in problem.layers], dtype=np.float64)
+        summed = np.concatenate([layers, *(site.utilities for site in problem.sites)])
+        tokens = np.array([token.utility for token in problem.tokens], dtype=np.float64)
+        most = math.fsum(np.abs(summed).tolist()) + float(np.abs(tokens).max())
         exponent = _UTILITY_BITS - math.frexp(most)[1] if most else 0
-        error = math.fsum(_rounding(u, exponent) for u in fixed + switches)
-        return Scale(exponent, math.ceil(error + max(_rounding(u, exponent) for u in tokens)))
+        error = math.fsum(_rounding(summed, exponent).tolist())
+        return Scale(exponent, math.ceil(error + float(_rounding(tokens, exponent).max())))
 
     def integers(self, utilities: npt.ArrayLike) -> Ints:
         """Utilities as integers."""
@@ -206,10 +211,16 @@ class Branch:
 
 
 class Tables:
-    """A Problem, scaled: makes its branches, and turns their assignments back into choices."""
+    """A Problem, scaled: makes its branches, and turns their assignments back into choices.
+
+    Attributes:
+        problem: whose choices are made. It may have lower limits than the tables were made for.
+        scale: of all that could be chosen under the limits they were made for.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
+        problem = within_reach(problem)
         self.scale = Scale.of(problem)
         layers = problem.layers
         self._token_utility = self.scale.integers([token.utility for token in problem.tokens])
@@ -270,6 +281,7 @@ class Tables:
         )
 
 
-def _rounding(utility: float, exponent: int) -> float:
-    units = math.ldexp(utility, exponent)
-    return abs(units - round(units))
+def _rounding(utilities: npt.NDArray[np.float64], exponent: int) -> npt.NDArray[np.float64]:
+    """By how much each utility differs from a whole number of units."""
+    units = np.ldexp(utilities, exponent)
+    return np.asarray(np.abs(units - np.rint(units)))

@@ -6,6 +6,7 @@ its layers. Which switches are kept may still differ from layer to layer, and la
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -19,12 +20,14 @@ from planner.ir.errors import InputError
 from planner.solver.branch import FORBIDDEN, Branch, Tables
 from planner.solver.problem import Problem
 from planner.solver.search import Candidate, search
-from planner.solver.solution import Infeasible, Solution, certify, feasible_options
+from planner.solver.solution import Infeasible, Solution, certify, deadline_after, feasible_options
 
 __all__ = ["solve_uniform"]
 
 Rows = npt.NDArray[np.intp]
 Counts = npt.NDArray[np.int64]
+
+_MOST_SETS = 20_000
 
 # Utility of a layer that cannot run at the counts of its branch: below all others together.
 _IMPOSSIBLE = -(1 << 54)
@@ -54,10 +57,17 @@ def solve_uniform(
         Infeasible: if no such choice respects the limits.
     """
     begin = time.perf_counter()
+    deadline = deadline_after(begin, time_limit_seconds)
     problem.check()
     options = feasible_options(problem)
     widths = _widths(problem)
     choices = _choices(problem, widths, counts or {})
+    sets_of_counts = math.prod(map(len, choices))
+    if sets_of_counts > _MOST_SETS:
+        raise InputError(
+            f"there are {sets_of_counts} sets of equal counts, more than the {_MOST_SETS} that are "
+            "gone through: divide MLPs into fewer groups"
+        )
     tables = Tables(problem)
     branches = {option: tables.branch(option) for option in options}
     # Row s, column c: how many switches site s keeps under the c-th set of counts.
@@ -88,7 +98,7 @@ def solve_uniform(
             f"no choice with equal counts in all layers fits: it needs at least {listed}",
             needs,
         )
-    outcome = search(candidates, deadline=begin + time_limit_seconds)
+    outcome = search(candidates, deadline=deadline)
     option, column = keys[outcome.index]
     assignment = branches[option].assign(outcome.assignment.on, kept[:, column])
     seconds = time.perf_counter() - begin

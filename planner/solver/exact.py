@@ -9,7 +9,7 @@ from planner.ir.errors import InputError
 from planner.solver.branch import Tables
 from planner.solver.problem import Choice, Problem
 from planner.solver.search import Candidate, search
-from planner.solver.solution import Solution, certify, feasible_options
+from planner.solver.solution import Solution, certify, deadline_after, feasible_options
 
 __all__ = ["solve"]
 
@@ -32,12 +32,14 @@ def solve(
         hint: a choice to start from, for example a scheduler's; ignored if it is not feasible.
 
     Raises:
-        InputError: if the problem's tables are inconsistent, or `gap` is not in [0, 1).
+        InputError: if the problem's tables are inconsistent, `gap` is not in [0, 1), or the time
+            limit is none.
         Infeasible: if no choice respects the limits.
     """
     begin = time.perf_counter()
     if not 0 <= gap < 1:
         raise InputError(f"a gap lies between 0 and 1, not at {gap}")
+    deadline = deadline_after(begin, time_limit_seconds)
     problem.check()
     options = feasible_options(problem)
     tables = Tables(problem)
@@ -47,7 +49,7 @@ def solve(
     start = None
     if hint is not None and problem.is_feasible(hint):
         start = options.index(hint.token_option), tables.assignment(hint)
-    outcome = search(candidates, deadline=begin + time_limit_seconds, gap=gap, start=start)
+    outcome = search(candidates, deadline=deadline, gap=gap, start=start)
     option = options[outcome.index]
     seconds = time.perf_counter() - begin
     return certify(tables, option, outcome.assignment, outcome.bound, seconds)

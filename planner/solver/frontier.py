@@ -17,7 +17,7 @@ import numpy as np
 from planner.ir.errors import InputError
 from planner.solver.branch import Assignment, Tables
 from planner.solver.hull import Hull
-from planner.solver.problem import Costs, Problem
+from planner.solver.problem import COST_CEILING, Costs, Problem
 from planner.solver.relaxation import relax
 from planner.solver.rounding import improve
 from planner.solver.solution import Solution, certify, feasible_options
@@ -45,7 +45,9 @@ class Frontier:
             known = ", ".join(problem.metrics)
             raise InputError(f"the problem has no metric {metric!r}, only {known}")
         self._metric = problem.metrics.index(metric)
-        self._tables = Tables(problem)
+        limits = problem.limits.copy()
+        limits[self._metric] = COST_CEILING
+        self._tables = Tables(replace(problem, limits=limits))
         self._hulls = [
             Hull.of(self._tables.branch(option), self._metric)
             for option in range(len(problem.tokens))

@@ -161,7 +161,7 @@ class Problem:
                 kept = choice.kept.get(site.name)
                 if kept is None or len(set(kept)) != len(kept):
                     return False
-                if any(not 0 <= switch < site.switches for switch in kept):
+                if kept and not 0 <= min(kept) <= max(kept) < site.switches:
                     return False
                 if (on and len(kept) < site.minimum) or (not on and kept):
                     return False

@@ -14,6 +14,7 @@ so decisions whose loss exceeds the distance to a known answer are settled (redu
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ Floats = npt.NDArray[np.float64]
 
 # Objective values of the linear program are utilities in these units: around 2^10 at most.
 _LP_UTILITY_UNIT = 2.0**40
+_BISECTIONS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,11 +80,13 @@ def relax(branch: Branch, prices: Floats) -> Relaxation:
     )
 
 
-def best_prices(branch: Branch) -> Floats:
+def best_prices(branch: Branch, seconds: float = math.inf) -> Floats:
     """The prices with the tightest bound, up to the tolerance of the linear program.
 
     Args:
         branch: a branch whose cheapest assignment fits.
+        seconds: what the linear program may take; prices in proportion to the room, found by
+            bisection, take its place where it takes longer.
 
     Returns:
         Shape (metrics,), not negative.
@@ -90,6 +94,8 @@ def best_prices(branch: Branch) -> Floats:
     free = np.zeros(len(branch.room))
     if branch.fits(relax(branch, free).assignment.cost):
         return free
+    if seconds <= 0:
+        return _proportional_prices(branch)
     site, count = np.nonzero(branch.gain > FORBIDDEN)
     columns, metrics = len(site), len(branch.room)
     unit = np.maximum(branch.room, 1).astype(np.float64)
@@ -118,11 +124,29 @@ def best_prices(branch: Branch) -> Floats:
     )
     solver = model_builder_helper.ModelSolverHelper("GLOP")
     solver.set_solver_specific_parameters("use_preprocessing: false")
+    if seconds < math.inf:
+        solver.set_time_limit_in_seconds(seconds)
     solver.solve(model)
+    if solver.status() != model_builder_helper.SolveStatus.OPTIMAL:
+        return _proportional_prices(branch)
     dual = np.asarray(solver.dual_values())[:metrics]
     # A minimisation's duals of "<=" rows are not positive; tolerances may leave a trace.
     prices: Floats = np.maximum(-dual, 0.0) * _LP_UTILITY_UNIT / unit
     return prices
+
+
+def _proportional_prices(branch: Branch) -> Floats:
+    """Prices that make all limits equally dear, as low as what is taken then fits."""
+    unit = 1.0 / np.maximum(branch.room, 1)
+    low, high = 0.0, float(branch.largest_utility) + 1.0
+    for _ in range(_BISECTIONS):
+        # Of utilities a million times apart the right ones are found as soon as of equal ones.
+        middle = math.sqrt(max(low, 1.0) * high)
+        if branch.fits(relax(branch, unit * middle).assignment.cost):
+            high = middle
+        else:
+            low = middle
+    return unit * high
 
 
 def _rounding_error(branch: Branch, prices: Floats) -> float:

@@ -7,6 +7,7 @@ is taken; when there is none left, an exchange makes room with one move and uses
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,13 +49,16 @@ def round_down(branch: Branch, relaxation: Relaxation) -> Assignment:
     return best
 
 
-def improve(branch: Branch, start: Assignment, relaxation: Relaxation) -> Assignment:
+def improve(
+    branch: Branch, start: Assignment, relaxation: Relaxation, deadline: float = math.inf
+) -> Assignment:
     """Apply the best move, or else the best exchange, that fits, until none helps.
 
     Args:
         branch: the branch.
         start: an assignment that fits.
         relaxation: of the branch; its prices rank the moves, its counts fill a layer switched on.
+        deadline: on `time.perf_counter`'s clock; it stops then, with what it has.
 
     Returns:
         An assignment that fits and is worth at least as much.
@@ -62,6 +66,8 @@ def improve(branch: Branch, start: Assignment, relaxation: Relaxation) -> Assign
     entry = np.maximum(relaxation.assignment.counts, branch.minimum)
     current = start
     for _ in range(_ROUNDS):
+        if time.perf_counter() > deadline:
+            break
         slack = branch.room - current.cost
         moves = _moves(branch, current, entry)
         loss = relaxation.prices @ moves.cost - moves.utility

@@ -25,6 +25,8 @@ __all__ = ["Candidate", "Outcome", "search"]
 # The first core has about this many columns; while it has not settled the branch it is made deeper.
 _FIRST_COLUMNS = 64
 _GROWTH = 3
+# A core with more takes longer to write down than it is worth.
+_MOST_COLUMNS = 10_000
 _NOTHING = -(1 << 62)
 
 # What is known of a waiting candidate's bound.
@@ -133,11 +135,12 @@ class _Search:
             if stage == _UNSEEN and prices is not None:
                 relaxation, stage = relax(branch, prices), _SCREENED
             else:
-                prices = best_prices(branch)
+                # Half of what is left: rounding and improving take time as well.
+                prices = best_prices(branch, self.seconds_left / 2)
                 relaxation, stage = relax(branch, prices), _REFINED
                 relaxations[index] = relaxation
                 rounded = round_down(branch, relaxation)
-                self.offer(index, improve(branch, rounded, relaxation))
+                self.offer(index, improve(branch, rounded, relaxation, self.deadline))
             heapq.heappush(waiting, (-min(bound, relaxation.bound), index, stage))
         assert self.best is not None
         open_bound = -waiting[0][0] if waiting else _NOTHING
@@ -157,6 +160,10 @@ class _Search:
             columns *= _GROWTH
             if depth <= covered:
                 continue
+            size = np.searchsorted(losses, depth, side="right") - branch.sites
+            if self.seconds_left < 0 or size > _MOST_COLUMNS:
+                self.settled = max(self.settled, relaxation.bound)
+                return
             last = depth == reach
             rounds = None if last else 1
             answer = self.solve(branch, levelled, relaxation, depth + relaxation.margin, rounds)

@@ -9,10 +9,18 @@ from typing import Literal
 import numpy as np
 
 from planner.ir.errors import InputError
-from planner.solver.branch import Assignment, Tables
+from planner.solver.branch import Assignment, Scale, Tables
 from planner.solver.problem import Choice, Problem
+from planner.solver.reach import within_reach
 
-__all__ = ["TOLERANCE", "Infeasible", "Solution", "certify", "feasible_options"]
+__all__ = [
+    "TOLERANCE",
+    "Infeasible",
+    "Solution",
+    "certify",
+    "deadline_after",
+    "feasible_options",
+]
 
 #: An answer is called optimal if its gap, rounding of utilities included, is at most this.
 TOLERANCE = 1e-9
@@ -53,6 +61,17 @@ class Infeasible(InputError):
     def __init__(self, message: str, smallest: Mapping[str, int]) -> None:
         super().__init__(message)
         self.smallest = dict(smallest)
+
+
+def deadline_after(begin: float, time_limit_seconds: float) -> float:
+    """When a search ends that began at `begin`, on `time.perf_counter`'s clock.
+
+    Raises:
+        InputError: the limit is negative or no number.
+    """
+    if not time_limit_seconds >= 0:
+        raise InputError(f"a time limit is 0 seconds or more, not {time_limit_seconds}")
+    return begin + time_limit_seconds
 
 
 def feasible_options(problem: Problem) -> list[int]:
@@ -108,7 +127,9 @@ def certify(
         raise AssertionError("the solver made a choice that breaks a limit: this is a bug")
     utility = problem.utility(choice)
     certified = max(scale.real(bound + scale.slack), utility)
-    gap = (certified - utility) / max(abs(utility), scale.negligible)
+    # Of what fits the problem's own limits, which may be lower than those of the tables.
+    negligible = Scale.of(within_reach(problem)).negligible
+    gap = (certified - utility) / max(abs(utility), negligible)
     return Solution(
         choice=choice,
         utility=utility,

@@ -180,6 +180,13 @@ def tiny_graph():
     return get
 
 
+def features_of(binding, lanes):
+    """Feature numbers of the given lanes, block by block."""
+    starts = [(block.offset + lane * block.stride, block.width)
+              for block in binding.blocks for lane in lanes]  # fmt: skip
+    return [feature for start, width in starts for feature in range(start, start + width)]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bindings_divide_the_weights_of_a_real_model(name, tiny_graph):
     model, graph = tiny_graph(name)
@@ -195,7 +202,7 @@ def test_bindings_divide_the_weights_of_a_real_model(name, tiny_graph):
             for binding in site.bindings:
                 weight = model.get_submodule(binding.module).weight
                 size = weight.shape[0 if binding.axis == "out" else 1]
-                lanes = [binding.features([lane]) for lane in range(site.lanes)]
+                lanes = [features_of(binding, [lane]) for lane in range(site.lanes)]
                 assert len({len(lane) for lane in lanes}) == 1
                 assert sorted(f for lane in lanes for f in lane) == list(range(size))
 
@@ -217,10 +224,10 @@ def test_switching_lanes_off_is_zeroing_what_they_compute(name, tiny_graph):
         silenced, narrowed = copy.deepcopy(model), copy.deepcopy(model)
         for binding in site.bindings:
             linear = silenced.get_submodule(binding.module)
-            features = binding.features(kept)
+            features = features_of(binding, kept)
             if binding.axis == "in":
                 with torch.no_grad():
-                    linear.weight[:, binding.features(off)] = 0
+                    linear.weight[:, features_of(binding, off)] = 0
             out = features if binding.axis == "out" else None
             columns = features if binding.axis == "in" else None
             narrowed.set_submodule(binding.module, narrowed_linear(linear, out, columns))
@@ -252,7 +259,7 @@ def test_heads_are_found_however_they_are_laid_out(name):
         silenced, zeroed = copy.deepcopy(model), copy.deepcopy(model)
         with torch.no_grad():
             for binding in site.bindings:
-                features = binding.features(off)
+                features = features_of(binding, off)
                 if binding.axis == "in":
                     silenced.get_submodule(binding.module).weight[:, features] = 0
                 else:

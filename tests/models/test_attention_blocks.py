@@ -67,7 +67,7 @@ def test_fused_projections(name):
     if name == "gpt2":
         graph = graph.replacing(graph.operators, gpt2_sites(4))
     ids = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
-    plan = plan_of(graph, heads={0: (1,), 2: (0,), 3: ()}, mlp={1: (0, 3), 2: ()}, layers_off=(1,))
+    plan = plan_of(graph, heads={0: (1,), 2: (0,), 3: ()}, mlp={0: (0, 3), 2: ()}, layers_off=(1,))
     options = {"max_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True}
     runs = []
     for context in (

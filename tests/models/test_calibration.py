@@ -22,7 +22,7 @@ from planner.models.calibration.measurement import not_negative
 from planner.models.calibration.replay import Replay
 from planner.models.calibration.store import Store
 from planner.models.calibration.taylor import taylor
-from planner.models.calibration.token_stages import fit
+from planner.models.calibration.token_worth import fit
 from planner.models.running.executor import Executor
 from planner.models.running.masked import MaskedExecutor
 from planner.plan import TokenStage

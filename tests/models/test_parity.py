@@ -6,7 +6,7 @@ import torch
 from families import IMAGE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from plans import dense_plan, plans
+from plans import dense_plan, plan_of, plans
 
 from planner.kernels.ops import kept_linear as products
 from planner.models.running.executor import Executor
@@ -80,3 +80,22 @@ def test_the_dense_plan_is_the_stock_model_bit_by_bit(each_family):
         assert torch.equal(family.model(**inputs).logits, logits)
         for ours, stock in zip(generate(family.model, inputs, 8), run, strict=True):
             assert torch.equal(ours, stock)
+
+
+@torch.no_grad()
+def test_samples_may_divide_an_mlp_differently(qwen3):
+    family, graph = qwen3
+    both = [
+        plan_of(graph, mlp={1: (0, 2, 3)}, mlp_switches={1: 7}),
+        plan_of(graph, layers_off=(0,), mlp={1: (1, 3)}, mlp_switches={1: 5}),
+    ]
+    inputs = family.inputs(batch=2, seed=0)
+    masked = MaskedExecutor(family.model, graph)
+    alone = []
+    for row, plan in enumerate(both):
+        with masked.using(Gates.of([plan, plan], graph)):
+            alone.append(family.model(**inputs).logits[row])
+    with masked.using(Gates.of(both, graph)):
+        together = family.model(**inputs).logits
+    assert (together - torch.stack(alone)).norm() <= 1e-6 * together.norm()
+    assert not torch.equal(alone[0], alone[1])

@@ -74,7 +74,7 @@ def test_adallava_h_counts_units_of_heads_and_groups(budget):
     groups = sum(len(plan.kept(site).switches) for site in graph.sites_of("mlp"))
     assert heads == groups == int(128 * budget) * 8
     assert all(plan.kept(site).everything for site in graph.sites_of("heads")[:16])
-    assert result.graph.sites_by_name["mlp.0"].widths() == (344,) * 32
+    assert result.graph.sites_by_name["mlp.0"].bounds == tuple(range(0, 11009, 344))
 
 
 def test_several_limits_hold_together():

@@ -46,7 +46,7 @@ def test_optimum_is_that_of_enumeration(problem):
 def test_optimum_is_that_of_enumeration_when_cp_sat_does_all_the_work(monkeypatch):
     # Start from the cheapest choice and from the smallest cores.
     monkeypatch.setattr(search, "round_down", lambda branch, relaxation: branch.cheapest())
-    monkeypatch.setattr(search, "improve", lambda branch, start, relaxation: start)
+    monkeypatch.setattr(search, "improve", lambda branch, start, *rest: start)
     monkeypatch.setattr(search, "_FIRST_COLUMNS", 1)
 
     @settings(max_examples=120, deadline=None)

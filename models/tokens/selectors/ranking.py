@@ -47,7 +47,7 @@ def outliers(scores: Tensor) -> Tensor:
         Shape (rows, n), bool.
     """
     levels = scores.new_tensor([0.25, 0.75])
-    lower, upper = scores.quantile(levels, dim=-1, keepdim=True)
+    lower, upper = scores.quantile(levels, dim=-1, keepdim=True).unbind()
     return scores > upper + 1.5 * (upper - lower)
 
 

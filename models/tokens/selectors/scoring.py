@@ -28,7 +28,7 @@ def cls_attention(query: Tensor, key: Tensor, heads: int) -> Tensor:
     dtype = torch.promote_types(query.dtype, torch.float32)
     query = query.to(dtype).view(runs, heads, 1, width // heads)
     key = key.to(dtype).view(runs, -1, heads, width // heads).transpose(1, 2)
-    logits = query @ key.mT * (width // heads) ** -0.5
+    logits: Tensor = query @ key.mT * (width // heads) ** -0.5
     return logits.softmax(-1)[:, :, 0, 1:]
 
 

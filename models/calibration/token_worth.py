@@ -7,7 +7,6 @@ import numpy.typing as npt
 import torch
 from scipy.optimize import minimize_scalar
 
-from planner.ir.graph import Graph
 from planner.models.calibration.leave_one_out import measure
 from planner.models.calibration.replay import Replay
 from planner.models.running.executor import Executor
@@ -39,16 +38,11 @@ def token_losses(
         Shape (2, fractions): kept fractions, which are whole counts, and the loss at each.
     """
     counts = [max(1, int(image_tokens * fraction)) for fraction in FRACTIONS]
-    plans = [
-        _plan(executor.graph, TokenStage(layer, count, image_tokens, selector)) for count in counts
-    ]
+    stages = [TokenStage(layer, count, image_tokens, selector) for count in counts]
+    plans = [Plan.of(executor.graph, tokens=(stage,)) for stage in stages]
     with executor.using(plans):
         found = measure(replay.log_probabilities(0), replay, kind)
     return np.array([[count / image_tokens for count in counts], found.double().tolist()])
-
-
-def _plan(graph: Graph, stage: TokenStage) -> Plan:
-    return Plan(graph.name, str(graph.properties["fingerprint"]), graph.layers, tokens=(stage,))
 
 
 def fit(fractions: Array, losses: Array) -> tuple[float, float]:

@@ -1,0 +1,128 @@
+"""Whole models: built without weights, their parts lowered and joined into one Graph.
+
+A model has up to three captured parts: the vision side (encoder and projector, through the model's
+own ``get_image_features``), the decoder, and the output embedding. Everything is found by
+transformers' accessors and by structure; no architecture is named.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner.ir.dims import Dim
+from planner.ir.graph import Graph, Operator
+from planner.ir.graph_text import fingerprint
+from planner.ir.lowering.attempts import NotLowered, first_success, quiet, sentence
+from planner.ir.lowering.capture import build_on_meta, path_of
+from planner.ir.lowering.decoder import lower_decoder
+from planner.ir.lowering.sharing import without_shared
+from planner.ir.lowering.vision_side import lower_vision
+from planner.ir.verify import verify
+
+__all__ = ["Lowered", "lower", "lower_config", "lower_model"]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A Graph, and what was left out of it and why (one sentence each)."""
+
+    graph: Graph
+    notes: tuple[str, ...] = ()
+
+
+def _build(config: Any) -> tuple[nn.Module, list[str]]:
+    """The model on the meta device; its text model alone where the whole cannot be built."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    sees = type(config) in AutoModelForImageTextToText._model_mapping
+    candidates = [(config, AutoModelForImageTextToText if sees else AutoModelForCausalLM)]
+    try:
+        text = config.get_text_config(decoder=True)
+    except Exception:
+        text = config
+    if text is not config:
+        candidates += [(text, AutoModelForCausalLM), (text, AutoModel)]
+    attempts = (partial(build_on_meta, copy.deepcopy(c), a.from_config) for c, a in candidates)
+    model, failure = first_success(attempts)
+    if model is None:
+        raise NotLowered(
+            f"'{config.model_type}' cannot be built from its config ({sentence(failure)})"
+        )
+    why = f"text model only; the whole could not be built ({sentence(failure)})"
+    return model, [why] if failure else []
+
+
+def lower(model: Any, name: str, dtype_bytes: int = 2) -> Lowered:
+    """Lower a model that is on the meta device.
+
+    Args:
+        model: a transformers model; text-only causal models have no vision side.
+        name: what the user calls it.
+        dtype_bytes: bytes of one weight or activation.
+
+    Raises:
+        NotLowered: with one sentence that says why.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    embeddings = decoder.get_input_embeddings() or model.get_input_embeddings()
+    entries, width = (int(size) for size in embeddings.weight.shape)
+    with quiet(), torch.no_grad():
+        decoded, layers = lower_decoder(model, embeddings)
+        vision = lower_vision(model, width)
+    path = path_of(model, embeddings)
+    table = Operator(
+        name=path or "embed_tokens",
+        kind="embedding",
+        shape=(Dim.of("batch"), Dim.of("query"), Dim(width)),
+        module=path,
+        attributes=(("entries", entries), ("width", width)),
+    )
+    if any(operator.name == table.name for operator in (*vision.operators, *decoded.operators)):
+        table = replace(table, name=table.name + ".table")
+    first, *others = decoded.operators
+    if first.kind == "input":
+        embedded = (table.name, vision.output) if vision.output else (table.name,)
+        first = replace(first, inputs=embedded)
+    properties: dict[str, int | str] = {
+        "model_type": str(model.config.model_type),
+        "hidden_size": width,
+        "decoder_layers": layers,
+        "image_tokens": vision.tokens,
+        "dtype_bytes": dtype_bytes,
+    }
+    operators = (*vision.operators, table, first, *others)
+    graph, shared = without_shared(Graph(name, operators, tuple(decoded.sites), properties))
+    graph = replace(graph, properties={**properties, "fingerprint": fingerprint(graph)})
+    verify(graph)
+    return Lowered(graph, tuple(dict.fromkeys((*vision.notes, *decoded.reasons, *shared))))
+
+
+def lower_config(config: Any, name: str) -> Lowered:
+    """Lower from a transformers config alone; see `lower`."""
+    with quiet():
+        model, notes = _build(config)
+    dtype = getattr(config, "dtype", None) or torch.float16
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, torch.float16)
+    lowered = lower(model, name, dtype_bytes=dtype.itemsize)
+    return replace(lowered, notes=(*notes, *lowered.notes))
+
+
+def lower_model(model: Any, name: str = "model") -> Graph:
+    """Lower a stock model that has weights: a twin without weights is built and captured."""
+    config = copy.deepcopy(model.config)
+    with quiet():
+        try:
+            config._attn_implementation = "sdpa"
+            twin = build_on_meta(copy.deepcopy(config), type(model)._from_config)
+        except ValueError:
+            # An architecture without fused attention.
+            config._attn_implementation = "eager"
+            twin = build_on_meta(copy.deepcopy(config), type(model)._from_config)
+    return lower(twin, name, dtype_bytes=model.dtype.itemsize).graph
