@@ -14,6 +14,7 @@ from typing import Any
 import networkx as nx
 
 from planner.ir.dims import Dim, Sizes, product
+from planner.ir.intervals import Intervals, merged
 
 __all__ = ["PARTS", "SITE_KINDS", "Binding", "Block", "Graph", "Operator", "Site", "Value"]
 
@@ -103,6 +104,18 @@ class Binding:
     module: str
     axis: str
     blocks: tuple[Block, ...]
+
+    def features(self, lanes: Intervals) -> Intervals:
+        """The features of some lanes."""
+        found: list[tuple[int, int]] = []
+        for block in self.blocks:
+            for start, stop in lanes:
+                first, last = (block.offset + lane * block.stride for lane in (start, stop))
+                if block.width == block.stride:
+                    found.append((first, last))
+                else:
+                    found.extend((f, f + block.width) for f in range(first, last, block.stride))
+        return merged(found)
 
 
 @dataclass(frozen=True, slots=True)

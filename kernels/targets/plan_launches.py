@@ -18,7 +18,7 @@ from torch import Tensor
 from planner.ir.cost.workload import Workload
 from planner.ir.dims import Dim
 from planner.ir.graph import Binding, Graph, Operator, Site
-from planner.ir.intervals import Intervals, intervals_of, numbers_of
+from planner.ir.intervals import Intervals, merged
 from planner.ir.passes import NarrowTokens, Specialise, run
 from planner.kernels.blocks import MLPBlock, NotFusable, mlp_block
 from planner.kernels.ops.attend import attend
@@ -240,8 +240,8 @@ class _Lister:
 
 def kept_features(site: Site, binding: Binding, lanes: Intervals, every: int) -> Intervals:
     """Features of a weight that a plan keeps: those of its lanes, and those of no lane."""
-    gone = {*binding.features(range(site.lanes))} - {*binding.features(numbers_of(lanes))}
-    return intervals_of(feature for feature in range(every) if feature not in gone)
+    edges = [0, *(edge for run in binding.features(((0, site.lanes),)) for edge in run), every]
+    return merged([*zip(edges[::2], edges[1::2], strict=True), *binding.features(lanes)])
 
 
 def _sized(value: int | str | Dim, sizes: Mapping[str, int]) -> int:

@@ -68,15 +68,7 @@ class BoundLinear:
 
     def runs(self, lanes: Intervals) -> Intervals:
         """Features kept with the given lanes, in the order that the weight stores them."""
-        kept = list(self.shared)
-        for block in self.binding.blocks:
-            for start, stop in lanes:
-                first, last = (block.offset + lane * block.stride for lane in (start, stop))
-                if block.width == block.stride:
-                    kept.append((first, last))
-                else:
-                    kept.extend((f, f + block.width) for f in range(first, last, block.stride))
-        return merged(kept)
+        return merged([*self.shared, *self.binding.features(lanes)])
 
 
 @dataclass(frozen=True, eq=False)
