@@ -11,9 +11,10 @@ PIP := $(BIN)/python -m pip install --quiet --quiet
 compile: install
 	$(BIN)/planner compile --model llava-7b --budget 0.65 -o build/llava-7b
 
-# Two processes with a thread each are faster than one with two.
+# Two processes with a thread each are faster than one with two; fixtures of a file are made once
+# where a process keeps to neighbouring tests until it has none left.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 check: install
 	$(BIN)/ruff check .

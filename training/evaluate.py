@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from planner.ir.errors import InputError
 from planner.loading import load_model
 from planner.training.data import Conversation, SceneQuestions, Turn
 
@@ -155,8 +156,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
+    if min(options.samples, options.batch_size) < 1:
+        parser.error("--samples and --batch-size must be at least 1")
     samples = SceneQuestions(options.split, options.samples, options.seed)
-    model, processor, _ = load_model(options.model)
+    try:
+        model, processor, _ = load_model(options.model)
+    except InputError as error:
+        parser.error(str(error))
     measured = evaluate(model, processor, samples, options.batch_size)
     prior = language_prior(SceneQuestions("train", 10 * options.samples, options.seed), samples)
     if options.json:

@@ -2,7 +2,9 @@ from collections import Counter
 
 import pytest
 
+from planner.training import evaluate
 from planner.training.data import FAMILIES, Conversation, SceneQuestions, Turn
+from planner.training.data.__main__ import main as write_scenes
 from planner.training.evaluate import facts, language_prior, score, summarise
 
 TRUTH = (
@@ -62,3 +64,19 @@ def test_the_prior_is_the_most_common_answer_to_the_same_question():
     measured = language_prior(training, [asked("a?", "1"), asked("b?", "2"), asked("new?", "2")])
     assert measured["accuracy"] == 1
     assert Counter(measured["families"]) == {"count": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "sentence"),
+    [
+        (evaluate.main, ["--model", "nowhere"], "nowhere"),
+        (evaluate.main, ["--model", "tiny-llava", "--samples", "0"], "must be at least 1"),
+        (evaluate.main, ["--model", "tiny-llava", "--batch-size", "-1"], "must be at least 1"),
+        (write_scenes, ["--output", "unused", "--scenes", "0"], "must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(main, arguments, sentence, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert sentence in capsys.readouterr().err.splitlines()[-1]

@@ -6,11 +6,12 @@ python -m planner.training.data --split train --scenes 1000 --output build/scene
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from planner.training.data import SPLITS, SceneConversations, SceneQuestions, write_llava
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Write rendered scenes in LLaVA's form.")
     parser.add_argument("--split", default="train", choices=sorted(SPLITS))
@@ -18,7 +19,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--one-question", action="store_true", help="the evaluation's form")
     parser.add_argument("--output", required=True, metavar="FOLDER")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.scenes < 1:
+        parser.error("--scenes must be at least 1")
     kind = SceneQuestions if options.one_question else SceneConversations
     scenes = kind(options.split, options.scenes, options.seed)
     print(write_llava((scenes[i] for i in range(len(scenes))), options.output))
