@@ -90,7 +90,7 @@ def plans_of(name, graph, image_tokens):
         mlp={0: (0, 2, 5), 1: (7,), 2: ()},
         mlp_switches={0: 8, 1: 8, 2: 8},
     )
-    stages = (TokenStage(2, 9, image_tokens, "fastv"), TokenStage(3, 5, 9, "uniform"))
+    stages = (TokenStage(2, 9, image_tokens, "fastv"), TokenStage(3, 5, image_tokens, "uniform"))
     yield Plan(
         **facts,
         layers_off=(0,),

@@ -24,7 +24,7 @@ def planned(graph, **more):
     )
 
 
-STAGES = (TokenStage(1, 9, 16), TokenStage(3, 4, 9))
+STAGES = (TokenStage(1, 9, 16), TokenStage(3, 4, 16))
 
 
 def close(actual, expected, relative=1e-5):
@@ -167,7 +167,7 @@ def test_attention_implementations_and_selectors(llava, implementation, selector
             graph,
             heads={1: (0,)},
             layers_off=(0,),
-            tokens=(TokenStage(2, 7, 16, selector), TokenStage(3, 3, 7, selector)),
+            tokens=(TokenStage(2, 7, 16, selector), TokenStage(3, 3, 16, selector)),
         ),
         plan_of(graph, heads={2: (0,)}, tokens=(TokenStage(2, 7, 16, selector),)),
     ]
