@@ -2,6 +2,22 @@
 
 Importing this package is cheap on purpose: torch and transformers are loaded by the functions
 that need them, so that ``planner --help`` and a cached ``planner compile`` start at once.
+
+    ir/        from a model to a Graph of its operators, and what they cost
+    solver/    from a Problem to the best choice, with a proof
+    plan       the Plan: which switches stay on
+    schedule   the Schedule: a budget, and the scheduler that makes plans for it
+    planning/  from a Graph and a budget to a Plan
+    audit/     labels held against proven optima
+    loading    models with their weights, processors, pictures
+    kernels/   Triton kernels of what a plan keeps
+    models/    stock models that obey plans, or a scheduler
+    training/  what is learned
+    api        models under budgets, from Python
+    backend/   the same inside torch.compile
+    cli/       the command line
+    aliases/   configs of the models that have a short name
+    files, documents, arrays   files, YAML and JSON, NumPy archives, read within limits
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Tokens: which image tokens go on, and how a layer's arguments shrink with them.
 
-selectors/      rules that pick image tokens
-kept_tokens     what is left of a batch, and arguments narrowed to it
-token_stages    stages carried out: images found, selectors run
-vision_stage    selectors between vision tower and projector
+In: token stages of a plan, and what a stock model computes. Out: a batch of the tokens that stay.
+
+    selectors/      rules that pick image tokens
+    kept_tokens     what is left of a batch, and arguments narrowed to it
+    token_stages    stages carried out: images found, selectors run
+    vision_stage    selectors between vision tower and projector
 """

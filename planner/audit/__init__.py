@@ -4,13 +4,13 @@ Enters: a file of labels, written by `planner.training.labelling` or read back h
 of the model that they are for. Leaves: what is wrong with them, label by label and in sum. Imports
 no torch.
 
-    labels      the file: what was measured, what was decided, and under which terms
+    label_file  the file: what was measured, what was decided, and under which terms
     heuristic   what measured utilities are taken for, and the fast way to decide
     verdicts    every label against the optimum of its own problem
     crosscheck  the same optimum from a plain CP-SAT model
     surrogate   how far the utilities themselves are from the true loss of plans
     report      all of it summed up
-    page        as a page to look at
+    audit_page  as a page to look at
 """
 
 from planner.audit.heuristic import decide, worth

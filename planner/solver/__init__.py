@@ -3,11 +3,20 @@
 Enters: a `Problem`. Leaves: a `Solution`, which is a choice with its certificate (bound and gap),
 or a bare `Choice` from the rule. Nothing here knows of graphs, models or devices.
 
-    problem                                   what is to be solved, and answers to it
-    branch -> relaxation -> rounding          tables of one token option, its bounds, first answers
-    columns -> core -> cpsat -> search        what bounds leave open, solved by OR-Tools, in order
-    hull                                      all limits of one metric at once
-    exact, equal_widths | frontier | greedy   the solvers, on top of the above
+    problem        what is to be solved, and answers to it
+    solution       an answer with its certificate
+    reach          what fits no limit is worth nothing
+    branch         the integer tables of one token option
+    relaxation     bounds of a branch
+    rounding       first answers
+    columns, core  what bounds leave open, as integer columns
+    cpsat          a core solved by OR-Tools
+    search         branches in the order of their bounds
+    exact          the exact solver, of all of these
+    equal_widths   the best choice with equal counts in every layer
+    hull           all limits of one metric at once
+    frontier       answers for any of them in milliseconds
+    greedy         the rule: take switches while they fit
 """
 
 from planner.solver.equal_widths import solve_uniform

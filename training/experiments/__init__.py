@@ -5,7 +5,7 @@
 Every cell is measured once and kept in the working folder, so a run that was stopped goes on. A
 seed stands for the training run and for the test questions, so the base model has a spread too.
 
-    tables        which cells make which table
+    definitions   which cells make which table
     cells         training and measuring them
     learning      labels to start from, the regret of plans, the losses of training
     results_page  tables as text and pictures
@@ -19,8 +19,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from planner.training.experiments.cells import Bench, Progress
+from planner.training.experiments.definitions import EXPERIMENTS
 from planner.training.experiments.learning import learned
-from planner.training.experiments.tables import EXPERIMENTS
 
 __all__ = ["EXPERIMENTS", "run_experiment", "summarise"]
 

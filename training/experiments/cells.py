@@ -26,8 +26,8 @@ from planner.planning.utilities import Utilities, save_utilities
 from planner.training.budget_accuracy import TEXT_TOKENS, UnderBudgets
 from planner.training.data import SceneQuestions
 from planner.training.evaluate import predict
+from planner.training.experiments.definitions import Cell
 from planner.training.experiments.learning import label_file, losses_of, regret_of
-from planner.training.experiments.tables import Cell
 from planner.training.recipes import load_recipe
 
 __all__ = ["Bench", "Progress", "calibrated"]

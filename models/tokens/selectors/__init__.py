@@ -3,12 +3,12 @@
 In: tensors that an executor took from a stock model. Out: `DecoderSelection` or
 `VisionSelection`, by `select_tokens` and `select_features`.
 
-- `selection`: what a rule is given and what it returns
-- `ranking`: from scores to choices
-- `scoring`: the rows of attention that rules score with
-- `fastv`, `sparsevlm`, `random`, `uniform`: rules in the decoder
-- `prumerge` (with prumerge+), `visionzip`, `hired`, `trim`: rules before the projector
-- `h2o`: the cache that evicts
+    selection                           what a rule is given and what it returns
+    ranking                             from scores to choices
+    scoring                             the rows of attention that rules score with
+    fastv, sparsevlm, random, uniform   rules in the decoder
+    prumerge, visionzip, hired, trim    rules before the projector; prumerge+ is in prumerge
+    h2o                                 the cache that evicts
 """
 
 from __future__ import annotations

@@ -29,10 +29,11 @@ tokens that it may leave. The plan is priced at the cap, and runs what the rule 
 `parse("fastv:k=2,r=0.5")` reads a selector as users write it, ``str`` writes it. Nothing here
 imports torch; what a rule computes is `planner.models.tokens.selectors`.
 
-- `arguments`: methods with parameters as text
-- `selector`: what is known of every selector
-- `in_decoder`, `in_vision`: the selectors
-- `eviction`: the policy of the KV cache
+    arguments   methods with parameters as text
+    selector    what is known of every selector
+    in_decoder  selectors that work in the decoder
+    in_vision   selectors that work before the projector
+    eviction    the policy of the KV cache
 """
 
 from __future__ import annotations
