@@ -154,11 +154,6 @@ class Site:
             bounds.append(bounds[-1] + width + (index < wider))
         return tuple(bounds)
 
-    def lanes_of(self, switches: Iterable[int]) -> list[int]:
-        """Lanes covered by the given switches, ascending."""
-        bounds = self.bounds
-        return [lane for u in sorted(switches) for lane in range(bounds[u], bounds[u + 1])]
-
 
 @dataclass(frozen=True)
 class Graph:
