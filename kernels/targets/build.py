@@ -48,8 +48,8 @@ def build_kernels(
     workload: Workload,
     targets: Mapping[str, Target],
     *,
+    dtype: torch.dtype,
     index_driven: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
     autotune: bool = False,
     progress: Progress = lambda stage: None,
 ) -> tuple[Manifest, dict[str, bytes]]:
@@ -60,8 +60,8 @@ def build_kernels(
         plan: made for it.
         workload: whose token counts tiles are chosen for.
         targets: by name.
-        index_driven: survivors as data, for plans that change with the input.
         dtype: of activations and weights.
+        index_driven: survivors as data, for plans that change with the input.
         autotune: time tiles on the GPU at hand, for its target.
         progress: told what is being done.
 

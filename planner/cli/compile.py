@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.kernels import Autotune, IndexDriven, Targets, compile_kernels, wanted_targets
+from planner.cli.kernels import (
+    Autotune,
+    IndexDriven,
+    KernelDtype,
+    Targets,
+    compile_kernels,
+    wanted_kernels,
+)
 from planner.cli.options import RequestOptions, Scheduler, command
 from planner.cli.printing import Console, amount, say, table
 
@@ -32,6 +39,7 @@ def compile_command(
     target: Targets = None,
     index_driven: IndexDriven = False,
     autotune: Autotune = False,
+    dtype: KernelDtype = "auto",
     print_between_passes: Annotated[
         bool, typer.Option("--print-between-passes", help="Print the graph after every pass.")
     ] = False,
@@ -42,11 +50,9 @@ def compile_command(
     from planner.ir.errors import InputError
     from planner.planning.compiler import compile_plan
 
-    if (index_driven or autotune) and not target:
-        raise InputError("--index-driven and --autotune are about kernels: name a --target too")
     if target and scheduler is not None:
         raise InputError("--target is not for --scheduler: index-driven kernels serve any plan")
-    targets = wanted_targets(target)
+    wanted = wanted_kernels(request, target, dtype, index_driven, autotune)
     level = debug_level()
     folder = output or Path("build") / Path(request.model.rstrip("/")).name
     if scheduler is not None:
@@ -58,8 +64,8 @@ def compile_command(
         for line in explain(compiled, level):
             say(line)
         kernels = None
-        if targets:
-            kernels = compile_kernels(compiled, targets, index_driven, autotune, update)
+        if wanted is not None:
+            kernels = compile_kernels(compiled, wanted, update)
         between = print_between_passes or level >= PASSES
         path = write_outputs(compiled, folder, between, kernels[1] if kernels else None)
     manifest = kernels[0] if kernels else None

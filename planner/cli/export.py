@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -47,7 +47,7 @@ def export_command(
         raise InputError(f"'{output}' is there already and not empty: name a new folder")
     with console.status() as update:
         update("load")
-        dtype = _named_dtype(find_model(model, trust).config)
+        dtype = find_model(model, trust).dtype
         stock, processor, source = load_model(model, dtype, "cpu", trust)
         update("lower")
         graph = lowered_graph(source)[0]
@@ -89,15 +89,6 @@ def export_command(
         print(f"wrote {done.folder}")
 
     console.show(document, text)
-
-
-def _named_dtype(config: dict[str, Any]) -> str:
-    """The precision that a config names."""
-    for part in (config, config.get("text_config") or {}):
-        for name in ("dtype", "torch_dtype"):
-            if isinstance(part.get(name), str):
-                return str(part[name])
-    return "float32"
 
 
 def _stored_dtype(folder: Path | None) -> torch.dtype | None:

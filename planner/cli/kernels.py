@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,17 +14,20 @@ from planner.cli.options import command
 from planner.cli.printing import Console, amount, say, table
 
 if TYPE_CHECKING:
+    import torch
+
     from planner.kernels.targets.manifest import CompiledKernel, Manifest
     from planner.kernels.triton.tiles import Target
-    from planner.planning.compiler import Compiled
+    from planner.planning.compiler import Compiled, Request
 
 __all__ = [
     "Autotune",
     "IndexDriven",
+    "KernelDtype",
     "Targets",
     "compile_kernels",
     "kernels_command",
-    "wanted_targets",
+    "wanted_kernels",
 ]
 
 Targets = Annotated[
@@ -39,33 +43,62 @@ IndexDriven = Annotated[
         "--index-driven", help="Kernels that read what survives from tensors: for any plan."
     ),
 ]
+KernelDtype = Annotated[
+    str, typer.Option("--dtype", help="Of the kernels' tensors [default: what the config names].")
+]
 Autotune = Annotated[
     bool,
     typer.Option("--autotune", help="Time tiles on the GPU at hand; remembered for the next time."),
 ]
 
 
-def wanted_targets(names: Sequence[str] | None) -> dict[str, Target]:
-    """The targets that kernels are asked for.
+@dataclass(frozen=True)
+class WantedKernels:
+    """Kernels that ``planner compile`` is asked for; attributes as `build_kernels` takes them."""
+
+    targets: Mapping[str, Target]
+    dtype: torch.dtype
+    index_driven: bool
+    autotune: bool
+
+
+def wanted_kernels(
+    request: Request,
+    target: Sequence[str] | None,
+    dtype: str,
+    index_driven: bool,
+    autotune: bool,
+) -> WantedKernels | None:
+    """What the options of ``planner compile`` ask for; None for no kernels.
 
     Raises:
-        InputError: one is unknown, or there is no Triton to compile with.
+        InputError: a target or dtype is none of the kernels', options want a target, or there is no
+            Triton to compile with.
     """
     from planner.ir.errors import InputError
     from planner.kernels.triton.tiles import targets_of
+    from planner.planning.catalog import find_model
 
-    found = targets_of(names or ())
-    if found and find_spec("triton") is None:
+    if not target:
+        if index_driven or autotune or dtype != "auto":
+            raise InputError(
+                "--index-driven, --autotune and --dtype are about kernels: name a --target too"
+            )
+        return None
+    targets = targets_of(target)
+    if find_spec("triton") is None:
         raise InputError("--target needs triton, which is not installed (there is one for Linux)")
-    return found
+    if dtype == "auto":
+        dtype = find_model(request.model, request.trust_remote_code).dtype
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"no kernel computes in {dtype}: choose float32, bfloat16 or float16")
+    import torch
+
+    return WantedKernels(targets, getattr(torch, dtype), index_driven, autotune)
 
 
 def compile_kernels(
-    compiled: Compiled,
-    targets: Mapping[str, Target],
-    index_driven: bool,
-    autotune: bool,
-    update: Any,
+    compiled: Compiled, wanted: WantedKernels, update: Any
 ) -> tuple[Manifest, dict[str, bytes]]:
     """Generate and compile the kernels of a plan; nothing is written."""
     from planner.kernels.targets.build import build_kernels
@@ -74,9 +107,10 @@ def compile_kernels(
         compiled.graph,
         compiled.plan,
         compiled.pricing.workload,
-        targets,
-        index_driven=index_driven,
-        autotune=autotune,
+        wanted.targets,
+        dtype=wanted.dtype,
+        index_driven=wanted.index_driven,
+        autotune=wanted.autotune,
         progress=update,
     )
 

@@ -53,6 +53,15 @@ class Source:
     hub_id: str | None = None
     trust_remote_code: bool = False
 
+    @property
+    def dtype(self) -> str:
+        """The precision that the config names; float32 where it names none."""
+        for part in (self.config, self.config.get("text_config") or {}):
+            for name in ("dtype", "torch_dtype"):
+                if isinstance(part.get(name), str):
+                    return str(part[name])
+        return "float32"
+
     def load_config(self) -> Any:
         """The transformers config object; imports transformers."""
         from transformers import CONFIG_MAPPING, AutoConfig

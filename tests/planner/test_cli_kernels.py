@@ -10,7 +10,10 @@ from planner.kernels.targets import build
 from planner.kernels.targets.manifest import read_manifest
 from planner.plan import load_plan
 
-COMPILE = ("compile", "--model", "tiny-llava", "--budget", "0.65", "--target", "sm_90")
+COMPILE = (
+    *("compile", "--model", "tiny-llava", "--budget", "0.65"),
+    *("--target", "sm_90", "--dtype", "bfloat16"),
+)
 
 
 @pytest.fixture(scope="session")
@@ -111,6 +114,8 @@ def test_kernels_of_another_plan_are_refused(cli, copy):
     [
         (["compile", "--model", "tiny-llava", "--target", "sm_70"], "choose from sm_80"),
         (["compile", "--model", "tiny-llava", "--index-driven"], "name a --target"),
+        (["compile", "--model", "tiny-llava", "--dtype", "float16"], "name a --target"),
+        (["compile", "--model", "tiny-llava", "--target", "sm_80", "--dtype", "int8"], "in int8"),
         (["kernels", "nowhere"], "there are no kernels in 'nowhere'"),
     ],
 )
