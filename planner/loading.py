@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import io
+import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from planner.ir.errors import InputError
+from planner.contained import contained
+from planner.files import MEBIBYTE, read_bytes
+from planner.ir.errors import InputError, PlannerError
 from planner.planning.catalog import HUB, Source, find_model
 
-__all__ = ["count_image_tokens", "load_image", "load_model", "noise_image", "prompt_inputs"]
+__all__ = [
+    "count_image_tokens",
+    "load_image",
+    "load_model",
+    "noise_image",
+    "prompt_inputs",
+    "refuse_nan",
+]
 
+_MOST_BYTES = 256 * MEBIBYTE
 # Larger pictures are refused rather than decoded: a few hundred megapixels fill the memory.
 MOST_PIXELS = 100_000_000
+# What models see has a few megapixels at most; more would only fill memory on the way there.
+_SEEN_PIXELS = 16_000_000
+# Processors give the shorter side the length that a model wants, and the other one in proportion.
+_MOST_ELONGATED = 200
+# No format that runs a program, such as EPS.
+_FORMATS = frozenset(
+    ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+)
 
 
 def load_model(
@@ -26,7 +47,8 @@ def load_model(
         device: a torch device.
 
     Raises:
-        InputError: one sentence; no weights is the usual one.
+        InputError: one sentence; no weights is the usual one. Weights that are missing, unexpected,
+            of another shape or not finite are named.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
@@ -46,12 +68,15 @@ def load_model(
     image_text = source.config["model_type"] in _image_text_types()
     auto = AutoModelForImageTextToText if image_text else AutoModelForCausalLM
     try:
-        model = auto.from_pretrained(where, dtype=wanted, **options)
+        model, found = auto.from_pretrained(
+            where, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
         processor = AutoProcessor.from_pretrained(where, **options)
     except Exception as error:
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
         raise InputError(f"the weights of '{name}' cannot be loaded: {reason}") from None
+    _check_weights(model, found, name)
     try:
         model = model.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
@@ -67,31 +92,78 @@ def _image_text_types() -> set[str]:
     return set(NAMES)
 
 
+def _check_weights(model: Any, found: Mapping[str, Any], name: str) -> None:
+    """Refuse a checkpoint whose tensors are not the model's, or are no numbers."""
+    import torch
+
+    for kind, said in (
+        ("missing_keys", "lack"),
+        ("unexpected_keys", "have no place for"),
+        ("mismatched_keys", "have another shape for"),
+    ):
+        keys = sorted(str(k[0] if isinstance(k, tuple) else k) for k in found.get(kind) or ())
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise InputError(f"the weights of '{name}' {said} {keys[0]}{more}")
+    for path, weight in model.named_parameters():
+        # Formats of 8 bits and fewer have no infinity, and no minimum either.
+        if not weight.is_floating_point() or weight.itemsize < 2 or not weight.numel():
+            continue
+        if not all(torch.isfinite(end) for end in torch.aminmax(weight.detach())):
+            raise InputError(f"the weights of '{name}' are not finite in {path}")
+
+
 def load_image(path: Path) -> Any:
     """Read a picture as RGB, the right way up, as transformers does.
 
-    Raises:
-        InputError: it is missing, broken, far too large, or holds what is no number.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    Pictures of more than 16 megapixels are made smaller.
 
+    Raises:
+        InputError: it is missing, broken, far too large, or holds what is no level of brightness.
+    """
+    from PIL import Image
+
+    contents = io.BytesIO(read_bytes(Path(path), "image", _MOST_BYTES))
+    Image.init()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                width, height = image.size
-                if width * height > MOST_PIXELS:
-                    raise InputError(
-                        f"the image '{path}' has {width} x {height} pixels, "
-                        f"more than {MOST_PIXELS // 10**6} million"
-                    )
-                return _eight_bits(ImageOps.exif_transpose(image), path).convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"there is no image '{path}'") from None
+            warnings.simplefilter("ignore")
+            with Image.open(contents, formats=sorted(_FORMATS & Image.OPEN.keys())) as image:
+                return _picture(image, path)
     except Image.DecompressionBombError:
         raise InputError(f"the image '{path}' has too many pixels") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+    except InputError:
+        raise
+    # Decoders raise errors of all kinds.
+    except Exception:
         raise InputError(f"the image '{path}' is broken or of an unknown format") from None
+
+
+def _picture(image: Any, path: Path) -> Any:
+    """An opened image as RGB, of no more pixels than are seen."""
+    from PIL import Image, ImageOps
+
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise InputError(
+            f"the image '{path}' has {width} x {height} pixels, "
+            f"more than {MOST_PIXELS // 10**6} million"
+        )
+    if max(width, height) > _MOST_ELONGATED * min(width, height):
+        raise InputError(
+            f"the image '{path}' has {width} x {height} pixels, and one side is more than "
+            f"{_MOST_ELONGATED} times the other"
+        )
+    if width * height > _SEEN_PIXELS:
+        share = math.sqrt(_SEEN_PIXELS / (width * height))
+        smaller = (max(1, int(width * share)), max(1, int(height * share)))
+        # A JPEG is decoded at a half, a quarter or an eighth of its size at once.
+        image.draft(None, smaller)
+        # Levels have to be known before some are averaged, or a colour map's numbers would be.
+        if image.mode in ("P", "1"):
+            image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+        image = image.resize(smaller, Image.Resampling.BOX)
+    return _eight_bits(ImageOps.exif_transpose(image), path).convert("RGB")
 
 
 def _eight_bits(image: Any, path: Path) -> Any:
@@ -101,9 +173,20 @@ def _eight_bits(image: Any, path: Path) -> Any:
 
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+    if image.mode not in ("I", "F"):
+        return image
+    values = np.asarray(image, dtype=np.float32)
+    if not np.isfinite(values).all():
         raise InputError(f"the image '{path}' holds pixels that are no finite numbers")
-    return image
+    low, high = float(values.min()), float(values.max())
+    # Integers count from 0 to 255 or 65535; floating-point numbers run from 0 to 1, or to 255.
+    most = 1.0 if image.mode == "F" and high <= 1 else 255.0 if high <= 255 else 65535.0
+    if low < 0 or high > most or (image.mode == "F" and most > 255):
+        raise InputError(
+            f"the image '{path}' holds pixels from {low:g} to {high:g}, "
+            "which are no levels of brightness"
+        )
+    return Image.fromarray((values * (255.0 / most)).astype(np.uint8))
 
 
 def noise_image(size: int = 336) -> Any:
@@ -117,13 +200,20 @@ def noise_image(size: int = 336) -> Any:
 
 def prompt_inputs(model: Any, processor: Any, prompt: str, image: Any | None) -> dict[str, Any]:
     """Model inputs for one question, through the model's own chat template where it has one."""
-    content: list[dict[str, Any]] = [{"type": "text", "text": prompt}]
+    content: Any = [{"type": "text", "text": prompt}]
     if image is not None:
         content.insert(0, {"type": "image"})
+    elif not hasattr(processor, "image_processor"):
+        content = prompt
     text = prompt
     if getattr(processor, "chat_template", None):
         messages = [{"role": "user", "content": content}]
-        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        text = contained(
+            lambda: processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            ),
+            "the model's chat template",
+        )
     elif image is not None:
         token = getattr(processor, "image_token", "<image>")
         text = f"USER: {token}\n{prompt} ASSISTANT:"
@@ -138,6 +228,18 @@ def prompt_inputs(model: Any, processor: Any, prompt: str, image: Any | None) ->
             f"the processor refuses the input: {lines[0] if lines else type(error).__name__}"
         ) from None
     return {name: value.to(model.device) for name, value in inputs.items()}
+
+
+def refuse_nan(ids: Any, scores: Any) -> Any:
+    """A logits processor for ``generate(logits_processor=[refuse_nan])``; changes nothing.
+
+    Raises:
+        PlannerError: the model computed NaN or infinity, of which no token could be chosen.
+    """
+    # Minus infinity is how other processors forbid a token.
+    if (scores.isnan() | scores.isposinf()).any() or not scores.isfinite().any(-1).all():
+        raise PlannerError("the model computed NaN or infinity instead of logits: no answer")
+    return scores
 
 
 def count_image_tokens(model: Any, inputs: dict[str, Any]) -> int:

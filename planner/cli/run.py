@@ -229,6 +229,7 @@ def _generate(
     """The answer, its tokens, seconds of the prefill, tokens a second of the rest, cache bytes."""
     from transformers.generation.streamers import BaseStreamer
 
+    from planner.loading import refuse_nan
     from planner.models.running.kv_cache import cache_among, kv_bytes
 
     class Clock(BaseStreamer):  # type: ignore[misc]
@@ -248,6 +249,7 @@ def _generate(
         max_new_tokens=new_tokens,
         do_sample=False,
         streamer=clock,
+        logits_processor=[refuse_nan],
         return_dict_in_generate=True,
     )
     length = int(inputs["input_ids"].shape[1])
