@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # So quiet, pip tells of what fails and of nothing else.
 PIP := $(BIN)/python -m pip install --quiet --quiet
 
-.PHONY: compile test check install golden format clean
+.PHONY: compile fuzz test check install golden format clean
 
 compile: install
 	$(BIN)/planner compile --model llava-7b --budget 0.65 -o build/llava-7b
@@ -15,6 +15,10 @@ compile: install
 # where a process keeps to neighbouring tests until it has none left.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# Some minutes of hostile input, other than the last time; see docs/debugging.md.
+fuzz: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzzing.py
 
 check: install
 	$(BIN)/ruff check .
