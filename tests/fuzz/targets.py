@@ -100,6 +100,7 @@ _GRAMMAR = st.one_of(
 
 
 def _options():
+    _compiled()
     names = [name for name in Request.__dataclass_fields__ if name not in ("model", "uniform")]
     value = st.one_of(
         st.sampled_from(HOSTILE), _GRAMMAR, _GRAMMAR.flatmap(lambda text: mutated_text([text]))
@@ -182,6 +183,8 @@ def _take_utilities(contents):
 
 
 def _configs():
+    # What is imported by the first case alone.
+    find_model("tiny-llava").load_config()
     whole = (tiny_llava_folder() / "config.json").read_text()
     return st.one_of(mutated_text([whole]), mutated_document([json.loads(whole)]))
 
