@@ -7,6 +7,7 @@ the id of a model on the Hugging Face hub. Nothing here imports torch.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -95,9 +96,50 @@ def _read_config(path: Path, name: str) -> dict[str, Any]:
     if not path.exists():
         raise InputError(f"the folder '{name}' has no config.json")
     config = read_json(path, "config.json")
-    if not isinstance(config, dict) or "model_type" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise InputError(f"the config.json of '{name}' does not name a model_type")
+    for key, value in _numbers(config):
+        wrong = _wrong_size(key, value)
+        if wrong:
+            raise InputError(f"the config.json of '{name}' says {key} = {value}: {wrong}")
     return config
+
+
+# Counts that a model cannot be without, by the names that configs have for them.
+_SIZES = frozenset(
+    (
+        "d_model", "depth", "embed_dim", "hidden_size", "image_size",
+        "intermediate_size", "n_embd", "n_head", "n_layer", "num_attention_heads", "num_heads",
+        "num_hidden_layers", "num_key_value_heads", "num_layers", "patch_size", "vocab_size",
+    )
+)  # fmt: skip
+_LARGEST_SIZE = 1 << 24
+# Building a model takes time in proportion; the deepest have a few hundred.
+_MOST_LAYERS = 1000
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
+    """Numbers of a config with their names; those in lists have the list's."""
+    if isinstance(value, dict):
+        for name, inside in value.items():
+            yield from _numbers(inside, name)
+    elif isinstance(value, list):
+        for inside in value:
+            yield from _numbers(inside, key)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield key, value
+
+
+def _wrong_size(key: str, value: int | float) -> str:
+    """Why a number of a config can be no model's; "" where it can."""
+    is_layers = key.endswith(("layers", "n_layer", "depth"))
+    if is_layers and value > _MOST_LAYERS:
+        return f"no more than {_MOST_LAYERS} layers are read"
+    if key in _SIZES and not 0 < value <= _LARGEST_SIZE:
+        return f"it must be more than 0 and at most {_LARGEST_SIZE}"
+    if "norm" in key and "eps" in key and not 0 <= value < 1:
+        return "it must be at least 0 and less than 1"
+    return ""
 
 
 def find_model(name: str, trust_remote_code: bool = False) -> Source:

@@ -303,5 +303,53 @@ def test_the_command_line_says_so(cli, tmp_path):
 # -- configs --------------------------------------------------------------------------------------
 
 
-def test_a_config_of_ones_own_is_still_read(folder):
-    assert json.loads((folder / "config.json").read_text())["model_type"] == "llava"
+def _with(part, **values):
+    def change(config):
+        config[part].update(values)
+
+    return change
+
+
+CONFIGS = {
+    "5,000 layers": (_with("text_config", num_hidden_layers=5000), "1000 layers"),
+    "a billion layers": (_with("text_config", num_hidden_layers=10**9), "1000 layers"),
+    "a billion layers of the vision tower": (
+        _with("vision_config", num_hidden_layers=10**9), "1000 layers"),
+    "no layers": (_with("text_config", num_hidden_layers=0), "more than 0"),
+    "fewer than no layers": (_with("text_config", num_hidden_layers=-8), "more than 0"),
+    "no width": (_with("text_config", hidden_size=0), "more than 0"),
+    "a negative width": (_with("text_config", hidden_size=-128), "more than 0"),
+    "a huge width": (_with("text_config", hidden_size=10**12), "at most"),
+    "a huge vocabulary": (_with("text_config", vocab_size=10**12), "at most"),
+    "no heads": (_with("text_config", num_attention_heads=0), "more than 0"),
+    "patches of no size": (_with("vision_config", patch_size=0), "more than 0"),
+    "a picture of a billion pixels a side": (_with("vision_config", image_size=10**9), "at most"),
+    "NaN": (_with("text_config", rms_norm_eps=float("nan")), "NaN"),
+    "infinity": (_with("text_config", rms_norm_eps=float("inf")), "less than 1"),
+    "a negative epsilon": (_with("vision_config", layer_norm_eps=-1.0), "at least 0"),
+    "heads that do not divide the width": (
+        _with("text_config", num_attention_heads=7, num_key_value_heads=7, head_dim=None), ""),
+    "a width in words": (_with("text_config", hidden_size="wide"), ""),
+    "an activation that does not exist": (_with("text_config", hidden_act="magic"), ""),
+    "a text model that does not exist": (_with("text_config", model_type="magic"), ""),
+    "text_config in words": (lambda config: config.update(text_config="x"), ""),
+    "no model type": (lambda config: config.pop("model_type"), "model_type"),
+    "a model type that is a list": (lambda config: config.update(model_type=[]), "model_type"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_that_no_model_has_is_one_sentence(cli, folder, name):
+    change, message = CONFIGS[name]
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+    started = time.process_time()
+    code, out, err = cli("compile", "-m", folder, "-o", "out")
+    assert (code, out) == (2, ""), err
+    assert message in err
+    assert err.count("\n") == 1
+    if message:
+        assert time.process_time() - started < 2
+    assert not list(Path("out").glob("*"))
