@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -20,20 +20,12 @@ import triton
 from planner import __version__
 from planner.ir.cost import Workload
 from planner.ir.graph import Graph
-from planner.kernels.targets.autotune import Tiles, autotuned, local_target
+from planner.kernels.targets.autotune import Tiles, autotuned, local_target, tile_rows
 from planner.kernels.targets.compilation import Compiled, compile_kernel, compiling_for
 from planner.kernels.targets.keys import facts_of
-from planner.kernels.targets.manifest import NAME, CompiledKernel, Manifest, TileRow
+from planner.kernels.targets.manifest import NAME, CompiledKernel, Manifest
 from planner.kernels.targets.plan_launches import calls_of, launches_of
-from planner.kernels.targets.sources import (
-    Origin,
-    Source,
-    layers_of,
-    load_function,
-    modules_of,
-    phases_of,
-    sources_of,
-)
+from planner.kernels.targets.sources import Source, load_function, sources_of
 from planner.kernels.triton.tiles import Product, Target, Tile, ranked_tiles, tiles_chosen_by
 from planner.plan import Plan, plan_digest
 
@@ -74,32 +66,35 @@ def build_kernels(
     """
     tuned = local_target(targets) if autotune else None
     calls, left_out = calls_of(graph, plan, workload, dtype, any_plan=index_driven)
-    origin = Origin(graph.name, plan_digest(plan), __version__)
+    digest = plan_digest(plan)
+    origin = f"Model {graph.name}, {'any plan' if index_driven else f'plan {digest}'}"
     files: dict[str, bytes] = {}
     rows: list[CompiledKernel] = []
-    tiles: list[TileRow] = []
+    tiles: Tiles = {}
     for name, target in targets.items():
         measured = autotuned(calls, target, progress) if name == tuned else {}
-        asked: dict[Product, Tile] = {}
+        asked: Tiles = {}
         with tiles_chosen_by(_noting(measured, asked)):
             launches = launches_of(calls, target)
-        sources = sources_of(launches, target, origin, any_plan=index_driven)
-        tiles += [_tile_row(name, product, tile) for product, tile in asked.items()]
-        for source, made in _compiled(sources, name, target, progress):
+        tiles |= asked
+        sources = sources_of(launches, any_plan=index_driven)
+        texts = [source.text(name, origin) for source in sources]
+        compiled = _compiled(sources, texts, target, partial(_report, progress, name))
+        for source, text, made in zip(sources, texts, compiled, strict=True):
             row = _row(source, made, name, target, index_driven)
-            files[row.source] = source.text.encode()
-            files[row.cubin], files[row.metadata] = made.cubin, made.metadata.encode()
+            files |= {row.source: text.encode(), row.metadata: made.metadata.encode()}
+            files[row.cubin] = made.cubin
             rows.append(row)
     versions = {"planner": __version__, "triton": triton.__version__, "torch": torch.__version__}
     manifest = Manifest(
         model=graph.name,
         graph=str(graph.properties["fingerprint"]),
-        plan=origin.plan,
+        plan=digest,
         index_driven=index_driven,
         dtype=str(dtype).removeprefix("torch."),
         versions=versions,
         files={path: sha256(contents).hexdigest() for path, contents in files.items()},
-        tiles=tiles,
+        tiles=tile_rows(tiles),
         kernels=rows,
         left_out=left_out,
     )
@@ -107,7 +102,11 @@ def build_kernels(
     return manifest, files
 
 
-def _noting(measured: Tiles, asked: dict[Product, Tile]) -> Callable[[Product], Tile]:
+def _report(progress: Progress, name: str, stage: str) -> None:
+    progress(f"{name}: {stage}")
+
+
+def _noting(measured: Tiles, asked: Tiles) -> Callable[[Product], Tile]:
     """Chooses measured tiles, or the model's, and notes them."""
 
     def choose(wanted: Product) -> Tile:
@@ -115,11 +114,6 @@ def _noting(measured: Tiles, asked: dict[Product, Tile]) -> Callable[[Product], 
         return asked[wanted]
 
     return choose
-
-
-def _tile_row(name: str, product: Product, tile: Tile) -> TileRow:
-    sizes = {field: value for field, value in asdict(product).items() if field != "target"}
-    return TileRow(target=name, product=sizes, tile=asdict(tile))
 
 
 def _row(
@@ -134,9 +128,9 @@ def _row(
         source=f"{name}/{source.name}.py",
         cubin=f"{name}/{source.name}.cubin",
         metadata=f"{name}/{source.name}.json",
-        modules=modules_of(source.calls),
-        phase=phases_of(source.calls),
-        layers=layers_of(source.calls),
+        modules=source.modules,
+        phase=source.phases,
+        layers=source.layers,
         batch=call.batch,
         tokens=call.tokens,
         registers=made.registers,
@@ -152,21 +146,21 @@ def _row(
 
 
 def _compiled(
-    sources: Sequence[Source], name: str, target: Target, progress: Progress
-) -> list[tuple[Source, Compiled]]:
+    sources: Sequence[Source], texts: Sequence[str], target: Target, progress: Progress
+) -> list[Compiled]:
     """Machine code of sources, compiled on all cores."""
     with tempfile.TemporaryDirectory(prefix="planner-kernels-") as folder:
 
-        def compiled(source: Source) -> Compiled:
+        def compiled(source: Source, text: str) -> Compiled:
             path = Path(folder) / f"{source.name}.py"
-            path.write_text(source.text, encoding="utf-8")
+            path.write_text(text, encoding="utf-8")
             function = load_function(path, source.function)
             warps, stages = source.launch.warps, source.stages
             return compile_kernel(function, source.arguments, warps=warps, stages=stages)
 
-        results: list[tuple[Source, Compiled]] = []
+        results: list[Compiled] = []
         with compiling_for(target), ThreadPoolExecutor(os.cpu_count()) as pool:
-            for source, made in zip(sources, pool.map(compiled, sources), strict=True):
-                results.append((source, made))
-                progress(f"{name}: {len(results)} of {len(sources)} kernels compiled")
+            for made in pool.map(compiled, sources, texts):
+                results.append(made)
+                progress(f"{len(results)} of {len(sources)} kernels compiled")
         return results

@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
+from planner.kernels.targets.autotune import tiles_of
 from planner.kernels.targets.compilation import remember
 from planner.kernels.targets.keys import Key, key_of
 from planner.kernels.targets.manifest import FOLDER, CompiledKernel, Manifest, read_manifest
@@ -57,11 +58,7 @@ class Loaded:
             for row in manifest.kernels
             if row.target == target
         }
-        self._tiles = {
-            Product(**row.product, target=TARGETS[target]): Tile(**row.tile)
-            for row in manifest.tiles
-            if row.target == target
-        }
+        self._tiles = tiles_of(row for row in manifest.tiles if row.target == target)
 
     def check(self, graph: Graph, plan: Plan) -> None:
         """Raise InputError unless these are kernels of a model and of the plan it runs under."""
@@ -100,16 +97,13 @@ class Loaded:
 
     def _tile(self, wanted: Product) -> Tile | None:
         """The tile of the product of as many rows, or of the closest number that it suits."""
-
-        def distance(rows: int) -> float:
-            return abs(math.log2(rows / wanted.rows))
-
-        alike = {
-            product.rows: tile
-            for product, tile in self._tiles.items()
-            if _but_rows(product) == _but_rows(wanted) and tile.block_m <= wanted.rows
-        }
-        return alike[min(alike, key=distance)] if alike else None
+        best, distance = None, math.inf
+        for product, tile in self._tiles.items():
+            alike = replace(product, rows=wanted.rows, target=wanted.target) == wanted
+            away = abs(math.log2(product.rows / wanted.rows))
+            if alike and tile.block_m <= wanted.rows and away < distance:
+                best, distance = tile, away
+        return best
 
 
 def load_kernels(folder: Path, device: torch.device | str = "cpu") -> Loaded:
@@ -136,17 +130,6 @@ def load_kernels(folder: Path, device: torch.device | str = "cpu") -> Loaded:
                 f"{', '.join(targets)}"
             )
     return Loaded(folder, manifest, target, on_gpu)
-
-
-def _but_rows(product: Product) -> tuple[int, ...]:
-    return (
-        product.columns,
-        product.depth,
-        product.samples,
-        product.element_bytes,
-        product.parts,
-        product.accumulators,
-    )
 
 
 class GeneratedKernel:

@@ -11,48 +11,26 @@ index-driven source is given them as tensors like the kernel it comes from, and 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from triton.runtime.jit import JITFunction
 
+from planner import __version__
 from planner.ir.intervals import print_ranges
 from planner.kernels.targets.keys import Key, contents_of, facts_of, key_of
 from planner.kernels.targets.plan_launches import Call
 from planner.kernels.targets.specialise import Program
 from planner.kernels.targets.tables import Table
 from planner.kernels.triton.launch import Launch
-from planner.kernels.triton.tiles import Target
 
-__all__ = [
-    "Origin",
-    "Source",
-    "layers_of",
-    "load_function",
-    "modules_of",
-    "phases_of",
-    "sources_of",
-]
+__all__ = ["Source", "load_function", "sources_of"]
 
 # An index of more pieces than that is read from memory, not computed.
 _PIECES = 16
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What the head of every file says.
-
-    Attributes:
-        model: what the user called it.
-        plan: digest of the plan.
-        version: of planner.
-    """
-
-    model: str
-    plan: str
-    version: str
 
 
 @dataclass(frozen=True)
@@ -61,64 +39,83 @@ class Source:
 
     Attributes:
         name: of the file, without ``.py``.
-        text: Python source.
-        function: name of the kernel in it.
+        body: its functions, the kernel behind those that it calls.
+        function: name of the kernel.
         parameters: that the kernel still has, in order.
+        stages: of the software pipeline.
         launch: as recorded, the first of those that share the source.
         calls: the ops that make such launches, in order.
-        stages: of the software pipeline.
     """
 
     name: str
-    text: str
+    body: str
     function: str
     parameters: tuple[str, ...]
+    stages: int
     launch: Launch
     calls: tuple[Call, ...]
-    stages: int
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Those of the launch that the kernel still takes."""
         return {name: self.launch.arguments[name] for name in self.parameters}
 
+    @property
+    def modules(self) -> str:
+        """Modules of a layer that run it: ``self_attn.k_proj, self_attn.v_proj``."""
+        return ", ".join(dict.fromkeys(call.module for call in self.calls))
 
-def layers_of(calls: Iterable[Call]) -> str:
-    """Decoder layers of some ops, as ranges."""
-    return print_ranges(sorted({call.layer for call in calls}))
+    @property
+    def phases(self) -> str:
+        """In which it runs: ``prefill``, ``decode``, or both."""
+        return ", ".join(dict.fromkeys(call.phase for call in self.calls))
+
+    @property
+    def layers(self) -> str:
+        """Decoder layers that run it, as ranges."""
+        return print_ranges(sorted({call.layer for call in self.calls}))
+
+    def text(self, target: str, origin: str) -> str:
+        """The file.
+
+        Args:
+            target: ``sm_90``.
+            origin: model and plan, for the head.
+        """
+        call = self.calls[0]
+        length = f"{call.tokens} token{'s' * (call.tokens > 1)}"
+        return f'''"""{self.launch.kernel.name}: {self.phases}, {target}.
+
+{origin}: {self.modules}, layers {self.layers}.
+Tiled for batch {call.batch}, {length}; other numbers of these run too.
+Written by planner {__version__}: compile again, do not edit.
+"""
+
+import triton
+import triton.language as tl
 
 
-def modules_of(calls: Iterable[Call]) -> str:
-    """Modules of a layer that some ops belong to: ``q_proj, k_proj``."""
-    return ", ".join(dict.fromkeys(call.module for call in calls))
+{self.body}'''
 
 
-def phases_of(calls: Iterable[Call]) -> str:
-    """Phases that some ops run in: ``prefill, decode``."""
-    return ", ".join(dict.fromkeys(call.phase for call in calls))
-
-
-def sources_of(
-    launches: Iterable[tuple[Call, Launch]], target: Target, origin: Origin, *, any_plan: bool
-) -> list[Source]:
+def sources_of(launches: Iterable[tuple[Call, Launch]], *, any_plan: bool) -> list[Source]:
     """A source for every launch of a plan; launches with equal keys share one.
 
     Args:
         launches: and the ops that make them, from `plan_launches.launches_of`.
-        target: that they were recorded for.
-        origin: for the head of the files.
         any_plan: survivors as tensors, for plans that change with the input.
     """
     shared: dict[Key, list[tuple[Call, Launch]]] = {}
     for call, launch in launches:
         shared.setdefault(key_of(launch, any_plan), []).append((call, launch))
-    sources: dict[str, Source] = {}
+    made: Counter[str] = Counter()
+    sources = []
     for uses in shared.values():
-        (_, launch), calls = uses[0], [call for call, _ in uses]
-        names = (f"{launch.kernel.name}_{number}" for number in range(1, len(shared) + 1))
-        name = next(name for name in names if name not in sources)
-        sources[name] = _source(name, launch, calls, target, origin, any_plan)
-    return list(sources.values())
+        calls, (_, launch) = tuple(call for call, _ in uses), uses[0]
+        made[launch.kernel.name] += 1
+        name = f"{launch.kernel.name}_{made[launch.kernel.name]}"
+        sources.append(_source(name, launch, calls, any_plan))
+    return sources
 
 
 def load_function(path: Path, name: str) -> JITFunction:
@@ -132,33 +129,21 @@ def load_function(path: Path, name: str) -> JITFunction:
     return function
 
 
-def _source(
-    name: str,
-    launch: Launch,
-    calls: Sequence[Call],
-    target: Target,
-    origin: Origin,
-    any_plan: bool,
-) -> Source:
+def _source(name: str, launch: Launch, calls: tuple[Call, ...], any_plan: bool) -> Source:
     kernel, survivors = launch.kernel, launch.survivors
     known: dict[str, Any] = {
         parameter: fact
         for parameter, fact in facts_of(launch, any_plan).items()
-        if fact is launch.arguments[parameter]
+        if fact is launch.arguments[parameter]  # and not what is known of a tensor
     }
     tables = {} if any_plan else _tables(launch)
     one_plan = not any_plan and survivors is not None and survivors.plans == 1
+    single = kernel.plan_axis if one_plan else None
     program = Program()
-    made = program.add(
-        kernel.function,
-        known | tables,
-        kernel.plan_axis if one_plan else None,
-        kernel.of_plan,
-    )
+    made = program.add(kernel.function, known | tables, single, kernel.of_plan)
     # A computed index takes no step of the pipeline any more.
     stages = (launch.stages + 1) // 2 if kernel.indexed_by in tables else launch.stages
-    text = f"{_head(launch, calls, target, origin, any_plan)}\n\n{program.source}"
-    return Source(name, text, made.name, made.parameters, launch, tuple(calls), stages)
+    return Source(name, program.source, made.name, made.parameters, stages, launch, calls)
 
 
 def _tables(launch: Launch) -> dict[str, Table]:
@@ -171,22 +156,3 @@ def _tables(launch: Launch) -> dict[str, Table]:
         if len(table.pieces) <= _PIECES:
             found[parameter] = table
     return found
-
-
-def _head(
-    launch: Launch, calls: Sequence[Call], target: Target, origin: Origin, any_plan: bool
-) -> str:
-    """The file's docstring and imports."""
-    call = calls[0]
-    plan = "any plan" if any_plan else f"plan {origin.plan}"
-    length = f"{call.tokens} token{'s' * (call.tokens > 1)}"
-    return f'''"""{launch.kernel.name}: {phases_of(calls)}, sm_{target.capability}.
-
-Model {origin.model}, {plan}: {modules_of(calls)}, layers {layers_of(calls)}.
-Tiled for batch {call.batch}, {length}; other numbers of these run too.
-Written by planner {origin.version}: compile again, do not edit.
-"""
-
-import triton
-import triton.language as tl
-'''

@@ -8,7 +8,7 @@ from planner.ir.lowering import lower_config
 from planner.kernels.targets.compilation import compile_kernel, compiling_for
 from planner.kernels.targets.keys import key_of
 from planner.kernels.targets.plan_launches import calls_of, launches_of
-from planner.kernels.targets.sources import Origin, load_function, sources_of
+from planner.kernels.targets.sources import load_function, sources_of
 from planner.kernels.triton.registry import KERNELS
 from planner.kernels.triton.tiles import TARGETS, target_of
 from planner.plan import Plan, TokenStage
@@ -67,7 +67,7 @@ def test_kernels_fit_and_use_tensor_cores(graph, plan, target, tmp_path):
     """As they are, and with the plan's numbers in them."""
     made = launches(graph, plan, target)
     assert {launch.kernel for _, launch in made} == {*KERNELS}
-    sources = sources_of(made, TARGETS[target], Origin("llava-7b", "0", "0"), any_plan=False)
+    sources = sources_of(made, any_plan=False)
     with compiling_for(TARGETS[target]):
         seen = set()
         for source in sources:
@@ -82,7 +82,7 @@ def test_kernels_fit_and_use_tensor_cores(graph, plan, target, tmp_path):
             if {"units", "counts"}.isdisjoint(launch.arguments):
                 continue
             path = tmp_path / f"{source.name}.py"
-            path.write_text(source.text)
+            path.write_text(source.text(target, "llava-7b"))
             function = load_function(path, source.function)
             options["stages"] = source.stages
             compiled = compile_kernel(function, source.arguments, **options)

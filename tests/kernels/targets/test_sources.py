@@ -9,18 +9,21 @@ from blocks import assert_close
 from kernel_cases import CASES, NAMED, case_of, cast_inputs
 
 from planner.kernels.targets.plan_launches import Call
-from planner.kernels.targets.sources import Origin, load_function, sources_of
+from planner.kernels.targets.sources import load_function, sources_of
 from planner.kernels.triton.launch import loaded, recorded, run
 from planner.kernels.triton.tiles import TARGETS
 
-ORIGIN = Origin("small", "0123456789abcdef", "1.0")
 TARGET = TARGETS["sm_80"]
 
 
 def source_of(launch, any_plan=False):
     call = Call("mlp.down_proj", 3, "prefill", 1, 7, lambda: None)
-    (source,) = sources_of([(call, launch)], TARGET, ORIGIN, any_plan=any_plan)
+    (source,) = sources_of([(call, launch)], any_plan=any_plan)
     return source
+
+
+def text_of(source):
+    return source.text("sm_80", "Model small, plan 0123456789abcdef")
 
 
 class Generating:
@@ -32,7 +35,7 @@ class Generating:
     def __call__(self, launch):
         source = source_of(launch, self.any_plan)
         path = self.folder / f"{source.name}_{len(self.sources)}.py"
-        path.write_text(source.text)
+        path.write_text(text_of(source))
         run(load_function(path, source.function), launch)
         self.sources.append(source)
         return True
@@ -63,11 +66,11 @@ def test_a_generated_kernel_computes_what_its_twin_does(name, index, any_plan, t
 
 def check_text(source, any_plan):
     """It stands alone, fits a page, and has decided all that is known."""
-    tree = ast.parse(source.text)
+    tree = ast.parse(text_of(source))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     assert {alias.name for node in imports for alias in node.names} == {"triton", "triton.language"}
-    assert max(map(len, source.text.splitlines())) <= 100
-    assert not re.search(r"is (not )?None", source.text)
+    assert max(map(len, text_of(source).splitlines())) <= 100
+    assert not re.search(r"is (not )?None", text_of(source))
     survivors = source.launch.survivors
     if survivors is not None and survivors.plans == 1 and not any_plan:
         assert {"units", "counts", "lanes", "slots", "plan_stride"}.isdisjoint(source.parameters)
@@ -94,7 +97,7 @@ def test_golden_source(name, golden):
     }
     with recorded(TARGET) as launches:
         NAMED[kernel](**inputs, **case.options)
-    golden(f"{name}.py.txt", without_docstrings(source_of(launches[0], any_plan).text))
+    golden(f"{name}.py.txt", without_docstrings(text_of(source_of(launches[0], any_plan))))
 
 
 def without_docstrings(text):
