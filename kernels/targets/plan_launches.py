@@ -128,32 +128,32 @@ class _Lister:
         for operator in self.narrow:
             if operator.part != "decoder" or operator.layer is None:
                 continue
-            module = operator.module.rpartition(f".{operator.layer}.")[2]
-            for tokens, op in self.ops(operator, phase, sizes):
-                yield Call(module, operator.layer, phase, sizes["batch"], tokens, op)
+            for module, tokens, op in self.ops(operator, phase, sizes):
+                name = module.rpartition(f".{operator.layer}.")[2]
+                yield Call(name, operator.layer, phase, sizes["batch"], tokens, op)
 
     def ops(
         self, operator: Operator, phase: str, sizes: Mapping[str, int]
-    ) -> Iterator[tuple[int, Callable[[], Any]]]:
-        """What runs in place of an operator, each with its number of tokens."""
+    ) -> Iterator[tuple[str, int, Callable[[], Any]]]:
+        """What runs in place of an operator: (module, tokens, op) each."""
         module, batch = operator.module, sizes["batch"]
         if module in self.fused:
             site, block = self.fused[module]
             if module == block.down.module:
                 tokens = _sized(operator.shape[1], sizes)
-                yield tokens, partial(self.mlp, site, block, batch, tokens)
+                yield site.module, tokens, partial(self.mlp, site, block, batch, tokens)
         elif module in self.bound and operator.kind == "linear":
             tokens = _sized(operator.shape[1], sizes)
-            yield tokens, partial(self.linear, self.base[module], batch, tokens)
+            yield module, tokens, partial(self.linear, self.base[module], batch, tokens)
         elif operator.kind == "attention" and operator["head_dim"] == operator["value_dim"]:
             tokens, keys = _sized(operator.shape[2], sizes), _sized(operator["keys"], sizes)
             for masked in (False, True):
-                yield tokens, partial(self.attention, operator, batch, tokens, keys, masked)
+                yield module, tokens, partial(self.attention, operator, batch, tokens, keys, masked)
         elif operator.kind == "select_tokens" and phase == "prefill":
             before, after = _sized(operator["before"], sizes), _sized(operator.shape[1], sizes)
             if operator["score_width"]:
-                yield before, partial(self.choice, operator, batch, before)
-            yield before, partial(self.gather, operator, batch, before, after)
+                yield "tokens", before, partial(self.choice, operator, batch, before)
+            yield "tokens", before, partial(self.gather, operator, batch, before, after)
 
     # Ops on meta tensors.
 

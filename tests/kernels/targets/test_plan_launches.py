@@ -52,13 +52,13 @@ def test_ops_of_a_plan(llava):
         found.setdefault(key, []).append(call.module.rpartition(".")[2])
     attention = ["q_proj", "k_proj", "v_proj", "self_attn", "self_attn", "o_proj"]
     assert found == {
-        (0, "prefill", 24, 3): [*attention, "down_proj"],
-        (2, "prefill", 24, 3): ["", ""],
+        (0, "prefill", 24, 3): [*attention, "mlp"],
+        (2, "prefill", 24, 3): ["tokens", "tokens"],
         (2, "prefill", 13, 3): attention,
-        (3, "prefill", 13, 3): [*attention, "down_proj"],
-        (0, "decode", 1, 3): [*attention, "down_proj"],
+        (3, "prefill", 13, 3): [*attention, "mlp"],
+        (0, "decode", 1, 3): [*attention, "mlp"],
         (2, "decode", 1, 3): attention,
-        (3, "decode", 1, 3): [*attention, "down_proj"],
+        (3, "decode", 1, 3): [*attention, "mlp"],
     }
 
 
@@ -76,8 +76,8 @@ def test_survivors_are_the_plans(llava):
         "v_projrows": (((16, 32),),),
         "self_attnattend": (((0, 1),),),
         "o_projcolumns": (((32, 64),),),
-        "down_projup": (((0, 24), (48, 72)),),
-        "down_projcolumns": (((0, 24), (48, 72)),),
+        "mlpup": (((0, 24), (48, 72)),),
+        "mlpcolumns": (((0, 24), (48, 72)),),
     }
 
 
