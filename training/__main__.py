@@ -14,10 +14,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from torch import distributed
-
 from planner.ir.errors import InputError, PlannerError
-from planner.training.recipes import load_recipe
 
 # What launchers, torchrun and four kinds of MPI among them, tell a process of a group.
 _RANKS = ("RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -49,6 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         check_launch(os.environ)
+        # Slow to import, and not needed to refuse.
+        from torch import distributed
+
+        from planner.training.recipes import load_recipe
+
         recipe, config = load_recipe(options.config, options.set)
         recipe.train(config)
     except PlannerError as error:

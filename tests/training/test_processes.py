@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from small_llava import write_small_llava
 
-from planner.training import __main__, adallava
+from planner.training import __main__, adallava, recipes
 from planner.training.__main__ import check_launch
 
 LAUNCHERS = {
@@ -100,7 +100,7 @@ def test_process_group_ends_before_the_process(monkeypatch):
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         joined.append(torch.distributed.is_initialized())
 
-    monkeypatch.setattr(__main__, "load_recipe", lambda *_: (SimpleNamespace(train=train), None))
+    monkeypatch.setattr(recipes, "load_recipe", lambda *_: (SimpleNamespace(train=train), None))
     assert __main__.main(["config.yaml"]) == 0
     assert joined == [True]
     assert not torch.distributed.is_initialized()
