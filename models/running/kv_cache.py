@@ -158,7 +158,8 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
                 "this cache was filled under a plan that is not active now; a plan is fixed for "
                 "the life of a cache, so activate that plan again or start with a new cache"
             )
-        return part.store.update(key_states, value_states, *args, **kwargs)
+        stored: tuple[Tensor, Tensor] = part.store.update(key_states, value_states, *args, **kwargs)
+        return stored
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do ahead: each part starts with its first `update`."""
@@ -190,11 +191,12 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Length and offset of the masks that stock code builds, as if nothing were dropped."""
         if type(self.stock) is DynamicLayer:
             return self.total + query_length, 0
-        return self.stock.get_mask_sizes(query_length)
+        sizes: tuple[int, int] = self.stock.get_mask_sizes(query_length)
+        return sizes
 
     def get_max_length(self) -> int:
         """As the stock layer."""
-        return self.stock.get_max_length()
+        return int(self.stock.get_max_length())
 
     def _stores(self) -> list[CacheLayerMixin]:
         return [p.store for p in self.parts if p.store is not None and p.store.is_initialized]
@@ -315,7 +317,7 @@ def plan_cache(
         InputError: the cache was filled under another plan or by the base model, or it is of a
             kind that cannot hold the plan.
     """
-    layers = cache.layers
+    layers: list[Any] = cache.layers
     if layers and isinstance(layers[0], PlannedLayer):
         if layers[0].key != program.key:
             raise InputError(

@@ -185,7 +185,7 @@ def _mask_features(
 def _mask_layer(
     gates: Tensor, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> Tensor:
-    hidden = args[0] if args else kwargs["hidden_states"]
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     return hidden + _rows(gates, hidden)[:, None, None] * (output - hidden)
 
 
