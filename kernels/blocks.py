@@ -62,6 +62,8 @@ def mlp_block(graph: Graph, site: Site) -> MLPBlock:
     Raises:
         NotFusable: the kernels compute something else than this block.
     """
+    if any(each.kind == "layer" and each.module == site.module for each in graph.sites):
+        raise NotFusable("its linears are the layer's own")
     linears = {o.module: o for o in graph if o.kind == "linear" and o.part == "decoder"}
     bound = [(binding.axis, linears.get(binding.module)) for binding in site.bindings]
     named = {linear.name for _, linear in bound if linear is not None}

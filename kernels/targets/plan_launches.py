@@ -145,7 +145,7 @@ class _Lister:
         elif module in self.bound and operator.kind == "linear":
             tokens = _sized(operator.shape[1], sizes)
             yield module, tokens, partial(self.linear, self.base[module], batch, tokens)
-        elif operator.kind == "attention" and operator["head_dim"] == operator["value_dim"]:
+        elif operator.kind == "attention" and _is_plain(operator):
             tokens, keys = _sized(operator.shape[2], sizes), _sized(operator["keys"], sizes)
             for masked in (False, True):
                 yield module, tokens, partial(self.attention, operator, batch, tokens, keys, masked)
@@ -242,6 +242,11 @@ def kept_features(site: Site, binding: Binding, lanes: Intervals, every: int) ->
     """Features of a weight that a plan keeps: those of its lanes, and those of no lane."""
     edges = [0, *(edge for run in binding.features(((0, site.lanes),)) for edge in run), every]
     return merged([*zip(edges[::2], edges[1::2], strict=True), *binding.features(lanes)])
+
+
+def _is_plain(attention: Operator) -> bool:
+    """Whether the kernel computes it: scores that are not capped, values as wide as keys."""
+    return not attention.get("capped") and attention["head_dim"] == attention["value_dim"]
 
 
 def _sized(value: int | str | Dim, sizes: Mapping[str, int]) -> int:

@@ -120,9 +120,12 @@ def test_blocks_that_are_not_fused_say_why(llava):
     assert {*blocks(graph_of("gemma3"))} == {
         ("gate_proj", "up_proj", "down_proj", "gelu_pytorch_tanh")
     }
-    config, _ = PECULIAR["phi3"]()
-    phi3 = lower_config(config, "phi3").graph
-    assert {*blocks(phi3)} == {"its gate and its up projection are rows of one weight"}
+    for name, why in (
+        ("phi3", "its gate and its up projection are rows of one weight"),
+        ("opt", "its linears are the layer's own"),
+    ):
+        config, _ = PECULIAR[name]()
+        assert {*blocks(lower_config(config, name).graph)} == {why}
     text = print_graph(llava)
     for before, after, why in (
         ("function=silu", "function=mish", "its activation, mish, is none of the kernels'"),

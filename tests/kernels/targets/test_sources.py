@@ -41,8 +41,14 @@ class Generating:
         return True
 
 
-@pytest.mark.parametrize("any_plan", [False, True])
-@pytest.mark.parametrize(("name", "index"), CASES, ids=[f"{n} {i}" for n, i in CASES])
+FORMS = [
+    (name, index, any_plan)
+    for name, index in CASES
+    for any_plan in ((False, True) if index % 3 == 0 else (False,))
+]
+
+
+@pytest.mark.parametrize(("name", "index", "any_plan"), FORMS)
 def test_a_generated_kernel_computes_what_its_twin_does(name, index, any_plan, tmp_path):
     kernel, case = NAMED[name], case_of(name, index)
     dtype = kernel.dtypes[index % len(kernel.dtypes)]
