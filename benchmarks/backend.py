@@ -98,7 +98,7 @@ def main() -> int:
         for kind in KINDS:
             for budget in options.budgets:
                 plan = draw(graph, kind, budget, 0)
-                planner.set_budget(planned, plan)
+                planner.budget(planned, plan)
                 with MaskedExecutor(model, graph).using(Gates.of([plan], graph)):
                     expected = prefill(model, inputs)
                 error = float((prefill(planned, inputs) - expected).norm() / expected.norm())

@@ -55,9 +55,10 @@ from planner.cli.printing import print_json, table
 from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
 from planner.kernels.ops.kept_linear import kept_linear
-from planner.models.running.executor import Executor
 from planner.models.running.kv_cache import cache_argument, kv_bytes
 from planner.models.running.masked import Gates, MaskedExecutor
+from planner.models.running.session import Session
+from planner.models.running.skipping import session_on
 from planner.models.tokens.selectors import DecoderInputs, select_tokens
 from planner.plan import Plan, TokenStage
 from planner.planning.selectors import Uniform
@@ -156,7 +157,7 @@ class Bench:
     planned: Any
     inputs: dict[str, Tensor]
     graph: Graph
-    executor: Executor
+    session: Session
     clock: Callable[[], float]
     rounds: int
 
@@ -275,10 +276,10 @@ def check_parity(bench: Bench, plan: Plan, by_hand: Any) -> Tensor:
     gates = {stage.layer: bench.keep(stage).float() for stage in plan.tokens}
     with MaskedExecutor(bench.stock, bench.graph).using(Gates.of([plan], bench.graph, gates)):
         expected = bench.prefill(bench.stock)
-    bench.executor.detach()
-    with bench.executor.using(plan):
+    bench.session.begin_anew(None)
+    with bench.session.under(plan):
         once = bench.prefill(bench.planned)
-    bench.executor.attach(plan)
+    bench.session.obey(plan)
     runs = {
         "under a plan": once,
         "under an attached plan": bench.prefill(bench.planned),
@@ -299,14 +300,14 @@ def prefills(case: Case, modes: list[str]) -> Iterator[Row]:
     seeds = count(1)
 
     def fresh() -> None:
-        with bench.executor.using(draw(bench.graph, kind, budget, next(seeds))):
+        with bench.session.under(draw(bench.graph, kind, budget, next(seeds))):
             bench.prefill(bench.planned)
 
     turned = with_same_products(bench.stock)
     check(f"{bench.name} base", bench.prefill(turned), bench.prefill(bench.stock))
     for mode in modes:
         models = [bench.stock, bench.planned, by_hand, turned]
-        bench.executor.attach(plan)
+        bench.session.obey(plan)
         with compiling(mode):
             if mode.endswith(("compiled", "frozen")):
                 models = [torch.compile(model, dynamic=False) for model in models]
@@ -316,7 +317,7 @@ def prefills(case: Case, modes: list[str]) -> Iterator[Row]:
             if mode.startswith("new"):
                 runs[1] = fresh
                 # Nothing to come back to after each input.
-                bench.executor.detach()
+                bench.session.begin_anew(None)
             realised, cut, same = bench.ratios([partial(bench.seconds, run) for run in runs])
         scores = [share / ideal for share in (realised, cut, realised / same)]
         yield Row.of(case, mode, ideal, realised, *scores)
@@ -343,7 +344,7 @@ def decodings(case: Case, modes: list[str], tokens: int) -> Iterator[Row]:
     """Gain in tokens per second after the prompt, over what the bytes saved allow."""
     bench, kind, budget = case
     plan = draw(bench.graph, kind, budget, 0)
-    bench.executor.attach(plan)
+    bench.session.obey(plan)
     moved: dict[Any, int] = {}
 
     def side(model: Any, chosen: Plan | None, compiled: bool) -> float:
@@ -387,13 +388,15 @@ def weight_bytes(bench: Bench, plan: Plan | None) -> int:
 
 
 def dispatch(case: Case) -> Row:
-    """Activating a plan seen before, and leaving it, over a prefill of the base model."""
+    """Activating a plan seen before, and what a pass does about it, over a base prefill."""
     bench, kind, budget = case
     plan = draw(bench.graph, kind, budget, 0)
 
     def switch() -> None:
-        with bench.executor.using(plan):
-            pass
+        with bench.session.under(plan):
+            ready = bench.session.implementation.ready(bench.session.program)
+            ready.put_in_place()
+            ready.take_away()
 
     for _ in range(2):
         switch()
@@ -443,7 +446,14 @@ def main() -> int:
             twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
             clock = time.perf_counter if options.clock == "wall" else time.process_time
             bench = Bench(
-                name, model, twin, inputs, graph, Executor(twin, graph), clock, options.rounds
+                name,
+                model,
+                twin,
+                inputs,
+                graph,
+                session_on(twin, graph, freeze=True),
+                clock,
+                options.rounds,
             )
             for row in measure(bench, options):
                 rows.append(row)

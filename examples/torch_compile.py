@@ -37,11 +37,11 @@ def main() -> None:
     model.compile(backend="planner", options={"budget": 1.0, "inner": options.inner})
     for budget in options.budgets:
         before = counters["stats"]["unique_graphs"]
-        planner.set_budget(model, budget)
+        planner.budget(model, budget)
         with torch.inference_mode():
             tokens = model.generate(**inputs, max_new_tokens=options.new_tokens, do_sample=False)
         # Plans are known once the model has been called.
-        (plan,) = planner.set_budget(model, budget)
+        plan = planner.plan_of(model)
         answer = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], True)
         graphs = counters["stats"]["unique_graphs"] - before
         print(

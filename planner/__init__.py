@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from planner.api import budget, compile, plan_of, restore
-    from planner.backend import set_budget
     from planner.plan import Plan, load_plan, save_plan
 
 __version__ = "0.1.0"
@@ -41,7 +40,6 @@ _EXPORTS = {
     "plan_of": "planner.api",
     "restore": "planner.api",
     "save_plan": "planner.plan",
-    "set_budget": "planner.backend",
 }
 
 __all__ = [
@@ -53,7 +51,6 @@ __all__ = [
     "plan_of",
     "restore",
     "save_plan",
-    "set_budget",
 ]
 
 

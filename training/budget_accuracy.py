@@ -10,7 +10,7 @@ from typing import Any
 
 from planner.ir.cost import Workload
 from planner.ir.graph import Graph
-from planner.models.running.executor import Executor
+from planner.models.running.skipping import obeying
 from planner.models.scheduling import Scheduled
 from planner.plan import Plan, TokenStage
 from planner.planning.budgets import Budget
@@ -106,7 +106,7 @@ class UnderBudgets:
 
     def _static(self, budget: Any) -> dict[str, Any]:
         plan = self.plan(budget)
-        with Executor(self.model, self.graph).using(plan):
+        with obeying(self.model, self.graph, plan, freeze=True):
             measured = self._evaluate()
         return {
             **measured,

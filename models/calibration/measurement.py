@@ -25,7 +25,6 @@ from planner.models.calibration.samples import Sample
 from planner.models.calibration.store import Store
 from planner.models.calibration.taylor import DRAWS, taylor
 from planner.models.calibration.token_worth import FRACTIONS, fit, token_losses
-from planner.models.running.executor import Executor
 from planner.models.running.masked import MaskedExecutor
 from planner.planning.switches import SwitchSet
 
@@ -132,7 +131,6 @@ class _Run:
         self.measure, self.method, self.batch, self.seed = measure, method, batch, seed
         self.progress = progress
         self.masked = MaskedExecutor(model, graph)
-        self.narrowed = Executor(model, graph)
         self.switches = switches_of(graph)
         self.layer = SwitchSet.parse("tokens").token_layers[0]
         self.image_tokens = [count_image_tokens(model, dict(s.inputs)) for s in samples]
@@ -168,7 +166,7 @@ class _Run:
     def _tokens(self, index: int, selector: str) -> Array:
         replay = Replay(self.model, self.masked.layers, self.samples[index], len(FRACTIONS))
         count = self.image_tokens[index]
-        return token_losses(self.narrowed, replay, count, self.layer, selector, self.measure)
+        return token_losses(self.graph, replay, count, self.layer, selector, self.measure)
 
     def sample(self, index: int) -> None:
         """Everything that is still missing of one sample."""

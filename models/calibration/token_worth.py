@@ -7,9 +7,10 @@ import numpy.typing as npt
 import torch
 from scipy.optimize import minimize_scalar
 
+from planner.ir.graph import Graph
 from planner.models.calibration.leave_one_out import measure
 from planner.models.calibration.replay import Replay
-from planner.models.running.executor import Executor
+from planner.models.running.skipping import obeying
 from planner.plan import Plan, TokenStage
 
 __all__ = ["FRACTIONS", "fit", "token_losses"]
@@ -22,12 +23,12 @@ _SATURATION = (1e-3, 1e6)
 
 @torch.no_grad()
 def token_losses(
-    executor: Executor, replay: Replay, image_tokens: int, layer: int, selector: str, kind: str
+    graph: Graph, replay: Replay, image_tokens: int, layer: int, selector: str, kind: str
 ) -> Array:
     """What dropping image tokens does to one sample.
 
     Args:
-        executor: of the replayed model.
+        graph: of the replayed model.
         replay: the sample, on as many rows as there are `FRACTIONS`.
         image_tokens: of the sample.
         layer: before which tokens are dropped.
@@ -39,8 +40,8 @@ def token_losses(
     """
     counts = [max(1, int(image_tokens * fraction)) for fraction in FRACTIONS]
     stages = [TokenStage(layer, count, image_tokens, selector) for count in counts]
-    plans = [Plan.of(executor.graph, tokens=(stage,)) for stage in stages]
-    with executor.using(plans):
+    plans = [Plan.of(graph, tokens=(stage,)) for stage in stages]
+    with obeying(replay.model, graph, plans):
         found = measure(replay.log_probabilities(0), replay, kind)
     return np.array([[count / image_tokens for count in counts], found.double().tolist()])
 

@@ -19,8 +19,9 @@ from planner.ir.errors import InputError, PlannerError
 from planner.ir.graph import Graph
 from planner.models.export.planned_export import RECORD, load, save_planned
 from planner.models.export.uniform_export import NotPlain, save_plain
-from planner.models.running.executor import Executor
+from planner.models.running.bindings import bind
 from planner.models.running.program import Program
+from planner.models.running.skipping import obeying
 from planner.plan import Plan, dump_plan
 
 __all__ = ["Exported", "export"]
@@ -84,10 +85,9 @@ def export(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"'{folder}' is there already and not empty: name a new folder")
     narrowed = replace(plan, tokens=(), kv="")
-    executor = Executor(model, graph)
-    with torch.no_grad(), executor.using(narrowed):
+    with torch.no_grad(), obeying(model, graph, narrowed):
         expected = model(**inputs).logits
-    program = Program.build([narrowed], graph, executor.layers)
+    program = Program.build([narrowed], graph, bind(model, graph))
     text = dump_plan(plan)
     origin = {"planner_plan": f"plan.yaml, sha256 {sha256(text.encode()).hexdigest()[:16]}"}
     why_not = ""

@@ -2,19 +2,20 @@
 
 Imports `planner.ir`, `planner.plan`, `planner.kernels` and `planner.models.tokens`.
 
-    bindings           sites of the Graph -> modules and feature layouts
-    narrowed_linear    linears that compute with some of their features
-    lane_order         in which order kept lanes lie
-    patches            instance attributes set for a while, and undone exactly
-    attention_blocks   what else narrowing heads asks of an attention block
+    session            a model's session: what is known of it, and which plans hold where
+    planning           plans of one model, by budget
     program            a plan (or one per sample) as what every layer does
+    skipping           passes that run a program, and nothing else
+    pass_lock          one pass at a time, in the order of asking
+    layers             what stands in for `forward` of layers, attention blocks and linears
+    products           what linears compute with
+    forward_pass       one forward pass: rows, past, images, what is left
     kv_cache           KV caches that hold what is kept
     growing_cache      a cache layer that appends in place
     recording          seeing queries and keys
-    call               one forward pass: rows, past, images, what is left
-    forward_pass       forward passes begun and ended
-    layers             what stands in for `forward` of layers and attention blocks
-    executor           all of it on a model, and off again
+    attention_blocks   what else narrowing heads asks of an attention block
+    bindings           sites of the Graph -> modules and feature layouts
+    patches            instance attributes set for a while, and undone exactly
     masked             the same plans by masks: the oracle in tests, and what training
         differentiates
 """

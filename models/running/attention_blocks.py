@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from planner.ir.errors import InputError
 from planner.ir.intervals import Intervals, count_of
 from planner.models.running.bindings import BoundSite
-from planner.models.running.narrowed_linear import LinearForward, SliceStore
 from planner.models.running.patches import ConfigView, Patches
+from planner.models.running.products import KeptProduct
 
 __all__ = ["AttentionBlock", "probe"]
 
@@ -182,13 +182,10 @@ def _agrees(
     kwargs: Any,
     expected: Tensor,
 ) -> bool:
-    store = SliceStore(0)
     count = count_of(lanes)
     with Patches() as patches:
         for linear in site.linears:
-            forward = LinearForward(linear.module)
-            forward.active = store.get(linear, lanes)
-            patches.set(linear.module, "forward", forward)
+            patches.set(linear.module, "forward", KeptProduct(linear, lanes))
         for name, value in block.changes(count, "module").items():
             patches.set(site.module, name, value)
         replaced = block.changes(count, "config")

@@ -7,7 +7,7 @@ from the Graph alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
@@ -35,16 +35,12 @@ class BoundLinear:
         module: an ``nn.Linear``, or transformers' ``Conv1D``, which stores its weight transposed.
         binding: the layout.
         shared: features that belong to no lane; always kept.
-        records: (offset, stride) of each block in which the features of a lane lie together, in
-            the order in which the weight stores them; empty where some linear of the site has
-            features elsewhere. Lanes may change places within a block.
     """
 
     path: str
     module: nn.Module
     binding: Binding
     shared: Intervals
-    records: tuple[tuple[int, int], ...] = ()
 
     @property
     def weight(self) -> Tensor:
@@ -61,10 +57,20 @@ class BoundLinear:
         """Shape (out features,)."""
         return cast("Tensor | None", self.module.bias)
 
+    @property
+    def axis(self) -> str:
+        """Which features belong to lanes: ``out`` or ``in``."""
+        return self.binding.axis
+
+    @property
+    def dim(self) -> int:
+        """The dimension of `weight` that they are."""
+        return 0 if self.axis == "out" else 1
+
     @cached_property
     def features(self) -> int:
         """Size of the narrowed axis in the base model."""
-        return self.weight.shape[0 if self.binding.axis == "out" else 1]
+        return self.weight.shape[self.dim]
 
     def runs(self, lanes: Intervals) -> Intervals:
         """Features kept with the given lanes, in the order that the weight stores them."""
@@ -100,6 +106,14 @@ class BoundLayer:
     heads: BoundSite | None
     mlp: BoundSite | None
 
+    @property
+    def paths(self) -> Iterable[str]:
+        """Of all modules that belong to it here."""
+        yield self.path
+        for site in (self.heads, self.mlp):
+            if site is not None:
+                yield from (site.site.module, *(b.module for b in site.site.bindings))
+
 
 def _bind_linear(model: nn.Module, site: Site, binding: Binding) -> BoundLinear:
     module = model.get_submodule(binding.module)
@@ -112,20 +126,6 @@ def _bind_linear(model: nn.Module, site: Site, binding: Binding) -> BoundLinear:
             f"{linear.features}; lower the model that is loaded"
         )
     return BoundLinear(binding.module, module, binding, merged(_pairs(edges)))
-
-
-def _records(linear: BoundLinear) -> tuple[tuple[int, int], ...]:
-    """See `BoundLinear.records`."""
-    blocks = sorted(linear.binding.blocks, key=lambda block: block.offset)
-    if linear.shared:
-        return ()
-    if all(block.width == block.stride for block in blocks):
-        return tuple((block.offset, block.stride) for block in blocks)
-    # Heads of a fused projection in turn: q, k and v of the first, q, k and v of the second.
-    (stride, *others), (first, *rest) = {block.stride for block in blocks}, blocks
-    ends = [block.offset + block.width for block in blocks]
-    in_turn = all(block.offset == end for block, end in zip(rest, ends))
-    return ((first.offset, stride),) if in_turn and not others else ()
 
 
 def _is_matrix(weight: Any) -> bool:
@@ -148,11 +148,8 @@ def bind_site(model: nn.Module, site: Site) -> BoundSite:
             return BoundSite(
                 site, module, (), f"the weights of {binding.module} are no plain matrix in memory"
             )
-    linears = [_bind_linear(model, site, binding) for binding in site.bindings]
-    records = [_records(linear) for linear in linears]
-    if all(records):
-        linears = [replace(linear, records=own) for linear, own in zip(linears, records)]
-    return BoundSite(site, module, tuple(linears))
+    linears = tuple(_bind_linear(model, site, binding) for binding in site.bindings)
+    return BoundSite(site, module, linears)
 
 
 def bind(model: nn.Module, graph: Graph) -> tuple[BoundLayer, ...]:

@@ -1,9 +1,8 @@
-"""What stands in for `forward` of decoder layers and attention blocks while a plan is active."""
+"""What stands in for `forward` of layers, attention blocks and linears while a plan is active."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,10 +13,9 @@ from torch import Tensor
 from planner.ir.errors import InputError
 from planner.models.running.attention_blocks import AttentionBlock
 from planner.models.running.bindings import BoundSite
-from planner.models.running.call import Call
-from planner.models.running.forward_pass import Passes
+from planner.models.running.forward_pass import Call, Passes
 from planner.models.running.kv_cache import PlannedLayer
-from planner.models.running.narrowed_linear import LinearForward
+from planner.models.running.products import Compute
 from planner.models.running.program import LayerGroup, LayerProgram
 from planner.models.tokens.kept_tokens import (
     Kept,
@@ -29,16 +27,38 @@ from planner.models.tokens.kept_tokens import (
     select_rows,
 )
 
-__all__ = ["AttentionForward", "LayerForward", "Setup"]
+__all__ = ["AttentionForward", "BlockForward", "LayerForward", "Setup"]
+
+
+class BlockForward:
+    """Stands in for a linear, or for a whole MLP block.
+
+    Args:
+        narrows: whether it ever leaves something out.
+
+    Attributes:
+        active: what to compute with; None is the module's own code.
+    """
+
+    def __init__(self, narrows: bool) -> None:
+        self.narrows = narrows
+        self.stock: Any = None
+        self.active: Compute | None = None
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Shape (..., in features) to (..., out features), narrowed as `active` says."""
+        return self.stock(features) if self.active is None else self.active(features)
 
 
 class AttentionForward:
     """Stands in for an attention block; with no head left it gives the bias of its last linear."""
 
+    narrows = True
+
     def __init__(self, site: BoundSite, block: AttentionBlock) -> None:
         self.site = site
         self.block = block
-        self.stock: Any = site.module.forward
+        self.stock: Any = None
         self.silent = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -55,51 +75,51 @@ class Setup:
 
     Attributes:
         group: who, and what is kept.
-        weights: what linears compute with; None is the stock code.
+        products: what linears and MLP blocks compute with.
         heads: the attention block.
         attributes: the attention block's own attributes for this group: head counts, config.
         attention: stands in for the attention block, where some group has no head left.
     """
 
     group: LayerGroup
-    weights: tuple[tuple[LinearForward, Callable[[Tensor], Tensor] | None], ...]
+    products: tuple[tuple[BlockForward, Compute | None], ...]
     heads: BoundSite | None
     attributes: dict[str, Any]
     attention: AttentionForward | None
 
-    def activate(self) -> None:
-        """Make the layer's modules compute what this group keeps."""
-        for forward, narrowed in self.weights:
-            forward.active = narrowed
-        if self.heads is not None:
-            self.heads.module.__dict__.update(self.attributes)
+    def compute(self) -> None:
+        """Make what stands in for the layer's modules compute what this group keeps."""
+        for forward, product in self.products:
+            forward.active = product
         if self.attention is not None:
             self.attention.silent = self.group.heads == ()
 
-
-def _names(forward: Any) -> tuple[str, ...]:
-    """Names of what a layer's forward takes."""
-    if inspect.ismethod(forward):
-        return _names_of_all(forward.__func__)[1:]
-    return tuple(inspect.signature(forward).parameters)
+    def activate(self) -> None:
+        """Make the layer run for this group."""
+        self.compute()
+        if self.heads is not None:
+            self.heads.module.__dict__.update(self.attributes)
 
 
 @lru_cache(maxsize=128)
-def _names_of_all(function: Any) -> tuple[str, ...]:
-    """With ``self``; reading a signature takes longer than all else about a layer."""
-    return tuple(inspect.signature(function).parameters)
+def _names(layer_class: Any) -> tuple[str, ...]:
+    """Names of what layers of a class take; reading a signature takes longer than all else."""
+    return tuple(inspect.signature(layer_class.forward).parameters)[1:]
 
 
 class LayerForward:
     """Stands in for one decoder layer: runs the stock layer once per group, on what is left."""
+
+    narrows = True
 
     def __init__(self, passes: Passes, program: LayerProgram, setups: tuple[Setup, ...]) -> None:
         self.passes = passes
         self.index = program.layer.index
         self.is_last = program is passes.program.layers[-1]
         self.setups = setups
-        self.stock: Any = program.layer.module.forward
-        self.names = _names(self.stock)
+        self.stock: Any = None
+        self.layer_class: Any = type(program.layer.module)
+        self.names = _names(self.layer_class)
         self.is_simple = len(setups) == 1 and not setups[0].group.has_keys
         heads = program.layer.heads
         self.block: Any = None if heads is None else heads.module
@@ -162,7 +182,7 @@ class LayerForward:
             results = self.stock(inputs, **self._narrowed(call, kwargs, rows, kept, keys))
             if not isinstance(results, Tensor):
                 raise InputError(
-                    f"{type(self.stock.__self__).__name__} returns a tuple, as layers did before "
+                    f"{self.layer_class.__name__} returns a tuple, as layers did before "
                     f"transformers 5; use a newer version"
                 )
             output = scatter(output, rows, kept, results)

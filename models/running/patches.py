@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
-__all__ = ["ConfigView", "Patches"]
+__all__ = ["ConfigView", "Patches", "Shadow"]
 
 _ABSENT = object()
+
+
+class Shadow(Protocol):
+    """What stands in for a module's ``forward``.
+
+    Attributes:
+        narrows: whether it leaves something out; else it is but another way to compute the same.
+        stock: the ``forward`` that it stands in for.
+    """
+
+    narrows: bool
+    stock: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """In the place of ``forward``."""
+        ...
 
 
 class Patches:
@@ -25,6 +41,11 @@ class Patches:
         attributes = target.__dict__
         self._saved.append((attributes, name, attributes.get(name, _ABSENT)))
         attributes[name] = value
+
+    def shadow(self, module: Any, forward: Shadow) -> None:
+        """Put something in the place of a module's ``forward`` as it is now."""
+        forward.stock = module.forward
+        self.set(module, "forward", forward)
 
     def undo(self) -> None:
         """Put everything back, last change first."""

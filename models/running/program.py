@@ -11,26 +11,12 @@ from dataclasses import dataclass, replace
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.ir.intervals import Intervals, intervals_of
+from planner.ir.intervals import Intervals
 from planner.models.running.bindings import BoundLayer, BoundSite
 from planner.plan import Plan, TokenStage
 from planner.planning.selectors import H2O, parse_kv_policy
 
-__all__ = ["LayerGroup", "LayerProgram", "Program", "check_plan", "plan_key"]
-
-
-def plan_key(plan: Plan) -> tuple[object, ...]:
-    """What the plan switches, without budget, costs and provenance: equal keys run equally."""
-    return (
-        plan.layers_off,
-        *(
-            tuple(sorted((layer, tuple(kept)) for layer, kept in switches.items()))
-            for switches in (plan.heads, plan.mlp)
-        ),
-        tuple(sorted((layer, plan.mlp_switches.get(layer)) for layer in plan.mlp)),
-        plan.tokens,
-        plan.kv,
-    )
+__all__ = ["LayerGroup", "LayerProgram", "Program", "check_plan"]
 
 
 def check_plan(plan: Plan, graph: Graph) -> None:
@@ -113,11 +99,11 @@ class Program:
         Raises:
             InputError: a plan does not fit the model.
         """
-        distinct = {plan_key(plan): plan for plan in reversed(plans)}
+        distinct = {plan.key: plan for plan in reversed(plans)}
         for plan in distinct.values():
             check_plan(plan, graph)
         plans = plans[:1] if len(distinct) == 1 else plans
-        keys = tuple(plan_key(plan) for plan in plans)
+        keys = tuple(plan.key for plan in plans)
         plans = [replace(plan, tokens=_in_turn(plan.tokens)) for plan in plans]
         return Program(
             keys,
@@ -188,34 +174,24 @@ def _act(layer: BoundLayer, plan: Plan) -> LayerGroup:
     stages = tuple(stage for stage in plan.tokens if stage.layer <= index)
     if index in plan.layers_off:
         return LayerGroup((), on=False, stages=stages)
-    heads = _lanes(plan, "heads", layer.heads, index, plan.heads.get(index))
+    heads = _lanes(plan, layer.heads)
     return LayerGroup(
         (),
         heads=heads,
-        mlp=_lanes(plan, "mlp", layer.mlp, index, plan.mlp.get(index)),
+        mlp=_lanes(plan, layer.mlp),
         stages=stages,
         kv=parse_kv_policy(plan.kv) if plan.kv and heads != () else None,
     )
 
 
-def _lanes(
-    plan: Plan,
-    kind: str,
-    bound: BoundSite | None,
-    layer: int,
-    kept: tuple[int, ...] | None,
-) -> Intervals | None:
-    if kept is None or bound is None:
+def _lanes(plan: Plan, bound: BoundSite | None) -> Intervals | None:
+    """Lanes that a plan keeps of a site; None for all of them."""
+    kept = None if bound is None else plan.kept(bound.site)
+    if bound is None or kept is None or kept.everything:
         return None
     if bound.obstacle:
         raise InputError(
             f"the plan narrows {bound.site.name}, but {bound.obstacle}; load the model without "
             f"quantisation, adapters or offloading"
         )
-    site = bound.site
-    if kind == "mlp":
-        site = replace(site, switches=plan.mlp_switches[layer])
-    if len(kept) == site.switches:
-        return None
-    bounds = site.bounds
-    return tuple((bounds[start], bounds[stop]) for start, stop in intervals_of(kept))
+    return kept.lanes

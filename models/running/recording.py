@@ -47,7 +47,7 @@ def _record(
     view.record(Recorded(query, key, mask, kwargs.get("scaling")))
     # The eager function is no part of the interface: every modelling file has its own.
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    configured = view.original_config._attn_implementation
+    configured = view.attention or view.original_config._attn_implementation
     attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(configured, eager)
     return attend(module, query, key, value, mask, **kwargs)
 
@@ -55,6 +55,16 @@ def _record(
 ALL_ATTENTION_FUNCTIONS.register(RECORDING, _record)
 
 
-def recording(config: Any, record: Callable[[Recorded], None], **replaced: Any) -> ConfigView:
-    """A config under which an attention block hands what it computes with to `record`."""
-    return ConfigView(config, _attn_implementation=RECORDING, record=record, **replaced)
+def recording(
+    config: Any, record: Callable[[Recorded], None], attention: str | None = None, **replaced: Any
+) -> ConfigView:
+    """A config under which an attention block hands what it computes with to `record`.
+
+    Args:
+        config: the block's.
+        record: gets what was seen.
+        attention: the function that is called then; None for the one that the config names.
+        replaced: attributes to replace besides.
+    """
+    view = {"_attn_implementation": RECORDING, "record": record, "attention": attention}
+    return ConfigView(config, **view, **replaced)

@@ -24,38 +24,31 @@ from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from planner.ir.cost import Workload
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.models.running.bindings import bind
-from planner.models.running.executor import Executor
 from planner.models.running.kv_cache import cache_among, cache_argument
 from planner.models.running.masked import MaskedExecutor
-from planner.models.running.patches import Patches
-from planner.models.running.program import Program
+from planner.models.running.session import Session, Setting
+from planner.models.running.skipping import Ready, Skipping, session_on
 from planner.models.scheduling.insertion import Insertion, end_of_prompt
 from planner.models.scheduling.layouts import Layout, Taken
 from planner.models.scheduling.scheduler import Scheduler
-from planner.models.tokens.token_stages import Places
 from planner.plan import Plan, TokenStage
 from planner.planning.budgets import Budget
 
-__all__ = ["Masking", "Scheduled", "Skipping"]
+__all__ = ["Scheduled"]
 
 # Logits (batch, size) and limits (batch,) to what is switched on.
 Decide = Callable[[Tensor, Tensor], Taken]
 
 
-class Obeying(Protocol):
+class _Obeying(Protocol):
     """How a model is made to obey what a scheduler decided."""
 
-    def begin(self) -> None:
-        """A prompt comes; nothing is decided yet."""
-        ...
-
     def obey(self, taken: Taken) -> Any:
-        """Switch the layers to come, in the middle of the prompt's pass; what `resume` takes."""
+        """Switch the layers to come, in the middle of the prompt's pass; what `ready_for` takes."""
         ...
 
-    def resume(self, decided: Any) -> None:
-        """More tokens come after a prompt for which this was decided."""
+    def ready_for(self, decided: Any) -> Ready | None:
+        """What a pass begins with: behind a prompt what was decided, for a new one (None) all."""
         ...
 
     def close(self) -> None:
@@ -63,81 +56,64 @@ class Obeying(Protocol):
         ...
 
 
-class Skipping:
+class _Skipping:
     """Runs what is on, and nothing else.
 
     Args:
-        executor: of the model.
+        skipping: of the model.
         layout: what the switches are.
         base: token stages, the same for all samples; they come before the first switch.
-        places: where the decoder's tokens are, see `TokenStages`.
+        ready: for them.
     """
 
-    def __init__(self, executor: Executor, layout: Layout, base: Plan, places: Places) -> None:
-        self.executor = executor
-        self.layout = layout
-        self.base = base
-        self._program = executor.build(base)
-        executor.prepare()
-        executor.follow(self._program, places)
+    def __init__(self, skipping: Skipping, layout: Layout, base: Plan, ready: Ready) -> None:
+        self.skipping, self.layout, self.base, self.ready = skipping, layout, base, ready
+        skipping.prepare()
 
-    def begin(self) -> None:
-        """See `Obeying`."""
-        self.executor.resume(self._program)
+    def obey(self, taken: Taken) -> Ready:
+        return self.skipping.redirect(
+            tuple(self.layout.plan(row, self.base) for row in taken.cpu())
+        )
 
-    def obey(self, taken: Taken) -> Program:
-        """See `Obeying`."""
-        return self.executor.redirect([self.layout.plan(row, self.base) for row in taken.cpu()])
-
-    def resume(self, decided: Program) -> None:
-        """See `Obeying`."""
-        if self.executor.program is not decided:
-            self.executor.resume(decided)
+    def ready_for(self, decided: Ready | None) -> Ready:
+        return decided or self.ready
 
     def close(self) -> None:
-        """See `Obeying`."""
-        self.executor.detach()
+        pass
 
 
-class Masking:
+class _Masking:
     """Runs everything and multiplies what is off by zero: for training, and as the oracle.
+
+    Gates stay between passes: gradient checkpointing runs layers again behind one.
 
     Args:
         masked: of the model.
         layout: what the switches are.
-        executor: has dropped tokens already where there are token stages, else None.
+        ready: for the token stages; None without any.
     """
 
-    def __init__(self, masked: MaskedExecutor, layout: Layout, executor: Executor | None) -> None:
-        self.masked = masked
-        self.layout = layout
-        self.executor = executor
+    def __init__(self, masked: MaskedExecutor, layout: Layout, ready: Ready | None) -> None:
+        self.masked, self.layout, self.ready = masked, layout, ready
         self._gates = ExitStack()
 
-    def begin(self) -> None:
-        """See `Obeying`."""
-        self._gates.close()
-
     def obey(self, taken: Taken) -> Taken:
-        """See `Obeying`."""
         self._gates.enter_context(self.masked.using(self.layout.gates(taken)))
         return taken
 
-    def resume(self, decided: Taken) -> None:
-        """See `Obeying`."""
+    def ready_for(self, decided: Taken | None) -> Ready | None:
         self._gates.close()
-        self._gates.enter_context(self.masked.using(self.layout.gates(decided)))
+        if decided is not None:
+            self.obey(decided)
+        return self.ready
 
     def close(self) -> None:
-        """See `Obeying`."""
         self._gates.close()
-        if self.executor is not None:
-            self.executor.detach()
 
 
 @dataclass(eq=False)
-class _Session:
-    """One prompt, and what was decided for it."""
+class _Prompt:
+    """One prompt, and what was decided for it; its cache tells lengths without the token."""
 
     insertion: Insertion
     limits: Tensor
@@ -175,7 +151,6 @@ class Scheduled:
         scheduler: trained for it.
         mask: multiply by zero instead of skipping.
         decide: from logits and limits to what is on; by default the layout's rule.
-        executor: of the model, where one exists.
 
     Attributes:
         taken: what was switched on for the last prompt, shape (batch, size).
@@ -185,6 +160,7 @@ class Scheduled:
         limits: shape (1,) or (batch,): of the prompts to come, in the layout's measure.
         decisions: `taken` of every prompt since `attach`.
         at: shape (batch,): places of the latency token in the prompts to come; None for the end.
+        prompts: what passes over prompts begin with: token stages; None is the base model.
     """
 
     def __init__(
@@ -195,7 +171,6 @@ class Scheduled:
         *,
         mask: bool = False,
         decide: Decide | None = None,
-        executor: Executor | None = None,
     ) -> None:
         self.model = model
         self.graph = graph
@@ -205,17 +180,17 @@ class Scheduled:
         self.logits: Tensor | None = None
         self.decisions: list[Tensor] = []
         self.at: Tensor | None = None
-        self._mask = mask
         self.decide = decide
-        self._executor = executor
-        self._masked: MaskedExecutor | None = None
         self.limits = torch.tensor([self.layout.steps])
-        self._obeying: Obeying | None = None
-        self._patches = Patches()
-        self._hooks = ExitStack()
-        self._sessions: WeakKeyDictionary[Cache, tuple[_Session, _Lengths]] = WeakKeyDictionary()
-        self._current: _Session | None = None
-        self._insertion: Insertion | None = None
+        self._mask = mask
+        self._obeying: _Obeying | None = None
+        self.prompts: Ready | None = None
+        self._attached = ExitStack()
+        self._prompts: WeakKeyDictionary[Cache, tuple[_Prompt, _Lengths]] = WeakKeyDictionary()
+        # Of the decoder's pass that is made: its prompt, which is being read or was before.
+        self._current: _Prompt | None = None
+        self._is_read = False
+        self._lengths: _Lengths | None = None
 
     @contextmanager
     def using(
@@ -276,25 +251,26 @@ class Scheduled:
         self.layout = layout or self.scheduler.layout
         self.limits = limits
         self.decisions = []
-        self._obeying = self._make_obeying(base or self.base())
-        decoder = cast(Any, self.model).get_decoder()
-        self._stock = decoder.forward
-        self._names = list(inspect.signature(self._stock).parameters)
-        self._cache_argument = cache_argument(self._stock)
-        self._decoder = decoder
-        self._patches.set(decoder, "forward", self._forward)
-        last = bind(self.model, self.graph)[self.layout.first - 1].module
-        hook = last.register_forward_hook(self._after_last)
-        self._hooks.callback(hook.remove)
+        known = Session.of(self.model)
+        is_new = known is None or known.implementation is None
+        session = session_on(self.model, self.graph)
+        if is_new:
+            self._attached.callback(session.close)
+        skipping = session.implementation
+        self._obeying = self._make_obeying(session, base or self.base())
+        self._attached.callback(self._obeying.close)
+        self._decoder: Any = cast(Any, session.model).get_decoder()
+        self._names = list(inspect.signature(type(self._decoder).forward).parameters)[1:]
+        self._cache_argument = cache_argument(type(self._decoder).forward)
+        last = session.layers[self.layout.first - 1].module
+        self._attached.callback(last.register_forward_hook(self._after_last).remove)
+        skipping.decider = self
+        self._attached.callback(setattr, skipping, "decider", None)
 
     def detach(self) -> None:
         """Give the model back as it was."""
-        self._hooks.close()
-        self._patches.undo()
-        if self._obeying is not None:
-            self._obeying.close()
-        self._obeying = None
-        self._current = None
+        self._attached.close()
+        self._obeying = self.prompts = self._current = None
 
     def plans(self, base: Plan | None = None) -> list[Plan]:
         """What was decided for the last prompt, a plan per sample."""
@@ -302,30 +278,34 @@ class Scheduled:
             raise InputError("the scheduler has not seen a prompt yet")
         return [self.layout.plan(row, base or self.base()) for row in self.taken.bool().cpu()]
 
-    def _make_obeying(self, base: Plan) -> Obeying:
-        if self._executor is None and (base.tokens or not self._mask):
-            self._executor = Executor(self.model, self.graph)
+    def _make_obeying(self, session: Session, base: Plan) -> _Obeying:
+        skipping = session.implementation
+        if base.tokens or not self._mask:
+            self.prompts = skipping.ready_always(session.program_of(Setting((base,))), self._places)
         if self._mask:
-            if self._masked is None:
-                self._masked = MaskedExecutor(self.model, self.graph)
-            drops = self._executor if base.tokens else None
-            if drops is not None:
-                drops.follow(drops.build(base), self._places)
-            return Masking(self._masked, self.layout, drops)
-        assert self._executor is not None
-        return Skipping(self._executor, self.layout, base, self._places)
+            return _Masking(MaskedExecutor(self.model, self.graph), self.layout, self.prompts)
+        assert self.prompts is not None
+        return _Skipping(skipping, self.layout, base, self.prompts)
 
     @property
     def kept_image_tokens(self) -> dict[int, list[int]]:
-        """As of `Executor`; known while prompts are scheduled."""
-        return {} if self._executor is None else self._executor.kept_image_tokens
+        """As `planner.kept_image_tokens`; known while prompts are scheduled."""
+        return {} if self.prompts is None else self.prompts.kept_image_tokens
 
-    # -- in the place of the decoder's forward -----------------------------------------------------
+    # -- around passes, see `planner.models.running.skipping.Decider` ------------------------------
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the stock decoder, on one token more."""
+    def ready_for(self, kwargs: dict[str, Any]) -> Ready | None:
+        """What a pass begins with: what was decided for its cache, everything for a new prompt."""
         assert self._obeying is not None
-        kwargs.update(zip(self._names, args))
+        cache = cache_among(kwargs)
+        known = None if cache is None else self._prompts.get(cache)
+        return self._obeying.ready_for(None if known is None else known[0].decided)
+
+    def enter(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The decoder's arguments, on one token more."""
+        kwargs = kwargs | dict(zip(self._names, args))
         if kwargs.get("inputs_embeds") is None:
             kwargs["inputs_embeds"] = self._decoder.get_input_embeddings()(kwargs["input_ids"])
         kwargs["input_ids"] = None
@@ -335,28 +315,30 @@ class Scheduled:
         if cache is not None:
             kwargs.pop("past_key_values", None)
             kwargs[self._cache_argument] = cache
-        known = None if cache is None else self._sessions.get(cache)
+        known = None if cache is None else self._prompts.get(cache)
+        self._is_read = known is not None
+        self._current = prompt = self._begin(kwargs, cache) if known is None else known[0]
         if known is None:
-            session = self._begin(kwargs, cache)
-            run = self._prompt
+            self._with_prompt(prompt, kwargs)
         else:
-            session = known[0]
-            self._obeying.resume(session.decided)
-            run = self._more
-        length = None if cache is None else self._sessions[cache][1]
-        try:
-            self._insertion = session.insertion
-            self._current = session if known is None else None
-            if length is not None:
-                length.inside = True
-            return run(session, kwargs, cache)
-        finally:
-            self._current = None
-            if length is not None:
-                length.inside = False
+            assert cache is not None
+            self._with_more(prompt, kwargs, cache)
+        self._lengths = None if cache is None else self._prompts[cache][1]
+        if self._lengths is not None:
+            self._lengths.inside = True
+        return (), kwargs
 
-    def _begin(self, kwargs: dict[str, Any], cache: Cache | None) -> _Session:
-        assert self._obeying is not None
+    def leave(self, output: Any) -> Any:
+        """The decoder's output as if without the token."""
+        prompt, is_read, lengths = self._current, self._is_read, self._lengths
+        self._current = self._lengths = None
+        if lengths is not None:
+            lengths.inside = False
+        if output is not None and prompt is not None and not is_read:
+            output.last_hidden_state = prompt.insertion.out_of(output.last_hidden_state)
+        return output
+
+    def _begin(self, kwargs: dict[str, Any], cache: Cache | None) -> _Prompt:
         hidden = kwargs["inputs_embeds"]
         batch, tokens = hidden.shape[:2]
         if cache is not None and cache.get_seq_length():
@@ -373,47 +355,43 @@ class Scheduled:
         if at is None:
             at = end_of_prompt(kwargs.get("attention_mask"), batch, tokens, hidden.device)
         limits = self.limits.to(hidden.device).repeat_interleave(copies)
-        session = _Session(Insertion(at.to(hidden.device)), limits)
+        prompt = _Prompt(Insertion(at.to(hidden.device)), limits)
         if cache is not None:
-            self._sessions[cache] = (session, _Lengths(cache))
-        self._obeying.begin()
-        return session
+            self._prompts[cache] = (prompt, _Lengths(cache))
+        return prompt
 
     def _places(self, known: Tensor, value: bool) -> Tensor:
-        assert self._insertion is not None
-        return self._insertion.into_known(known, value)
+        assert self._current is not None
+        return self._current.insertion.into_known(known, value)
 
-    def _prompt(self, session: _Session, kwargs: dict[str, Any], cache: Cache | None) -> Any:
-        insertion = session.insertion
-        token = self.scheduler.token(session.limits, self.layout.steps)
+    def _with_prompt(self, prompt: _Prompt, kwargs: dict[str, Any]) -> None:
+        """Put the token into a prompt's arguments."""
+        insertion = prompt.insertion
+        token = self.scheduler.token(prompt.limits, self.layout.steps)
         kwargs["inputs_embeds"] = insertion.into_hidden(kwargs["inputs_embeds"], token)
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = insertion.into_positions(kwargs["position_ids"])
         kwargs["attention_mask"] = _with_token(insertion, kwargs.get("attention_mask"))
-        output = self._stock(**kwargs)
-        output.last_hidden_state = insertion.out_of(output.last_hidden_state)
-        return output
 
-    def _more(self, session: _Session, kwargs: dict[str, Any], cache: Cache | None) -> Any:
-        assert cache is not None
+    def _with_more(self, prompt: _Prompt, kwargs: dict[str, Any], cache: Cache) -> None:
+        """Count the token that the cache holds in the arguments of what follows."""
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = kwargs["position_ids"] + 1
-        seen = cache.get_seq_length() + kwargs["inputs_embeds"].shape[1]
+        # The decoder has not begun: lengths are told without the token.
+        seen = cache.get_seq_length() + 1 + kwargs["inputs_embeds"].shape[1]
         mask = kwargs.get("attention_mask")
-        kwargs["attention_mask"] = _with_token(session.insertion, mask, seen)
-        return self._stock(**kwargs)
+        kwargs["attention_mask"] = _with_token(prompt.insertion, mask, seen)
 
     def _after_last(self, _: nn.Module, args: Any, output: Tensor) -> None:
         """After the last layer that always runs: decide."""
-        session = self._current
-        if session is None or self._obeying is None:
+        prompt = self._current
+        if prompt is None or self._is_read or self._obeying is None:
             return
-        self._current = None
-        self.logits = self.scheduler(session.insertion.take(output))
-        self.taken = (self.decide or self.layout.decide)(self.logits, session.limits)
+        self.logits = self.scheduler(prompt.insertion.take(output))
+        self.taken = (self.decide or self.layout.decide)(self.logits, prompt.limits)
         if not self.taken.requires_grad:
             self.decisions.append(self.taken.cpu())
-        session.decided = self._obeying.obey(self.taken)
+        prompt.decided = self._obeying.obey(self.taken)
 
 
 def _with_token(insertion: Insertion, mask: Any, seen: int | None = None) -> Any:

@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from planner.ir.errors import InputError
-from planner.ir.graph import Graph
-from planner.models.running.call import Call, Record
+from planner.models.running.forward_pass import Call, Record
 from planner.models.running.program import LayerGroup, Program
 from planner.models.tokens.kept_tokens import Kept, gather, scatter
 from planner.models.tokens.selectors import DecoderInputs, mark_tokens, select_tokens
@@ -30,22 +28,28 @@ class TokenStages:
 
     Args:
         model: the whole model; its arguments say where images are.
-        graph: its Graph.
         program: what is active.
+        visions: gives the vision stage of a selector.
         places: carries what is known of the model's tokens, shape (batch, tokens), over to the
             tokens that the decoder gets, with the given value for those in addition.
 
     Attributes:
+        vision: the stage in front of the projector; None without one.
         recorded: layers whose attention some selector scores tokens by.
         kept: layer of a stage -> image tokens of the last prompt that were left behind it, by row
             of its batch, shape (batch,).
+        arguments: of the whole model, in this pass; empty where only the decoder was called.
 
     Raises:
         InputError: a stage cannot be carried out on this model.
     """
 
     def __init__(
-        self, model: nn.Module, graph: Graph, program: Program, places: Places | None = None
+        self,
+        model: nn.Module,
+        program: Program,
+        visions: Callable[[VisionSelector], VisionStage],
+        places: Places | None = None,
     ) -> None:
         self.program = program
         self._places = places or (lambda known, value: known)
@@ -67,27 +71,13 @@ class TokenStages:
                 self.selectors[stage] = selector
                 if Needs.QUERY_KEY in selector.needs:
                     self.recorded.update(program.scored_by(stage))
-        # Hooks come last: nothing is left behind where a stage is refused.
-        self._vision = None if vision is None else VisionStage(model, graph, vision)
+        self.vision = None if vision is None else visions(vision)
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
-        self._arguments: dict[str, Any] = {}
-        self._hooks: list[RemovableHandle] = [
-            model.register_forward_pre_hook(self._remember, with_kwargs=True),
-            model.register_forward_hook(self._forget, always_call=True),
-        ]
+        self.arguments: dict[str, Any] = {}
 
-    def close(self) -> None:
-        """Remove the hooks."""
-        for hook in self._hooks:
-            hook.remove()
-        if self._vision is not None:
-            self._vision.close()
-
-    def _remember(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._arguments = dict(zip(self._names, args)) | kwargs
-
-    def _forget(self, *_: Any) -> None:
-        self._arguments = {}
+    def remember(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what the whole model was called with."""
+        self.arguments = dict(zip(self._names, args)) | kwargs
 
     @torch.compiler.disable
     def enter(self, call: Call, hidden: Tensor) -> Tensor:
@@ -103,7 +93,7 @@ class TokenStages:
         Raises:
             InputError: there is no image, or no telling where.
         """
-        ids, image = self._arguments.get("input_ids"), None
+        ids, image = self.arguments.get("input_ids"), None
         if ids is not None:
             image = ids.to(hidden.device) == self._image_token
             # Masks cover all tokens from the first on, ids just those of this pass.
@@ -128,10 +118,10 @@ class TokenStages:
                     "leave it out, or use a plan without token stages"
                 )
             call.cache[0].ends_in_image = bool(image[:, -1].any())
-        mask = self._arguments.get("attention_mask")
+        mask = self.arguments.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():
             call.valid = self._places(mask.to(hidden.device).bool(), True)
-        if self._vision is not None and call.image is not None:
+        if self.vision is not None and call.image is not None:
             call.unwanted = image & (hidden == torch.inf).all(-1)
             hidden = hidden.masked_fill(call.unwanted[:, :, None], 0)
         for selector in self.selectors.values():

@@ -9,17 +9,17 @@ between (tiles put together, line ends added) moves marks and features alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.models.running.patches import Patches
 from planner.models.tokens.selectors import TowerAttention, VisionInputs, select_features
 from planner.planning.selectors import Needs, VisionSelector
 
@@ -46,6 +46,14 @@ def places(indices: Tensor, patches: int) -> Tensor:
     )
 
 
+class _Local(threading.local):
+    """Where one thread is: what the tower has computed, and what was picked for the projector."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Tensor] = {}
+        self.picked: tuple[Any, int] | None = None
+
+
 class VisionStage:
     """Runs a vision selector between a stock model's vision tower and its projector.
 
@@ -53,21 +61,29 @@ class VisionStage:
         model: a stock image-text model.
         graph: its Graph, which says where tower and projector are.
         selector: what picks.
+        is_active: asked whether this stage is to work now. Images may be encoded ahead of the
+            model's forward pass, so that it is asked wherever the projector runs.
 
     Raises:
         InputError: the model has no tower and projector that the selector can work with.
     """
 
-    def __init__(self, model: nn.Module, graph: Graph, selector: VisionSelector) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        selector: VisionSelector,
+        is_active: Callable[[VisionStage], bool],
+    ) -> None:
         if Needs.TEXT_EMBEDDING in selector.needs:
             raise InputError(
                 f"{selector.name} compares patches with the prompt in CLIP's joint space, and "
                 f"{type(model).__name__} has no text tower of CLIP"
             )
         self.selector = selector
-        self._seen: dict[str, Tensor] = {}
+        self._is_active = is_active
+        self._local = _Local()
         self._heads: dict[int, int] = {}
-        self._hooks: list[RemovableHandle] = []
         projector, source = _projector(graph)
         watched = {"features": source}
         attention = sorted(
@@ -83,60 +99,73 @@ class VisionStage:
                 )
             self._heads[index] = attention[index].integer("heads")
             watched |= {f"query {index}": query.module, f"key {index}": key.module}
-        for what, path in watched.items():
-            self._watch(model, what, path)
+        self._hooks = [
+            model.get_submodule(path).register_forward_hook(partial(self._keep, what))
+            for what, path in watched.items()
+        ]
         module = model.get_submodule(projector)
-        self._stock: Any = module.forward
-        self._patches = Patches()
-        self._patches.set(module, "forward", self._project)
+        self._hooks += [
+            module.register_forward_pre_hook(self._pick, with_kwargs=True),
+            module.register_forward_hook(self._put_back),
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy of the model: without what threads are at."""
+        return self.__dict__ | {"_local": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _local=_Local())
 
     def close(self) -> None:
         """Give the model back as it was."""
-        self._patches.undo()
-        for hook in self._hooks:
-            hook.remove()
+        while self._hooks:
+            self._hooks.pop().remove()
 
-    def _watch(self, model: nn.Module, what: str, path: str) -> None:
+    def _keep(self, what: str, _: nn.Module, args: Any, output: Any) -> None:
         """Keep the last output of a module."""
+        if self._is_active(self):
+            self._local.seen[what] = output if isinstance(output, Tensor) else output[0]
 
-        def keep(_: nn.Module, args: Any, output: Any) -> None:
-            self._seen[what] = output if isinstance(output, Tensor) else output[0]
-
-        self._hooks.append(model.get_submodule(path).register_forward_hook(keep))
-
-    def _project(self, features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Stands in for the projector: shape (runs, patches, width) to (runs, patches, out)."""
+    def _pick(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Before the projector, of shape (runs, patches, width): the features that are left."""
+        self._local.picked = None
+        if not self._is_active(self):
+            return None
+        features, *rest = args
         selection = select_features(self.selector, self._inputs(features))
-        self._seen.clear()
-        left = torch.cat(selection.features)
-        projected = self._stock(left[None], *args, **kwargs)
-        if not isinstance(projected, Tensor) or projected.shape[:2] != (1, len(left)):
+        self._local.seen.clear()
+        self._local.picked = selection, features.shape[1]
+        return (torch.cat(selection.features)[None], *rest), kwargs
+
+    def _put_back(self, _: nn.Module, args: Any, projected: Any) -> Any:
+        """Behind it: (1, left, out) as (runs, patches, out), each at its place."""
+        if self._local.picked is None:
+            return projected
+        (selection, patches), self._local.picked = self._local.picked, None
+        counts = [len(indices) for indices in selection.indices]
+        if not isinstance(projected, Tensor) or projected.shape[:2] != (1, sum(counts)):
             raise InputError(
                 f"{self.selector.name} picks patches, and this projector merges neighbouring ones; "
                 f"use a selector that works in the decoder, such as fastv"
             )
-        runs, patches = features.shape[:2]
-        most = max(len(indices) for indices in selection.indices)
-        if most > patches:
+        if max(counts) > patches:
             raise InputError(
-                f"{self.selector} makes {most} tokens of an image's {patches}; ask for fewer"
+                f"{self.selector} makes {max(counts)} tokens of an image's {patches}; ask for fewer"
             )
-        output = projected.new_full((runs, patches, projected.shape[-1]), torch.inf)
-        for run, (indices, part) in enumerate(
-            zip(selection.indices, projected[0].split([len(i) for i in selection.indices]))
-        ):
+        output = projected.new_full((len(counts), patches, projected.shape[-1]), torch.inf)
+        for run, (indices, part) in enumerate(zip(selection.indices, projected[0].split(counts))):
             output[run, places(indices, patches)] = part
         return output
 
     def _inputs(self, features: Tensor) -> VisionInputs:
         patches = features.shape[1]
-        whole = self._seen["features"]
+        whole = self._local.seen["features"]
         # A CLS token is the one token more that the tower has, in front.
         if whole.shape[1] != patches + 1:
             return VisionInputs(features)
         tower = {}
         for index, heads in self._heads.items():
-            query, key = self._seen[f"query {index}"], self._seen[f"key {index}"]
+            query, key = self._local.seen[f"query {index}"], self._local.seen[f"key {index}"]
             tower[index] = TowerAttention(query[:, 0], key, heads)
         return VisionInputs(features, whole[:, 0], tower)
 

@@ -1,32 +1,41 @@
 """The torch.compile backend: a stock model obeys plans inside a compiled graph.
 
     model = torch.compile(model, backend="planner", options={"budget": 0.65})
-    planner.set_budget(model, 0.5)  # data, not code: nothing is compiled again
+    planner.budget(model, 0.5)  # data, not code: nothing is compiled again
 
 Enters: a graph that TorchDynamo captured. Its blocks are found through the sites of the model's
 own Graph, lowered as ``planner compile`` does (`blocks`), and rewritten into planner's custom ops
-(`rewriting`); which units survive is read from buffers that belong to the model (`board`). What is
-left goes to inductor, and so does the graph as it was: that one runs while plans leave nothing out.
-Graphs without a block that planner knows are inductor's alone.
+(`rewriting`); which units survive are tensors that the graph is given at every call, those of the
+plan that holds where the call is made (`plan_tensors`). What is left goes to inductor, and so does
+the graph as it was: that one runs while plans leave nothing out. Graphs without a block that
+planner knows are inductor's alone.
+
+    options       what torch.compile's ``options`` may hold
+    owner         whose parameters a graph reads
+    blocks        attention blocks and MLPs of a captured graph
+    rewriting     blocks -> planner's ops
+    plan_tensors  plans as tensors
 """
 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
+from torch._guards import detect_fake_mode
+from torch.utils.weak import WeakIdKeyDictionary
 
-from planner.backend.board import Board, board_of, forget_boards
 from planner.backend.options import Options
-from planner.backend.owner import language_model, owner_of
-from planner.backend.rewriting import rewritten
-from planner.ir.errors import InputError
+from planner.backend.owner import owner_of
+from planner.backend.plan_tensors import PlanTensors, adopted, forget
+from planner.backend.rewriting import Rewritten, rewritten
 from planner.ir.lowering import NotLowered
-from planner.plan import Plan
+from planner.models.running.session import Session
 
-__all__ = ["compile_graph", "set_budget"]
+__all__ = ["compile_graph"]
 
 _log = logging.getLogger("planner")
 _told: set[str] = set()
@@ -48,73 +57,128 @@ def compile_graph(
         mode: of ``torch.compile``; inductor's.
 
     Raises:
-        InputError: an unknown option, or a budget that cannot be met.
+        InputError: an unknown option, a budget that cannot be met, or a model that
+            `planner.compile` has.
     """
     chosen = Options.parse(options, mode)
     compiler: Callable[..., Callable[..., Any]] = chosen.inner_compiler()
-    model = owner_of(graph_module, example_inputs)
-    if model is None:
-        if any(isinstance(value, nn.Parameter) for value in example_inputs):
-            _tell_once("a graph belongs to no language model of transformers; inductor compiles it")
-    elif _adopted(board := board_of(model), model, chosen):
-        narrowed, notes = rewritten(graph_module, example_inputs, board)
-        for note in notes:
+    parameters = {
+        number: value for number, value in enumerate(example_inputs) if _is_parameter(value)
+    }
+    model = owner_of([*parameters.values(), *graph_module.parameters()])
+    session = None
+    if model is not None:
+        session = _adopted(model, chosen)
+    elif parameters:
+        _tell_once("a graph belongs to no language model of transformers; inductor compiles it")
+    if session is not None:
+        found, masked, dense = rewritten(graph_module, example_inputs, session.implementation)
+        for note in (*masked, *dense):
             _tell_once(note)
-        if narrowed is not None:
-            return _by_board(
-                board, compiler(graph_module, example_inputs), compiler(narrowed, example_inputs)
-            )
+        if dense:
+            # Better no plan than one that is obeyed in part.
+            session.obstacle = dense[0]
+            session.begin_anew(None)
+        elif found is not None:
+            compiled = compiler(graph_module, example_inputs)
+            tensors = _examples(found, session, example_inputs)
+            narrowed = compiler(found.graph, [*example_inputs, *tensors])
+            owned = [number for number, value in parameters.items() if _owns(model, value)]
+            place = owned[0] if owned else None
+            return _by_plan(session, chosen, compiled, narrowed, found, place)
     return compiler(graph_module, example_inputs)
 
 
-def set_budget(model: nn.Module, value: Any) -> tuple[Plan, ...]:
-    """Make a model compiled with ``backend="planner"`` obey another budget; compiles nothing.
+def _is_parameter(value: Any) -> bool:
+    return isinstance(value, nn.Parameter)
+
+
+def _owns(model: nn.Module | None, value: Any) -> bool:
+    return model is not None and any(value is parameter for parameter in model.parameters())
+
+
+def _examples(found: Rewritten, session: Session, example_inputs: Sequence[Any]) -> list[Any]:
+    """What a rewritten graph is compiled with, in addition to what it was captured with."""
+    program = session.program
+    assert program is not None
+    tensors: list[Any] = session.implementation.of(program, found.tensors)
+    fake = detect_fake_mode(example_inputs)
+    if fake is None:
+        return tensors
+    examples = [fake.from_tensor(tensor, static_shapes=True) for tensor in tensors]
+    nodes = [node for node in found.graph.graph.nodes if node.op == "placeholder"]
+    for node, example in zip(nodes[-len(examples) :], examples, strict=True):
+        node.meta["example_value"] = example
+    return examples
+
+
+def _by_plan(
+    session: Session,
+    options: Options,
+    dense: Callable[..., Any],
+    narrowed: Callable[..., Any],
+    found: Rewritten,
+    place: int | None,
+) -> Callable[..., Any]:
+    """What runs instead of a captured graph: which of two graphs is known without a device.
 
     Args:
-        model: what ``torch.compile`` was given or gave back.
-        value: a budget as in `planner.compile`, a Plan, or a list of Plans, one per sample, where
-            the option ``samples`` says how many a batch has.
-
-    Returns:
-        The plans obeyed from now on. Empty before the model is first called, since only that call
-        knows the options; the value is then taken up by it.
-
-    Raises:
-        InputError: for a bad budget or plan; what was obeyed before still is.
+        session: of the model that the graph was captured from.
+        options: that other models of its class are adopted with, when they share the graph.
+        dense: the graph as it was.
+        narrowed: the one that obeys plans.
+        found: says which tensors it is given.
+        place: where among its inputs a parameter says whose call this is; None where the graph
+            holds the parameters of one model.
     """
-    known = language_model(model)
-    if known is None:
-        raise InputError(
-            f"this {type(model).__name__} holds no language model of transformers: "
-            "it has nothing to budget"
-        )
-    return board_of(known).ask(value)
-
-
-def _by_board(
-    board: Board, dense: Callable[..., Any], narrowed: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Which of two compiled graphs runs is asked at every call, and needs no device to answer."""
+    first = weakref.ref(session)
+    sessions: Any = WeakIdKeyDictionary()
 
     def run(*inputs: Any) -> Any:
-        return dense(*inputs) if board.dense else narrowed(*inputs)
+        mine = first() if place is None else _session_of(inputs[place], sessions, options)
+        plans = None if mine is None else mine.implementation
+        if mine is None or not isinstance(plans, PlanTensors):
+            return dense(*inputs)
+        program = mine.program
+        if program is None or plans.is_dense(program):
+            return dense(*inputs)
+        return narrowed(*inputs, *plans.of(program, found.tensors))
 
     return run
 
 
-def _adopted(board: Board, model: nn.Module, options: Options) -> bool:
-    """Whether the model can be lowered; plans are made then."""
+def _session_of(parameter: nn.Parameter, sessions: Any, options: Options) -> Session | None:
+    """The session of the model that a parameter belongs to; None where it was restored."""
+    known = sessions.get(parameter)
+    session: Session | None = None if known is None else known()
+    if session is not None and session.model.__dict__.get("_planner_session") is session:
+        return session
+    model = owner_of([parameter])
+    if model is None:
+        return None
+    session = Session.of(model)
+    if known is None and (session is None or session.implementation is None):
+        session = _adopted(model, options)
+    sessions[parameter] = weakref.ref(session) if session is not None else _nothing
+    return session
+
+
+def _nothing() -> None:
+    """Stands for the session of a model that cannot be lowered."""
+
+
+def _adopted(model: nn.Module, options: Options) -> Session | None:
+    """The session of a model that plans are made for; None where it cannot be lowered."""
     try:
-        board.adopt(model, options)
+        return adopted(model, options)
     except NotLowered as why:
         _tell_once(f"{type(model).__name__} runs dense: {why}")
-        return False
-    return True
+        return None
 
 
 def _reset() -> None:
     """What ``torch.compiler.reset()`` calls: options, budgets and what was told are forgotten."""
-    forget_boards()
+    forget()
     _told.clear()
 
 

@@ -1,4 +1,4 @@
-"""Rewriting: blocks of a captured graph become planner's ops, which read a model's board.
+"""Rewriting: blocks of a captured graph become planner's ops, which read a plan's tensors.
 
 Products of projections compute the rows of surviving heads; attention, output projections and both
 halves of an MLP read survivors alone. Norms, rotations, caches and residual additions stay as they
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,47 +27,56 @@ from planner.backend.blocks import (
     match_mlp,
     value_of,
 )
-from planner.backend.board import Board
+from planner.backend.plan_tensors import PlanTensor, PlanTensors
 from planner.kernels.choice import Kernels, with_triton
 from planner.kernels.ops import attend, project_columns, project_rows, project_up
 from planner.kernels.ops.registration import Op
 from planner.kernels.survivors import Survivors, neuron_width
 from planner.models.running.bindings import BoundSite
 
-__all__ = ["rewritten"]
+__all__ = ["Rewritten", "rewritten"]
 
 
-# TorchDynamo's own note, on its graphs, of where their tensors come from.
-_SOURCES = "_param_name_to_source"
+@dataclass(frozen=True, eq=False)
+class Rewritten:
+    """A captured graph that obeys plans.
+
+    Attributes:
+        graph: takes the inputs of the captured one, and then the tensors of a plan.
+        tensors: which ones.
+    """
+
+    graph: fx.GraphModule
+    tensors: tuple[PlanTensor, ...]
 
 
 def rewritten(
-    graph_module: fx.GraphModule, example_inputs: Sequence[Any], board: Board
-) -> tuple[fx.GraphModule | None, list[str]]:
-    """A captured graph that obeys a model's board.
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], plans: PlanTensors
+) -> tuple[Rewritten | None, list[str], list[str]]:
+    """A captured graph as one that obeys plans.
 
     Args:
         graph_module: as TorchDynamo captured it, of the whole model or any part of it; left as it
             is.
         example_inputs: what it was captured with.
-        board: of the model.
+        plans: of the model.
 
     Returns:
-        The graph, None where it has nothing to obey; and what is not skipped though plans say so,
-        and why, one sentence each.
+        The graph, None where it has nothing to obey; what is computed though plans leave it out,
+        and masked; and what cannot even be masked; and why, one sentence each.
     """
     graph_module = _copied(graph_module)
     linears = Linears(graph_module, example_inputs)
-    rewriter = _Rewriter(graph_module, board)
-    notes: list[str] = []
-    for layer in board.layers:
+    rewriter = _Rewriter(graph_module)
+    masked, dense = [], []
+    for layer in plans.session.layers:
         for site in (layer.heads, layer.mlp):
-            if site is None or not board.switches(site):
+            if site is None or not plans.has(site):
                 continue
             sink = linears.find(site.sink)
             if sink is None:
                 if linears.holds(site.sink):
-                    notes.append(f"{site.site.module} runs dense: it has no one last product")
+                    dense.append(f"{site.site.module} runs dense: it has no one last product")
                 continue
             try:
                 if site.site.kind == "heads":
@@ -75,21 +85,21 @@ def rewritten(
                     rewriter.mlp(site, sink, match_mlp(site, sink, linears))
             except Unmatched as why:
                 rewriter.mask(site, sink)
-                notes.append(f"{site.site.module} is masked, which saves no time: {why}")
-    if not rewriter.buffers:
-        return None, notes
+                masked.append(f"{site.site.module} is masked, which saves no time: {why}")
+    if not rewriter.inputs:
+        return None, masked, dense
     graph_module.graph.lint()
     graph_module.recompile()
-    return graph_module, notes
+    return Rewritten(graph_module, tuple(rewriter.inputs)), masked, dense
 
 
 def _copied(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Another graph that reads the same parameters."""
     copied = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
     copied.meta = dict(graph_module.meta)
-    # Where inputs and parameters come from, as TorchDynamo notes it for inductor.
-    if hasattr(graph_module, _SOURCES):
-        setattr(copied, _SOURCES, dict(getattr(graph_module, _SOURCES)))
+    # Where parameters and inputs come from, as TorchDynamo notes it for inductor.
+    if hasattr(graph_module, "_param_name_to_source"):
+        copied._param_name_to_source = graph_module._param_name_to_source
     for node, other in zip(graph_module.graph.nodes, copied.graph.nodes, strict=True):
         if hasattr(node, "_dynamo_source"):
             other._dynamo_source = node._dynamo_source
@@ -97,11 +107,12 @@ def _copied(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 class _Rewriter:
-    """Inserts ops, and the buffers they read, into one graph."""
+    """Inserts ops, and the tensors of plans that they read, into one graph."""
 
-    def __init__(self, graph_module: fx.GraphModule, board: Board) -> None:
-        self.module, self.graph, self.board = graph_module, graph_module.graph, board
-        self.buffers: set[str] = set()
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self.graph = graph_module.graph
+        # What stands for each tensor, in the order of the graph's inputs.
+        self.inputs: dict[PlanTensor, fx.Node] = {}
         self.triton = False
 
     def attention(self, site: BoundSite, sink: Product, block: Attention) -> None:
@@ -153,7 +164,7 @@ class _Rewriter:
 
     def mask(self, site: BoundSite, sink: Product) -> None:
         """Everything is computed, and what does not survive is multiplied by zero."""
-        mask = self._buffer(f"{site.site.name}.mask", self.board.mask(site, value_of(sink.weight)))
+        mask = self._input("mask", site, value_of(sink.weight))
         with self.graph.inserting_before(sink.node):
             masked = self.graph.call_function(operator.mul, (sink.x, mask))
             product = self.graph.call_function(
@@ -168,9 +179,8 @@ class _Rewriter:
         """With the bias of the last linear, unless the layer is off."""
         if sink.bias is None:
             return product
-        on = self.board.on(site.site.layer, value_of(sink.weight))
-        flag = self._buffer(f"layer.{site.site.layer}.on", on)
-        bias = self.graph.call_function(operator.mul, (sink.bias, flag))
+        on = self._input("on", site, value_of(sink.weight))
+        bias = self.graph.call_function(operator.mul, (sink.bias, on))
         return self.graph.call_function(operator.add, (product, bias))
 
     def _call(self, op: Op, *inputs: Any) -> fx.Node:
@@ -179,24 +189,26 @@ class _Rewriter:
 
     def _survivors(self, site: BoundSite, sink: Product) -> Survivors:
         """Survivors of a site, whose tensors are nodes."""
-        device = value_of(sink.weight).device
-        self.triton = with_triton(Kernels.AUTO, device)
-        tensors = self.board.survivors(site, device)
-        nodes: Any = {n: self._buffer(f"{site.site.name}.{n}", t) for n, t in tensors.items()}
-        width = neuron_width(site.site.lanes) if site.site.kind == "mlp" else 1
-        return Survivors(nodes["units"], nodes["counts"], width, nodes.get("lanes"))
+        like = value_of(sink.weight)
+        self.triton = with_triton(Kernels.AUTO, like.device)
+        units, counts = self._input("units", site, like), self._input("counts", site, like)
+        is_mlp = site.site.kind == "mlp"
+        width = neuron_width(site.site.lanes) if is_mlp else 1
+        lanes = self._input("lanes", site, like) if is_mlp else None
+        nodes: Any = (units, counts, width, lanes)
+        return Survivors(*nodes)
 
-    def _buffer(self, name: str, tensor: Tensor) -> fx.Node:
-        """A node that reads one of the board's tensors."""
-        name = "planner_" + name.replace(".", "_")
-        if name not in self.buffers:
-            self.buffers.add(name)
-            self.module.register_buffer(name, tensor)
-            sources = getattr(self.module, _SOURCES, None)
-            if sources is not None:
-                sources[name] = ConstantSource(name)
-        with self.graph.inserting_before(next(iter(self.graph.nodes))):
-            return self.graph.get_attr(name)
+    def _input(self, kind: str, site: BoundSite, like: Tensor) -> fx.Node:
+        """An input of the graph that stands for a plan's tensor."""
+        dtype = like.dtype if kind in ("mask", "on") else None
+        wanted = PlanTensor(kind, site.site.layer, site.site.kind, like.device, dtype)
+        if wanted not in self.inputs:
+            last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+            with self.graph.inserting_after(last):
+                node = self.graph.placeholder(f"plan_{kind}_{site.site.kind}_{site.site.layer}")
+            node._dynamo_source = ConstantSource(node.name)
+            self.inputs[wanted] = node
+        return self.inputs[wanted]
 
     def _rows(self, parameter: fx.Node, rows: slice) -> fx.Node:
         """Rows of a parameter; of all of them the parameter itself."""

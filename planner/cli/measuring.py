@@ -59,7 +59,8 @@ def measure(
     batch, length = inputs["input_ids"].shape
     image_tokens = count_image_tokens(model, inputs)
     load = {"image_tokens": image_tokens, "text_tokens": length - image_tokens}
-    how = {"switches": switches, "new_tokens": decode, "batch": batch, **load}
+    how: dict[str, Any] = {"switches": switches, "new_tokens": decode, "batch": batch, **load}
+    how["freeze"] = True
     compile_model(model, 1.0, **how)
     try:
         _check_parity(model, inputs)

@@ -158,7 +158,7 @@ def _run_planned(
         request = replace(request, switches=",".join(axes))
     update("compile")
     options = {name: value for name, value in vars(request).items() if name not in _OF_THE_MODEL}
-    compile_model(model, request.budget, plan=plan, **options)
+    compile_model(model, request.budget, plan=plan, freeze=True, **options)
     update("generate")
     facts = _generate(model, processor, inputs, request.new_tokens)
     kept = {layer: counts[0] for layer, counts in kept_image_tokens(model).items()}

@@ -16,7 +16,7 @@ from planner.ir.cost.flops import (
 )
 from planner.ir.lowering import lower_config, lower_model
 from planner.ir.passes import NarrowTokens, Specialise
-from planner.models.running.executor import Executor
+from planner.models.running.skipping import session_on
 from planner.plan import Plan, TokenStage
 from planner.planning.switches import with_switches
 
@@ -105,13 +105,13 @@ def plans_of(name, graph, image_tokens):
 def test_under_a_plan_to_the_last_flop(name, batch):
     family, graph = prepared(name)
     workload = workload_of(family, graph, batch)
-    executor = Executor(family.model, graph)
+    session = session_on(family.model, graph)
     base = predicted(graph, workload, NEW_TOKENS)
     for plan in plans_of(name, graph, family.image_tokens):
         narrow = NarrowTokens(plan.tokens).apply(Specialise(plan).apply(graph))
         kept = {stage.layer: stage.keep for stage in plan.tokens}
         for new_tokens in (0, NEW_TOKENS):
-            with executor.using(plan):
+            with session.under(plan):
                 measured = run(family, batch, new_tokens)
             assert predicted(narrow, workload, new_tokens, kept) == measured
         assert predicted(narrow, workload, NEW_TOKENS, kept) < base

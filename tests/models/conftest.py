@@ -8,12 +8,25 @@ from families import FAMILIES, Family
 
 from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
+from planner.models.running.session import Session
+
+_models = []
 
 
 @functools.cache
 def lowered(name: str) -> tuple[Family, Graph]:
     family = FAMILIES[name]()
+    _models.append(family.model)
     return family, lower_model(family.model, name)
+
+
+@pytest.fixture(autouse=True)
+def _no_session_stays():
+    yield
+    for model in _models:
+        session = Session.of(model)
+        if session is not None:
+            session.close()
 
 
 @pytest.fixture(params=FAMILIES)

@@ -12,8 +12,8 @@ from planner.ir.graph import Binding, Block, Site
 from planner.ir.lowering import lower_model
 from planner.models.running.attention_blocks import probe
 from planner.models.running.bindings import bind
-from planner.models.running.executor import Executor
 from planner.models.running.masked import Gates, MaskedExecutor
+from planner.models.running.skipping import obeying, session_on
 
 # model type -> what differs from the common tiny configuration, and integers that must be narrowed
 FUSED = {
@@ -72,7 +72,7 @@ def test_fused_projections(name):
     runs = []
     for context in (
         MaskedExecutor(model, graph).using(Gates.of([plan], graph)),
-        Executor(model, graph).using(plan),
+        obeying(model, graph, plan),
     ):
         with context:
             runs.append(model.generate(ids, **options, do_sample=False, pad_token_id=0))
@@ -97,6 +97,6 @@ def test_a_block_that_cannot_be_narrowed_is_refused(llava):
     block.q_proj.__class__ = Normed
     try:
         with pytest.raises(InputError, match=r"self_attn \(LlamaAttention\) cannot be narrowed"):
-            Executor(family.model, graph).attach(plan_of(graph, heads={0: (0,)}))
+            session_on(family.model, graph).obey(plan_of(graph, heads={0: (0,)}))
     finally:
         block.q_proj.__class__ = nn.Linear

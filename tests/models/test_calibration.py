@@ -23,8 +23,8 @@ from planner.models.calibration.replay import Replay
 from planner.models.calibration.store import Store
 from planner.models.calibration.taylor import taylor
 from planner.models.calibration.token_worth import fit
-from planner.models.running.executor import Executor
 from planner.models.running.masked import MaskedExecutor
+from planner.models.running.skipping import session_on
 from planner.plan import TokenStage
 from planner.planning.budgets import Budget
 from planner.planning.catalog import tiny_llava_folder
@@ -65,7 +65,7 @@ def switch_off(graph, switch):
 
 
 @torch.no_grad()
-def naive(model, executor, plan, sample, kind):
+def naive(model, session, plan, sample, kind):
     """Loss change or KL of one sample under a plan, without any sharing of work."""
 
     def log_probabilities():
@@ -73,7 +73,7 @@ def naive(model, executor, plan, sample, kind):
         return logits[0, -sample.answer - 1 : -1].double().log_softmax(-1)
 
     base = log_probabilities()
-    with executor.using(plan):
+    with session.under(plan):
         found = log_probabilities()
     if kind == "kl":
         return float((base.exp() * (base - found)).sum(-1).mean())
@@ -88,7 +88,7 @@ def test_leave_one_out_equals_one_narrowed_run_per_switch(each_family, kind):
     graph = with_switches(graph)
     sample = samples_of(family, 1)[0]
     switches = switches_of(graph)
-    masked, executor = MaskedExecutor(family.model, graph), Executor(family.model, graph)
+    masked, session = MaskedExecutor(family.model, graph), session_on(family.model, graph)
     replay = Replay(family.model, masked.layers, sample, 5)
     # The first and the last, and one that shares its batch with later layers.
     for start in (0, 8, len(switches) - 4):
@@ -96,7 +96,7 @@ def test_leave_one_out_equals_one_narrowed_run_per_switch(each_family, kind):
         found = leave_one_out(masked, replay, some, kind)
         for switch, value in zip(some, found, strict=True):
             plan = switch_off(graph, switch)
-            expected = naive(family.model, executor, plan, sample, kind)
+            expected = naive(family.model, session, plan, sample, kind)
             assert value == pytest.approx(expected, rel=1e-3, abs=2e-5)
 
 
@@ -272,10 +272,10 @@ def test_token_losses_are_those_of_the_plans():
     sample = samples_of(family, 1)[0]
     found = calibrate(family.model, graph, [sample])
     assert found.selector == "fastv"
-    executor = Executor(family.model, graph)
+    session = session_on(family.model, graph)
     for fraction, lost in found.token_losses:
         stage = TokenStage(2, round(fraction * 16), 16, "fastv")
-        expected = naive(family.model, executor, plan_of(graph, tokens=(stage,)), sample, "kl")
+        expected = naive(family.model, session, plan_of(graph, tokens=(stage,)), sample, "kl")
         assert lost == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
@@ -302,7 +302,7 @@ def test_calibrated_plans_beat_random_ones_at_equal_budget():
     pricing = Pricing(
         graph, Workload.default(graph), SwitchSet.parse("heads,mlp"), device("a100-40g"), "llm"
     )
-    executor = Executor(family.model, graph)
+    session = session_on(family.model, graph)
 
     def distance(choice):
         kept = {name: tuple(sorted(chosen)) for name, chosen in choice.kept.items()}
@@ -312,7 +312,7 @@ def test_calibrated_plans_beat_random_ones_at_equal_budget():
             mlp={s.layer: kept[s.name] for s in graph.sites_of("mlp")},
             mlp_switches={s.layer: s.switches for s in graph.sites_of("mlp")},
         )
-        return np.mean([naive(family.model, executor, plan, s, "kl") for s in held_out])
+        return np.mean([naive(family.model, session, plan, s, "kl") for s in held_out])
 
     generator = np.random.default_rng(0)
     for budget in (0.7, 0.85):

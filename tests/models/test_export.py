@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausa
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
 from planner.models.export import export, load
-from planner.models.running.executor import Executor
+from planner.models.running.skipping import obeying
 from planner.plan import TokenStage, load_plan
 from planner.planning.catalog import find_model
 
@@ -48,7 +48,7 @@ def test_the_export_generates_what_the_planned_model_does(llava, tmp_path, switc
     plan = plan_of(graph, **switches)
     # Padding on the left, and a cache: what a layer without keys could get wrong.
     inputs = family.inputs(batch=2, before=(2, 5))
-    with Executor(family.model, graph).using(plan):
+    with obeying(family.model, graph, plan):
         expected = generated(family.model, inputs)
     done = export(family.model, graph, plan, tmp_path / "out", inputs)
     assert done.plain == (switches is UNIFORM)
@@ -72,7 +72,7 @@ def test_stock_transformers_loads_a_plain_export(llava, tmp_path):
     sizes = (text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads)
     assert (*sizes, text.head_dim, text.intermediate_size) == (3, 2, 1, 16, 64)
     assert loaded.config.planner_plan.startswith("plan.yaml, sha256 ")
-    with torch.no_grad(), Executor(family.model, graph).using(plan):
+    with torch.no_grad(), obeying(family.model, graph, plan):
         expected = family.model(**inputs).logits
     with torch.no_grad():
         assert error(loaded(**inputs).logits, expected) <= 1e-5
@@ -106,7 +106,7 @@ def test_every_kind_of_decoder_is_exported(each_family, tmp_path):
     for done in found:
         assert done.error <= 1e-5
         assert done.parameters < done.base_parameters
-    with Executor(family.model, graph).using(plans[1]):
+    with obeying(family.model, graph, plans[1]):
         expected = generated(family.model, inputs)
     assert error(generated(load(tmp_path / "1"), inputs), expected) <= 1e-5
 
@@ -146,7 +146,7 @@ def test_token_stages_stay_a_note(llava, tmp_path):
     inputs = family.inputs()
     assert export(family.model, graph, plan, tmp_path / "out", inputs).plain
     assert load_plan(tmp_path / "out/plan.yaml").tokens == plan.tokens
-    with torch.no_grad(), Executor(family.model, graph).using(replace(plan, tokens=())):
+    with torch.no_grad(), obeying(family.model, graph, replace(plan, tokens=())):
         expected = family.model(**inputs).logits
     with torch.no_grad():
         assert error(load(tmp_path / "out")(**inputs).logits, expected) <= 1e-5

@@ -12,8 +12,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_atten
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from planner.ir.errors import InputError
-from planner.models.running.executor import Executor
 from planner.models.running.masked import Gates, MaskedExecutor
+from planner.models.running.skipping import obeying, session_on
 from planner.plan import TokenStage
 
 
@@ -49,10 +49,10 @@ def test_searches(llava, options, stages):
     both = [planned(graph, tokens=stages), plan_of(graph, heads={3: (0,)}, tokens=stages[:1])]
     batch = 1 if "prompt_lookup_num_tokens" in options or "do_sample" in options else 2
     inputs = family.inputs(batch, before=(3, 6))
-    executor = Executor(family.model, graph)
+    session = session_on(family.model, graph)
     greedy = {"do_sample": False, "max_new_tokens": 16} | options
     torch.manual_seed(3)
-    with executor.using(both[:batch]):
+    with session.under(both[:batch]):
         together = family.model.generate(**inputs, **greedy)
     copies = len(together) // batch
     for row in range(batch):
@@ -60,12 +60,12 @@ def test_searches(llava, options, stages):
         alone = {name: value[row : row + 1] for name, value in inputs.items()}
         alone |= {name: inputs[name][row, where][None] for name in ("input_ids", "attention_mask")}
         torch.manual_seed(3)
-        with executor.using(both[row]):
+        with session.under(both[row]):
             expected = family.model.generate(**alone, **greedy)
         assert torch.equal(together[row * copies : (row + 1) * copies, -16:], expected[:, -16:])
     plain = {"do_sample": False, "max_new_tokens": 16}
     if options == {"use_cache": False} or "prompt_lookup_num_tokens" in options:
-        with executor.using(both[:batch]):
+        with session.under(both[:batch]):
             assert torch.equal(together, family.model.generate(**inputs, **plain))
 
 
@@ -75,8 +75,8 @@ def test_a_second_question_on_the_same_cache(llava, stages):
     plan = planned(graph, tokens=stages)
     inputs = family.inputs(2, before=(3, 6))
     question = torch.randint(3, 100, (2, 7), generator=torch.Generator().manual_seed(1))
-    executor = Executor(family.model, graph)
-    with executor.using(plan):
+    session = session_on(family.model, graph)
+    with session.under(plan):
         first = family.model.generate(
             **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True
         )
@@ -100,8 +100,8 @@ def test_a_second_question_on_the_same_cache(llava, stages):
 def test_a_prompt_cache_can_be_copied_and_continued(llava):
     family, graph = llava
     inputs = family.inputs()
-    executor = Executor(family.model, graph)
-    with executor.using(planned(graph, tokens=STAGES)):
+    session = session_on(family.model, graph)
+    with session.under(planned(graph, tokens=STAGES)):
         cache = DynamicCache()
         family.model(**inputs, **cached(family.model, cache))
         words = [torch.tensor([[5, 6]]), torch.tensor([[70, 8]])]
@@ -123,8 +123,8 @@ def test_a_second_image_in_a_later_turn(llava):
     inputs = family.inputs(images=2)
     ids, pixels = inputs["input_ids"], inputs["pixel_values"]
     border = int((ids[0] == IMAGE).nonzero()[16]) - 1
-    executor = Executor(family.model, graph)
-    with executor.using(plan_of(graph, tokens=(TokenStage(1, 5, 16),), heads={2: (1,)})):
+    session = session_on(family.model, graph)
+    with session.under(plan_of(graph, tokens=(TokenStage(1, 5, 16),), heads={2: (1,)})):
         cache = DynamicCache()
         family.model(
             input_ids=ids[:, :border], pixel_values=pixels[:1], **cached(family.model, cache)
@@ -135,7 +135,7 @@ def test_a_second_image_in_a_later_turn(llava):
         ).logits
     assert cache.layers[1].keys.shape[2] == ids.shape[1] - 22
     assert cache.get_seq_length() == ids.shape[1]
-    with executor.using(plan_of(graph, tokens=(TokenStage(1, 10, 32),), heads={2: (1,)})):
+    with session.under(plan_of(graph, tokens=(TokenStage(1, 10, 32),), heads={2: (1,)})):
         assert close(logits[:, -1], family.model(**inputs).logits[:, -1])
 
 
@@ -144,13 +144,13 @@ def test_static_cache(llava):
     family, graph = llava
     inputs = family.inputs(2, before=(2, 5))
     options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
-    executor = Executor(family.model, graph)
-    with executor.using([planned(graph), plan_of(graph, layers_off=(1,))]):
+    session = session_on(family.model, graph)
+    with session.under([planned(graph), plan_of(graph, layers_off=(1,))]):
         dynamic = family.model.generate(**inputs, **options)
         static = family.model.generate(**inputs, **options, cache_implementation="static")
     assert torch.equal(static.sequences, dynamic.sequences)
     with (
-        executor.using(planned(graph, tokens=STAGES)),
+        session.under(planned(graph, tokens=STAGES)),
         pytest.raises(InputError, match="a static cache is as long as the whole prompt"),
     ):
         family.model.generate(**inputs, **options, cache_implementation="static")
@@ -172,14 +172,14 @@ def test_attention_implementations_and_selectors(llava, implementation, selector
         plan_of(graph, heads={2: (0,)}, tokens=(TokenStage(2, 7, 16, selector),)),
     ]
     inputs = family.inputs(2, before=(3, 6), after=(5, 3))
-    executor = Executor(family.model, graph)
+    session = session_on(family.model, graph)
     family.model.set_attn_implementation(implementation)
     try:
-        with executor.using(plan):
+        with session.under(plan):
             logits = family.model(**inputs).logits[:, -1]
         for row in range(2):
             where = inputs["attention_mask"][row].bool()
-            with executor.using(plan[row]):
+            with session.under(plan[row]):
                 alone = family.model(
                     input_ids=inputs["input_ids"][row, where][None],
                     pixel_values=inputs["pixel_values"][row : row + 1],
@@ -215,7 +215,7 @@ def test_flash_attention_gets_its_own_kind_of_masks(llava):
     for implementation in ("sdpa", "flash_like"):
         config._attn_implementation = implementation
         try:
-            with Executor(family.model, graph).using(planned(graph, tokens=STAGES)):
+            with obeying(family.model, graph, planned(graph, tokens=STAGES)):
                 alone = {name: value[1:] for name, value in inputs.items()}
                 runs[implementation] = [
                     family.model.generate(**some, max_new_tokens=5, do_sample=False)
@@ -232,11 +232,11 @@ def test_prompts_in_chunks(llava, lowered_family):
     options = {"max_new_tokens": 4, "do_sample": False, "prefill_chunk_size": 9}
     for family, graph in (llava, lowered_family("gemma3")):
         inputs = family.inputs(2, before=(3, 6))
-        executor = Executor(family.model, graph)
-        with executor.using(planned(graph, heads={})):
+        session = session_on(family.model, graph)
+        with session.under(planned(graph, heads={})):
             expected = family.model.generate(**inputs, max_new_tokens=4, do_sample=False)
             assert torch.equal(family.model.generate(**inputs, **options), expected)
-        with executor.using(planned(graph, tokens=STAGES)), refused("cuts an image in two"):
+        with session.under(planned(graph, tokens=STAGES)), refused("cuts an image in two"):
             family.model.generate(**inputs, **options)
 
 
@@ -247,14 +247,14 @@ def test_quantised_weights_are_refused_where_they_would_be_narrowed(llava):
     weight = linear.weight
     linear.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
     try:
-        executor = Executor(family.model, graph)
-        executor.attach(plan_of(graph, heads={1: (0,)}, layers_off=(2,)))
+        session = session_on(family.model, graph)
+        session.obey(plan_of(graph, heads={1: (0,)}, layers_off=(2,)))
         with refused("no plain matrix"):
-            executor.attach(plan_of(graph, mlp={1: (0,)}))
-        executor.detach()
+            session.obey(plan_of(graph, mlp={1: (0,)}))
+        session.close()
     finally:
         linear.weight = weight
-    with Executor(family.model, graph).using(plan_of(graph, mlp={1: (0,)})):
+    with obeying(family.model, graph, plan_of(graph, mlp={1: (0,)})):
         assert family.model(**inputs).logits.isfinite().all()
 
 
@@ -262,7 +262,7 @@ def test_quantised_weights_are_refused_where_they_would_be_narrowed(llava):
 def test_labels_and_hidden_states_keep_their_stock_shapes(llava):
     family, graph = llava
     inputs = family.inputs(2)
-    with Executor(family.model, graph).using(planned(graph, tokens=STAGES)):
+    with obeying(family.model, graph, planned(graph, tokens=STAGES)):
         out = family.model(**inputs, labels=inputs["input_ids"], output_hidden_states=True)
     assert out.loss.isfinite()
     assert out.logits.shape[:2] == inputs["input_ids"].shape
@@ -277,24 +277,24 @@ def refused(match):
 @torch.no_grad()
 def test_bad_input_is_refused_in_one_sentence_and_the_model_stays_good(llava):
     family, graph = llava
-    executor = Executor(family.model, graph)
+    session = session_on(family.model, graph)
     inputs = family.inputs()
     stock = family.model(**inputs).logits
     before = snapshot(family.model)
     text = {name: inputs[name][:, -5:] for name in ("input_ids", "attention_mask")}
     plan, tokens = planned(graph), planned(graph, tokens=STAGES)
-    with executor.using(tokens), refused("the prompt has no image"):
+    with session.under(tokens), refused("the prompt has no image"):
         family.model(**text)
-    with executor.using(tokens), refused("input_ids rather than inputs_embeds"):
+    with session.under(tokens), refused("input_ids rather than inputs_embeds"):
         family.model(inputs_embeds=torch.randn(1, 5, 64))
     for bad in (float("nan"), float("inf")):
-        with executor.using(plan), refused("not all finite"):
+        with session.under(plan), refused("not all finite"):
             family.model(**inputs | {"pixel_values": inputs["pixel_values"] * bad})
     wrong = plan_of(graph)
     object.__setattr__(wrong, "fingerprint", "0123")
     with refused("not for .llava."):
-        executor.attach(wrong)
-    with executor.using([plan, tokens]), refused("2 plans for a batch of 1"):
+        session.obey(wrong)
+    with session.under([plan, tokens]), refused("2 plans for a batch of 1"):
         family.model(**inputs)
     for broken, match in (
         ({"layers_off": (4,)}, "numbers below 4"),
@@ -307,8 +307,8 @@ def test_bad_input_is_refused_in_one_sentence_and_the_model_stays_good(llava):
         ({"tokens": (TokenStage(2, 8, 16, "best"),)}, "no token selector 'best'"),
     ):
         with refused(match):
-            executor.attach(plan_of(graph, **broken))
-    assert executor.program is None
+            session.obey(plan_of(graph, **broken))
+    assert session.program is None
     assert same_state(before, snapshot(family.model))
     assert torch.equal(family.model(**inputs).logits, stock)
 
@@ -316,22 +316,22 @@ def test_bad_input_is_refused_in_one_sentence_and_the_model_stays_good(llava):
 @torch.no_grad()
 def test_a_plan_is_fixed_for_the_life_of_a_cache(llava):
     family, graph = llava
-    executor = Executor(family.model, graph)
+    session = session_on(family.model, graph)
     inputs, more = family.inputs(), torch.tensor([[7]])
     one, other = planned(graph), plan_of(graph, mlp={2: (1,)})
-    with executor.using(one):
+    with session.under(one):
         cache = family.model(**inputs, use_cache=True).past_key_values
         expected = family.model(input_ids=more, **cached(family.model, copy.deepcopy(cache))).logits
-    with executor.using(other), refused("filled under another plan"):
+    with session.under(other), refused("filled under another plan"):
         family.model(input_ids=more, **cached(family.model, cache))
-    with executor.using(dense_plan(graph)), refused("a plan that is not active"):
+    with session.under(dense_plan(graph)), refused("a plan that is not active"):
         family.model(input_ids=more, **cached(family.model, cache))
     with refused("a plan that is not active"):
         family.model(input_ids=more, **cached(family.model, cache))
-    with executor.using(one):
+    with session.under(one):
         assert close(family.model(input_ids=more, **cached(family.model, cache)).logits, expected)
     cache = family.model(**inputs, use_cache=True).past_key_values
-    with executor.using(one), refused("filled by the base model"):
+    with session.under(one), refused("filled by the base model"):
         family.model(input_ids=more, **cached(family.model, cache))
 
 

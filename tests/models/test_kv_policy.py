@@ -11,8 +11,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from planner.ir.cost import Workload
 from planner.ir.cost.device_table import device
 from planner.ir.errors import InputError
-from planner.models.running.executor import Executor
 from planner.models.running.kv_cache import kv_bytes
+from planner.models.running.skipping import obeying, session_on
 from planner.plan import TokenStage, dump_plan, load_plan
 from planner.planning.pricing import Pricing
 from planner.planning.switches import AXES, SwitchSet, with_switches
@@ -97,7 +97,7 @@ def test_eviction_equals_hiding_what_is_gone(lowered_family, hiding, name, side)
             logits.append(output.logits)
         return cache, logits
 
-    with Executor(family.model, graph).using(plan_of(graph, kv=POLICY)):
+    with obeying(family.model, graph, plan_of(graph, kv=POLICY)):
         cache, found = run()
     _, dense = run()
     hiding(family.model)
@@ -120,19 +120,19 @@ def test_a_batch_of_policies_equals_one_by_one(llava, options):
         plan_of(graph, kv="h2o:heavy=0.5,recent=0.1", heads={3: (0,)}),
     ]
     inputs = family.inputs(2, before=(3, 6))
-    executor = Executor(family.model, graph)
+    session = session_on(family.model, graph)
     options = {"do_sample": False, "max_new_tokens": 12} | options
     if options["do_sample"]:
         both, inputs = both[:1], family.inputs(1)
     torch.manual_seed(3)
-    with executor.using(both):
+    with session.under(both):
         together = family.model.generate(**inputs, **options)
     for row, plan in enumerate(both):
         where = inputs["attention_mask"][row].bool()
         alone = {name: value[row : row + 1] for name, value in inputs.items()}
         alone |= {name: inputs[name][row, where][None] for name in ("input_ids", "attention_mask")}
         torch.manual_seed(3)
-        with executor.using(plan):
+        with session.under(plan):
             expected = family.model.generate(**alone, **options)
         assert torch.equal(together[row, -12:], expected[0, -12:])
 
@@ -145,7 +145,7 @@ def test_the_cache_holds_the_bytes_that_it_was_priced_at(llava, new):
     inputs = family.inputs(before=(30,))
     stages = (TokenStage(2, 5, 16, "uniform"),)
     plan = plan_of(graph, layers_off=(0,), heads={1: (0,)}, tokens=stages, kv=POLICY)
-    with Executor(family.model, graph).using(plan):
+    with obeying(family.model, graph, plan):
         run = family.model.generate(
             **inputs, max_new_tokens=new + 1, return_dict_in_generate=True, do_sample=False
         )
@@ -168,11 +168,11 @@ def test_a_policy_in_a_plan_file(llava, tmp_path):
 
 def test_what_cannot_evict_says_so(lowered_family):
     family, graph = lowered_family("llava")
-    executor = Executor(family.model, graph)
+    session = session_on(family.model, graph)
 
     def refused(match, **options):
         errors = (InputError, ValueError)
-        with executor.using(plan_of(graph, kv=POLICY)), pytest.raises(errors, match=match):
+        with session.under(plan_of(graph, kv=POLICY)), pytest.raises(errors, match=match):
             family.model.generate(**family.inputs(), do_sample=False, max_new_tokens=8, **options)
 
     # `generate` leaves its static cache with the model.
@@ -182,8 +182,8 @@ def test_what_cannot_evict_says_so(lowered_family):
     refused("be cropped", prompt_lookup_num_tokens=2)
     for text, match in (("h2o:heavy=2", "out of range"), ("snapkv", "no KV cache policy")):
         with pytest.raises(InputError, match=match):
-            executor.attach(plan_of(graph, kv=text))
+            session.obey(plan_of(graph, kv=text))
     assert same_state(before, snapshot(family.model))
     sliding, graph = lowered_family("gemma3")
     with pytest.raises(InputError, match="sliding window"):
-        Executor(sliding.model, graph).attach(plan_of(graph, kv=POLICY))
+        session_on(sliding.model, graph).obey(plan_of(graph, kv=POLICY))

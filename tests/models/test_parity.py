@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from plans import dense_plan, plan_of, plans
 
 from planner.kernels.ops import kept_linear as products
-from planner.models.running.executor import Executor
 from planner.models.running.masked import Gates, MaskedExecutor
+from planner.models.running.skipping import obeying
 from planner.models.tokens.selectors import DecoderInputs, select_tokens
 from planner.planning.selectors import Uniform
 
@@ -66,7 +66,7 @@ def test_narrowed_equals_masked(each_family, data):
     gates = Gates.of([plan], graph, uniform_gates(plan, inputs))
     with MaskedExecutor(family.model, graph).using(gates):
         expected = generate(family.model, inputs)
-    with mock.patch.object(products, "SMALL", 1), Executor(family.model, graph).using(plan):
+    with mock.patch.object(products, "SMALL", 1), obeying(family.model, graph, plan):
         actual = generate(family.model, inputs)
     assert_same_run(actual, expected)
 
@@ -76,7 +76,7 @@ def test_the_dense_plan_is_the_stock_model_bit_by_bit(each_family):
     family, graph = each_family
     inputs = family.inputs(batch=2, before=(2, 4))
     logits, run = family.model(**inputs).logits, generate(family.model, inputs, 8)
-    with Executor(family.model, graph).using(dense_plan(graph)):
+    with obeying(family.model, graph, dense_plan(graph)):
         assert torch.equal(family.model(**inputs).logits, logits)
         for ours, stock in zip(generate(family.model, inputs, 8), run, strict=True):
             assert torch.equal(ours, stock)

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from planner.ir.cost import Workload
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
-from planner.models.running.executor import Executor
 from planner.models.running.kv_cache import cache_among, kv_bytes
+from planner.models.running.skipping import session_on
 from planner.planning.budgets import Budget
 from planner.planning.compiler import Request, plan_graph
 from planner.planning.plan_costs import PlanCosts
@@ -32,12 +32,12 @@ FIXED = [
 
 @functools.cache
 def prepared():
-    """A tiny random model whose every product the counter sees, its Graph and an executor."""
+    """A tiny random model whose every product the counter sees, its Graph and an session."""
     family = FAMILIES["llava"]()
     graph = lower_model(family.model, "llava")
     family.model.set_attn_implementation("eager")
     family.model.requires_grad_(False)
-    return family, graph, Executor(family.model, graph)
+    return family, graph, session_on(family.model, graph)
 
 
 def planned(graph, text, budget, images, words, batch, switches="all"):
@@ -62,16 +62,16 @@ def planned(graph, text, budget, images, words, batch, switches="all"):
 @example(text="prumerge+:max=0.9", seed=0, images=2, batch=3, budget=1.0)
 @example(text="prumerge:max=0.7", seed=1, images=1, batch=1, budget=1.0)
 def test_a_prompt_never_costs_more_than_its_plan_says(text, seed, images, batch, budget):
-    family, graph, executor = prepared()
+    family, graph, session = prepared()
     inputs = family.inputs(batch, seed, images=images)
     prompt = inputs["input_ids"].shape[1]
     plan = planned(graph, text, budget, images, prompt - 16 * images, batch)
     assert plan.cost["flops"]["fraction"] <= budget
-    with executor.using(plan):
+    with session.under(plan):
         counter = FlopCounterMode(display=False)
         with counter:
             family.model(**inputs, logits_to_keep=1)
-        kept = executor.kept_image_tokens
+        kept = session.implementation.kept_image_tokens
         run = family.model.generate(
             **inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True
         )
@@ -91,12 +91,12 @@ def test_a_prompt_never_costs_more_than_its_plan_says(text, seed, images, batch,
 @pytest.mark.parametrize("text", ADAPTIVE)
 @torch.no_grad()
 def test_ragged_counts_are_those_of_samples_alone(text, side):
-    family, graph, executor = prepared()
+    family, graph, session = prepared()
     inputs = family.inputs(4, 5, images=2, before=(3, 1, 6), padding_side=side)
     plan = planned(graph, text, 1.0, 2, 12, 4)
-    with executor.using(plan):
+    with session.under(plan):
         family.model(**inputs)
-        together = executor.kept_image_tokens[0]
+        together = session.implementation.kept_image_tokens[0]
         alone = []
         for row in range(4):
             where = inputs["attention_mask"][row].bool()
@@ -104,7 +104,7 @@ def test_ragged_counts_are_those_of_samples_alone(text, side):
                 input_ids=inputs["input_ids"][row, where][None],
                 pixel_values=inputs["pixel_values"][2 * row : 2 * row + 2],
             )
-            alone += executor.kept_image_tokens[0]
+            alone += session.implementation.kept_image_tokens[0]
     assert together == alone
     if text in ("prumerge:max=0.7", "prumerge+:max=0.9"):
         assert len(set(together)) > 1, "no sample differs: nothing was shown"
@@ -112,15 +112,15 @@ def test_ragged_counts_are_those_of_samples_alone(text, side):
 
 @torch.no_grad()
 def test_counts_stay_those_of_the_prompt_while_tokens_are_decoded():
-    family, graph, executor = prepared()
+    family, graph, session = prepared()
     inputs = family.inputs(2, 5)
-    with executor.using(planned(graph, "prumerge+:max=0.9", 1.0, 1, 11, 2)):
-        assert executor.kept_image_tokens == {}
+    with session.under(planned(graph, "prumerge+:max=0.9", 1.0, 1, 11, 2)):
+        assert session.implementation.kept_image_tokens == {}
         family.model(**inputs)
-        counts = executor.kept_image_tokens[0]
+        counts = session.implementation.kept_image_tokens[0]
         family.model.generate(**inputs, max_new_tokens=4, do_sample=False)
-        assert executor.kept_image_tokens[0] == counts
-    assert executor.kept_image_tokens == {}
+        assert session.implementation.kept_image_tokens[0] == counts
+    assert session.implementation.kept_image_tokens == {}
 
 
 def test_a_sample_of_several_pictures_keeps_so_many_of_each():
@@ -142,11 +142,11 @@ def test_an_adaptive_selector_without_a_cap_has_no_price(text):
 
 
 def test_more_tokens_than_an_image_has_are_refused():
-    family, graph, executor = prepared()
+    family, graph, session = prepared()
     stage = stages_of("visionzip:dominant=16,contextual=4", 16, 16)
     assert stage[0].keep == 16
     with (
-        executor.using(plan_of(graph, tokens=stage)),
+        session.under(plan_of(graph, tokens=stage)),
         pytest.raises(InputError, match="makes 17 tokens of an image's 16"),
     ):
         family.model(**family.inputs())

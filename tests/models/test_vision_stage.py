@@ -7,7 +7,7 @@ from plans import plan_of
 from restored import same_state, snapshot
 
 from planner.ir.errors import InputError
-from planner.models.running.executor import Executor
+from planner.models.running.skipping import obeying, session_on
 from planner.models.tokens.selectors import TowerAttention, VisionInputs, select_features
 from planner.models.tokens.vision_stage import places
 from planner.plan import TokenStage
@@ -60,9 +60,9 @@ def by_hand(model, inputs, text):
 def test_a_vision_selector_equals_a_prompt_built_by_hand(llava, text):
     family, graph = llava
     inputs = family.inputs(2, before=(3, 6), images=2)
-    executor = Executor(family.model, graph)
+    session = session_on(family.model, graph)
     stock = family.model(**inputs).logits
-    with executor.using(plan_of(graph, tokens=(TokenStage(0, 8, 16, text),))):
+    with session.under(plan_of(graph, tokens=(TokenStage(0, 8, 16, text),))):
         logits = family.model(**inputs).logits[:, -1]
         run = family.model.generate(
             **inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True
@@ -86,8 +86,8 @@ def test_a_vision_selector_equals_a_prompt_built_by_hand(llava, text):
 def test_a_batch_equals_one_by_one_and_dropped_tokens_are_never_cached(llava, text, side):
     family, graph = llava
     inputs = family.inputs(3, before=(3, 6, 1), after=(5, 2), images=2, padding_side=side)
-    with Executor(family.model, graph).using(
-        plan_of(graph, tokens=(TokenStage(0, 8, 32, text),), heads={1: (0,)})
+    with obeying(
+        family.model, graph, plan_of(graph, tokens=(TokenStage(0, 8, 32, text),), heads={1: (0,)})
     ):
         together = family.model(**inputs, use_cache=True)
         keys = together.past_key_values.layers[0].parts[0].keys
@@ -112,8 +112,8 @@ def test_a_second_question_behind_a_vision_selector(llava, text):
     family, graph = llava
     inputs = family.inputs(2, before=(3, 6))
     question = torch.randint(3, 100, (2, 7), generator=torch.Generator().manual_seed(1))
-    with Executor(family.model, graph).using(
-        plan_of(graph, tokens=(TokenStage(0, 8, 16, text),), layers_off=(1,))
+    with obeying(
+        family.model, graph, plan_of(graph, tokens=(TokenStage(0, 8, 16, text),), layers_off=(1,))
     ):
         first = family.model.generate(
             **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True
@@ -131,7 +131,7 @@ def test_a_vision_selector_and_a_decoder_selector_in_turn(llava):
     family, graph = llava
     inputs = family.inputs(2)
     stages = (TokenStage(0, 6, 16, "visionzip:dominant=4,contextual=2"), TokenStage(2, 2, 16))
-    with Executor(family.model, graph).using(plan_of(graph, tokens=stages, heads={3: (0,)})):
+    with obeying(family.model, graph, plan_of(graph, tokens=stages, heads={3: (0,)})):
         cache = family.model(**inputs, use_cache=True).past_key_values
     text = inputs["input_ids"].shape[1] - 16
     assert [layer.keys.shape[2] - text for layer in cache.layers] == [6, 6, 2, 2]
@@ -159,19 +159,18 @@ def test_places_keep_patches_where_they_were():
 @torch.no_grad()
 def test_models_that_a_selector_cannot_work_with(lowered_family, name, text, match):
     family, graph = lowered_family(name)
-    executor = Executor(family.model, graph)
+    session = session_on(family.model, graph)
     plan = plan_of(graph, tokens=(TokenStage(0, 8, 16, text),))
     inputs = family.inputs()
     stock = family.model(**inputs).logits
     before = snapshot(family.model)
-    with pytest.raises(InputError, match=match), executor.using(plan):
+    with pytest.raises(InputError, match=match), session.under(plan):
         family.model(**inputs)
     assert torch.equal(family.model(**inputs).logits, stock)
     late = plan_of(graph, tokens=(TokenStage(1, 8, 16, "prumerge"),))
     with pytest.raises(InputError, match="works before layer 0"):
-        executor.attach(late)
+        session.obey(late)
     with pytest.raises(InputError, match="all plans of a batch"):
-        executor.attach(
-            [plan_of(graph), plan_of(graph, tokens=(TokenStage(0, 8, 16, "prumerge"),))]
-        )
+        session.obey([plan_of(graph), plan_of(graph, tokens=(TokenStage(0, 8, 16, "prumerge"),))])
+    session.close()
     assert same_state(before, snapshot(family.model))

@@ -16,8 +16,8 @@ import planner
 from planner.backend.options import Options
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
-from planner.models.running.executor import Executor
 from planner.models.running.masked import Gates, MaskedExecutor
+from planner.models.running.skipping import obeying
 from planner.plan import TokenStage
 
 TOLERANCE = 1e-5
@@ -93,12 +93,12 @@ def test_compiled_models_equal_masked_ones_under_any_plan(name):
     @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
     @given(plans(graph))
     def check(plan):
-        assert planner.set_budget(model, plan) == (plan,)
+        assert planner.budget(model, plan).plan == plan
         assert_near(logits(model, inputs), masked(built.model, graph, plan, inputs))
 
     check()
     assert counters["stats"]["unique_graphs"] == graphs
-    planner.set_budget(model, dense_plan(graph))
+    planner.budget(model, dense_plan(graph))
     assert_near(logits(model, inputs), logits(built.model, inputs))
 
 
@@ -110,7 +110,7 @@ def test_a_hundred_budgets_and_plans_compile_nothing():
     counted = {kind: dict(counts) for kind, counts in counters.items()}
     for change in range(100):
         value = 0.3 + change / 200 if change % 2 else plan_of(graph, heads={change % 3: (0,)})
-        (plan,) = planner.set_budget(model, value)
+        plan = planner.budget(model, value).plan
         if change % 2:
             assert plan.cost["flops"]["fraction"] <= value
         seen.add(logits(model, inputs).sum().item())
@@ -124,7 +124,7 @@ def test_under_inductor():
     model = torch.compile(built.model, backend="planner", options={"budget": 1.0})
     assert_near(logits(model, inputs), logits(built.model, inputs))
     for plan in (mixed_plan(graph), plan_of(graph, layers_off=(0, 1, 2))):
-        planner.set_budget(model, plan)
+        planner.budget(model, plan)
         assert_near(logits(model, inputs), masked(built.model, graph, plan, inputs))
     assert counters["stats"]["unique_graphs"] == 1
 
@@ -133,7 +133,7 @@ def test_prompts_of_any_length_and_batches_of_any_size():
     built, graph = family("llava_onevision")
     model = torch.compile(built.model, backend="planner", dynamic=True, options=EAGER)
     plan = mixed_plan(graph)
-    planner.set_budget(model, plan)
+    planner.budget(model, plan)
     for batch, before in ((2, (3, 6)), (3, (4,)), (2, (9, 2)), (4, (6, 7, 1, 2))):
         inputs = built.inputs(batch=batch, before=before, images=0)
         assert_near(logits(model, inputs), masked(built.model, graph, plan, inputs))
@@ -158,7 +158,7 @@ def test_images():
     inputs = built.inputs(batch=2, before=(3, 6))
     plan = mixed_plan(graph)
     model = compiled(built.model)
-    planner.set_budget(model, plan)
+    planner.budget(model, plan)
     assert_near(logits(model, inputs), masked(built.model, graph, plan, inputs))
 
 
@@ -198,12 +198,12 @@ def test_while_nothing_is_left_out_the_captured_graph_itself_runs():
     assert torch.equal(logits(model, inputs), logits(built.model, inputs))
     assert {*ran} == {"stock"}
     ran.clear()
-    planner.set_budget(model, 0.5)
+    planner.budget(model, 0.5)
     logits(model, inputs)
     assert "planner.attend.default" in ran
     ran.clear()
     for full in (1.0, dense_plan(graph), plan_of(graph, heads={0: (0, 1)})):
-        planner.set_budget(model, full)
+        planner.budget(model, full)
         assert torch.equal(logits(model, inputs), logits(built.model, inputs))
     assert {*ran} == {"stock"}
 
@@ -213,11 +213,11 @@ def test_generating_with_a_cache_of_either_kind():
     inputs = built.inputs(batch=2, before=(3, 6))
     plan = mixed_plan(graph)
     options = {"max_new_tokens": 5, "do_sample": False}
-    with Executor(built.model, graph).using(plan):
+    with obeying(built.model, graph, plan):
         expected = built.model.generate(**inputs, **options)
     try:
         built.model.compile(backend="planner", options=EAGER)
-        planner.set_budget(built.model, plan)
+        planner.budget(built.model, plan)
         assert torch.equal(built.model.generate(**inputs, **options), expected)
         static = {"cache_implementation": "static", "disable_compile": True}
         assert torch.equal(built.model.generate(**inputs, **options, **static), expected)
@@ -230,7 +230,7 @@ def test_a_prompt_that_the_stock_model_has_read():
     inputs = built.inputs(batch=2)
     plan = mixed_plan(graph)
     model = compiled(built.model)
-    planner.set_budget(model, plan)
+    planner.budget(model, plan)
     word = torch.tensor([[5], [6]])
     found = []
     for run in (model, built.model):
@@ -247,12 +247,12 @@ def test_a_plan_for_every_sample():
     inputs = built.inputs(batch=2, before=(3, 6))
     both = [mixed_plan(graph), plan_of(graph, layers_off=(0,), mlp={1: (0, 1, 2)})]
     model = compiled(built.model, samples=2)
-    planner.set_budget(model, both)
+    planner.budget(model, both)
     assert_near(logits(model, inputs), masked(built.model, graph, both, inputs))
-    planner.set_budget(model, both[0])
+    planner.budget(model, both[0])
     assert_near(logits(model, inputs), masked(built.model, graph, both[0], inputs))
     with pytest.raises(InputError, match="3 plans for graphs that take 2"):
-        planner.set_budget(model, [*both, both[0]])
+        planner.budget(model, [*both, both[0]])
     assert_near(logits(model, inputs), masked(built.model, graph, both[0], inputs))
 
 
@@ -261,7 +261,7 @@ def test_gradients_reach_what_survives():
     inputs = built.inputs(batch=2)
     plan = mixed_plan(graph)
     model = compiled(built.model)
-    planner.set_budget(model, plan)
+    planner.budget(model, plan)
     found = []
     try:
         for run in (model, built.model):
@@ -283,7 +283,7 @@ def test_attention_that_no_op_runs_is_masked_and_said_so(logged):
         inputs = built.inputs(batch=2, before=(3, 6))
         model = compiled(built.model)
         plan = mixed_plan(graph)
-        planner.set_budget(model, plan)
+        planner.budget(model, plan)
         assert_near(logits(model, inputs), masked(built.model, graph, plan, inputs))
     finally:
         built.model.set_attn_implementation("sdpa")
@@ -300,8 +300,11 @@ def test_a_model_inside_a_function_is_found():
         return 2 * model(**inputs).logits
 
     plan = mixed_plan(graph)
-    planner.set_budget(built.model, plan)
+    with pytest.raises(InputError, match="call it once"):
+        planner.budget(built.model, plan)
     with torch.no_grad():
+        doubled(built.model, inputs)
+        planner.budget(built.model, plan)
         got = doubled(built.model, inputs)[inputs["attention_mask"].bool()]
     assert_near(got, 2 * masked(built.model, graph, plan, inputs))
 
@@ -323,7 +326,7 @@ def test_what_planner_does_not_know_is_compiled_as_it_is(logged):
         "a graph belongs to no language model of transformers; inductor compiles it"
     ]
     with pytest.raises(InputError, match="holds no language model"):
-        planner.set_budget(model, 0.5)
+        planner.budget(model, 0.5)
 
 
 def test_a_model_that_cannot_be_lowered_runs_dense(logged):
@@ -381,16 +384,16 @@ def test_bad_options_and_budgets_reach_the_user():
     ]
     for value, expected in wrong:
         with pytest.raises(InputError, match=expected):
-            planner.set_budget(model, value)
-    assert planner.set_budget(model, 0.7) == ()
+            planner.budget(model, value)
+    assert planner.budget(model, 0.7).plan is None
     logits(model, inputs)
-    planner.set_budget(model, 0.5)
+    planner.budget(model, 0.5)
     before = logits(model, inputs)
     _, other = family("phi")
     wrong += [("latency=5ms", "device"), (dense_plan(other), "was made for")]
     for value, expected in wrong:
         with pytest.raises(InputError, match=expected):
-            planner.set_budget(model, value)
+            planner.budget(model, value)
     assert torch.equal(logits(model, inputs), before)
 
 
@@ -407,7 +410,7 @@ def test_budgets_are_kept():
     @settings(max_examples=10, deadline=None)
     @given(_budgets())
     def check(budget):
-        (plan,) = planner.set_budget(model, budget)
+        plan = planner.budget(model, budget).plan
         assert plan.cost["flops"]["fraction"] <= budget
         assert not plan.heads
 

@@ -55,15 +55,15 @@ def test_one_graph_for_any_budget(llava):
         plan_of(graph, layers_off=(1,), heads={0: (31,)}),
     ]
     for plan in plans:
-        planner.set_budget(compiled, plan)
+        planner.budget(compiled, plan)
         with MaskedExecutor(model, graph).using(Gates.of([plan], graph)):
             want = _logits(model, inputs)
         got = _logits(compiled, inputs)
         assert (got - want).norm() <= 2e-2 * want.norm()
-    planner.set_budget(compiled, 1.0)
+    planner.budget(compiled, 1.0)
     assert torch.equal(_logits(compiled, inputs), _logits(model, inputs))
     for change in range(100):
-        (plan,) = planner.set_budget(compiled, 0.75 + change / 400)
+        plan = planner.budget(compiled, 0.75 + change / 400).plan
         assert plan.cost["flops"]["fraction"] <= 0.75 + change / 400
         if change % 20 == 0:
             _logits(compiled, inputs)

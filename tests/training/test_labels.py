@@ -15,7 +15,7 @@ from planner.cli import execute as run
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
 from planner.models.calibration import sample_of
-from planner.models.running.executor import Executor
+from planner.models.running.skipping import session_on
 from planner.models.scheduling import Scheduled, Scheduler
 from planner.planning.catalog import tiny_llava_folder
 from planner.training.labelling import label_samples
@@ -41,9 +41,9 @@ def terms_of(graph, switches, **changes):
 
 
 @torch.no_grad()
-def loss_under(model, executor, plan, sample):
+def loss_under(model, session, plan, sample):
     """By narrowed layers, without any sharing of work."""
-    with executor.using(plan):
+    with session.under(plan):
         logits = model(**sample.inputs).logits[0, -sample.answer - 1 : -1].double()
     return torch.nn.functional.cross_entropy(logits, sample.labels).item()
 
@@ -56,13 +56,13 @@ def test_every_plan_s_loss_is_that_of_a_narrowed_run():
     assert labels.switches == ("layer.0", "layer.1", "layer.2", "layer.3")
     assert len(labels) == 9
     assert sorted(labels.losses) == list(range(6))
-    executor = Executor(model, graph)
+    session = session_on(model, graph)
     for number, (_, sample) in enumerate(samples[:2]):
-        base = loss_under(model, executor, plan_of(graph), sample)
+        base = loss_under(model, session, plan_of(graph), sample)
         expected = []
         for plan in all_plans(4):
             off = tuple(np.flatnonzero(~plan).tolist())
-            expected.append(loss_under(model, executor, plan_of(graph, layers_off=off), sample))
+            expected.append(loss_under(model, session, plan_of(graph, layers_off=off), sample))
         found = labels.losses[3 * number]
         np.testing.assert_allclose(found, np.array(expected) - base, atol=2e-4)
         alone = found[[0b1110, 0b1101, 0b1011, 0b0111]]
@@ -73,14 +73,14 @@ def test_heads_and_groups_are_measured_one_by_one():
     model, graph, samples = small()
     terms = terms_of(graph, "heads,mlp", mlp_groups=3)
     labels = label_samples(model, graph, samples[:1], terms, (0.7,), batch=4)
-    executor = Executor(model, graph)
-    base = loss_under(model, executor, plan_of(graph), samples[0][1])
+    session = session_on(model, graph)
+    base = loss_under(model, session, plan_of(graph), samples[0][1])
     for name, found in zip(labels.switches, labels.utilities[0], strict=True):
         kind, layer, index = name.replace("[", ".").rstrip("]").split(".")
         others = {int(layer): tuple(u for u in range(3 if kind == "mlp" else 2) if u != int(index))}
         groups = {"mlp_switches": {int(layer): 3}} if kind == "mlp" else {}
         plan = plan_of(graph, **{kind: others}, **groups)
-        loss = loss_under(model, executor, plan, samples[0][1])
+        loss = loss_under(model, session, plan, samples[0][1])
         assert found == pytest.approx(loss - base, abs=2e-4)
 
 

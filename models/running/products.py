@@ -1,0 +1,241 @@
+"""Products: what linears, MLP blocks and attention compute with under a plan.
+
+A `Products` answers for all of a model; the executor asks it and shadows the modules' ``forward``
+with the answers. This is PyTorch's: a linear multiplies with *runs* of kept features, straight from
+the stored weight, one product a run. What is off is neither read nor multiplied, and nothing is
+copied, so the plan follows the weights whichever way they change, and gradients reach them.
+
+Models that are *frozen* trade that for 5 to 15 % of a product's time: weights are promised to stay
+as they are, and the kept features of plans that run again are copied together, one product for all.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from planner.ir.intervals import Intervals, count_of
+from planner.kernels.ops.kept_linear import kept_linear, suits
+from planner.models.running.bindings import BoundLinear, BoundSite
+
+__all__ = ["Compute", "Copies", "KeptProduct", "Products", "TorchProducts"]
+
+# Features of shape (..., in features) to (..., out features), either of them narrowed.
+Compute = Callable[[Tensor], Tensor]
+
+
+class Products(Protocol):
+    """What the modules of one model compute with; None stands for their own code."""
+
+    def linear(self, linear: BoundLinear, lanes: Intervals | None) -> Compute | None:
+        """What a linear of a site computes with, all of whose lanes are kept where None is."""
+        ...
+
+    def mlp(self, site: BoundSite, lanes: Intervals | None) -> Compute | None:
+        """What a whole MLP block computes with; None to go linear by linear."""
+        ...
+
+    def attention(self, site: BoundSite) -> str | None:
+        """Which of transformers' attention functions a block calls; None for the configured one."""
+        ...
+
+
+class TorchProducts:
+    """Products by PyTorch and oneDNN.
+
+    Args:
+        frozen_bytes: bound on copies of kept features; 0 copies nothing, so that weights may change
+            in any way. The least recently used copies leave first.
+    """
+
+    def __init__(self, frozen_bytes: int = 0) -> None:
+        self.frozen_bytes = frozen_bytes
+        self.copies = Copies(frozen_bytes) if frozen_bytes else None
+
+    def linear(self, linear: BoundLinear, lanes: Intervals | None) -> Compute | None:
+        """A product with kept features; of a whole weight `kept_linear`, where that is faster."""
+        if lanes is not None:
+            return KeptProduct(linear, lanes, self.copies)
+        module = linear.module
+        is_plain = type(module).forward is nn.Linear.forward and suits(linear.weight)
+        return _Whole(module) if is_plain else None
+
+    def mlp(self, site: BoundSite, lanes: Intervals | None) -> Compute | None:
+        """Linear by linear."""
+        return None
+
+    def attention(self, site: BoundSite) -> str | None:
+        """As configured."""
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class _Whole:
+    """All of a weight, multiplied as narrowed ones are."""
+
+    module: nn.Module
+
+    def __call__(self, features: Tensor) -> Tensor:
+        module: Any = self.module
+        return kept_linear(features, module.weight, module.bias)
+
+
+class KeptProduct:
+    """A linear that computes with some of its lanes, in ascending order.
+
+    Args:
+        linear: what to narrow.
+        lanes: kept, as intervals.
+        copies: where kept features are copied together; None where they never are.
+    """
+
+    def __init__(self, linear: BoundLinear, lanes: Intervals, copies: Copies | None = None) -> None:
+        self.linear, self.lanes, self.copies = linear, lanes, copies
+        self.runs = linear.runs(lanes) or ((0, 0),)
+        self._copy: _Copy | None = None
+
+    def refresh(self) -> None:
+        """Before a pass: look for a copy of the weight as it is now."""
+        if self.copies is not None:
+            self._copy = self.copies.get(self.linear, self.lanes, self.runs)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Shape (..., in features) to (..., out features), either of them narrowed."""
+        copy = self._copy
+        # A copy is a constant to autograd.
+        if copy is None or (torch.is_grad_enabled() and self.linear.parameter.requires_grad):
+            return self._rows(features) if self.linear.axis == "out" else self._columns(features)
+        return kept_linear(features, copy.weight, copy.bias)
+
+    def _rows(self, features: Tensor) -> Tensor:
+        weight, bias = self.linear.weight, self.linear.bias
+        parts = [
+            kept_linear(features, weight[start:stop], None if bias is None else bias[start:stop])
+            for start, stop in self.runs
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def _columns(self, features: Tensor) -> Tensor:
+        weight, bias = self.linear.weight, self.linear.bias
+        if len(self.runs) == 1:
+            ((start, stop),) = self.runs
+            return kept_linear(features, weight[:, start:stop], bias)
+        rows = features.reshape(-1, features.shape[-1])
+        parts = rows.split([stop - start for start, stop in self.runs], -1)
+        total = F.linear(parts[0], weight[:, slice(*self.runs[0])], bias)
+        same = features.dtype == weight.dtype == total.dtype
+        # Into the same memory, a sum costs no pass over the output of its own.
+        in_place = same and total.dtype.itemsize >= 4 and not total.requires_grad
+        kind = total.dtype
+        for part, run in zip(parts[1:], self.runs[1:], strict=True):
+            columns = weight[:, slice(*run)]
+            if in_place:
+                total = torch.addmm(total, part, columns.t(), out=total)
+            else:
+                # Rounded once, at the end, as one product is.
+                total = total.float() if kind.itemsize < 4 else total
+                total = total + F.linear(part, columns)
+        return total.to(kind).reshape(*features.shape[:-1], -1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Copy:
+    """Kept features copied together.
+
+    To torch.compile they are what the model's own weights are: parameters, which stay where they
+    are and can be frozen.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    source: tuple[object, ...]
+
+
+class Copies:
+    """Kept features of frozen weights, copied together for plans that run again.
+
+    A plan computes with runs when it runs for the first time. A copy is used as long as its weight
+    is the same tensor, in the same place, and no operation of PyTorch wrote to it; what writes past
+    PyTorch (numpy, ``.data``) is not seen.
+
+    Args:
+        limit_bytes: bound on the copies held. One that is larger by itself is never made.
+    """
+
+    # Of how many lanes it is remembered that they ran.
+    REMEMBERED = 4096
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.bytes = 0
+        self._held: OrderedDict[tuple[str, Intervals], _Copy] = OrderedDict()
+        self._ran: OrderedDict[tuple[str, Intervals], None] = OrderedDict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies are of one model's weights."""
+        return Copies, (self.limit_bytes,)
+
+    def get(self, linear: BoundLinear, lanes: Intervals, runs: Intervals) -> _Copy | None:
+        """A copy of a linear's kept features as they are now; None to compute with runs."""
+        key = (linear.path, lanes)
+        held = self._held.get(key)
+        if held is not None and held.source == _state(linear):
+            self._held.move_to_end(key)
+            return held
+        self._drop(key)
+        weight = linear.weight
+        # Rows that lie together are fast as they are, and so are columns that oneDNN won't take.
+        together = len(runs) == 1 and (linear.axis == "out" or not suits(weight))
+        kept = count_of(runs)
+        size = weight.numel() // linear.features * kept * weight.itemsize
+        if together or not kept or size > self.limit_bytes:
+            return None
+        if key not in self._ran:
+            self._ran[key] = None
+            if len(self._ran) > self.REMEMBERED:
+                self._ran.popitem(last=False)
+            return None
+        copy = self._held[key] = _copied(linear, runs)
+        self.bytes += copy.weight.nbytes
+        while self.bytes > self.limit_bytes:
+            self._drop(next(iter(self._held)))
+        return copy
+
+    def _drop(self, key: tuple[str, Intervals]) -> None:
+        copy = self._held.pop(key, None)
+        if copy is not None:
+            self.bytes -= copy.weight.nbytes
+
+
+# Copies outlive the call that makes them, so they must not be inference tensors.
+@torch.inference_mode(False)
+@torch.no_grad()
+def _copied(linear: BoundLinear, runs: Intervals) -> _Copy:
+    dim, weight, bias = linear.dim, linear.weight.detach(), linear.bias
+    shape = list(weight.shape)
+    shape[dim] = count_of(runs)
+    copied, place = weight.new_empty(shape), 0
+    for start, stop in runs:
+        # Copies run on all threads, `torch.cat` on one.
+        copied.narrow(dim, place, stop - start).copy_(weight.narrow(dim, start, stop - start))
+        place += stop - start
+    if bias is not None:
+        pieces = [bias[start:stop] for start, stop in runs] if linear.axis == "out" else [bias]
+        bias = nn.Parameter(torch.cat(pieces), requires_grad=False)
+    return _Copy(nn.Parameter(copied, requires_grad=False), cast(Any, bias), _state(linear))
+
+
+def _state(linear: BoundLinear) -> tuple[object, ...]:
+    """Changes when PyTorch replaces, moves, converts or writes to a linear's parameters."""
+    state: list[object] = []
+    for tensor in (linear.parameter, linear.bias):
+        if tensor is not None:
+            version = 0 if tensor.is_inference() else tensor._version
+            state += [id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.device]
+    return tuple(state)

@@ -1,0 +1,385 @@
+"""The session of a model: what planner knows of it, and which plans each execution context runs.
+
+A model has one session, kept in its own ``__dict__``; so copies have sessions of their own, and a
+model that nobody uses is freed with it. What carries plans out is the session's implementation:
+`planner.models.running.skipping.Skipping` for a model called as it is, the tensors that compiled
+graphs read for one compiled with ``backend="planner"``.
+
+Which plans are active is state of the execution context (a thread, a task): `Session.set` changes
+it for the calling context and for those it starts from then on. Where the context says nothing, the
+session's default holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from types import MappingProxyType, TracebackType
+from typing import Any, Protocol
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph
+from planner.ir.lowering import lower_model
+from planner.models.running.bindings import BoundLayer, bind
+from planner.models.running.planning import Planning
+from planner.models.running.program import Program
+from planner.plan import Plan
+
+__all__ = [
+    "Implementation",
+    "Override",
+    "Session",
+    "Setting",
+    "language_model",
+    "language_models",
+    "name_of",
+]
+
+ATTRIBUTE = "_planner_session"
+_keys = count()
+
+
+@dataclass(eq=False)
+class Setting:
+    """Plans set for an execution context.
+
+    Attributes:
+        plans: one for all samples, or one per sample of a batch; empty while `asked` waits for the
+            options that only a model's first call knows.
+        asked: the budget that waits for them.
+        is_block: whether a ``with`` block ends it.
+        task: where the block was entered.
+        is_over: whether the block was left.
+    """
+
+    plans: tuple[Plan, ...]
+    asked: Any = None
+    is_block: bool = False
+    task: object = None
+    is_over: bool = False
+
+    @cached_property
+    def key(self) -> tuple[object, ...]:
+        """Equal keys run equally."""
+        return tuple(plan.key for plan in self.plans)
+
+    @property
+    def plan(self) -> Plan | tuple[Plan, ...] | None:
+        """The one plan, or all of them; None while there is none yet."""
+        return self.plans[0] if len(self.plans) == 1 else self.plans or None
+
+    @property
+    def holds(self) -> bool:
+        """Whether it counts here.
+
+        A block may be left in another task than it was entered in: generators are closed by
+        whoever comes by. It is over in the first then; tasks begun inside it go on as they are.
+        """
+        return not self.is_over or self.task != _task()
+
+
+# Session key -> what was set for it, the innermost last. Nothing here refers to a model.
+_settings: ContextVar[Mapping[int, tuple[Setting, ...]]] = ContextVar(
+    "planner_settings", default=MappingProxyType({})
+)
+
+
+def _task() -> object:
+    """Which thread and task this is."""
+    task = asyncio.current_task() if asyncio._get_running_loop() is not None else None
+    return threading.get_ident(), None if task is None else id(task)
+
+
+def _without(settings: Sequence[Setting], block: Setting) -> tuple[Setting, ...]:
+    """Settings without a block, and without what was set inside it alone."""
+    left: list[Setting] = []
+    inside = False
+    for setting in settings:
+        inside = setting is block or (inside and not setting.is_block)
+        if not inside:
+            left.append(setting)
+    return tuple(left)
+
+
+class Implementation(Protocol):
+    """What makes a model obey the plans of its session."""
+
+    def accept(self, plans: tuple[Plan, ...]) -> Program:
+        """Make ready for plans; raise InputError where they cannot be carried out."""
+        ...
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has been forgotten, and the session should begin anew."""
+        ...
+
+    @property
+    def kept_image_tokens(self) -> dict[int, list[int]]:
+        """Layer of a token stage -> image tokens left behind it, by row of the last prompt."""
+        ...
+
+    def changed(self) -> None:
+        """Other plans are active in this context from now on."""
+        ...
+
+    def close(self) -> None:
+        """Give the model back as it was."""
+        ...
+
+
+class Session:
+    """What planner knows of one model, and what it does with it.
+
+    Args:
+        model: a stock transformers model; see `language_model`.
+        graph: its Graph; by default it is lowered when it is first asked for.
+
+    Attributes:
+        planning: how plans are made for budgets; None until somebody says.
+        default: what contexts run that set nothing; None for the base model.
+        implementation: of the plans; None while nothing obeys.
+        obstacle: why none can, where that is known.
+    """
+
+    # Programs of this many sets of plans are kept.
+    PROGRAMS = 64
+
+    def __init__(self, model: nn.Module, graph: Graph | None = None) -> None:
+        self.model = model
+        self.planning: Planning | None = None
+        self.default: Setting | None = None
+        self.implementation: Any = None
+        self.obstacle = ""
+        self._graph = graph
+        self._begin()
+        model.__dict__[ATTRIBUTE] = self
+
+    def _begin(self) -> None:
+        """What no copy takes over."""
+        self.key = next(_keys)
+        self._programs: OrderedDict[tuple[object, ...], Program] = OrderedDict()
+        self._layers: tuple[BoundLayer, ...] = ()
+        self._modules: list[tuple[Mapping[str, Any], str, object]] = []
+
+    @staticmethod
+    def of(model: nn.Module) -> Session | None:
+        """The session of a model, or of the model inside what wraps it; None without one."""
+        known = language_model(model)
+        session: Session | None = None if known is None else known.__dict__.get(ATTRIBUTE)
+        known = None if session is None else session.implementation
+        if session is not None and known is not None and known.is_over:
+            session.begin_anew(None)
+            session.implementation = session.planning = None
+        return session
+
+    @property
+    def graph(self) -> Graph:
+        """The model's Graph."""
+        if self._graph is None:
+            self._graph = lower_model(self.model, name_of(self.model))
+        return self._graph
+
+    @property
+    def layers(self) -> tuple[BoundLayer, ...]:
+        """The model's decoder layers, found again where modules were exchanged meanwhile."""
+        if not self._layers or any(known.get(n) is not m for known, n, m in self._modules):
+            self._layers = bind(self.model, self.graph)
+            self._modules = _ways(self.model, self._layers)
+            self._programs.clear()
+        return self._layers
+
+    # -- which plans -----------------------------------------------------------------------------
+
+    @property
+    def setting(self) -> Setting | None:
+        """What holds in this context; None is the base model."""
+        for setting in reversed(_settings.get().get(self.key, ())):
+            if setting.holds:
+                return setting
+        return self.default
+
+    @property
+    def program(self) -> Program | None:
+        """What this context runs; None is the base model."""
+        setting = self.setting
+        if setting is None or (not setting.plans and self.planning is None):
+            return None
+        if not setting.plans:
+            setting.plans = self.planned(setting.asked)
+        return self.program_of(setting)
+
+    def planned(self, value: Any) -> tuple[Plan, ...]:
+        """The plans that a budget means, a Plan or several Plans, checked; as for `under`."""
+        assert self.planning is not None
+        several = isinstance(value, list | tuple) and any(isinstance(plan, Plan) for plan in value)
+        return self._accepted(value if several else self.planning.plan(value))
+
+    def program_of(self, setting: Setting) -> Program:
+        """Who does what in each layer under some plans."""
+        layers = self.layers
+        program = self._programs.get(setting.key)
+        if program is None:
+            program = Program.build(setting.plans, self.graph, layers)
+            self._programs[setting.key] = program
+            if len(self._programs) > self.PROGRAMS:
+                self._programs.popitem(last=False)
+        return program
+
+    def under(self, plans: Plan | Sequence[Plan]) -> Override:
+        """Have plans hold in this context, from now on or for a ``with`` block.
+
+        Args:
+            plans: one for all samples, or one per sample of the batches to come.
+
+        Raises:
+            InputError: a plan does not fit the model; nothing has changed then.
+        """
+        return Override(self, Setting(self._accepted(plans)))
+
+    def obey(self, plans: Plan | Sequence[Plan]) -> None:
+        """Have plans hold in all contexts; what was set before is void. As for `under`."""
+        accepted = self._accepted(plans)
+        self.begin_anew(Setting(accepted))
+
+    def _accepted(self, plans: Plan | Sequence[Plan]) -> tuple[Plan, ...]:
+        accepted = (plans,) if isinstance(plans, Plan) else tuple(plans)
+        if not accepted:
+            raise InputError("an empty list of plans; give one plan, or one per sample")
+        if self.implementation is None:
+            raise InputError("planner.restore has let go of this model; call planner.compile again")
+        self.implementation.accept(accepted)
+        return accepted
+
+    def set(self, setting: Setting) -> None:
+        """Let something hold in this context until it is changed, or its block is left."""
+        mine = [other for other in _settings.get().get(self.key, ()) if other is not setting]
+        # Of what was set without a block, the last is enough: for a block to put back.
+        while len(mine) > 1 and not mine[-1].is_block and not mine[-2].is_block:
+            del mine[-2]
+        self._write((*mine, setting))
+
+    def leave(self, block: Setting) -> None:
+        """Put back what held before a block."""
+        block.is_over = True
+        mine = _settings.get().get(self.key, ())
+        if block in mine:
+            self._write(_without(mine, block))
+
+    def _write(self, mine: tuple[Setting, ...]) -> None:
+        _settings.set(MappingProxyType({**_settings.get(), self.key: mine}))
+        if self.implementation is not None:
+            self.implementation.changed()
+
+    def begin_anew(self, default: Setting | None) -> None:
+        """Give all contexts a new default; what was set before is void in all of them."""
+        self.key, self.default = next(_keys), default
+        if self.implementation is not None:
+            self.implementation.changed()
+
+    def close(self) -> None:
+        """Give the model back as it was."""
+        self.begin_anew(None)
+        if self.implementation is not None:
+            self.implementation.close()
+            self.implementation = None
+        if self.model.__dict__.get(ATTRIBUTE) is self:
+            del self.model.__dict__[ATTRIBUTE]
+
+    # -- copies ----------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy of the model, or a file of it, takes over: among it the plans that hold."""
+        setting = self.setting
+        return {
+            "model": self.model,
+            "planning": self.planning,
+            "default": None if setting is None else Setting(setting.plans, setting.asked),
+            "implementation": self.implementation,
+            "obstacle": self.obstacle,
+            "_graph": self._graph,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+
+class Override:
+    """What `planner.budget` returns: it holds already, and a ``with`` block ends it.
+
+    Attributes:
+        plan: that holds, or one per sample; None before the first call of a compiled model.
+    """
+
+    def __init__(self, session: Session, setting: Setting) -> None:
+        self._session, self._setting = session, setting
+        session.set(setting)
+
+    @property
+    def plan(self) -> Plan | tuple[Plan, ...] | None:
+        """See the class."""
+        return self._setting.plan
+
+    def __enter__(self) -> Any:
+        """Have the block end it; returns the plan."""
+        setting = self._setting
+        setting.is_block, setting.task, setting.is_over = True, _task(), False
+        self._session.set(setting)
+        return self.plan
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._session.leave(self._setting)
+
+
+def language_model(module: nn.Module) -> nn.Module | None:
+    """The outermost transformers model in a module that has a decoder, None without one.
+
+    Args:
+        module: a model, or what wraps it: a PeftModel, what ``torch.compile`` made of it, DDP, any
+            module that holds it.
+    """
+    return next(language_models(module), None)
+
+
+def language_models(module: nn.Module) -> Iterator[nn.Module]:
+    """All of them, the outermost first."""
+    for inner in getattr(module, "_orig_mod", module).modules():
+        if isinstance(inner, PreTrainedModel) and callable(getattr(inner, "get_decoder", None)):
+            yield inner
+
+
+def name_of(model: nn.Module) -> str:
+    """What a loaded model is called: the last part of where it was loaded from."""
+    name = str(getattr(getattr(model, "config", None), "name_or_path", "") or "model")
+    return name.rstrip("/").rpartition("/")[2] or "model"
+
+
+def _ways(
+    model: nn.Module, layers: Sequence[BoundLayer]
+) -> list[tuple[Mapping[str, Any], str, object]]:
+    """Every module on the ways to what is bound: (modules it is among, its name there, itself)."""
+    found: dict[str, tuple[Mapping[str, Any], str, object]] = {}
+    for path in (path for layer in layers for path in layer.paths):
+        module, way = model, ""
+        for name in path.split("."):
+            way = f"{way}.{name}"
+            known = module._modules
+            inner = known[name]
+            assert inner is not None
+            found[way] = (known, name, inner)
+            module = inner
+    return list(found.values())
