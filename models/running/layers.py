@@ -102,9 +102,9 @@ class Setup:
 
 
 @lru_cache(maxsize=128)
-def _names(layer_class: Any) -> tuple[str, ...]:
-    """Names of what layers of a class take; reading a signature takes longer than all else."""
-    return tuple(inspect.signature(layer_class.forward).parameters)[1:]
+def _names(forward: Any) -> tuple[str, ...]:
+    """Names of what a method takes; reading a signature takes longer than all else here."""
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 class LayerForward:
@@ -118,8 +118,8 @@ class LayerForward:
         self.is_last = program is passes.program.layers[-1]
         self.setups = setups
         self.stock: Any = None
-        self.layer_class: Any = type(program.layer.module)
-        self.names = _names(self.layer_class)
+        self.layer_class = type(program.layer.module)
+        self.names = _names(self.layer_class.forward)
         self.is_simple = len(setups) == 1 and not setups[0].group.has_keys
         heads = program.layer.heads
         self.block: Any = None if heads is None else heads.module
