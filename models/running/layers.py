@@ -120,6 +120,8 @@ class LayerForward:
         self.stock: Any = None
         self.layer_class = type(program.layer.module)
         self.names = _names(self.layer_class.forward)
+        # How the layer runs now.
+        self.setup = setups[0]
         self.is_simple = len(setups) == 1 and not setups[0].group.has_keys
         heads = program.layer.heads
         self.block: Any = None if heads is None else heads.module
@@ -176,6 +178,7 @@ class LayerForward:
             if setup.group.has_keys:
                 keys = _keys(call, number, inputs, kept, cached)
             setup.activate()
+            self.setup = setup
             if cached is not None:
                 cached.begin(number)
             self.passes.serving = (rows, None if keys is None else keys.positions >= 0)

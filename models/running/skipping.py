@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -42,6 +42,9 @@ from planner.plan import Plan
 from planner.planning.selectors import VisionSelector
 
 __all__ = ["Decider", "Ready", "Skipping", "obeying", "session_on"]
+
+# Attributes of transformers' layers: whether, and by what function, they keep no activations.
+CHECKPOINTS, CHECKPOINT = "gradient_checkpointing", "_gradient_checkpointing_func"
 
 # Arguments of a module's forward: by place and by name.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -75,11 +78,15 @@ class Ready:
     Args:
         program: what to run.
         stages: its token stages; None where no token is dropped.
+        again: runs a layer again in a backward pass, see `Skipping.again`.
     """
 
-    def __init__(self, program: Program, stages: TokenStages | None) -> None:
+    def __init__(
+        self, program: Program, stages: TokenStages | None, again: Callable[..., Any]
+    ) -> None:
         self.program = program
         self.stages = stages
+        self._again = again
         self.passes = Passes(program, stages)
         self.shadows: list[tuple[nn.Module, Shadow]] = []
         self.attributes: list[tuple[nn.Module, str, Any]] = []
@@ -104,6 +111,9 @@ class Ready:
             # Whole weights are multiplied in their own way where others have put a `forward`.
             if shadow.narrows or "forward" not in module.__dict__:
                 self._patches.shadow(module, shadow)
+            if isinstance(shadow, LayerForward) and getattr(module, CHECKPOINTS, False):
+                checkpoint = partial(self._checkpoint, shadow, getattr(module, CHECKPOINT))
+                self._patches.set(module, CHECKPOINT, checkpoint)
         for module, name, value in self.attributes:
             self._patches.set(module, name, value)
 
@@ -122,6 +132,10 @@ class Ready:
         self.passes.end()
         if self.stages is not None:
             self.stages.arguments = {}
+
+    def _checkpoint(self, layer: LayerForward, stock: Any, run: Any, *args: Any) -> Any:
+        """Stands in for a layer's function for gradient checkpointing."""
+        return stock(partial(self._again, self, layer.setup, run), *args)
 
     def take_away(self) -> None:
         """Undo it."""
@@ -291,6 +305,15 @@ class Skipping:
         if ready is not None:
             ready.put_in_place()
 
+    def again(self, ready: Ready, setup: Setup, run: Callable[..., Any], *args: Any) -> Any:
+        """Run a layer; in a backward pass that kept no activations, under the plan of its pass."""
+        if self._lock.is_mine:
+            return run(*args)
+        with self._alone():
+            self._place(ready)
+            setup.activate()
+            return run(*args)
+
     @torch.compiler.assume_constant_result
     def _hold(self) -> bool:
         """Have this context's plans stand for torch.compile, which is tracing."""
@@ -382,7 +405,7 @@ class Skipping:
         return ready is not None and ready.stages is not None and ready.stages.vision is vision
 
     def _made_ready(self, program: Program, stages: TokenStages | None) -> Ready:
-        ready = Ready(program, stages)
+        ready = Ready(program, stages, self.again)
         for layer in program.layers:
             setups = self._setups(layer, ready)
             ready.shadows.append((layer.layer.module, LayerForward(ready.passes, layer, setups)))
