@@ -159,9 +159,14 @@ def restore(model: Model) -> Model:
 
 
 def _session_of(model: nn.Module) -> Session:
-    from planner.models.running.session import Session
+    from planner.models.running.session import Session, language_model
 
     session = Session.of(model)
+    if language_model(model) is None:
+        raise InputError(
+            f"this {type(model).__name__} holds no language model of transformers: it has nothing "
+            "to budget"
+        )
     if session is None or (session.planning is None and session.setting is None):
         raise InputError(
             f"this {type(model).__name__} is not compiled: call planner.compile(model), or "

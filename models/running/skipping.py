@@ -28,7 +28,7 @@ from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.models.running.attention_blocks import AttentionBlock, probe
 from planner.models.running.bindings import BoundLayer, BoundSite
-from planner.models.running.forward_pass import Passes
+from planner.models.running.forward_pass import Call, Passes
 from planner.models.running.layers import AttentionForward, BlockForward, LayerForward, Setup
 from planner.models.running.pass_lock import PassLock
 from planner.models.running.patches import ConfigView, Patches, Shadow
@@ -135,7 +135,8 @@ class Ready:
 
     def _checkpoint(self, layer: LayerForward, stock: Any, run: Any, *args: Any) -> Any:
         """Stands in for a layer's function for gradient checkpointing."""
-        return stock(partial(self._again, self, layer.setup, run), *args)
+        again = partial(self._again, self, layer.setup, self.passes.current, run)
+        return stock(again, *args)
 
     def take_away(self) -> None:
         """Undo it."""
@@ -305,12 +306,15 @@ class Skipping:
         if ready is not None:
             ready.put_in_place()
 
-    def again(self, ready: Ready, setup: Setup, run: Callable[..., Any], *args: Any) -> Any:
+    def again(
+        self, ready: Ready, setup: Setup, call: Call | None, run: Callable[..., Any], *args: Any
+    ) -> Any:
         """Run a layer; in a backward pass that kept no activations, under the plan of its pass."""
         if self._lock.is_mine:
             return run(*args)
         with self._alone():
             self._place(ready)
+            ready.passes.current = call
             setup.activate()
             return run(*args)
 

@@ -8,6 +8,7 @@ import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -16,6 +17,7 @@ from families import FAMILIES
 from plans import dense_plan, plan_of
 from restored import same_state, snapshot
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 
 from planner.ir.errors import InputError
@@ -502,7 +504,9 @@ def test_gradient_checkpointing_runs_the_plan_again(qwen3, reentrant):
     session = session_on(model, graph)
     session.obey(plan)
     right = gradients(model)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for layer in model.model.layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=reentrant)
     model.enable_input_require_grads()
     found = gradients(model)
     assert found.keys() == right.keys()

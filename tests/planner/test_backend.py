@@ -1,6 +1,9 @@
 """torch.compile(backend="planner"): compiled models obey plans, and nothing is compiled again."""
 
+import copy
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -415,3 +418,117 @@ def test_budgets_are_kept():
         assert not plan.heads
 
     check()
+
+
+# -- several models, threads, and the other way to run a plan --------------------------------------
+
+
+def twins(name, count=2):
+    """Models of one class with weights of their own; TorchDynamo compiles them once."""
+    built, graph = family(name)
+    return [copy.deepcopy(built.model) for _ in range(count)], graph, built.inputs(batch=2)
+
+
+def test_models_of_one_class_have_budgets_of_their_own():
+    (first, second, third), graph, inputs = twins("qwen3", 3)
+    with torch.no_grad():
+        second.model.layers[0].mlp.down_proj.weight.mul_(2)
+    plan, other = mixed_plan(graph), plan_of(graph, heads={1: (0,)})
+    one, two = compiled(first), compiled(second)
+    planner.budget(one, plan)
+    assert_near(logits(one, inputs), masked(first, graph, plan, inputs))
+    planner.budget(two, other)
+    assert_near(logits(two, inputs), masked(second, graph, other, inputs))
+    planner.budget(one, 1.0)
+    assert_near(logits(one, inputs), logits(first, inputs))
+    assert_near(logits(two, inputs), masked(second, graph, other, inputs))
+    # One that nobody has set a budget for has that of its options.
+    three = compiled(third)
+    assert not torch.equal(logits(three, inputs), logits(third, inputs))
+    assert planner.plan_of(three).cost["flops"]["fraction"] <= 0.65
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_weights_of_a_compiled_model_may_be_exchanged():
+    (model,), graph, inputs = twins("qwen3", 1)
+    run, plan = compiled(model), mixed_plan(graph)
+    planner.budget(run, plan)
+    logits(run, inputs)
+    state = {name: value * 0.9 for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    assert_near(logits(run, inputs), masked(model, graph, plan, inputs))
+
+
+def test_threads_call_a_compiled_model_under_plans_of_their_own():
+    (model,), graph, inputs = twins("qwen3", 1)
+    run = compiled(model)
+    logits(run, inputs)
+    chosen = [mixed_plan(graph), plan_of(graph, layers_off=(0,)), dense_plan(graph)]
+    right = [masked(model, graph, plan, inputs) for plan in chosen]
+    ready = threading.Barrier(len(chosen))
+
+    def answer(number):
+        torch.set_num_threads(1)
+        with planner.budget(run, chosen[number]) as plan:
+            assert plan is chosen[number]
+            ready.wait()
+            for _ in range(5):
+                assert_near(logits(run, inputs), right[number])
+
+    with ThreadPoolExecutor(len(chosen)) as pool:
+        for done in [pool.submit(answer, number) for number in range(len(chosen))]:
+            done.result()
+
+
+def test_a_block_puts_back_what_held():
+    (model,), graph, inputs = twins("qwen3", 1)
+    run = compiled(model, budget=0.7)
+    with planner.budget(run, mixed_plan(graph)) as nothing_yet:
+        assert nothing_yet is None
+        assert_near(logits(run, inputs), masked(model, graph, mixed_plan(graph), inputs))
+        assert planner.plan_of(run) == mixed_plan(graph)
+    plan = planner.plan_of(run)
+    assert plan.cost["flops"]["fraction"] <= 0.7
+    with planner.budget(run, 1.0):
+        assert_near(logits(run, inputs), logits(model, inputs))
+    assert_near(logits(run, inputs), masked(model, graph, plan, inputs))
+
+
+def test_the_two_ways_to_run_a_plan_do_not_mix():
+    (model,), graph, inputs = twins("qwen3", 1)
+    planner.compile(model, plan=mixed_plan(graph))
+    with pytest.raises(BackendCompilerFailed, match=r"planner\.compile has this model already"):
+        logits(compiled(model), inputs)
+    planner.restore(model)
+    torch.compiler.reset()
+    run = compiled(model)
+    logits(run, inputs)
+    with pytest.raises(InputError, match="has this model already"):
+        planner.compile(model, 0.5)
+    planner.restore(run)
+    assert torch.equal(logits(run, inputs), logits(model, inputs))
+    planner.compile(model, plan=mixed_plan(graph))
+    assert_near(logits(model, inputs), masked(*twin_of(model), mixed_plan(graph), inputs))
+
+
+def twin_of(model):
+    """A stock model with the weights of one that obeys a plan, and its Graph."""
+    twin = copy.deepcopy(model)
+    planner.restore(twin)
+    return twin, family("qwen3")[1]
+
+
+def test_models_that_cannot_obey_get_no_budget():
+    (model,), _, inputs = twins("qwen3", 1)
+    with pytest.raises(InputError, match="not compiled"):
+        planner.budget(model, 0.5)
+    with pytest.raises(InputError, match="not compiled"):
+        planner.budget(torch.compile(model, backend="eager"), 0.5)
+    # A product that is read twice is none that a plan could narrow.
+    inner = model.model.layers[1].mlp
+    stock = inner.forward
+    inner.forward = lambda x: stock(x) + 0 * inner.down_proj.weight.sum()
+    run = compiled(model)
+    assert_near(logits(run, inputs), logits(model, inputs))
+    with pytest.raises(InputError, match="no one last product"):
+        planner.budget(run, 0.5)
