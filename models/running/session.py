@@ -220,8 +220,10 @@ class Session:
     def planned(self, value: Any) -> tuple[Plan, ...]:
         """The plans that a budget means, a Plan or several Plans, checked; as for `under`."""
         assert self.planning is not None
-        several = isinstance(value, list | tuple) and any(isinstance(plan, Plan) for plan in value)
-        return self._accepted(value if several else self.planning.plan(value))
+        given = isinstance(value, Plan)
+        if isinstance(value, list | tuple):
+            given = any(isinstance(plan, Plan) for plan in value)
+        return self._accepted(value if given else self.planning.plan(value))
 
     def program_of(self, setting: Setting) -> Program:
         """Who does what in each layer under some plans."""
@@ -254,6 +256,8 @@ class Session:
         accepted = (plans,) if isinstance(plans, Plan) else tuple(plans)
         if not accepted:
             raise InputError("an empty list of plans; give one plan, or one per sample")
+        if not all(isinstance(plan, Plan) for plan in accepted):
+            raise InputError("a list of plans holds something else: give one Plan per sample")
         if self.implementation is None:
             raise InputError("planner.restore has let go of this model; call planner.compile again")
         self.implementation.accept(accepted)
