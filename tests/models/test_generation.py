@@ -301,7 +301,7 @@ def test_bad_input_is_refused_in_one_sentence_and_the_model_stays_good(llava):
         ({"heads": {0: (2,)}}, "numbers below 2"),
         ({"heads": {0: (1, 0)}}, "ascending"),
         ({"mlp": {9: (0,)}}, "mlp.9"),
-        ({"tokens": (TokenStage(1, 17, 16),)}, "17 of 16"),
+        ({"tokens": (TokenStage(1, 17, 16),)}, "keeps 17 image tokens"),
         ({"tokens": (TokenStage(0, 8, 16, "fastv"),)}, "layer from 1"),
         ({"layers_off": (0, 1), "tokens": (TokenStage(2, 8, 16, "fastv"),)}, "leaves none on"),
         ({"tokens": (TokenStage(2, 8, 16, "best"),)}, "no token selector 'best'"),
