@@ -45,11 +45,11 @@ def plans(draw: st.DrawFn, graph: Graph, image_tokens: int = 0, images: int = 1)
     }
     mlp = {layer: draw(some_of(MLP_SWITCHES)) for layer in on if draw(st.booleans())}
     stages = []
-    left = image_tokens * images
+    left = of = image_tokens * images
     if image_tokens:
         for layer in sorted(draw(st.sets(st.sampled_from(layers), max_size=2))):
             keep = draw(st.integers(0, left))
-            stages.append(TokenStage(layer, keep, left))
+            stages.append(TokenStage(layer, keep, of))
             left = keep
     return plan_of(
         graph,
