@@ -12,7 +12,7 @@ from typing import Any
 from planner.contained import contained
 from planner.files import MEBIBYTE, read_bytes
 from planner.ir.errors import InputError, PlannerError
-from planner.planning.catalog import HUB, Source, find_model
+from planner.planning.catalog import Source, find_model
 
 __all__ = [
     "count_image_tokens",
@@ -55,8 +55,8 @@ def load_model(
     from transformers.utils import logging
 
     source = find_model(name, trust_remote_code)
-    where = str(source.folder or source.hub_id or HUB.get(name, name))
-    if source.folder is None and source.hub_id is None and name not in HUB:
+    where = str(source.folder or source.hub_id)
+    if source.folder is None and source.hub_id is None:
         raise InputError(f"'{name}' has no weights here: give a local folder with weights")
     if dtype == "auto" and device == "cpu":
         dtype = "float32"

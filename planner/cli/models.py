@@ -28,11 +28,13 @@ def models_command(
     ] = None,
 ) -> None:
     """List model aliases; with --check, what can be lowered."""
-    from planner.planning.catalog import aliases
+    from planner.planning.catalog import ALIASES
 
     if not check:
-        rows = [[name, what] for name, what in aliases().items()]
-        console.show({"aliases": aliases()}, lambda: table(["alias", "model"], rows))
+        known = {
+            name: f"{a.about} ({a.hub_id})" if a.hub_id else a.about for name, a in ALIASES.items()
+        }
+        console.show({"aliases": known}, lambda: table(["alias", "model"], list(known.items())))
         return
     results = check_models(only, console.shows_progress)
     console.show({"models": results}, lambda: _print_checks(results, console.verbose))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,22 +17,32 @@ from typing import Any
 from planner.documents import read_json
 from planner.ir.errors import InputError
 
-__all__ = ["HUB", "PLANNED_EXPORT", "Source", "aliases", "find_model"]
+__all__ = ["ALIASES", "PLANNED_EXPORT", "Alias", "Source", "find_model"]
 
-# alias -> what it is; its config is planner/aliases/<alias>.json, tiny-llava's lies by its weights.
+
+@dataclass(frozen=True)
+class Alias:
+    """A short name for a model, whose config is ``planner/aliases/<alias>.json``.
+
+    Attributes:
+        about: what it stands for.
+        hub_id: where its weights are, for the commands that need weights; "" for nowhere.
+    """
+
+    about: str
+    hub_id: str = ""
+
+
 ALIASES = {
-    "llava-7b": "LLaVA-1.5 with Vicuna-7B (llava-hf/llava-1.5-7b-hf)",
-    "llava-13b": "LLaVA-1.5 with Vicuna-13B (llava-hf/llava-1.5-13b-hf)",
-    "mipha-3b": "Phi-2 with SigLIP, the model of Mipha-3B (arXiv 2403.06199)",
-    "tiny-llava": "the small LLaVA that ships with planner, for trying things out",
+    "llava-7b": Alias("LLaVA-1.5 with Vicuna-7B", "llava-hf/llava-1.5-7b-hf"),
+    "llava-13b": Alias("LLaVA-1.5 with Vicuna-13B", "llava-hf/llava-1.5-13b-hf"),
+    "mipha-3b": Alias("Phi-2 with SigLIP, the model of Mipha-3B (arXiv 2403.06199)"),
+    # Config and weights lie beside one another in planner/models.
+    "tiny-llava": Alias("the small LLaVA that ships with planner, for trying things out"),
 }
+CONFIGS = files("planner") / "aliases"
 # What marks a folder that planner exported under a plan, `planner.models.export.planned_export`.
 PLANNED_EXPORT = "planner.json"
-# alias -> where its weights are, for the commands that need weights.
-HUB = {
-    "llava-7b": "llava-hf/llava-1.5-7b-hf",
-    "llava-13b": "llava-hf/llava-1.5-13b-hf",
-}
 
 
 @dataclass(frozen=True)
@@ -43,8 +52,8 @@ class Source:
     Attributes:
         name: what the user called it.
         config: contents of its ``config.json``.
-        folder: local folder with the model's files, None for an alias or a hub id.
-        hub_id: id on the hub, None otherwise.
+        folder: local folder with the model's files, or None.
+        hub_id: id on the hub of a model with weights, or None.
         trust_remote_code: whether code beside the config may run.
     """
 
@@ -84,12 +93,6 @@ class Source:
                 str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             )
             raise InputError(f"the config of '{self.name}' is not valid: {first}") from None
-
-
-@cache
-def aliases() -> dict[str, str]:
-    """Known aliases and what they stand for."""
-    return dict(ALIASES)
 
 
 def _read_config(path: Path, name: str) -> dict[str, Any]:
@@ -152,8 +155,8 @@ def find_model(name: str, trust_remote_code: bool = False) -> Source:
         folder = tiny_llava_folder()
         return Source(name, _read_config(folder / "config.json", name), folder=folder)
     if name in ALIASES:
-        text = files("planner").joinpath(f"aliases/{name}.json").read_text(encoding="utf-8")
-        return Source(name, json.loads(text))
+        text = CONFIGS.joinpath(f"{name}.json").read_text(encoding="utf-8")
+        return Source(name, json.loads(text), hub_id=ALIASES[name].hub_id or None)
     folder = Path(name).expanduser()
     if folder.is_dir():
         config = _read_config(folder / "config.json", name)

@@ -8,6 +8,7 @@ import pytest
 
 from planner import __version__
 from planner.plan import load_plan
+from planner.planning.catalog import ALIASES
 from planner.planning.graph_cache import cache_folder
 
 
@@ -76,7 +77,7 @@ def test_inspect_after_passes(cli_json):
     assert "norm_linear" in {operator["kind"] for operator in fused["operators"]}
 
 
-@pytest.mark.parametrize("alias", ["llava-13b", "mipha-3b", "tiny-llava"])
+@pytest.mark.parametrize("alias", ALIASES)
 def test_every_alias_compiles(cli_json, alias):
     document = cli_json("compile", "--model", alias, "--budget", "0.7")
     assert document["cost"]["flops"]["fraction"] <= 0.7
