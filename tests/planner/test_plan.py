@@ -1,6 +1,8 @@
+import ast
 import os
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -168,3 +170,33 @@ def test_a_failed_write_keeps_the_old_file(plan, tmp_path, monkeypatch):
         save_plan(plan, path)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["plan.yaml"]
+
+
+STORED = ("heads", "mlp", "mlp_switches")
+ROOT = Path(__file__).parents[2]
+
+
+def reads_of_stored_switches(code):
+    """Lines that take what a plan keeps from its fields rather than from `Plan.kept`."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            owner = ast.unparse(node.value).rpartition(".")[2]
+            of_plan = "plan" in owner and owner != "planner"
+            if node.attr == "mlp_switches" or (node.attr in STORED and of_plan):
+                yield node.lineno
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr":
+            of, name = map(ast.unparse, node.args[:2])
+            if "plan" in of and name in ("kind", "site.kind", *map(repr, STORED)):
+                yield node.lineno
+
+
+def test_plans_are_read_by_one_method():
+    code = "x = plan.heads\ny = self.plan.mlp[1]\nz = one.mlp_switches\ngetattr(plan, site.kind)\n"
+    assert sorted(reads_of_stored_switches(code)) == [1, 2, 3, 4]
+    assert not [
+        f"{path.relative_to(ROOT)}:{line}"
+        for folder in ("benchmarks", "examples", "ir", "kernels", "models", "planner", "training")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if path != ROOT / "planner/plan.py"
+        for line in reads_of_stored_switches(path.read_text(encoding="utf-8"))
+    ]
