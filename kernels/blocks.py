@@ -38,7 +38,7 @@ class MLPBlock:
 
     Attributes:
         up, down, gate: the linears; `module` is their path.
-        activation: a key of `planner.kernels.ops.project_up.ACTIVATIONS`.
+        activation: a key of `planner.kernels.ops.project_rows.ACTIVATIONS`.
     """
 
     up: Operator

@@ -6,11 +6,10 @@ recompiles nor breaks a graph, and samples of one batch may carry different plan
 whether Triton computes it (interpreted on CPU tensors) or PyTorch; `planner.kernels.choice` says
 who should. May import `planner.ir`, survivors, and the kernels where they are run.
 
-    registration.py     an op with PyTorch: schema, fake, gradients
+    op.py               what an op is, and how PyTorch gets to know it
     slices.py           how PyTorch reads survivors
     kept_linear.py      a product with all features
-    project_rows.py     a linear's surviving output features: queries, keys, values
-    project_up.py       activations of an MLP's surviving neurons
+    project_rows.py     surviving output features: queries, keys, values, an MLP's neurons
     project_columns.py  a linear over surviving input features: output and down projections
     mlp.py              an MLP of these two
     attend.py           attention of surviving heads, in stock layouts

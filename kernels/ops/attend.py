@@ -8,17 +8,18 @@ transformers makes; heads that do not survive are never read.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
-from planner.ir.intervals import Intervals
-from planner.kernels.ops.registration import Gradients, Op
+from planner.kernels.ops.op import Gradients, Op
 from planner.kernels.ops.slices import Part, plans_of
 from planner.kernels.survivors import Survivors
 
-__all__ = ["attend", "naive_attend", "op"]
+__all__ = ["Attend", "attend"]
 
 
 def attend(
@@ -32,162 +33,129 @@ def attend(
     causal: bool = False,
     triton: bool,
 ) -> Tensor:
+    """Attention of surviving heads; see `Attend` and `Op.run`."""
+    return Attend(query, key, value, mask, scale, causal, survivors).run(triton=triton)
+
+
+@dataclass(frozen=True, eq=False)
+class Attend(Op, name="attend"):
     """``softmax(scale * q k^T + mask) v``. Differentiable in query, key and value, not in mask.
 
-    Args:
+    Gives (batch, tokens, heads, value_dim), packed by slot: heads beyond a plan's count are
+    undefined. Values that are not as wide as keys go through PyTorch in any case.
+
+    Attributes:
         query: (batch, heads, tokens, head_dim).
         key: (batch, kv_heads, keys, head_dim), heads a multiple of kv_heads.
         value: (batch, kv_heads, keys, value_dim).
         mask: bool (True is seen) or added to the scores, broadcast to (batch, heads, tokens, keys).
             A query that sees nothing gets 0.
-        survivors: surviving units of heads, of `slots` in all, which divide kv_heads; one plan, or
-            one per sample.
         scale: factor on q k^T.
         causal: token i sees keys 0 to i; as in ``F.scaled_dot_product_attention``, without a mask.
-        triton: whether Triton computes it, or PyTorch. Values that are not as wide as keys go
-            through PyTorch.
-
-    Returns:
-        (batch, tokens, heads, value_dim), packed by slot: heads beyond a plan's count are
-        undefined.
-
-    Raises:
-        InputError: neither one plan nor as many as samples, or shapes that do not fit.
+        survivors: surviving units of heads, of `slots` in all, which divide kv_heads; one plan, or
+            one per sample.
     """
-    return op(query, key, value, mask, scale, causal, survivors, triton=triton)
 
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scale: float
+    causal: bool
+    survivors: Survivors
 
-def naive_attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    survivors: Survivors,
-) -> Tensor:
-    """The twin: every head by itself, then packed."""
-    shared = query.shape[1] // key.shape[1]
-    every_key, every_value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
-    scores = query @ every_key.mT * scale
-    if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-    if mask is not None:
-        scores = (
-            scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        )
-    mixed = (torch.softmax(scores, dim=-1).nan_to_num(0.0) @ every_value).transpose(1, 2)
-    out = torch.full_like(mixed, torch.nan)
-    width = query.shape[1] // survivors.slots
-    for sample in range(len(query)):
-        units = survivors.features(sample if survivors.plans > 1 else 0)
-        heads = (units[:, None] * width + torch.arange(width)).flatten()
-        out[sample, :, : len(heads)] = mixed[sample, :, heads]
-    return out
+    @override
+    def twin(self) -> Tensor:
+        width, shared = self.query.shape[1] // self.survivors.slots, self._shared
+        key, value = (x.repeat_interleave(shared, dim=1) for x in (self.key, self.value))
+        share = self._softmax(self.query @ key.mT, self.mask)
+        mixed = (share @ value).transpose(1, 2)
+        out = torch.full_like(mixed, torch.nan)
+        for sample in range(len(out)):
+            units = self.survivors.features(sample if self.survivors.plans > 1 else 0)
+            heads = (units[:, None] * width + torch.arange(width)).flatten()
+            out[sample, :, : len(heads)] = mixed[sample, :, heads]
+        return out
 
+    @override
+    def by_pytorch(self) -> Tensor:
+        out = torch.zeros_like(self.empty())
+        for samples, plan in plans_of(self.survivors):
+            mask, first = self.mask, 0
+            if len(self.survivors.runs(plan)) > 1 and mask is not None and mask.dtype == torch.bool:
+                # Attention would turn it into this once for every run.
+                mask = torch.zeros_like(mask, dtype=out.dtype).masked_fill_(~mask, -torch.inf)
+            for heads, (q, k, v) in self._runs(samples, plan):
+                got = F.scaled_dot_product_attention(
+                    q,
+                    k,
+                    v,
+                    _mask_of(mask, samples, heads),
+                    is_causal=self.causal,
+                    scale=self.scale,
+                    enable_gqa=q.shape[1] != k.shape[1],
+                )
+                out[samples, :, first : first + q.shape[1]] = got.transpose(1, 2)
+                first += q.shape[1]
+        return out
 
-def _sliced(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    survivors: Survivors,
-) -> Tensor:
-    batch, count, tokens, _ = query.shape
-    out = query.new_zeros(batch, tokens, count, value.shape[-1])
-    for samples, plan in plans_of(survivors):
-        runs = survivors.runs(plan)
-        if len(runs) > 1 and mask is not None and mask.dtype == torch.bool:
-            # Attention would turn it into this once for every run.
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
-        first = 0
-        for heads, kv_heads in _heads_of(runs, query, key, survivors.slots):
-            q, k, v = query[samples, heads], key[samples, kv_heads], value[samples, kv_heads]
-            m = _mask_of(mask, samples, heads)
-            shared = q.shape[1] != k.shape[1]
-            got = F.scaled_dot_product_attention(
-                q, k, v, m, is_causal=causal, scale=scale, enable_gqa=shared
-            )
-            out[samples, :, first : first + q.shape[1]] = got.transpose(1, 2)
-            first += q.shape[1]
-    return out
+    @override
+    def by_triton(self) -> Tensor:
+        if self.value.shape[-1] != self.query.shape[-1]:
+            return self.by_pytorch()
+        from planner.kernels.triton.attend import attend as kernel
 
+        return kernel(self)
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    survivors: Survivors,
-    triton: bool,
-) -> Tensor:
-    if not triton or value.shape[-1] != query.shape[-1]:
-        return _sliced(query, key, value, mask, scale, causal, survivors)
-    from planner.kernels.triton.attend import attend as kernel
+    @override
+    def empty(self) -> Tensor:
+        batch, heads, tokens, _ = self.query.shape
+        return self.query.new_empty(batch, tokens, heads, self.value.shape[-1])
 
-    return kernel(query, key, value, mask, scale, causal, survivors)
+    @override
+    def gradients(self, gradient: Tensor, wanted: list[str]) -> Gradients:
+        sums = {n: torch.zeros_like(getattr(self, n)) for n in ("query", "key", "value")}
+        shared = self._shared
+        for samples, plan in plans_of(self.survivors):
+            first = 0
+            for heads, (q, k, v) in self._runs(samples, plan):
+                k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))
+                weight = self._softmax(q @ k.mT, _mask_of(self.mask, samples, heads)).to(q.dtype)
+                d = gradient[samples, :, first : first + q.shape[1]].transpose(1, 2)
+                first += q.shape[1]
+                d_weight = d @ v.mT
+                d_scores = weight * (d_weight - (d_weight * weight).sum(dim=-1, keepdim=True))
+                d_scores = d_scores * self.scale
+                sums["query"][samples, heads] += d_scores @ k
+                kv_heads = slice(heads.start // shared, heads.stop // shared)
+                for name, part in (("key", d_scores.mT @ q), ("value", weight.mT @ d)):
+                    sums[name][samples, kv_heads] += part.unflatten(1, (-1, shared)).sum(dim=2)
+        return {name: sums[name] for name in wanted}
 
+    @property
+    def _shared(self) -> int:
+        """Query heads to a KV head."""
+        return self.query.shape[1] // self.key.shape[1]
 
-def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
-    batch, heads, tokens, _ = query.shape
-    return query.new_empty(batch, tokens, heads, value.shape[-1])
+    def _runs(self, samples: Part, plan: int) -> Iterator[tuple[slice, list[Tensor]]]:
+        """(query heads, operands of these) for each run of a plan's units."""
+        width, shared = self.query.shape[1] // self.survivors.slots, self._shared
+        for start, stop in self.survivors.runs(plan):
+            heads = slice(start * width, stop * width)
+            kv_heads = slice(heads.start // shared, heads.stop // shared)
+            key, value = self.key[samples, kv_heads], self.value[samples, kv_heads]
+            yield heads, [self.query[samples, heads], key, value]
 
-
-def _backward(
-    gradient: Tensor,
-    wanted: list[str],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    survivors: Survivors,
-) -> Gradients:
-    sums = {"query": query, "key": key, "value": value}
-    sums = {name: torch.zeros_like(tensor) for name, tensor in sums.items()}
-    for samples, plan in plans_of(survivors):
-        runs = survivors.runs(plan)
-        first = 0
-        for heads, kv_heads in _heads_of(runs, query, key, survivors.slots):
-            q, k, v = query[samples, heads], key[samples, kv_heads], value[samples, kv_heads]
-            shared = q.shape[1] // k.shape[1]
-            k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))
-            weight = _softmax(q @ k.mT, _mask_of(mask, samples, heads), scale, causal).to(q.dtype)
-            d = gradient[samples, :, first : first + q.shape[1]].transpose(1, 2)
-            first += q.shape[1]
-            d_weight = d @ v.mT
-            d_scores = weight * (d_weight - (d_weight * weight).sum(dim=-1, keepdim=True)) * scale
-            sums["query"][samples, heads] += d_scores @ k
-            for name, part in (("key", d_scores.mT @ q), ("value", weight.mT @ d)):
-                sums[name][samples, kv_heads] += part.unflatten(1, (-1, shared)).sum(dim=2)
-    return {name: sums[name] for name in wanted}
-
-
-def _softmax(products: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
-    """Weights of attention in at least float32; of a row that sees nothing they are 0."""
-    scores = (products.float() if products.dtype.itemsize == 2 else products) * scale
-    if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    elif mask is not None:
-        scores = scores + mask
-    return torch.softmax(scores, dim=-1).nan_to_num(0.0)
-
-
-def _heads_of(
-    runs: Intervals, query: Tensor, key: Tensor, slots: int
-) -> Iterator[tuple[slice, slice]]:
-    """The query heads and the KV heads of each run of units."""
-    widths = [operand.shape[1] // slots for operand in (query, key)]
-    for start, stop in runs:
-        heads, kv_heads = (slice(start * width, stop * width) for width in widths)
-        yield heads, kv_heads
+    def _softmax(self, products: Tensor, mask: Tensor | None) -> Tensor:
+        """Weights of attention in at least float32; of a row that sees nothing they are 0."""
+        scores = (products.float() if products.dtype.itemsize == 2 else products) * self.scale
+        if self.causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        elif mask is not None:
+            scores = scores + mask
+        return torch.softmax(scores, dim=-1).nan_to_num(0.0)
 
 
 def _mask_of(mask: Tensor | None, samples: Part, heads: slice) -> Tensor | None:
@@ -196,12 +164,3 @@ def _mask_of(mask: Tensor | None, samples: Part, heads: slice) -> Tensor | None:
         return mask
     mask = mask[samples] if mask.shape[0] > 1 else mask
     return mask[:, heads] if mask.shape[1] > 1 else mask
-
-
-op = Op(
-    "attend",
-    "Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool causal",
-    forward=_forward,
-    fake=_fake,
-    backward=_backward,
-)

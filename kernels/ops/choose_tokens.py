@@ -2,63 +2,75 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from planner.kernels.ops.registration import Op
+from planner.kernels.ops.op import Op
 
-__all__ = ["choose_tokens", "naive_choose_tokens", "op"]
+__all__ = ["ChooseTokens", "choose_tokens", "top_mask"]
 
 
 def choose_tokens(scores: Tensor, eligible: Tensor, counts: Tensor, *, triton: bool) -> Tensor:
-    """Mark the eligible tokens of the highest scores; of equal ones the earlier token wins.
+    """Mark the eligible tokens of the highest scores; see `ChooseTokens`."""
+    return ChooseTokens(scores, eligible, counts).run(triton=triton)
+
+
+def top_mask(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
+    """Mark the best eligible entries of each row; of equal ones the first win.
 
     Args:
-        scores: (batch, tokens).
-        eligible: (batch, tokens) bool.
-        counts: (batch,): how many to mark; all eligible ones where there are fewer.
-        triton: whether Triton computes it, or PyTorch.
+        scores: (..., n).
+        eligible: (..., n) bool.
+        counts: (...): how many to mark in each row; all eligible ones where there are fewer.
 
     Returns:
-        (batch, tokens) bool.
+        (..., n) bool.
     """
-    return op(scores, eligible, counts, triton=triton)
-
-
-def naive_choose_tokens(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
-    """The twin: a stable sort of each sample's eligible tokens."""
-    chosen = torch.zeros_like(eligible)
-    for row, count in enumerate(counts.tolist()):
-        candidates = eligible[row].nonzero().flatten()
-        order = scores[row, candidates].argsort(descending=True, stable=True)
-        chosen[row, candidates[order[:count]]] = True
-    return chosen
-
-
-def _ranked(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
-    order = scores.argsort(dim=-1, descending=True, stable=True)
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
     # Sorting twice, rather than masking scores with -inf, is right for scores of -inf as well.
-    first = eligible.gather(-1, order).to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-    rank = order.gather(-1, first).argsort(dim=-1)
-    return (rank < counts[:, None]) & eligible
+    ahead = eligible.gather(-1, order).to(torch.uint8)
+    order = order.gather(-1, ahead.sort(dim=-1, descending=True, stable=True).indices)
+    rank = torch.empty_like(order)
+    rank.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    return (rank < counts[..., None]) & eligible
 
 
-def _forward(scores: Tensor, eligible: Tensor, counts: Tensor, triton: bool) -> Tensor:
-    if not triton:
-        return _ranked(scores, eligible, counts)
-    from planner.kernels.triton.choose_tokens import choose_tokens as kernel
+@dataclass(frozen=True, eq=False)
+class ChooseTokens(Op, name="choose_tokens"):
+    """Marks the best eligible tokens of each sample: (batch, tokens) bool.
 
-    return kernel(scores, eligible, counts)
+    Attributes:
+        scores: (batch, tokens); of equal ones the earlier token wins.
+        eligible: (batch, tokens) bool.
+        counts: (batch,): how many to mark; all eligible ones where there are fewer.
+    """
 
+    scores: Tensor
+    eligible: Tensor
+    counts: Tensor
 
-def _fake(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
-    return torch.empty_like(eligible)
+    @override
+    def twin(self) -> Tensor:
+        chosen = torch.zeros_like(self.eligible)
+        for row, count in enumerate(self.counts.tolist()):
+            candidates = self.eligible[row].nonzero().flatten()
+            order = self.scores[row, candidates].argsort(descending=True, stable=True)
+            chosen[row, candidates[order[:count]]] = True
+        return chosen
 
+    @override
+    def by_pytorch(self) -> Tensor:
+        return top_mask(self.scores, self.eligible, self.counts)
 
-op = Op(
-    "choose_tokens",
-    "Tensor scores, Tensor eligible, Tensor counts",
-    forward=_forward,
-    fake=_fake,
-    survivors=False,
-)
+    @override
+    def by_triton(self) -> Tensor:
+        from planner.kernels.triton.choose_tokens import choose_tokens as kernel
+
+        return kernel(self)
+
+    @override
+    def empty(self) -> Tensor:
+        return torch.empty_like(self.eligible)

@@ -2,55 +2,54 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from planner.kernels.ops.registration import Gradients, Op
+from planner.kernels.ops.op import Gradients, Op
 
-__all__ = ["gather_tokens", "naive_gather_tokens", "op"]
+__all__ = ["GatherTokens", "gather_tokens"]
 
 
 def gather_tokens(x: Tensor, index: Tensor, *, triton: bool) -> Tensor:
-    """Rows of x by index, exactly. Differentiable in x.
+    """Rows of x by index, exactly; see `GatherTokens`."""
+    return GatherTokens(x, index).run(triton=triton)
 
-    Args:
+
+@dataclass(frozen=True, eq=False)
+class GatherTokens(Op, name="gather_tokens"):
+    """Rows of x by index, exactly: (batch, picked, width). Differentiable in x.
+
+    Attributes:
         x: (batch, tokens, width).
         index: (batch or 1, picked): places, each sample its own.
-        triton: whether Triton computes it, or PyTorch.
-
-    Returns:
-        (batch, picked, width).
     """
-    return op(x, index, triton=triton)
 
+    x: Tensor
+    index: Tensor
 
-def naive_gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """The twin."""
-    return torch.stack([x[row, places] for row, places in enumerate(index.expand(len(x), -1))])
+    @override
+    def twin(self) -> Tensor:
+        rows = self.index.expand(len(self.x), -1)
+        return torch.stack([self.x[row, places] for row, places in enumerate(rows)])
 
+    @override
+    def by_pytorch(self) -> Tensor:
+        return torch.take_along_dim(self.x, self.index[:, :, None], dim=1)
 
-def _forward(x: Tensor, index: Tensor, triton: bool) -> Tensor:
-    if not triton:
-        return torch.take_along_dim(x, index[:, :, None], dim=1)
-    from planner.kernels.triton.gather_tokens import gather_tokens as kernel
+    @override
+    def by_triton(self) -> Tensor:
+        from planner.kernels.triton.gather_tokens import gather_tokens as kernel
 
-    return kernel(x, index)
+        return kernel(self)
 
+    @override
+    def empty(self) -> Tensor:
+        return self.x.new_empty(self.x.shape[0], self.index.shape[1], self.x.shape[2])
 
-def _fake(x: Tensor, index: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], index.shape[1], x.shape[2])
-
-
-def _backward(gradient: Tensor, wanted: list[str], x: Tensor, index: Tensor) -> Gradients:
-    place = index[:, :, None].expand_as(gradient)
-    return {"x": torch.zeros_like(x).scatter_add(1, place, gradient)}
-
-
-op = Op(
-    "gather_tokens",
-    "Tensor x, Tensor index",
-    forward=_forward,
-    fake=_fake,
-    backward=_backward,
-    survivors=False,
-)
+    @override
+    def gradients(self, gradient: Tensor, wanted: list[str]) -> Gradients:
+        place = self.index[:, :, None].expand_as(gradient)
+        return {"x": torch.zeros_like(self.x).scatter_add(1, place, gradient)}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from planner.kernels.ops.project_columns import project_columns
-from planner.kernels.ops.project_up import project_up
+from planner.kernels.ops.project_rows import ProjectRows
 from planner.kernels.survivors import Survivors
 
 __all__ = ["MLPWeights", "mlp"]
@@ -21,7 +21,7 @@ class MLPWeights:
         up: (neurons, hidden); the model's own, as are all.
         down: (hidden, neurons).
         gate: (neurons, hidden) or None (Shazeer, arXiv 2002.05202, eq. 6).
-        activation: a key of `planner.kernels.ops.project_up.ACTIVATIONS`.
+        activation: a key of `planner.kernels.ops.project_rows.ACTIVATIONS`.
         up_bias, down_bias, gate_bias: (out,) or None.
     """
 
@@ -46,14 +46,8 @@ def mlp(hidden: Tensor, weights: MLPWeights, survivors: Survivors, *, triton: bo
     Raises:
         InputError: neither one plan nor as many as samples, or shapes that do not fit.
     """
-    inner = project_up(
-        hidden,
-        weights.up,
-        weights.up_bias,
-        weights.gate,
-        weights.gate_bias,
-        weights.activation,
-        survivors,
-        triton=triton,
+    up, gate = (weights.up, weights.up_bias), (weights.gate, weights.gate_bias)
+    inner = ProjectRows(hidden, *up, *gate, weights.activation, True, survivors)
+    return project_columns(
+        inner.run(triton=triton), weights.down, weights.down_bias, survivors, triton=triton
     )
-    return project_columns(inner, weights.down, weights.down_bias, survivors, triton=triton)

@@ -1,17 +1,49 @@
-"""Surviving output features of a linear layer: queries, keys and values, an MLP's first half."""
+"""Surviving output features of a linear layer, or of the first half of an MLP.
+
+One op projects to queries, keys and values, and computes an MLP's neurons, gate, up and activation
+in one: both read the rows of weights that survive.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from planner.kernels.ops.kept_linear import kept_linear
-from planner.kernels.ops.registration import Gradients, Op
-from planner.kernels.ops.slices import length_of, parts_of, plans_of
+from planner.kernels.ops.op import Gradients, Op
+from planner.kernels.ops.slices import Part, length_of, parts_of, plans_of
 from planner.kernels.survivors import Survivors
 
-__all__ = ["naive_project_rows", "op", "project_rows"]
+__all__ = ["ACTIVATIONS", "ProjectRows", "project_rows"]
+
+aten = torch.ops.aten
+
+# By transformers' names (ACT2FN).
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+}
+_SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "": lambda d, x: d,
+    "silu": aten.silu_backward,
+    "gelu": aten.gelu_backward,
+    "gelu_pytorch_tanh": lambda d, x: aten.gelu_backward(d, x, approximate="tanh"),
+    "quick_gelu": lambda d, x: d * _quick_gelu_slope(x),
+    "relu": lambda d, x: d * (x > 0),
+}
+
+
+def _quick_gelu_slope(x: Tensor) -> Tensor:
+    gate = torch.sigmoid(1.702 * x)
+    return gate + 1.702 * x * gate * (1 - gate)
 
 
 def project_rows(
@@ -23,114 +55,138 @@ def project_rows(
     packed: bool,
     triton: bool,
 ) -> Tensor:
-    """``x @ weight[kept].T + bias[kept]``. Differentiable in x, weight and bias.
+    """``x @ weight[kept].T + bias[kept]``; see `ProjectRows` and `Op.run`."""
+    return ProjectRows(x, weight, bias, None, None, "", packed, survivors).run(triton=triton)
 
-    Args:
+
+@dataclass(frozen=True, eq=False)
+class ProjectRows(Op, name="project_rows"):
+    """``act(gate(x)) * linear(x)`` of kept features, ``act(linear(x))`` without a gate.
+
+    Differentiable in x, weights and biases. Gives (batch, ..., slots * width), undefined beyond a
+    plan's count, where the result is packed; (batch, ..., out) otherwise. Features that do not
+    survive in a unit that does are 0. Source of gates: Shazeer, arXiv 2002.05202, eq. 6.
+
+    Attributes:
         x: (batch, ..., in).
         weight: (out, in), read in place.
         bias: (out,) or None.
-        survivors: surviving units of output features, which survive whole; one plan, or one per
-            sample.
-        packed: features by slot, as many as there is room for, or each where the stock layer has
+        gate, gate_bias: as weight and bias, or None.
+        activation: a key of `ACTIVATIONS`; empty for none.
+        packed: features by slot, as many as there is room for; or each where the stock layer has
             it, the others 0.
-        triton: by which of the two it is computed.
-
-    Returns:
-        (batch, ..., slots * width), undefined beyond a plan's count; or (batch, ..., out).
-
-    Raises:
-        InputError: neither one plan nor as many as samples, or shapes that do not fit.
+        survivors: surviving units of output features; one plan, or one per sample.
     """
-    return op(x, weight, bias, packed, survivors, triton=triton)
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    gate: Tensor | None
+    gate_bias: Tensor | None
+    activation: str
+    packed: bool
+    survivors: Survivors
+
+    @override
+    def twin(self) -> Tensor:
+        survivors = self.survivors
+        every = F.linear(self.x, self.weight.nan_to_num(), self.bias)
+        if self.gate is None:
+            every = self._act(every)
+        else:
+            every = self._act(F.linear(self.x, self.gate.nan_to_num(), self.gate_bias)) * every
+        out = torch.full_like(self.empty(), torch.nan) if self.packed else torch.zeros_like(every)
+        for sample in range(len(out)):
+            plan = sample if survivors.plans > 1 else 0
+            features = survivors.features(plan)
+            alive = torch.isin(features, survivors.kept(plan))
+            places = torch.arange(len(features)) if self.packed else features
+            out[sample][..., places] = every[sample][..., features] * alive
+        return out
+
+    @override
+    def by_pytorch(self) -> Tensor:
+        plans = plans_of(self.survivors)
+        if len(plans) == 1 and self.survivors.runs(0) == ((0, len(self.weight)),):
+            return self._features(self.x, slice(None), 0)
+        out = torch.zeros_like(self.empty())
+        for samples, plan in plans:
+            chosen, column = out[samples], 0
+            for part in parts_of(self.survivors, plan):
+                stop = column + length_of(part)
+                place = slice(column, stop) if self.packed else part
+                chosen[..., place] = self._features(self.x[samples], part, plan)
+                column = stop
+            if not isinstance(samples, slice):
+                out[samples] = chosen
+        return out
+
+    @override
+    def by_triton(self) -> Tensor:
+        from planner.kernels.triton.project_rows import project_rows as kernel
+
+        return kernel(self)
+
+    @override
+    def empty(self) -> Tensor:
+        kept = self.survivors.slots * self.survivors.width
+        return self.x.new_empty(*self.x.shape[:-1], kept if self.packed else self.weight.shape[0])
+
+    @override
+    def gradients(self, gradient: Tensor, wanted: list[str]) -> Gradients:
+        x, weight, gate = self.x, self.weight, self.gate
+        sums = {name: torch.zeros_like(getattr(self, name)) for name in wanted}
+
+        def add(names: tuple[str, str], features: Tensor, d: Tensor, rows: Tensor) -> None:
+            if names[0] in sums:
+                sums[names[0]][features] += d.T @ rows
+            if names[1] in sums:
+                sums[names[1]][features] += d.sum(dim=0)
+
+        for samples, plan in plans_of(self.survivors):
+            kept, alive = self.survivors.features(plan), self._alive(plan, slice(None))
+            rows = x[samples].flatten(end_dim=-2)
+            d = gradient[samples].flatten(end_dim=-2)
+            d = d[:, : len(kept)] if self.packed else d[:, kept]
+            d = d if alive is None else d * alive
+            linear, slope = _rows_of(rows, weight, self.bias, kept), _SLOPES[self.activation]
+            if gate is None:
+                d_linear = slope(d, linear)
+                d_x = d_linear @ weight[kept]
+            else:
+                gated = _rows_of(rows, gate, self.gate_bias, kept)
+                d_linear, d_gate = d * self._act(gated), slope(d * linear, gated)
+                d_x = d_linear @ weight[kept] + d_gate @ gate[kept]
+                add(("gate", "gate_bias"), kept, d_gate, rows)
+            add(("weight", "bias"), kept, d_linear, rows)
+            if "x" in sums:
+                sums["x"][samples] = d_x.view_as(x[samples])
+        return sums
+
+    def _act(self, x: Tensor) -> Tensor:
+        return ACTIVATIONS[self.activation](x) if self.activation else x
+
+    def _features(self, x: Tensor, part: Part, plan: int) -> Tensor:
+        """Some features of a plan's units; those of them that do not survive are 0."""
+        linear = _rows_of(x, self.weight, self.bias, part)
+        if self.gate is None:
+            linear = self._act(linear)
+        else:
+            linear = linear.mul_(self._act(_rows_of(x, self.gate, self.gate_bias, part)))
+        alive = self._alive(plan, part)
+        return linear if alive is None else linear.mul_(alive)
+
+    def _alive(self, plan: int, part: Part) -> Tensor | None:
+        """Which features of a plan's units survive, of some; None where all do."""
+        if self.survivors.lanes is None:
+            return None
+        features = self.survivors.features(plan)
+        if not isinstance(part, slice):
+            features = part
+        elif part.start is not None:
+            features = torch.arange(part.start, part.stop, device=features.device)
+        return torch.isin(features, self.survivors.kept(plan))
 
 
-def naive_project_rows(
-    x: Tensor, weight: Tensor, bias: Tensor | None, survivors: Survivors, packed: bool
-) -> Tensor:
-    """The twin: every feature is computed, then picked."""
-    every = F.linear(x, weight.nan_to_num(), bias)
-    shape = (*x.shape[:-1], survivors.slots * survivors.width)
-    out = every.new_full(shape, torch.nan) if packed else torch.zeros_like(every)
-    for sample in range(len(x)):
-        features = survivors.features(sample if survivors.plans > 1 else 0)
-        places = torch.arange(len(features)) if packed else features
-        out[sample][..., places] = every[sample][..., features]
-    return out
-
-
-def _sliced(
-    x: Tensor, weight: Tensor, bias: Tensor | None, packed: bool, survivors: Survivors
-) -> Tensor:
-    plans = plans_of(survivors)
-    if len(plans) == 1 and survivors.runs(0) == ((0, len(weight)),):
-        return F.linear(x, weight, bias)
-    columns = survivors.slots * survivors.width if packed else len(weight)
-    out = x.new_zeros(*x.shape[:-1], columns)
-    for samples, plan in plans:
-        chosen = out if isinstance(samples, slice) else out[samples]
-        column = 0
-        for part in parts_of(survivors, plan):
-            stop = column + length_of(part)
-            rows = kept_linear(x[samples], weight[part], None if bias is None else bias[part])
-            chosen[..., slice(column, stop) if packed else part] = rows
-            column = stop
-        if not isinstance(samples, slice):
-            out[samples] = chosen
-    return out
-
-
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    packed: bool,
-    survivors: Survivors,
-    triton: bool,
-) -> Tensor:
-    if not triton:
-        return _sliced(x, weight, bias, packed, survivors)
-    from planner.kernels.triton.project_rows import project_rows as kernel
-
-    return kernel(x, weight, bias, survivors, packed)
-
-
-def _fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, packed: bool, survivors: Survivors
-) -> Tensor:
-    columns = survivors.slots * survivors.width if packed else weight.shape[0]
-    return x.new_empty(*x.shape[:-1], columns)
-
-
-def _backward(
-    gradient: Tensor,
-    wanted: list[str],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    packed: bool,
-    survivors: Survivors,
-) -> Gradients:
-    given = {"x": x, "weight": weight, "bias": bias}
-    sums = {
-        name: torch.zeros_like(t) for name, t in given.items() if name in wanted and t is not None
-    }
-    for samples, plan in plans_of(survivors):
-        features = survivors.features(plan)
-        d = gradient[samples].flatten(end_dim=-2)
-        d = d[:, : len(features)] if packed else d[:, features]
-        if "x" in sums:
-            sums["x"][samples] = (d @ weight[features]).view_as(x[samples])
-        if "weight" in sums:
-            sums["weight"][features] += d.T @ x[samples].flatten(end_dim=-2)
-        if "bias" in sums:
-            sums["bias"][features] += d.sum(dim=0)
-    return sums
-
-
-op = Op(
-    "project_rows",
-    "Tensor x, Tensor weight, Tensor? bias, bool packed",
-    forward=_forward,
-    fake=_fake,
-    backward=_backward,
-)
+def _rows_of(x: Tensor, weight: Tensor, bias: Tensor | None, part: Part) -> Tensor:
+    return kept_linear(x, weight[part], None if bias is None else bias[part])

@@ -6,58 +6,65 @@ keys, whatever computed the layer itself. Source: Chen et al., arXiv 2403.06764,
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from planner.kernels.ops.registration import Op
+from planner.kernels.ops.op import Op
 
-__all__ = ["naive_score_tokens", "op", "score_tokens"]
+__all__ = ["ScoreTokens", "score_tokens"]
 
 
 def score_tokens(
     query: Tensor, key: Tensor, visible: Tensor, *, scale: float, triton: bool
 ) -> Tensor:
-    """Attention of one query per sample, averaged over heads.
+    """Attention of one query per sample, averaged over heads; see `ScoreTokens`."""
+    return ScoreTokens(query, key, visible, scale).run(triton=triton)
 
-    Args:
+
+@dataclass(frozen=True, eq=False)
+class ScoreTokens(Op, name="score_tokens"):
+    """Attention of one query per sample, averaged over heads: (batch, keys), float32 or wider.
+
+    Attributes:
         query: (batch, heads, 1, head_dim), rotated.
         key: (batch, kv_heads, keys, head_dim), heads a multiple of kv_heads.
         visible: (batch, keys) bool: keys that the query sees; the others score 0.
         scale: factor on q k^T.
-        triton: whether Triton computes it, or PyTorch.
-
-    Returns:
-        (batch, keys), float32 or wider.
     """
-    return op(query, key, visible, scale, triton=triton)
 
+    query: Tensor
+    key: Tensor
+    visible: Tensor
+    scale: float
 
-def naive_score_tokens(query: Tensor, key: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """The twin: all heads of all samples, keys repeated for the queries that share them."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    shared = query.shape[1] // key.shape[1]
-    key = key.repeat_interleave(shared, dim=1).to(dtype)
-    scores = (query.to(dtype) @ key.mT * scale).masked_fill(~visible[:, None, None], -torch.inf)
-    return torch.softmax(scores, dim=-1).nan_to_num(0.0)[:, :, 0].mean(dim=1)
+    @override
+    def twin(self) -> Tensor:
+        key = self.key.repeat_interleave(self.query.shape[1] // self.key.shape[1], dim=1)
+        scores = self.query @ key.mT * self.scale
+        scores = scores.masked_fill(~self.visible[:, None, None], -torch.inf)
+        return torch.softmax(scores, dim=-1).nan_to_num(0.0)[:, :, 0].mean(dim=1)
 
+    @override
+    def by_pytorch(self) -> Tensor:
+        (batch, heads, _, head_dim), (kv_heads, keys) = self.query.shape, self.key.shape[1:3]
+        dtype = self.empty().dtype
+        grouped = self.query.to(dtype).reshape(batch, kv_heads, -1, head_dim)
+        scores = (grouped @ self.key.to(dtype).mT * self.scale).view(batch, heads, keys)
+        hidden = ~self.visible[:, None]
+        # The lowest finite value, not -inf: a row without any visible key must not become NaN.
+        scores = scores.masked_fill(hidden, torch.finfo(dtype).min)
+        return scores.softmax(-1).masked_fill(hidden, 0).mean(dim=1)
 
-def _forward(query: Tensor, key: Tensor, visible: Tensor, scale: float, triton: bool) -> Tensor:
-    if not triton:
-        return naive_score_tokens(query, key, visible, scale)
-    from planner.kernels.triton.score_tokens import score_tokens as kernel
+    @override
+    def by_triton(self) -> Tensor:
+        from planner.kernels.triton.score_tokens import score_tokens as kernel
 
-    return kernel(query, key, visible, scale)
+        return kernel(self)
 
-
-def _fake(query: Tensor, key: Tensor, visible: Tensor, scale: float) -> Tensor:
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    return query.new_empty(visible.shape, dtype=dtype)
-
-
-op = Op(
-    "score_tokens",
-    "Tensor query, Tensor key, Tensor visible, float scale",
-    forward=_forward,
-    fake=_fake,
-    survivors=False,
-)
+    @override
+    def empty(self) -> Tensor:
+        dtype = torch.promote_types(self.query.dtype, torch.float32)
+        return self.query.new_empty(self.visible.shape, dtype=dtype)

@@ -10,7 +10,7 @@ ops' definitions; the ops import a kernel only when they run it, since Triton is
     interpreter.py    a kernel on the CPU, with every access checked
     tiles.py          GPUs, tile sizes and predicted times
     primitives.py     device functions that several kernels share
-    project_rows.py, project_up.py, project_columns.py      products with narrowed weights
+    project_rows.py, project_columns.py                     products with narrowed weights
     attend.py, join_splits.py                               attention
     score_tokens.py, choose_tokens.py, gather_tokens.py     token stages
     registry.py       all kernels, a line each

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from typing_extensions import override
 
-from planner.kernels.ops.attend import naive_attend
+from planner.kernels.ops.attend import Attend
 from planner.kernels.survivors import Survivors
-from planner.kernels.triton.join_splits import join_splits
+from planner.kernels.triton.join_splits import Splits, join_splits
 from planner.kernels.triton.kernel import Case, Kernel, require, tensor_bytes
 from planner.kernels.triton.launch import Launch, target_for
 from planner.kernels.triton.primitives import softmax_step
@@ -199,29 +199,18 @@ def attend_kernel(
         tl.store(weight + packed * splits + split, logarithm, mask=real_row)
 
 
-class Attend(Kernel):
-    """See `planner.kernels.ops.attend`."""
+class AttendKernel(Kernel):
+    """Launches `attend_kernel`, and `join_splits` behind it where keys are split."""
 
     function = attend_kernel
     of_plan = frozenset({"slots", "plan_stride"})
-    twin = staticmethod(naive_attend)
 
+    @override
     def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scale: float,
-        causal: bool,
-        survivors: Survivors,
-        tile: AttentionTile | None = None,
-        splits: int | None = None,
+        self, inputs: Attend, tile: AttentionTile | None = None, splits: int | None = None
     ) -> Tensor:
-        """Arguments and result as those of the op, with value_dim = head_dim.
-
-        `tile` and `splits` are for tests.
-        """
+        query, key, value, mask = inputs.query, inputs.key, inputs.value, inputs.mask
+        survivors = inputs.survivors
         batch, heads, tokens, head_dim = query.shape
         kv_heads, context = key.shape[1:3]
         units = survivors.slots
@@ -250,7 +239,7 @@ class Attend(Kernel):
         if mask is not None:
             mask = (mask if added else mask.view(torch.uint8)).expand(batch, heads, tokens, context)
             strides = mask.stride()
-        out = query.new_empty(batch, tokens, heads, head_dim)
+        out = inputs.empty()
         partial, weight = out, None
         if splits > 1:
             partial = query.new_empty((batch, heads, splits, head_dim), dtype=torch.float32)
@@ -278,11 +267,11 @@ class Attend(Kernel):
                 "mask_head": strides[1],
                 "mask_token": strides[2],
                 "mask_key": strides[3],
-                "scale": scale,
+                "scale": inputs.scale,
                 "HEAD_DIM": head_dim,
                 "GROUP": group,
                 "UNIT": kv_heads // units,
-                "CAUSAL": causal,
+                "CAUSAL": inputs.causal,
                 "ADDED": added,
                 "BLOCK_D": max(16, power_of_two(head_dim)),
                 "BLOCK_M": block_m,
@@ -295,18 +284,18 @@ class Attend(Kernel):
         )
         if weight is None:
             return out
-        return join_splits(partial, weight, survivors, query.dtype)[:, None]
+        return join_splits(Splits(partial, weight, survivors), query.dtype)[:, None]
 
+    @override
     def seconds(self, launch: Launch, target: Target) -> float:
-        """A roofline: causal attention computes about half of all pairs."""
         given = launch.arguments
         batch, heads, tokens, head_dim = given["queries"].shape
         context = given["context"]
         pairs = tokens * (2 * context - tokens + 1) // 2 if given["CAUSAL"] else tokens * context
         return target.roofline(4 * batch * heads * head_dim * pairs, tensor_bytes(launch))
 
+    @override
     def cases(self) -> Iterator[Case]:
-        """Prompts and single tokens under masks of every kind, heads shared and in units."""
         for form in MASKS:
             keys = 21 if form == "causal" else 37
             yield _case(form, 21, keys, plans=[[0, 1, 4]], group=2, head_dim=20)
@@ -362,15 +351,9 @@ def _case(
         dead = sorted(set(range(_UNITS)) - set(kept))
         for operand in (query, key, value):
             operand[sample].unflatten(0, (_UNITS, -1))[dead] = torch.nan
-    inputs: dict[str, Any] = {
-        "query": query,
-        "key": key,
-        "value": value,
-        "mask": _mask(form, kv_heads * group, tokens, keys),
-        "scale": 0.3,
-        "causal": form == "causal",
-        "survivors": Survivors.of(plans, _UNITS),
-    }
+    mask = _mask(form, kv_heads * group, tokens, keys)
+    survivors = Survivors.of(plans, _UNITS)
+    inputs = Attend(query, key, value, mask, 0.3, form == "causal", survivors)
     options = {"tile": AttentionTile(16, 16, warps=4, stages=1), "splits": splits}
     name = f"{form}, {tokens} x {keys}, {len(plans)} plans, {splits or 1} splits"
     return Case(name, inputs, options)
@@ -404,4 +387,4 @@ def _mask(form: str, heads: int, tokens: int, keys: int) -> Tensor | None:
     return None
 
 
-attend = Attend()
+attend = AttendKernel()

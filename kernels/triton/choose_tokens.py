@@ -8,8 +8,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from typing_extensions import override
 
-from planner.kernels.ops.choose_tokens import naive_choose_tokens
+from planner.kernels.ops.choose_tokens import ChooseTokens
 from planner.kernels.triton.kernel import Case, Kernel, require, tensor_bytes
 from planner.kernels.triton.launch import Launch
 from planner.kernels.triton.tiles import Target, power_of_two
@@ -60,16 +61,16 @@ def choose_tokens_kernel(
     tl.store(chosen + cell, kept.to(tl.int8), mask=real)
 
 
-class ChooseTokens(Kernel):
-    """See `planner.kernels.ops.choose_tokens`."""
+class ChooseTokensKernel(Kernel):
+    """Launches `choose_tokens_kernel`."""
 
     function = choose_tokens_kernel
     multiplies = False
     dtypes = (torch.float32,)
-    twin = staticmethod(naive_choose_tokens)
 
-    def __call__(self, scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
-        """Arguments and result as those of the op."""
+    @override
+    def __call__(self, inputs: ChooseTokens) -> Tensor:
+        scores, eligible = inputs.scores, inputs.eligible
         batch, tokens = scores.shape
         require(
             eligible.shape == scores.shape, f"{eligible.shape} candidates, {scores.shape} scores."
@@ -81,7 +82,7 @@ class ChooseTokens(Kernel):
             {
                 "scores": scores.float().contiguous(),
                 "eligible": eligible.to(torch.int8).contiguous(),
-                "counts": counts.to(torch.int32),
+                "counts": inputs.counts.to(torch.int32),
                 "chosen": chosen,
                 "tokens": tokens,
                 "BLOCK_T": block,
@@ -90,23 +91,20 @@ class ChooseTokens(Kernel):
         )
         return chosen.bool()
 
+    @override
     def seconds(self, launch: Launch, target: Target) -> float:
-        """Bound by memory."""
         return target.roofline(0, tensor_bytes(launch))
 
+    @override
     def cases(self) -> Iterator[Case]:
-        """Equal scores and infinite ones, none wanted, and more than there are."""
         for tokens in (1, 37, 64):
             # Few distinct values, negative ones among them, so that many scores are equal.
             scores = torch.randint(-3, 4, (4, tokens)).float()
             scores[torch.rand(scores.shape) < 0.1] = -torch.inf
             scores[torch.rand(scores.shape) < 0.1] = -0.0
-            inputs = {
-                "scores": scores,
-                "eligible": torch.rand(4, tokens) < 0.7,
-                "counts": torch.tensor([0, 1, tokens // 3, tokens + 1]),
-            }
-            yield Case(f"{tokens} tokens", inputs)
+            eligible = torch.rand(4, tokens) < 0.7
+            counts = torch.tensor([0, 1, tokens // 3, tokens + 1])
+            yield Case(f"{tokens} tokens", ChooseTokens(scores, eligible, counts))
 
 
-choose_tokens = ChooseTokens()
+choose_tokens = ChooseTokensKernel()

@@ -8,8 +8,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from typing_extensions import override
 
-from planner.kernels.ops.gather_tokens import naive_gather_tokens
+from planner.kernels.ops.gather_tokens import GatherTokens
 from planner.kernels.triton.kernel import Case, Kernel, require
 from planner.kernels.triton.launch import Launch
 from planner.kernels.triton.tiles import Target, power_of_two
@@ -38,20 +39,20 @@ def gather_tokens_kernel(
     tl.store(out + row * width + column, value, mask=column < width)
 
 
-class GatherTokens(Kernel):
-    """See `planner.kernels.ops.gather_tokens`."""
+class GatherTokensKernel(Kernel):
+    """Launches `gather_tokens_kernel`."""
 
     function = gather_tokens_kernel
     of_model = frozenset({"width"})
     multiplies = False
-    twin = staticmethod(naive_gather_tokens)
 
-    def __call__(self, x: Tensor, index: Tensor) -> Tensor:
-        """Arguments and result as those of the op."""
+    @override
+    def __call__(self, inputs: GatherTokens) -> Tensor:
+        x, index = inputs.x, inputs.index
         batch, tokens, width = x.shape
         rows, picked = index.shape
         require(rows in (1, batch), f"{rows} rows of places do not fit {batch} samples.")
-        out = x.new_empty(batch, picked, width)
+        out = inputs.empty()
         block = min(1024, power_of_two(width))
         self.start(
             (batch * picked, triton.cdiv(width, block)),
@@ -68,15 +69,15 @@ class GatherTokens(Kernel):
         )
         return out
 
+    @override
     def seconds(self, launch: Launch, target: Target) -> float:
-        """Bound by memory: what is picked is read and written."""
         return target.roofline(0, 2 * launch.arguments["out"].nbytes)
 
+    @override
     def cases(self) -> Iterator[Case]:
-        """Rows of more than one block, each sample its own places or all the same."""
         for rows in (1, 2):
-            inputs = {"x": torch.randn(2, 9, 1100), "index": torch.randint(9, (rows, 4))}
+            inputs = GatherTokens(torch.randn(2, 9, 1100), torch.randint(9, (rows, 4)))
             yield Case(f"{rows} rows of places", inputs)
 
 
-gather_tokens = GatherTokens()
+gather_tokens = GatherTokensKernel()

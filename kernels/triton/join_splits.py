@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from typing_extensions import override
 
 from planner.kernels.survivors import Survivors
 from planner.kernels.triton.kernel import Case, Kernel, tensor_bytes
 from planner.kernels.triton.launch import Launch
 from planner.kernels.triton.tiles import Target, power_of_two
 
-__all__ = ["join_splits"]
+__all__ = ["Splits", "join_splits"]
 
 
 @triton.jit(do_not_specialize=["slots", "splits"])
@@ -54,18 +56,33 @@ def join_splits_kernel(
     tl.store(out + row * HEAD_DIM + lane, result.to(out.dtype.element_ty), mask=real_lane)
 
 
-def naive_join_splits(partial: Tensor, weight: Tensor, survivors: Survivors) -> Tensor:
-    """The twin: a softmax in base 2 over the splits."""
-    share = torch.softmax(weight.to(partial.dtype) * 0.6931471805599453, dim=-1).nan_to_num(0.0)
-    out = (partial * share[..., None]).sum(dim=2)
-    width = partial.shape[1] // survivors.slots
-    for sample in range(len(out)):
-        plan = sample if survivors.plans > 1 else 0
-        out[sample, int(survivors.counts[plan]) * width :] = torch.nan
-    return out
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """Softmax sums over disjoint keys, to be joined: (batch, heads, head_dim).
+
+    Attributes:
+        partial: (batch, heads, splits, head_dim) float32: each split's attention.
+        weight: (batch, heads, splits) float32: base-2 logarithms of its softmax sums, -inf for a
+            split without keys.
+        survivors: surviving units of heads; one plan, or one per sample.
+    """
+
+    partial: Tensor
+    weight: Tensor
+    survivors: Survivors
+
+    def twin(self) -> Tensor:
+        """A softmax in base 2 over the splits."""
+        share = torch.softmax(self.weight * 0.6931471805599453, dim=-1).nan_to_num(0.0)
+        out = (self.partial * share[..., None]).sum(dim=2)
+        width = out.shape[1] // self.survivors.slots
+        for sample in range(len(out)):
+            plan = sample if self.survivors.plans > 1 else 0
+            out[sample, int(self.survivors.counts[plan]) * width :] = torch.nan
+        return out
 
 
-class JoinSplits(Kernel):
+class JoinSplitsKernel(Kernel):
     """The second step of `attend` for a single token, whose keys were divided among programs.
 
     Source: Flash-Decoding (Dao et al., 2023).
@@ -75,34 +92,17 @@ class JoinSplits(Kernel):
     of_plan = frozenset({"slots", "plan_stride"})
     multiplies = False
     dtypes = (torch.float32,)
-    twin = staticmethod(naive_join_splits)
 
-    def __call__(
-        self,
-        partial: Tensor,
-        weight: Tensor,
-        survivors: Survivors,
-        dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
-        """Join softmax sums over disjoint keys.
-
-        Args:
-            partial: (batch, heads, splits, head_dim) float32: each split's attention.
-            weight: (batch, heads, splits) float32: base-2 logarithms of its softmax sums, -inf for
-                a split without keys.
-            survivors: surviving units of heads; one plan, or one per sample.
-            dtype: of the result.
-
-        Returns:
-            (batch, heads, head_dim), undefined beyond a plan's count.
-        """
+    @override
+    def __call__(self, inputs: Splits, dtype: torch.dtype = torch.float32) -> Tensor:
+        partial, survivors = inputs.partial, inputs.survivors
         batch, heads, splits, head_dim = partial.shape
         out = partial.new_empty((batch, heads, head_dim), dtype=dtype)
         self.start(
             (heads, batch),
             {
                 "partial": partial,
-                "weight": weight,
+                "weight": inputs.weight,
                 "counts": survivors.counts,
                 "out": out,
                 "slots": survivors.slots,
@@ -117,21 +117,17 @@ class JoinSplits(Kernel):
         )
         return out
 
+    @override
     def seconds(self, launch: Launch, target: Target) -> float:
-        """Bound by memory."""
         return target.roofline(0, tensor_bytes(launch))
 
+    @override
     def cases(self) -> Iterator[Case]:
-        """Odd numbers of splits, empty ones among them, and a plan without heads."""
         for splits, plans in ((1, [[0, 2]]), (5, [[0], [], [1, 2]])):
             weight = torch.randn(3, 6, splits)
             weight[:, ::2, :2] = -torch.inf
-            inputs = {
-                "partial": torch.randn(3, 6, splits, 20),
-                "weight": weight,
-                "survivors": Survivors.of(plans, 3),
-            }
+            inputs = Splits(torch.randn(3, 6, splits, 20), weight, Survivors.of(plans, 3))
             yield Case(f"{splits} splits, {len(plans)} plans", inputs)
 
 
-join_splits = JoinSplits()
+join_splits = JoinSplitsKernel()

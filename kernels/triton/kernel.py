@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -22,16 +22,16 @@ __all__ = ["Case", "Kernel", "product_seconds", "require", "tensor_bytes"]
 
 @dataclass(frozen=True)
 class Case:
-    """One test of a kernel: inputs for its launcher and for its twin.
+    """One test of a kernel: what it computes, for its launcher and for the twin.
 
     Attributes:
         name: what is special about it.
-        inputs: keyword arguments of both.
-        options: further ones of the launcher: a tile, splits.
+        inputs: a call of the op.
+        options: further arguments of the launcher: a tile, splits.
     """
 
     name: str
-    inputs: Mapping[str, Any]
+    inputs: Any
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -45,8 +45,6 @@ class Kernel(ABC):
         function: the ``@triton.jit`` function; it is named after the kernel.
         multiplies: whether it multiplies matrices, and so must compile to tensor-core code.
         dtypes: of its floating inputs.
-        twin: the same in plain PyTorch, in any floating dtype; places that the launcher leaves
-            unwritten are NaN.
         of_model: integer parameters that the model decides: sizes and strides of weights.
         of_plan: integer parameters that the plan decides. The input decides all others.
         plan_axis: axis of the grid that has a program for each plan, if there is one.
@@ -61,7 +59,6 @@ class Kernel(ABC):
     indexed_by: ClassVar[str | None] = None
     multiplies: ClassVar[bool] = True
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16, torch.float16)
-    twin: ClassVar[Callable[..., Tensor]]
 
     @property
     def name(self) -> str:
@@ -75,8 +72,8 @@ class Kernel(ABC):
         return frozenset(p.name for p in self.function.params if p.is_constexpr)
 
     @abstractmethod
-    def __call__(self, *inputs: Any, **options: Any) -> Tensor:
-        """Launch on inputs as the twin takes them."""
+    def __call__(self, inputs: Any) -> Tensor:
+        """Launch on the inputs of an op: what its `twin` says, unwritten where that is NaN."""
 
     @abstractmethod
     def seconds(self, launch: Launch, target: Target) -> float:

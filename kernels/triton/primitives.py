@@ -33,8 +33,13 @@ def surviving_features(units, columns, inside, width):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """The non-linearity of an MLP, on float32; the names are those of transformers' ACT2FN."""
-    if ACTIVATION == "silu":
+    """The non-linearity of an MLP, on float32; the names are those of transformers' ACT2FN.
+
+    None where it is empty.
+    """
+    if ACTIVATION == "":
+        return x
+    elif ACTIVATION == "silu":
         return x * tl.sigmoid(x)
     elif ACTIVATION == "gelu":
         return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))

@@ -9,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from typing_extensions import override
 
-from planner.kernels.ops.project_columns import naive_project_columns
+from planner.kernels.ops.project_columns import ProjectColumns
 from planner.kernels.survivors import Survivors
 from planner.kernels.triton.kernel import Case, Kernel, product_seconds, require
 from planner.kernels.triton.launch import Launch, target_for
@@ -79,31 +80,24 @@ def project_columns_kernel(
     tl.store(out + address, accumulator.to(out.dtype.element_ty), mask=mask)
 
 
-class ProjectColumns(Kernel):
-    """See `planner.kernels.ops.project_columns`."""
+class ProjectColumnsKernel(Kernel):
+    """Launches `project_columns_kernel`."""
 
     function = project_columns_kernel
     of_model = frozenset({"features_out", "weight_row", "weight_column"})
     of_plan = frozenset({"slots"})
     plan_axis = 1
     indexed_by = "units"
-    twin = staticmethod(naive_project_columns)
 
-    def __call__(
-        self,
-        a: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        survivors: Survivors,
-        tile: Tile | None = None,
-    ) -> Tensor:
-        """Arguments and result as those of the op; `tile` is for tests."""
+    @override
+    def __call__(self, inputs: ProjectColumns, tile: Tile | None = None) -> Tensor:
+        a, weight, survivors = inputs.a, inputs.weight, inputs.survivors
         columns, plans = survivors.slots * survivors.width, survivors.plans
         features_out = weight.shape[0]
         require(a.shape[-1] == columns, f"{a.shape[-1]} features where survivors have {columns}.")
         require(weight.shape[1] >= columns, f"{columns} survivors of {weight.shape[1]} features.")
         require(a.dtype == weight.dtype, f"{a.dtype} features meet a weight in {weight.dtype}.")
-        out = a.new_empty(*a.shape[:-1], features_out)
+        out = inputs.empty()
         rows = out.numel() // features_out // plans
         tile = tile or matmul_tile(
             rows,
@@ -119,7 +113,7 @@ class ProjectColumns(Kernel):
             {
                 "a": a.contiguous(),
                 "weight": weight,
-                "bias": bias,
+                "bias": inputs.bias,
                 "units": survivors.units,
                 "counts": survivors.counts,
                 "out": out,
@@ -140,15 +134,15 @@ class ProjectColumns(Kernel):
         )
         return out
 
+    @override
     def seconds(self, launch: Launch, target: Target) -> float:
-        """Of a product with the columns there is room for."""
         given = launch.arguments
         depth = given["slots"] * given["WIDTH"]
         halved = replace(launch, stages=(launch.stages + 1) // 2)
         return product_seconds(halved, target, given["rows"], given["features_out"], depth)
 
+    @override
     def cases(self) -> Iterator[Case]:
-        """One plan and three, one of which leaves nothing, on weights of both layouts."""
         small = Tile(block_m=16, block_n=16, block_k=32, warps=4, stages=2, group_rows=2)
         for width in (1, 8, 24):
             for plans in ([[0, 3, 4]], [[0, 3, 4], [], [2]]):
@@ -159,13 +153,11 @@ class ProjectColumns(Kernel):
                     a[sample, :, count:] = torch.nan
                 weight = torch.randn(37, 5 * width) / (3 * width) ** 0.5
                 weight[:, width : 2 * width] = torch.nan  # survives nowhere
-                inputs = {
-                    "a": a,
-                    "weight": weight.t().contiguous().t() if width == 24 else weight,
-                    "bias": torch.randn(37) if width < 24 else None,
-                    "survivors": Survivors.of(kept, 5 * width, width),
-                }
+                stored = weight.t().contiguous().t() if width == 24 else weight
+                bias = torch.randn(37) if width < 24 else None
+                survivors = Survivors.of(kept, 5 * width, width)
+                inputs = ProjectColumns(a, stored, bias, survivors)
                 yield Case(f"width {width}, {len(plans)} plans", inputs, {"tile": small})
 
 
-project_columns = ProjectColumns()
+project_columns = ProjectColumnsKernel()

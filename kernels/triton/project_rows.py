@@ -1,19 +1,25 @@
-"""A linear layer's output features that survive: rows of its weight, read in place."""
+"""Output features that survive: rows of a linear's weight, or of gate and up of an MLP.
+
+Survivors of a plan are tiled as one run of virtual columns through the index list, so a switch of
+344 neurons wastes nothing: only the last tile of a plan has a tail.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from typing_extensions import override
 
-from planner.kernels.ops.project_rows import naive_project_rows
+from planner.kernels.ops.project_rows import ACTIVATIONS, ProjectRows
 from planner.kernels.survivors import Survivors
 from planner.kernels.triton.kernel import Case, Kernel, product_seconds, require
 from planner.kernels.triton.launch import Launch, target_for
-from planner.kernels.triton.primitives import surviving_features, tile_order
+from planner.kernels.triton.primitives import activate, surviving_features, tile_order
 from planner.kernels.triton.tiles import Target, Tile, matmul_tile, vector
 
 __all__ = ["project_rows"]
@@ -23,9 +29,12 @@ __all__ = ["project_rows"]
 def project_rows_kernel(
     x,  # [samples, rows, depth]
     weight,  # [features, depth], strided
+    gate_weight,  # [features, depth] or None; strided as weight
     bias,  # [features] or None
+    gate_bias,  # [features] or None
     units,  # [samples, slots] int32
     counts,  # [samples] int32
+    lanes,  # [samples, slots] int32 or None
     out,  # [samples, rows, columns]
     rows,
     depth,
@@ -34,6 +43,7 @@ def project_rows_kernel(
     weight_row,  # strides, in elements
     weight_column,
     WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     PACKED: tl.constexpr,
     VECTOR: tl.constexpr,
     EVEN_DEPTH: tl.constexpr,
@@ -42,13 +52,16 @@ def project_rows_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
 ):
-    """out[:, p(j)] = x @ weight[f(j)] + bias[f(j)], f(j) = feature of virtual column j.
+    """out[:, p(j)] = act(x @ gate[f(j)]) * (x @ weight[f(j)]), f(j) = feature of virtual column j.
 
-    p(j) is j where PACKED, otherwise f(j). Columns at or beyond ``counts * WIDTH`` are not
-    computed, and what nothing survives for is not written. VECTOR, a power of two that divides
-    WIDTH, is how many features in a row are contiguous and aligned. A sample here is a plan: with
-    one plan for the batch, rows are batch * tokens. bf16, fp16 or fp32, accumulated in float32.
+    p(j) is j where PACKED, otherwise f(j). Columns at or beyond ``counts * WIDTH`` are neither
+    computed nor written; features that do not survive inside a unit give 0. VECTOR, a power of two
+    that divides WIDTH, is how many features in a row are contiguous and aligned. A sample here is a
+    plan: with one for the batch, rows are batch * tokens. bf16, fp16 or fp32, accumulated in
+    float32. Rows of gate and weight are interleaved into one weight tile, so that both factors of a
+    feature meet in one thread's registers.
     """
+    PARTS: tl.constexpr = 1 if gate_weight is None else 2
     sample = tl.program_id(1)
     survivors = tl.load(counts + sample) * WIDTH
     row_tile, column_tile = tile_order(
@@ -56,18 +69,24 @@ def project_rows_kernel(
     )
     if column_tile * BLOCK_N >= survivors:
         return
+    units += sample * slots
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     # Rows beyond the end read the last one; they are not stored.
     x_row = x + (sample * rows + tl.minimum(row, rows - 1)).to(tl.int64) * depth
-    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    kept = column < survivors
-    feature = surviving_features(units + sample * slots, column, kept, WIDTH)
+    part = tl.arange(0, PARTS * BLOCK_N)
+    column = column_tile * BLOCK_N + part // PARTS
+    feature = surviving_features(units, column, column < survivors, WIDTH)
+    if PARTS == 2:
+        # Alignment does not survive the choice between pointers unless it is stated.
+        weight_start = tl.multiple_of(tl.where(part % 2 == 0, gate_weight, weight), 16)
+    else:
+        weight_start = weight
+    weight_start += feature.to(tl.int64) * weight_row
     k = tl.arange(0, BLOCK_K)
     x_tile = x_row[:, None] + k[None, :]  # [BLOCK_M, BLOCK_K]
-    weight_row_start = weight + feature.to(tl.int64) * weight_row
-    weight_tile = weight_row_start[:, None] + k[None, :] * weight_column  # [BLOCK_N, BLOCK_K]
+    weight_tile = weight_start[:, None] + k[None, :] * weight_column  # [PARTS * BLOCK_N, BLOCK_K]
 
-    accumulator = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    accumulator = tl.zeros([BLOCK_M, PARTS * BLOCK_N], dtype=tl.float32)
     for start in range(0, depth, BLOCK_K):
         if EVEN_DEPTH:
             a = tl.load(x_tile + start)
@@ -77,65 +96,82 @@ def project_rows_kernel(
             a = tl.load(x_tile + start, mask=inside, other=0.0)
             w = tl.load(weight_tile + start * weight_column, mask=inside, other=0.0)
         accumulator = tl.dot(a, tl.trans(w), accumulator, input_precision="ieee")
-    if bias is not None:
-        accumulator += tl.load(bias + feature, mask=kept, other=0.0).to(tl.float32)[None, :]
 
+    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    kept = column < survivors
+    feature = surviving_features(units, column, kept, WIDTH)
+    if PARTS == 2:
+        gate, linear = tl.split(tl.reshape(accumulator, [BLOCK_M, BLOCK_N, 2]))
+        if gate_bias is not None:
+            gate += tl.load(gate_bias + feature).to(tl.float32)[None, :]
+        if bias is not None:
+            linear += tl.load(bias + feature).to(tl.float32)[None, :]
+        result = activate(gate, ACTIVATION) * linear  # [BLOCK_M, BLOCK_N]
+    else:
+        linear = accumulator
+        if bias is not None:
+            linear += tl.load(bias + feature).to(tl.float32)[None, :]
+        result = activate(linear, ACTIVATION)
+    if lanes is not None:
+        bits = tl.load(lanes + sample * slots + column // WIDTH, mask=kept, other=0)
+        result = tl.where(((bits >> (column % WIDTH)) & 1)[None, :] != 0, result, 0.0)
     place = column
     if not PACKED:
         place = tl.max_contiguous(tl.multiple_of(feature, VECTOR), VECTOR)
     address = (sample * rows + row).to(tl.int64)[:, None] * columns + place[None, :]
     mask = (row < rows)[:, None] & kept[None, :]
-    tl.store(out + address, accumulator.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + address, result.to(out.dtype.element_ty), mask=mask)
 
 
-class ProjectRows(Kernel):
-    """See `planner.kernels.ops.project_rows`."""
+class ProjectRowsKernel(Kernel):
+    """Launches `project_rows_kernel`."""
 
     function = project_rows_kernel
     of_model = frozenset({"depth", "weight_row", "weight_column"})
     of_plan = frozenset({"slots", "columns"})
     plan_axis = 1
-    twin = staticmethod(naive_project_rows)
 
-    def __call__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        survivors: Survivors,
-        packed: bool,
-        tile: Tile | None = None,
-    ) -> Tensor:
-        """Arguments and result as those of the op; `tile` is for tests."""
+    @override
+    def __call__(self, inputs: ProjectRows, tile: Tile | None = None) -> Tensor:
+        x, weight, gate, survivors = inputs.x, inputs.weight, inputs.gate, inputs.survivors
         (features, depth), plans = weight.shape, survivors.plans
+        kept, known = survivors.slots * survivors.width, ("", *ACTIVATIONS)
         require(x.shape[-1] == depth, f"{x.shape[-1]} features meet a weight for {depth}.")
         require(x.dtype == weight.dtype, f"{x.dtype} features meet a weight in {weight.dtype}.")
-        kept = survivors.slots * survivors.width
-        columns = kept if packed else features
-        shape = (*x.shape[:-1], columns)
+        require(inputs.activation in known, f"no kernel has activation '{inputs.activation}'.")
+        require(kept <= features, f"{kept} survivors of {features} features.")
+        if gate is not None:
+            require(gate.shape == weight.shape, f"a gate of shape {tuple(gate.shape)}.")
+            if gate.stride() != weight.stride():
+                gate, weight = gate.contiguous(), weight.contiguous()
         # Scattered features lie among those of units that do not survive, which are 0.
-        out = x.new_empty(shape) if packed else x.new_zeros(shape)
+        out = inputs.empty() if inputs.packed else torch.zeros_like(inputs.empty())
         rows = x.numel() // depth // plans
+        parts, size = 1 if gate is None else 2, x.element_size()
         tile = tile or matmul_tile(
-            rows, kept, depth, target_for(x), samples=plans, element_bytes=x.element_size()
+            rows, kept, depth, target_for(x), samples=plans, element_bytes=size, parts=parts
         )
         self.start(
             (triton.cdiv(rows, tile.block_m) * triton.cdiv(kept, tile.block_n), plans),
             {
                 "x": x.contiguous(),
                 "weight": weight,
-                "bias": bias,
+                "gate_weight": gate,
+                "bias": inputs.bias,
+                "gate_bias": inputs.gate_bias,
                 "units": survivors.units,
                 "counts": survivors.counts,
+                "lanes": survivors.lanes,
                 "out": out,
                 "rows": rows,
                 "depth": depth,
                 "slots": survivors.slots,
-                "columns": columns,
+                "columns": out.shape[-1],
                 "weight_row": weight.stride(0),
                 "weight_column": weight.stride(1),
                 "WIDTH": survivors.width,
-                "PACKED": packed,
+                "ACTIVATION": inputs.activation,
+                "PACKED": inputs.packed,
                 "VECTOR": vector(survivors.width),
                 "EVEN_DEPTH": depth % tile.block_k == 0,
                 **tile.blocks,
@@ -146,33 +182,47 @@ class ProjectRows(Kernel):
         )
         return out
 
+    @override
     def seconds(self, launch: Launch, target: Target) -> float:
-        """Of a product with the columns there is room for."""
         given = launch.arguments
-        columns = given["slots"] * given["WIDTH"]
-        return product_seconds(launch, target, given["rows"], columns, given["depth"])
+        columns, parts = given["slots"] * given["WIDTH"], 1 + (given["gate_weight"] is not None)
+        return product_seconds(launch, target, given["rows"], columns, given["depth"], parts=parts)
 
+    @override
     def cases(self) -> Iterator[Case]:
-        """One plan and three, each packed and scattered, on weights of both layouts."""
-        small = Tile(block_m=16, block_n=16, block_k=32, warps=4, stages=2, group_rows=2)
-        for width, depth in ((1, 37), (8, 64), (24, 40)):
-            for plans in ([[0, 1, 4]], [[0, 3], [], [2]]):
-                dead = sorted(set(range(5)) - {unit for plan in plans for unit in plan})
-                weight = torch.randn(5 * width, depth) / depth**0.5
-                weight.view(5, width, depth)[dead] = torch.nan  # what survives nowhere is not read
-                stored = weight.t().contiguous().t() if width == 24 else weight
-                kept = [[u * width + i for u in plan for i in range(width)] for plan in plans]
-                survivors = Survivors.of(kept, 5 * width, width)
-                for packed in (True, False):
-                    inputs = {
-                        "x": torch.randn(3, 7, depth),
-                        "weight": stored,
-                        "bias": None if width == 1 else torch.randn(5 * width),
-                        "survivors": survivors,
-                        "packed": packed,
-                    }
-                    name = f"width {width}, {len(plans)} plans, {'packed' * packed}"
-                    yield Case(name, inputs, {"tile": small})
+        small = {"tile": Tile(16, 16, 32, warps=4, stages=2, group_rows=2)}
+        activations = ["", *ACTIVATIONS]
+        for features, width, depth in ((37, 1, 63), (2 * 37, 2, 64), (8 * 13, 8, 40)):
+            for gated in (True, False):
+                activations = [*activations[1:], activations[0]]
+                plans = [range(9, 21), [], range(3, features - 5)][: 1 + 2 * gated]
+                gate, weight = torch.randn(2, features, depth) / depth**0.5
+                gate_bias, bias = torch.randn(2, features)
+                if not gated:  # what survives nowhere is not read, but for the rest of its unit
+                    weight[: 9 // width * width] = weight[-(-21 // width) * width :] = torch.nan
+                survivors = Survivors.of(plans, features, width)
+                x = torch.randn(3, 7, depth)
+                inputs = ProjectRows(
+                    x,
+                    weight.t().contiguous().t() if width == 2 else weight,
+                    bias,
+                    (gate.t().contiguous().t() if width == 2 else gate) if gated else None,
+                    gate_bias if gated and width > 1 else None,
+                    activations[0],
+                    True,
+                    survivors,
+                )
+                name = f"width {width}, {'gated' * gated}, {activations[0]}"
+                yield Case(name, inputs, small)
+                plain = replace(
+                    inputs, bias=None if gated else bias, gate=None, gate_bias=None, activation=""
+                )
+                yield Case(
+                    f"width {width}, {len(plans)} plans, scattered",
+                    replace(plain, packed=False),
+                    small,
+                )
+                yield Case(f"width {width}, {len(plans)} plans, packed", plain, small)
 
 
-project_rows = ProjectRows()
+project_rows = ProjectRowsKernel()

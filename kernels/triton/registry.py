@@ -9,14 +9,12 @@ from planner.kernels.triton.join_splits import join_splits
 from planner.kernels.triton.kernel import Kernel
 from planner.kernels.triton.project_columns import project_columns
 from planner.kernels.triton.project_rows import project_rows
-from planner.kernels.triton.project_up import project_up
 from planner.kernels.triton.score_tokens import score_tokens
 
 __all__ = ["KERNELS"]
 
 KERNELS: tuple[Kernel, ...] = (
     project_rows,
-    project_up,
     project_columns,
     attend,
     join_splits,

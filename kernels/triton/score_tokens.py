@@ -8,8 +8,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from typing_extensions import override
 
-from planner.kernels.ops.score_tokens import naive_score_tokens
+from planner.kernels.ops.score_tokens import ScoreTokens
 from planner.kernels.triton.kernel import Case, Kernel, require, tensor_bytes
 from planner.kernels.triton.launch import Launch
 from planner.kernels.triton.tiles import Target, power_of_two
@@ -82,14 +83,14 @@ def score_tokens_kernel(
         tl.store(scores + out, share, mask=index < tokens)
 
 
-class ScoreTokens(Kernel):
-    """See `planner.kernels.ops.score_tokens`."""
+class ScoreTokensKernel(Kernel):
+    """Launches `score_tokens_kernel`."""
 
     function = score_tokens_kernel
-    twin = staticmethod(naive_score_tokens)
 
-    def __call__(self, query: Tensor, key: Tensor, visible: Tensor, scale: float) -> Tensor:
-        """Arguments and result as those of the op."""
+    @override
+    def __call__(self, inputs: ScoreTokens) -> Tensor:
+        query, key, visible = inputs.query, inputs.key, inputs.visible
         batch, heads, _, head_dim = query.shape
         kv_heads, tokens = key.shape[1:3]
         require(heads % kv_heads == 0, f"{heads} heads do not share {kv_heads} KV heads evenly.")
@@ -112,7 +113,7 @@ class ScoreTokens(Kernel):
                 "key_sample": key.stride(0),
                 "key_head": key.stride(1),
                 "key_token": key.stride(2),
-                "scale": scale,
+                "scale": inputs.scale,
                 "HEAD_DIM": head_dim,
                 "GROUP": heads // kv_heads,
                 "BLOCK_D": max(16, power_of_two(head_dim)),
@@ -123,20 +124,19 @@ class ScoreTokens(Kernel):
         )
         return scores.sum(dim=1) / heads
 
+    @override
     def seconds(self, launch: Launch, target: Target) -> float:
-        """Bound by memory: keys are read twice."""
         return target.roofline(0, tensor_bytes(launch) + launch.arguments["keys"].nbytes)
 
+    @override
     def cases(self) -> Iterator[Case]:
-        """Keys in a cache's layout, padding, and a sample that sees nothing."""
         for head_dim, group in ((16, 1), (20, 3)):
             visible = torch.rand(3, 75) < 0.7
             visible[2] = False
             key = torch.randn(3, 80, 4, head_dim).transpose(1, 2)[:, :, :75]
             key.transpose(1, 2)[~visible] = torch.nan
             query = torch.randn(3, 9, 4 * group, head_dim).transpose(1, 2)[:, :, 4:5]
-            inputs = {"query": query, "key": key, "visible": visible, "scale": 0.3}
-            yield Case(f"{group} heads share", inputs)
+            yield Case(f"{group} heads share", ScoreTokens(query, key, visible, 0.3))
 
 
-score_tokens = ScoreTokens()
+score_tokens = ScoreTokensKernel()

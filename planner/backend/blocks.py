@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from planner.ir.lowering.aten import ATTENTION, VIEWS, opname
-from planner.kernels.ops.project_up import ACTIVATIONS
+from planner.kernels.ops.project_rows import ACTIVATIONS
 from planner.models.running.bindings import BoundLinear, BoundSite
 
 __all__ = ["Attention", "Linears", "Mlp", "Product", "match_attention", "match_mlp", "value_of"]
@@ -52,7 +52,7 @@ class Mlp:
         x: the block's input.
         up: the product it comes from, and its rows there.
         gate: likewise, or None.
-        activation: a key of `planner.kernels.ops.project_up.ACTIVATIONS`.
+        activation: a key of `planner.kernels.ops.project_rows.ACTIVATIONS`.
         inner: nodes between the products, in order, which the op replaces.
     """
 
@@ -133,7 +133,7 @@ def match_mlp(site: BoundSite, sink: Product, linears: Linears) -> Mlp:
     """The MLP that ends in `sink`.
 
     Raises:
-        Unmatched: it is none that ``planner::project_up`` computes.
+        Unmatched: it is none that ``planner::project_rows`` computes.
     """
     sources = _sources(site, linears)
     if len({source.x for source in sources}) != 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +29,10 @@ from planner.backend.blocks import (
 )
 from planner.backend.plan_tensors import PlanTensor, PlanTensors
 from planner.kernels.choice import Kernels, with_triton
-from planner.kernels.ops import attend, project_columns, project_rows, project_up
-from planner.kernels.ops.registration import Op
+from planner.kernels.ops.attend import Attend
+from planner.kernels.ops.op import Op
+from planner.kernels.ops.project_columns import ProjectColumns
+from planner.kernels.ops.project_rows import ProjectRows
 from planner.kernels.survivors import Survivors, neuron_width
 from planner.models.running.bindings import BoundSite
 
@@ -122,10 +124,10 @@ class _Rewriter:
             self._project(product, pieces, heads, site.site.lanes)
         with self.graph.inserting_before(sink.node):
             operands = (block.query, block.key, block.value, block.mask, block.scale, block.causal)
-            attended = self._call(attend.op, *operands, heads)
+            attended = self._call(Attend, *operands, heads)
             rows = self.graph.call_method("flatten", (attended, 2))
             features = heads.widened(sink.bound.features // site.site.lanes)
-            narrowed = self._call(project_columns.op, rows, sink.weight, None, features)
+            narrowed = self._call(ProjectColumns, rows, sink.weight, None, features)
             result = self._biased(site, sink, narrowed)
         self._replace(sink.node, result, block.inner)
 
@@ -139,8 +141,11 @@ class _Rewriter:
                 weight = self._rows(product.weight, piece)
                 bias = None if product.bias is None else self._rows(product.bias, piece)
                 features = heads.widened((piece.stop - piece.start) // lanes)
-                packed = False
-                parts.append(self._call(project_rows.op, product.x, weight, bias, packed, features))
+                parts.append(
+                    self._call(
+                        ProjectRows, product.x, weight, bias, None, None, "", False, features
+                    )
+                )
             joined = self.graph.call_function(torch.cat, (parts, -1)) if len(parts) > 1 else None
         self._replace(product.node, joined or parts[0])
 
@@ -156,8 +161,8 @@ class _Rewriter:
                 product, piece = rows
                 bias = None if product.bias is None else self._rows(product.bias, piece)
                 tensors += [self._rows(product.weight, piece), bias]
-            inner = self._call(project_up.op, block.x, *tensors, block.activation, neurons)
-            narrowed = self._call(project_columns.op, inner, sink.weight, None, neurons)
+            inner = self._call(ProjectRows, block.x, *tensors, block.activation, True, neurons)
+            narrowed = self._call(ProjectColumns, inner, sink.weight, None, neurons)
             result = self._biased(site, sink, narrowed)
         sources = {rows[0].node: None for rows in (block.up, block.gate) if rows is not None}
         self._replace(sink.node, result, (*sources, *block.inner))
@@ -183,9 +188,10 @@ class _Rewriter:
         bias = self.graph.call_function(operator.mul, (sink.bias, on))
         return self.graph.call_function(operator.add, (product, bias))
 
-    def _call(self, op: Op, *inputs: Any) -> fx.Node:
-        """A node that computes an op."""
-        return self.graph.call_function(op.overload, op.flat(*inputs, triton=self.triton))
+    def _call(self, op: Callable[..., Op], *inputs: Any) -> Any:
+        """A node that computes an op of nodes."""
+        call = op(*inputs)
+        return self.graph.call_function(call.overload, call.flat(self.triton))
 
     def _survivors(self, site: BoundSite, sink: Product) -> Survivors:
         """Survivors of a site, whose tensors are nodes."""

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from planner.ir.lowering import lower_model
+from planner.kernels.triton.project_columns import project_columns
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 # As on a machine without OR-Tools.
 BLOCKED = """
@@ -31,7 +34,7 @@ def decoders(monkeypatch):
 
 def test_all_parts_run_without_ortools(tmp_path):
     output = tmp_path / "gpu.json"
-    arguments = ["--device", "cpu", "--tiny", "--batches", "2", "--rounds", "1", "--budgets", "0.5"]
+    arguments = ["--device", "cpu", "--tiny", "--batches", "1", "--rounds", "1", "--budgets", "0.5"]
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED, FOLDER / "gpu.py", *arguments, "--output", output],
         capture_output=True,
@@ -43,15 +46,16 @@ def test_all_parts_run_without_ortools(tmp_path):
     document = json.loads(output.read_text())
     assert document["problems"] == []
     assert document["meaningless"]
-    rows = {(row["decoder"], row["phase"]): row for row in document["decoders"]}
-    kinds = ("dense eager", "nothing", "layers", "heads and mlp", "tokens", "all")
-    assert set(rows) == {(kind, phase) for kind in kinds for phase in ("prefill", "decode")}
-    assert rows["nothing", "prefill"]["ideal"] == 1
-    for kind in kinds[2:]:
-        assert 0.3 < rows[kind, "prefill"]["ideal"] < 0.75
+    rows = {(row["decoder"], row["kernels"], row["phase"]): row for row in document["decoders"]}
+    kinds = ("layers", "heads and mlp", "tokens", "all")
+    sides = [(kind, kernels) for kind in kinds for kernels in ("triton", "torch", "auto")]
+    sides.append(("dense eager", "torch"))
+    assert set(rows) == {(*side, phase) for side in sides for phase in ("prefill", "decode")}
+    for kind in kinds:
+        assert 0.3 < rows[kind, "triton", "prefill"]["ideal"] < 0.75
     kernels = {row["kernel"] for row in document["kernels"]}
-    assert kernels >= {"prefill project_rows", "prefill attend", "decode project_up"}
-    assert kernels >= {"prefill project_heads", "decode attend_heads"}
+    assert kernels >= {"prefill project_rows", "prefill attend", "decode project_rows"}
+    assert kernels >= {"prefill project_rows op", "decode attend op"}
     assert all(row["microseconds"] > 0 for row in document["kernels"])
 
 
@@ -62,24 +66,21 @@ def test_without_a_gpu_it_says_so(decoders, monkeypatch, capsys):
     assert "there is no GPU here" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["heads and mlp", "tokens"])
-def test_a_wrong_decoder_is_not_reported(decoders, kind, monkeypatch):
-    """Whatever the ops return that they should not, the check sees."""
-    model = decoders.stock_decoder(decoders.TINY, torch.device("cpu"))
-    draw = decoders.Draw(kind, 0.5)
-    decoders.Planned(model, decoders.TINY, 2, draw).check()
-    name = {"heads and mlp": "attention_cached", "tokens": "select_tokens"}[kind]
-    right = getattr(decoders.ops, name)
+def test_a_wrong_decoder_is_not_reported(decoders, monkeypatch):
+    """Whatever a kernel returns that it should not, the check sees."""
+    model = decoders.build(decoders.TINY, torch.device("cpu"))
+    decoder = decoders.Decoder(model, lower_model(model, "llava"), decoders.TINY, 1)
+    draw = decoders.Draw("heads and mlp", 0.5)
+    decoder.check(draw)
+    right = project_columns.start
 
-    def wrong(*arguments, **options):
-        result = right(*arguments, **options)
-        if kind == "tokens":
-            return result[0], result[1].flip(1)
-        return result * 1.02
+    def wrong(grid, arguments, **options):
+        right(grid, arguments, **options)
+        arguments["out"] *= 1.3
 
-    monkeypatch.setattr(decoders.ops, name, wrong)
-    with pytest.raises(ValueError, match=r"reference|highest attention"):
-        decoders.Planned(model, decoders.TINY, 2, draw).check()
+    monkeypatch.setattr(project_columns, "start", wrong)
+    with pytest.raises(ValueError, match="off the reference"):
+        decoder.check(draw)
 
 
 @pytest.mark.parametrize("budget", [0.85, 0.65, 0.5])
@@ -98,7 +99,7 @@ def test_plans_of_the_7b_decoder_are_near_their_budget(decoders, kind, budget):
     work = sum(
         flops(
             len(draw.some(size.heads, index)),
-            sum(stop - start for start, stop in draw.neurons(size, index)),
+            len(draw.neurons(size, index)),
             tokens.get(index, left),
         )
         for index in draw.layers_on(size)

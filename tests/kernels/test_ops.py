@@ -2,99 +2,83 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from blocks import assert_close, random_lanes, weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import CASES, NAMED, case_of, cast_inputs
+from kernel_cases import CASES, case_of, cast_inputs, changed
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 from torch.nn import functional as F
 
 from planner.ir.errors import InputError
-from planner.kernels.ops import attend as attend_file
-from planner.kernels.ops import (
-    choose_tokens,
-    gather_tokens,
-    project_columns,
-    project_rows,
-    project_up,
-    score_tokens,
-)
+from planner.kernels.ops.attend import Attend, attend
+from planner.kernels.ops.choose_tokens import ChooseTokens
 from planner.kernels.ops.mlp import MLPWeights, mlp
+from planner.kernels.ops.op import Op
+from planner.kernels.ops.project_columns import project_columns
+from planner.kernels.ops.project_rows import project_rows
 from planner.kernels.survivors import Survivors, neuron_width
 from planner.kernels.triton.launch import counted
 
-OPS = {
-    file.op.name: file.op
-    for file in (
-        attend_file,
-        choose_tokens,
-        gather_tokens,
-        project_columns,
-        project_rows,
-        project_up,
-        score_tokens,
-    )
-}
-OP_CASES = [case for case in CASES if case[0] in OPS]
-NAMES = [f"{name} {index}" for name, index in OP_CASES]
+OP_CASES = [case for case in CASES if isinstance(case_of(*case).inputs, Op)]
+GRADIENTS = [
+    case for case in OP_CASES if type(case_of(*case).inputs).gradients is not Op.gradients
+][::2]
 
 
-def _inputs(name, case, dtype=torch.float64):
-    """In the op's order, with the survivors last, and numbers where kernels would read nothing."""
-    given = cast_inputs(case.inputs, dtype)
-    given = {k: v.nan_to_num(0.5) if torch.is_tensor(v) else v for k, v in given.items()}
-    survivors = given.pop("survivors", None)
-    return [*given.values(), *([] if survivors is None else [survivors])]
+def named(cases):
+    return pytest.mark.parametrize(("name", "index"), cases, ids=[f"{n} {i}" for n, i in cases])
 
 
-@pytest.mark.parametrize(("name", "index"), OP_CASES, ids=NAMES)
+def op_of(name, index, dtype):
+    """A call of an op, with numbers where kernels would read nothing."""
+    inputs = cast_inputs(case_of(name, index).inputs, dtype)
+    return changed(inputs, lambda x: x.nan_to_num(0.5) if x.is_floating_point() else x)
+
+
+def leaves_of(inputs):
+    """Names of the tensors that have gradients."""
+    return [
+        name
+        for name, value in vars(inputs).items()
+        if torch.is_tensor(value) and value.is_floating_point() and name != "mask"
+    ]
+
+
+@named(OP_CASES)
 def test_pytorch_computes_what_the_twin_does(name, index):
-    case = case_of(name, index)
-    given = cast_inputs(case.inputs, torch.float64)
-    want = NAMED[name].twin(**given)
-    survivors = given.pop("survivors", None)
-    last = [] if survivors is None else [survivors]
-    got = OPS[name](*given.values(), *last, triton=False)
+    given = cast_inputs(case_of(name, index).inputs, torch.float64)
+    want, got = given.twin(), given.run(triton=False)
     # What a kernel leaves unwritten PyTorch may fill.
     got = torch.where(want.isnan(), want, got) if want.is_floating_point() else got
     assert_close(got.double().nan_to_num(0.0), want.double().nan_to_num(0.0), torch.float64)
 
 
-@pytest.mark.parametrize(("name", "index"), OP_CASES[::4], ids=NAMES[::4])
+@named(OP_CASES[::4])
 def test_ops_are_registered_properly(name, index):
-    op, inputs = OPS[name], _inputs(name, case_of(name, index), torch.float32)
-    for value in inputs:
-        if torch.is_tensor(value) and value.is_floating_point() and name in DIFFERENTIABLE:
-            value.requires_grad_()
-    if name == "attend" and torch.is_tensor(inputs[3]):
-        inputs[3].requires_grad_(False)
-    opcheck(op.overload, op.flat(*inputs, triton=False))
+    inputs = op_of(name, index, torch.float32)
+    if (name, index) in GRADIENTS:
+        for leaf in leaves_of(inputs):
+            getattr(inputs, leaf).requires_grad_()
+    opcheck(inputs.overload, inputs.flat(False))
 
 
-DIFFERENTIABLE = ("attend", "gather_tokens", "project_columns", "project_rows", "project_up")
-GRADIENTS = [case for case in OP_CASES if case[0] in DIFFERENTIABLE][::2]
-
-
-@pytest.mark.parametrize(("name", "index"), GRADIENTS, ids=[f"{n} {i}" for n, i in GRADIENTS])
+@named(GRADIENTS)
 def test_gradients(name, index):
     """Against finite differences; what is undefined beyond a plan's count is left out."""
-    case = case_of(name, index)
-    inputs, twin = _inputs(name, case), NAMED[name].twin
-    defined = ~twin(**cast_inputs(case.inputs, torch.float64)).isnan()
-    leaves = [i for i, value in enumerate(inputs) if torch.is_tensor(value)]
-    leaves = [i for i in leaves if inputs[i].is_floating_point() and (name, i) != ("attend", 3)]
+    inputs = op_of(name, index, torch.float64)
+    defined = ~cast_inputs(case_of(name, index).inputs, torch.float64).twin().isnan()
+    leaves = leaves_of(inputs)
 
     def run(*values):
-        full = [*inputs]
-        for place, value in zip(leaves, values, strict=True):
-            full[place] = value
-        return torch.where(defined, OPS[name](*full, triton=False), 0)
+        given = replace(inputs, **dict(zip(leaves, values, strict=True)))
+        return torch.where(defined, given.run(triton=False), 0)
 
-    values = [inputs[place].detach().clone().requires_grad_() for place in leaves]
+    values = [getattr(inputs, leaf).detach().clone().requires_grad_() for leaf in leaves]
     assert torch.autograd.gradcheck(run, values, fast_mode=True)
 
 
@@ -143,14 +127,14 @@ def test_mlp(triton, plans, neurons):
     with counted() as counter:
         got = mlp(x, weights, survivors, triton=triton)
     assert_close(got, (want + weights.down_bias).double(), torch.float32)
-    assert dict(counter) == ({"project_up": 1, "project_columns": 1} if triton else {})
+    assert dict(counter) == ({"project_rows": 1, "project_columns": 1} if triton else {})
 
 
 def test_everything_surviving_is_the_dense_product():
     x, w, bias = torch.randn(2, 3, 12), weight(20, 12), torch.randn(20)
     everything = Survivors.of([range(20)], 20, 4)
     for packed in (True, False):
-        got = project_rows.project_rows(x, w, bias, everything, packed=packed, triton=False)
+        got = project_rows(x, w, bias, everything, packed=packed, triton=False)
         assert torch.equal(got, F.linear(x, w, bias))
 
 
@@ -158,8 +142,8 @@ def test_values_narrower_than_keys():
     query, key, value = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 3)
     survivors = Survivors.of([[1]], 2)
     options = {"scale": 0.3, "causal": False}
-    got = attend_file.attend(query, key, value, None, survivors, triton=True, **options)
-    want = attend_file.naive_attend(query, key, value, None, 0.3, False, survivors)
+    got = attend(query, key, value, None, survivors, triton=True, **options)
+    want = Attend(query, key, value, None, 0.3, False, survivors).twin()
     assert_close(got[:, :, :2], want[:, :, :2].double(), torch.float32)
 
 
@@ -171,10 +155,9 @@ def test_choice_is_exact_even_among_equals(data):
     scores = torch.randint(-3, 4, (batch, count), generator=generator).float()
     eligible = torch.rand(batch, count, generator=generator) < 0.7
     counts = torch.randint(0, count + 2, (batch,), generator=generator)
-    want = choose_tokens.naive_choose_tokens(scores, eligible, counts)
+    choice = ChooseTokens(scores, eligible, counts)
     for triton in (False, True):
-        got = choose_tokens.choose_tokens(scores, eligible, counts, triton=triton)
-        assert torch.equal(got, want)
+        assert torch.equal(choice.run(triton=triton), choice.twin())
 
 
 def test_new_plans_do_not_recompile():
@@ -198,13 +181,9 @@ def test_plans_must_fit_the_batch():
     two = Survivors.of([[0], [1]], 3)
     for triton in (False, True):
         with pytest.raises(InputError, match="2 plans do not fit 5 samples"):
-            project_rows.project_rows(
-                torch.randn(5, 1, 4), weight(3, 4), None, two, packed=True, triton=triton
-            )
+            project_rows(torch.randn(5, 1, 4), weight(3, 4), None, two, packed=True, triton=triton)
         with pytest.raises(InputError, match="2 plans do not fit 5 samples"):
-            project_columns.project_columns(
-                torch.randn(5, 1, 3), weight(4, 3), None, two, triton=triton
-            )
+            project_columns(torch.randn(5, 1, 3), weight(4, 3), None, two, triton=triton)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +195,7 @@ def test_plans_must_fit_the_batch():
 )
 def test_kernels_refuse_shapes_that_do_not_fit(x, w, complaint):
     with pytest.raises(InputError, match=complaint):
-        project_rows.project_rows(x, w, None, Survivors.of([[1]], 3), packed=True, triton=True)
+        project_rows(x, w, None, Survivors.of([[1]], 3), packed=True, triton=True)
 
 
 def test_the_package_called_kernels_is_hugging_face_s():

@@ -176,7 +176,7 @@ def test_all_layers_are_rewritten_in_one_graph():
 
     logits(compiled(built.model, inner="keep_what_planner_left"), built.inputs(images=0))
     (targets,) = [targets for targets in rewritten if any("planner." in t for t in targets)]
-    per_layer = {"project_rows": 3, "attend": 1, "project_up": 1, "project_columns": 2}
+    per_layer = {"project_rows": 4, "attend": 1, "project_columns": 2}
     for op, count in per_layer.items():
         assert targets.count(f"planner.{op}.default") == count * graph.layers
 

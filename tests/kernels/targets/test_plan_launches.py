@@ -76,7 +76,7 @@ def test_survivors_are_the_plans(llava):
         "v_projrows": (((16, 32),),),
         "self_attnattend": (((0, 1),),),
         "o_projcolumns": (((32, 64),),),
-        "mlpup": (((0, 24), (48, 72)),),
+        "mlprows": (((0, 24), (48, 72)),),
         "mlpcolumns": (((0, 24), (48, 72)),),
     }
 
