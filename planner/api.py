@@ -34,6 +34,7 @@ def compile(
     *,
     plan: Plan | None = None,
     freeze: bool = False,
+    kernels: str = "auto",
     **options: Any,
 ) -> Model:
     """Make a stock transformers model obey a budget; returns the same model.
@@ -49,6 +50,9 @@ def compile(
         freeze: promise that weights stay as they are. Kept rows and columns of plans that run again
             are then copied together, which saves 5 to 15 % of a product's time. By default nothing
             is copied, and the plan follows the weights whichever way they change.
+        kernels: who computes: ``triton``, planner's kernels (on a CPU interpreted, for tests);
+            ``torch``; or ``auto``, by operator whoever the cost model expects to be faster, and
+            PyTorch on a CPU (`planner.kernels.choice`).
         options: the other fields of `planner.planning.compiler.Request`: switches, utilities,
             device,
             image_tokens, text_tokens, new_tokens, batch, ...
@@ -56,6 +60,7 @@ def compile(
     Raises:
         InputError: for a bad budget, plan or option; the model is left as it was.
     """
+    from planner.kernels.choice import Kernels
     from planner.models.running.planning import Planning
     from planner.models.running.session import Session
     from planner.models.running.skipping import session_on
@@ -65,7 +70,7 @@ def compile(
         known = sorted(set(Request.__dataclass_fields__) - {"model", "budget"})
         raise InputError(f"unknown option '{min(unknown)}': choose from {', '.join(known)}")
     is_new = Session.of(model) is None
-    session = session_on(model, freeze=freeze)
+    session = session_on(model, freeze=freeze, kernels=Kernels.of(kernels))
     try:
         planning = Planning(session.graph, Request(session.graph.name, **options))
         if plan is not None:

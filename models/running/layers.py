@@ -20,7 +20,6 @@ from planner.models.running.program import LayerGroup, LayerProgram
 from planner.models.tokens.kept_tokens import (
     Kept,
     Keys,
-    gather,
     narrow_argument,
     narrow_mask,
     scatter,
@@ -173,7 +172,8 @@ class LayerForward:
                 kept = call.kept.rows(rows)
             inputs = select_rows(hidden, rows, 0) if call.batch > 1 else hidden
             if kept is not None:
-                inputs = gather(inputs, kept.index, -2)
+                assert self.passes.stages is not None
+                inputs = self.passes.stages.gather(inputs, kept.index)
             keys = None
             if setup.group.has_keys:
                 keys = _keys(call, number, inputs, kept, cached)

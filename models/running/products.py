@@ -14,24 +14,33 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from planner.ir.intervals import Intervals, count_of
+from planner.kernels.choice import Kernels
 from planner.kernels.ops.kept_linear import kept_linear, suits
 from planner.models.running.bindings import BoundLinear, BoundSite
 
-__all__ = ["Compute", "Copies", "KeptProduct", "Products", "TorchProducts"]
+__all__ = ["Compute", "Copies", "KeptProduct", "Products", "Refreshed", "TorchProducts"]
 
 # Features of shape (..., in features) to (..., out features), either of them narrowed.
 Compute = Callable[[Tensor], Tensor]
 
 
 class Products(Protocol):
-    """What the modules of one model compute with; None stands for their own code."""
+    """What the modules of one model compute with; None stands for their own code.
+
+    Attributes:
+        kernels: who computes; token stages, which are no module, ask this.
+        frozen_bytes: bound on copies of kept features.
+    """
+
+    kernels: Kernels
+    frozen_bytes: int
 
     def linear(self, linear: BoundLinear, lanes: Intervals | None) -> Compute | None:
         """What a linear of a site computes with, all of whose lanes are kept where None is."""
@@ -46,16 +55,30 @@ class Products(Protocol):
         ...
 
 
+@runtime_checkable
+class Refreshed(Protocol):
+    """A product that looks before every pass what weights are now."""
+
+    def refresh(self) -> None:
+        """Look."""
+        ...
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """See `Compute`."""
+        ...
+
+
 class TorchProducts:
     """Products by PyTorch and oneDNN.
 
     Args:
         frozen_bytes: bound on copies of kept features; 0 copies nothing, so that weights may change
             in any way. The least recently used copies leave first.
+        kernels: what was asked for; ``auto`` where it comes to this.
     """
 
-    def __init__(self, frozen_bytes: int = 0) -> None:
-        self.frozen_bytes = frozen_bytes
+    def __init__(self, frozen_bytes: int = 0, kernels: Kernels = Kernels.TORCH) -> None:
+        self.frozen_bytes, self.kernels = frozen_bytes, kernels
         self.copies = Copies(frozen_bytes) if frozen_bytes else None
 
     def linear(self, linear: BoundLinear, lanes: Intervals | None) -> Compute | None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from types import MappingProxyType, TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -30,9 +30,11 @@ from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
 from planner.models.running.bindings import BoundLayer, bind
-from planner.models.running.planning import Planning
 from planner.models.running.program import Program
 from planner.plan import Plan
+
+if TYPE_CHECKING:
+    from planner.models.running.planning import Planning
 
 __all__ = [
     "Implementation",

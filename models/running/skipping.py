@@ -26,13 +26,15 @@ from torch import nn
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
+from planner.kernels.choice import Kernels
 from planner.models.running.attention_blocks import AttentionBlock, probe
 from planner.models.running.bindings import BoundLayer, BoundSite
 from planner.models.running.forward_pass import Call, Passes
+from planner.models.running.kernel_products import products_of
 from planner.models.running.layers import AttentionForward, BlockForward, LayerForward, Setup
 from planner.models.running.pass_lock import PassLock
 from planner.models.running.patches import ConfigView, Patches, Shadow
-from planner.models.running.products import Compute, KeptProduct, Products, TorchProducts
+from planner.models.running.products import Compute, Products, Refreshed, TorchProducts
 from planner.models.running.program import LayerGroup, LayerProgram, Program
 from planner.models.running.recording import recording
 from planner.models.running.session import Session, Setting, language_model
@@ -90,7 +92,7 @@ class Ready:
         self.passes = Passes(program, stages)
         self.shadows: list[tuple[nn.Module, Shadow]] = []
         self.attributes: list[tuple[nn.Module, str, Any]] = []
-        self.products: list[KeptProduct] = []
+        self.products: list[Refreshed] = []
         self._patches = Patches()
 
     @property
@@ -384,7 +386,9 @@ class Skipping:
         """
         stages = None
         if program.has_tokens:
-            stages = TokenStages(self.session.model, program, self._vision, places)
+            stages = TokenStages(
+                self.session.model, program, self._vision, places, self.products.kernels
+            )
         return self._made_ready(program, stages)
 
     def prepare(self) -> None:
@@ -395,6 +399,8 @@ class Skipping:
         for layer in self.session.layers:
             if layer.heads is not None and not layer.heads.obstacle:
                 self._probed(layer.heads)
+            if layer.mlp is not None and not layer.mlp.obstacle:
+                self.products.mlp(layer.mlp, None)
 
     def _vision(self, selector: VisionSelector) -> VisionStage:
         """The stage of a selector in front of the projector, which works where it is active."""
@@ -465,7 +471,8 @@ class Skipping:
             return []
         asked: list[tuple[nn.Module, list[Compute | None]]] = []
         if site.site.kind == "mlp":
-            whole = [self.products.mlp(site, lanes) for lanes in kept]
+            with self._alone():
+                whole = [self.products.mlp(site, lanes) for lanes in kept]
             if any(product is not None for product in whole):
                 asked.append((site.module, whole))
         if not asked:
@@ -477,7 +484,7 @@ class Skipping:
             if any(product is not None for product in active):
                 forward = BlockForward(narrows=any(lanes is not None for lanes in kept))
                 ready.shadows.append((module, forward))
-                ready.products += [p for p in active if isinstance(p, KeptProduct)]
+                ready.products += [p for p in active if isinstance(p, Refreshed)]
                 forwards.append((forward, active))
         return forwards
 
@@ -519,7 +526,11 @@ class Skipping:
 
 
 def session_on(
-    model: nn.Module, graph: Graph | None = None, *, freeze: bool | None = None
+    model: nn.Module,
+    graph: Graph | None = None,
+    *,
+    freeze: bool | None = None,
+    kernels: Kernels | None = None,
 ) -> Session:
     """The session of a model that is called as it is; made where there is none.
 
@@ -528,6 +539,8 @@ def session_on(
         graph: its Graph, where it is known.
         freeze: promise that weights stay as they are, see `planner.models.running.products`; None
             leaves it at what was said before.
+        kernels: who computes, see `planner.kernels.choice`; None leaves it at what was said before,
+            PyTorch at first.
 
     Raises:
         InputError: there is no language model, or torch.compile's backend ``planner`` has it.
@@ -543,9 +556,13 @@ def session_on(
             "torch.compile(..., backend='planner') has this model already: planner.budget sets its "
             "budget, and planner.restore lets go of it"
         )
-    if freeze is not None:
-        bytes_ = sum(parameter.nbytes for parameter in known.parameters()) if freeze else 0
-        session.implementation.use(TorchProducts(bytes_))
+    if freeze is not None or kernels is not None:
+        before = session.implementation.products
+        bytes_ = before.frozen_bytes
+        if freeze is not None:
+            bytes_ = sum(parameter.nbytes for parameter in known.parameters()) if freeze else 0
+        chosen = before.kernels if kernels is None else kernels
+        session.implementation.use(products_of(session.graph, chosen, bytes_))
     return session
 
 

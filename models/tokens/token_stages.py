@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from planner.ir.errors import InputError
+from planner.kernels.choice import Kernels, with_triton
+from planner.kernels.ops.gather_tokens import gather_tokens
 from planner.models.running.forward_pass import Call, Record
 from planner.models.running.program import LayerGroup, Program
 from planner.models.tokens.kept_tokens import Kept, gather, scatter
@@ -50,8 +52,10 @@ class TokenStages:
         program: Program,
         visions: Callable[[VisionSelector], VisionStage],
         places: Places | None = None,
+        kernels: Kernels = Kernels.TORCH,
     ) -> None:
         self.program = program
+        self.kernels = kernels
         self._places = places or (lambda known, value: known)
         self.selectors: dict[TokenStage, DecoderSelector] = {}
         self.recorded: set[int] = set()
@@ -206,14 +210,15 @@ class TokenStages:
     ) -> DecoderInputs:
         assert call.image is not None
         image, states = call.image[rows], hidden[rows]
+        triton = with_triton(self.kernels, hidden.device)
         valid = call.new_valid()[rows]
         marks = call.marks[selector][rows] if selector in call.marks else None
         if kept is not None:
             image, valid = gather(image, kept.index, -1) & kept.valid, kept.valid
-            states = gather(states, kept.index, -2)
+            states = self.gather(states, kept.index)
             marks = None if marks is None else gather(marks, kept.index, -1) & valid
         if record is None:
-            return DecoderInputs(image, valid, marks=marks, hidden_states=states)
+            return DecoderInputs(image, valid, marks=marks, hidden_states=states, triton=triton)
         seen, own = record.seen, rows
         if record.rows is not None:
             own = torch.searchsorted(record.rows, rows)
@@ -229,8 +234,22 @@ class TokenStages:
             # Flash attention's masks say what is padding, which `valid` does too.
             mask = None if mask.ndim == 2 else mask[own] if mask.shape[0] > 1 else mask
         return DecoderInputs(
-            image, valid, seen.query[own], seen.key[own], seen.scaling, mask, marks, states
+            image,
+            valid,
+            seen.query[own],
+            seen.key[own],
+            seen.scaling,
+            mask,
+            marks,
+            states,
+            triton,
         )
+
+    def gather(self, hidden: Tensor, index: Tensor) -> Tensor:
+        """The hidden states of the tokens that are left: `Kept.index` of (rows, tokens, width)."""
+        if with_triton(self.kernels, hidden.device):
+            return gather_tokens(hidden, index, triton=True)
+        return gather(hidden, index, -2)
 
 
 def image_token(model: nn.Module) -> int:

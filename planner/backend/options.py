@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from planner.ir.errors import InputError
+from planner.kernels.choice import Kernels
 from planner.plan import Plan
 from planner.planning.budgets import Budget
 from planner.planning.compiler import Request
@@ -40,12 +41,15 @@ class Options:
         inner: the backend that compiles what is left, ``inductor`` unless told otherwise; ``eager``
             runs it as it is, to debug.
         mode: of inductor.
+        kernels: who computes planner's ops, see `planner.kernels.choice`: ``auto``, Triton on a GPU
+            and PyTorch on a CPU; ``triton``; ``torch``.
     """
 
     request: Request
     samples: int = 1
     inner: str = "inductor"
     mode: str | None = None
+    kernels: Kernels = Kernels.AUTO
 
     @staticmethod
     def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -60,7 +64,7 @@ class Options:
             )
         given = dict(options or {})
         of_request = [f.name for f in fields(Request) if f.name not in (*_SETTLED, *_SHAPES)]
-        known = [*of_request, "samples", "inner", "mode"]
+        known = [*of_request, "samples", "inner", "mode", "kernels"]
         for name in given:
             if name in _SHAPES:
                 raise InputError(_SHAPES[name])
@@ -70,6 +74,7 @@ class Options:
                 raise InputError(f"unknown option '{name}': {hint}")
         samples, inner = given.pop("samples", 1), given.pop("inner", "inductor")
         mode = given.pop("mode", mode)
+        kernels = Kernels.of(given.pop("kernels", Kernels.AUTO))
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
             raise InputError(f"option samples is {samples!r}: give a whole number from 1")
         if inner not in torch.compiler.list_backends(exclude_tags=()) or inner == "planner":
@@ -82,7 +87,7 @@ class Options:
             raise InputError(f"{_SHAPES['tokens']}; choose switches from {_SWITCHES}")
         request = Request("model", **given)
         check_budget(request.budget)
-        return Options(request, samples, inner, mode)
+        return Options(request, samples, inner, mode, kernels)
 
     def inner_compiler(self) -> Callable[..., Any]:
         """What compiles a graph once its blocks are rewritten."""

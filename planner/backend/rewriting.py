@@ -69,7 +69,7 @@ def rewritten(
     """
     graph_module = _copied(graph_module)
     linears = Linears(graph_module, example_inputs)
-    rewriter = _Rewriter(graph_module)
+    rewriter = _Rewriter(graph_module, plans.options.kernels)
     masked, dense = [], []
     for layer in plans.session.layers:
         for site in (layer.heads, layer.mlp):
@@ -111,8 +111,8 @@ def _copied(graph_module: fx.GraphModule) -> fx.GraphModule:
 class _Rewriter:
     """Inserts ops, and the tensors of plans that they read, into one graph."""
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
-        self.graph = graph_module.graph
+    def __init__(self, graph_module: fx.GraphModule, kernels: Kernels) -> None:
+        self.graph, self.kernels = graph_module.graph, kernels
         # What stands for each tensor, in the order of the graph's inputs.
         self.inputs: dict[PlanTensor, fx.Node] = {}
         self.triton = False
@@ -196,7 +196,7 @@ class _Rewriter:
     def _survivors(self, site: BoundSite, sink: Product) -> Survivors:
         """Survivors of a site, whose tensors are nodes."""
         like = value_of(sink.weight)
-        self.triton = with_triton(Kernels.AUTO, like.device)
+        self.triton = with_triton(self.kernels, like.device)
         units, counts = self._input("units", site, like), self._input("counts", site, like)
         is_mlp = site.site.kind == "mlp"
         width = neuron_width(site.site.lanes) if is_mlp else 1

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner.kernels.ops.score_tokens import score_tokens
 from planner.models.tokens.selectors.ranking import outliers, pack, top_mask
 from planner.models.tokens.selectors.scoring import (
     attention_rows,
     cls_attention,
-    last_query_attention,
     visible_keys,
 )
 
@@ -116,11 +116,13 @@ def test_rows_equal_full_attention(seed, kv_heads, group, seq, past, side):
 def test_last_query_row_with_default_scale_and_poisoned_padding():
     query, key = torch.randn(2, 6, 1, 16), torch.randn(2, 3, 7, 16)
     visible = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1]]).bool()
-    weights = last_query_attention(query, key, visible)
+    weights = attention_rows(query, key, visible[:, None])[:, :, 0]
     expected = full_attention(query.numpy(), key.numpy(), 0.25, visible[:, None].numpy())[:, :, 0]
     torch.testing.assert_close(weights, torch.from_numpy(expected).float())
+    scores = score_tokens(query, key, visible, scale=0.25, triton=False)
+    torch.testing.assert_close(scores, weights.mean(1))
     key[1, :, :2] = 1e30
-    torch.testing.assert_close(last_query_attention(query, key, visible), weights)
+    torch.testing.assert_close(score_tokens(query, key, visible, scale=0.25, triton=False), scores)
     assert weights.shape == (2, 6, 7)
     assert not weights[1, :, :2].any()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from planner.models.tokens.selectors.ranking import top_mask
-from planner.models.tokens.selectors.scoring import last_query_attention, visible_keys
+from planner.kernels.ops.choose_tokens import choose_tokens
+from planner.kernels.ops.score_tokens import score_tokens
+from planner.models.tokens.selectors.scoring import visible_keys
 from planner.models.tokens.selectors.selection import (
     DecoderInputs,
     DecoderSelection,
@@ -24,8 +25,10 @@ def fastv(selector: FastV, inputs: DecoderInputs, layer: int) -> DecoderSelectio
     last = tokens.argmax(1, keepdim=True)
     row = query.gather(2, last[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
     visible = visible_keys(last, inputs.valid, inputs.attention_mask, seq)[:, 0]
-    scores = last_query_attention(row, key, visible, inputs.scaling).mean(1)[:, -seq:]
+    scale = query.shape[-1] ** -0.5 if inputs.scaling is None else inputs.scaling
+    scores = score_tokens(row, key, visible, scale=scale, triton=inputs.triton)[:, -seq:]
     counts = image.new_tensor(
         [selector.counts(n)[0] for n in image.sum(1).tolist()], dtype=torch.int64
     )
-    return DecoderSelection(~image | top_mask(scores, image, counts))
+    chosen = choose_tokens(scores, image, counts, triton=inputs.triton)
+    return DecoderSelection(~image | chosen)

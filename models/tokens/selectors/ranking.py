@@ -8,31 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from planner.kernels.ops.choose_tokens import top_mask
+
 __all__ = ["descending", "outliers", "pack", "top_mask"]
 
 
 def descending(scores: Tensor) -> Tensor:
     """Indices of the last dimension from the highest score to the lowest, ties by index."""
     return scores.sort(dim=-1, descending=True, stable=True).indices
-
-
-def top_mask(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
-    """Mark the best eligible entries of each row.
-
-    Args:
-        scores: shape (..., n).
-        eligible: shape (..., n), bool.
-        counts: shape (...): how many to mark in each row; all eligible ones where there are fewer.
-
-    Returns:
-        Shape (..., n), bool.
-    """
-    order = descending(scores)
-    # Sorting twice, rather than masking scores with -inf, is right for scores of -inf as well.
-    order = order.gather(-1, descending(eligible.gather(-1, order).to(torch.uint8)))
-    rank = torch.empty_like(order)
-    rank.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
-    return (rank < counts[..., None]) & eligible
 
 
 def outliers(scores: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["attention_rows", "cls_attention", "last_query_attention", "visible_keys"]
+__all__ = ["attention_rows", "cls_attention", "visible_keys"]
 
 
 def cls_attention(query: Tensor, key: Tensor, heads: int) -> Tensor:
@@ -81,20 +81,3 @@ def attention_rows(
     # The lowest finite value, not -inf: a row without any visible key must not become NaN.
     logits = logits.masked_fill(hidden, torch.finfo(dtype).min)
     return logits.softmax(-1).masked_fill(hidden, 0)
-
-
-def last_query_attention(
-    query: Tensor, key: Tensor, visible: Tensor, scaling: float | None = None
-) -> Tensor:
-    """Attention of each sample's last query to all keys.
-
-    Args:
-        query: shape (batch, heads, 1, head_dim): the query of each sample's last real token.
-        key: shape (batch, kv_heads, keys, head_dim).
-        visible: shape (batch, keys), bool: the keys that this query sees.
-        scaling: factor on the logits; None is 1/sqrt(head_dim).
-
-    Returns:
-        Shape (batch, heads, keys), float32 or wider.
-    """
-    return attention_rows(query, key, visible[:, None], scaling)[:, :, 0]

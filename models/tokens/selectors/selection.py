@@ -147,6 +147,7 @@ class DecoderInputs:
         marks: shape (batch, seq), bool: what `mark_tokens` returned before layer 0, at
             the tokens that are left.
         hidden_states: shape (batch, seq, width): what is about to enter layer k.
+        triton: whether Triton scores and ranks tokens, where a kernel can.
     """
 
     image: Tensor
@@ -157,6 +158,7 @@ class DecoderInputs:
     attention_mask: Tensor | None = None
     marks: Tensor | None = None
     hidden_states: Tensor | None = None
+    triton: bool = False
 
 
 @dataclass(frozen=True)

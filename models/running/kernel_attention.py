@@ -1,0 +1,116 @@
+"""Attention of stock blocks by planner's kernel, through transformers' table of functions.
+
+A block that is to use it gets a view of its config with the function's name. What the kernel does
+not compute goes to the function that the config really names, which is logged once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from planner.kernels.choice import Kernels, attention_is_faster
+from planner.kernels.ops.attend import attend
+from planner.kernels.survivors import Survivors
+
+__all__ = ["KERNEL_ATTENTION", "configured_attention"]
+
+_log = logging.getLogger("planner")
+_told: set[str] = set()
+
+# Functions by name: one for each choice that may end in a kernel.
+KERNEL_ATTENTION = {kernels: f"planner_{kernels}" for kernels in (Kernels.TRITON, Kernels.AUTO)}
+# Of other functions' masks it is not known what they mean.
+_MASKS = ("sdpa", "eager")
+# Arguments that change what is computed, and what they are called where they have no use.
+_CHANGES = {"softcap": "caps scores", "s_aux": "has sinks", "sinks": "has sinks",
+            "position_bias": "adds a bias to scores"}  # fmt: skip
+
+
+def configured_attention(module: nn.Module) -> tuple[str, Callable[..., Any]]:
+    """(name, function) of the attention that a block's own config names."""
+    config: Any = module.config
+    name: str = getattr(config, "original_config", config)._attn_implementation
+    # The eager function is no part of the interface: every modelling file has its own.
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return name, ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+
+
+def _by_kernel(
+    kernels: Kernels,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> Any:
+    """An attention function of transformers; operands are (batch, heads, tokens, features)."""
+    name, stock = configured_attention(module)
+    why_not = _obstacle(name, query, value, attention_mask, options)
+    if why_not is not None:
+        _tell_once(f"attention of {type(module).__name__} runs without planner's kernel: {why_not}")
+        return stock(module, query, key, value, attention_mask, **options)
+    (batch, heads, tokens, head_dim), (kv_heads, keys) = query.shape, key.shape[1:3]
+    if kernels is Kernels.AUTO and not attention_is_faster(
+        query.device, batch, heads, kv_heads, tokens, keys, head_dim, query.itemsize
+    ):
+        return stock(module, query, key, value, attention_mask, **options)
+    causal = options.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    # What has no mask is causal for sdpa alone; eager functions are always given one.
+    causal = bool(causal) and name == "sdpa" and attention_mask is None and tokens > 1
+    scale = options.get("scaling")
+    mixed = attend(
+        query,
+        key,
+        value,
+        attention_mask,
+        Survivors.everything(kv_heads, query.device),
+        scale=head_dim**-0.5 if scale is None else float(scale),
+        causal=causal,
+        triton=True,
+    )
+    return mixed, None
+
+
+def _obstacle(
+    name: str, query: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> str | None:
+    """Why the kernel does not compute an attention."""
+    if name not in _MASKS:
+        return f"masks of '{name}' are not read"
+    for argument, what in _CHANGES.items():
+        if options.get(argument) is not None:
+            return f"it {what}"
+    if options.get("dropout"):
+        return "it drops weights"
+    if options.get("output_attentions"):
+        return "its weights are asked for"
+    if value.shape[-1] != query.shape[-1]:
+        return "its values are not as wide as its keys"
+    if mask is not None and mask.ndim != 4:
+        return f"its mask has {mask.ndim} dimensions"
+    return None
+
+
+def _tell_once(message: str) -> None:
+    if message not in _told:
+        _told.add(message)
+        _log.warning("%s", message)
+
+
+def _function_of(kernels: Kernels) -> Callable[..., Any]:
+    def attention(*operands: Any, **options: Any) -> Any:
+        return _by_kernel(kernels, *operands, **options)
+
+    return attention
+
+
+for _kernels, _name in KERNEL_ATTENTION.items():
+    ALL_ATTENTION_FUNCTIONS.register(_name, _function_of(_kernels))

@@ -1,0 +1,235 @@
+"""Products by planner's kernels: linears, MLP blocks and attention on stock weights in place.
+
+Nothing is copied: kernels read the rows and columns of a weight that a plan keeps, so weights may
+change in any way, and gradients reach them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from planner.ir.graph import Graph, Operator
+from planner.ir.intervals import Intervals, count_of
+from planner.kernels.blocks import MLPBlock, NotFusable, mlp_block
+from planner.kernels.choice import Kernels, has_triton, mlp_is_faster, product_is_faster
+from planner.kernels.ops.mlp import MLPWeights, mlp
+from planner.kernels.ops.project_columns import project_columns
+from planner.kernels.ops.project_rows import ACTIVATIONS, project_rows
+from planner.kernels.survivors import Survivors, neuron_width
+from planner.models.running.bindings import BoundLinear, BoundSite
+from planner.models.running.kernel_attention import KERNEL_ATTENTION
+from planner.models.running.products import Compute, Products, Refreshed, TorchProducts
+
+__all__ = ["KernelProducts", "LinearByKernel", "MLPByKernel", "products_of"]
+
+_log = logging.getLogger("planner")
+# Code that multiplies and does nothing else.
+_PLAIN = (nn.Linear.forward, Conv1D.forward)
+
+
+def products_of(graph: Graph, kernels: Kernels, frozen_bytes: int) -> Products:
+    """What a model computes with, as the user chose.
+
+    Args:
+        graph: of the model.
+        kernels: who computes; ``auto`` is PyTorch where there is no GPU.
+        frozen_bytes: see `TorchProducts`.
+    """
+    without = kernels is Kernels.AUTO and not (has_triton() and torch.cuda.is_available())
+    if without or kernels is Kernels.TORCH:
+        return TorchProducts(frozen_bytes, kernels)
+    return KernelProducts(graph, kernels, frozen_bytes)
+
+
+class KernelProducts:
+    """Products by Triton, or by whoever is faster.
+
+    Args:
+        graph: of the model, which says what its MLP blocks are made of.
+        kernels: ``triton``; or ``auto``, which decides at every call.
+        frozen_bytes: as of `TorchProducts`, where PyTorch computes.
+    """
+
+    def __init__(self, graph: Graph, kernels: Kernels, frozen_bytes: int = 0) -> None:
+        self.graph, self.kernels, self.frozen_bytes = graph, kernels, frozen_bytes
+        self.torch_products = TorchProducts(frozen_bytes)
+        self._blocks: dict[str, MLPBlock | None] = {}
+
+    def linear(self, linear: BoundLinear, lanes: Intervals | None) -> Compute | None:
+        """What a linear of a site computes with."""
+        stock = self.torch_products.linear(linear, lanes)
+        if lanes is None and type(linear.module).forward not in _PLAIN:
+            return stock
+        return LinearByKernel(linear, lanes, self.kernels, stock)
+
+    def mlp(self, site: BoundSite, lanes: Intervals | None) -> Compute | None:
+        """What an MLP block computes with, None where the kernels have no such block."""
+        name = site.site.name
+        if name not in self._blocks:
+            self._blocks[name] = self._block(site)
+        block = self._blocks[name]
+        return None if block is None else self._by_kernel(site, block, lanes)
+
+    def attention(self, site: BoundSite) -> str | None:
+        """Which of transformers' attention functions a block calls."""
+        named = hasattr(getattr(site.module, "config", None), "_attn_implementation")
+        return KERNEL_ATTENTION[self.kernels] if named else None
+
+    def _block(self, site: BoundSite) -> MLPBlock | None:
+        """What a site's block is made of, where it is no more than that: found out by trying."""
+        every = ((0, site.site.lanes),)
+        try:
+            block = mlp_block(self.graph, site.site)
+            if any(linear.runs(every) != every or linear.shared for linear in site.linears):
+                raise NotFusable("its neurons are no single rows and columns")
+            if not _agrees(site, self._by_kernel(site, block, None)):
+                raise NotFusable("it computes more than its linears and their activation")
+        except NotFusable as why:
+            _log.info("%s runs linear by linear: %s", site.site.module, why)
+            return None
+        return block
+
+    def _by_kernel(self, site: BoundSite, block: MLPBlock, lanes: Intervals | None) -> MLPByKernel:
+        linears = {linear.path: linear for linear in site.linears}
+
+        def part(operator: Operator) -> LinearByKernel:
+            linear = linears[operator.module]
+            stock = self.torch_products.linear(linear, lanes)
+            return LinearByKernel(linear, lanes, self.kernels, stock)
+
+        gate = None if block.gate is None else part(block.gate)
+        every = ((0, site.site.lanes),)
+        return MLPByKernel(
+            part(block.up),
+            part(block.down),
+            gate,
+            block.activation,
+            every if lanes is None else lanes,
+            neuron_width(site.site.lanes),
+            self.kernels,
+        )
+
+
+class LinearByKernel:
+    """A linear that computes with some of its lanes, or with all.
+
+    Args:
+        linear: what to narrow.
+        lanes: kept, as intervals; None for all.
+        kernels: who computes.
+        stock: what PyTorch computes with; None for the module's own code.
+    """
+
+    def __init__(
+        self, linear: BoundLinear, lanes: Intervals | None, kernels: Kernels, stock: Compute | None
+    ) -> None:
+        self.linear, self.kernels, self.stock = linear, kernels, stock
+        self.runs = ((0, linear.features),) if lanes is None else linear.runs(lanes)
+        self._survivors = cache(partial(Survivors.packed, self.runs, None))
+
+    def refresh(self) -> None:
+        """Before a pass: PyTorch's product may have a copy to look for."""
+        if isinstance(self.stock, Refreshed):
+            self.stock.refresh()
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Shape (..., in features) to (..., out features), either of them narrowed."""
+        linear = self.linear
+        if self.kernels is Kernels.AUTO and not self._is_faster(features):
+            stock = self.stock or partial(type(linear.module).forward, linear.module)
+            return stock(features)
+        weight, bias, survivors = linear.weight, linear.bias, self._survivors(features.device)
+        if linear.axis == "out":
+            return project_rows(features, weight, bias, survivors, packed=True, triton=True)
+        return project_columns(features, weight, bias, survivors, triton=True)
+
+    def _is_faster(self, features: Tensor) -> bool:
+        kept, (out, depth) = count_of(self.runs), self.linear.weight.shape
+        columns, depth = (kept, depth) if self.linear.axis == "out" else (out, kept)
+        rows = features.numel() // max(features.shape[-1], 1)
+        pieces = max(len(self.runs), 1)
+        size = features.itemsize
+        return kept > 0 and product_is_faster(features.device, rows, columns, depth, pieces, size)
+
+
+@dataclass(frozen=True, eq=False)
+class MLPByKernel:
+    """An MLP block that computes with some of its neurons, or with all.
+
+    Attributes:
+        up, down, gate: its linears, for when they are computed one by one.
+        activation: a key of `planner.kernels.ops.project_rows.ACTIVATIONS`.
+        neurons: kept, as intervals.
+        width: neurons to a unit.
+        kernels: who computes.
+    """
+
+    up: LinearByKernel
+    down: LinearByKernel
+    gate: LinearByKernel | None
+    activation: str
+    neurons: Intervals
+    width: int
+    kernels: Kernels
+
+    def refresh(self) -> None:
+        """As `LinearByKernel.refresh`."""
+        for part in (self.up, self.down, self.gate):
+            if part is not None:
+                part.refresh()
+
+    @cached_property
+    def _survivors(self) -> Callable[[torch.device], Survivors]:
+        return cache(partial(Survivors.packed, self.neurons, self.width))
+
+    def __call__(self, hidden: Tensor, *, triton: bool = True) -> Tensor:
+        """Shape (..., hidden) to the same."""
+        if self.kernels is Kernels.AUTO and not self._is_faster(hidden):
+            inner = self.up(hidden)
+            act = ACTIVATIONS[self.activation]
+            inner = act(inner) if self.gate is None else act(self.gate(hidden)) * inner
+            return self.down(inner)
+        up, down = self.up.linear, self.down.linear
+        gate, gate_bias = None, None
+        if self.gate is not None:
+            gate, gate_bias = self.gate.linear.weight, self.gate.linear.bias
+        weights = MLPWeights(
+            up.weight, down.weight, gate, self.activation, up.bias, down.bias, gate_bias
+        )
+        return mlp(hidden, weights, self._survivors(hidden.device), triton=triton)
+
+    def _is_faster(self, hidden: Tensor) -> bool:
+        kept, width = count_of(self.neurons), hidden.shape[-1]
+        gated, pieces = self.gate is not None, max(len(self.neurons), 1)
+        rows = hidden.numel() // width
+        return kept > 0 and mlp_is_faster(
+            hidden.device, rows, width, kept, gated, pieces, hidden.itemsize
+        )
+
+
+@torch.no_grad()
+def _agrees(site: BoundSite, block: MLPByKernel) -> bool:
+    """Whether a block by PyTorch computes on a few tokens what the stock module does."""
+    weight = block.up.linear.weight
+    tokens = torch.randn(1, 3, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    tokens = tokens.to(weight)
+    was_training = site.module.training
+    site.module.eval()
+    try:
+        wanted = site.module(tokens)
+    except Exception:  # whatever it raises, it is not called with one tensor
+        return False
+    finally:
+        site.module.train(was_training)
+    if not isinstance(wanted, Tensor) or wanted.shape != tokens.shape:
+        return False
+    found = block(tokens, triton=False)
+    error = (found.double() - wanted.double()).norm()
+    return bool(error <= torch.finfo(weight.dtype).eps ** 0.5 * wanted.double().norm())
