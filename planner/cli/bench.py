@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.options import Budgets, Dtype, Place, command, parse_fractions
+from planner.cli.options import Budgets, Dtype, KernelChoice, Place, command, parse_fractions
 from planner.cli.printing import Console, amount, table
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def bench_command(
     repeat: Annotated[int, typer.Option("--repeat", help="Interleaved rounds.")] = 7,
     dtype: Dtype = "auto",
     device: Place = "cpu",
+    kernels: KernelChoice = "auto",
 ) -> None:
     """Measure prefill and decoding under budgets, against the base model in the same run."""
     from planner.cli.measuring import measure
@@ -54,7 +55,7 @@ def bench_command(
         inputs = {k: v.repeat(request.batch, *[1] * (v.ndim - 1)) for k, v in inputs.items()}
         report = measure(
             stock, inputs, fractions, request.switches, decode, repeat, update,
-            tokens=request.tokens, kv=request.kv, utilities=request.utilities,
+            tokens=request.tokens, kv=request.kv, utilities=request.utilities, kernels=kernels,
         )  # fmt: skip
     console.show(report, lambda: _print(report))
 

@@ -33,6 +33,7 @@ def measure(
     decode: int,
     repeat: int,
     progress: Callable[[str], None] = lambda stage: None,
+    kernels: str = "auto",
     **options: Any,
 ) -> dict[str, Any]:
     """Time prefill and decoding per budget; see `planner bench`.
@@ -44,6 +45,7 @@ def measure(
         switches: as for compile.
         decode: tokens generated after the first.
         repeat: rounds.
+        kernels: who computes, as for `planner.compile`.
         options: how plans are made besides, as for `planner.compile`: tokens, kv, utilities.
 
     Returns:
@@ -60,7 +62,7 @@ def measure(
     image_tokens = count_image_tokens(model, inputs)
     load = {"image_tokens": image_tokens, "text_tokens": length - image_tokens}
     how: dict[str, Any] = {"switches": switches, "new_tokens": decode, "batch": batch, **load}
-    how["freeze"] = True
+    how |= {"freeze": True, "kernels": kernels}
     compile_model(model, 1.0, **how)
     try:
         _check_parity(model, inputs)

@@ -18,7 +18,16 @@ import typer
 
 from planner.cli.printing import Console
 
-__all__ = ["Budgets", "Dtype", "Place", "RequestOptions", "Scheduler", "command", "parse_fractions"]
+__all__ = [
+    "Budgets",
+    "Dtype",
+    "KernelChoice",
+    "Place",
+    "RequestOptions",
+    "Scheduler",
+    "command",
+    "parse_fractions",
+]
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,9 @@ class RequestOptions:
 
 Budgets = Annotated[str, typer.Option("--budgets", help="Fractions of the base model, by commas.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+KernelChoice = Annotated[
+    str, typer.Option("--kernels", help="Who computes: triton, torch, or auto, the faster.")
+]
 Place = Annotated[str, typer.Option("--on", help="Where to run: cpu, cuda.")]
 Scheduler = Annotated[
     str | None,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from planner.cli.explain import layer_rows, print_layers, skipped
-from planner.cli.options import Dtype, Place, Scheduler, command
+from planner.cli.options import Dtype, KernelChoice, Place, Scheduler, command
 from planner.cli.printing import Console, amount, print_json
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ class _Question:
     picture: Any
     dtype: str
     place: str
+    kernels: str
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,12 @@ def run_command(
     ] = False,
     dtype: Dtype = "auto",
     place: Place = "cpu",
+    kernels: KernelChoice = "auto",
 ) -> None:
     """Answer one question, running only what the plan keeps."""
     from planner.ir.cost import Workload
     from planner.ir.errors import InputError
+    from planner.kernels.choice import Kernels
     from planner.loading import load_image
     from planner.models.scheduling import compile_schedule
     from planner.plan import load_plan
@@ -106,7 +111,9 @@ def run_command(
     limits = Budget.of(request.budget).limits
     if request.device is None and any(limit.metric == "latency" for limit in limits):
         raise InputError("a latency budget needs --device: seconds mean nothing without one")
-    question = _Question(prompt, load_image(image) if image else None, dtype, place)
+    kernels = Kernels.of(kernels)
+    picture = load_image(image) if image else None
+    question = _Question(prompt, picture, dtype, place, kernels)
     with console.status() as update:
         if schedule is not None:
             ran = _run_scheduled(schedule, request, question, update)
@@ -158,7 +165,8 @@ def _run_planned(
         request = replace(request, switches=",".join(axes))
     update("compile")
     options = {name: value for name, value in vars(request).items() if name not in _OF_THE_MODEL}
-    compile_model(model, request.budget, plan=plan, freeze=True, **options)
+    chosen: dict[str, Any] = {"freeze": True, "kernels": question.kernels}
+    compile_model(model, request.budget, plan=plan, **chosen, **options)
     update("generate")
     facts = _generate(model, processor, inputs, request.new_tokens)
     kept = {layer: counts[0] for layer, counts in kept_image_tokens(model).items()}
@@ -175,7 +183,9 @@ def _run_scheduled(
 ) -> _Answer:
     """Answer under the plan that a scheduler makes."""
     from planner.ir.cost import Workload
+    from planner.kernels.choice import Kernels
     from planner.loading import count_image_tokens, prompt_inputs
+    from planner.models.running.skipping import session_on
     from planner.models.scheduling import load_scheduled
     from planner.planning.plan_costs import PlanCosts
     from planner.planning.selectors import stages_of
@@ -190,6 +200,7 @@ def _run_scheduled(
     text_tokens = int(inputs["input_ids"].shape[1]) - image_tokens
     stages = stages_of(schedule.tokens, image_tokens, int(graph.properties["image_tokens"]))
     workload = Workload.default(graph, image_tokens, text_tokens, request.new_tokens)
+    session_on(model, graph, kernels=Kernels.of(question.kernels))
     update("generate")
     with scheduled.using(schedule.budget, stages, workload):
         facts = _generate(model, processor, inputs, request.new_tokens)
@@ -208,6 +219,9 @@ def _print_facts(document: dict[str, Any]) -> None:
         print()
     gone = ", ".join(f"{what} {n}" for what, n in document["skipped"].items()) or "nothing"
     print(f"skipped: {gone}")
+    if document["launches"]:
+        launches = ", ".join(f"{kernel} {n}" for kernel, n in document["launches"].items())
+        print(f"launches of planner's kernels: {launches}")
     rate = document["tokens_per_second"]
     count = document["tokens"]
     print(
@@ -244,14 +258,15 @@ def _generate(
         def end(self) -> None: ...
 
     clock = Clock()
-    run = model.generate(
-        **inputs,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        streamer=clock,
-        logits_processor=[refuse_nan],
-        return_dict_in_generate=True,
-    )
+    with _counted() as launches:
+        run = model.generate(
+            **inputs,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            streamer=clock,
+            logits_processor=[refuse_nan],
+            return_dict_in_generate=True,
+        )
     length = int(inputs["input_ids"].shape[1])
     tokenizer = getattr(processor, "tokenizer", processor)
     answer = tokenizer.decode(run.sequences[0, length:], skip_special_tokens=True).strip()
@@ -263,4 +278,16 @@ def _generate(
         "prefill_seconds": first - prompt,
         "tokens_per_second": len(rest) / spent if spent else None,
         "kv_bytes": kv_bytes(cache_among(run)),
+        "launches": dict(sorted(launches.items())),
     }
+
+
+def _counted() -> AbstractContextManager[Counter[str]]:
+    """Counts launches of planner's kernels; without Triton there are none."""
+    from planner.kernels.choice import has_triton
+
+    if not has_triton():
+        return nullcontext(Counter())
+    from planner.kernels.triton.launch import counted
+
+    return counted()

@@ -219,6 +219,18 @@ def test_run_says_what_an_adaptive_selector_kept(cli, cli_json, picture):
     assert f"{ran['flops']['fraction']:.4f} of the base model's (the plan says" in out
 
 
+def test_run_on_kernels(cli, cli_json):
+    """Whichever computes, the answer is the same; the launches are counted, and told."""
+    asked = ["run", "--model", "tiny-llava", "--prompt", "hello", "-b", "0.6", "--new-tokens", "2"]
+    by_torch = cli_json(*asked, "--kernels", "torch")
+    by_triton = cli_json(*asked, "--kernels", "triton")
+    assert by_triton["answer"] == by_torch["answer"]
+    assert by_torch["launches"] == {}
+    assert set(by_triton["launches"]) == {"attend", "project_columns", "project_rows"}
+    _, out, _ = cli(*asked, "--kernels", "triton")
+    assert "launches of planner's kernels: attend" in out
+
+
 def test_run_without_an_image(cli):
     code, out, _ = cli("run", "--model", "tiny-llava", "--prompt", "hello", "-b", "0.7")
     assert code == 0
@@ -313,6 +325,8 @@ def test_a_picture_of_one_pixel_works(cli, tmp_path):
         (["run", "--model", "tiny-llava", "--prompt", "x", "--dtype", "int3"], "dtype"),
         (["run", "--model", "mipha-3b", "--prompt", "x"], "no weights"),
         (["run", "--model", "tiny-llava", "--prompt", "x", "--on", "moon"], "moon"),
+        (["run", "--model", "tiny-llava", "--prompt", "x", "--kernels", "cuda"], "auto, triton"),
+        (["bench", "--model", "tiny-llava", "--kernels", "fast"], "auto, triton, torch"),
         (["run", "--model", "tiny-llava"], "prompt"),
         (["run", "--model", "tiny-llava", "--prompt", "x", "--tokens", "hired"], "--image"),
         (["run", "--model", "tiny-llava", "--prompt", "x", "-b", "latency=5ms"], "needs --device"),
