@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -14,10 +13,9 @@ from planner.models.running.skipping import obeying
 from planner.models.scheduling import Scheduled
 from planner.plan import Plan, TokenStage
 from planner.planning.budgets import Budget
-from planner.planning.compiler import DEFAULT_DEVICE, Request, plan_graph
+from planner.planning.compiler import Request, plan_graph
 from planner.planning.plan_costs import PlanCosts
 from planner.planning.selectors import stages_of
-from planner.planning.switches import SwitchSet
 from planner.training.data import Conversation
 from planner.training.evaluate import evaluate
 
@@ -119,9 +117,7 @@ class UnderBudgets:
     def plan(self, budget: Any) -> Plan:
         """The static plan for a budget."""
         request = replace(self.request, tokens=self.tokens or self.request.tokens, scope="llm")
-        switches = SwitchSet.parse(request.switches)
-        budget, chip = Budget.of(budget), DEFAULT_DEVICE
-        return plan_graph(self.graph, request, budget, switches, chip, lambda _: nullcontext()).plan
+        return plan_graph(self.graph, replace(request, budget=budget)).plan
 
     def cost_fraction(self, plan: Plan) -> float:
         """FLOPs of a prefill under a scheduler's plan over the base model's, see `PlanCosts`."""

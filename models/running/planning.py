@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.plan import Plan
 from planner.planning.budgets import Budget
-from planner.planning.compiler import DEFAULT_DEVICE, Request, plan_graph
-from planner.planning.switches import SwitchSet
+from planner.planning.compiler import Request, plan_graph
 
 __all__ = ["Planning"]
 
@@ -42,15 +39,5 @@ class Planning:
         wanted = Budget.of(value)
         key = str(wanted.describe())
         if key not in self.plans:
-            self.plans[key] = self._made(wanted)
+            self.plans[key] = plan_graph(self.graph, replace(self.request, budget=wanted)).plan
         return self.plans[key]
-
-    def _made(self, wanted: Budget) -> Plan:
-        request = self.request
-        if any(limit.metric == "latency" for limit in wanted.limits) and request.device is None:
-            raise InputError("a latency budget needs device=...: seconds mean nothing without one")
-        switches = SwitchSet.parse(request.switches)
-        device = request.device or DEFAULT_DEVICE
-        return plan_graph(
-            self.graph, request, wanted, switches, device, lambda name: nullcontext()
-        ).plan

@@ -26,16 +26,10 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.files import write_bytes
-from planner.ir.cost import Workload
-from planner.ir.cost.device_table import device
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.planning.budgets import Budget
-from planner.planning.compiler import DEFAULT_DEVICE
-from planner.planning.pricing import Pricing
-from planner.planning.switches import SwitchSet, with_switches
-from planner.planning.unit_counting import faithful_problem
-from planner.planning.utilities import uniform
+from planner.planning.compiler import Request, pose
+from planner.planning.switches import SwitchSet
 from planner.solver.problem import Problem
 
 __all__ = ["FORMAT", "Labels", "Terms", "read_labels", "write_labels"]
@@ -91,14 +85,12 @@ class Terms:
                 f"there are no labels for the switches {self.switches}: choose adallava-l, or some "
                 "of layers,heads,mlp"
             )
-        graph = with_switches(graph, self.mlp_groups)
-        load = Workload.default(graph, self.image_tokens, self.text_tokens, 0)
-        pricing = Pricing(graph, load, switches, device(DEFAULT_DEVICE))
-        utilities = uniform(graph, pricing.work())
-        wanted = Budget.of(budget)
-        if switches.faithful:
-            return faithful_problem(graph, wanted, utilities, switches.faithful)
-        return pricing.problem(wanted, utilities)
+        request = Request(
+            self.model, budget, self.switches, utilities="uniform", scope="model",
+            image_tokens=self.image_tokens, text_tokens=self.text_tokens, new_tokens=0,
+            mlp_groups=self.mlp_groups,
+        )  # fmt: skip
+        return pose(graph, request)[2]
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from planner.cli.options import command
+from planner.cli.options import TrustRemoteCode, command
 from planner.cli.printing import Console, table
-
-if TYPE_CHECKING:
-    from planner.planning.compiler import Request
 
 __all__ = ["audit_command"]
 
 
-@command("trust_remote_code")
+@command()
 def audit_command(
-    request: Request,
     console: Console,
     labels: Annotated[Path, typer.Argument(help="File that planner labels wrote.")],
     model: Annotated[
@@ -31,6 +27,7 @@ def audit_command(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write a page (.html) as well.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Solve every label's problem to proven optimality and say how far off the label is."""
     from planner.audit import audit, read_labels
@@ -46,7 +43,7 @@ def audit_command(
         update("read the labels")
         read = read_labels(labels)
         update("lower")
-        graph = lowered_graph(find_model(model or read.terms.model, request.trust_remote_code))[0]
+        graph = lowered_graph(find_model(model or read.terms.model, trust_remote_code))[0]
     if output is not None:
         output_folder(output.parent)
     with console.progress_bar("labels") as progress:

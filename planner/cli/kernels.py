@@ -76,7 +76,6 @@ def wanted_kernels(
             Triton to compile with.
     """
     from planner.ir.errors import InputError
-    from planner.kernels.triton.tiles import targets_of
     from planner.planning.catalog import find_model
 
     if not target:
@@ -85,6 +84,9 @@ def wanted_kernels(
                 "--index-driven, --autotune and --dtype are about kernels: name a --target too"
             )
         return None
+    # Torch comes with these.
+    from planner.kernels.triton.tiles import targets_of
+
     targets = targets_of(target)
     if find_spec("triton") is None:
         raise InputError("--target needs triton, which is not installed (there is one for Linux)")

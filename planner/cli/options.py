@@ -25,8 +25,14 @@ __all__ = [
     "Place",
     "RequestOptions",
     "Scheduler",
+    "TrustRemoteCode",
     "command",
     "parse_fractions",
+]
+
+
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]
 
 
@@ -93,9 +99,7 @@ class RequestOptions:
     time_limit_seconds: Annotated[
         float, typer.Option("--time-limit", help="Seconds the solver may take.")
     ] = 60.0
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False
+    trust_remote_code: TrustRemoteCode = False
 
 
 Budgets = Annotated[str, typer.Option("--budgets", help="Fractions of the base model, by commas.")]
@@ -120,7 +124,7 @@ def command(*names: str, **helps: str) -> Callable[[Callable[..., None]], Callab
     Besides its own parameters it takes `console`, and `request` where it names fields of one.
 
     Args:
-        names: fields of `RequestOptions` that become its options.
+        names: fields of `RequestOptions` that become its options, the model among them.
         helps: field -> what its option means for this command, where that is something else.
     """
 

@@ -89,7 +89,6 @@ def run_command(
     from planner.loading import load_image
     from planner.models.scheduling import compile_schedule
     from planner.plan import load_plan
-    from planner.planning.budgets import Budget
     from planner.planning.plan_costs import PlanCosts
     from planner.schedule import is_schedule, load_schedule
 
@@ -108,9 +107,7 @@ def run_command(
     decided = request.tokens or request.budget != type(request).budget
     if plan is not None and (decided or request.utilities != "prior"):
         raise InputError("--plan is a whole plan: give it without --budget, --tokens, --utilities")
-    limits = Budget.of(request.budget).limits
-    if request.device is None and any(limit.metric == "latency" for limit in limits):
-        raise InputError("a latency budget needs --device: seconds mean nothing without one")
+    request.limits()
     kernels = Kernels.of(kernels)
     picture = load_image(image) if image else None
     question = _Question(prompt, picture, dtype, place, kernels)

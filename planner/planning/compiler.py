@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -28,7 +28,16 @@ from planner.planning.utilities import Utilities, load_utilities, prior, uniform
 from planner.solver import Solution, solve, solve_uniform
 from planner.solver.problem import Problem
 
-__all__ = ["DEFAULT_DEVICE", "SCOPES", "Compiled", "Request", "compile_plan", "lowered_graph"]
+__all__ = [
+    "DEFAULT_DEVICE",
+    "SCOPES",
+    "Compiled",
+    "Request",
+    "compile_plan",
+    "lowered_graph",
+    "plan_graph",
+    "pose",
+]
 
 DEFAULT_DEVICE = "a100-40g"
 # What a fraction is of: everything, or the decoder and lm_head alone.
@@ -80,6 +89,20 @@ class Request:
         if self.scope is not None and self.scope not in SCOPES:
             raise InputError(f"unknown scope '{self.scope}': choose model or llm")
 
+    def limits(self) -> Budget:
+        """The budget.
+
+        Raises:
+            InputError: it is none, or limits seconds on no device.
+        """
+        budget = Budget.of(self.budget)
+        if self.device is None and any(limit.metric == "latency" for limit in budget.limits):
+            raise InputError(
+                "a latency budget needs --device (device=... in Python): seconds mean nothing "
+                "without one"
+            )
+        return budget
+
     def workload(self, graph: Graph) -> Workload:
         """What a model with this Graph is priced for."""
         return Workload.default(
@@ -129,60 +152,37 @@ def compile_plan(request: Request, progress: Progress = lambda stage: None) -> C
         yield
         seconds[name] = time.perf_counter() - started
 
-    budget = Budget.of(request.budget)
-    switches = SwitchSet.parse(request.switches)
-    if any(limit.metric == "latency" for limit in budget.limits) and request.device is None:
-        raise InputError("a latency budget needs --device: seconds mean nothing without one")
-    chip = find_device(request.device or DEFAULT_DEVICE)
+    request.limits()
+    find_device(request.device or DEFAULT_DEVICE)
+    SwitchSet.parse(request.switches)
     with stage("find"):
         source = find_model(request.model, request.trust_remote_code)
     with stage("lower"):
         graph, notes, cached = lowered_graph(source)
     counts = _plain_counts(source, graph) if request.uniform else None
-    compiled = plan_graph(graph, request, budget, switches, chip.name, stage, counts)
+    compiled = plan_graph(graph, request, stage, counts)
     return replace(compiled, notes=notes, seconds=seconds, from_cache=cached)
 
 
 def plan_graph(
     graph: Graph,
     request: Request,
-    budget: Budget,
-    switches: SwitchSet,
-    device: str,
-    stage: Callable[[str], Any],
+    stage: Callable[[str], AbstractContextManager[Any]] = nullcontext,
     counts: Mapping[str, Collection[int]] | None = None,
 ) -> Compiled:
     """Price and solve a Graph that is at hand.
 
-    `counts`: see `solve_uniform`; for requests with equal widths in all layers.
+    Args:
+        graph: of the model; its name in the request does not matter.
+        request: how to plan it.
+        stage: entered around each stage, with its name.
+        counts: see `solve_uniform`; for requests with equal widths in all layers.
+
+    Raises:
+        InputError: the request does not fit the model, or its limits cannot be met.
     """
-    scope = request.scope or ("llm" if switches.faithful else "model")
     with stage("price"):
-        like_heads = switches.faithful == "adallava-h"
-        graph = with_switches(graph, request.mlp_groups, like_heads)
-        if not switches.usable(graph) and switches.axes != ("tokens",):
-            raise InputError(
-                f"'{graph.name}' has nothing to switch on the axes {', '.join(switches.axes)}"
-            )
-        load = request.workload(graph)
-        if request.tokens is not None:
-            switches = switches.with_selector(
-                request.tokens, load.image_tokens, load.image_tokens_per_run
-            )
-            last = max(switches.token_layers)
-            if last >= graph.layers:
-                raise InputError(
-                    f"{request.tokens} drops tokens before decoder layer {last}, counted from 0, "
-                    f"and '{graph.name}' has {graph.layers} layers"
-                )
-        if request.kv is not None:
-            switches = switches.with_kv_policy(request.kv)
-        pricing = Pricing(graph, load, switches, find_device(device), scope)
-        utilities = _utilities(request.utilities, graph, pricing)
-        if switches.faithful:
-            problem = faithful_problem(graph, budget, utilities, switches.faithful)
-        else:
-            problem = pricing.problem(budget, utilities)
+        pricing, utilities, problem = pose(graph, request)
     with stage("solve"):
         limit = request.time_limit_seconds
         if request.uniform:
@@ -190,8 +190,42 @@ def plan_graph(
         else:
             solution = solve(problem, time_limit_seconds=limit)
     with stage("check"):
-        plan = _plan(pricing, problem, solution, budget, utilities)
-    return Compiled(plan, graph, pricing, problem, solution)
+        plan = _plan(pricing, problem, solution, request.limits(), utilities)
+    return Compiled(plan, pricing.graph, pricing, problem, solution)
+
+
+def pose(graph: Graph, request: Request) -> tuple[Pricing, Utilities, Problem]:
+    """What everything costs and is worth, and the problem that the budget makes of it.
+
+    Raises:
+        InputError: the request does not fit the model.
+    """
+    budget, switches = request.limits(), SwitchSet.parse(request.switches)
+    graph = with_switches(graph, request.mlp_groups, switches.faithful == "adallava-h")
+    if not switches.usable(graph) and switches.axes != ("tokens",):
+        raise InputError(
+            f"'{graph.name}' has nothing to switch on the axes {', '.join(switches.axes)}"
+        )
+    load = request.workload(graph)
+    if request.tokens is not None:
+        switches = switches.with_selector(
+            request.tokens, load.image_tokens, load.image_tokens_per_run
+        )
+        last = max(switches.token_layers)
+        if last >= graph.layers:
+            raise InputError(
+                f"{request.tokens} drops tokens before decoder layer {last}, counted from 0, "
+                f"and '{graph.name}' has {graph.layers} layers"
+            )
+    if request.kv is not None:
+        switches = switches.with_kv_policy(request.kv)
+    scope = request.scope or ("llm" if switches.faithful else "model")
+    device = find_device(request.device or DEFAULT_DEVICE)
+    pricing = Pricing(graph, load, switches, device, scope)
+    utilities = _utilities(request.utilities, graph, pricing)
+    if switches.faithful:
+        return pricing, utilities, faithful_problem(graph, budget, utilities, switches.faithful)
+    return pricing, utilities, pricing.problem(budget, utilities)
 
 
 def _plain_counts(source: Source, graph: Graph) -> dict[str, Collection[int]]:

@@ -1,7 +1,6 @@
 """What selectors cost: a plan's price is never below what runs, and reports say what really ran."""
 
 import functools
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,11 +15,9 @@ from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
 from planner.models.running.kv_cache import cache_among, kv_bytes
 from planner.models.running.skipping import session_on
-from planner.planning.budgets import Budget
 from planner.planning.compiler import Request, plan_graph
 from planner.planning.plan_costs import PlanCosts
 from planner.planning.selectors import stages_of
-from planner.planning.switches import SwitchSet
 
 ADAPTIVE = ["prumerge:max=0.2", "prumerge:max=0.7", "prumerge+:max=0.3", "prumerge+:max=0.9"]
 FIXED = [
@@ -42,13 +39,10 @@ def prepared():
 
 def planned(graph, text, budget, images, words, batch, switches="all"):
     request = Request(
-        "llava", switches=switches, tokens=text, image_tokens=16 * images, text_tokens=words,
-        new_tokens=2, batch=batch,
+        "llava", budget, switches=switches, tokens=text, image_tokens=16 * images,
+        text_tokens=words, new_tokens=2, batch=batch,
     )  # fmt: skip
-    switches = SwitchSet.parse(switches)
-    return plan_graph(
-        graph, request, Budget.of(budget), switches, "a100-40g", lambda _: nullcontext()
-    ).plan
+    return plan_graph(graph, request).plan
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
