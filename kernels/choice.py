@@ -155,9 +155,8 @@ def attention_is_faster(
 def _product_seconds(
     target: Target, rows: int, columns: int, depth: int, element_bytes: int, parts: int = 1
 ) -> float:
-    tile = matmul_tile(rows, columns, depth, target, element_bytes=element_bytes, parts=parts)
-    wanted = Product(rows, columns, depth, target, 1, element_bytes, parts)
-    return _launched(matmul_seconds(tile, wanted))
+    product = Product(rows, columns, depth, target, 1, element_bytes, parts)
+    return _launched(matmul_seconds(matmul_tile(product), product))
 
 
 def _torch_product_seconds(

@@ -100,12 +100,8 @@ class Attend(Op, name="attend"):
         return out
 
     @override
-    def by_triton(self) -> Tensor:
-        if self.value.shape[-1] != self.query.shape[-1]:
-            return self.by_pytorch()
-        from planner.kernels.triton.attend import attend as kernel
-
-        return kernel(self)
+    def suits_triton(self) -> bool:
+        return super().suits_triton() and self.value.shape[-1] == self.query.shape[-1]
 
     @override
     def empty(self) -> Tensor:

@@ -66,11 +66,5 @@ class ChooseTokens(Op, name="choose_tokens"):
         return top_mask(self.scores, self.eligible, self.counts)
 
     @override
-    def by_triton(self) -> Tensor:
-        from planner.kernels.triton.choose_tokens import choose_tokens as kernel
-
-        return kernel(self)
-
-    @override
     def empty(self) -> Tensor:
         return torch.empty_like(self.eligible)

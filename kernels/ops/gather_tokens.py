@@ -40,12 +40,6 @@ class GatherTokens(Op, name="gather_tokens"):
         return torch.take_along_dim(self.x, self.index[:, :, None], dim=1)
 
     @override
-    def by_triton(self) -> Tensor:
-        from planner.kernels.triton.gather_tokens import gather_tokens as kernel
-
-        return kernel(self)
-
-    @override
     def empty(self) -> Tensor:
         return self.x.new_empty(self.x.shape[0], self.index.shape[1], self.x.shape[2])
 

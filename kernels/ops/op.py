@@ -25,7 +25,7 @@ _SCHEMA: dict[object, str] = {
     bool: "bool {}",
     Survivors: "Tensor units, Tensor counts, Tensor? lanes, int width",
 }
-# What the Triton kernels compute with; of anything else PyTorch takes care.
+# What the Triton kernels compute with.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Gradients = dict[str, Tensor]
@@ -36,9 +36,9 @@ class Op:
     """One call of an op.
 
     A subclass, ``class ProjectRows(Op, name="project_rows")``, is a frozen dataclass. Its first
-    field is a tensor, and survivors are its last one, where it reads any. It defines how the op is
-    computed (`by_pytorch`, `by_triton`), what it means (`twin`), and what is known without
-    computing it (`empty`); `gradients` where it has some.
+    field is a tensor, and survivors are its last one, where it reads any. It defines what the op
+    means (`twin`), how PyTorch computes it (`by_pytorch`), what is known without computing it
+    (`empty`), and `gradients` where it has some. The kernel that computes it says so itself.
     """
 
     overload: ClassVar[Any]
@@ -87,8 +87,14 @@ class Op:
         raise NotImplementedError
 
     def by_triton(self) -> Tensor:
-        """The result by planner's kernels."""
-        raise NotImplementedError
+        """The result by planner's kernel."""
+        from planner.kernels.triton.registry import kernel_of
+
+        return kernel_of(type(self))(self)
+
+    def suits_triton(self) -> bool:
+        """Whether the kernel computes this call; PyTorch takes care of any other."""
+        return next(iter(vars(self).values())).dtype in _DTYPES
 
     def empty(self) -> Tensor:
         """A tensor like the result."""
@@ -121,7 +127,7 @@ class Op:
         first, *_, last = (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
         if isinstance(last, Survivors):
             last.require(len(first))
-        return self.by_triton() if triton and first.dtype in _DTYPES else self.by_pytorch()
+        return self.by_triton() if triton and self.suits_triton() else self.by_pytorch()
 
     def _is_plain(self) -> bool:
         """Whether nothing traces the call or wants gradients of it."""

@@ -68,12 +68,6 @@ class ProjectColumns(Op, name="project_columns"):
         return out
 
     @override
-    def by_triton(self) -> Tensor:
-        from planner.kernels.triton.project_columns import project_columns as kernel
-
-        return kernel(self)
-
-    @override
     def empty(self) -> Tensor:
         return self.a.new_empty(*self.a.shape[:-1], self.weight.shape[0])
 

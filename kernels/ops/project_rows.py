@@ -122,12 +122,6 @@ class ProjectRows(Op, name="project_rows"):
         return out
 
     @override
-    def by_triton(self) -> Tensor:
-        from planner.kernels.triton.project_rows import project_rows as kernel
-
-        return kernel(self)
-
-    @override
     def empty(self) -> Tensor:
         kept = self.survivors.slots * self.survivors.width
         return self.x.new_empty(*self.x.shape[:-1], kept if self.packed else self.weight.shape[0])

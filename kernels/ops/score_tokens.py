@@ -59,12 +59,6 @@ class ScoreTokens(Op, name="score_tokens"):
         return scores.softmax(-1).masked_fill(hidden, 0).mean(dim=1)
 
     @override
-    def by_triton(self) -> Tensor:
-        from planner.kernels.triton.score_tokens import score_tokens as kernel
-
-        return kernel(self)
-
-    @override
     def empty(self) -> Tensor:
         dtype = torch.promote_types(self.query.dtype, torch.float32)
         return self.query.new_empty(self.visible.shape, dtype=dtype)

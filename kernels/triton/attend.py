@@ -203,6 +203,7 @@ class AttendKernel(Kernel):
     """Launches `attend_kernel`, and `join_splits` behind it where keys are split."""
 
     function = attend_kernel
+    computes = Attend
     of_plan = frozenset({"slots", "plan_stride"})
 
     @override
@@ -235,10 +236,8 @@ class AttendKernel(Kernel):
             x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)
         )
         added = mask is not None and mask.dtype != torch.bool
-        strides: tuple[int, ...] = (0, 0, 0, 0)
         if mask is not None:
             mask = (mask if added else mask.view(torch.uint8)).expand(batch, heads, tokens, context)
-            strides = mask.stride()
         out = inputs.empty()
         partial, weight = out, None
         if splits > 1:
@@ -263,10 +262,8 @@ class AttendKernel(Kernel):
                 **_strides("query", query),
                 **_strides("key", key),
                 **_strides("value", value),
-                "mask_sample": strides[0],
-                "mask_head": strides[1],
-                "mask_token": strides[2],
-                "mask_key": strides[3],
+                **_strides("mask", mask),
+                "mask_key": 0 if mask is None else mask.stride(3),
                 "scale": inputs.scale,
                 "HEAD_DIM": head_dim,
                 "GROUP": group,
@@ -319,8 +316,9 @@ def _aligned(mask: Tensor) -> Tensor:
     return wide[..., :keys].copy_(mask)
 
 
-def _strides(name: str, x: Tensor) -> dict[str, int]:
-    return {f"{name}_{axis}": x.stride(i) for i, axis in enumerate(("sample", "head", "token"))}
+def _strides(name: str, x: Tensor | None) -> dict[str, int]:
+    axes = enumerate(("sample", "head", "token"))
+    return {f"{name}_{axis}": 0 if x is None else x.stride(i) for i, axis in axes}
 
 
 # -- cases ----------------------------------------------------------------------------------------

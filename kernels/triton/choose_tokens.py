@@ -65,6 +65,7 @@ class ChooseTokensKernel(Kernel):
     """Launches `choose_tokens_kernel`."""
 
     function = choose_tokens_kernel
+    computes = ChooseTokens
     multiplies = False
     dtypes = (torch.float32,)
 

@@ -43,6 +43,7 @@ class GatherTokensKernel(Kernel):
     """Launches `gather_tokens_kernel`."""
 
     function = gather_tokens_kernel
+    computes = GatherTokens
     of_model = frozenset({"width"})
     multiplies = False
 

@@ -33,7 +33,7 @@ from triton.runtime.interpreter import (
 )
 from triton.runtime.jit import JITFunction
 
-__all__ = ["OutOfBounds", "interpret", "interpreting"]
+__all__ = ["OutOfBounds", "interpret"]
 
 
 class OutOfBounds(Exception):
@@ -53,22 +53,6 @@ def interpret(kernel: JITFunction, grid: tuple[int, ...], arguments: Mapping[str
             if isinstance(error.__cause__, OutOfBounds):
                 raise OutOfBounds(f"{kernel.fn.__name__} {error.__cause__}") from error
             raise
-
-
-@contextmanager
-def interpreting() -> Iterator[None]:
-    """Interpret every launch ``kernel[grid](...)`` inside the block, whoever makes it."""
-    compiled = JITFunction.run
-
-    def run(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        named = {k: v for k, v in options.items() if k in self.arg_names}
-        interpret(self, grid, dict(zip(self.arg_names, arguments, strict=False)) | named)
-
-    JITFunction.run = run
-    try:
-        yield
-    finally:
-        JITFunction.run = compiled
 
 
 @cache

@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from planner.ir.errors import InputError
+from planner.kernels.ops.op import Op
 from planner.kernels.survivors import Survivors
 from planner.kernels.triton.launch import Launch, launch
 from planner.kernels.triton.tiles import Product, Target, Tile, matmul_seconds
@@ -43,6 +44,7 @@ class Kernel(ABC):
 
     Attributes:
         function: the ``@triton.jit`` function; it is named after the kernel.
+        computes: the op whose inputs it takes; None where it is only a step of another kernel.
         multiplies: whether it multiplies matrices, and so must compile to tensor-core code.
         dtypes: of its floating inputs.
         of_model: integer parameters that the model decides: sizes and strides of weights.
@@ -53,6 +55,7 @@ class Kernel(ABC):
     """
 
     function: ClassVar[JITFunction]
+    computes: ClassVar[type[Op] | None] = None
     of_model: ClassVar[frozenset[str]] = frozenset()
     of_plan: ClassVar[frozenset[str]] = frozenset()
     plan_axis: ClassVar[int | None] = None

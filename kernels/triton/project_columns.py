@@ -16,7 +16,7 @@ from planner.kernels.survivors import Survivors
 from planner.kernels.triton.kernel import Case, Kernel, product_seconds, require
 from planner.kernels.triton.launch import Launch, target_for
 from planner.kernels.triton.primitives import tile_order
-from planner.kernels.triton.tiles import Target, Tile, matmul_tile, vector
+from planner.kernels.triton.tiles import Product, Target, Tile, matmul_tile, vector
 
 __all__ = ["project_columns"]
 
@@ -84,6 +84,7 @@ class ProjectColumnsKernel(Kernel):
     """Launches `project_columns_kernel`."""
 
     function = project_columns_kernel
+    computes = ProjectColumns
     of_model = frozenset({"features_out", "weight_row", "weight_column"})
     of_plan = frozenset({"slots"})
     plan_axis = 1
@@ -99,15 +100,10 @@ class ProjectColumnsKernel(Kernel):
         require(a.dtype == weight.dtype, f"{a.dtype} features meet a weight in {weight.dtype}.")
         out = inputs.empty()
         rows = out.numel() // features_out // plans
-        tile = tile or matmul_tile(
-            rows,
-            features_out,
-            columns,
-            target_for(a),
-            samples=plans,
-            element_bytes=a.element_size(),
-            accumulators=128,
+        product = Product(
+            rows, features_out, columns, target_for(a), plans, a.element_size(), accumulators=128
         )
+        tile = tile or matmul_tile(product)
         self.start(
             (triton.cdiv(rows, tile.block_m) * triton.cdiv(features_out, tile.block_n), plans),
             {

@@ -20,7 +20,7 @@ from planner.kernels.survivors import Survivors
 from planner.kernels.triton.kernel import Case, Kernel, product_seconds, require
 from planner.kernels.triton.launch import Launch, target_for
 from planner.kernels.triton.primitives import activate, surviving_features, tile_order
-from planner.kernels.triton.tiles import Target, Tile, matmul_tile, vector
+from planner.kernels.triton.tiles import Product, Target, Tile, matmul_tile, vector
 
 __all__ = ["project_rows"]
 
@@ -127,6 +127,7 @@ class ProjectRowsKernel(Kernel):
     """Launches `project_rows_kernel`."""
 
     function = project_rows_kernel
+    computes = ProjectRows
     of_model = frozenset({"depth", "weight_row", "weight_column"})
     of_plan = frozenset({"slots", "columns"})
     plan_axis = 1
@@ -147,10 +148,9 @@ class ProjectRowsKernel(Kernel):
         # Scattered features lie among those of units that do not survive, which are 0.
         out = inputs.empty() if inputs.packed else torch.zeros_like(inputs.empty())
         rows = x.numel() // depth // plans
-        parts, size = 1 if gate is None else 2, x.element_size()
-        tile = tile or matmul_tile(
-            rows, kept, depth, target_for(x), samples=plans, element_bytes=size, parts=parts
-        )
+        parts = 1 if gate is None else 2
+        product = Product(rows, kept, depth, target_for(x), plans, x.element_size(), parts)
+        tile = tile or matmul_tile(product)
         self.start(
             (triton.cdiv(rows, tile.block_m) * triton.cdiv(kept, tile.block_n), plans),
             {

@@ -1,7 +1,8 @@
-"""All kernels, a line each: what tests compare with twins, and what is compiled ahead of time."""
+"""All kernels, a line each."""
 
 from __future__ import annotations
 
+from planner.kernels.ops.op import Op
 from planner.kernels.triton.attend import attend
 from planner.kernels.triton.choose_tokens import choose_tokens
 from planner.kernels.triton.gather_tokens import gather_tokens
@@ -11,7 +12,7 @@ from planner.kernels.triton.project_columns import project_columns
 from planner.kernels.triton.project_rows import project_rows
 from planner.kernels.triton.score_tokens import score_tokens
 
-__all__ = ["KERNELS"]
+__all__ = ["KERNELS", "kernel_of"]
 
 KERNELS: tuple[Kernel, ...] = (
     project_rows,
@@ -22,3 +23,11 @@ KERNELS: tuple[Kernel, ...] = (
     choose_tokens,
     gather_tokens,
 )
+
+
+_BY_OP = {kernel.computes: kernel for kernel in KERNELS}
+
+
+def kernel_of(op: type[Op]) -> Kernel:
+    """The kernel that computes an op."""
+    return _BY_OP[op]

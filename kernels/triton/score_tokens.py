@@ -87,6 +87,7 @@ class ScoreTokensKernel(Kernel):
     """Launches `score_tokens_kernel`."""
 
     function = score_tokens_kernel
+    computes = ScoreTokens
 
     @override
     def __call__(self, inputs: ScoreTokens) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import product
 from math import ceil
@@ -218,24 +218,13 @@ def tiles_chosen_by(choose: Chooser) -> Iterator[None]:
         _chooser.reset(token)
 
 
-def matmul_tile(
-    rows: int,
-    columns: int,
-    depth: int,
-    target: Target,
-    *,
-    samples: int = 1,
-    element_bytes: int = 2,
-    parts: int = 1,
-    accumulators: int = 64,
-) -> Tile:
-    """The tile of a product; arguments are the attributes of `Product`.
+def matmul_tile(product: Product) -> Tile:
+    """The tile of a product.
 
     Raises:
         InputError: no tile fits.
     """
-    rows = power_of_two(max(rows, 16))
-    wanted = Product(rows, columns, depth, target, samples, element_bytes, parts, accumulators)
+    wanted = replace(product, rows=power_of_two(max(product.rows, 16)))
     choose = _chooser.get(None)
     return (choose(wanted) if choose else None) or _best(wanted)
 

@@ -6,6 +6,7 @@ from planner.ir.cost.device_table import device
 from planner.ir.errors import InputError
 from planner.kernels.triton.tiles import (
     TARGETS,
+    Product,
     attention_tile,
     decode_splits,
     decode_tile,
@@ -19,7 +20,7 @@ sizes = st.integers(1, 20000)
 
 @given(sizes, sizes, sizes, targets, st.sampled_from([2, 4]), st.sampled_from([1, 2]))
 def test_tiles_fit_the_machine(rows, columns, depth, target, element_bytes, parts):
-    tile = matmul_tile(rows, columns, depth, target, element_bytes=element_bytes, parts=parts)
+    tile = matmul_tile(Product(rows, columns, depth, target, 1, element_bytes, parts))
     step = (tile.block_m + parts * tile.block_n) * tile.block_k * element_bytes
     assert tile.stages * step <= target.shared_bytes
     assert tile.block_m * tile.block_n * parts <= 64 * 32 * tile.warps
@@ -29,13 +30,14 @@ def test_tiles_fit_the_machine(rows, columns, depth, target, element_bytes, part
 @given(st.integers(1, 5000), sizes, sizes, targets)
 def test_one_more_token_does_not_change_the_tile(rows, columns, depth, target):
     bucket = 1 << (rows - 1).bit_length()
-    assert matmul_tile(rows, columns, depth, target) == matmul_tile(bucket, columns, depth, target)
+    one, more = (matmul_tile(Product(n, columns, depth, target)) for n in (rows, bucket))
+    assert one == more
 
 
 def test_prefill_is_tiled_for_tensor_cores_and_decode_for_bandwidth():
     for target in TARGETS.values():
-        prefill = matmul_tile(640, 12288, 4096, target)
-        decode = matmul_tile(1, 12288, 4096, target)
+        prefill = matmul_tile(Product(640, 12288, 4096, target))
+        decode = matmul_tile(Product(1, 12288, 4096, target))
         assert prefill.block_m * prefill.block_n >= 128 * 128
         assert decode.block_m == 16
         programs = 12288 // decode.block_n
