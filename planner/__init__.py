@@ -18,6 +18,7 @@ that need them, so that ``planner --help`` and a cached ``planner compile`` star
     cli/       the command line
     aliases/   configs of the models that have a short name
     files, documents, arrays   files, YAML and JSON, NumPy archives, read within limits
+    contained  code that comes with a model, run within limits
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def budget(model: nn.Module, value: Any) -> Override:
         raise InputError(f"no plan can be obeyed: {session.obstacle}")
     known = language_model(model)
     if known is not None and (session is None or session.planning is None) and _awaits(model):
-        from planner.backend.options import check_budget
+        from planner.backend.compile_options import check_budget
 
         check_budget(value)
         return Override(session or Session(known), Setting((), asked=value))

@@ -6,12 +6,12 @@ recompiles nor breaks a graph, and samples of one batch may carry different plan
 whether Triton computes it (interpreted on CPU tensors) or PyTorch; `planner.kernels.choice` says
 who should. May import `planner.ir`, survivors, and the kernels where they are run.
 
-    op.py               what an op is, and how PyTorch gets to know it
-    slices.py           how PyTorch reads survivors
-    kept_linear.py      a product with all features
-    project_rows.py     surviving output features: queries, keys, values, an MLP's neurons
-    project_columns.py  a linear over surviving input features: output and down projections
-    mlp.py              an MLP of these two
-    attend.py           attention of surviving heads, in stock layouts
-    score_tokens.py, choose_tokens.py, gather_tokens.py     token stages
+    op               what an op is, and how PyTorch gets to know it
+    slices           how PyTorch reads survivors
+    kept_linear      a product with all features
+    project_rows     surviving output features: queries, keys, values, an MLP's neurons
+    project_columns  a linear over surviving input features: output and down projections
+    mlp              an MLP of these two
+    attend           attention of surviving heads, in stock layouts
+    score_tokens, choose_tokens, gather_tokens   token stages
 """

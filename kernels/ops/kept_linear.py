@@ -31,7 +31,7 @@ def suits(weight: Tensor) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_enabled() -> bool:
     """Whether PyTorch may use oneDNN."""
     return bool(torch.backends.mkldnn.enabled)
@@ -59,11 +59,15 @@ def kept_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     # Inductor takes oneDNN's operator with frozen weights only.
     multiply = torch.ops.planner.kept_linear if torch.compiler.is_compiling() else _by_onednn
-    return multiply(x, weight, bias)
+    product: Tensor = multiply(x, weight, bias)
+    return product
 
 
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(
+        x.contiguous(), weight, bias, "none", [], ""
+    )
+    return product
 
 
 # Not by `custom_op`, whose checks take longer than a product of a decoded token.
@@ -71,7 +75,7 @@ torch.library.define("planner::kept_linear", "(Tensor x, Tensor weight, Tensor? 
 torch.library.impl("planner::kept_linear", "cpu", _by_onednn)
 
 
-@torch.library.register_fake("planner::kept_linear")
+@torch.library.register_fake("planner::kept_linear")  # type: ignore[untyped-decorator]
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 

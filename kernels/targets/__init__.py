@@ -4,12 +4,15 @@ Enters: a Graph, a Plan and a workload; at run time, launches. Leaves: readable 
 code and their manifest; and launches served by them. May import `planner.kernels` and what that
 may. In the order of the data:
 
-    plan_launches.py   the ops that a plan calls, and the launches they make
-    keys.py            what is known of a launch
-    sources.py         one launch as one file; specialise.py, printing.py and tables.py write it
-    compilation.py     machine code for a GPU that is not here
-    autotune.py        tiles by measurement
-    manifest.py        the record of a folder
-    build.py           all of this, as the files of a folder
-    loading.py         a folder at run time
+    plan_launches       the ops that a plan calls, and the launches they make
+    keys                what is known of a launch
+    sources             one launch as one file
+    partial_evaluation  its kernel with the known parameters in it
+    tables              index tensors that are known, as arithmetic
+    source_text         that kernel as text
+    compilation         machine code for a GPU that is not here
+    autotune            tiles by measurement
+    manifest            the record of a folder
+    build               all of this, as the files of a folder
+    loaded_kernels      a folder at run time
 """

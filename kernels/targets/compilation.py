@@ -63,7 +63,7 @@ class _AbsentGPU:
 
     def get_current_device(self) -> int:
         """No number that a GPU of this machine has."""
-        return -self.target.arch
+        return -int(self.target.arch)
 
     def get_current_stream(self, device: int) -> int:
         return 0

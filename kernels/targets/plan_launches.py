@@ -20,7 +20,7 @@ from planner.ir.dims import Dim
 from planner.ir.graph import Binding, Graph, Operator, Site
 from planner.ir.intervals import Intervals, merged
 from planner.ir.passes import NarrowTokens, Specialise, run
-from planner.kernels.blocks import MLPBlock, NotFusable, mlp_block
+from planner.kernels.mlp_blocks import MLPBlock, NotFusable, mlp_block
 from planner.kernels.ops.attend import attend
 from planner.kernels.ops.choose_tokens import choose_tokens
 from planner.kernels.ops.gather_tokens import gather_tokens

@@ -22,8 +22,8 @@ from triton.runtime.jit import JITFunction
 from planner import __version__
 from planner.ir.intervals import print_ranges
 from planner.kernels.targets.keys import Key, contents_of, facts_of, key_of
+from planner.kernels.targets.partial_evaluation import Program
 from planner.kernels.targets.plan_launches import Call
-from planner.kernels.targets.specialise import Program
 from planner.kernels.targets.tables import Table
 from planner.kernels.triton.launch import Launch
 

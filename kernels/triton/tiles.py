@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import product
-from math import ceil
+from math import ceil, sqrt
 
 import torch
 
@@ -304,7 +304,7 @@ def matmul_seconds(tile: Tile, wanted: Product) -> float:
     flops = target.operations_per_second / target.processors
     if target.warpgroup and tile.block_m < 64:
         flops *= 0.6  # mma.sync reaches this share of wgmma's peak
-    flops *= min(1.0, (tile.block_m * wide) ** 0.5 / 128)  # operand reuse out of shared memory
+    flops *= min(1.0, sqrt(tile.block_m * wide) / 128)  # operand reuse out of shared memory
     step_bytes = (tile.block_m + wide) * tile.block_k * element_bytes
     in_flight = min(resident, load) * (tile.stages - 1) * step_bytes
     l2 = min(target.l2_gb_per_s * 1e9 / target.processors, in_flight / _LATENCY)

@@ -8,7 +8,9 @@ Imports `planner.ir`, `planner.plan`, `planner.kernels` and `planner.models.toke
     skipping           passes that run a program, and nothing else
     pass_lock          one pass at a time, in the order of asking
     layers             what stands in for `forward` of layers, attention blocks and linears
-    products           what linears compute with
+    products           what linears, MLP blocks and attention compute with
+    kernel_products    the same by planner's kernels, on stock weights in place
+    kernel_attention   attention by planner's kernel, in transformers' table of functions
     forward_pass       one forward pass: rows, past, images, what is left
     kv_cache           KV caches that hold what is kept
     growing_cache      a cache layer that appends in place
@@ -16,6 +18,5 @@ Imports `planner.ir`, `planner.plan`, `planner.kernels` and `planner.models.toke
     attention_blocks   what else narrowing heads asks of an attention block
     bindings           sites of the Graph -> modules and feature layouts
     patches            instance attributes set for a while, and undone exactly
-    masked             the same plans by masks: the oracle in tests, and what training
-        differentiates
+    masked             plans by masks: the oracle in tests, and what training differentiates
 """

@@ -35,7 +35,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         # Neither a traced graph nor autograd takes writes into memory that is in use elsewhere.
         differentiated = torch.is_grad_enabled() and key_states.requires_grad
         if torch.compiler.is_compiling() or differentiated:
-            return super().update(key_states, value_states, *args, **kwargs)
+            stored: tuple[Tensor, Tensor] = super().update(
+                key_states, value_states, *args, **kwargs
+            )
+            return stored
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys = self._append("keys", key_states)

@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from planner.ir.graph import Graph, Operator
 from planner.ir.intervals import Intervals, count_of
-from planner.kernels.blocks import MLPBlock, NotFusable, mlp_block
 from planner.kernels.choice import Kernels, has_triton, mlp_is_faster, product_is_faster
+from planner.kernels.mlp_blocks import MLPBlock, NotFusable, mlp_block
 from planner.kernels.ops.mlp import MLPWeights, mlp
 from planner.kernels.ops.project_columns import project_columns
 from planner.kernels.ops.project_rows import ACTIVATIONS, project_rows

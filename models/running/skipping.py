@@ -320,7 +320,7 @@ class Skipping:
             setup.activate()
             return run(*args)
 
-    @torch.compiler.assume_constant_result
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _hold(self) -> bool:
         """Have this context's plans stand for torch.compile, which is tracing."""
         if not self._is_traced:

@@ -83,7 +83,7 @@ class TokenStages:
         """Note what the whole model was called with."""
         self.arguments = dict(zip(self._names, args)) | kwargs
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter(self, call: Call, hidden: Tensor) -> Tensor:
         """Find the images of a prompt, before layer 0.
 
@@ -134,7 +134,7 @@ class TokenStages:
         return hidden
 
     # How many tokens go on follows from values, which torch.compile does not look at.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def select(self, call: Call, group: LayerGroup, rows: Tensor | None, hidden: Tensor) -> Tensor:
         """Let a token stage choose what goes on, for the rows of one group.
 

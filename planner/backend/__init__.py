@@ -10,11 +10,11 @@ plan that holds where the call is made (`plan_tensors`). What is left goes to in
 the graph as it was: that one runs while plans leave nothing out. Graphs without a block that
 planner knows are inductor's alone.
 
-    options       what torch.compile's ``options`` may hold
-    owner         whose parameters a graph reads
-    blocks        attention blocks and MLPs of a captured graph
-    rewriting     blocks -> planner's ops
-    plan_tensors  plans as tensors
+    compile_options  what torch.compile's ``options`` may hold
+    owner            whose parameters a graph reads
+    blocks           attention blocks and MLPs of a captured graph
+    rewriting        blocks -> planner's ops
+    plan_tensors     plans as tensors
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import fx, nn
 from torch._guards import detect_fake_mode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from planner.backend.options import Options
+from planner.backend.compile_options import Options
 from planner.backend.owner import owner_of
 from planner.backend.plan_tensors import PlanTensors, adopted, forget
 from planner.backend.rewriting import Rewritten, rewritten
@@ -53,7 +53,7 @@ def compile_graph(
     Args:
         graph_module: as TorchDynamo captured it.
         example_inputs: what it was captured with, parameters among them.
-        options: see `planner.backend.options.Options`.
+        options: see `planner.backend.compile_options.Options`.
         mode: of ``torch.compile``; inductor's.
 
     Raises:

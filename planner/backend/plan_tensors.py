@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._guards import tracing
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from planner.backend.options import Options, check_budget
+from planner.backend.compile_options import Options, check_budget
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Site
 from planner.ir.intervals import Intervals, count_of, numbers_of

@@ -16,7 +16,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import planner
-from planner.backend.options import Options
+from planner.backend.compile_options import Options
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
 from planner.models.running.masked import Gates, MaskedExecutor

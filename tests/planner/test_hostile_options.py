@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from planner.backend.options import Options
+from planner.backend.compile_options import Options
 from planner.ir.cost import Workload
 from planner.ir.errors import InputError
 from planner.planning.budgets import Budget

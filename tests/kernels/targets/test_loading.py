@@ -15,7 +15,7 @@ from planner.ir.lowering import lower_model
 from planner.kernels.targets.autotune import on_device
 from planner.kernels.targets.build import build_kernels
 from planner.kernels.targets.compilation import compiling_for
-from planner.kernels.targets.loading import Loaded, load_kernels
+from planner.kernels.targets.loaded_kernels import Loaded, load_kernels
 from planner.kernels.targets.manifest import read_manifest
 from planner.kernels.targets.plan_launches import calls_of, launches_of
 from planner.kernels.triton.launch import launch

@@ -11,7 +11,7 @@ from planner.ir.cost import Workload
 from planner.ir.graph_text import parse_graph, print_graph
 from planner.ir.intervals import intervals_of
 from planner.ir.lowering import lower_config, lower_model
-from planner.kernels.blocks import NotFusable, mlp_block
+from planner.kernels.mlp_blocks import NotFusable, mlp_block
 from planner.kernels.targets.keys import key_of
 from planner.kernels.targets.plan_launches import calls_of, kept_features, launches_of
 from planner.kernels.triton.tiles import TARGETS

@@ -9,7 +9,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.kernels.targets.specialise import Program
+from planner.kernels.targets.partial_evaluation import Program
 from planner.kernels.targets.tables import Table
 
 HALF = tl.constexpr(0.5)

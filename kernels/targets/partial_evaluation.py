@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.runtime.jit import JITFunction
 from typing_extensions import override
 
-from planner.kernels.targets.printing import annotate, printed
+from planner.kernels.targets.source_text import annotate, printed
 from planner.kernels.targets.tables import Table
 
 __all__ = ["Program", "Specialised"]
