@@ -26,7 +26,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import planner
-from planner.cli.printing import print_json, table
+from planner.cli.console import print_json, table
 from planner.ir.cost.flops import operator_flops
 from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model

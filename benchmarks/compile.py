@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from planner.cli.printing import print_json, table
+from planner.cli.console import print_json, table
 
 # What each kind of run should stay under on two cores.
 TARGET_SECONDS = {"cold": 25.0, "cached": 3.0, "help": 0.5}

@@ -38,7 +38,7 @@ from gpu_decoders import LLAVA_7B, TINY, Decoder, Draw, Size, build, compare
 from torch import Tensor
 from torch.nn import functional as F
 
-from planner.cli.printing import print_json, table
+from planner.cli.console import print_json, table
 from planner.files import write_text
 from planner.ir.intervals import intervals_of
 from planner.ir.lowering import lower_model

@@ -51,7 +51,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from planner.cli.printing import print_json, table
+from planner.cli.console import print_json, table
 from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
 from planner.kernels.ops.kept_linear import kept_linear

@@ -3,7 +3,7 @@
 Exit codes: 0 done, 2 the input is bad (one sentence on stderr), 1 something failed, 130 Ctrl-C.
 
     app                                 the table of commands
-    options, printing                   options that commands share, and what they print
+    command_options, console            options that commands share, and what they print
     compile, explain, debug             a plan, what it keeps, how it was found
     inspect, models, devices, kernels   what operators cost, what is known, what was generated
     calibrate_utilities, labels, audit  what switches are worth, measured and judged

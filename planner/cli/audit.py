@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from planner.cli.options import TrustRemoteCode, command
-from planner.cli.printing import Console, table
+from planner.cli.command_options import TrustRemoteCode, command
+from planner.cli.console import Console, table
 
 __all__ = ["audit_command"]
 

@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.options import Budgets, Dtype, KernelChoice, Place, command, parse_fractions
-from planner.cli.printing import Console, amount, table
+from planner.cli.command_options import (
+    Budgets,
+    Dtype,
+    KernelChoice,
+    Place,
+    command,
+    parse_fractions,
+)
+from planner.cli.console import Console, amount, table
 
 if TYPE_CHECKING:
     from planner.planning.compiler import Request

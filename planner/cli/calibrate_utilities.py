@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.options import Dtype, Place, command
-from planner.cli.printing import Console, say, table
+from planner.cli.command_options import Dtype, Place, command
+from planner.cli.console import Console, say, table
 
 if TYPE_CHECKING:
     from planner.models.calibration import Calibrated

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from planner.cli.command_options import RequestOptions, Scheduler, command
+from planner.cli.console import Console, amount, say, table
 from planner.cli.kernels import (
     Autotune,
     IndexDriven,
@@ -17,8 +19,6 @@ from planner.cli.kernels import (
     compile_kernels,
     wanted_kernels,
 )
-from planner.cli.options import RequestOptions, Scheduler, command
-from planner.cli.printing import Console, amount, say, table
 
 if TYPE_CHECKING:
     from planner.kernels.targets.manifest import Manifest

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from planner.cli.options import command
-from planner.cli.printing import Console, table
+from planner.cli.command_options import command
+from planner.cli.console import Console, table
 
 __all__ = ["devices_command"]
 

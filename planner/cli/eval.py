@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.options import Budgets, Dtype, Place, Scheduler, command, parse_fractions
-from planner.cli.printing import Console, table
+from planner.cli.command_options import Budgets, Dtype, Place, Scheduler, command, parse_fractions
+from planner.cli.console import Console, table
 
 if TYPE_CHECKING:
     from planner.planning.compiler import Request

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from planner.cli.printing import table
+from planner.cli.console import table
 from planner.ir.intervals import print_ranges
 from planner.planning.selectors import selector_of
 

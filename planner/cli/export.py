@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from planner.cli.options import command
-from planner.cli.printing import Console, amount
+from planner.cli.command_options import command
+from planner.cli.console import Console, amount
 
 if TYPE_CHECKING:
     import torch

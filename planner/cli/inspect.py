@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.options import command
-from planner.cli.printing import Console, amount, table
+from planner.cli.command_options import command
+from planner.cli.console import Console, amount, table
 
 if TYPE_CHECKING:
     from planner.ir.cost import Cost

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.options import command
-from planner.cli.printing import Console, amount, say, table
+from planner.cli.command_options import command
+from planner.cli.console import Console, amount, say, table
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from planner.cli.options import command
-from planner.cli.printing import Console, say, table
+from planner.cli.command_options import command
+from planner.cli.console import Console, say, table
 
 __all__ = ["models_command"]
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from planner.cli.command_options import Dtype, KernelChoice, Place, Scheduler, command
+from planner.cli.console import Console, amount, print_json
 from planner.cli.explain import layer_rows, print_layers, skipped
-from planner.cli.options import Dtype, KernelChoice, Place, Scheduler, command
-from planner.cli.printing import Console, amount, print_json
 
 if TYPE_CHECKING:
     from planner.ir.graph import Graph

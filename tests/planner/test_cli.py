@@ -203,7 +203,7 @@ def test_every_command_takes_json_quiet_and_verbose():
 def test_the_options_of_a_request_are_its_fields():
     from dataclasses import fields
 
-    from planner.cli.options import RequestOptions
+    from planner.cli.command_options import RequestOptions
     from planner.planning.compiler import Request
 
     options = {field.name: field.default for field in fields(RequestOptions)}

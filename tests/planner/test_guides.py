@@ -16,8 +16,8 @@ from typing_extensions import override
 import planner
 from planner.api import kept_image_tokens
 from planner.cli.app import app
-from planner.cli.options import command
-from planner.cli.printing import Console
+from planner.cli.command_options import command
+from planner.cli.console import Console
 from planner.ir.errors import InputError
 from planner.loading import load_model, noise_image, prompt_inputs
 from planner.models.tokens.selectors import DecoderInputs, DecoderSelection, select_tokens

@@ -16,7 +16,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from planner.cli.printing import Console
+from planner.cli.console import Console
 
 __all__ = [
     "Budgets",
