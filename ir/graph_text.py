@@ -5,6 +5,7 @@
     site heads.0 heads layer=0 lanes=32 switches=32 module=... q_proj.out[0:128:128] ...
     %name = kind(%input, ...) [batch, query, 4096] {bias=0, in=4096} part decoder layer 0
         module ... narrow out:heads.0
+    end
 
 Everything after ``;`` on a line is a comment (costs are printed there) and is not read back.
 """
@@ -23,6 +24,8 @@ from planner.ir.kinds import KINDS, Kind
 __all__ = ["fingerprint", "parse_graph", "print_graph"]
 
 HEADER = "graph"
+# Tells a whole graph from one that was cut off.
+END = "end"
 _OPERATOR = re.compile(
     r"%(?P<name>\S+) = (?P<kind>\w+)\((?P<inputs>[^)]*)\) \[(?P<shape>[^\]]*)\]"
     r"(?: \{(?P<attributes>[^}]*)\})?(?: in (?P<module>\S+))? @(?P<part>\w+)(?:\.(?P<layer>\d+))?"
@@ -73,12 +76,12 @@ def print_graph(graph: Graph, comment: Callable[[Operator], str] | None = None) 
         line = _print_operator(operator)
         remark = comment(operator) if comment else ""
         lines.append(f"{line}  ; {remark}" if remark else line)
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, END]) + "\n"
 
 
 def fingerprint(graph: Graph) -> str:
     """Digest of a graph's structure: equal for equal operators and sites, whatever its name."""
-    body = print_graph(Graph("", graph.operators, graph.sites))
+    body = print_graph(Graph("", graph.operators, graph.sites)).removesuffix(f"{END}\n")
     return hashlib.sha256(body.encode()).hexdigest()[:16]
 
 
@@ -158,7 +161,8 @@ def _parse_binding(text: str) -> Binding:
 
 def _property(text: str) -> tuple[str, int | str]:
     key, _, value = text.partition(" ")
-    return key, int(value) if _is_number(value) else value
+    # A digest may have no letter in it, and is no number for that.
+    return key, int(value) if _is_number(value) and key != "fingerprint" else value
 
 
 def parse_graph(text: str) -> Graph:
@@ -170,6 +174,7 @@ def parse_graph(text: str) -> Graph:
     properties: dict[str, int | str] = {}
     sites: list[Site] = []
     operators: list[Operator] = []
+    ended = False
     for number, full in enumerate(text.splitlines(), 1):
         line = full.partition("  ; ")[0].rstrip()
         if not line:
@@ -180,6 +185,10 @@ def parse_graph(text: str) -> Graph:
                 if word != HEADER:
                     raise ValueError(f"it should begin with '{HEADER}'")
                 name = rest
+            elif ended:
+                raise ValueError(f"it goes on behind its '{END}'")
+            elif line == END:
+                ended = True
             elif word == "property":
                 key, value = _property(rest)
                 if key in properties:
@@ -193,4 +202,6 @@ def parse_graph(text: str) -> Graph:
             raise InputError(f"line {number} of the graph: {error}") from None
     if name is None:
         raise InputError("the graph is empty")
+    if not ended:
+        raise InputError(f"the graph is cut off: its last line should be '{END}'")
     return Graph(name, tuple(operators), tuple(sites), properties)

@@ -21,6 +21,11 @@ from planner.ir.structure import unnarrowed_readers
 
 __all__ = ["RULES", "verify"]
 
+# What no model comes near; programs that count up to it would not come back.
+_MOST = 1 << 40
+_MOST_LANES = 1 << 24
+_MOST_LAYERS = 10_000
+
 # A rule yields one complaint, a whole sentence, for everything that breaks it.
 Rule = Callable[[Graph], Iterator[str]]
 
@@ -91,6 +96,27 @@ def _attributes(graph: Graph) -> Iterator[str]:
         for attribute in known.values():
             if fault := attribute.fault(operator):
                 yield fault
+
+
+def _sizes(graph: Graph) -> Iterator[str]:
+    """No size is zero, and none is larger than any model's."""
+    for key in PROPERTIES:
+        most = _MOST_LAYERS if key == "decoder_layers" else _MOST
+        if int(graph.properties[key]) > most:
+            yield f"the property {key} of graph '{graph.name}' is too large"
+    for operator in graph:
+        if any(size.is_constant and not size.constant for size in operator.shape):
+            yield f"operator {operator.name} has a size of 0"
+        values = [value for _, value in operator.attributes if not isinstance(value, str)]
+        sizes = [Dim.of(value) for value in (*operator.shape, *values)]
+        if any(n > _MOST for size in sizes for n in (size.constant, *(c for _, c in size.terms))):
+            yield f"operator {operator.name} has a size of more than {_MOST}"
+    for site in graph.sites:
+        blocks = [block for binding in site.bindings for block in binding.blocks]
+        if any(max(b.offset, b.stride, b.width) > _MOST for b in blocks):
+            yield f"site {site.name} binds features beyond {_MOST}"
+        if site.lanes > _MOST_LANES:
+            yield f"site {site.name} has more than {_MOST_LANES} lanes"
 
 
 def _shapes(graph: Graph) -> Iterator[str]:
@@ -166,6 +192,27 @@ def _quantity(operator: Operator, quantity: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
+def _linears(graph: Graph) -> Iterator[str]:
+    """A linear's two sides agree with what is before and behind it."""
+    for operator in graph:
+        if operator.kind != "linear" or not operator.narrowed_by:
+            continue
+        own: dict[str, set[str]] = {}
+        for what, site in operator.narrowed_by:
+            own.setdefault(what, set()).add(site)
+        last = f"shape.{len(operator.shape) - 1}"
+        if own.get("out", set()) != own.get(last, set()):
+            yield f"operator {operator.name} is narrowed in its outputs unlike in its shape"
+        arriving = {
+            site
+            for name in operator.inputs
+            for what, site in graph.by_name[name].narrowed_by
+            if what.startswith("shape.")
+        }
+        if own.get("in", set()) != arriving:
+            yield f"operator {operator.name} is narrowed in its inputs unlike what it reads"
+
+
 def _flow(graph: Graph) -> Iterator[str]:
     """What reads a narrowed output is narrowed by the same site."""
     for reader, source, site in unnarrowed_readers(graph):
@@ -220,12 +267,14 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "inputs exist": _inputs,
         "inputs come first": _order,
         "attributes fit the kind": _attributes,
+        "sizes are those of a model": _sizes,
         "shapes fit the attributes": _shapes,
         "shapes fit the inputs": _input_shapes,
         "sites are well formed": _sites,
         "layers exist": _layers,
         "narrowings refer to something": _narrowing,
         "narrowings flow to the readers": _flow,
+        "linears are narrowed on both sides": _linears,
         "lanes are disjoint and cover": _bindings,
     }
 )

@@ -5,6 +5,7 @@ model folder that stock transformers loads. May import every other part of plann
 
     data/                 pictures with questions and answers
     configs/              what `planner train` takes
+    requirements          what training takes besides planner itself
     recipes               what can be trained, by a configuration's `recipe`
     config                configurations: read, checked, changed by `key=value`
     tiny_llava            the recipe of the small model

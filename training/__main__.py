@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from planner.ir.errors import InputError, PlannerError
+from planner.training.requirements import require_extras
 
 # What launchers, torchrun and four kinds of MPI among them, tell a process of a group.
 _RANKS = ("RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         check_launch(os.environ)
+        require_extras()
         # Slow to import, and not needed to refuse.
         from torch import distributed
 

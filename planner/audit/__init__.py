@@ -14,7 +14,7 @@ no torch.
 """
 
 from planner.audit.heuristic import decide, worth
-from planner.audit.label_file import Labels, Terms, read_labels, write_labels
+from planner.audit.label_file import Labels, Terms, read_labels, require_arrow, write_labels
 from planner.audit.report import audit
 from planner.audit.verdicts import Verdict, judge
 
@@ -26,6 +26,7 @@ __all__ = [
     "decide",
     "judge",
     "read_labels",
+    "require_arrow",
     "worth",
     "write_labels",
 ]

@@ -25,16 +25,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from planner.files import write_bytes
+from planner.files import MEBIBYTE, read_bytes, write_bytes
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.planning.compiler import Request, pose
 from planner.planning.switches import SwitchSet
 from planner.solver.problem import Problem
 
-__all__ = ["FORMAT", "Labels", "Terms", "read_labels", "write_labels"]
+__all__ = ["FORMAT", "Labels", "Terms", "read_labels", "require_arrow", "write_labels"]
 
 FORMAT = 1
+_MOST_BYTES = 256 * MEBIBYTE
+_MOST_VALUES = 20_000_000
 _KEY = b"planner_labels"
 _COLUMNS = ("sample", "budget", "utilities", "plan", "cost", "limit", "losses")
 
@@ -138,7 +140,8 @@ class Labels:
         return found
 
 
-def _arrow() -> Any:
+def require_arrow() -> Any:
+    """pyarrow, which reads and writes labels; InputError where it is not installed."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -149,7 +152,7 @@ def _arrow() -> Any:
 
 def write_labels(path: Path, labels: Labels) -> None:
     """Write a file of labels, whole or not at all."""
-    arrow = _arrow()
+    arrow = require_arrow()
     header = {"format": FORMAT, "terms": asdict(labels.terms), "switches": labels.switches}
     losses = [labels.losses.get(index) for index in range(len(labels))]
     columns: dict[str, Any] = {
@@ -169,11 +172,22 @@ def write_labels(path: Path, labels: Labels) -> None:
 
 def read_labels(path: Path) -> Labels:
     """Read and check a file of labels; every fault is one sentence in an InputError."""
-    arrow = _arrow()
-    if not path.is_file():
+    arrow = require_arrow()
+    if not path.exists():
         raise InputError(f"there is no file of labels '{path}'")
+    contents = arrow.py_buffer(read_bytes(path, "file of labels", _MOST_BYTES))
     try:
-        table = arrow.parquet.read_table(path)
+        facts = arrow.parquet.read_metadata(arrow.BufferReader(contents))
+        groups = [facts.row_group(number) for number in range(facts.num_row_groups)]
+        values = sum(
+            group.column(number).num_values
+            for group in groups
+            for number in range(group.num_columns)
+        )
+        # A few bytes can stand for any number of equal values.
+        if max(values, facts.num_rows) > _MOST_VALUES:
+            raise InputError(f"the labels '{path}' have more than {_MOST_VALUES} values")
+        table = arrow.parquet.read_table(arrow.BufferReader(contents))
     except (OSError, arrow.ArrowException):
         raise InputError(f"'{path}' is truncated or not a Parquet file") from None
     header = _header(table, path)

@@ -57,7 +57,7 @@ def labels_command(
 
     A killed run continues when the same command is given again.
     """
-    from planner.audit import Terms, write_labels
+    from planner.audit import Terms, require_arrow, write_labels
     from planner.files import output_folder
     from planner.ir.errors import InputError
     from planner.ir.lowering import lower_model
@@ -76,6 +76,8 @@ def labels_command(
         raise InputError(f"the output '{output}' must be a .parquet file")
     if prompts is not None and images is None:
         raise InputError("--prompts needs --images")
+    # Said before hours of measuring rather than after.
+    require_arrow()
     output_folder(output.parent)
     started = time.perf_counter()
     with console.status() as update:

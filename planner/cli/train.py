@@ -27,6 +27,10 @@ def train_command(
 
     Several processes: torchrun or accelerate launch, with -m planner.training.
     """
+    from planner.training.requirements import require_extras
+
+    require_extras()
+    # Imports transformers' Trainer, which fails without what training needs.
     from planner.training.recipes import load_recipe
 
     recipe, parsed = load_recipe(config, settings or [])

@@ -19,7 +19,7 @@ __all__ = ["fuzz"]
 _SECONDS = 2.0
 # Of a sentence: what the command line prints whole.
 _LONGEST = 5000
-_BATCH = 20_000
+_BATCH = 2_000
 
 
 def judge(take, value):

@@ -23,6 +23,7 @@ property hidden_size 64
 property image_tokens 0
 %x = input() [batch, query, 64] @decoder
 %y = hadamard(%x) [batch, query, 64] {function=walsh, order=6, width=64} @decoder
+end
 """
 
 

@@ -476,6 +476,7 @@ property image_tokens 0
 %m.a = linear(%x) [batch, query, 32] {{bias=0, in=64, out=32}} in = @decoder
 %b = linear({source}) [batch, query, 32] {{bias={bias}, in={columns}, out=32}} in {module} @decoder
 %s = add(%m.a, %b) [batch, query, 32] @decoder
+end
 """
     )
 

@@ -76,6 +76,7 @@ property decoder_layers 1
 site mlp.0 mlp layer=0 lanes=96 switches=1 module=mlp mlp.up.out[0:1:1]
 %x = input() [batch, query, 64] @decoder
 %mlp.up = linear(%x) [batch, query, 96] {bias=0, in=64, out=96} in = @decoder.0 narrow out:mlp.0
+end
 """
 
 
@@ -97,7 +98,8 @@ def test_a_word_is_a_word_whatever_it_looks_like():
     """Functions are named by the model's code: context_gate, query, 2."""
     for word in ("context_gate", "query", "2", "a*b"):
         line = f"%act = elementwise(%x) [batch, query, 64] {{function={word}}} @decoder.0\n"
-        assert parse_graph(TEXT + line).by_name["act"]["function"] == word
+        text = TEXT.replace("end\n", line + "end\n")
+        assert parse_graph(text).by_name["act"]["function"] == word
 
 
 def test_every_field_is_read():
@@ -142,6 +144,26 @@ def test_a_broken_line_is_named(old, new, complaint):
     with pytest.raises(InputError) as caught:
         parse_graph(TEXT.replace(old, new))
     assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", range(1, 6))
+def test_a_graph_that_was_cut_off_is_refused(kept):
+    lines = TEXT.splitlines()[:kept]
+    with pytest.raises(InputError, match="cut off"):
+        parse_graph("\n".join(lines))
+
+
+def test_nothing_stands_behind_the_end():
+    assert parse_graph(TEXT + "\n  ; a remark\n") == parse_graph(TEXT)
+    with pytest.raises(InputError, match=r"line 7 of the graph: it goes on behind its 'end'"):
+        parse_graph(TEXT + "%y = input() [batch, query, 64] @decoder\n")
+
+
+def test_a_digest_without_letters_is_no_number():
+    layers = "property decoder_layers 1\n"
+    text = TEXT.replace(layers, f"{layers}property fingerprint 0123456789012345\n")
+    assert parse_graph(text).properties["fingerprint"] == "0123456789012345"
+    assert print_graph(parse_graph(text)) == text
 
 
 def test_nothing_is_no_graph():

@@ -65,6 +65,31 @@ def shape(*sizes):
 
 # rule -> ways to break it: (how, what the complaint must say).
 BROKEN = {
+    "sizes are those of a model": [
+        (lambda g: with_operator(g, UP, shape=shape("batch", "query", 0)), f"{UP} has a size of 0"),
+        (lambda g: with_operator(g, UP, shape=shape(0, "query", 48)), f"{UP} has a size of 0"),
+        (lambda g: having(g, DOWN, out=1 << 50), f"{DOWN} has a size of more than"),
+        (
+            lambda g: with_operator(g, ADD, shape=(Dim.of("query") * (1 << 50),)),
+            "size of more than",
+        ),
+        (lambda g: with_site(g, "mlp.1", lanes=10**12), "site mlp.1 has more than"),
+        (lambda g: with_binding(g, "mlp.1", 0, blocks=(Block(0, 1 << 50, 1),)), "features beyond"),
+        (
+            lambda g: replace(g, properties={**g.properties, "decoder_layers": 10**9}),
+            "the property decoder_layers",
+        ),
+    ],
+    "linears are narrowed on both sides": [
+        (
+            lambda g: with_operator(g, UP, narrowed_by=(("out", "mlp.1"),)),
+            f"{UP} is narrowed in its outputs unlike in its shape",
+        ),
+        (
+            lambda g: with_operator(g, DOWN, narrowed_by=(("bias", "mlp.1"),)),
+            f"{DOWN}",
+        ),
+    ],
     "names are unique": [
         (lambda g: with_operator(g, UP, name=DOWN), f"two operators have the name '{DOWN}'"),
         (lambda g: with_site(g, "mlp.1", name="mlp.2"), "two sites have the name 'mlp.2'"),

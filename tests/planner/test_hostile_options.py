@@ -164,3 +164,19 @@ def test_a_full_disk_is_one_sentence(command):
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "No space left on device" in done.stderr
+
+
+def test_what_is_not_installed_is_said_before_any_work(cli, tmp_path, monkeypatch):
+    def refused(*arguments, **options):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("planner.loading.load_model", refused)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    code, _, err = cli("labels", "-m", "tiny-llava", "-o", "labels.parquet")
+    assert code == 2
+    assert "pip install 'planner[train]'" in err
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    (tmp_path / "train.yaml").write_text("recipe: adallava\n")
+    code, _, err = cli("train", "train.yaml")
+    assert code == 2
+    assert "needs accelerate" in err

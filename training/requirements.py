@@ -1,0 +1,20 @@
+"""What training takes besides planner itself, asked for before anything is imported or loaded."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from planner.ir.errors import InputError
+
+__all__ = ["require_extras"]
+
+
+def require_extras() -> None:
+    """Refuse to train without the packages of ``planner[train]``.
+
+    Raises:
+        InputError: accelerate, datasets or pyarrow is not installed.
+    """
+    for package in ("accelerate", "datasets", "pyarrow"):
+        if find_spec(package) is None:
+            raise InputError(f"training needs {package}: pip install 'planner[train]'")
