@@ -1,19 +1,20 @@
-"""MLPs that run as one fused block, recognised in a Graph.
+"""How a Graph's blocks run on kernels: MLPs in one go, linears by units of features.
 
-Enters: a Graph and a site. Leaves: which modules are gate, up and down, and the activation; or why
-the block cannot be fused, and so runs linear by linear. The executor asks this, and so does whoever
-lists a plan's launches.
+Enters: a Graph and a site. Leaves: which modules are gate, up and down, and the activation, or why
+the block cannot be fused, and so runs linear by linear; and how wide a linear's units are. The
+executor asks this, and so does whoever lists a plan's launches.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from planner.ir.graph import Graph, Operator, Site
+from planner.ir.graph import Binding, Graph, Operator, Site
 
-__all__ = ["MLPBlock", "NotFusable", "mlp_block"]
+__all__ = ["MLPBlock", "NotFusable", "mlp_block", "unit_width"]
 
 # The Graph's name of an activation -> the kernels'.
 ACTIVATIONS: Mapping[str, str] = MappingProxyType(
@@ -93,3 +94,19 @@ def mlp_block(graph: Graph, site: Site) -> MLPBlock:
     if {inner.name, up.name, down.name} != named:
         raise NotFusable("its weights are not those of gate, up and down")
     return MLPBlock(up, down, gate, function)
+
+
+def unit_width(binding: Binding, features: int) -> int | None:
+    """Features to a unit of survivors, the same for every plan of a weight.
+
+    Args:
+        binding: where lanes lie in the weight.
+        features: of the weight, along the axis that the lanes divide.
+
+    Returns:
+        What divides all lanes; None where that is less than a vector, as it is of single neurons:
+        units are then as wide as a plan allows.
+    """
+    sizes = (size for block in binding.blocks for size in (block.offset, block.stride, block.width))
+    width = math.gcd(features, *sizes)
+    return width if width >= 8 else None

@@ -60,15 +60,20 @@ class Loaded:
         }
         self._tiles = tiles_of(row for row in manifest.tiles if row.target == target)
 
-    def check(self, graph: Graph, plan: Plan) -> None:
-        """Raise InputError unless these are kernels of a model and of the plan it runs under."""
-        own = self.manifest
+    def check(self, graph: Graph, plan: Plan, dtype: torch.dtype) -> None:
+        """Raise InputError unless these are kernels of a model, its plan and its dtype."""
+        own, runs_in = self.manifest, str(dtype).removeprefix("torch.")
         if own.graph != graph.properties["fingerprint"]:
             raise InputError(f"the kernels are of another model, '{own.model}': compile again")
         if not own.index_driven and own.plan != plan_digest(plan):
             raise InputError(
                 f"the kernels are of another plan, {own.plan}, not of {plan_digest(plan)}: "
                 "compile again, or with --index-driven for any plan"
+            )
+        if own.dtype != runs_in:
+            raise InputError(
+                f"the kernels compute in {own.dtype}, and the model is in {runs_in}: run it with "
+                f"--dtype {own.dtype}, or compile again with --dtype {runs_in}"
             )
 
     @contextmanager
@@ -96,13 +101,19 @@ class Loaded:
         return self._kernels.get(key_of(launch, self.manifest.index_driven))
 
     def _tile(self, wanted: Product) -> Tile | None:
-        """The tile of the product of as many rows, or of the closest number that it suits."""
-        best, distance = None, math.inf
+        """The tile of the product of as many rows, or of the closest number that it suits.
+
+        Kernels of any plan were tiled for the survivors of one; these may be others.
+        """
+        open_ = ("rows", "samples", "columns", "depth") if self.manifest.index_driven else ("rows",)
+        sizes = {name: getattr(wanted, name) for name in open_}
+        best, least = None, math.inf
         for product, tile in self._tiles.items():
-            alike = replace(product, rows=wanted.rows, target=wanted.target) == wanted
-            away = abs(math.log2(product.rows / wanted.rows))
-            if alike and tile.block_m <= wanted.rows and away < distance:
-                best, distance = tile, away
+            alike = replace(product, **sizes, target=wanted.target) == wanted
+            ratios = (max(getattr(product, name), 1) / max(sizes[name], 1) for name in open_)
+            away = sum(abs(math.log2(ratio)) for ratio in ratios)
+            if alike and tile.block_m <= wanted.rows and away < least:
+                best, least = tile, away
         return best
 
 

@@ -20,7 +20,7 @@ from planner.ir.dims import Dim
 from planner.ir.graph import Binding, Graph, Operator, Site
 from planner.ir.intervals import Intervals, merged
 from planner.ir.passes import NarrowTokens, Specialise, run
-from planner.kernels.mlp_blocks import MLPBlock, NotFusable, mlp_block
+from planner.kernels.mlp_blocks import MLPBlock, NotFusable, mlp_block, unit_width
 from planner.kernels.ops.attend import attend
 from planner.kernels.ops.choose_tokens import choose_tokens
 from planner.kernels.ops.gather_tokens import gather_tokens
@@ -141,7 +141,8 @@ class _Lister:
             site, block = self.fused[module]
             if module == block.down.module:
                 tokens = _sized(operator.shape[1], sizes)
-                yield site.module, tokens, partial(self.mlp, site, block, batch, tokens)
+                for partly in (False, True) if self.any_plan else (False,):
+                    yield site.module, tokens, partial(self.mlp, site, block, batch, tokens, partly)
         elif module in self.bound and operator.kind == "linear":
             tokens = _sized(operator.shape[1], sizes)
             yield module, tokens, partial(self.linear, self.base[module], batch, tokens)
@@ -163,8 +164,8 @@ class _Lister:
         every = outs if binding.axis == "out" else ins
         weight, bias = self.tensor(outs, ins), self.bias(linear)
         lanes = self.plan.kept(site).lanes
-        kept = kept_features(site, binding, lanes, every)
-        survivors = self.known(Survivors.packed(kept, device="meta"))
+        kept, width = kept_features(site, binding, lanes, every), unit_width(binding, every)
+        survivors = self.known(Survivors.packed(kept, width, "meta"))
         if binding.axis == "out":
             x = self.tensor(batch, tokens, ins)
             project_rows(x, weight, bias, survivors, packed=True, triton=True)
@@ -172,7 +173,8 @@ class _Lister:
             a = self.tensor(batch, tokens, survivors.slots * survivors.width)
             project_columns(a, weight, bias, survivors, triton=True)
 
-    def mlp(self, site: Site, block: MLPBlock, batch: int, tokens: int) -> None:
+    def mlp(self, site: Site, block: MLPBlock, batch: int, tokens: int, partly: bool) -> None:
+        """`partly`: as if units survived in part, whether those of this plan do or not."""
         neurons, hidden = site.lanes, block.up.integer("in")
         gate = None if block.gate is None else self.tensor(neurons, hidden)
         weights = MLPWeights(
@@ -185,8 +187,11 @@ class _Lister:
             gate_bias=None if block.gate is None else self.bias(block.gate),
         )
         lanes = self.plan.kept(site).lanes
-        survivors = Survivors.packed(lanes, neuron_width(neurons), device="meta")
-        mlp(self.tensor(batch, tokens, hidden), weights, self.known(survivors), triton=True)
+        survivors = self.known(Survivors.packed(lanes, neuron_width(neurons), device="meta"))
+        if self.any_plan:
+            partial_lanes = torch.empty_like(survivors.units) if partly else None
+            survivors = replace(survivors, lanes=partial_lanes)
+        mlp(self.tensor(batch, tokens, hidden), weights, survivors, triton=True)
 
     def attention(
         self, operator: Operator, batch: int, tokens: int, keys: int, masked: bool

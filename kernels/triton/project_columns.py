@@ -101,7 +101,14 @@ class ProjectColumnsKernel(Kernel):
         out = inputs.empty()
         rows = out.numel() // features_out // plans
         product = Product(
-            rows, features_out, columns, target_for(a), plans, a.element_size(), accumulators=128
+            rows,
+            features_out,
+            columns,
+            target_for(a),
+            plans,
+            a.element_size(),
+            accumulators=128,
+            whole=weight.shape[1],
         )
         tile = tile or matmul_tile(product)
         self.start(

@@ -149,7 +149,8 @@ class ProjectRowsKernel(Kernel):
         out = inputs.empty() if inputs.packed else torch.zeros_like(inputs.empty())
         rows = x.numel() // depth // plans
         parts = 1 if gate is None else 2
-        product = Product(rows, kept, depth, target_for(x), plans, x.element_size(), parts)
+        size = x.element_size()
+        product = Product(rows, kept, depth, target_for(x), plans, size, parts, whole=features)
         tile = tile or matmul_tile(product)
         self.start(
             (triton.cdiv(rows, tile.block_m) * triton.cdiv(kept, tile.block_n), plans),

@@ -191,6 +191,8 @@ class Product:
         element_bytes: of activations and weights.
         parts: weight rows per output column (2 for gate and up).
         accumulators: float32 per thread that the kernel's epilogue leaves registers for.
+        whole: columns, or depth, of the weight before narrowing: tells products of one weight under
+            several plans from those of another.
     """
 
     rows: int
@@ -201,6 +203,7 @@ class Product:
     element_bytes: int = 2
     parts: int = 1
     accumulators: int = 64
+    whole: int = 0
 
 
 # A tile that was measured to be faster than the model's, if there is one.

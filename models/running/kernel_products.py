@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from planner.ir.graph import Graph, Operator
 from planner.ir.intervals import Intervals, count_of
 from planner.kernels.choice import Kernels, has_triton, mlp_is_faster, product_is_faster
-from planner.kernels.mlp_blocks import MLPBlock, NotFusable, mlp_block
+from planner.kernels.mlp_blocks import MLPBlock, NotFusable, mlp_block, unit_width
 from planner.kernels.ops.mlp import MLPWeights, mlp
 from planner.kernels.ops.project_columns import project_columns
 from planner.kernels.ops.project_rows import ACTIVATIONS, project_rows
@@ -132,7 +132,8 @@ class LinearByKernel:
     ) -> None:
         self.linear, self.kernels, self.stock = linear, kernels, stock
         self.runs = ((0, linear.features),) if lanes is None else linear.runs(lanes)
-        self._survivors = cache(partial(Survivors.packed, self.runs, None))
+        width = unit_width(linear.binding, linear.features)
+        self._survivors = cache(partial(Survivors.packed, self.runs, width))
 
     def refresh(self) -> None:
         """Before a pass: PyTorch's product may have a copy to look for."""

@@ -16,6 +16,7 @@ from planner.cli.console import Console, amount, say, table
 if TYPE_CHECKING:
     import torch
 
+    from planner.kernels.targets.loading import Loaded
     from planner.kernels.targets.manifest import CompiledKernel, Manifest
     from planner.kernels.triton.tiles import Target
     from planner.planning.compiler import Compiled, Request
@@ -24,8 +25,10 @@ __all__ = [
     "Autotune",
     "IndexDriven",
     "KernelDtype",
+    "KernelsOf",
     "Targets",
     "compile_kernels",
+    "generated_kernels",
     "kernels_command",
     "wanted_kernels",
 ]
@@ -41,6 +44,14 @@ IndexDriven = Annotated[
     bool,
     typer.Option(
         "--index-driven", help="Kernels that read what survives from tensors: for any plan."
+    ),
+]
+KernelsOf = Annotated[
+    str,
+    typer.Option(
+        "--kernels",
+        help="Who computes: auto, triton or torch; or what planner compile --target was given "
+        "with -o, whose kernels then run.",
     ),
 ]
 KernelDtype = Annotated[
@@ -97,6 +108,26 @@ def wanted_kernels(
     import torch
 
     return WantedKernels(targets, getattr(torch, dtype), index_driven, autotune)
+
+
+def generated_kernels(kernels: str, place: str) -> Loaded | None:
+    """The kernels of the folder that ``--kernels`` names; None where it names none.
+
+    Raises:
+        InputError: it names nothing, or what it names cannot be run.
+    """
+    from planner.ir.errors import InputError
+    from planner.kernels.choice import Kernels
+
+    if kernels in set(Kernels):
+        return None
+    if not Path(kernels).is_dir():
+        raise InputError(f"--kernels '{kernels}' is none of {', '.join(Kernels)}, and no folder")
+    if find_spec("triton") is None:
+        raise InputError(f"--kernels {kernels} needs triton, which is not installed")
+    from planner.kernels.targets.loading import load_kernels
+
+    return load_kernels(Path(kernels), place)
 
 
 def compile_kernels(

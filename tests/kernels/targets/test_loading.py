@@ -136,11 +136,14 @@ def test_machine_code_is_what_triton_would_launch(graph, plan, folder, monkeypat
 
 def test_of_another_plan_or_model(graph, plan, folder):
     loaded = load_kernels(folder)
-    loaded.check(graph, plan)
+    loaded.check(graph, plan, torch.float32)
+    with pytest.raises(InputError, match="compute in float32, and the model is in float16"):
+        loaded.check(graph, plan, torch.float16)
+    other = Plan(graph.name, plan.fingerprint, graph.layers)
     with pytest.raises(InputError, match="of another plan"):
-        loaded.check(graph, Plan(graph.name, plan.fingerprint, graph.layers))
+        loaded.check(graph, other, torch.float32)
     with pytest.raises(InputError, match="of another model, 'llava'"):
-        loaded.check(lower_model(FAMILIES["phi"]().model, "phi"), plan)
+        loaded.check(lower_model(FAMILIES["phi"]().model, "phi"), plan, torch.float32)
 
 
 def test_changed_files_are_refused(copy):
