@@ -7,9 +7,17 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from planner.documents import dump_yaml, parse_yaml, read_yaml
 from planner.files import write_text
@@ -269,6 +277,15 @@ class _Stage(BaseModel):
     selector: str
 
 
+def _whole_or_finite(value: Any, validate: ValidatorFunctionWrapHandler) -> float:
+    number: float = validate(value)
+    return value if type(value) is int else number
+
+
+# Whole numbers stay whole, so that a plan that was read has the digest of its file.
+_Number = Annotated[FiniteFloat, WrapValidator(_whole_or_finite)]
+
+
 class _File(BaseModel):
     """Schema of a plan file."""
 
@@ -285,8 +302,8 @@ class _File(BaseModel):
     # Absent in plans of before there were policies.
     kv: str = "none"
     budget: dict[str, Any]
-    cost: dict[str, dict[str, FiniteFloat]]
-    utilisation: dict[str, FiniteFloat]
+    cost: dict[str, dict[str, _Number]]
+    utilisation: dict[str, _Number]
     solver: dict[str, Any]
     provenance: dict[str, Any]
 

@@ -60,15 +60,21 @@ class Loaded:
         }
         self._tiles = tiles_of(row for row in manifest.tiles if row.target == target)
 
-    def check(self, graph: Graph, plan: Plan, dtype: torch.dtype) -> None:
-        """Raise InputError unless these are kernels of a model, its plan and its dtype."""
+    def check(self, graph: Graph, plan: Plan | None, dtype: torch.dtype) -> None:
+        """Raise InputError unless these are kernels of a model, its plan and its dtype.
+
+        Args:
+            graph: of the model.
+            plan: that it runs under; None for several.
+            dtype: of its weights.
+        """
         own, runs_in = self.manifest, str(dtype).removeprefix("torch.")
         if own.graph != graph.properties["fingerprint"]:
             raise InputError(f"the kernels are of another model, '{own.model}': compile again")
-        if not own.index_driven and own.plan != plan_digest(plan):
+        if not own.index_driven and (plan is None or own.plan != plan_digest(plan)):
             raise InputError(
-                f"the kernels are of another plan, {own.plan}, not of {plan_digest(plan)}: "
-                "compile again, or with --index-driven for any plan"
+                f"the kernels are of another plan, {own.plan}: compile again, or with "
+                "--index-driven for any plan"
             )
         if own.dtype != runs_in:
             raise InputError(

@@ -16,6 +16,7 @@ from planner.cli.console import Console, amount, say, table
 if TYPE_CHECKING:
     import torch
 
+    from planner.kernels.choice import Kernels
     from planner.kernels.targets.loading import Loaded
     from planner.kernels.targets.manifest import CompiledKernel, Manifest
     from planner.kernels.triton.tiles import Target
@@ -25,11 +26,11 @@ __all__ = [
     "Autotune",
     "IndexDriven",
     "KernelDtype",
-    "KernelsOf",
+    "KernelsToRun",
     "Targets",
     "compile_kernels",
-    "generated_kernels",
     "kernels_command",
+    "kernels_to_run",
     "wanted_kernels",
 ]
 
@@ -46,12 +47,12 @@ IndexDriven = Annotated[
         "--index-driven", help="Kernels that read what survives from tensors: for any plan."
     ),
 ]
-KernelsOf = Annotated[
+KernelsToRun = Annotated[
     str,
     typer.Option(
         "--kernels",
-        help="Who computes: auto, triton or torch; or what planner compile --target was given "
-        "with -o, whose kernels then run.",
+        help="Who computes: triton, torch, or auto, the faster; or a folder of planner compile "
+        "--target, whose kernels then run.",
     ),
 ]
 KernelDtype = Annotated[
@@ -110,24 +111,20 @@ def wanted_kernels(
     return WantedKernels(targets, getattr(torch, dtype), index_driven, autotune)
 
 
-def generated_kernels(kernels: str, place: str) -> Loaded | None:
-    """The kernels of the folder that ``--kernels`` names; None where it names none.
+def kernels_to_run(option: str, place: str) -> tuple[Kernels, Loaded | None]:
+    """Who computes, and the generated kernels where ``--kernels`` names a folder of them.
 
     Raises:
-        InputError: it names nothing, or what it names cannot be run.
+        InputError: it names nothing, or kernels that cannot be run here.
     """
-    from planner.ir.errors import InputError
     from planner.kernels.choice import Kernels
 
-    if kernels in set(Kernels):
-        return None
-    if not Path(kernels).is_dir():
-        raise InputError(f"--kernels '{kernels}' is none of {', '.join(Kernels)}, and no folder")
-    if find_spec("triton") is None:
-        raise InputError(f"--kernels {kernels} needs triton, which is not installed")
+    if not Path(option).is_dir():
+        return Kernels.of(option), None
+    chosen = Kernels.of(Kernels.TRITON)
     from planner.kernels.targets.loading import load_kernels
 
-    return load_kernels(Path(kernels), place)
+    return chosen, load_kernels(Path(option), place)
 
 
 def compile_kernels(

@@ -15,9 +15,12 @@ import typer
 from planner.cli.command_options import Dtype, KernelChoice, Place, Scheduler, command
 from planner.cli.console import Console, amount, print_json
 from planner.cli.explain import layer_rows, print_layers, skipped
+from planner.cli.kernels import KernelsToRun, kernels_to_run
 
 if TYPE_CHECKING:
     from planner.ir.graph import Graph
+    from planner.kernels.choice import Kernels
+    from planner.kernels.targets.loading import Loaded
     from planner.models.scheduling import Scheduled
     from planner.plan import Plan
     from planner.planning.compiler import Request
@@ -34,7 +37,12 @@ class _Question:
     picture: Any
     dtype: str
     place: str
-    kernels: str
+    kernels: Kernels
+    generated: Loaded | None
+
+    def kernels_used(self) -> AbstractContextManager[Any]:
+        """Inside, launches are served by generated kernels, if the user named some."""
+        return nullcontext() if self.generated is None else self.generated.used()
 
 
 @dataclass(frozen=True)
@@ -80,12 +88,11 @@ def run_command(
     ] = False,
     dtype: Dtype = "auto",
     place: Place = "cpu",
-    kernels: KernelChoice = "auto",
+    kernels: KernelsToRun = "auto",
 ) -> None:
     """Answer one question, running only what the plan keeps."""
     from planner.ir.cost import Workload
     from planner.ir.errors import InputError
-    from planner.kernels.choice import Kernels
     from planner.loading import load_image
     from planner.models.scheduling import compile_schedule
     from planner.plan import load_plan
@@ -108,9 +115,8 @@ def run_command(
     if plan is not None and (decided or request.utilities != "prior"):
         raise InputError("--plan is a whole plan: give it without --budget, --tokens, --utilities")
     request.limits()
-    kernels = Kernels.of(kernels)
     picture = load_image(image) if image else None
-    question = _Question(prompt, picture, dtype, place, kernels)
+    question = _Question(prompt, picture, dtype, place, *kernels_to_run(kernels, place))
     with console.status() as update:
         if schedule is not None:
             ran = _run_scheduled(schedule, request, question, update)
@@ -164,10 +170,12 @@ def _run_planned(
     options = {name: value for name, value in vars(request).items() if name not in _OF_THE_MODEL}
     chosen: dict[str, Any] = {"freeze": True, "kernels": question.kernels}
     compile_model(model, request.budget, plan=plan, **chosen, **options)
-    update("generate")
-    facts = _generate(model, processor, inputs, request.new_tokens)
-    kept = {layer: counts[0] for layer, counts in kept_image_tokens(model).items()}
     made = plan_of(model)
+    if question.generated is not None:
+        question.generated.check(graph_of(model), made, model.dtype)
+    update("generate")
+    facts = _generate(model, processor, inputs, request.new_tokens, question)
+    kept = {layer: counts[0] for layer, counts in kept_image_tokens(model).items()}
     return _Answer(facts, made, made.cost, graph_of(model), image_tokens, text_tokens, kept)
 
 
@@ -180,7 +188,6 @@ def _run_scheduled(
 ) -> _Answer:
     """Answer under the plan that a scheduler makes."""
     from planner.ir.cost import Workload
-    from planner.kernels.choice import Kernels
     from planner.loading import count_image_tokens, prompt_inputs
     from planner.models.running.skipping import session_on
     from planner.models.scheduling import load_scheduled
@@ -197,10 +204,12 @@ def _run_scheduled(
     text_tokens = int(inputs["input_ids"].shape[1]) - image_tokens
     stages = stages_of(schedule.tokens, image_tokens, int(graph.properties["image_tokens"]))
     workload = Workload.default(graph, image_tokens, text_tokens, request.new_tokens)
-    session_on(model, graph, kernels=Kernels.of(question.kernels))
+    session_on(model, graph, kernels=question.kernels)
+    if question.generated is not None:
+        question.generated.check(graph, None, model.dtype)
     update("generate")
     with scheduled.using(schedule.budget, stages, workload):
-        facts = _generate(model, processor, inputs, request.new_tokens)
+        facts = _generate(model, processor, inputs, request.new_tokens, question)
         kept = {layer: counts[0] for layer, counts in scheduled.kept_image_tokens.items()}
     plan = scheduled.plans(scheduled.base(stages))[0]
     # Schedulers budget the language model alone.
@@ -219,6 +228,9 @@ def _print_facts(document: dict[str, Any]) -> None:
     if document["launches"]:
         launches = ", ".join(f"{kernel} {n}" for kernel, n in document["launches"].items())
         print(f"launches of planner's kernels: {launches}")
+    if "generated" in document:
+        served, every = (sum(document[name].values()) for name in ("generated", "launches"))
+        print(f"served by generated kernels: {served} of {every}")
     rate = document["tokens_per_second"]
     count = document["tokens"]
     print(
@@ -235,7 +247,7 @@ def _print_facts(document: dict[str, Any]) -> None:
 
 
 def _generate(
-    model: Any, processor: Any, inputs: dict[str, Any], new_tokens: int
+    model: Any, processor: Any, inputs: dict[str, Any], new_tokens: int, question: _Question
 ) -> dict[str, Any]:
     """The answer, its tokens, seconds of the prefill, tokens a second of the rest, cache bytes."""
     from transformers.generation.streamers import BaseStreamer
@@ -255,7 +267,7 @@ def _generate(
         def end(self) -> None: ...
 
     clock = Clock()
-    with _counted() as launches:
+    with _counted() as launches, question.kernels_used():
         run = model.generate(
             **inputs,
             max_new_tokens=new_tokens,
@@ -269,7 +281,9 @@ def _generate(
     answer = tokenizer.decode(run.sequences[0, length:], skip_special_tokens=True).strip()
     prompt, first, *rest = clock.times
     spent = (rest[-1] - first) if rest else 0.0
-    return {
+    generated = question.generated
+    served = {} if generated is None else {"generated": dict(sorted(generated.served.items()))}
+    return served | {
         "answer": answer,
         "tokens": int(run.sequences.shape[1]) - length,
         "prefill_seconds": first - prompt,

@@ -7,6 +7,7 @@ import triton
 
 from planner.cli import execute as run
 from planner.kernels.targets import build
+from planner.kernels.targets.compilation import Compiled
 from planner.kernels.targets.manifest import read_manifest
 from planner.plan import load_plan
 
@@ -159,3 +160,45 @@ def test_autotune_without_a_gpu(cli, monkeypatch, tmp_path):
     assert code == 2
     assert "there is none here" in err
     assert list((tmp_path / "out").iterdir()) == []
+
+
+# -- running --------------------------------------------------------------------------------------
+
+RUN = ("run", "--model", "tiny-llava", "--prompt", "hello", "--new-tokens", "3")
+
+
+def test_run_by_generated_kernels(cli, cli_json, monkeypatch, tmp_path):
+    """All launches are served, and the answer is PyTorch's; another plan's kernels are refused."""
+    made = Compiled(0, 0, 0, 0, 0, "{}", "", b"")
+    monkeypatch.setattr(build, "compile_kernel", lambda *_, **__: made)
+    shape = ("--image-tokens", "0", "--text-tokens", "12", "--switches", "layers,heads,mlp")
+    target = ("--target", "sm_90", "--dtype", "float32")
+    for name, budget in (("out", "0.65"), ("other", "0.5")):
+        asked = ["compile", "--model", "tiny-llava", "--budget", budget, *shape, *target]
+        assert cli(*asked, "-o", name)[0] == 0
+    planned = (*RUN, "--plan", tmp_path / "out" / "plan.yaml")
+    by_torch = cli_json(*planned, "--kernels", "torch")
+    ran = cli_json(*planned, "--kernels", "out")
+    assert "generated" not in by_torch
+    assert ran["answer"] == by_torch["answer"]
+    assert ran["launches"]
+    assert ran["generated"] == ran["launches"]
+    every = sum(ran["launches"].values())
+    assert (
+        f"served by generated kernels: {every} of {every}" in cli(*planned, "--kernels", "out")[1]
+    )
+    code, out, err = cli(*planned, "--kernels", "other")
+    assert (code, out) == (2, "")
+    assert "of another plan" in err
+
+
+def test_run_by_kernels_of_another_dtype(cli, compiled):
+    code, _, err = cli(*RUN, "--plan", compiled / "plan.yaml", "--kernels", compiled)
+    assert code == 2
+    assert "compute in bfloat16, and the model is in float32: run it with --dtype bfloat16" in err
+
+
+def test_run_by_a_folder_without_kernels(cli, tmp_path):
+    code, _, err = cli(*RUN, "--kernels", tmp_path)
+    assert code == 2
+    assert "there are no kernels in" in err

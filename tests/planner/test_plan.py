@@ -33,7 +33,7 @@ def plan():
         mlp_switches={3: 4},
         tokens=(TokenStage(2, 288, 576, "fastv"),),
         budget={"flops": "0.65 of base"},
-        cost={"flops": {"plan": 65.0, "base": 100.0, "fraction": 0.65}},
+        cost={"flops": {"plan": 65, "base": 100.0, "fraction": 0.65}},
         utilisation={"flops": 1.0},
         solver={"status": "optimal", "gap": 0.0},
         provenance={"planner": "0.1.0"},
