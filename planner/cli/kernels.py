@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from planner.kernels.choice import Kernels
-    from planner.kernels.targets.loading import Loaded
+    from planner.kernels.targets.loaded_kernels import Loaded
     from planner.kernels.targets.manifest import CompiledKernel, Manifest
     from planner.kernels.triton.tiles import Target
     from planner.planning.compiler import Compiled, Request
@@ -122,7 +122,7 @@ def kernels_to_run(option: str, place: str) -> tuple[Kernels, Loaded | None]:
     if not Path(option).is_dir():
         return Kernels.of(option), None
     chosen = Kernels.of(Kernels.TRITON)
-    from planner.kernels.targets.loading import load_kernels
+    from planner.kernels.targets.loaded_kernels import load_kernels
 
     return chosen, load_kernels(Path(option), place)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.command_options import Dtype, KernelChoice, Place, Scheduler, command
+from planner.cli.command_options import Dtype, Place, Scheduler, command
 from planner.cli.console import Console, amount, print_json
 from planner.cli.explain import layer_rows, print_layers, skipped
 from planner.cli.kernels import KernelsToRun, kernels_to_run
@@ -20,7 +20,7 @@ from planner.cli.kernels import KernelsToRun, kernels_to_run
 if TYPE_CHECKING:
     from planner.ir.graph import Graph
     from planner.kernels.choice import Kernels
-    from planner.kernels.targets.loading import Loaded
+    from planner.kernels.targets.loaded_kernels import Loaded
     from planner.models.scheduling import Scheduled
     from planner.plan import Plan
     from planner.planning.compiler import Request

@@ -11,7 +11,7 @@ from planner.ir.cost import Workload
 from planner.ir.lowering import lower_model
 from planner.kernels.targets import build
 from planner.kernels.targets.compilation import Compiled
-from planner.kernels.targets.loading import load_kernels
+from planner.kernels.targets.loaded_kernels import load_kernels
 from planner.kernels.triton.launch import counted
 from planner.kernels.triton.tiles import TARGETS
 from planner.plan import TokenStage

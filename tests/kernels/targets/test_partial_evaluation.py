@@ -1,4 +1,4 @@
-"""Specialised functions, line by line."""
+"""Functions with some parameters known, line by line."""
 
 import inspect
 import textwrap
