@@ -9,22 +9,21 @@ asked for.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from pydantic import TypeAdapter
 from torch import Tensor
 from triton.testing import do_bench
 
-from planner.files import write_text
+from planner.files import write_bytes
 from planner.ir.errors import InputError
 from planner.kernels.targets.keys import contents_of, survivor_parameters
-from planner.kernels.targets.manifest import TileRow
 from planner.kernels.targets.plan_launches import Call, launches_of
 from planner.kernels.triton.launch import Launch, launch
 from planner.kernels.triton.tiles import (
@@ -38,9 +37,10 @@ from planner.kernels.triton.tiles import (
 )
 from planner.planning.graph_cache import cache_folder
 
-__all__ = ["Tiles", "autotuned", "local_target", "on_device", "tile_rows", "tiles_of"]
+__all__ = ["Tiles", "autotuned", "local_target", "on_device"]
 
 Tiles = dict[Product, Tile]
+_FILE = TypeAdapter(list[tuple[Product, Tile]])
 
 _CANDIDATES = 6
 
@@ -136,30 +136,14 @@ def _products(call: Call, target: Target) -> list[Product]:
     return asked
 
 
-def tile_rows(tiles: Tiles) -> list[TileRow]:
-    """Tiles as they are written down."""
-    names = {target: name for name, target in TARGETS.items()}
-    rows = []
-    for product, tile in tiles.items():
-        sizes = {name: value for name, value in asdict(product).items() if name != "target"}
-        rows.append(TileRow(target=names[product.target], product=sizes, tile=asdict(tile)))
-    return rows
-
-
-def tiles_of(rows: Iterable[TileRow]) -> Tiles:
-    """Tiles as `tile_rows` has written them down."""
-    return {Product(**row.product, target=TARGETS[row.target]): Tile(**row.tile) for row in rows}
-
-
 def _read(path: Path) -> Tiles:
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        return tiles_of([TileRow.model_validate(entry) for entry in entries])
-    except (OSError, ValueError, TypeError, KeyError):
+        return dict(_FILE.validate_json(path.read_bytes()))
+    except (OSError, ValueError):
         return {}
 
 
 def _write(path: Path, tiles: Tiles) -> None:
     with contextlib.suppress(OSError, InputError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps([row.model_dump() for row in tile_rows(tiles)]))
+        write_bytes(path, _FILE.dump_json([*tiles.items()]))

@@ -20,7 +20,7 @@ import triton
 from planner import __version__
 from planner.ir.cost import Workload
 from planner.ir.graph import Graph
-from planner.kernels.targets.autotune import Tiles, autotuned, local_target, tile_rows
+from planner.kernels.targets.autotune import Tiles, autotuned, local_target
 from planner.kernels.targets.compilation import Compiled, compile_kernel, compiling_for
 from planner.kernels.targets.keys import facts_of
 from planner.kernels.targets.manifest import NAME, CompiledKernel, Manifest
@@ -94,7 +94,7 @@ def build_kernels(
         dtype=str(dtype).removeprefix("torch."),
         versions=versions,
         files={path: sha256(contents).hexdigest() for path, contents in files.items()},
-        tiles=tile_rows(tiles),
+        tiles=[*tiles.items()],
         kernels=rows,
         left_out=left_out,
     )

@@ -27,7 +27,6 @@ from triton.runtime.jit import JITFunction
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.kernels.targets.autotune import tiles_of
 from planner.kernels.targets.compilation import remember
 from planner.kernels.targets.keys import Key, key_of
 from planner.kernels.targets.manifest import FOLDER, CompiledKernel, Manifest, read_manifest
@@ -58,7 +57,8 @@ class Loaded:
             for row in manifest.kernels
             if row.target == target
         }
-        self._tiles = tiles_of(row for row in manifest.tiles if row.target == target)
+        tiles = (row for row in manifest.tiles if row[0].target == TARGETS[target])
+        self._tiles: dict[Product, Tile] = dict(tiles)
 
     def check(self, graph: Graph, plan: Plan | None, dtype: torch.dtype) -> None:
         """Raise InputError unless these are kernels of a model, its plan and its dtype.

@@ -6,17 +6,17 @@ of it, and what the cost model expects. Reading needs neither torch nor Triton.
 
 from __future__ import annotations
 
-import json
 from hashlib import sha256
 from pathlib import Path
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from planner.documents import read_json
 from planner.ir.errors import InputError
-from planner.plan import load_plan
+from planner.kernels.triton.tiles import Product, Tile
+from planner.plan import load_plan, plan_digest
 
-__all__ = ["FOLDER", "NAME", "CompiledKernel", "Manifest", "TileRow", "read_manifest"]
+__all__ = ["FOLDER", "NAME", "CompiledKernel", "Manifest", "read_manifest"]
 
 FORMAT = 2
 FOLDER, NAME = "kernels", "manifest.json"
@@ -68,15 +68,6 @@ class CompiledKernel(BaseModel):
     predicted_us: float = Field(ge=0)
 
 
-class TileRow(BaseModel):
-    """The tile that a matrix product was given; attributes are those of the records' fields."""
-
-    model_config = ConfigDict(extra="forbid")
-    target: str
-    product: dict[str, int]
-    tile: dict[str, int]
-
-
 class Manifest(BaseModel):
     """All kernels of a plan.
 
@@ -102,13 +93,13 @@ class Manifest(BaseModel):
     dtype: str
     versions: dict[str, str]
     files: dict[str, str]
-    tiles: list[TileRow]
+    tiles: list[tuple[Product, Tile]]
     kernels: list[CompiledKernel]
     left_out: list[str]
 
     def dump(self) -> str:
         """The file: equal manifests give equal text."""
-        return json.dumps(self.model_dump(), indent=1) + "\n"
+        return self.model_dump_json(indent=1) + "\n"
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -119,16 +110,9 @@ def read_manifest(folder: Path) -> Manifest:
     """
     home = folder / FOLDER
     path = home / NAME
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            f"there are no kernels in '{folder}': planner compile --target makes them"
-        ) from None
-    except (OSError, UnicodeDecodeError):
-        raise InputError(f"'{path}' cannot be read") from None
-    except ValueError:
-        raise InputError(f"'{path}' is truncated or not JSON") from None
+    if not path.is_file():
+        raise InputError(f"there are no kernels in '{folder}': planner compile --target makes them")
+    document = read_json(path, "manifest")
     if not isinstance(document, dict) or "planner_kernels" not in document:
         raise InputError(f"'{path}' is not a manifest of planner")
     if document["planner_kernels"] != FORMAT:
@@ -144,15 +128,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise InputError(f"'{path}' is broken at {where}: {first['msg'].lower()}") from None
     _check_files(manifest, home)
     plan = folder / "plan.yaml"
-    if plan.exists() and _digest_of(plan) != manifest.plan:
+    if plan.exists() and plan_digest(load_plan(plan)) != manifest.plan:
         raise InputError(f"'{home}' is of another plan than '{plan}': compile again with --target")
     return manifest
-
-
-def _digest_of(plan: Path) -> str:
-    """The digest that a plan's file carries."""
-    load_plan(plan)  # says what is wrong with it
-    return str(yaml.safe_load(plan.read_text(encoding="utf-8"))["digest"])
 
 
 def _check_files(manifest: Manifest, home: Path) -> None:

@@ -9,7 +9,6 @@ computed. The kernels of planner thus stay the one definition.
 from __future__ import annotations
 
 import ast
-import copy
 import inspect
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
@@ -105,7 +104,11 @@ class Program:
         tree.name = name
         documented = ast.get_docstring(tree) is not None
         document, body = tree.body[:documented], tree.body[documented:]
-        body = _Rewriter(self, function, tree, known, single).block(body)
+        rewriter = _Rewriter(self, function, tree, known, single)
+        body = rewriter.block(body)
+        for each in ast.walk(ast.Module(body, [])):
+            if isinstance(each, ast.Name) and isinstance(rewriter.names.get(each.id), Table):
+                raise rewriter.unsupported(each, f"only loads can read '{each.id}', a table")
         constants = [_constant(n, value) for n, value in known.items() if _is_plain(value)]
         body = _pruned([*constants, *body])
         read = _read(body)
@@ -163,9 +166,9 @@ class _Rewriter(ast.NodeTransformer):
         return NotImplementedError(f"{self.title}, line {node.lineno}: {what}")
 
     def visit_If(self, node: ast.If) -> Any:
-        test = self.value(node.test)
+        node.test = self.visit(node.test)
+        test = _known(node.test)
         if test is _UNKNOWN:
-            node.test = self.visit(node.test)
             node.body, node.orelse = self.block(node.body), self.block(node.orelse)
             if not node.body and node.orelse:
                 node.test = ast.UnaryOp(ast.Not(), node.test)
@@ -181,10 +184,10 @@ class _Rewriter(ast.NodeTransformer):
         return node if node.body else None
 
     def visit_Assign(self, node: ast.Assign | ast.AnnAssign) -> Any:
-        name = _target(node)
-        value = self.value(node.value) if name in self.once and node.value else _UNKNOWN
-        if value is _UNKNOWN:
-            node.value = self.visit(node.value) if node.value else None
+        assert node.value is not None
+        node.value = self.visit(node.value)
+        name, value = _target(node), _known(node.value)
+        if name not in self.once or value is _UNKNOWN:
             return node
         self.names[name] = value
         if not _is_plain(value):
@@ -196,21 +199,20 @@ class _Rewriter(ast.NodeTransformer):
     visit_AnnAssign = visit_Assign
 
     def visit_AugAssign(self, node: ast.AugAssign) -> Any:
-        if self.value(node.value) == 0:
+        node.value = self.visit(node.value)
+        if _known(node.value) == 0:
             return None
         if _target(node) in self.names:
             raise self.unsupported(node, f"'{_target(node)}' is known and changes")
-        node.value = self.visit(node.value)
         return node
 
-    # Expressions.
+    # Expressions: what is left of one. Where its value is known, the node carries it as `known`,
+    # and is still printed as it was written, by the names of constants.
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        value = self.names.get(node.id, _UNKNOWN)
-        if value is None:
-            return ast.Constant(None)
-        if isinstance(value, Table):
-            raise self.unsupported(node, f"only loads can read '{node.id}', a table")
+        if node.id in self.names:
+            value = self.names[node.id]
+            return ast.Constant(None) if value is None else _knowing(node, value)
         if node.id not in self.own:
             value = self.globals.get(node.id)
             value = value.value if isinstance(value, tl.constexpr) else value
@@ -221,121 +223,96 @@ class _Rewriter(ast.NodeTransformer):
         return node
 
     def visit_IfExp(self, node: ast.IfExp) -> Any:
-        test = self.value(node.test)
+        node.test = self.visit(node.test)
+        test = _known(node.test)
         if test is _UNKNOWN:
             return self.generic_visit(node)
         return self.visit(node.body if test else node.orelse)
 
     def visit_BoolOp(self, node: ast.BoolOp) -> Any:
-        if self.value(node) is not _UNKNOWN:
-            return ast.Constant(self.value(node))
-        node.values = [self.visit(part) for part in node.values if self.value(part) is _UNKNOWN]
+        parts, decisive = [*map(self.visit, node.values)], isinstance(node.op, ast.Or)
+        node.values = [part for part in parts if _known(part) is _UNKNOWN]
+        if any(bool(_known(part)) is decisive for part in parts if part not in node.values):
+            return ast.Constant(decisive)
+        if not node.values:
+            return ast.Constant(not decisive)
         return node if len(node.values) > 1 else node.values[0]
 
+    def visit_Compare(self, node: ast.Compare) -> Any:
+        self.generic_visit(node)
+        match node:
+            case ast.Compare(ops=[ast.Is() | ast.IsNot() as way], comparators=[ast.Constant(None)]):
+                # What is not known to be None is a tensor.
+                return ast.Constant((_known(node.left) is None) == isinstance(way, ast.Is))
+        return self.computed(node)
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> Any:
+        self.generic_visit(node)
+        return self.computed(node)
+
     def visit_BinOp(self, node: ast.BinOp) -> Any:
-        zeros = [self.value(node.left) == 0, self.value(node.right) == 0]
+        self.generic_visit(node)
+        zeros = [_known(node.left) == 0, _known(node.right) == 0]
         if isinstance(node.op, ast.Mult) and any(zeros):
             return ast.Constant(0)
         if isinstance(node.op, ast.Add) and any(zeros):
-            return self.visit(node.left if zeros[1] else node.right)
-        return self.generic_visit(node)
+            return node.left if zeros[1] else node.right
+        return self.computed(node)
+
+    def computed(self, node: ast.expr) -> ast.expr:
+        """An operation, with its value where all that it takes is known."""
+        parts = [part for part in ast.iter_child_nodes(node) if isinstance(part, ast.expr)]
+        if not all(_is_plain(_known(part)) for part in parts):
+            return node
+        return _knowing(node, eval(ast.unparse(node), {"__builtins__": {}}, self.names))
 
     def visit_Call(self, node: ast.Call) -> Any:
-        value = self.value(node)
-        if _is_plain(value):
-            return ast.Constant(value)
-        if isinstance(node.func, ast.Name):
-            callee = self.globals.get(node.func.id)
-            if isinstance(callee, JITFunction):
-                return self.device_call(node, callee)
-        table, index = self.table_load(node)
-        if table is None:
-            return self.generic_visit(node)
-        if table.is_identity:
-            return self.visit(index)
-        name = self.program.add_table(table)
-        return ast.Call(ast.Name(name, ast.Load()), [self.visit(index)], [])
+        node.args = [self.visit(argument) for argument in node.args]
+        for keyword in node.keywords:
+            keyword.value = self.visit(keyword.value)
+        callee = self.globals.get(node.func.id) if isinstance(node.func, ast.Name) else None
+        if isinstance(callee, JITFunction):
+            return self.device_call(node, callee)
+        node.func = self.visit(node.func)
+        function, values = ast.unparse(node.func), [*map(_known, node.args)]
+        if function == "tl.cdiv" and all(map(_is_plain, values)):
+            return ast.Constant(-(-values[0] // values[1]))
+        if function == "tl.program_id" and self.single is not None and values == [self.single]:
+            return ast.Constant(0)
+        return self.table_load(node) if function == "tl.load" else node
 
     def device_call(self, node: ast.Call, callee: JITFunction) -> ast.Call:
         """A call of a device function, without the arguments that are known."""
-        given = dict(zip(callee.arg_names, node.args)) | {
-            str(k.arg): k.value for k in node.keywords
-        }
-        values = {name: self.value(argument) for name, argument in given.items()}
+        given = dict(zip(callee.arg_names, node.args))
+        given |= {str(keyword.arg): keyword.value for keyword in node.keywords}
         constants = {parameter.name for parameter in callee.params if parameter.is_constexpr}
+        values = {name: _known(argument) for name, argument in given.items()}
         known = {
             name: value
             for name, value in values.items()
             if isinstance(value, Table) or value is None or (name in constants and _is_plain(value))
         }
         made = self.program.add(callee, known)
-        left = [ast.keyword(name, self.visit(given[name])) for name in made.parameters]
+        left = [ast.keyword(name, given[name]) for name in made.parameters]
         plain = [] if node.keywords else [each.value for each in left]
         return ast.Call(ast.Name(made.name, ast.Load()), plain, left if node.keywords else [])
 
-    def table_load(self, node: ast.Call) -> tuple[Table | None, ast.expr]:
-        """(table, index) where a call loads from a known table."""
-        terms = _terms(node.args[0]) if ast.unparse(node.func) == "tl.load" else []
+    def table_load(self, node: ast.Call) -> ast.expr:
+        """What a load from a known table is instead."""
+        terms = _terms(node.args[0])
         for pointer in terms:
-            table = self.names.get(pointer.id) if isinstance(pointer, ast.Name) else None
+            table = _known(pointer)
             if isinstance(table, Table):
-                index: ast.expr = ast.Constant(0)
-                for term in terms:
-                    index = index if term is pointer else ast.BinOp(index, ast.Add(), term)
-                return table, index
-        return None, node
-
-    # Values.
-
-    def value(self, node: ast.expr) -> Any:
-        """What an expression is, or `_UNKNOWN`."""
-        match node:
-            case ast.Constant():
-                return node.value
-            case ast.Name():
-                return self.names.get(node.id, _UNKNOWN)
-            case ast.IfExp():
-                test = self.value(node.test)
-                return test if test is _UNKNOWN else self.value(node.body if test else node.orelse)
-            case ast.BoolOp():
-                values, decisive = [*map(self.value, node.values)], isinstance(node.op, ast.Or)
-                if any(v is not _UNKNOWN and bool(v) is decisive for v in values):
-                    return decisive
-                return _UNKNOWN if any(v is _UNKNOWN for v in values) else not decisive
-            case ast.Compare(ops=[ast.Is() | ast.IsNot() as way], comparators=[ast.Constant(None)]):
-                # What is not known to be None is a tensor.
-                return (self.value(node.left) is None) == isinstance(way, ast.Is)
-            case ast.BinOp(op=ast.Mult()) if 0 in (self.value(node.left), self.value(node.right)):
-                return 0
-            case ast.BinOp(op=ast.Add()) if self.value(node.right) == 0:
-                return self.value(node.left)
-            case ast.BinOp() | ast.Compare() | ast.UnaryOp():
-                return self.computed(node)
-            case ast.Call():
-                return self.call_value(node)
-        return _UNKNOWN
-
-    def computed(self, node: ast.expr) -> Any:
-        """An operation on plain values."""
-        constants = copy.copy(node)
-        for name, part in ast.iter_fields(node):
-            parts = part if isinstance(part, list) else [part]
-            values = [self.value(p) if isinstance(p, ast.expr) else p for p in parts]
-            if not all(_is_plain(v) for v, p in zip(values, parts) if isinstance(p, ast.expr)):
-                return _UNKNOWN
-            made = [ast.Constant(v) if _is_plain(v) else v for v in values]
-            setattr(constants, name, made if isinstance(part, list) else made[0])
-        return eval(ast.unparse(constants), {"__builtins__": {}})
-
-    def call_value(self, node: ast.Call) -> Any:
-        function = ast.unparse(node.func)
-        values = [self.value(argument) for argument in node.args]
-        if function == "tl.cdiv" and all(map(_is_plain, values)):
-            return -(-values[0] // values[1])
-        if function == "tl.program_id" and self.single is not None and values == [self.single]:
-            return 0
-        table, _ = self.table_load(node)
-        return _UNKNOWN if table is None or table.constant is None else table.constant
+                others = [term for term in terms if term is not pointer]
+                index: ast.expr = ast.Constant(0) if not others else others[0]
+                for term in others[1:]:
+                    index = ast.BinOp(index, ast.Add(), term)
+                if table.constant is not None:
+                    return ast.Constant(table.constant)
+                if table.is_identity:
+                    return index
+                return ast.Call(ast.Name(self.program.add_table(table), ast.Load()), [index], [])
+        return node
 
 
 # -- values that nothing reads --------------------------------------------------------------------
@@ -389,6 +366,16 @@ def _constant(name: str, value: Any) -> ast.AnnAssign:
     """``name: tl.constexpr = value``."""
     kind = ast.Attribute(ast.Name("tl", ast.Load()), "constexpr", ast.Load())
     return ast.AnnAssign(ast.Name(name, ast.Store()), kind, ast.Constant(value), simple=1)
+
+
+def _known(node: ast.AST) -> Any:
+    """The value of a visited expression, or `_UNKNOWN`."""
+    return node.value if isinstance(node, ast.Constant) else getattr(node, "known", _UNKNOWN)
+
+
+def _knowing(node: ast.expr, value: Any) -> ast.expr:
+    node.known = value  # type: ignore[attr-defined]
+    return node
 
 
 def _is_plain(value: Any) -> bool:

@@ -18,11 +18,13 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import product
 from math import ceil, sqrt
-
-import torch
+from typing import TYPE_CHECKING
 
 from planner.ir.cost.device_table import device
 from planner.ir.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "TARGETS",
@@ -112,6 +114,8 @@ def target_of(capability: tuple[int, int]) -> Target:
 @cache
 def target_of_device(gpu: torch.device) -> Target:
     """The target of a CUDA device."""
+    import torch
+
     return target_of(torch.cuda.get_device_capability(gpu))
 
 

@@ -153,7 +153,7 @@ def test_equal_functions_are_written_once():
     program.add(example_kernel, {"EVEN": False})
     assert [*program.functions] == [
         *("scaled", "example_kernel"),
-        *("scaled_v2", "looked_up", "example_kernel_v2"),
+        *("looked_up", "scaled_v2", "example_kernel_v2"),
     ]
 
 
