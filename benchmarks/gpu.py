@@ -42,10 +42,9 @@ from planner.cli.console import print_json, table
 from planner.files import write_text
 from planner.ir.intervals import intervals_of
 from planner.ir.lowering import lower_model
-from planner.kernels.ops.attend import attend
-from planner.kernels.ops.mlp import MLPWeights, mlp
-from planner.kernels.ops.project_columns import project_columns
-from planner.kernels.ops.project_rows import project_rows
+from planner.kernels.ops.attend import Attend
+from planner.kernels.ops.project_columns import ProjectColumns
+from planner.kernels.ops.project_rows import ProjectRows
 from planner.kernels.survivors import Survivors, neuron_width
 from planner.kernels.targets.autotune import on_device
 from planner.kernels.triton.kernel import tensor_bytes
@@ -224,18 +223,20 @@ def layer_ops(
     query = meta(batch, tokens, len(heads), size.head_dim).transpose(1, 2)
     key = meta(batch, len(heads), size.tokens, size.head_dim)
     every = Survivors.of([range(len(heads))], len(heads), device="meta")
-    options = {"scale": size.head_dim**-0.5, "causal": tokens > 1}
     title = f"attention, {len(heads)} of {size.heads} heads"
-    yield title, lambda: project_rows(hidden, square, None, kept, packed=True, triton=True)
-    yield title, lambda: attend(query, key, key, None, every, **options, triton=True)
+    yield title, lambda: ProjectRows(hidden, square, None, kept).run(triton=True)
+    attention = Attend(query, key, key, None, every, size.head_dim**-0.5, tokens > 1)
+    yield title, lambda: attention.run(triton=True)
     mixed = meta(batch, tokens, len(lanes))
-    yield title, lambda: project_columns(mixed, square, None, kept, triton=True)
+    yield title, lambda: ProjectColumns(mixed, square, None, kept).run(triton=True)
     up, down = meta(size.neurons, size.hidden), meta(size.hidden, size.neurons)
     width = neuron_width(size.neurons)
     survivors = Survivors.of([neurons], size.neurons, width, device="meta")
-    weights = MLPWeights(up, down, gate=up)
+    first = ProjectRows(hidden, up, None, survivors, gate=up, activation="silu")
+    inner = first.empty()
     title = f"MLP, {len(neurons)} of {size.neurons} neurons"
-    yield title, lambda: mlp(hidden, weights, survivors, triton=True)
+    yield title, lambda: first.run(triton=True)
+    yield title, lambda: ProjectColumns(inner, down, None, survivors).run(triton=True)
 
 
 def kernel_row(
@@ -273,11 +274,11 @@ def op_rows(clock: Clock, size: Size, batch: int, budget: float) -> Iterator[Ker
         key, value = randn(2, batch, size.heads, size.tokens, size.head_dim)
 
         def project(x: Tensor, weight: Tensor, triton: bool) -> Tensor:
-            return project_rows(x, weight, None, features, packed=False, triton=triton)
+            return ProjectRows(x, weight, None, features, packed=False).run(triton=triton)
 
         def mix(q: Tensor, k: Tensor, v: Tensor, triton: bool, causal: bool = causal) -> Tensor:
-            mixed = attend(q, k, v, None, heads, scale=scale, causal=causal, triton=triton)
-            return mixed[:, :, : len(kept)]
+            mixed = Attend(q, k, v, None, heads, scale, causal)
+            return mixed.run(triton=triton)[:, :, : len(kept)]
 
         def mix_dense(q: Tensor, k: Tensor, v: Tensor, causal: bool = causal) -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)

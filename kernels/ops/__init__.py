@@ -11,7 +11,6 @@ who should. May import `planner.ir`, survivors, and the kernels where they are r
     kept_linear      a product with all features
     project_rows     surviving output features: queries, keys, values, an MLP's neurons
     project_columns  a linear over surviving input features: output and down projections
-    mlp              an MLP of these two
     attend           attention of surviving heads, in stock layouts
     score_tokens, choose_tokens, gather_tokens   token stages
 """

@@ -19,22 +19,7 @@ from planner.kernels.ops.op import Gradients, Op
 from planner.kernels.ops.slices import Part, plans_of
 from planner.kernels.survivors import Survivors
 
-__all__ = ["Attend", "attend"]
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    survivors: Survivors,
-    *,
-    scale: float,
-    causal: bool = False,
-    triton: bool,
-) -> Tensor:
-    """Attention of surviving heads; see `Attend` and `Op.run`."""
-    return Attend(query, key, value, mask, scale, causal, survivors).run(triton=triton)
+__all__ = ["Attend"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,19 +35,19 @@ class Attend(Op, name="attend"):
         value: (batch, kv_heads, keys, value_dim).
         mask: bool (True is seen) or added to the scores, broadcast to (batch, heads, tokens, keys).
             A query that sees nothing gets 0.
-        scale: factor on q k^T.
-        causal: token i sees keys 0 to i; as in ``F.scaled_dot_product_attention``, without a mask.
         survivors: surviving units of heads, of `slots` in all, which divide kv_heads; one plan, or
             one per sample.
+        scale: factor on q k^T.
+        causal: token i sees keys 0 to i; as in ``F.scaled_dot_product_attention``, without a mask.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
     mask: Tensor | None
-    scale: float
-    causal: bool
     survivors: Survivors
+    scale: float
+    causal: bool = False
 
     @override
     def twin(self) -> Tensor:

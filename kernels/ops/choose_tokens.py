@@ -10,12 +10,7 @@ from typing_extensions import override
 
 from planner.kernels.ops.op import Op
 
-__all__ = ["ChooseTokens", "choose_tokens", "top_mask"]
-
-
-def choose_tokens(scores: Tensor, eligible: Tensor, counts: Tensor, *, triton: bool) -> Tensor:
-    """Mark the eligible tokens of the highest scores; see `ChooseTokens`."""
-    return ChooseTokens(scores, eligible, counts).run(triton=triton)
+__all__ = ["ChooseTokens", "top_mask"]
 
 
 def top_mask(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:

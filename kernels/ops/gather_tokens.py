@@ -10,12 +10,7 @@ from typing_extensions import override
 
 from planner.kernels.ops.op import Gradients, Op
 
-__all__ = ["GatherTokens", "gather_tokens"]
-
-
-def gather_tokens(x: Tensor, index: Tensor, *, triton: bool) -> Tensor:
-    """Rows of x by index, exactly; see `GatherTokens`."""
-    return GatherTokens(x, index).run(triton=triton)
+__all__ = ["GatherTokens"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,6 @@ fields; gradients are an op of their own, as opaque to a compiler as the forward
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any, ClassVar, Self, get_type_hints
 
 import torch
@@ -35,19 +34,22 @@ Gradients = dict[str, Tensor]
 class Op:
     """One call of an op.
 
-    A subclass, ``class ProjectRows(Op, name="project_rows")``, is a frozen dataclass. Its first
-    field is a tensor, and survivors are its last one, where it reads any. It defines what the op
-    means (`twin`), how PyTorch computes it (`by_pytorch`), what is known without computing it
-    (`empty`), and `gradients` where it has some. The kernel that computes it says so itself.
+    A subclass, ``class ProjectRows(Op, name="project_rows")``, is a frozen dataclass whose first
+    field is a tensor of samples. It defines what the op means (`twin`), how PyTorch computes it
+    (`by_pytorch`), what is known without computing it (`empty`), and `gradients` where it has some.
+    The kernel that computes it says so itself.
+
+        ProjectColumns(a, weight, bias, survivors).run(triton=True)
     """
 
     overload: ClassVar[Any]
+    _types: ClassVar[dict[str, object]]
     _pull_back: ClassVar[Any]
 
     def __init_subclass__(cls, name: str) -> None:
-        types = {field: kind for field, kind in get_type_hints(cls).items() if field[0].islower()}
-        del types["overload"]
-        schema = ", ".join(_SCHEMA[kind].format(field) for field, kind in types.items())
+        hints = get_type_hints(cls)
+        cls._types = {field: hints[field] for field in cls.__annotations__}
+        schema = ", ".join(_SCHEMA[kind].format(field) for field, kind in cls._types.items())
         schema = f"{schema}, bool triton"
         operator = torch.library.custom_op(
             f"planner::{name}",
@@ -94,7 +96,7 @@ class Op:
 
     def suits_triton(self) -> bool:
         """Whether the kernel computes this call; PyTorch takes care of any other."""
-        return next(iter(vars(self).values())).dtype in _DTYPES
+        return next(iter(self._fields().values())).dtype in _DTYPES
 
     def empty(self) -> Tensor:
         """A tensor like the result."""
@@ -107,8 +109,7 @@ class Op:
     def flat(self, triton: bool) -> tuple[Any, ...]:
         """Arguments of the op as PyTorch has it."""
         values: list[Any] = []
-        for field in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
+        for value in self._fields().values():
             if isinstance(value, Survivors):
                 values += [value.units, value.counts, value.lanes, value.width]
             else:
@@ -117,21 +118,29 @@ class Op:
 
     @classmethod
     def _of(cls, flat: tuple[Any, ...]) -> Self:
-        count = len(fields(cls))  # type: ignore[arg-type]
-        if len(flat) == count:
-            return cls(*flat)
-        units, counts, lanes, width = flat[count - 1 :]
-        return cls(*flat[: count - 1], Survivors(units, counts, width, lanes))  # type: ignore[call-arg]
+        values = iter(flat)
+        given: dict[str, Any] = {}
+        for name, kind in cls._types.items():
+            if kind is Survivors:
+                units, counts, lanes, width = (next(values) for _ in range(4))
+                given[name] = Survivors(units, counts, width, lanes)
+            else:
+                given[name] = next(values)
+        return cls(**given)
+
+    def _fields(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._types}
 
     def _compute(self, triton: bool) -> Tensor:
-        first, *_, last = (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
-        if isinstance(last, Survivors):
-            last.require(len(first))
+        first, *others = self._fields().values()
+        for value in others:
+            if isinstance(value, Survivors):
+                value.require(len(first))
         return self.by_triton() if triton and self.suits_triton() else self.by_pytorch()
 
     def _is_plain(self) -> bool:
         """Whether nothing traces the call or wants gradients of it."""
-        tensors = [value for value in vars(self).values() if isinstance(value, Tensor)]
+        tensors = [value for value in self._fields().values() if isinstance(value, Tensor)]
         wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
         return plain and not wanted and not torch.compiler.is_compiling()

@@ -13,14 +13,7 @@ from planner.kernels.ops.op import Gradients, Op
 from planner.kernels.ops.slices import length_of, parts_of, plans_of
 from planner.kernels.survivors import Survivors
 
-__all__ = ["ProjectColumns", "project_columns"]
-
-
-def project_columns(
-    a: Tensor, weight: Tensor, bias: Tensor | None, survivors: Survivors, *, triton: bool
-) -> Tensor:
-    """``a @ weight[:, kept].T + bias``; see `ProjectColumns` and `Op.run`."""
-    return ProjectColumns(a, weight, bias, survivors).run(triton=triton)
+__all__ = ["ProjectColumns"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from planner.kernels.ops.op import Gradients, Op
 from planner.kernels.ops.slices import Part, length_of, parts_of, plans_of
 from planner.kernels.survivors import Survivors
 
-__all__ = ["ACTIVATIONS", "ProjectRows", "project_rows"]
+__all__ = ["ACTIVATIONS", "ProjectRows"]
 
 aten = torch.ops.aten
 
@@ -46,19 +46,6 @@ def _quick_gelu_slope(x: Tensor) -> Tensor:
     return gate + 1.702 * x * gate * (1 - gate)
 
 
-def project_rows(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    survivors: Survivors,
-    *,
-    packed: bool,
-    triton: bool,
-) -> Tensor:
-    """``x @ weight[kept].T + bias[kept]``; see `ProjectRows` and `Op.run`."""
-    return ProjectRows(x, weight, bias, None, None, "", packed, survivors).run(triton=triton)
-
-
 @dataclass(frozen=True, eq=False)
 class ProjectRows(Op, name="project_rows"):
     """``act(gate(x)) * linear(x)`` of kept features, ``act(linear(x))`` without a gate.
@@ -71,21 +58,21 @@ class ProjectRows(Op, name="project_rows"):
         x: (batch, ..., in).
         weight: (out, in), read in place.
         bias: (out,) or None.
-        gate, gate_bias: as weight and bias, or None.
-        activation: a key of `ACTIVATIONS`; empty for none.
+        survivors: surviving units of output features; one plan, or one per sample.
         packed: features by slot, as many as there is room for; or each where the stock layer has
             it, the others 0.
-        survivors: surviving units of output features; one plan, or one per sample.
+        gate, gate_bias: as weight and bias, or None.
+        activation: a key of `ACTIVATIONS`; empty for none.
     """
 
     x: Tensor
     weight: Tensor
     bias: Tensor | None
-    gate: Tensor | None
-    gate_bias: Tensor | None
-    activation: str
-    packed: bool
     survivors: Survivors
+    packed: bool = True
+    gate: Tensor | None = None
+    gate_bias: Tensor | None = None
+    activation: str = ""
 
     @override
     def twin(self) -> Tensor:

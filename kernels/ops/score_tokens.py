@@ -14,14 +14,7 @@ from typing_extensions import override
 
 from planner.kernels.ops.op import Op
 
-__all__ = ["ScoreTokens", "score_tokens"]
-
-
-def score_tokens(
-    query: Tensor, key: Tensor, visible: Tensor, *, scale: float, triton: bool
-) -> Tensor:
-    """Attention of one query per sample, averaged over heads; see `ScoreTokens`."""
-    return ScoreTokens(query, key, visible, scale).run(triton=triton)
+__all__ = ["ScoreTokens"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,13 +21,12 @@ from planner.ir.graph import Binding, Graph, Operator, Site
 from planner.ir.intervals import Intervals, merged
 from planner.ir.passes import NarrowTokens, Specialise, run
 from planner.kernels.mlp_blocks import MLPBlock, NotFusable, mlp_block, unit_width
-from planner.kernels.ops.attend import attend
-from planner.kernels.ops.choose_tokens import choose_tokens
-from planner.kernels.ops.gather_tokens import gather_tokens
-from planner.kernels.ops.mlp import MLPWeights, mlp
-from planner.kernels.ops.project_columns import project_columns
-from planner.kernels.ops.project_rows import project_rows
-from planner.kernels.ops.score_tokens import score_tokens
+from planner.kernels.ops.attend import Attend
+from planner.kernels.ops.choose_tokens import ChooseTokens
+from planner.kernels.ops.gather_tokens import GatherTokens
+from planner.kernels.ops.project_columns import ProjectColumns
+from planner.kernels.ops.project_rows import ProjectRows
+from planner.kernels.ops.score_tokens import ScoreTokens
 from planner.kernels.survivors import Survivors, neuron_width
 from planner.kernels.triton.launch import Launch, recorded
 from planner.kernels.triton.tiles import Target
@@ -168,30 +167,26 @@ class _Lister:
         survivors = self.known(Survivors.packed(kept, width, "meta"))
         if binding.axis == "out":
             x = self.tensor(batch, tokens, ins)
-            project_rows(x, weight, bias, survivors, packed=True, triton=True)
+            ProjectRows(x, weight, bias, survivors).run(triton=True)
         else:
             a = self.tensor(batch, tokens, survivors.slots * survivors.width)
-            project_columns(a, weight, bias, survivors, triton=True)
+            ProjectColumns(a, weight, bias, survivors).run(triton=True)
 
     def mlp(self, site: Site, block: MLPBlock, batch: int, tokens: int, partly: bool) -> None:
         """`partly`: as if units survived in part, whether those of this plan do or not."""
         neurons, hidden = site.lanes, block.up.integer("in")
-        gate = None if block.gate is None else self.tensor(neurons, hidden)
-        weights = MLPWeights(
-            up=self.tensor(neurons, hidden),
-            down=self.tensor(block.down.integer("out"), neurons),
-            gate=gate,
-            activation=block.activation,
-            up_bias=self.bias(block.up),
-            down_bias=self.bias(block.down),
-            gate_bias=None if block.gate is None else self.bias(block.gate),
-        )
+        up, down = self.tensor(neurons, hidden), self.tensor(block.down.integer("out"), neurons)
+        gate, gate_bias = None, None
+        if block.gate is not None:
+            gate, gate_bias = self.tensor(neurons, hidden), self.bias(block.gate)
         lanes = self.plan.kept(site).lanes
         survivors = self.known(Survivors.packed(lanes, neuron_width(neurons), device="meta"))
         if self.any_plan:
             partial_lanes = torch.empty_like(survivors.units) if partly else None
             survivors = replace(survivors, lanes=partial_lanes)
-        mlp(self.tensor(batch, tokens, hidden), weights, survivors, triton=True)
+        x, further = self.tensor(batch, tokens, hidden), (True, gate, gate_bias, block.activation)
+        inner = ProjectRows(x, up, self.bias(block.up), survivors, *further).run(triton=True)
+        ProjectColumns(inner, down, self.bias(block.down), survivors).run(triton=True)
 
     def attention(
         self, operator: Operator, batch: int, tokens: int, keys: int, masked: bool
@@ -200,16 +195,10 @@ class _Lister:
         head_dim = operator.integer("head_dim")
         key = self.tensor(batch, kv_heads, keys, head_dim)
         mask = torch.empty(batch, 1, tokens, keys, dtype=torch.bool, device="meta")
-        attend(
-            self.tensor(batch, tokens, heads, head_dim).transpose(1, 2),
-            key,
-            key,
-            mask if masked else None,
-            self.known(Survivors.everything(kv_heads, torch.device("meta"))),
-            scale=1.0,
-            causal=tokens > 1 and not masked,
-            triton=True,
-        )
+        query = self.tensor(batch, tokens, heads, head_dim).transpose(1, 2)
+        every = self.known(Survivors.everything(kv_heads, torch.device("meta")))
+        mask_or_none, causal = (mask, False) if masked else (None, tokens > 1)
+        Attend(query, key, key, mask_or_none, every, 1.0, causal).run(triton=True)
 
     def choice(self, stage: Operator, batch: int, tokens: int) -> None:
         """Score tokens by the attention in front of a stage, and choose."""
@@ -217,20 +206,16 @@ class _Lister:
         core = next(o for o in reversed(before) if o.kind == "attention" and o.part == "decoder")
         head_dim = core.integer("head_dim")
         visible = torch.empty(batch, tokens, dtype=torch.bool, device="meta")
-        scores = score_tokens(
-            self.tensor(batch, core.integer("heads"), 1, head_dim),
-            self.tensor(batch, core.integer("kv_heads"), tokens, head_dim),
-            visible,
-            scale=1.0,
-            triton=True,
-        )
+        query = self.tensor(batch, core.integer("heads"), 1, head_dim)
+        key = self.tensor(batch, core.integer("kv_heads"), tokens, head_dim)
+        scores = ScoreTokens(query, key, visible, 1.0).run(triton=True)
         counts = torch.empty(batch, dtype=torch.int64, device="meta")
-        choose_tokens(scores, visible, counts, triton=True)
+        ChooseTokens(scores, visible, counts).run(triton=True)
 
     def gather(self, stage: Operator, batch: int, before: int, after: int) -> None:
         index = torch.empty(batch, after, dtype=torch.int64, device="meta")
         width = _sized(stage.shape[-1], {})
-        gather_tokens(self.tensor(batch, before, width), index, triton=True)
+        GatherTokens(self.tensor(batch, before, width), index).run(triton=True)
 
     def tensor(self, *shape: int) -> Tensor:
         return torch.empty(*shape, dtype=self.dtype, device="meta")

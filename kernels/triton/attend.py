@@ -351,7 +351,7 @@ def _case(
             operand[sample].unflatten(0, (_UNITS, -1))[dead] = torch.nan
     mask = _mask(form, kv_heads * group, tokens, keys)
     survivors = Survivors.of(plans, _UNITS)
-    inputs = Attend(query, key, value, mask, 0.3, form == "causal", survivors)
+    inputs = Attend(query, key, value, mask, survivors, 0.3, form == "causal")
     options = {"tile": AttentionTile(16, 16, warps=4, stages=1), "splits": splits}
     name = f"{form}, {tokens} x {keys}, {len(plans)} plans, {splits or 1} splits"
     return Case(name, inputs, options)

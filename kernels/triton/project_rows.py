@@ -207,11 +207,11 @@ class ProjectRowsKernel(Kernel):
                     x,
                     weight.t().contiguous().t() if width == 2 else weight,
                     bias,
+                    survivors,
+                    True,
                     (gate.t().contiguous().t() if width == 2 else gate) if gated else None,
                     gate_bias if gated and width > 1 else None,
                     activations[0],
-                    True,
-                    survivors,
                 )
                 name = f"width {width}, {'gated' * gated}, {activations[0]}"
                 yield Case(name, inputs, small)

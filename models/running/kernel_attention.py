@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from planner.kernels.choice import Kernels, attention_is_faster
-from planner.kernels.ops.attend import attend
+from planner.kernels.ops.attend import Attend
 from planner.kernels.survivors import Survivors
 
 __all__ = ["KERNEL_ATTENTION", "configured_attention"]
@@ -66,17 +66,10 @@ def _by_kernel(
     # What has no mask is causal for sdpa alone; eager functions are always given one.
     causal = bool(causal) and name == "sdpa" and attention_mask is None and tokens > 1
     scale = options.get("scaling")
-    mixed = attend(
-        query,
-        key,
-        value,
-        attention_mask,
-        Survivors.everything(kv_heads, query.device),
-        scale=head_dim**-0.5 if scale is None else float(scale),
-        causal=causal,
-        triton=True,
-    )
-    return mixed, None
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    every = Survivors.everything(kv_heads, query.device)
+    mixed = Attend(query, key, value, attention_mask, every, scale, causal)
+    return mixed.run(triton=True), None
 
 
 def _obstacle(

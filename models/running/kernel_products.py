@@ -19,9 +19,8 @@ from planner.ir.graph import Graph, Operator
 from planner.ir.intervals import Intervals, count_of
 from planner.kernels.choice import Kernels, has_triton, mlp_is_faster, product_is_faster
 from planner.kernels.mlp_blocks import MLPBlock, NotFusable, mlp_block, unit_width
-from planner.kernels.ops.mlp import MLPWeights, mlp
-from planner.kernels.ops.project_columns import project_columns
-from planner.kernels.ops.project_rows import ACTIVATIONS, project_rows
+from planner.kernels.ops.project_columns import ProjectColumns
+from planner.kernels.ops.project_rows import ACTIVATIONS, ProjectRows
 from planner.kernels.survivors import Survivors, neuron_width
 from planner.models.running.bindings import BoundLinear, BoundSite
 from planner.models.running.kernel_attention import KERNEL_ATTENTION
@@ -147,9 +146,8 @@ class LinearByKernel:
             stock = self.stock or partial(type(linear.module).forward, linear.module)
             return stock(features)
         weight, bias, survivors = linear.weight, linear.bias, self._survivors(features.device)
-        if linear.axis == "out":
-            return project_rows(features, weight, bias, survivors, packed=True, triton=True)
-        return project_columns(features, weight, bias, survivors, triton=True)
+        op = ProjectRows if linear.axis == "out" else ProjectColumns
+        return op(features, weight, bias, survivors).run(triton=True)
 
     def _is_faster(self, features: Tensor) -> bool:
         kept, (out, depth) = count_of(self.runs), self.linear.weight.shape
@@ -201,10 +199,10 @@ class MLPByKernel:
         gate, gate_bias = None, None
         if self.gate is not None:
             gate, gate_bias = self.gate.linear.weight, self.gate.linear.bias
-        weights = MLPWeights(
-            up.weight, down.weight, gate, self.activation, up.bias, down.bias, gate_bias
-        )
-        return mlp(hidden, weights, self._survivors(hidden.device), triton=triton)
+        survivors, further = self._survivors(hidden.device), (True, gate, gate_bias)
+        neurons = ProjectRows(hidden, up.weight, up.bias, survivors, *further, self.activation)
+        inner = neurons.run(triton=triton)
+        return ProjectColumns(inner, down.weight, down.bias, survivors).run(triton=triton)
 
     def _is_faster(self, hidden: Tensor) -> bool:
         kept, width = count_of(self.neurons), hidden.shape[-1]

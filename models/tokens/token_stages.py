@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from planner.ir.errors import InputError
 from planner.kernels.choice import Kernels, with_triton
-from planner.kernels.ops.gather_tokens import gather_tokens
+from planner.kernels.ops.gather_tokens import GatherTokens
 from planner.models.running.forward_pass import Call, Record
 from planner.models.running.program import LayerGroup, Program
 from planner.models.tokens.kept_tokens import Kept, gather, scatter
@@ -248,7 +248,7 @@ class TokenStages:
     def gather(self, hidden: Tensor, index: Tensor) -> Tensor:
         """The hidden states of the tokens that are left: `Kept.index` of (rows, tokens, width)."""
         if with_triton(self.kernels, hidden.device):
-            return gather_tokens(hidden, index, triton=True)
+            return GatherTokens(hidden, index).run(triton=True)
         return gather(hidden, index, -2)
 
 

@@ -123,8 +123,8 @@ class _Rewriter:
         for product, pieces in block.projections:
             self._project(product, pieces, heads, site.site.lanes)
         with self.graph.inserting_before(sink.node):
-            operands = (block.query, block.key, block.value, block.mask, block.scale, block.causal)
-            attended = self._call(Attend, *operands, heads)
+            operands = (block.query, block.key, block.value, block.mask)
+            attended = self._call(Attend, *operands, heads, block.scale, block.causal)
             rows = self.graph.call_method("flatten", (attended, 2))
             features = heads.widened(sink.bound.features // site.site.lanes)
             narrowed = self._call(ProjectColumns, rows, sink.weight, None, features)
@@ -138,14 +138,9 @@ class _Rewriter:
         with self.graph.inserting_before(product.node):
             parts = []
             for piece in pieces:
-                weight = self._rows(product.weight, piece)
-                bias = None if product.bias is None else self._rows(product.bias, piece)
+                weight, bias = self._weights((product, piece))
                 features = heads.widened((piece.stop - piece.start) // lanes)
-                parts.append(
-                    self._call(
-                        ProjectRows, product.x, weight, bias, None, None, "", False, features
-                    )
-                )
+                parts.append(self._call(ProjectRows, product.x, weight, bias, features, False))
             joined = self.graph.call_function(torch.cat, (parts, -1)) if len(parts) > 1 else None
         self._replace(product.node, joined or parts[0])
 
@@ -153,15 +148,9 @@ class _Rewriter:
         """The MLP becomes two ops."""
         neurons = self._survivors(site, sink)
         with self.graph.inserting_before(sink.node):
-            tensors: list[Any] = []
-            for rows in (block.up, block.gate):
-                if rows is None:
-                    tensors += [None, None]
-                    continue
-                product, piece = rows
-                bias = None if product.bias is None else self._rows(product.bias, piece)
-                tensors += [self._rows(product.weight, piece), bias]
-            inner = self._call(ProjectRows, block.x, *tensors, block.activation, True, neurons)
+            up, gate = self._weights(block.up), self._weights(block.gate)
+            further = (neurons, True, *gate, block.activation)
+            inner = self._call(ProjectRows, block.x, *up, *further)
             narrowed = self._call(ProjectColumns, inner, sink.weight, None, neurons)
             result = self._biased(site, sink, narrowed)
         sources = {rows[0].node: None for rows in (block.up, block.gate) if rows is not None}
@@ -215,6 +204,14 @@ class _Rewriter:
             node._dynamo_source = ConstantSource(node.name)
             self.inputs[wanted] = node
         return self.inputs[wanted]
+
+    def _weights(self, rows: tuple[Product, slice] | None) -> tuple[Any, Any]:
+        """Weight and bias of some rows of a product; None where there are none."""
+        if rows is None:
+            return None, None
+        product, piece = rows
+        bias = None if product.bias is None else self._rows(product.bias, piece)
+        return self._rows(product.weight, piece), bias
 
     def _rows(self, parameter: fx.Node, rows: slice) -> fx.Node:
         """Rows of a parameter; of all of them the parameter itself."""

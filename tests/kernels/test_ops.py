@@ -15,12 +15,11 @@ from torch.library import opcheck
 from torch.nn import functional as F
 
 from planner.ir.errors import InputError
-from planner.kernels.ops.attend import Attend, attend
+from planner.kernels.ops.attend import Attend
 from planner.kernels.ops.choose_tokens import ChooseTokens
-from planner.kernels.ops.mlp import MLPWeights, mlp
 from planner.kernels.ops.op import Op
-from planner.kernels.ops.project_columns import project_columns
-from planner.kernels.ops.project_rows import project_rows
+from planner.kernels.ops.project_columns import ProjectColumns
+from planner.kernels.ops.project_rows import ProjectRows
 from planner.kernels.survivors import Survivors, neuron_width
 from planner.kernels.triton.launch import counted
 
@@ -82,20 +81,26 @@ def test_gradients(name, index):
     assert torch.autograd.gradcheck(run, values, fast_mode=True)
 
 
+def mlp(x, up, gate, down, survivors, triton, biases=(None, None), activation="silu"):
+    """An MLP block as the executor runs it."""
+    first = ProjectRows(x, up, biases[0], survivors, gate=gate, activation=activation)
+    return ProjectColumns(first.run(triton=triton), down, biases[1], survivors).run(triton=triton)
+
+
 def test_gradients_are_those_of_the_masked_block():
     survivors = Survivors.of([range(8, 13), range(16, 24), [0, 3]], 24, 8)
-    weights = MLPWeights(*(w.double() for w in (weight(24, 12), weight(12, 24), weight(24, 12))))
+    up, gate, down = (w.double() for w in (weight(24, 12), weight(24, 12), weight(12, 24)))
     x = torch.randn(3, 5, 12, dtype=torch.float64)
     alive = torch.zeros(3, 1, 24, dtype=torch.float64)
     for row in range(3):
         alive[row, :, survivors.kept(row)] = 1
 
     def masked(x):
-        return F.linear(F.silu(x @ weights.gate.T) * (x @ weights.up.T) * alive, weights.down)
+        return F.linear(F.silu(x @ gate.T) * (x @ up.T) * alive, down)
 
     found = []
-    for block in (masked, lambda x: mlp(x, weights, survivors, triton=False)):
-        leaf, parameters = x.clone().requires_grad_(), (weights.up, weights.down, weights.gate)
+    for block in (masked, lambda x: mlp(x, up, gate, down, survivors, triton=False)):
+        leaf, parameters = x.clone().requires_grad_(), (up, down, gate)
         for parameter in parameters:
             parameter.grad = None
             parameter.requires_grad_()
@@ -112,21 +117,15 @@ def test_gradients_are_those_of_the_masked_block():
 def test_mlp(triton, plans, neurons):
     kept = [random_lanes(neurons), [], random_lanes(neurons)][:plans]
     survivors = Survivors.of(kept, neurons, neuron_width(neurons))
-    weights = MLPWeights(
-        weight(neurons, 40),
-        weight(40, neurons),
-        activation="gelu",
-        up_bias=torch.randn(neurons),
-        down_bias=torch.randn(40),
-    )
-    x = torch.randn(3, 5, 40)
+    up, down = weight(neurons, 40), weight(40, neurons)
+    x, biases = torch.randn(3, 5, 40), (torch.randn(neurons), torch.randn(40))
     alive = torch.zeros(plans, 1, neurons)
     for row, lanes in enumerate(kept):
         alive[row, :, lanes] = 1
-    want = F.linear(F.gelu(F.linear(x, weights.up, weights.up_bias)) * alive, weights.down)
+    want = F.linear(F.gelu(F.linear(x, up, biases[0])) * alive, down, biases[1])
     with counted() as counter:
-        got = mlp(x, weights, survivors, triton=triton)
-    assert_close(got, (want + weights.down_bias).double(), torch.float32)
+        got = mlp(x, up, None, down, survivors, triton, biases, "gelu")
+    assert_close(got, want.double(), torch.float32)
     assert dict(counter) == ({"project_rows": 1, "project_columns": 1} if triton else {})
 
 
@@ -134,16 +133,15 @@ def test_everything_surviving_is_the_dense_product():
     x, w, bias = torch.randn(2, 3, 12), weight(20, 12), torch.randn(20)
     everything = Survivors.of([range(20)], 20, 4)
     for packed in (True, False):
-        got = project_rows(x, w, bias, everything, packed=packed, triton=False)
-        assert torch.equal(got, F.linear(x, w, bias))
+        op = ProjectRows(x, w, bias, everything, packed)
+        assert torch.equal(op.run(triton=False), F.linear(x, w, bias))
 
 
 def test_values_narrower_than_keys():
     query, key, value = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 3)
     survivors = Survivors.of([[1]], 2)
-    options = {"scale": 0.3, "causal": False}
-    got = attend(query, key, value, None, survivors, triton=True, **options)
-    want = Attend(query, key, value, None, 0.3, False, survivors).twin()
+    op = Attend(query, key, value, None, survivors, 0.3)
+    got, want = op.run(triton=True), op.twin()
     assert_close(got[:, :, :2], want[:, :, :2].double(), torch.float32)
 
 
@@ -161,19 +159,19 @@ def test_choice_is_exact_even_among_equals(data):
 
 
 def test_new_plans_do_not_recompile():
-    weights = MLPWeights(weight(24, 12), weight(12, 24), weight(24, 12))
+    weights = weight(24, 12), weight(24, 12), weight(12, 24)
     counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(backend=counter, fullgraph=True)
     def block(x, units, counts, lanes):
-        return mlp(x, weights, Survivors(units, counts, 8, lanes), triton=False)
+        return mlp(x, *weights, Survivors(units, counts, 8, lanes), triton=False)
 
     for _ in range(20):
         firsts = torch.randint(3, (2,)).tolist()
         neurons = Survivors.of([range(8 * first + 1, 24) for first in firsts], 24, 8)
         x = torch.randn(2, 5, 12)
         got = block(x, neurons.units, neurons.counts, neurons.lanes)
-        assert_close(got, mlp(x, weights, neurons, triton=True).double(), torch.float32)
+        assert_close(got, mlp(x, *weights, neurons, triton=True).double(), torch.float32)
     assert counter.frame_count == 1
 
 
@@ -181,9 +179,9 @@ def test_plans_must_fit_the_batch():
     two = Survivors.of([[0], [1]], 3)
     for triton in (False, True):
         with pytest.raises(InputError, match="2 plans do not fit 5 samples"):
-            project_rows(torch.randn(5, 1, 4), weight(3, 4), None, two, packed=True, triton=triton)
+            ProjectRows(torch.randn(5, 1, 4), weight(3, 4), None, two).run(triton=triton)
         with pytest.raises(InputError, match="2 plans do not fit 5 samples"):
-            project_columns(torch.randn(5, 1, 3), weight(4, 3), None, two, triton=triton)
+            ProjectColumns(torch.randn(5, 1, 3), weight(4, 3), None, two).run(triton=triton)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +193,7 @@ def test_plans_must_fit_the_batch():
 )
 def test_kernels_refuse_shapes_that_do_not_fit(x, w, complaint):
     with pytest.raises(InputError, match=complaint):
-        project_rows(x, w, None, Survivors.of([[1]], 3), packed=True, triton=True)
+        ProjectRows(x, w, None, Survivors.of([[1]], 3)).run(triton=True)
 
 
 def test_the_package_called_kernels_is_hugging_face_s():
@@ -211,16 +209,12 @@ def test_ops_work_without_triton():
 import sys
 sys.modules["triton"] = None
 import torch
-from torch.nn import functional as F
-from planner.kernels.ops.mlp import MLPWeights, mlp
+from planner.kernels.ops.project_columns import ProjectColumns
 from planner.kernels.survivors import Survivors
-weights = MLPWeights(torch.randn(16, 8), torch.randn(8, 16))
-survivors = Survivors.of([[1, 2, 9]], 16, 8)
-x = torch.randn(2, 3, 8)
-alive = torch.zeros(16)
-alive[[1, 2, 9]] = 1
-want = F.linear(F.silu(F.linear(x, weights.up)) * alive, weights.down)
-torch.testing.assert_close(mlp(x, weights, survivors, triton=False), want)
+a, weight = torch.randn(2, 3, 16), torch.randn(8, 16)
+survivors = Survivors.of([range(8, 16)], 16, 8)
+got = ProjectColumns(a, weight, None, survivors).run(triton=False)
+torch.testing.assert_close(got, a[..., :8] @ weight[:, 8:].T)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

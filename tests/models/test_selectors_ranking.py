@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.kernels.ops.score_tokens import score_tokens
+from planner.kernels.ops.score_tokens import ScoreTokens
 from planner.models.tokens.selectors.ranking import outliers, pack, top_mask
 from planner.models.tokens.selectors.scoring import (
     attention_rows,
@@ -119,10 +119,10 @@ def test_last_query_row_with_default_scale_and_poisoned_padding():
     weights = attention_rows(query, key, visible[:, None])[:, :, 0]
     expected = full_attention(query.numpy(), key.numpy(), 0.25, visible[:, None].numpy())[:, :, 0]
     torch.testing.assert_close(weights, torch.from_numpy(expected).float())
-    scores = score_tokens(query, key, visible, scale=0.25, triton=False)
+    scores = ScoreTokens(query, key, visible, 0.25).run(triton=False)
     torch.testing.assert_close(scores, weights.mean(1))
     key[1, :, :2] = 1e30
-    torch.testing.assert_close(score_tokens(query, key, visible, scale=0.25, triton=False), scores)
+    torch.testing.assert_close(ScoreTokens(query, key, visible, 0.25).run(triton=False), scores)
     assert weights.shape == (2, 6, 7)
     assert not weights[1, :, :2].any()
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from planner.kernels.ops.choose_tokens import choose_tokens
-from planner.kernels.ops.score_tokens import score_tokens
+from planner.kernels.ops.choose_tokens import ChooseTokens
+from planner.kernels.ops.score_tokens import ScoreTokens
 from planner.models.tokens.selectors.scoring import visible_keys
 from planner.models.tokens.selectors.selection import (
     DecoderInputs,
@@ -26,9 +26,9 @@ def fastv(selector: FastV, inputs: DecoderInputs, layer: int) -> DecoderSelectio
     row = query.gather(2, last[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
     visible = visible_keys(last, inputs.valid, inputs.attention_mask, seq)[:, 0]
     scale = query.shape[-1] ** -0.5 if inputs.scaling is None else inputs.scaling
-    scores = score_tokens(row, key, visible, scale=scale, triton=inputs.triton)[:, -seq:]
+    scores = ScoreTokens(row, key, visible, scale).run(triton=inputs.triton)[:, -seq:]
     counts = image.new_tensor(
         [selector.counts(n)[0] for n in image.sum(1).tolist()], dtype=torch.int64
     )
-    chosen = choose_tokens(scores, image, counts, triton=inputs.triton)
+    chosen = ChooseTokens(scores, image, counts).run(triton=inputs.triton)
     return DecoderSelection(~image | chosen)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from planner.kernels.ops.choose_tokens import choose_tokens
+from planner.kernels.ops.choose_tokens import ChooseTokens
 from planner.models.tokens.selectors.ranking import descending, pack
 from planner.models.tokens.selectors.scoring import attention_rows, visible_keys
 from planner.models.tokens.selectors.selection import (
@@ -127,7 +127,7 @@ def sparsevlm(selector: SparseVLM, inputs: DecoderInputs, layer: int) -> Decoder
     scores = torch.einsum("brk,br->bk", attention, weight.to(attention.dtype))[:, -seq:]
     keep = selector.keep[selector.layers.index(layer)]
     counts = torch.full((len(image),), keep, device=image.device)
-    kept = choose_tokens(scores, image, counts, triton=inputs.triton)
+    kept = ChooseTokens(scores, image, counts).run(triton=inputs.triton)
     if not selector.recycle:
         return DecoderSelection(~image | kept)
     hidden_states = supplied(inputs.hidden_states, "hidden_states")

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from planner.ir.errors import InputError
-from planner.kernels.ops.mlp import MLPWeights, mlp
+from planner.kernels.ops.project_columns import ProjectColumns
+from planner.kernels.ops.project_rows import ProjectRows
 from planner.kernels.survivors import Survivors
 from planner.kernels.targets.autotune import autotuned, local_target
 from planner.kernels.targets.plan_launches import Call, launches_of
@@ -17,9 +18,11 @@ def run_mlp():
     def meta(*shape):
         return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
 
-    weights = MLPWeights(meta(11008, 4096), meta(4096, 11008), gate=meta(11008, 4096))
+    up, gate, down = meta(11008, 4096), meta(11008, 4096), meta(4096, 11008)
     survivors = Survivors.of([range(8256)], 11008, 8, device="meta")
-    mlp(meta(1, 640, 4096), weights, survivors, triton=True)
+    x = meta(1, 640, 4096)
+    inner = ProjectRows(x, up, None, survivors, gate=gate, activation="silu").run(triton=True)
+    ProjectColumns(inner, down, None, survivors).run(triton=True)
 
 
 CALL = Call("mlp.down_proj", 0, "prefill", 1, 640, run_mlp)
