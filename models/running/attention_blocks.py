@@ -167,7 +167,7 @@ def _masked(site: BoundSite, lanes: Intervals, args: Any, kwargs: Any) -> Tensor
     def hide(_: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
         return inputs[0] * mask
 
-    handle = sink.module.register_forward_pre_hook(hide)
+    handle = sink.host.register_forward_pre_hook(hide)
     try:
         return _hidden(site.module(*args, **kwargs))
     finally:

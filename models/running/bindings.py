@@ -30,14 +30,19 @@ def _pairs(edges: Sequence[int]) -> Iterable[tuple[int, int]]:
 class BoundLinear:
     """One linear whose rows (axis ``out``) or columns (axis ``in``) belong to lanes.
 
+    Of a linear with LoRA adapters (peft) there are several: the base layer, and of every adapter
+    the half whose rows or columns are the same.
+
     Attributes:
         path: module path.
+        host: what stands at the place of the linear: itself, or what holds its adapters too.
         module: an ``nn.Linear``, or transformers' ``Conv1D``, which stores its weight transposed.
         binding: the layout.
         shared: features that belong to no lane; always kept.
     """
 
     path: str
+    host: nn.Module
     module: nn.Module
     binding: Binding
     shared: Intervals
@@ -113,19 +118,49 @@ class BoundLayer:
         for site in (self.heads, self.mlp):
             if site is not None:
                 yield from (site.site.module, *(b.module for b in site.site.bindings))
+                yield from (linear.path for linear in site.linears)
 
 
-def _bind_linear(model: nn.Module, site: Site, binding: Binding) -> BoundLinear:
-    module = model.get_submodule(binding.module)
-    linear = BoundLinear(binding.module, module, binding, ())
+def _bound(model: nn.Module, site: Site, binding: Binding) -> list[BoundLinear]:
+    """A linear, and the halves of its adapters that share its lanes."""
+    host: Any = model.get_submodule(binding.module)
+    modules: dict[str, nn.Module] = {binding.module: host}
+    if hasattr(host, "base_layer"):
+        half = "lora_B" if binding.axis == "out" else "lora_A"
+        modules = {f"{binding.module}.base_layer": host.base_layer}
+        for name, adapter in getattr(host, half).items():
+            modules[f"{binding.module}.{half}.{name}"] = adapter
+    return [_bind_linear(path, host, module, site, binding) for path, module in modules.items()]
+
+
+def _bind_linear(
+    path: str, host: nn.Module, module: nn.Module, site: Site, binding: Binding
+) -> BoundLinear:
+    linear = BoundLinear(path, host, module, binding, ())
     owned = linear.runs(((0, site.lanes),))
     edges = [0, *(edge for run in owned for edge in run), linear.features]
     if edges != sorted(edges):
         raise InputError(
-            f"the graph gives {binding.module} {edges[-2]} features and the model has "
+            f"the graph gives {path} {edges[-2]} features and the model has "
             f"{linear.features}; lower the model that is loaded"
         )
-    return BoundLinear(binding.module, module, binding, merged(_pairs(edges)))
+    return BoundLinear(path, host, module, binding, merged(_pairs(edges)))
+
+
+def _obstacle(model: nn.Module, site: Site) -> str:
+    """Why a site cannot be narrowed after all; "" where it can."""
+    for binding in site.bindings:
+        host: Any = model.get_submodule(binding.module)
+        linear = getattr(host, "base_layer", host)
+        if not isinstance(linear, nn.Linear | Conv1D) or not _is_matrix(linear.weight):
+            return f"the weights of {binding.module} are no plain matrix in memory"
+        # Adapters with a weight of another form, such as DoRA's magnitudes, know all rows.
+        if linear is not host and not (
+            {"lora_A", "lora_B"} <= host._modules.keys()
+            and not any(getattr(host, "lora_variant", {"": "unknown"}).values())
+        ):
+            return f"the adapters of {binding.module} are no plain LoRA"
+    return ""
 
 
 def _is_matrix(weight: Any) -> bool:
@@ -140,16 +175,12 @@ def _is_matrix(weight: Any) -> bool:
 
 def bind_site(model: nn.Module, site: Site) -> BoundSite:
     """Find the modules of an attention block or MLP."""
-    module = model.get_submodule(site.module)
-    for binding in site.bindings:
-        linear = model.get_submodule(binding.module)
-        weight = getattr(linear, "weight", None)
-        if not isinstance(linear, nn.Linear | Conv1D) or not _is_matrix(weight):
-            return BoundSite(
-                site, module, (), f"the weights of {binding.module} are no plain matrix in memory"
-            )
-    linears = tuple(_bind_linear(model, site, binding) for binding in site.bindings)
-    return BoundSite(site, module, linears)
+    module, obstacle = model.get_submodule(site.module), _obstacle(model, site)
+    linears: list[BoundLinear] = []
+    if not obstacle:
+        for binding in site.bindings:
+            linears += _bound(model, site, binding)
+    return BoundSite(site, module, tuple(linears), obstacle)
 
 
 def bind(model: nn.Module, graph: Graph) -> tuple[BoundLayer, ...]:

@@ -128,7 +128,7 @@ class MaskedExecutor:
                             if site is None:
                                 raise InputError(f"layer {number} has no such site to mask")
                             hook = partial(_mask_features, switches, _switch_of(site, switches))
-                            hooks.append(site.sink.module.register_forward_pre_hook(hook))
+                            hooks.append(site.sink.host.register_forward_pre_hook(hook))
                     if gates.tokens:
                         enter = partial(state.enter, number, gates.tokens.get(number))
                         hooks.append(

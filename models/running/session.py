@@ -170,7 +170,8 @@ class Session:
         self.key = next(_keys)
         self._programs: OrderedDict[tuple[object, ...], Program] = OrderedDict()
         self._layers: tuple[BoundLayer, ...] = ()
-        self._modules: list[tuple[Mapping[str, Any], str, object]] = []
+        self._ways: list[tuple[Mapping[str, Any], str, object]] = []
+        self._adapters: list[tuple[nn.ModuleDict, int]] = []
 
     @staticmethod
     def of(model: nn.Module) -> Session | None:
@@ -193,9 +194,15 @@ class Session:
     @property
     def layers(self) -> tuple[BoundLayer, ...]:
         """The model's decoder layers, found again where modules were exchanged meanwhile."""
-        if not self._layers or any(known.get(n) is not m for known, n, m in self._modules):
+        if (
+            not self._layers
+            or any(known.get(name) is not module for known, name, module in self._ways)
+            or any(len(adapters) != count for adapters, count in self._adapters)
+        ):
             self._layers = bind(self.model, self.graph)
-            self._modules = _ways(self.model, self._layers)
+            self._ways = _ways(self.model, self._layers)
+            found = {id(m): m for _, _, m in self._ways if isinstance(m, nn.ModuleDict)}
+            self._adapters = [(adapters, len(adapters)) for adapters in found.values()]
             self._programs.clear()
         return self._layers
 

@@ -1,12 +1,13 @@
 """Skipping: a stock model runs what its plans keep, and nothing else.
 
-The unit is a forward pass. When the model or its decoder is called, what this execution context's
-plans leave out is put out of the way, by shadowing ``forward`` of the modules concerned on the
-instance: linears compute with what is kept, layers that are off return their input, layers behind a
-token stage run on the tokens that are left. When the pass is over, all of it is undone. So the
-stock code runs unchanged, threads and tasks share a model under plans of their own (one pass at a
-time, in the order of asking), and whoever looks at the model between two passes - to copy it, to
-save it, to exchange its weights or its ``forward`` - finds it as it was, two hooks aside.
+The unit is a forward pass. When the model is called, or a part of it that its decoder is in, what
+this execution context's plans leave out is put out of the way, by shadowing ``forward`` of the
+modules concerned on the instance: linears compute with what is kept, layers that are off return
+their input, layers behind a token stage run on the tokens that are left. When the pass is over, all
+of it is undone. So the stock code runs unchanged, threads and tasks share a model under plans of
+their own (one pass at a time, in the order of asking), and whoever looks at the model between two
+passes - to copy it, to save it, to exchange its weights or its ``forward`` - finds it as it was, a
+few hooks aside.
 
 What torch.compile traces reads shadows whenever it is called, so behind a first trace they stay,
 as the context that sets a budget wants them.
@@ -119,10 +120,10 @@ class Ready:
         for module, name, value in self.attributes:
             self._patches.set(module, name, value)
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A pass of the whole model begins, with these arguments."""
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A pass begins with the call of a module, and these arguments."""
         if self.stages is not None:
-            self.stages.remember(args, kwargs)
+            self.stages.remember(module, args, kwargs)
 
     def refresh(self) -> None:
         """Look what weights are now."""
@@ -167,9 +168,11 @@ class Skipping:
         self._begin_anew()
         model: Any = session.model
         self._decoder: nn.Module = model.get_decoder()
+        # A pass begins with the first of them that is called.
+        self._entries = _way(session.model, self._decoder)
         self._handles = [
             handle
-            for module in dict.fromkeys((session.model, self._decoder))
+            for module in self._entries
             for handle in (
                 module.register_forward_pre_hook(self.begin, with_kwargs=True),
                 module.register_forward_hook(self.end, always_call=True),
@@ -191,7 +194,7 @@ class Skipping:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is made anew, of the modules of a copy."""
-        kept = ("session", "products", "_visions", "_decoder", "_handles")
+        kept = ("session", "products", "_visions", "_decoder", "_entries", "_handles")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -247,13 +250,13 @@ class Skipping:
     # -- a pass ----------------------------------------------------------------------------------
 
     def begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Arguments | None:
-        """Before the model or its decoder runs."""
+        """Before the model runs, or a part of it that its decoder is in."""
         if torch.compiler.is_dynamo_compiling():
             self._hold()
             if self._held is not None and module is self.session.model:
-                self._held.begin(args, kwargs)
+                self._held.begin(module, args, kwargs)
             return None
-        if module is not self.session.model and module is not self._decoder:
+        if all(module is not entry for entry in self._entries):
             raise InputError(
                 "DataParallel copies the model for every pass, and a plan is of one model; use "
                 "DistributedDataParallel"
@@ -275,14 +278,14 @@ class Skipping:
             # What a pass that was cut short has left goes here, too.
             self._place(ready)
             self._running = module
-            if ready is not None and module is self.session.model:
-                ready.begin(args, kwargs)
+            if ready is not None:
+                ready.begin(module, args, kwargs)
         except BaseException:
             self._close()
             raise
 
     def end(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Behind the model or its decoder, whether it failed or not."""
+        """Behind it, whether it failed or not."""
         if torch.compiler.is_dynamo_compiling() or self._running is None:
             return output
         if self.decider is not None and module is self._decoder:
@@ -523,6 +526,16 @@ class Skipping:
         elif replaced:
             attributes["config"] = ConfigView(config, **replaced)
         return attributes
+
+
+def _way(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
+    """The model, its decoder, and what lies between them.
+
+    Some wrappers call the model's ``forward``, which runs no hooks; what is inside runs its own.
+    """
+    path = next(path for path, module in model.named_modules() if module is decoder)
+    names = path.split(".") if path else []
+    return [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
 
 
 def session_on(

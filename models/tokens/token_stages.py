@@ -40,7 +40,7 @@ class TokenStages:
         recorded: layers whose attention some selector scores tokens by.
         kept: layer of a stage -> image tokens of the last prompt that were left behind it, by row
             of its batch, shape (batch,).
-        arguments: of the whole model, in this pass; empty where only the decoder was called.
+        arguments: what the model was called with in this pass.
 
     Raises:
         InputError: a stage cannot be carried out on this model.
@@ -76,12 +76,12 @@ class TokenStages:
                 if Needs.QUERY_KEY in selector.needs:
                     self.recorded.update(program.scored_by(stage))
         self.vision = None if vision is None else visions(vision)
-        self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         self.arguments: dict[str, Any] = {}
 
-    def remember(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note what the whole model was called with."""
-        self.arguments = dict(zip(self._names, args)) | kwargs
+    def remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what the model was called with, or the part of it that a pass began with."""
+        names = list(inspect.signature(type(module).forward).parameters)[1:] if args else ()
+        self.arguments = dict(zip(names, args)) | kwargs
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter(self, call: Call, hidden: Tensor) -> Tensor:

@@ -236,7 +236,7 @@ def _runnable(graph: Graph, layers: Sequence[BoundLayer]) -> Graph:
         for site in (layer.heads, layer.mlp)
         if site is not None
         and not site.obstacle
-        and all(isinstance(linear.module, nn.Linear) for linear in site.linears)
+        and all(isinstance(linear.host, nn.Linear) for linear in site.linears)
     }
 
     def runs(site: Site) -> bool:
