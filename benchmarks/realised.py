@@ -394,7 +394,7 @@ def dispatch(case: Case) -> Row:
 
     def switch() -> None:
         with bench.session.under(plan):
-            ready = bench.session.implementation.ready(bench.session.program)
+            ready = bench.session.implementation.preparing.ready(bench.session.program)
             ready.put_in_place()
             ready.take_away()
 

@@ -6,11 +6,13 @@ Imports `planner.ir`, `planner.plan`, `planner.kernels` and `planner.models.toke
     planning           plans of one model, by budget
     program            a plan (or one per sample) as what every layer does
     skipping           passes that run a program, and nothing else
+    traced             whether what torch.compile has traced is what its caller wants
     pass_lock          one pass at a time, in the order of asking
-    layers             what stands in for `forward` of layers, attention blocks and linears
+    ready              a program made ready for a model: what stands where while it runs
     products           what linears, MLP blocks and attention compute with
     kernel_products    the same by planner's kernels, on stock weights in place
     kernel_attention   attention by planner's kernel, in transformers' table of functions
+    layers             what stands in for `forward` of layers and attention blocks
     forward_pass       one forward pass: rows, past, images, what is left
     kv_cache           KV caches that hold what is kept
     growing_cache      a cache layer that appends in place

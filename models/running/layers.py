@@ -1,4 +1,4 @@
-"""What stands in for `forward` of layers, attention blocks and linears while a plan is active."""
+"""What stands in for `forward` of layers and attention blocks while a plan is active."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from planner.models.running.attention_blocks import AttentionBlock
 from planner.models.running.bindings import BoundSite
 from planner.models.running.forward_pass import Call, Passes
 from planner.models.running.kv_cache import PlannedLayer
-from planner.models.running.products import Compute
+from planner.models.running.products import BlockForward, Compute
 from planner.models.running.program import LayerGroup, LayerProgram
 from planner.models.tokens.kept_tokens import (
     Kept,
@@ -26,27 +26,7 @@ from planner.models.tokens.kept_tokens import (
     select_rows,
 )
 
-__all__ = ["AttentionForward", "BlockForward", "LayerForward", "Setup"]
-
-
-class BlockForward:
-    """Stands in for a linear, or for a whole MLP block.
-
-    Args:
-        narrows: whether it ever leaves something out.
-
-    Attributes:
-        active: what to compute with; None is the module's own code.
-    """
-
-    def __init__(self, narrows: bool) -> None:
-        self.narrows = narrows
-        self.stock: Any = None
-        self.active: Compute | None = None
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """Shape (..., in features) to (..., out features), narrowed as `active` says."""
-        return self.stock(features) if self.active is None else self.active(features)
+__all__ = ["AttentionForward", "LayerForward", "Setup"]
 
 
 class AttentionForward:

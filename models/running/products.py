@@ -25,7 +25,15 @@ from planner.kernels.choice import Kernels
 from planner.kernels.ops.kept_linear import kept_linear, suits
 from planner.models.running.bindings import BoundLinear, BoundSite
 
-__all__ = ["Compute", "Copies", "KeptProduct", "Products", "Refreshed", "TorchProducts"]
+__all__ = [
+    "BlockForward",
+    "Compute",
+    "Copies",
+    "KeptProduct",
+    "Products",
+    "Refreshed",
+    "TorchProducts",
+]
 
 # Features of shape (..., in features) to (..., out features), either of them narrowed.
 Compute = Callable[[Tensor], Tensor]
@@ -66,6 +74,26 @@ class Refreshed(Protocol):
     def __call__(self, features: Tensor) -> Tensor:
         """See `Compute`."""
         ...
+
+
+class BlockForward:
+    """Stands in for a linear, or for a whole MLP block.
+
+    Args:
+        narrows: whether it ever leaves something out.
+
+    Attributes:
+        active: what to compute with; None is the module's own code.
+    """
+
+    def __init__(self, narrows: bool) -> None:
+        self.narrows = narrows
+        self.stock: Any = None
+        self.active: Compute | None = None
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Shape (..., in features) to (..., out features), narrowed as `active` says."""
+        return self.stock(features) if self.active is None else self.active(features)
 
 
 class TorchProducts:

@@ -26,8 +26,9 @@ from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.models.running.kv_cache import cache_among, cache_argument
 from planner.models.running.masked import MaskedExecutor
+from planner.models.running.ready import Ready
 from planner.models.running.session import Session, Setting
-from planner.models.running.skipping import Ready, Skipping, session_on
+from planner.models.running.skipping import Skipping, session_on
 from planner.models.scheduling.insertion import Insertion, end_of_prompt
 from planner.models.scheduling.layouts import Layout, Taken
 from planner.models.scheduling.scheduler import Scheduler
@@ -68,7 +69,7 @@ class _Skipping:
 
     def __init__(self, skipping: Skipping, layout: Layout, base: Plan, ready: Ready) -> None:
         self.skipping, self.layout, self.base, self.ready = skipping, layout, base, ready
-        skipping.prepare()
+        skipping.preparing.prepare()
 
     def obey(self, taken: Taken) -> Ready:
         return self.skipping.redirect(
@@ -281,7 +282,8 @@ class Scheduled:
     def _make_obeying(self, session: Session, base: Plan) -> _Obeying:
         skipping = session.implementation
         if base.tokens or not self._mask:
-            self.prompts = skipping.ready_always(session.program_of(Setting((base,))), self._places)
+            program = session.program_of(Setting((base,)))
+            self.prompts = skipping.preparing.ready_always(program, self._places)
         if self._mask:
             return _Masking(MaskedExecutor(self.model, self.graph), self.layout, self.prompts)
         assert self.prompts is not None

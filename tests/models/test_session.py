@@ -244,6 +244,43 @@ def test_nobody_overtakes():
     assert not lock.is_mine
 
 
+def test_what_torch_compile_traced_is_for_those_who_want_its_plan(model, session, some):
+    right = expected(model, session, some)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+
+    def near(got, want):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+    near(logits(compiled), right[3])
+    session.obey(some[0])
+    near(logits(compiled), right[0])
+    with session.under(some[2]):
+        near(logits(compiled), right[2])
+        near(logits(model), right[2])
+        with ThreadPoolExecutor(1) as pool:
+            # As it is, the model is everybody's.
+            near(pool.submit(logits, model).result(), right[0])
+            with pytest.raises(InputError, match="another thread or task has set the plan"):
+                pool.submit(logits, compiled).result()
+        near(logits(compiled), right[2])
+    near(logits(compiled), right[0])
+    session.close()
+    near(logits(compiled), right[3])
+    torch.compiler.reset()
+
+
+def test_a_graph_compiled_before_there_was_a_plan_is_compiled_again(qwen3, some):
+    torch.compiler.reset()
+    model = copy.deepcopy(qwen3[0].model)
+    compiled = torch.compile(model, backend="aot_eager")
+    stock = logits(compiled)
+    session_on(model, qwen3[1]).obey(some[0])
+    torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(compiled), stock)
+    torch.compiler.reset()
+
+
 # -- the model between passes ----------------------------------------------------------------------
 
 

@@ -1,0 +1,320 @@
+"""A program made ready for a model: what stands where while it runs."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, Protocol
+
+from torch import nn
+
+from planner.ir.errors import InputError
+from planner.models.running.attention_blocks import AttentionBlock, probe
+from planner.models.running.bindings import BoundLayer, BoundSite
+from planner.models.running.forward_pass import Call, Passes
+from planner.models.running.layers import AttentionForward, LayerForward, Setup
+from planner.models.running.patches import ConfigView, Patches, Shadow
+from planner.models.running.products import BlockForward, Compute, Products, Refreshed
+from planner.models.running.program import LayerGroup, LayerProgram, Program
+from planner.models.running.recording import recording
+from planner.models.running.session import Session
+from planner.models.tokens.token_stages import Places, TokenStages
+from planner.models.tokens.vision_stage import VisionStage
+from planner.planning.selectors import VisionSelector
+
+__all__ = ["Preparing", "Ready"]
+
+# Attributes of transformers' layers: whether, and by what function, they keep no activations.
+CHECKPOINTS, CHECKPOINT = "gradient_checkpointing", "_gradient_checkpointing_func"
+
+
+class Ready:
+    """A program made ready for a model: what stands where while it runs.
+
+    Args:
+        program: what to run.
+        stages: its token stages; None where no token is dropped.
+        again: runs a layer again in a backward pass, see `Runs.again`.
+    """
+
+    def __init__(
+        self, program: Program, stages: TokenStages | None, again: Callable[..., Any]
+    ) -> None:
+        self.program = program
+        self.stages = stages
+        self._again = again
+        self.passes = Passes(program, stages)
+        self.shadows: list[tuple[nn.Module, Shadow]] = []
+        self.attributes: list[tuple[nn.Module, str, Any]] = []
+        self.products: list[Refreshed] = []
+        self._patches = Patches()
+
+    @property
+    def kept_image_tokens(self) -> dict[int, list[int]]:
+        """How many image tokens were kept of the last prompt.
+
+        Returns:
+            Layer of a token stage -> what was left behind it, one number a row of the batch. Empty
+            before the first prompt, and where no token is dropped.
+        """
+        kept = {} if self.stages is None else self.stages.kept
+        return {layer: counts.tolist() for layer, counts in sorted(kept.items())}
+
+    def put_in_place(self) -> None:
+        """Shadow what the program touches."""
+        self.refresh()
+        for module, shadow in self.shadows:
+            # Whole weights are multiplied in their own way where others have put a `forward`.
+            if shadow.narrows or "forward" not in module.__dict__:
+                self._patches.shadow(module, shadow)
+            if isinstance(shadow, LayerForward) and getattr(module, CHECKPOINTS, False):
+                checkpoint = partial(self._checkpoint, shadow, getattr(module, CHECKPOINT))
+                self._patches.set(module, CHECKPOINT, checkpoint)
+        for module, name, value in self.attributes:
+            self._patches.set(module, name, value)
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A pass begins with the call of a module, and these arguments."""
+        if self.stages is not None:
+            self.stages.remember(module, args, kwargs)
+
+    def refresh(self) -> None:
+        """Look what weights are now."""
+        for product in self.products:
+            product.refresh()
+
+    def end(self) -> None:
+        """Let go of a pass, and of its arguments."""
+        self.passes.end()
+        if self.stages is not None:
+            self.stages.arguments = {}
+
+    def _checkpoint(self, layer: LayerForward, stock: Any, run: Any, *args: Any) -> Any:
+        """Stands in for a layer's function for gradient checkpointing."""
+        again = partial(self._again, self, layer.setup, self.passes.current, run)
+        return stock(again, *args)
+
+    def take_away(self) -> None:
+        """Undo it."""
+        self._patches.undo()
+
+
+class Runs(Protocol):
+    """What runs the model, as far as making programs ready asks for it."""
+
+    def alone(self) -> AbstractContextManager[None]:
+        """For a block nothing stands in the model, and nobody runs it under a plan."""
+        ...
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread that asks is in a pass."""
+        ...
+
+    def is_active(self, vision: VisionStage) -> bool:
+        """Whether a stage in front of the projector is to work now."""
+        ...
+
+    def again(
+        self, ready: Ready, setup: Setup, call: Call | None, run: Callable[..., Any], *args: Any
+    ) -> Any:
+        """Run a layer, in a backward pass that kept no activations."""
+        ...
+
+
+class Preparing:
+    """Makes programs ready for the model of a session.
+
+    Args:
+        session: of the model.
+        products: what linears compute with.
+        runs: what runs it.
+    """
+
+    # Programs of this many sets of plans stay ready.
+    READY = 32
+
+    def __init__(self, session: Session, products: Products, runs: Runs) -> None:
+        self.session, self.products, self.runs = session, products, runs
+        self._visions: dict[VisionSelector, VisionStage] = {}
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._ready: OrderedDict[tuple[object, ...], Ready] = OrderedDict()
+        self._attention: dict[Any, AttentionBlock] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made anew, of the modules of a copy."""
+        return {name: self.__dict__[name] for name in ("session", "products", "runs", "_visions")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin_anew()
+
+    def use(self, products: Products) -> None:
+        """Compute with other products from now on."""
+        self.products = products
+        self._ready.clear()
+
+    def close(self) -> None:
+        """Give the model back as it was."""
+        for vision in self._visions.values():
+            vision.close()
+
+    def ready(self, program: Program | None) -> Ready | None:
+        """What stands where under a program; None where nothing is left out."""
+        if program is None or program.is_dense:
+            return None
+        known = self._ready.get(program.key)
+        if known is None or known.program is not program:
+            known = self._ready[program.key] = self.ready_always(program)
+            if len(self._ready) > self.READY:
+                self._ready.popitem(last=False)
+        return known
+
+    def ready_always(self, program: Program, places: Places | None = None) -> Ready:
+        """As `ready`, for a program that may be redirected in mid-pass, even a dense one.
+
+        Args:
+            program: what to run.
+            places: see `TokenStages`.
+        """
+        stages = None
+        if program.has_tokens:
+            kernels = self.products.kernels
+            stages = TokenStages(self.session.model, program, self._vision, places, kernels)
+        return self.redirected(program, stages)
+
+    def prepare(self) -> None:
+        """Learn ahead all that narrowing heads takes, which runs blocks of the model.
+
+        That cannot be done in the middle of a forward pass.
+        """
+        for layer in self.session.layers:
+            if layer.heads is not None and not layer.heads.obstacle:
+                self._probed(layer.heads)
+            if layer.mlp is not None and not layer.mlp.obstacle:
+                self.products.mlp(layer.mlp, None)
+
+    def _vision(self, selector: VisionSelector) -> VisionStage:
+        """The stage of a selector in front of the projector, which works where it is active."""
+        if selector not in self._visions:
+            model, graph = self.session.model, self.session.graph
+            self._visions[selector] = VisionStage(model, graph, selector, self.runs.is_active)
+        return self._visions[selector]
+
+    def redirected(self, program: Program, stages: TokenStages | None) -> Ready:
+        """As `ready_always`, for a pass whose token stages go on."""
+        ready = Ready(program, stages, self.runs.again)
+        for layer in program.layers:
+            setups = self._setups(layer, ready)
+            ready.shadows.append((layer.layer.module, LayerForward(ready.passes, layer, setups)))
+        if not program.is_dense:
+            touched = {layer.layer.index for layer in program.layers}
+            for bound in self.session.layers:
+                if bound.index not in touched:
+                    self._multiply(bound, ready)
+        return ready
+
+    def _multiply(self, layer: BoundLayer, ready: Ready) -> None:
+        """Have a layer that stays as it is multiply as the others do."""
+        for site in (layer.heads, layer.mlp):
+            for linear in () if site is None else site.linears:
+                product = self.products.linear(linear, None)
+                if product is not None:
+                    forward = BlockForward(narrows=False)
+                    forward.active = product
+                    ready.shadows.append((linear.module, forward))
+
+    def _setups(self, layer: LayerProgram, ready: Ready) -> tuple[Setup, ...]:
+        """How the layer runs for each of its groups; what that takes is noted to be shadowed."""
+        heads = layer.layer.heads
+        computed = [
+            self._forwards(site, [getattr(group, kind) for group in layer.groups], ready)
+            for kind, site in (("heads", heads), ("mlp", layer.layer.mlp))
+        ]
+        block = attention = None
+        if heads is not None and any(group.heads is not None for group in layer.groups):
+            block = self._probed(heads)
+            if any(group.heads == () for group in layer.groups):
+                attention = AttentionForward(heads, block)
+                ready.shadows.append((heads.module, attention))
+        setups = []
+        for number, group in enumerate(layer.groups):
+            products = tuple((f, active[number]) for f, active in (*computed[0], *computed[1]))
+            attributes = self._attributes(layer, group, block, ready.passes)
+            setups.append(Setup(group, products, heads, attributes, attention))
+        if heads is not None:
+            first = setups[0].attributes
+            ready.attributes += [(heads.module, name, value) for name, value in first.items()]
+        setups[0].compute()
+        return tuple(setups)
+
+    def _forwards(
+        self, site: BoundSite | None, kept: list[Any], ready: Ready
+    ) -> list[tuple[BlockForward, list[Compute | None]]]:
+        """What stands in for modules of a site, and computes what by group.
+
+        `kept`: lanes by group; None for all of them.
+        """
+        if site is None or site.obstacle:
+            return []
+        asked: list[tuple[nn.Module, list[Compute | None]]] = []
+        if site.site.kind == "mlp":
+            with self.runs.alone():
+                whole = [self.products.mlp(site, lanes) for lanes in kept]
+            if any(product is not None for product in whole):
+                asked.append((site.module, whole))
+        if not asked:
+            for linear in site.linears:
+                active = [self.products.linear(linear, lanes) for lanes in kept]
+                asked.append((linear.module, active))
+        forwards = []
+        for module, active in asked:
+            if any(product is not None for product in active):
+                forward = BlockForward(narrows=any(lanes is not None for lanes in kept))
+                ready.shadows.append((module, forward))
+                ready.products += [p for p in active if isinstance(p, Refreshed)]
+                forwards.append((forward, active))
+        return forwards
+
+    def _probed(self, site: BoundSite) -> AttentionBlock:
+        # Blocks of one class and one layout behave alike.
+        layout = tuple((linear.features, linear.binding.blocks) for linear in site.linears)
+        key = (type(site.module), site.site.lanes, layout)
+        if key not in self._attention:
+            width = int(self.session.graph.properties["hidden_size"])
+            if self.runs.is_running:
+                raise InputError("a plan of a new kind was set in the middle of a pass")
+            model: Any = self.session.model
+            with self.runs.alone():
+                self._attention[key] = probe(model.get_decoder(), site, width)
+        return self._attention[key]
+
+    def _attributes(
+        self, program: LayerProgram, group: LayerGroup, block: AttentionBlock | None, passes: Passes
+    ) -> dict[str, Any]:
+        """What an attention block's own attributes must be: head counts, and its config."""
+        site = program.layer.heads
+        if site is None:
+            return {}
+        attributes: dict[str, Any] = {}
+        replaced: dict[str, Any] = {}
+        if block is not None:
+            kept = block.lanes if group.heads is None else sum(b - a for a, b in group.heads)
+            attributes |= block.changes(kept, "module")
+            replaced |= block.changes(kept, "config")
+        function = self.products.attention(site)
+        config = getattr(site.module, "config", None)
+        recorded = passes.stages.recorded if passes.stages is not None else ()
+        evicts = any(other.kv is not None for other in program.groups)
+        if (evicts or program.layer.index in recorded) and config is not None:
+            record = partial(passes.record, program.layer.index)
+            attributes["config"] = recording(config, record, function, **replaced)
+        elif function is not None:
+            attributes["config"] = ConfigView(config, _attn_implementation=function, **replaced)
+        elif replaced:
+            attributes["config"] = ConfigView(config, **replaced)
+        return attributes
