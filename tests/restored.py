@@ -26,7 +26,7 @@ def snapshot(model: nn.Module) -> State:
 def same_state(before: State, after: State) -> bool:
     """Whether two snapshots of a model agree; fails with the path of what differs."""
     for path, attributes in before.items():
-        assert attributes.keys() == after[path].keys(), path
+        assert attributes.keys() == after[path].keys(), (path, attributes.keys() ^ after[path].keys())
         for name, value in attributes.items():
             other = after[path][name]
             if isinstance(value, dict):
