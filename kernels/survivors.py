@@ -129,9 +129,10 @@ class Survivors:
 
     def runs(self, plan: int) -> Intervals:
         """`features` as intervals. Waits for the GPU unless the host knows what survives."""
-        if self.kept_runs is None:
-            return intervals_of(self.features(plan).tolist())
         width = self.width
+        if self.kept_runs is None:
+            units = intervals_of(self.units[plan, : int(self.counts[plan])].tolist())
+            return tuple((first * width, last * width) for first, last in units)
         return merged((a // width * width, -(-b // width) * width) for a, b in self.kept_runs[plan])
 
     def widened(self, width: int) -> Survivors:

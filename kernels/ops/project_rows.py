@@ -94,16 +94,22 @@ class ProjectRows(Op, name="project_rows"):
     @override
     def by_pytorch(self) -> Tensor:
         plans = plans_of(self.survivors)
-        if len(plans) == 1 and self.survivors.runs(0) == ((0, len(self.weight)),):
-            return self._features(self.x, slice(None), 0)
-        out = torch.zeros_like(self.empty())
+        out = self.empty() if self.packed else torch.zeros_like(self.empty())
         for samples, plan in plans:
+            parts, alive = parts_of(self.survivors, plan), self._alive(plan)
+            if len(plans) == 1 and alive is None and length_of(*parts) == len(self.weight):
+                return self._features(self.x, slice(None))
             chosen, column = out[samples], 0
-            for part in parts_of(self.survivors, plan):
+            for part in parts:
                 stop = column + length_of(part)
                 place = slice(column, stop) if self.packed else part
-                chosen[..., place] = self._features(self.x[samples], part, plan)
+                chosen[..., place] = self._features(self.x[samples], part)
                 column = stop
+            if alive is not None:
+                place = slice(column) if self.packed else self.survivors.features(plan)
+                chosen[..., place] *= alive
+            if self.packed:
+                chosen[..., column:] = 0
             if not isinstance(samples, slice):
                 out[samples] = chosen
         return out
@@ -125,7 +131,7 @@ class ProjectRows(Op, name="project_rows"):
                 sums[names[1]][features] += d.sum(dim=0)
 
         for samples, plan in plans_of(self.survivors):
-            kept, alive = self.survivors.features(plan), self._alive(plan, slice(None))
+            kept, alive = self.survivors.features(plan), self._alive(plan)
             rows = x[samples].flatten(end_dim=-2)
             d = gradient[samples].flatten(end_dim=-2)
             d = d[:, : len(kept)] if self.packed else d[:, kept]
@@ -147,26 +153,18 @@ class ProjectRows(Op, name="project_rows"):
     def _act(self, x: Tensor) -> Tensor:
         return ACTIVATIONS[self.activation](x) if self.activation else x
 
-    def _features(self, x: Tensor, part: Part, plan: int) -> Tensor:
-        """Some features of a plan's units; those of them that do not survive are 0."""
+    def _features(self, x: Tensor, part: Part) -> Tensor:
         linear = _rows_of(x, self.weight, self.bias, part)
         if self.gate is None:
-            linear = self._act(linear)
-        else:
-            linear = linear.mul_(self._act(_rows_of(x, self.gate, self.gate_bias, part)))
-        alive = self._alive(plan, part)
-        return linear if alive is None else linear.mul_(alive)
+            return self._act(linear)
+        return linear.mul_(self._act(_rows_of(x, self.gate, self.gate_bias, part)))
 
-    def _alive(self, plan: int, part: Part) -> Tensor | None:
-        """Which features of a plan's units survive, of some; None where all do."""
+    def _alive(self, plan: int) -> Tensor | None:
+        """Which features of a plan's units survive; None where all do."""
         if self.survivors.lanes is None:
             return None
-        features = self.survivors.features(plan)
-        if not isinstance(part, slice):
-            features = part
-        elif part.start is not None:
-            features = torch.arange(part.start, part.stop, device=features.device)
-        return torch.isin(features, self.survivors.kept(plan))
+        features, kept = self.survivors.features(plan), self.survivors.kept(plan)
+        return None if len(kept) == len(features) else torch.isin(features, kept)
 
 
 def _rows_of(x: Tensor, weight: Tensor, bias: Tensor | None, part: Part) -> Tensor:

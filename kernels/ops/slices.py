@@ -45,6 +45,6 @@ def parts_of(survivors: Survivors, plan: int) -> list[Part]:
     return [slice(start, stop) for start, stop in runs]
 
 
-def length_of(part: Part) -> int:
-    """How many features a part has."""
-    return part.stop - part.start if isinstance(part, slice) else len(part)
+def length_of(*parts: Part) -> int:
+    """How many features parts have."""
+    return sum(p.stop - p.start if isinstance(p, slice) else len(p) for p in parts)
