@@ -21,7 +21,7 @@ from typing_extensions import override
 from planner.kernels.ops.attend import Attend
 from planner.kernels.survivors import Survivors
 from planner.kernels.triton.join_splits import Splits, join_splits
-from planner.kernels.triton.kernel import Case, Kernel, require, tensor_bytes
+from planner.kernels.triton.kernel import Case, Kernel, require, strides, tensor_bytes
 from planner.kernels.triton.launch import Launch, target_for
 from planner.kernels.triton.primitives import softmax_step
 from planner.kernels.triton.tiles import (
@@ -243,38 +243,25 @@ class AttendKernel(Kernel):
         if splits > 1:
             partial = query.new_empty((batch, heads, splits, head_dim), dtype=torch.float32)
             weight = query.new_empty((batch, heads, splits), dtype=torch.float32)
+        tensors = {"queries": query, "keys": key, "values": value, "mask": mask}
+        axes = ("sample", "head", "token")
+        placed = strides("query", query, *axes) | strides("key", key, *axes)
+        placed |= strides("value", value, *axes) | strides("mask", mask, *axes, "key")
+        sizes = {"tokens": tokens, "context": context, "splits": splits, "scale": inputs.scale}
+        constants = {
+            "HEAD_DIM": head_dim,
+            "GROUP": group,
+            "UNIT": kv_heads // units,
+            "CAUSAL": inputs.causal,
+            "ADDED": added,
+            "BLOCK_D": max(16, power_of_two(head_dim)),
+            "BLOCK_M": block_m,
+            "BLOCK_N": tile.block_n,
+            "SCAN": 32 if tokens > 1 else 512,
+        }
         self.start(
             (triton.cdiv(rows, block_m) * splits, kv_heads, batch),
-            {
-                "queries": query,
-                "keys": key,
-                "values": value,
-                "mask": mask,
-                "units": survivors.units,
-                "counts": survivors.counts,
-                "out": partial,
-                "weight": weight,
-                "tokens": tokens,
-                "context": context,
-                "slots": units,
-                "splits": splits,
-                "plan_stride": int(survivors.plans > 1),
-                **_strides("query", query),
-                **_strides("key", key),
-                **_strides("value", value),
-                **_strides("mask", mask),
-                "mask_key": 0 if mask is None else mask.stride(3),
-                "scale": inputs.scale,
-                "HEAD_DIM": head_dim,
-                "GROUP": group,
-                "UNIT": kv_heads // units,
-                "CAUSAL": inputs.causal,
-                "ADDED": added,
-                "BLOCK_D": max(16, power_of_two(head_dim)),
-                "BLOCK_M": block_m,
-                "BLOCK_N": tile.block_n,
-                "SCAN": 32 if tokens > 1 else 512,
-            },
+            tensors | {"out": partial, "weight": weight} | sizes | placed | constants,
             warps=tile.warps,
             stages=tile.stages,
             survivors=survivors,
@@ -314,11 +301,6 @@ def _aligned(mask: Tensor) -> Tensor:
     keys = mask.shape[-1]
     wide = mask.new_empty(*mask.shape[:-1], triton.cdiv(keys, 16) * 16)
     return wide[..., :keys].copy_(mask)
-
-
-def _strides(name: str, x: Tensor | None) -> dict[str, int]:
-    axes = enumerate(("sample", "head", "token"))
-    return {f"{name}_{axis}": 0 if x is None else x.stride(i) for i, axis in axes}
 
 
 # -- cases ----------------------------------------------------------------------------------------
@@ -364,25 +346,22 @@ def _mask(form: str, heads: int, tokens: int, keys: int) -> Tensor | None:
     padded[0, :, :, :5] = False
     if tokens > 1:
         padded[0, :, :2] = False  # queries that see nothing
-    if form == "padded":
-        return padded
-    if form == "one for all":
-        return seen[None, None]
-    if form == "room behind":
+    # Holes in the middle, and finite numbers that hide as well as infinite ones.
+    added = torch.randn(_BATCH, 1, tokens, keys)
+    added[torch.rand(added.shape) < 0.3] = -torch.inf
+    added[..., 0] = 0
+    added[:, :, 1:2, 1:] = torch.finfo(added.dtype).min
+    by_head = torch.rand(1, heads, tokens, keys) < 0.4
+    by_head[..., keys // 2] = True
+    forms = {
+        "padded": padded,
+        "one for all": seen[None, None],
         # The rows of a static cache's mask: longer than what is read of them.
-        return torch.nn.functional.pad(padded, (0, 11))[..., :keys]
-    if form == "added":
-        # Holes in the middle, and finite numbers that hide as well as infinite ones.
-        added = torch.randn(_BATCH, 1, tokens, keys)
-        added[torch.rand(added.shape) < 0.3] = -torch.inf
-        added[..., 0] = 0
-        added[:, :, 1:2, 1:] = torch.finfo(added.dtype).min
-        return added
-    if form == "by head":
-        by_head = torch.rand(1, heads, tokens, keys) < 0.4
-        by_head[..., keys // 2] = True
-        return by_head
-    return None
+        "room behind": torch.nn.functional.pad(padded, (0, 11))[..., :keys],
+        "added": added,
+        "by head": by_head,
+    }
+    return forms.get(form)
 
 
 attend = AttendKernel()

@@ -78,18 +78,15 @@ class ChooseTokensKernel(Kernel):
         )
         chosen = torch.empty(batch, tokens, dtype=torch.int8, device=scores.device)
         block = power_of_two(tokens)
-        self.start(
-            (batch,),
-            {
-                "scores": scores.float().contiguous(),
-                "eligible": eligible.to(torch.int8).contiguous(),
-                "counts": inputs.counts.to(torch.int32),
-                "chosen": chosen,
-                "tokens": tokens,
-                "BLOCK_T": block,
-            },
-            warps=4 if block <= 1024 else 8,
-        )
+        arguments = {
+            "scores": scores.float().contiguous(),
+            "eligible": eligible.to(torch.int8).contiguous(),
+            "counts": inputs.counts.to(torch.int32),
+            "chosen": chosen,
+            "tokens": tokens,
+            "BLOCK_T": block,
+        }
+        self.start((batch,), arguments, warps=4 if block <= 1024 else 8)
         return chosen.bool()
 
     @override

@@ -55,19 +55,11 @@ class GatherTokensKernel(Kernel):
         require(rows in (1, batch), f"{rows} rows of places do not fit {batch} samples.")
         out = inputs.empty()
         block = min(1024, power_of_two(width))
-        self.start(
-            (batch * picked, triton.cdiv(width, block)),
-            {
-                "x": x.contiguous(),
-                "index": index.contiguous(),
-                "out": out,
-                "tokens": tokens,
-                "picked": picked,
-                "width": width,
-                "index_stride": picked if rows > 1 else 0,
-                "BLOCK": block,
-            },
-        )
+        tensors = {"x": x.contiguous(), "index": index.contiguous(), "out": out}
+        sizes = {"tokens": tokens, "picked": picked, "width": width}
+        placed = {"index_stride": picked if rows > 1 else 0, "BLOCK": block}
+        grid = (batch * picked, triton.cdiv(width, block))
+        self.start(grid, tensors | sizes | placed)
         return out
 
     @override

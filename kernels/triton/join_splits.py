@@ -98,23 +98,15 @@ class JoinSplitsKernel(Kernel):
         partial, survivors = inputs.partial, inputs.survivors
         batch, heads, splits, head_dim = partial.shape
         out = partial.new_empty((batch, heads, head_dim), dtype=dtype)
-        self.start(
-            (heads, batch),
-            {
-                "partial": partial,
-                "weight": inputs.weight,
-                "counts": survivors.counts,
-                "out": out,
-                "slots": survivors.slots,
-                "splits": splits,
-                "plan_stride": int(survivors.plans > 1),
-                "HEAD_DIM": head_dim,
-                "GROUP": heads // survivors.slots,
-                "BLOCK_D": power_of_two(head_dim),
-                "BLOCK_S": power_of_two(splits),
-            },
-            survivors=survivors,
-        )
+        constants = {
+            "HEAD_DIM": head_dim,
+            "GROUP": heads // survivors.slots,
+            "BLOCK_D": power_of_two(head_dim),
+            "BLOCK_S": power_of_two(splits),
+        }
+        tensors = {"partial": partial, "weight": inputs.weight, "out": out}
+        arguments = tensors | {"splits": splits} | constants
+        self.start((heads, batch), arguments, survivors=survivors)
         return out
 
     @override

@@ -16,9 +16,9 @@ from planner.ir.errors import InputError
 from planner.kernels.ops.op import Op
 from planner.kernels.survivors import Survivors
 from planner.kernels.triton.launch import Launch, launch
-from planner.kernels.triton.tiles import Product, Target, Tile, matmul_seconds
+from planner.kernels.triton.tiles import Product, Target, Tile, matmul_seconds, vector
 
-__all__ = ["Case", "Kernel", "product_seconds", "require", "tensor_bytes"]
+__all__ = ["Case", "Kernel", "product_seconds", "require", "strides", "tensor_bytes"]
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,35 @@ class Kernel(ABC):
         grid: tuple[int, ...],
         arguments: Mapping[str, Any],
         *,
+        tile: Tile | None = None,
         warps: int = 4,
         stages: int = 1,
         survivors: Survivors | None = None,
     ) -> None:
-        """Launch on the device the tensors are on; see `Launch` for the arguments."""
-        launch(Launch(self, grid, arguments, warps, stages, survivors))
+        """Launch on the device the tensors are on.
+
+        Args:
+            grid: programs along up to three axes.
+            arguments: by parameter name; those that `tile` and `survivors` tell are filled in.
+            tile: of a product: its blocks, warps and stages.
+            warps, stages: of other kernels; see `Launch`.
+            survivors: what the kernel reads of them.
+        """
+        told: dict[str, Any] = {}
+        if tile is not None:
+            told, warps, stages = dict(tile.blocks), tile.warps, tile.stages
+        if survivors is not None:
+            told |= {
+                "units": survivors.units,
+                "counts": survivors.counts,
+                "lanes": survivors.lanes,
+                "slots": survivors.slots,
+                "plan_stride": int(survivors.plans > 1),
+                "WIDTH": survivors.width,
+                "VECTOR": vector(survivors.width),
+            }
+        told = {name: told[name] for name in self.function.arg_names if name in told}
+        launch(Launch(self, grid, {**arguments, **told}, warps, stages, survivors))
 
 
 def require(holds: bool, complaint: str) -> None:
@@ -120,3 +143,8 @@ def product_seconds(
     element_bytes, samples = given["out"].element_size(), launch.grid[1]
     wanted = Product(rows, columns, depth, target, samples, element_bytes, parts)
     return matmul_seconds(tile, wanted)
+
+
+def strides(name: str, x: Tensor | None, *axes: str) -> dict[str, int]:
+    """Strides of a tensor's first axes, in elements, as parameters ``name_axis``; 0 of none."""
+    return {f"{name}_{axis}": 0 if x is None else x.stride(i) for i, axis in enumerate(axes)}

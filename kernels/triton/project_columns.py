@@ -13,10 +13,10 @@ from typing_extensions import override
 
 from planner.kernels.ops.project_columns import ProjectColumns
 from planner.kernels.survivors import Survivors
-from planner.kernels.triton.kernel import Case, Kernel, product_seconds, require
+from planner.kernels.triton.kernel import Case, Kernel, product_seconds, require, strides
 from planner.kernels.triton.launch import Launch, target_for
 from planner.kernels.triton.primitives import tile_order
-from planner.kernels.triton.tiles import Product, Target, Tile, matmul_tile, vector
+from planner.kernels.triton.tiles import Product, Target, Tile, matmul_tile
 
 __all__ = ["project_columns"]
 
@@ -111,28 +111,15 @@ class ProjectColumnsKernel(Kernel):
             whole=weight.shape[1],
         )
         tile = tile or matmul_tile(product)
+        # The index of a weight is loaded before the weight, so the compiler halves the depth of the
+        # pipeline that it is given.
+        launched = replace(tile, stages=2 * tile.stages - 1)
+        tensors = {"a": a.contiguous(), "weight": weight, "bias": inputs.bias, "out": out}
+        sizes = {"rows": rows, "features_out": features_out}
         self.start(
             (triton.cdiv(rows, tile.block_m) * triton.cdiv(features_out, tile.block_n), plans),
-            {
-                "a": a.contiguous(),
-                "weight": weight,
-                "bias": inputs.bias,
-                "units": survivors.units,
-                "counts": survivors.counts,
-                "out": out,
-                "rows": rows,
-                "slots": survivors.slots,
-                "features_out": features_out,
-                "weight_row": weight.stride(0),
-                "weight_column": weight.stride(1),
-                "WIDTH": survivors.width,
-                "VECTOR": vector(survivors.width),
-                **tile.blocks,
-            },
-            warps=tile.warps,
-            # The index of a weight is loaded before the weight, so the compiler halves the depth
-            # of the pipeline that it is given.
-            stages=2 * tile.stages - 1,
+            tensors | sizes | strides("weight", weight, "row", "column"),
+            tile=launched,
             survivors=survivors,
         )
         return out

@@ -17,10 +17,10 @@ from typing_extensions import override
 
 from planner.kernels.ops.project_rows import ACTIVATIONS, ProjectRows
 from planner.kernels.survivors import Survivors
-from planner.kernels.triton.kernel import Case, Kernel, product_seconds, require
+from planner.kernels.triton.kernel import Case, Kernel, product_seconds, require, strides
 from planner.kernels.triton.launch import Launch, target_for
 from planner.kernels.triton.primitives import activate, surviving_features, tile_order
-from planner.kernels.triton.tiles import Product, Target, Tile, matmul_tile, vector
+from planner.kernels.triton.tiles import Product, Target, Tile, matmul_tile
 
 __all__ = ["project_rows"]
 
@@ -152,33 +152,18 @@ class ProjectRowsKernel(Kernel):
         size = x.element_size()
         product = Product(rows, kept, depth, target_for(x), plans, size, parts, whole=features)
         tile = tile or matmul_tile(product)
+        tensors = {"x": x.contiguous(), "weight": weight, "gate_weight": gate, "out": out}
+        biases = {"bias": inputs.bias, "gate_bias": inputs.gate_bias}
+        sizes = {"rows": rows, "depth": depth, "columns": out.shape[-1]}
+        constants = {
+            "ACTIVATION": inputs.activation,
+            "PACKED": inputs.packed,
+            "EVEN_DEPTH": depth % tile.block_k == 0,
+        }
         self.start(
             (triton.cdiv(rows, tile.block_m) * triton.cdiv(kept, tile.block_n), plans),
-            {
-                "x": x.contiguous(),
-                "weight": weight,
-                "gate_weight": gate,
-                "bias": inputs.bias,
-                "gate_bias": inputs.gate_bias,
-                "units": survivors.units,
-                "counts": survivors.counts,
-                "lanes": survivors.lanes,
-                "out": out,
-                "rows": rows,
-                "depth": depth,
-                "slots": survivors.slots,
-                "columns": out.shape[-1],
-                "weight_row": weight.stride(0),
-                "weight_column": weight.stride(1),
-                "WIDTH": survivors.width,
-                "ACTIVATION": inputs.activation,
-                "PACKED": inputs.packed,
-                "VECTOR": vector(survivors.width),
-                "EVEN_DEPTH": depth % tile.block_k == 0,
-                **tile.blocks,
-            },
-            warps=tile.warps,
-            stages=tile.stages,
+            tensors | biases | sizes | strides("weight", weight, "row", "column") | constants,
+            tile=tile,
             survivors=survivors,
         )
         return out

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from planner.kernels.ops.score_tokens import ScoreTokens
-from planner.kernels.triton.kernel import Case, Kernel, require, tensor_bytes
+from planner.kernels.triton.kernel import Case, Kernel, require, strides, tensor_bytes
 from planner.kernels.triton.launch import Launch
 from planner.kernels.triton.tiles import Target, power_of_two
 
@@ -100,29 +100,19 @@ class ScoreTokensKernel(Kernel):
         )
         query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
         scores = torch.empty(batch, kv_heads, tokens, dtype=torch.float32, device=query.device)
-        self.start(
-            (kv_heads, batch),
-            {
-                "queries": query,
-                "keys": key,
-                "visible": visible.to(torch.int8).contiguous(),
-                "scores": scores,
-                "tokens": tokens,
-                "kv_heads": kv_heads,
-                "query_sample": query.stride(0),
-                "query_head": query.stride(1),
-                "key_sample": key.stride(0),
-                "key_head": key.stride(1),
-                "key_token": key.stride(2),
-                "scale": inputs.scale,
-                "HEAD_DIM": head_dim,
-                "GROUP": heads // kv_heads,
-                "BLOCK_D": max(16, power_of_two(head_dim)),
-                "BLOCK_M": max(16, power_of_two(heads // kv_heads)),
-                "BLOCK_N": 64,
-            },
-            stages=2,
-        )
+        visible = visible.to(torch.int8).contiguous()
+        tensors = {"queries": query, "keys": key, "visible": visible, "scores": scores}
+        sizes = {"tokens": tokens, "kv_heads": kv_heads, "scale": inputs.scale}
+        placed = strides("query", query, "sample", "head")
+        placed |= strides("key", key, "sample", "head", "token")
+        constants = {
+            "HEAD_DIM": head_dim,
+            "GROUP": heads // kv_heads,
+            "BLOCK_D": max(16, power_of_two(head_dim)),
+            "BLOCK_M": max(16, power_of_two(heads // kv_heads)),
+            "BLOCK_N": 64,
+        }
+        self.start((kv_heads, batch), tensors | sizes | placed | constants, stages=2)
         return scores.sum(dim=1) / heads
 
     @override
