@@ -21,6 +21,7 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from planner.documents import read_json
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.models.export.weights import cast, kept_weights
@@ -136,15 +137,15 @@ def load(folder: str | Path) -> Any:
         raise InputError(f"'{folder}' holds no model that can be loaded") from None
     if not (folder / RECORD).is_file():
         return model_class.from_pretrained(folder, dtype="auto").eval()
+    record = read_json(folder / RECORD, "export")
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         state: dict[str, Tensor] = {}
         for path in sorted(folder.glob(_WEIGHTS.format(suffix="*"))):
             state |= load_file(path)
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise InputError(f"the export in '{folder}' is broken: {lines[0]}") from None
-    if record.get("planner_export") != FORMAT:
+    if not isinstance(record, dict) or record.get("planner_export") != FORMAT:
         raise InputError(
             f"the export in '{folder}' has format {record.get('planner_export')}, this planner "
             f"reads {FORMAT}"

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from planner.files import output_folder
+from planner.files import output_folder, read_text
 from planner.ir.errors import InputError
 from planner.planning.graph_cache import cache_folder
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 __all__ = ["open_records"]
+
+# LLaVA's own, of 665,000 conversations, has a gigabyte.
+_MOST_BYTES = 16 << 30
 
 # Of the Arrow files; another number does not find the old ones.
 FORMAT = 1
@@ -116,7 +119,7 @@ def _write(path: Path, file: Path) -> None:
 def _json_list(path: Path) -> Iterator[Any]:
     """The items of a list in JSON, one at a time."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, "file of conversations", _MOST_BYTES)
         decoder = json.JSONDecoder()
         place = _skip(text, 0)
         if text[place : place + 1] != "[":
@@ -133,7 +136,7 @@ def _json_list(path: Path) -> Iterator[Any]:
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
         if _skip(text, place + 1) < len(text):
             raise json.JSONDecodeError("Extra data", text, place + 1)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except json.JSONDecodeError as error:
         raise InputError(f"{path} is not valid JSON ({error}).") from error
 
 
