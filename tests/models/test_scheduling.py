@@ -7,6 +7,7 @@ import torch
 from families import FAMILIES, IMAGE, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from restored import same_state, snapshot
 
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
@@ -333,14 +334,13 @@ def test_tokens_are_dropped_in_front_of_the_switches(tiny, mask):
 def test_detaching_gives_the_model_back(tiny):
     family, graph = tiny
     inputs = family.inputs()
-    before = {name: dict(m.__dict__) for name, m in family.model.named_modules()}
+    before = snapshot(family.model)
     with torch.no_grad():
         stock = family.model(**inputs).logits
         with Scheduled(family.model, graph, scheduler_of(graph, "adallava-l")).using(0.75):
             assert not close(family.model(**inputs).logits, stock)
         assert torch.equal(family.model(**inputs).logits, stock)
-    for name, module in family.model.named_modules():
-        assert set(module.__dict__) == set(before[name])
+    assert same_state(before, snapshot(family.model))
 
 
 @torch.no_grad()
