@@ -334,9 +334,9 @@ def test_tokens_are_dropped_in_front_of_the_switches(tiny, mask):
 def test_detaching_gives_the_model_back(tiny):
     family, graph = tiny
     inputs = family.inputs()
-    before = snapshot(family.model)
     with torch.no_grad():
         stock = family.model(**inputs).logits
+        before = snapshot(family.model)
         with Scheduled(family.model, graph, scheduler_of(graph, "adallava-l")).using(0.75):
             assert not close(family.model(**inputs).logits, stock)
         assert torch.equal(family.model(**inputs).logits, stock)

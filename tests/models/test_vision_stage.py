@@ -159,11 +159,11 @@ def test_places_keep_patches_where_they_were():
 @torch.no_grad()
 def test_models_that_a_selector_cannot_work_with(lowered_family, name, text, match):
     family, graph = lowered_family(name)
+    inputs = family.inputs()
+    stock = family.model(**inputs).logits
     before = snapshot(family.model)
     session = session_on(family.model, graph)
     plan = plan_of(graph, tokens=(TokenStage(0, 8, 16, text),))
-    inputs = family.inputs()
-    stock = family.model(**inputs).logits
     with pytest.raises(InputError, match=match), session.under(plan):
         family.model(**inputs)
     assert torch.equal(family.model(**inputs).logits, stock)
