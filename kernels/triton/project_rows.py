@@ -147,6 +147,8 @@ class ProjectRowsKernel(Kernel):
                 gate, weight = gate.contiguous(), weight.contiguous()
         # Scattered features lie among those of units that do not survive, which are 0.
         out = inputs.empty() if inputs.packed else torch.zeros_like(inputs.empty())
+        if kept == 0:
+            return out
         rows = x.numel() // depth // plans
         parts = 1 if gate is None else 2
         size = x.element_size()

@@ -137,6 +137,18 @@ def test_everything_surviving_is_the_dense_product():
         assert torch.equal(op.run(triton=False), F.linear(x, w, bias))
 
 
+@pytest.mark.parametrize("triton", [False, True])
+def test_nothing_may_survive(triton):
+    """No features of a product, and a product of none: its bias."""
+    nothing, x, bias = Survivors.packed(()), torch.randn(2, 3, 12), torch.randn(20)
+    first = ProjectRows(x, weight(20, 12), bias, nothing)
+    assert first.run(triton=triton).shape == (2, 3, 0)
+    scattered = ProjectRows(x, weight(20, 12), bias, Survivors.of([[]], 20), packed=False)
+    assert not scattered.run(triton=triton).any()
+    last = ProjectColumns(torch.empty(2, 3, 0), weight(20, 12), bias, nothing)
+    assert torch.equal(last.run(triton=triton), bias.expand(2, 3, 20))
+
+
 def test_values_narrower_than_keys():
     query, key, value = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 3)
     survivors = Survivors.of([[1]], 2)

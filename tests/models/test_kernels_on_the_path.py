@@ -31,7 +31,7 @@ def _plans(family, graph):
     tokens = (TokenStage(2, 5, 16, "fastv"),) if family.image_tokens else ()
     return [
         plan_of(graph, layers_off=(1,), heads=heads, mlp=mlp, tokens=tokens),
-        plan_of(graph, heads={0: (0,)}, mlp={1: (2, 3)}),
+        plan_of(graph, heads={0: (0,)}, mlp={1: (2, 3), 2: ()}),
     ]
 
 
