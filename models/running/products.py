@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,7 @@ class TorchProducts:
 
     Args:
         frozen_bytes: bound on copies of kept features; 0 copies nothing, so that weights may change
-            in any way. The least recently used copies leave first.
+            in any way. The oldest leave first.
         kernels: what was asked for; ``auto`` where it comes to this.
     """
 
@@ -149,16 +150,20 @@ class KeptProduct:
     def __init__(self, linear: BoundLinear, lanes: Intervals, copies: Copies | None = None) -> None:
         self.linear, self.lanes, self.copies = linear, lanes, copies
         self.runs = linear.runs(lanes) or ((0, 0),)
-        self._copy: _Copy | None = None
+        # Not held here: there may be many products, and copies have a bound.
+        self._copy: Callable[[], _Copy | None] = _no_copy
 
     def refresh(self) -> None:
         """Before a pass: look for a copy of the weight as it is now."""
         if self.copies is not None:
-            self._copy = self.copies.get(self.linear, self.lanes, self.runs)
+            copy = self._copy()
+            if copy is None or not copy.is_of(self.linear):
+                copy = self.copies.get(self.linear, self.lanes, self.runs)
+                self._copy = _no_copy if copy is None else ref(copy)
 
     def __call__(self, features: Tensor) -> Tensor:
         """Shape (..., in features) to (..., out features), either of them narrowed."""
-        copy = self._copy
+        copy = self._copy()
         # A copy is a constant to autograd.
         if copy is None or (torch.is_grad_enabled() and self.linear.parameter.requires_grad):
             return self._rows(features) if self.linear.axis == "out" else self._columns(features)
@@ -195,6 +200,10 @@ class KeptProduct:
         return total.to(kind).reshape(*features.shape[:-1], -1)
 
 
+def _no_copy() -> None:
+    """Stands for a reference to nothing."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Copy:
     """Kept features copied together.
@@ -205,7 +214,12 @@ class _Copy:
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    source: tuple[object, ...]
+    sources: tuple[_Source, ...]
+
+    def is_of(self, linear: BoundLinear) -> bool:
+        """Whether the linear is as it was."""
+        weight, *bias = self.sources
+        return weight.is_now(linear.parameter) and all(b.is_now(linear.bias) for b in bias)
 
 
 class Copies:
@@ -236,8 +250,7 @@ class Copies:
         """A copy of a linear's kept features as they are now; None to compute with runs."""
         key = (linear.path, lanes)
         held = self._held.get(key)
-        if held is not None and held.source == _state(linear):
-            self._held.move_to_end(key)
+        if held is not None and held.is_of(linear):
             return held
         self._drop(key)
         weight = linear.weight
@@ -269,6 +282,7 @@ class Copies:
 @torch.no_grad()
 def _copied(linear: BoundLinear, runs: Intervals) -> _Copy:
     dim, weight, bias = linear.dim, linear.weight.detach(), linear.bias
+    sources = tuple(_Source(tensor) for tensor in (linear.parameter, bias) if tensor is not None)
     shape = list(weight.shape)
     shape[dim] = count_of(runs)
     copied, place = weight.new_empty(shape), 0
@@ -279,14 +293,29 @@ def _copied(linear: BoundLinear, runs: Intervals) -> _Copy:
     if bias is not None:
         pieces = [bias[start:stop] for start, stop in runs] if linear.axis == "out" else [bias]
         bias = nn.Parameter(torch.cat(pieces), requires_grad=False)
-    return _Copy(nn.Parameter(copied, requires_grad=False), cast(Any, bias), _state(linear))
+    return _Copy(nn.Parameter(copied, requires_grad=False), cast(Any, bias), sources)
 
 
-def _state(linear: BoundLinear) -> tuple[object, ...]:
-    """Changes when PyTorch replaces, moves, converts or writes to a linear's parameters."""
-    state: list[object] = []
-    for tensor in (linear.parameter, linear.bias):
-        if tensor is not None:
-            version = 0 if tensor.is_inference() else tensor._version
-            state += [id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.device]
-    return tuple(state)
+class _Source:
+    """A parameter as it was when it was copied.
+
+    Its memory is kept: were it freed, another state of the parameter could come to lie there.
+    """
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter = parameter
+        self.memory = parameter.detach()
+        self.address = parameter.data_ptr()
+        self.version = _version(parameter)
+
+    def is_now(self, parameter: Tensor | None) -> bool:
+        """Whether PyTorch has not replaced, moved, converted or written to it."""
+        return (
+            parameter is self.parameter
+            and parameter.data_ptr() == self.address
+            and _version(parameter) == self.version
+        )
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
