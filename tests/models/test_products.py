@@ -239,6 +239,25 @@ def test_a_cache_outlives_a_change_of_plans_and_back(decoder):
     assert close(torch.cat(pieces, 1), expected)
 
 
+def test_another_state_of_a_copied_weight_is_not_taken_for_it():
+    """Memory that is freed may be given to the next state: same parameter, address and version."""
+    generator = torch.Generator().manual_seed(0)
+    linear = bound("rows", False, generator)
+    lanes = ((1, 3), (4, 5))
+    product = KeptProduct(linear, lanes, Copies(1 << 20))
+    linear.module.requires_grad_(False)
+    features = kept_features(linear, lanes)
+    for _ in range(20):
+        for _ in range(2):
+            product.refresh()
+        for _ in range(2):
+            linear.parameter.data = torch.randn(linear.parameter.shape, generator=generator)
+        product.refresh()
+        rows = torch.randn(2, linear.weight.shape[1], generator=generator)
+        right = F.linear(rows, linear.weight[features], linear.bias[features])
+        torch.testing.assert_close(product(rows), right)
+
+
 # -- one linear ------------------------------------------------------------------------------------
 
 
