@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from plans import plan_of
@@ -13,7 +14,6 @@ from planner.models.running.masked import Gates, MaskedExecutor
 from planner.models.running.session import Session
 from planner.plan import TokenStage
 
-peft = pytest.importorskip("peft")
 # Of transformers, about names that peft uses.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
