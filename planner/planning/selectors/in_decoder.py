@@ -131,26 +131,14 @@ _TOKENS_PER_CLUSTER = 10
 
 
 @dataclass(frozen=True)
-class Random(DecoderSelector):
-    """Keep a random subset of each sample's image tokens: the baseline that others have to beat.
+class _Count(DecoderSelector):
+    """Keeps a number of image tokens from one layer on, without a look at the model."""
 
-    The i-th image token of a sample draws the i-th number of the seeded stream, so a choice depends
-    on nothing but the seed and the number of image tokens: not on the batch, padding or device.
-
-    Attributes:
-        keep: image tokens kept per sample.
-        seed: of the stream.
-        k: the first layer that sees fewer tokens; 0 is the whole decoder.
-    """
-
-    name = "random"
     keep: int
-    seed: int = 0
     k: int = 0
 
     def __post_init__(self) -> None:
         self.check("keep", self.keep >= 0, "a count from 0 on")
-        self.check("seed", self.seed >= 0, "a number from 0 on")
         self.check("k", self.k >= 0, "a layer from 0 on")
 
     @classmethod
@@ -169,7 +157,28 @@ class Random(DecoderSelector):
 
 
 @dataclass(frozen=True)
-class Uniform(DecoderSelector):
+class Random(_Count):
+    """Keep a random subset of each sample's image tokens: the baseline that others have to beat.
+
+    The i-th image token of a sample draws the i-th number of the seeded stream, so a choice depends
+    on nothing but the seed and the number of image tokens: not on the batch, padding or device.
+
+    Attributes:
+        keep: image tokens kept per sample.
+        k: the first layer that sees fewer tokens; 0 is the whole decoder.
+        seed: of the stream.
+    """
+
+    name = "random"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("seed", self.seed >= 0, "a number from 0 on")
+
+
+@dataclass(frozen=True)
+class Uniform(_Count):
     """Keep a regular grid of each sample's image tokens, the other baseline without a model.
 
     Every unbroken run of image tokens is taken as one picture; pictures share the count in
@@ -181,23 +190,3 @@ class Uniform(DecoderSelector):
     """
 
     name = "uniform"
-    keep: int
-    k: int = 0
-
-    def __post_init__(self) -> None:
-        self.check("keep", self.keep >= 0, "a count from 0 on")
-        self.check("k", self.k >= 0, "a layer from 0 on")
-
-    @classmethod
-    @override
-    def at(cls, layer: int, keep: int, of: int) -> Self:
-        return cls(keep=keep, k=layer)
-
-    @property
-    @override
-    def layers(self) -> tuple[int, ...]:
-        return (self.k,)
-
-    @override
-    def counts(self, tokens: int) -> tuple[int | None, ...]:
-        return (min(self.keep, tokens),)
