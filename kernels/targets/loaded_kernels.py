@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -59,6 +59,8 @@ class Loaded:
         }
         tiles = (row for row in manifest.tiles if row[0].target == TARGETS[target])
         self._tiles: dict[Product, Tile] = dict(tiles)
+        # Launches of a product come again and again.
+        self._tile = cache(self._closest_tile)
 
     def check(self, graph: Graph, plan: Plan | None, dtype: torch.dtype) -> None:
         """Raise InputError unless these are kernels of a model, its plan and its dtype.
@@ -106,7 +108,7 @@ class Loaded:
         """The kernel that serves a launch."""
         return self._kernels.get(key_of(launch, self.manifest.index_driven))
 
-    def _tile(self, wanted: Product) -> Tile | None:
+    def _closest_tile(self, wanted: Product) -> Tile | None:
         """The tile of the product of as many rows, or of the closest number that it suits.
 
         Kernels of any plan were tiled for the survivors of one; these may be others.
