@@ -17,8 +17,6 @@ from planner.ir.graph import Graph
 from planner.ir.intervals import Intervals
 from planner.plan import Plan
 
-__all__ = ["cut_by_hand"]
-
 
 def cut_by_hand(stock: Any, plan: Plan, graph: Graph, left: Tensor | None = None) -> Any:
     """A copy of a LLaMA-shaped model, or of a LLaVA around one, cut to a plan.

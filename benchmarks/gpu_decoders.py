@@ -24,8 +24,6 @@ from planner.models.running.kv_cache import cache_argument
 from planner.models.running.skipping import session_on
 from planner.plan import Plan, TokenStage
 
-__all__ = ["LLAVA_7B", "TINY", "Decoder", "Draw", "Size", "build", "compare"]
-
 # FastV selects before the third layer.
 STAGE = 2
 IMAGE = 3  # the placeholder's id

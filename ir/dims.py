@@ -6,8 +6,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["Dim", "Sizes", "product"]
-
 # Symbol -> size.
 Sizes = Mapping[str, int]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["InputError", "PlannerError"]
-
 
 class PlannerError(Exception):
     """Something failed although the input was good (exit code 1)."""

@@ -16,8 +16,6 @@ import networkx as nx
 from planner.ir.dims import Dim, Sizes, product
 from planner.ir.intervals import Intervals, merged
 
-__all__ = ["PARTS", "SITE_KINDS", "Binding", "Block", "Graph", "Operator", "Site", "Value"]
-
 PARTS = ("vision", "projector", "decoder", "head")
 SITE_KINDS = ("tokens", "layer", "heads", "mlp")
 

@@ -21,8 +21,6 @@ from planner.ir.errors import InputError
 from planner.ir.graph import PARTS, SITE_KINDS, Binding, Block, Graph, Operator, Site, Value
 from planner.ir.kinds import KINDS, Kind
 
-__all__ = ["fingerprint", "parse_graph", "print_graph"]
-
 HEADER = "graph"
 # Tells a whole graph from one that was cut off.
 END = "end"

@@ -6,16 +6,6 @@ import re
 from collections.abc import Iterable
 from itertools import pairwise
 
-__all__ = [
-    "Intervals",
-    "count_of",
-    "intervals_of",
-    "merged",
-    "numbers_of",
-    "print_ranges",
-    "read_ranges",
-]
-
 _RANGE = re.compile(r"(\d{1,18})(?:-(\d{1,18}))?", re.ASCII)
 
 # Half-open, ascending, disjoint: ((0, 64), (128, 192)).

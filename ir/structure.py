@@ -11,17 +11,6 @@ from planner.ir.dims import Dim
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator, Site, Value
 
-__all__ = [
-    "exit_of",
-    "narrowed",
-    "needed",
-    "redirected",
-    "residual_entry",
-    "takes_rows",
-    "unnarrowed_readers",
-    "within",
-]
-
 
 def outputs(graph: Graph) -> tuple[str, ...]:
     """The operators that the model is run for: its head, or the last one of a model without."""

@@ -19,8 +19,6 @@ from planner.ir.graph import PARTS, SITE_KINDS, Binding, Graph, Operator, Site
 from planner.ir.kinds import KINDS, kind_of
 from planner.ir.structure import unnarrowed_readers
 
-__all__ = ["RULES", "verify"]
-
 # What no model comes near; programs that count up to it would not come back.
 _MOST = 1 << 40
 _MOST_LANES = 1 << 24

@@ -27,14 +27,6 @@ from planner.kernels.triton.tiles import (
     target_of_device,
 )
 
-__all__ = [
-    "Kernels",
-    "attention_is_faster",
-    "mlp_is_faster",
-    "product_is_faster",
-    "with_triton",
-]
-
 # What no kernel launch is shorter than, about: starting it, and waiting for its last program.
 _LAUNCH_SECONDS = 3e-6
 

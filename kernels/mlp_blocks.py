@@ -14,8 +14,6 @@ from types import MappingProxyType
 
 from planner.ir.graph import Binding, Graph, Operator, Site
 
-__all__ = ["MLPBlock", "NotFusable", "mlp_block", "unit_width"]
-
 # The Graph's name of an activation -> the kernels'.
 ACTIVATIONS: Mapping[str, str] = MappingProxyType(
     {

@@ -18,8 +18,6 @@ from torch import Tensor
 from planner.ir.errors import InputError
 from planner.ir.intervals import Intervals, intervals_of, merged
 
-__all__ = ["Survivors", "neuron_width"]
-
 
 @dataclass(frozen=True, eq=False)
 class Survivors:

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from planner.models.running.session import Override, Session
 
-__all__ = ["budget", "compile", "graph_of", "kept_image_tokens", "plan_of", "restore"]
-
 Model = TypeVar("Model", bound="nn.Module")
 
 

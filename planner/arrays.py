@@ -16,8 +16,6 @@ import numpy.typing as npt
 from planner.files import MEBIBYTE, read_bytes
 from planner.ir.errors import InputError
 
-__all__ = ["read_arrays"]
-
 _MOST_BYTES = 256 * MEBIBYTE
 _MOST_ARRAYS = 100_000
 # Kinds of NumPy types: booleans, integers, floating-point numbers, text.

@@ -18,8 +18,6 @@ from pathlib import Path
 
 from planner.ir.errors import InputError
 
-__all__ = ["contained"]
-
 _SECONDS = 5.0
 # More than the process has already.
 _MORE_BYTES = 1 << 30

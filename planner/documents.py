@@ -16,8 +16,6 @@ import yaml
 from planner.files import MEBIBYTE, read_text
 from planner.ir.errors import InputError
 
-__all__ = ["dump_yaml", "parse_json", "parse_yaml", "read_json", "read_yaml"]
-
 _MOST_BYTES = 8 * MEBIBYTE
 _MOST_EVENTS = 100_000
 _DEEPEST = 50

@@ -11,16 +11,6 @@ from pathlib import Path
 
 from planner.ir.errors import InputError
 
-__all__ = [
-    "MEBIBYTE",
-    "output_folder",
-    "read_bytes",
-    "read_text",
-    "write_bytes",
-    "write_folder",
-    "write_text",
-]
-
 MEBIBYTE = 1 << 20
 # Opening a FIFO that nobody writes to would otherwise never return.
 _READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)

@@ -14,15 +14,6 @@ from planner.files import MEBIBYTE, read_bytes
 from planner.ir.errors import InputError, PlannerError
 from planner.planning.catalog import Source, find_model
 
-__all__ = [
-    "count_image_tokens",
-    "load_image",
-    "load_model",
-    "noise_image",
-    "prompt_inputs",
-    "refuse_nan",
-]
-
 _MOST_BYTES = 256 * MEBIBYTE
 # Larger pictures are refused rather than decoded: a few hundred megapixels fill the memory.
 MOST_PIXELS = 100_000_000

@@ -25,17 +25,6 @@ from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Site
 from planner.ir.intervals import Intervals, count_of, merged, print_ranges, read_ranges
 
-__all__ = [
-    "FORMAT",
-    "Kept",
-    "Plan",
-    "TokenStage",
-    "load_plan",
-    "plan_digest",
-    "save_plan",
-    "scores_by_attention",
-]
-
 FORMAT = 1
 
 

@@ -12,8 +12,6 @@ from planner.documents import dump_yaml, read_yaml
 from planner.files import write_text
 from planner.ir.errors import InputError
 
-__all__ = ["FORMAT", "Schedule", "is_schedule", "load_schedule", "save_schedule"]
-
 FORMAT = 1
 
 

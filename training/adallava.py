@@ -33,8 +33,6 @@ from planner.training.tiny_llava import export as export_half
 from planner.training.trainer import RunTrainer, training_arguments
 from planner.training.warm_start import warm_start
 
-__all__ = ["AdaLlavaConfig", "AdaptiveModel", "BudgetCollator", "train"]
-
 
 class AdaLlavaConfig(RunConfig):
     """Everything that makes one AdaLLaVA model; a batch counts conversations."""

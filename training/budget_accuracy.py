@@ -19,8 +19,6 @@ from planner.planning.selectors import stages_of
 from planner.training.data import Conversation
 from planner.training.evaluate import evaluate
 
-__all__ = ["UnderBudgets"]
-
 # Of a question about a scene and what stands around it, about.
 TEXT_TOKENS = 16
 

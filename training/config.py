@@ -13,8 +13,6 @@ from planner.documents import parse_yaml, read_yaml
 from planner.ir.errors import InputError
 from planner.training.data.conversations import FAMILY_WEIGHTS
 
-__all__ = ["RunConfig", "parse_config", "read_settings"]
-
 
 class RunConfig(BaseModel):
     """What every training run has; immutable, and a key that it does not know is an error."""

@@ -33,18 +33,6 @@ from planner.training.sequential_draws import by_rank, check_limits, log_chance,
 from planner.training.subset_distributions import Subsets
 from planner.training.switch_costs import AdditiveCosts, Costs
 
-__all__ = [
-    "ESTIMATORS",
-    "Deterministic",
-    "Drawn",
-    "Estimator",
-    "GumbelSequential",
-    "GumbelTopK",
-    "Noise",
-    "Simple",
-    "parse",
-]
-
 # A generator on the device of the logits, or one for every sample, on any device: what is drawn for
 # a sample then does not depend on its batch.
 Noise = torch.Generator | Sequence[torch.Generator] | None

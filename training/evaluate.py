@@ -22,8 +22,6 @@ from planner.ir.errors import InputError
 from planner.loading import load_model
 from planner.training.data import Conversation, SceneQuestions, Turn
 
-__all__ = ["evaluate", "language_prior", "predict", "score"]
-
 MAX_NEW_TOKENS = 128
 _OBJECT = re.compile(r"there is a (\w+) (\w+) (\w+) in the (\w+ \w+)\b")
 _COUNT = re.compile(r"shows (\d+) objects?\b")

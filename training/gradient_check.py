@@ -22,8 +22,6 @@ from planner.training.estimators import parse
 from planner.training.sequential_draws import log_probability
 from planner.training.switch_costs import AdditiveCosts
 
-__all__ = ["CASES", "METHODS", "Case", "Check", "check", "exact_gradient", "fillings"]
-
 
 @dataclass(frozen=True, eq=False)
 class Case:

@@ -26,8 +26,6 @@ from planner.planning.switches import with_switches
 from planner.solver.problem import Flags, Problem
 from planner.training.question_samples import prompt_of
 
-__all__ = ["MOST_SWITCHES", "label_samples", "loss_changes"]
-
 #: Switches of which every plan may be tried: 4,096 plans per sample.
 MOST_SWITCHES = 12
 

@@ -15,8 +15,6 @@ from planner.models.calibration import Sample, answered, read_questions, read_sa
 from planner.models.calibration.samples import Question
 from planner.training.data import SPLITS, SceneQuestions
 
-__all__ = ["Asked", "picture_samples", "prompt_of", "scene_samples"]
-
 _SCENE = re.compile(rf"({'|'.join(SPLITS)})-question-(\d+)-(\d+)")
 
 

@@ -11,8 +11,6 @@ from planner.ir.errors import InputError
 from planner.training import adallava, tiny_llava
 from planner.training.config import RunConfig, parse_config, read_settings
 
-__all__ = ["RECIPES", "Recipe", "load_recipe"]
-
 
 @dataclass(frozen=True)
 class Recipe:

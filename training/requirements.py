@@ -6,8 +6,6 @@ from importlib.util import find_spec
 
 from planner.ir.errors import InputError
 
-__all__ = ["require_extras"]
-
 
 def require_extras() -> None:
     """Refuse to train without the packages of ``planner[train]``.

@@ -15,8 +15,6 @@ from torch import Tensor
 from planner.ir.errors import InputError
 from planner.training.switch_costs import Costs
 
-__all__ = ["Turn", "by_rank", "check_limits", "log_chance", "log_probability", "turns"]
-
 
 @dataclass(frozen=True, eq=False)
 class Turn:

@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Subsets"]
-
 # Stands for log 0: differentiable without NaN, and exp of it is 0.
 _LOG_ZERO = -1e300
 

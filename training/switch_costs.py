@@ -20,8 +20,6 @@ from planner.ir.errors import InputError
 from planner.models.scheduling import CostSwitches, Layout
 from planner.solver.problem import Problem
 
-__all__ = ["NEVER", "AdditiveCosts", "Costs", "SiteCosts", "costs_of"]
-
 #: Cost of a switch that cannot be taken yet: more than any limit.
 NEVER = torch.iinfo(torch.int64).max
 

@@ -36,8 +36,6 @@ from planner.training.data import IMAGE_SIZE, Conversation, Packer, Scene, Scene
 from planner.training.data.scenes import COLORS, COLUMNS, ROWS, SHAPES, SIZES
 from planner.training.trainer import RunTrainer, training_arguments
 
-__all__ = ["TinyLlavaConfig", "build_model", "build_processor", "export", "train"]
-
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "</s>", "<image>", "USER:", "ASSISTANT:")
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 # LLaVA-1.5's prompt: turns of "USER: ... ASSISTANT: ...</s>", the image before the first question.

@@ -22,8 +22,6 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from planner.ir.errors import PlannerError
 from planner.training.config import RunConfig
 
-__all__ = ["RunTrainer", "last_checkpoint", "training_arguments"]
-
 
 def training_arguments(config: RunConfig, **options: Any) -> TrainingArguments:
     """transformers' arguments: a configuration's, with options of the run in place of them."""

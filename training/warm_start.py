@@ -37,8 +37,6 @@ from planner.training.question_samples import Asked, prompt_of
 from planner.training.subset_distributions import Subsets
 from planner.training.trainer import RunTrainer
 
-__all__ = ["LabelledPrompts", "Pupil", "set_loss", "target_plans", "warm_start"]
-
 
 def warm_start(
     model: nn.Module,

@@ -20,8 +20,6 @@ from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator
 from planner.ir.kinds import kind_of
 
-__all__ = ["CONVENTIONS", "Convention", "DynamicLlava", "LlmViewer", "Row", "convention"]
-
 _ELEMENT_BYTES = 2
 
 

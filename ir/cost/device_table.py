@@ -10,8 +10,6 @@ import yaml
 
 from planner.ir.errors import InputError
 
-__all__ = ["Device", "device", "devices"]
-
 
 @dataclass(frozen=True, slots=True)
 class Device:

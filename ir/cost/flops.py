@@ -12,8 +12,6 @@ from planner.ir.dims import Sizes
 from planner.ir.graph import Operator
 from planner.ir.kinds import kind_of
 
-__all__ = ["operator_flops", "operator_kv_elements", "operator_parameters"]
-
 
 def operator_flops(operator: Operator, sizes: Sizes) -> int:
     """FLOPs of one operator when the graph's symbols have the given sizes."""

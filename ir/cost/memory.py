@@ -10,8 +10,6 @@ from planner.ir.graph import Graph, Operator
 from planner.ir.kinds import attended_keys, kind_of
 from planner.ir.kinds.table import SINGLE_PRECISION
 
-__all__ = ["activation_bytes", "peak_bytes"]
-
 
 def peak_bytes(graph: Graph, sizes: Sizes) -> int:
     """Bytes that a step needs at its worst moment, at most.

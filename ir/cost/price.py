@@ -17,8 +17,6 @@ from planner.ir.dims import Sizes
 from planner.ir.graph import Graph, Operator
 from planner.ir.kinds import kind_of
 
-__all__ = ["Cost", "price", "roofline", "total"]
-
 
 @dataclass(frozen=True, slots=True)
 class Cost:

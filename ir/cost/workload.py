@@ -11,8 +11,6 @@ from typing import Any
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 
-__all__ = ["DEFAULT_NEW_TOKENS", "DEFAULT_TEXT_TOKENS", "Workload"]
-
 DEFAULT_TEXT_TOKENS = 64
 DEFAULT_NEW_TOKENS = 64
 

@@ -9,8 +9,6 @@ from typing import Literal
 from planner.ir.dims import Dim, Sizes
 from planner.ir.graph import Operator, Value
 
-__all__ = ["Attribute", "Kind"]
-
 
 @dataclass(frozen=True, slots=True)
 class Attribute:

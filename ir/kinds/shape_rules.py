@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from planner.ir.dims import Dim
 from planner.ir.graph import Operator
 
-__all__ = ["cannot_broadcast", "lacks_features", "last_is"]
-
 # Size at which shapes are compared: a prime, so that different expressions differ.
 _SAMPLE = 1009
 

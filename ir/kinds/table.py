@@ -16,8 +16,6 @@ from planner.ir.graph import Operator
 from planner.ir.kinds.kind import Attribute, Kind
 from planner.ir.kinds.shape_rules import cannot_broadcast, lacks_features, last_is
 
-__all__ = ["KINDS", "SINGLE_PRECISION", "attended_keys"]
-
 _BIAS, _IN, _OUT = Attribute("bias", least=0), Attribute("in"), Attribute("out")
 _FUNCTION = Attribute("function", "word")
 

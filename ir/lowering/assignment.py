@@ -13,8 +13,6 @@ from planner.ir.lowering.aten import opname
 from planner.ir.lowering.lanes import Label, affine_blocks
 from planner.ir.lowering.traced_layer import TracedLayer
 
-__all__ = ["Assignment"]
-
 
 class Assignment:
     """Lane number of every feature of every source, filled role by role.

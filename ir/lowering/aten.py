@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import fx
 
-__all__ = ["ACTIVATIONS", "ATTENTION", "HEAVY", "NORMS", "REDUCTIONS", "VIEWS", "opname"]
-
 
 def opname(node: fx.Node) -> str:
     """Base name of the operation a node calls: ``linear``, ``mul``, ``mark`` (no overload)."""

@@ -11,8 +11,6 @@ from typing import TypeVar
 
 from planner.ir.errors import InputError
 
-__all__ = ["NotLowered", "first_success", "quiet", "sentence"]
-
 T = TypeVar("T")
 
 

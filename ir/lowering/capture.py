@@ -19,8 +19,6 @@ from torch import Tensor, fx, nn
 from planner.ir.lowering.eager_attention import fuse_attention
 from planner.ir.lowering.tensor_writes import join_writes
 
-__all__ = ["WRAPPED", "Captured", "Stack", "build_on_meta", "capture", "path_of"]
-
 # A module that wraps a model, to have one of its functions traced, keeps the model under this name;
 # paths leave it out.
 WRAPPED = "root"

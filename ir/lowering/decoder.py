@@ -16,8 +16,6 @@ from planner.ir.lowering.capture import Captured, capture, path_of
 from planner.ir.lowering.example_inputs import decoder_inputs, token_marker
 from planner.ir.lowering.raising import Raised, Surroundings, raise_operators
 
-__all__ = ["lower_decoder"]
-
 
 def lower_decoder(model: Any, embeddings: nn.Module) -> tuple[Raised, int]:
     """The decoder and, where there is one, the output embedding; and the number of layers.

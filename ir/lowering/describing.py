@@ -15,8 +15,6 @@ from planner.ir.lowering.aten import ACTIVATIONS, ATTENTION, HEAVY, NORMS, REDUC
 from planner.ir.lowering.eager_attention import CAPPED
 from planner.ir.lowering.flow import Flow
 
-__all__ = ["attributes_of", "kind_of", "symbolic_shape"]
-
 _KINDS: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(ATTENTION, "attention"),

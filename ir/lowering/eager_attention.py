@@ -15,8 +15,6 @@ from torch import Tensor, fx
 
 from planner.ir.lowering.aten import HEAVY, VIEWS, opname
 
-__all__ = ["CAPPED", "fuse_attention"]
-
 # Key of a fused attention's meta: its scores go through tanh.
 CAPPED = "planner_capped"
 _PRODUCTS = frozenset(["matmul", "bmm"])

@@ -16,8 +16,6 @@ from torch import SymInt, Tensor, fx
 from planner.ir.lowering.aten import HEAVY, VIEWS, opname
 from planner.ir.lowering.capture import WRAPPED, Captured
 
-__all__ = ["Flow", "is_light"]
-
 
 def is_light(node: fx.Node) -> bool:
     """Whether a node does elementwise work, or none."""

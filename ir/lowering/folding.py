@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from planner.ir.graph import Operator, Site
 from planner.ir.lowering.capture import Stack
 
-__all__ = ["Span", "copies", "layer_of", "moved", "narrowed_alike", "sites_alike"]
-
 Narrowing = tuple[tuple[str, str], ...]
 
 

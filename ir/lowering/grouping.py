@@ -12,8 +12,6 @@ from torch import fx
 from planner.ir.lowering.aten import ACTIVATIONS, ATTENTION, HEAVY, NORMS, VIEWS, opname
 from planner.ir.lowering.flow import Flow, is_light
 
-__all__ = ["Group", "group_nodes"]
-
 # Products that may be of two activations; a recurrence is made of those.
 _PRODUCTS = (HEAVY - ATTENTION) - {"linear", "addmm", "grouped_mm", "grouped_mm_fallback"}
 

@@ -12,8 +12,6 @@ from planner.ir.lowering.assignment import Assignment
 from planner.ir.lowering.lanes import Label, affine_blocks
 from planner.ir.lowering.traced_layer import NoSite, TracedLayer
 
-__all__ = ["Grouping", "find_heads", "group_heads"]
-
 
 @dataclass(frozen=True)
 class Grouping:

@@ -20,8 +20,6 @@ from planner.ir.graph import Block
 from planner.ir.intervals import intervals_of
 from planner.ir.lowering.aten import ACTIVATIONS, HEAVY, NORMS, REDUCTIONS, VIEWS, opname
 
-__all__ = ["Label", "LaneTracer", "affine_blocks"]
-
 # More labels than this on one value means that features are being mixed, not arranged.
 _MOST_LABELS = 6
 

@@ -8,8 +8,6 @@ from planner.ir.graph import Binding, Block, Site
 from planner.ir.lowering.assignment import Assignment
 from planner.ir.lowering.traced_layer import NoSite, TracedLayer
 
-__all__ = ["find_neurons"]
-
 
 def find_neurons(
     layer: TracedLayer,

@@ -25,8 +25,6 @@ from planner.ir.lowering.lanes import LaneTracer
 from planner.ir.lowering.sites import Found, find_sites
 from planner.ir.lowering.traced_layer import TracedLayer
 
-__all__ = ["Raised", "Surroundings", "raise_operators"]
-
 
 @dataclass(frozen=True)
 class Surroundings:

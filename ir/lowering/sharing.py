@@ -12,8 +12,6 @@ from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.ir.structure import exit_of, residual_entry, unnarrowed_readers, within
 
-__all__ = ["without_shared"]
-
 
 def without_shared(graph: Graph) -> tuple[Graph, list[str]]:
     """The graph without the sites that are shared, and one sentence for each kind of site."""

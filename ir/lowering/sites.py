@@ -12,8 +12,6 @@ from planner.ir.lowering.head_lanes import find_heads, group_heads
 from planner.ir.lowering.neuron_lanes import find_neurons
 from planner.ir.lowering.traced_layer import NoSite, TracedLayer
 
-__all__ = ["Found", "find_sites"]
-
 
 @dataclass
 class Found:

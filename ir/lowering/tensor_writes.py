@@ -13,8 +13,6 @@ from torch import fx
 
 from planner.ir.lowering.aten import opname
 
-__all__ = ["join_writes"]
-
 _EMPTY = frozenset(["empty", "empty_like", "new_empty"])
 
 

@@ -12,8 +12,6 @@ from planner.ir.lowering.aten import HEAVY, opname
 from planner.ir.lowering.flow import Flow
 from planner.ir.lowering.lanes import Label, LaneTracer
 
-__all__ = ["NoSite", "TracedLayer"]
-
 
 class NoSite(Exception):
     """A block that cannot be narrowed; the message says why."""

@@ -18,8 +18,6 @@ from planner.ir.lowering.capture import Captured, capture, path_of
 from planner.ir.lowering.example_inputs import vision_inputs
 from planner.ir.lowering.raising import Raised, Surroundings, raise_operators
 
-__all__ = ["VisionSide", "lower_vision"]
-
 
 @dataclass(frozen=True)
 class VisionSide:

@@ -25,8 +25,6 @@ from planner.ir.lowering.sharing import without_shared
 from planner.ir.lowering.vision_side import lower_vision
 from planner.ir.verify import verify
 
-__all__ = ["Lowered", "lower", "lower_config", "lower_model"]
-
 
 @dataclass(frozen=True)
 class Lowered:

@@ -8,8 +8,6 @@ from typing import ClassVar
 from planner.ir.graph import Graph
 from planner.ir.structure import needed, within
 
-__all__ = ["DropDead"]
-
 
 @dataclass(frozen=True)
 class DropDead:

@@ -8,8 +8,6 @@ from typing import ClassVar
 from planner.ir.graph import Graph, Operator
 from planner.ir.structure import takes_rows
 
-__all__ = ["FuseNorm"]
-
 
 @dataclass(frozen=True)
 class FuseNorm:

@@ -9,8 +9,6 @@ from planner.ir.dims import Dim
 from planner.ir.graph import Graph, Operator
 from planner.ir.structure import redirected, takes_rows
 
-__all__ = ["FuseProjections"]
-
 
 def _key(operator: Operator) -> object:
     """Equal for linears that can run as one: query, key and value, or gate and up."""

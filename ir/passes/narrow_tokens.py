@@ -11,8 +11,6 @@ from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator
 from planner.ir.structure import redirected
 
-__all__ = ["NarrowTokens"]
-
 
 class TokenStage(Protocol):
     """A choice of image tokens before a decoder layer."""

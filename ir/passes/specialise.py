@@ -10,8 +10,6 @@ from planner.ir.graph import Graph, Operator, Site
 from planner.ir.kinds import kind_of
 from planner.ir.structure import exit_of, narrowed, needed, redirected, residual_entry, within
 
-__all__ = ["Specialise"]
-
 
 class KeptLanes(Protocol):
     """What is kept of a site."""

@@ -19,8 +19,6 @@ from planner.kernels.ops.op import Gradients, Op
 from planner.kernels.ops.slices import Part, plans_of
 from planner.kernels.survivors import Survivors
 
-__all__ = ["Attend"]
-
 
 @dataclass(frozen=True, eq=False)
 class Attend(Op, name="attend"):

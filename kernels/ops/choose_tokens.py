@@ -10,8 +10,6 @@ from typing_extensions import override
 
 from planner.kernels.ops.op import Op
 
-__all__ = ["ChooseTokens", "top_mask"]
-
 
 def top_mask(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
     """Mark the best eligible entries of each row; of equal ones the first win.

@@ -10,8 +10,6 @@ from typing_extensions import override
 
 from planner.kernels.ops.op import Gradients, Op
 
-__all__ = ["GatherTokens"]
-
 
 @dataclass(frozen=True, eq=False)
 class GatherTokens(Op, name="gather_tokens"):

@@ -9,8 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ["ONEDNN", "SMALL", "kept_linear", "suits"]
-
 # oneDNN takes longer to begin than MKL does: weights of fewer elements are left to `F.linear`.
 SMALL = 2**17
 

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from planner.kernels.survivors import Survivors
 
-__all__ = ["Gradients", "Op"]
-
 # What a field's type is called in a schema. Survivors are tensors and a number.
 _SCHEMA: dict[object, str] = {
     Tensor: "Tensor {}",

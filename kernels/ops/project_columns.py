@@ -13,8 +13,6 @@ from planner.kernels.ops.op import Gradients, Op
 from planner.kernels.ops.slices import length_of, parts_of, plans_of
 from planner.kernels.survivors import Survivors
 
-__all__ = ["ProjectColumns"]
-
 
 @dataclass(frozen=True, eq=False)
 class ProjectColumns(Op, name="project_columns"):

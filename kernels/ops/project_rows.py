@@ -19,8 +19,6 @@ from planner.kernels.ops.op import Gradients, Op
 from planner.kernels.ops.slices import Part, length_of, parts_of, plans_of
 from planner.kernels.survivors import Survivors
 
-__all__ = ["ACTIVATIONS", "ProjectRows"]
-
 aten = torch.ops.aten
 
 # By transformers' names (ACT2FN).

@@ -14,8 +14,6 @@ from typing_extensions import override
 
 from planner.kernels.ops.op import Op
 
-__all__ = ["ScoreTokens"]
-
 
 @dataclass(frozen=True, eq=False)
 class ScoreTokens(Op, name="score_tokens"):

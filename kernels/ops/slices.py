@@ -13,8 +13,6 @@ from torch import Tensor
 from planner.ir.intervals import count_of
 from planner.kernels.survivors import Survivors
 
-__all__ = ["Part", "length_of", "parts_of", "plans_of"]
-
 # Mean run, in weight rows, from which views beat a gather (measured on a CPU, prefill and decode).
 LONG_RUN = 32
 

@@ -37,8 +37,6 @@ from planner.kernels.triton.tiles import (
 )
 from planner.planning.graph_cache import cache_folder
 
-__all__ = ["Tiles", "autotuned", "local_target", "on_device"]
-
 Tiles = dict[Product, Tile]
 _FILE = TypeAdapter(list[tuple[Product, Tile]])
 

@@ -29,8 +29,6 @@ from planner.kernels.targets.sources import Source, load_function, sources_of
 from planner.kernels.triton.tiles import Product, Target, Tile, ranked_tiles, tiles_chosen_by
 from planner.plan import Plan, plan_digest
 
-__all__ = ["build_kernels"]
-
 Progress = Callable[[str], None]
 
 

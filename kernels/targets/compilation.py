@@ -25,8 +25,6 @@ from triton.runtime.jit import JITFunction
 
 from planner.kernels.triton.tiles import Target
 
-__all__ = ["Compiled", "compile_kernel", "compiling_for", "remember"]
-
 
 @dataclass(frozen=True)
 class Compiled:

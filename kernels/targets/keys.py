@@ -18,8 +18,6 @@ from planner.ir.intervals import Intervals
 from planner.kernels.survivors import Survivors
 from planner.kernels.triton.launch import Launch
 
-__all__ = ["Fact", "Key", "contents_of", "facts_of", "key_of", "survivor_parameters"]
-
 Fact = str | int | None
 Key = tuple[str, tuple[tuple[str, Fact], ...]]
 

@@ -35,8 +35,6 @@ from planner.kernels.triton.launch import Launch, interpreted_for, loaded, run
 from planner.kernels.triton.tiles import TARGETS, Product, Tile, target_of, tiles_chosen_by
 from planner.plan import Plan, plan_digest
 
-__all__ = ["Loaded", "load_kernels"]
-
 
 class Loaded:
     """Generated kernels of one target.

@@ -16,8 +16,6 @@ from planner.ir.errors import InputError
 from planner.kernels.triton.tiles import Product, Tile
 from planner.plan import load_plan, plan_digest
 
-__all__ = ["FOLDER", "NAME", "CompiledKernel", "Manifest", "read_manifest"]
-
 FORMAT = 2
 FOLDER, NAME = "kernels", "manifest.json"
 

@@ -22,8 +22,6 @@ from typing_extensions import override
 from planner.kernels.targets.source_text import annotate, printed
 from planner.kernels.targets.tables import Table
 
-__all__ = ["Program", "Specialised"]
-
 _UNKNOWN = object()
 
 

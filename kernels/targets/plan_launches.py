@@ -32,8 +32,6 @@ from planner.kernels.triton.launch import Launch, recorded
 from planner.kernels.triton.tiles import Target
 from planner.plan import Plan
 
-__all__ = ["Call", "calls_of", "launches_of"]
-
 
 @dataclass(frozen=True)
 class Call:

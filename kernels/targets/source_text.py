@@ -9,8 +9,6 @@ import ast
 import re
 from collections.abc import Iterator, Sequence
 
-__all__ = ["annotate", "printed"]
-
 _INDENT = "    "
 _WIDTH = 100
 

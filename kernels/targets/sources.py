@@ -27,8 +27,6 @@ from planner.kernels.targets.plan_launches import Call
 from planner.kernels.targets.tables import Table
 from planner.kernels.triton.launch import Launch
 
-__all__ = ["Source", "load_function", "sources_of"]
-
 # An index of more pieces than that is read from memory, not computed.
 _PIECES = 16
 

@@ -33,8 +33,6 @@ from planner.kernels.triton.tiles import (
     power_of_two,
 )
 
-__all__ = ["attend"]
-
 
 @triton.jit
 def mask_range(

@@ -15,8 +15,6 @@ from planner.kernels.triton.kernel import Case, Kernel, require, tensor_bytes
 from planner.kernels.triton.launch import Launch
 from planner.kernels.triton.tiles import Target, power_of_two
 
-__all__ = ["choose_tokens"]
-
 
 @triton.jit
 def order_of(score):

@@ -15,8 +15,6 @@ from planner.kernels.triton.kernel import Case, Kernel, require
 from planner.kernels.triton.launch import Launch
 from planner.kernels.triton.tiles import Target, power_of_two
 
-__all__ = ["gather_tokens"]
-
 
 @triton.jit(do_not_specialize=["tokens", "picked"])
 def gather_tokens_kernel(

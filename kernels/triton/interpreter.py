@@ -33,8 +33,6 @@ from triton.runtime.interpreter import (
 )
 from triton.runtime.jit import JITFunction
 
-__all__ = ["OutOfBounds", "interpret"]
-
 
 class OutOfBounds(Exception):
     """A kernel reads or writes beyond a tensor."""

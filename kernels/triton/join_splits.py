@@ -16,8 +16,6 @@ from planner.kernels.triton.kernel import Case, Kernel, tensor_bytes
 from planner.kernels.triton.launch import Launch
 from planner.kernels.triton.tiles import Target, power_of_two
 
-__all__ = ["Splits", "join_splits"]
-
 
 @triton.jit(do_not_specialize=["slots", "splits"])
 def join_splits_kernel(

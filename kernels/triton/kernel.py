@@ -18,8 +18,6 @@ from planner.kernels.survivors import Survivors
 from planner.kernels.triton.launch import Launch, launch
 from planner.kernels.triton.tiles import Product, Target, Tile, matmul_seconds, vector
 
-__all__ = ["Case", "Kernel", "product_seconds", "require", "strides", "tensor_bytes"]
-
 
 @dataclass(frozen=True)
 class Case:

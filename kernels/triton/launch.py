@@ -24,17 +24,6 @@ from planner.kernels.triton.tiles import TARGETS, Target, target_of_device
 if TYPE_CHECKING:
     from planner.kernels.triton.kernel import Kernel
 
-__all__ = [
-    "Launch",
-    "counted",
-    "interpreted_for",
-    "launch",
-    "loaded",
-    "recorded",
-    "run",
-    "target_for",
-]
-
 
 @dataclass(frozen=True)
 class Launch:

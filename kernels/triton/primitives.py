@@ -5,8 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["activate", "softmax_step", "surviving_features", "tile_order"]
-
 
 @triton.jit
 def tile_order(program, row_tiles, column_tiles, GROUP_ROWS: tl.constexpr):

@@ -18,8 +18,6 @@ from planner.kernels.triton.launch import Launch, target_for
 from planner.kernels.triton.primitives import tile_order
 from planner.kernels.triton.tiles import Product, Target, Tile, matmul_tile
 
-__all__ = ["project_columns"]
-
 
 @triton.jit(do_not_specialize=["rows", "slots"])
 def project_columns_kernel(

@@ -22,8 +22,6 @@ from planner.kernels.triton.launch import Launch, target_for
 from planner.kernels.triton.primitives import activate, surviving_features, tile_order
 from planner.kernels.triton.tiles import Product, Target, Tile, matmul_tile
 
-__all__ = ["project_rows"]
-
 
 @triton.jit(do_not_specialize=["rows", "slots"])
 def project_rows_kernel(

@@ -12,8 +12,6 @@ from planner.kernels.triton.project_columns import project_columns
 from planner.kernels.triton.project_rows import project_rows
 from planner.kernels.triton.score_tokens import score_tokens
 
-__all__ = ["KERNELS", "kernel_of"]
-
 KERNELS: tuple[Kernel, ...] = (
     project_rows,
     project_columns,

@@ -15,8 +15,6 @@ from planner.kernels.triton.kernel import Case, Kernel, require, strides, tensor
 from planner.kernels.triton.launch import Launch
 from planner.kernels.triton.tiles import Target, power_of_two
 
-__all__ = ["score_tokens"]
-
 
 @triton.jit(do_not_specialize=["tokens", "kv_heads"])
 def score_tokens_kernel(

@@ -26,26 +26,6 @@ from planner.ir.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "TARGETS",
-    "AttentionTile",
-    "Product",
-    "Target",
-    "Tile",
-    "attention_tile",
-    "decode_splits",
-    "decode_tile",
-    "matmul_seconds",
-    "matmul_tile",
-    "power_of_two",
-    "ranked_tiles",
-    "target_of",
-    "target_of_device",
-    "targets_of",
-    "tiles_chosen_by",
-    "vector",
-]
-
 # Seconds from issuing a load to having the data, under load.
 _LATENCY = 1e-6
 

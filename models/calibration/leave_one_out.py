@@ -16,8 +16,6 @@ from planner.models.calibration.measures import divergence, loss
 from planner.models.calibration.replay import Replay
 from planner.models.running.masked import Gates, MaskedExecutor
 
-__all__ = ["Switch", "as_gates", "leave_one_out", "measure", "switches_of"]
-
 Array = npt.NDArray[np.float64]
 _FIELDS = {"layer": "layers", "heads": "heads", "mlp": "mlp"}
 

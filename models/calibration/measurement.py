@@ -28,8 +28,6 @@ from planner.models.calibration.token_worth import FRACTIONS, fit, token_losses
 from planner.models.running.masked import MaskedExecutor
 from planner.planning.switches import SwitchSet
 
-__all__ = ["METHODS", "Calibrated", "calibrate", "not_negative", "weights_digest"]
-
 Array = npt.NDArray[np.float64]
 METHODS = ("leave-one-out", "taylor")
 

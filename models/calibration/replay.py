@@ -18,8 +18,6 @@ from planner.models.calibration.samples import Sample
 from planner.models.running.bindings import BoundLayer
 from planner.models.running.patches import Patches
 
-__all__ = ["NOT_FINITE", "Replay"]
-
 NOT_FINITE = "the model's output is not finite for a sample: look for broken weights or images"
 
 

@@ -21,8 +21,6 @@ from planner.files import MEBIBYTE, read_text
 from planner.ir.errors import InputError
 from planner.loading import load_image, prompt_inputs
 
-__all__ = ["Question", "Sample", "answered", "read_questions", "read_samples", "sample_of"]
-
 DEFAULT_PROMPT = "Describe this image."
 # Tokens of the base model's own answer: enough to leave the first word behind, few enough to be
 # generated quickly.

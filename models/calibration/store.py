@@ -18,8 +18,6 @@ from planner.arrays import read_arrays
 from planner.files import write_bytes
 from planner.ir.errors import InputError
 
-__all__ = ["Store"]
-
 Array = npt.NDArray[np.float64]
 
 

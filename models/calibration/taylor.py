@@ -23,8 +23,6 @@ from planner.models.calibration.measures import loss
 from planner.models.calibration.replay import Replay
 from planner.models.running.masked import MaskedExecutor
 
-__all__ = ["DRAWS", "taylor"]
-
 Array = npt.NDArray[np.float64]
 
 # Answers drawn per sample for the Fisher information; each needs a row's activations.

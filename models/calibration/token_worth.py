@@ -13,8 +13,6 @@ from planner.models.calibration.replay import Replay
 from planner.models.running.skipping import obeying
 from planner.plan import Plan, TokenStage
 
-__all__ = ["FRACTIONS", "fit", "token_losses"]
-
 Array = npt.NDArray[np.float64]
 
 FRACTIONS = (0.125, 0.25, 0.5, 0.75)

@@ -31,8 +31,6 @@ from planner.models.running.kv_cache import cache_among
 from planner.models.running.program import Program
 from planner.planning.catalog import PLANNED_EXPORT
 
-__all__ = ["RECORD", "load", "save_planned"]
-
 FORMAT = 1
 RECORD = PLANNED_EXPORT
 _WEIGHTS = "planner{suffix}.safetensors"

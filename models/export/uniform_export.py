@@ -16,8 +16,6 @@ from planner.models.running.bindings import BoundSite
 from planner.models.running.program import LayerProgram, Program
 from planner.planning.config_sizes import keep_heads, reread
 
-__all__ = ["NotPlain", "save_plain"]
-
 
 class NotPlain(Exception):
     """A plan that no stock config describes; the message is one sentence and says why."""

@@ -13,8 +13,6 @@ from planner.ir.intervals import Intervals
 from planner.models.running.bindings import BoundLinear
 from planner.models.running.program import Program
 
-__all__ = ["cast", "kept_weights"]
-
 
 def kept_weights(model: Any, program: Program) -> dict[str, Tensor]:
     """The state dict of the model without what the plan leaves out.

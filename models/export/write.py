@@ -24,8 +24,6 @@ from planner.models.running.program import Program
 from planner.models.running.skipping import obeying
 from planner.plan import Plan, dump_plan
 
-__all__ = ["Exported", "export"]
-
 # Relative error of the logits that a checkpoint read back may have, by precision.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 LOWER_PRECISION = 3e-2

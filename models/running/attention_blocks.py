@@ -22,8 +22,6 @@ from planner.models.running.bindings import BoundSite
 from planner.models.running.patches import ConfigView, Patches
 from planner.models.running.products import KeptProduct
 
-__all__ = ["AttentionBlock", "probe"]
-
 PROBE_TOKENS = 5
 
 

@@ -18,8 +18,6 @@ from planner.ir.errors import InputError
 from planner.ir.graph import Binding, Graph, Site
 from planner.ir.intervals import Intervals, merged
 
-__all__ = ["BoundLayer", "BoundLinear", "BoundSite", "bind", "bind_site"]
-
 
 def _pairs(edges: Sequence[int]) -> Iterable[tuple[int, int]]:
     """Consecutive pairs."""

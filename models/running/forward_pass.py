@@ -18,8 +18,6 @@ from planner.planning.selectors import Selector
 if TYPE_CHECKING:
     from planner.models.tokens.token_stages import TokenStages
 
-__all__ = ["Call", "Passes", "Record"]
-
 
 @dataclass(frozen=True, eq=False)
 class Record:

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-__all__ = ["GrowingLayer"]
-
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values as in `DynamicLayer`; here they are views into larger tensors.

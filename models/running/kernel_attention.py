@@ -18,8 +18,6 @@ from planner.kernels.choice import Kernels, attention_is_faster
 from planner.kernels.ops.attend import Attend
 from planner.kernels.survivors import Survivors
 
-__all__ = ["KERNEL_ATTENTION", "configured_attention"]
-
 _log = logging.getLogger("planner")
 _told: set[str] = set()
 

@@ -26,8 +26,6 @@ from planner.models.running.bindings import BoundLinear, BoundSite
 from planner.models.running.kernel_attention import KERNEL_ATTENTION
 from planner.models.running.products import Compute, Products, Refreshed, TorchProducts
 
-__all__ = ["KernelProducts", "LinearByKernel", "MLPByKernel", "products_of"]
-
 _log = logging.getLogger("planner")
 # Code that multiplies and does nothing else.
 _PLAIN = (nn.Linear.forward, Conv1D.forward)

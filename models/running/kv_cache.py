@@ -33,16 +33,6 @@ from planner.models.tokens.selectors import HeavyHitters
 from planner.models.tokens.selectors.h2o import attention_received
 from planner.models.tokens.selectors.scoring import visible_keys
 
-__all__ = [
-    "Part",
-    "PlannedLayer",
-    "cache_among",
-    "cache_argument",
-    "kv_bytes",
-    "plan_cache",
-    "redirect_cache",
-]
-
 PlanKey = tuple[object, ...]
 _DYNAMIC = (DynamicLayer, DynamicSlidingWindowLayer)
 _STATIC = (StaticLayer, StaticSlidingWindowLayer)

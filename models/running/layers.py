@@ -26,8 +26,6 @@ from planner.models.tokens.kept_tokens import (
     select_rows,
 )
 
-__all__ = ["AttentionForward", "LayerForward", "Setup"]
-
 
 class AttentionForward:
     """Stands in for an attention block; with no head left it gives the bias of its last linear."""

@@ -26,8 +26,6 @@ from planner.models.running.patches import ConfigView, Patches
 from planner.models.running.program import check_plan
 from planner.plan import Plan
 
-__all__ = ["Gates", "MaskedExecutor"]
-
 MASKED = "planner_masked"
 
 # Gates of a prompt's tokens, shape (batch, tokens), or what computes them from the hidden states

@@ -11,8 +11,6 @@ import threading
 from collections import deque
 from types import FrameType
 
-__all__ = ["PassLock"]
-
 # How often those who wait look whether the pass before them was cut short.
 LOOK_SECONDS = 0.2
 

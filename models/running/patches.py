@@ -5,8 +5,6 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-__all__ = ["ConfigView", "Patches", "Shadow"]
-
 _ABSENT = object()
 
 

@@ -10,8 +10,6 @@ from planner.plan import Plan
 from planner.planning.budgets import Budget
 from planner.planning.compiler import Request, plan_graph
 
-__all__ = ["Planning"]
-
 
 @dataclass
 class Planning:

@@ -26,16 +26,6 @@ from planner.kernels.choice import Kernels
 from planner.kernels.ops.kept_linear import kept_linear, suits
 from planner.models.running.bindings import BoundLinear, BoundSite
 
-__all__ = [
-    "BlockForward",
-    "Compute",
-    "Copies",
-    "KeptProduct",
-    "Products",
-    "Refreshed",
-    "TorchProducts",
-]
-
 # Features of shape (..., in features) to (..., out features), either of them narrowed.
 Compute = Callable[[Tensor], Tensor]
 

@@ -16,8 +16,6 @@ from planner.models.running.bindings import BoundLayer, BoundSite
 from planner.plan import Plan, TokenStage
 from planner.planning.selectors import H2O, parse_kv_policy
 
-__all__ = ["LayerGroup", "LayerProgram", "Program", "check_plan"]
-
 
 def check_plan(plan: Plan, graph: Graph) -> None:
     """Raise InputError unless the plan was made for this graph and can be carried out on it."""

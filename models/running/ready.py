@@ -24,8 +24,6 @@ from planner.models.tokens.token_stages import Places, TokenStages
 from planner.models.tokens.vision_stage import VisionStage
 from planner.planning.selectors import VisionSelector
 
-__all__ = ["Preparing", "Ready"]
-
 # Attributes of transformers' layers: whether, and by what function, they keep no activations.
 CHECKPOINTS, CHECKPOINT = "gradient_checkpointing", "_gradient_checkpointing_func"
 

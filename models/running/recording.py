@@ -17,8 +17,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from planner.models.running.patches import ConfigView
 
-__all__ = ["Recorded", "recording"]
-
 RECORDING = "planner_recording"
 
 

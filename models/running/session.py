@@ -36,16 +36,6 @@ from planner.plan import Plan
 if TYPE_CHECKING:
     from planner.models.running.planning import Planning
 
-__all__ = [
-    "Implementation",
-    "Override",
-    "Session",
-    "Setting",
-    "language_model",
-    "language_models",
-    "name_of",
-]
-
 ATTRIBUTE = "_planner_session"
 _keys = count()
 

@@ -38,8 +38,6 @@ from planner.models.running.traced import asked, ticket
 from planner.models.tokens.vision_stage import VisionStage
 from planner.plan import Plan
 
-__all__ = ["Decider", "Skipping", "obeying", "session_on"]
-
 # Arguments of a module's forward: by place and by name.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 

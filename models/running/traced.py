@@ -16,8 +16,6 @@ from torch import Tensor
 
 from planner.ir.errors import InputError
 
-__all__ = ["asked", "ticket"]
-
 # Ticket -> who says what the calling context wants, and what the graph runs.
 _tickets: list[tuple[WeakMethod[Callable[[], object]], object]] = []
 

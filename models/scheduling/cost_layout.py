@@ -36,8 +36,6 @@ from planner.planning.utilities import uniform
 from planner.solver import Infeasible, Scores, take_while_fits
 from planner.solver.problem import Choice, Problem
 
-__all__ = ["CostSwitches"]
-
 # Of the metrics of `planner.planning.budgets`: a scheduler keeps all weights in memory, and knows
 # no device.
 _METRICS = ("flops", "kv")

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Insertion", "end_of_prompt"]
-
 
 def end_of_prompt(mask: Any, batch: int, tokens: int, device: torch.device) -> Tensor:
     """The place behind the last token that is no padding, shape (batch,), int64.

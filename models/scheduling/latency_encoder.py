@@ -7,8 +7,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LatencyEncoder", "sinusoid"]
-
 FREQUENCIES = 128
 BASE = 10000
 

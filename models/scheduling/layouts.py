@@ -29,8 +29,6 @@ from planner.planning.unit_counting import (
     unit_count,
 )
 
-__all__ = ["LayerSwitches", "Layout", "Taken", "UnitSwitches", "upper_half"]
-
 # Which switches are on, (batch, size), one column per logit: bool, or 0 and 1 with a gradient.
 Taken = Tensor
 

@@ -10,8 +10,6 @@ from planner.models.scheduling.cost_layout import CostSwitches
 from planner.models.scheduling.layouts import LayerSwitches, Layout, UnitSwitches
 from planner.planning.switches import AXES
 
-__all__ = ["COUNTED", "layout_of"]
-
 #: Layouts that count as the paper does; all others budget in cost.
 COUNTED: Mapping[str, type[Layout]] = {"adallava-l": LayerSwitches, "adallava-h": UnitSwitches}
 

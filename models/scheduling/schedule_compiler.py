@@ -19,8 +19,6 @@ from planner.planning.plan_costs import PlanCosts
 from planner.planning.selectors import stages_of
 from planner.schedule import Schedule
 
-__all__ = ["compile_schedule", "load_scheduled", "scheduler_folder"]
-
 Progress = Callable[[str], None]
 
 

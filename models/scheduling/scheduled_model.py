@@ -35,8 +35,6 @@ from planner.models.scheduling.scheduler import Scheduler
 from planner.plan import Plan, TokenStage
 from planner.planning.budgets import Budget
 
-__all__ = ["Scheduled"]
-
 # Logits (batch, size) and limits (batch,) to what is switched on.
 Decide = Callable[[Tensor, Tensor], Taken]
 

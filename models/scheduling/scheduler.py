@@ -24,8 +24,6 @@ from planner.models.scheduling.latency_encoder import LatencyEncoder
 from planner.models.scheduling.layouts import Layout
 from planner.models.scheduling.naming import layout_of
 
-__all__ = ["DESCRIPTION", "Scheduler", "load_scheduler", "save_scheduler"]
-
 FORMAT = 1
 DESCRIPTION, WEIGHTS = "scheduler.json", "scheduler.safetensors"
 # A matrix of a few hundred rows and an encoder beside it.

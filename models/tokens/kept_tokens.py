@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Kept", "Keys", "gather", "narrow_argument", "narrow_mask", "scatter", "select_rows"]
-
 
 @dataclass(frozen=True, eq=False)
 class Kept:

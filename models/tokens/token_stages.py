@@ -20,8 +20,6 @@ from planner.models.tokens.vision_stage import VisionStage
 from planner.plan import TokenStage
 from planner.planning.selectors import DecoderSelector, Needs, VisionSelector, selector_of
 
-__all__ = ["Places", "TokenStages"]
-
 Places = Callable[[Tensor, bool], Tensor]
 
 

@@ -23,8 +23,6 @@ from planner.ir.graph import Graph
 from planner.models.tokens.selectors import TowerAttention, VisionInputs, select_features
 from planner.planning.selectors import Needs, VisionSelector
 
-__all__ = ["VisionStage", "places"]
-
 
 def places(indices: Tensor, patches: int) -> Tensor:
     """Where the features of a run go, each at its own patch; shape (left,), int64.

@@ -11,8 +11,6 @@ import numpy as np
 
 from planner.audit.report import Audit
 
-__all__ = ["page"]
-
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
   color: #1a1a1a; }

@@ -7,8 +7,6 @@ from ortools.sat.python import cp_model
 from planner.ir.errors import PlannerError
 from planner.solver.problem import Problem
 
-__all__ = ["UNIT", "best_utility"]
-
 #: Utilities are rounded to this share of the largest one.
 UNIT = 2.0**-40
 

@@ -8,8 +8,6 @@ import numpy.typing as npt
 from planner.solver import Scores, take_while_fits
 from planner.solver.problem import Flags, LayerChoices, Problem, SiteChoices
 
-__all__ = ["decide", "worth"]
-
 # How far below 0 a utility must be, in mean sizes of utilities, to be worth next to nothing.
 _SOFTNESS = 0.05
 

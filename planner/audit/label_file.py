@@ -32,8 +32,6 @@ from planner.planning.compiler import Request, pose
 from planner.planning.switches import SwitchSet
 from planner.solver.problem import Problem
 
-__all__ = ["FORMAT", "Labels", "Terms", "read_labels", "require_arrow", "write_labels"]
-
 FORMAT = 1
 _MOST_BYTES = 256 * MEBIBYTE
 _MOST_VALUES = 20_000_000

@@ -16,8 +16,6 @@ from planner.ir.graph import Graph
 from planner.solver import TOLERANCE
 from planner.solver.problem import Flags
 
-__all__ = ["Audit", "audit"]
-
 #: Labels that are shown with the plan that dominates them.
 EXAMPLES = 10
 

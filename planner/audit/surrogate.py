@@ -20,8 +20,6 @@ from planner.audit.label_file import Labels
 from planner.audit.verdicts import Verdict
 from planner.solver.problem import Flags, Problem
 
-__all__ = ["Surrogate", "all_plans", "measure_surrogate", "predictions"]
-
 Floats = npt.NDArray[np.float64]
 
 

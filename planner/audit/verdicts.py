@@ -15,8 +15,6 @@ from planner.ir.graph import Graph
 from planner.solver import TOLERANCE, solve
 from planner.solver.problem import Choice, Flags, Problem
 
-__all__ = ["Verdict", "judge"]
-
 
 @dataclass(frozen=True, eq=False)
 class Verdict:

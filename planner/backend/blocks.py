@@ -18,8 +18,6 @@ from planner.ir.lowering.aten import ATTENTION, VIEWS, opname
 from planner.kernels.ops.project_rows import ACTIVATIONS
 from planner.models.running.bindings import BoundLinear, BoundSite
 
-__all__ = ["Attention", "Linears", "Mlp", "Product", "match_attention", "match_mlp", "value_of"]
-
 
 class Unmatched(Exception):
     """A block that planner's ops cannot run; the message says why."""

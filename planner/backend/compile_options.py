@@ -16,8 +16,6 @@ from planner.planning.budgets import Budget
 from planner.planning.compiler import Request
 from planner.planning.switches import AXES, SwitchSet
 
-__all__ = ["Options"]
-
 _SWITCHES = ",".join(axis for axis in AXES if axis != "tokens")
 # What a loaded model has already, and what would change shapes and so the compiled graph.
 _SETTLED = ("model", "trust_remote_code")

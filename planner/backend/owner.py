@@ -11,8 +11,6 @@ from torch._C._dynamo.eval_frame import _PyInterpreterFrame
 
 from planner.models.running.session import language_models
 
-__all__ = ["owner_of"]
-
 
 def owner_of(parameters: Iterable[nn.Parameter]) -> nn.Module | None:
     """The model whose call is being compiled, or is made.

@@ -28,8 +28,6 @@ from planner.models.running.program import LayerGroup, Program, check_plan
 from planner.models.running.session import Session, Setting
 from planner.plan import Plan
 
-__all__ = ["PlanTensor", "PlanTensors", "adopted", "forget"]
-
 # How often `torch.compiler.reset` was called.
 _resets = 0
 

@@ -36,8 +36,6 @@ from planner.kernels.ops.project_rows import ProjectRows
 from planner.kernels.survivors import Survivors, neuron_width
 from planner.models.running.bindings import BoundSite
 
-__all__ = ["Rewritten", "rewritten"]
-
 
 @dataclass(frozen=True, eq=False)
 class Rewritten:

@@ -22,8 +22,6 @@ from planner.cli.models import models_command
 from planner.cli.run import run_command
 from planner.cli.train import train_command
 
-__all__ = ["app"]
-
 app = typer.Typer(
     name="planner",
     help="A compiler for adaptive multimodal inference.",

@@ -10,8 +10,6 @@ import typer
 from planner.cli.command_options import TrustRemoteCode, command
 from planner.cli.console import Console, table
 
-__all__ = ["audit_command"]
-
 
 @command()
 def audit_command(

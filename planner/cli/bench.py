@@ -20,8 +20,6 @@ from planner.cli.console import Console, amount, table
 if TYPE_CHECKING:
     from planner.planning.compiler import Request
 
-__all__ = ["bench_command"]
-
 
 @command(
     "model", "switches", "tokens", "kv", "utilities", "text_tokens", "batch", "trust_remote_code",

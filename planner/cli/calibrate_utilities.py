@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from planner.models.calibration import Calibrated
     from planner.planning.compiler import Request
 
-__all__ = ["calibrate_command"]
-
 _KINDS = {"all": "all switches", "layer": "layers", "heads": "heads", "mlp": "MLP groups"}
 
 

@@ -18,19 +18,6 @@ import typer
 
 from planner.cli.console import Console
 
-__all__ = [
-    "Budgets",
-    "Dtype",
-    "KernelChoice",
-    "Place",
-    "RequestOptions",
-    "Scheduler",
-    "TrustRemoteCode",
-    "command",
-    "parse_fractions",
-]
-
-
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from planner.planning.compiler import Compiled, Request
     from planner.schedule import Schedule
 
-__all__ = ["compile_command"]
-
 
 @command(*(field.name for field in fields(RequestOptions)))
 def compile_command(

@@ -13,8 +13,6 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["Console", "amount", "print_json", "say", "table"]
-
 _SHOW_AFTER_SECONDS = 2.0
 
 

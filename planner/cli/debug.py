@@ -11,8 +11,6 @@ from planner.ir.errors import InputError
 if TYPE_CHECKING:
     from planner.planning.compiler import Compiled
 
-__all__ = ["LEVELS", "PASSES", "debug_level", "explain"]
-
 # Every level also prints what the ones below it do.
 LEVELS = ("nothing", "stages", "problem and solver", "utilities", "passes", "operators")
 _STAGES, _PROBLEM, _UTILITIES, PASSES, _OPERATORS = range(1, len(LEVELS))

@@ -7,8 +7,6 @@ from dataclasses import asdict
 from planner.cli.command_options import command
 from planner.cli.console import Console, table
 
-__all__ = ["devices_command"]
-
 
 @command()
 def devices_command(console: Console) -> None:

@@ -13,8 +13,6 @@ from planner.cli.console import Console, table
 if TYPE_CHECKING:
     from planner.planning.compiler import Request
 
-__all__ = ["eval_command"]
-
 
 @command(
     "model", "switches", "tokens", "utilities", "trust_remote_code",

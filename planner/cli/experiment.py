@@ -10,8 +10,6 @@ import typer
 from planner.cli.command_options import command
 from planner.cli.console import Console, say, table
 
-__all__ = ["experiment_command"]
-
 
 @command()
 def experiment_command(

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from planner.models.scheduling import Scheduled
     from planner.plan import Plan
 
-__all__ = ["layer_rows", "print_layers", "skipped"]
-
 _KINDS = {"heads": "heads", "mlp": "MLP groups"}
 
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from planner.planning.compiler import Request
 
-__all__ = ["export_command"]
-
 # As safetensors names them.
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from planner.ir.graph import Operator
     from planner.planning.compiler import Request
 
-__all__ = ["inspect_command"]
-
 
 @command(
     "model", "device", "image_tokens", "text_tokens", "new_tokens", "batch", "trust_remote_code"

@@ -22,18 +22,6 @@ if TYPE_CHECKING:
     from planner.kernels.triton.tiles import Target
     from planner.planning.compiler import Compiled, Request
 
-__all__ = [
-    "Autotune",
-    "IndexDriven",
-    "KernelDtype",
-    "KernelsToRun",
-    "Targets",
-    "compile_kernels",
-    "kernels_command",
-    "kernels_to_run",
-    "wanted_kernels",
-]
-
 Targets = Annotated[
     list[str] | None,
     typer.Option(

@@ -14,8 +14,6 @@ from planner.cli.console import Console
 if TYPE_CHECKING:
     from planner.planning.compiler import Request
 
-__all__ = ["labels_command"]
-
 # Of a question about a scene and what stands around it, about.
 _TEXT_TOKENS = 16
 

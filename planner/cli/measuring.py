@@ -22,8 +22,6 @@ from planner.ir.errors import PlannerError
 from planner.loading import count_image_tokens
 from planner.planning.plan_costs import PlanCosts
 
-__all__ = ["measure"]
-
 
 def measure(
     model: Any,

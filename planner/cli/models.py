@@ -11,8 +11,6 @@ import typer
 from planner.cli.command_options import command
 from planner.cli.console import Console, say, table
 
-__all__ = ["models_command"]
-
 
 @command()
 def models_command(

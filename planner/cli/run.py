@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from planner.planning.compiler import Request
     from planner.schedule import Schedule
 
-__all__ = ["run_command"]
-
 
 @dataclass(frozen=True)
 class _Question:

@@ -11,8 +11,6 @@ import typer
 from planner.cli.command_options import command
 from planner.cli.console import Console, say
 
-__all__ = ["train_command"]
-
 
 @command()
 def train_command(

@@ -10,8 +10,6 @@ from typing import Any
 
 from planner.ir.errors import InputError
 
-__all__ = ["METRICS", "Budget", "Limit"]
-
 # metric -> what a user means by it
 METRICS: Mapping[str, str] = {
     "flops": "floating-point operations of the prefill",

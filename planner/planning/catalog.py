@@ -17,8 +17,6 @@ from typing import Any
 from planner.documents import read_json
 from planner.ir.errors import InputError
 
-__all__ = ["ALIASES", "PLANNED_EXPORT", "Alias", "Source", "find_model"]
-
 
 @dataclass(frozen=True)
 class Alias:

@@ -28,17 +28,6 @@ from planner.planning.utilities import Utilities, load_utilities, prior, uniform
 from planner.solver import Solution, solve, solve_uniform
 from planner.solver.problem import Problem
 
-__all__ = [
-    "DEFAULT_DEVICE",
-    "SCOPES",
-    "Compiled",
-    "Request",
-    "compile_plan",
-    "lowered_graph",
-    "plan_graph",
-    "pose",
-]
-
 DEFAULT_DEVICE = "a100-40g"
 # What a fraction is of: everything, or the decoder and lm_head alone.
 SCOPES = ("model", "llm")

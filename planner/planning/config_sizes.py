@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-__all__ = ["head_counts", "keep_heads", "reread"]
-
 
 def keep_heads(text: Any, left: int, of: int) -> None:
     """Let a text config say that `left` of `of` KV groups are kept in every layer.

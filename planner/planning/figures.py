@@ -16,8 +16,6 @@ from planner.planning.plan_costs import pricing_for
 from planner.planning.pricing import COUNTED, Pricing, compared
 from planner.solver import TOLERANCE
 
-__all__ = ["check_figures"]
-
 # Of figures that are computed again and went through a file.
 _RELATIVE = 1e-9
 # Limits are whole numbers of FLOPs, picoseconds or bytes, and budgets are stated in 12 digits.

@@ -27,8 +27,6 @@ from planner.ir.graph import Graph
 from planner.ir.graph_text import parse_graph, print_graph
 from planner.planning.catalog import Source
 
-__all__ = ["cache_folder", "cached_graph", "graph_key"]
-
 # A graph of the largest models has a few MiB.
 _MOST_BYTES = 64 * MEBIBYTE
 

@@ -14,8 +14,6 @@ from planner.planning.pricing import Pricing, compared
 from planner.planning.selectors import selector_of
 from planner.planning.switches import AXES, SwitchSet, with_switches
 
-__all__ = ["PlanCosts", "pricing_for"]
-
 
 @dataclass(frozen=True, eq=False)
 class PlanCosts:

@@ -28,8 +28,6 @@ from planner.planning.switches import SwitchSet
 from planner.planning.utilities import Utilities
 from planner.solver.problem import COST_CEILING, LayerChoices, Problem, SiteChoices, TokenOption
 
-__all__ = ["COUNTED", "Pricing", "compared"]
-
 # Metric -> the whole numbers that one FLOP, second or byte is counted in: seconds in picoseconds.
 # Costs are rounded up, limits down.
 COUNTED = {"flops": 1, "latency": 10**12, "kv": 1, "memory": 1}

@@ -9,8 +9,6 @@ from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Site
 from planner.planning.selectors import H2O, Selector, counted, parse, parse_kv_policy
 
-__all__ = ["AXES", "SwitchSet", "mlp_switches", "with_switches"]
-
 AXES = ("tokens", "layers", "heads", "mlp")
 _SITE_KIND = {"layers": "layer", "heads": "heads", "mlp": "mlp"}
 # Where tokens are dropped unless told otherwise: before the third decoder layer, as FastV (K = 2,

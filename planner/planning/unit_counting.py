@@ -23,15 +23,6 @@ from planner.planning.budgets import Budget
 from planner.planning.utilities import Utilities
 from planner.solver.problem import Choice, LayerChoices, Problem, SiteChoices, TokenOption
 
-__all__ = [
-    "UNITS_PER_LAYER",
-    "counted_fraction",
-    "faithful_problem",
-    "first_counted",
-    "unfold",
-    "unit_count",
-]
-
 UNITS_PER_LAYER = 4
 
 

@@ -20,8 +20,6 @@ from planner.files import write_bytes
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Site
 
-__all__ = ["Utilities", "load_utilities", "prior", "save_utilities", "uniform"]
-
 Array = npt.NDArray[np.float64]
 
 # How much of the model's whole worth hangs on the image tokens, and how fast it saturates: half of

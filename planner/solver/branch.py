@@ -19,8 +19,6 @@ import numpy.typing as npt
 from planner.solver.problem import Choice, Costs, Problem, top
 from planner.solver.reach import within_reach
 
-__all__ = ["FORBIDDEN", "Assignment", "Branch", "Scale", "Tables"]
-
 Ints = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 

@@ -16,8 +16,6 @@ import numpy as np
 
 from planner.solver.problem import Costs
 
-__all__ = ["Columns", "Step", "are_loose"]
-
 
 @dataclass(frozen=True, order=True)
 class Step:

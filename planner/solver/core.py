@@ -21,8 +21,6 @@ from planner.solver.columns import Columns, Step, are_loose
 from planner.solver.problem import Costs
 from planner.solver.relaxation import Relaxation
 
-__all__ = ["Core"]
-
 Steps = tuple[Step, ...]
 
 

@@ -18,8 +18,6 @@ from ortools.sat.python import cp_model
 from planner.solver.branch import Assignment, Ints
 from planner.solver.core import Core
 
-__all__ = ["CoreAnswer", "solve_core"]
-
 
 @dataclass(frozen=True)
 class CoreAnswer:

@@ -22,8 +22,6 @@ from planner.solver.problem import Problem
 from planner.solver.search import Candidate, search
 from planner.solver.solution import Infeasible, Solution, certify, deadline_after, feasible_options
 
-__all__ = ["solve_uniform"]
-
 Rows = npt.NDArray[np.intp]
 Counts = npt.NDArray[np.int64]
 

@@ -11,8 +11,6 @@ from planner.solver.problem import Choice, Problem
 from planner.solver.search import Candidate, search
 from planner.solver.solution import Solution, certify, deadline_after, feasible_options
 
-__all__ = ["solve"]
-
 
 def solve(
     problem: Problem,

@@ -22,8 +22,6 @@ from planner.solver.relaxation import relax
 from planner.solver.rounding import improve
 from planner.solver.solution import Solution, certify, feasible_options
 
-__all__ = ["Frontier"]
-
 # How many token options, best bound first, are tried for one answer.
 _TRIED = 3
 

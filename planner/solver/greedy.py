@@ -15,8 +15,6 @@ from planner.ir.errors import InputError
 from planner.solver.problem import Choice, LayerChoices, Problem, top
 from planner.solver.solution import feasible_options
 
-__all__ = ["Scores", "take_while_fits"]
-
 Floats = npt.NDArray[np.float64]
 
 

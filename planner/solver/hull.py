@@ -18,8 +18,6 @@ import numpy.typing as npt
 from planner.solver.branch import FORBIDDEN, Assignment, Branch, Ints
 from planner.solver.problem import Costs
 
-__all__ = ["Hull"]
-
 
 @dataclass(frozen=True)
 class _Segment:

@@ -21,17 +21,6 @@ import numpy.typing as npt
 
 from planner.ir.errors import InputError
 
-__all__ = [
-    "Choice",
-    "Costs",
-    "Flags",
-    "LayerChoices",
-    "Problem",
-    "SiteChoices",
-    "TokenOption",
-    "top",
-]
-
 Costs = npt.NDArray[np.int64]
 # One per switch, shape (switches,), by layer: the layer's own, where it can be off, then those of
 # its sites. The form in which labels and logits hold a choice.

@@ -13,8 +13,6 @@ import numpy.typing as npt
 
 from planner.solver.problem import Costs, LayerChoices, Problem, SiteChoices
 
-__all__ = ["within_reach"]
-
 
 def within_reach(problem: Problem) -> Problem:
     """The problem with the utilities of what no feasible choice keeps taken away.

@@ -25,8 +25,6 @@ from ortools.linear_solver.python import model_builder_helper
 
 from planner.solver.branch import FORBIDDEN, Assignment, Branch
 
-__all__ = ["Relaxation", "best_prices", "relax"]
-
 Floats = npt.NDArray[np.float64]
 
 # Objective values of the linear program are utilities in these units: around 2^10 at most.

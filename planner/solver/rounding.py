@@ -17,8 +17,6 @@ from planner.solver.branch import FORBIDDEN, Assignment, Branch, Ints
 from planner.solver.problem import Costs
 from planner.solver.relaxation import Floats, Relaxation, relax
 
-__all__ = ["improve", "round_down"]
-
 # An exchange looks at this many of the most promising moves of either kind.
 _EXCHANGED = 128
 _ROUNDS = 100

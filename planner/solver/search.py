@@ -20,8 +20,6 @@ from planner.solver.cpsat import CoreAnswer, solve_core
 from planner.solver.relaxation import Floats, Relaxation, best_prices, relax
 from planner.solver.rounding import improve, round_down
 
-__all__ = ["Candidate", "Outcome", "search"]
-
 # The first core has about this many columns; while it has not settled the branch it is made deeper.
 _FIRST_COLUMNS = 64
 _GROWTH = 3

@@ -13,15 +13,6 @@ from planner.solver.branch import Assignment, Scale, Tables
 from planner.solver.problem import Choice, Problem
 from planner.solver.reach import within_reach
 
-__all__ = [
-    "TOLERANCE",
-    "Infeasible",
-    "Solution",
-    "certify",
-    "deadline_after",
-    "feasible_options",
-]
-
 #: An answer is called optimal if its gap, rounding of utilities included, is at most this.
 TOLERANCE = 1e-9
 

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner.kernels.ops.choose_tokens import top_mask
 from planner.kernels.ops.score_tokens import ScoreTokens
-from planner.models.tokens.selectors.ranking import outliers, pack, top_mask
+from planner.models.tokens.selectors.ranking import outliers, pack
 from planner.models.tokens.selectors.scoring import (
     attention_rows,
     cls_attention,

@@ -111,7 +111,7 @@ def test_processes_that_start_together_share_one_file(tmp_path, cache):
     path = write(tmp_path, [record(n) for n in range(2000)])
     program = (
         "import sys; from pathlib import Path; "
-        "from planner.training.data.conversation_table import *; "
+        "from planner.training.data.conversation_table import open_records; "
         "print(len(open_records(Path(sys.argv[1]))))"
     )
     runs = [

@@ -24,8 +24,6 @@ from planner.planning.graph_cache import cache_folder
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["open_records"]
-
 # LLaVA's own, of 665,000 conversations, has a gigabyte.
 _MOST_BYTES = 16 << 30
 

@@ -24,16 +24,6 @@ from planner.training.data.questions import FAMILIES, Question, ask
 from planner.training.data.render import render
 from planner.training.data.scenes import Scene, draw_scene
 
-__all__ = [
-    "FAMILY_WEIGHTS",
-    "Conversation",
-    "LlavaConversations",
-    "SceneConversations",
-    "SceneQuestions",
-    "Turn",
-    "write_llava",
-]
-
 IMAGE_TAG = "<image>"
 
 

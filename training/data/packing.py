@@ -20,8 +20,6 @@ from torch import Tensor
 
 from planner.training.data.conversations import Conversation
 
-__all__ = ["IGNORE", "Packer"]
-
 IGNORE = -100  # label of positions that are not trained on, as in transformers
 
 

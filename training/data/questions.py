@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 from planner.training.data.scenes import COLORS, SHAPES, SIZES, Scene, SceneObject
 
-__all__ = ["FAMILIES", "Question", "ask"]
-
 DESCRIBE_AT_LEAST = 4  # objects, which makes a description of 50 tokens or more
 
 

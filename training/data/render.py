@@ -9,8 +9,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from planner.training.data.scenes import COLUMNS, ROWS, Scene
 
-__all__ = ["IMAGE_SIZE", "render"]
-
 IMAGE_SIZE = 56  # pixels; three cells of 18 and a margin of one
 _CELL, _MARGIN, _OVERSAMPLE = 18, 1, 8
 _RADIUS = {"small": 4.5, "large": 8.0}

@@ -13,20 +13,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = [
-    "COLORS",
-    "COLUMNS",
-    "ROWS",
-    "SHAPES",
-    "SIZES",
-    "SPLITS",
-    "WORDS",
-    "Scene",
-    "SceneObject",
-    "draw_scene",
-    "split_of",
-]
-
 COLORS = ("red", "green", "blue", "yellow", "purple", "cyan")
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = ("small", "large")

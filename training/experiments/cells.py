@@ -30,8 +30,6 @@ from planner.training.experiments.definitions import Cell
 from planner.training.experiments.learning import label_file, losses_of, regret_of
 from planner.training.recipes import load_recipe
 
-__all__ = ["Bench", "Progress", "calibrated"]
-
 Progress = Callable[[str], None]
 # Questions on which skipping and masking must give the same answers.
 PARITY_QUESTIONS = 24

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["EXPERIMENTS", "Cell", "Experiment"]
-
 BUDGETS = (1.0, 0.85, 0.6, 0.5)
 PRUMERGE, FASTV = "prumerge+:ratio=0.125", "fastv:k=2,r=0.5"
 

@@ -16,8 +16,6 @@ from planner.training.labelling import label_samples
 from planner.training.question_samples import scene_samples
 from planner.training.trainer import last_checkpoint
 
-__all__ = ["WINDOW", "label_file", "learned", "losses_of", "regret_of"]
-
 # One, two and three of tiny-llava's four switches.
 BUDGETS = (0.65, 0.75, 0.9)
 # Validation questions on which every plan is tried.

@@ -10,8 +10,6 @@ from typing import Any
 from planner.files import write_bytes, write_text
 from planner.training.experiments.learning import WINDOW
 
-__all__ = ["write_page"]
-
 Rows = Sequence[Mapping[str, Any]]
 
 

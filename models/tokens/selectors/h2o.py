@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from planner.models.tokens.selectors.ranking import pack, top_mask
+from planner.kernels.ops.choose_tokens import top_mask
+from planner.models.tokens.selectors.ranking import pack
 from planner.models.tokens.selectors.scoring import attention_rows, visible_keys
 from planner.planning.selectors import H2O
-
-__all__ = ["HeavyHitters", "attention_received", "heavy_and_recent"]
 
 
 def attention_received(

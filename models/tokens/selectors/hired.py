@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from planner.ir.errors import InputError
-from planner.models.tokens.selectors.ranking import top_mask
+from planner.kernels.ops.choose_tokens import top_mask
 from planner.models.tokens.selectors.scoring import cls_attention
 from planner.models.tokens.selectors.selection import (
     VisionInputs,
@@ -16,8 +16,6 @@ from planner.models.tokens.selectors.selection import (
     select_features,
 )
 from planner.planning.selectors import HiRED
-
-__all__ = ["tile_counts"]
 
 
 def tile_counts(marked: Tensor, rows: int, columns: int) -> Tensor:

@@ -16,8 +16,6 @@ from planner.models.tokens.selectors.selection import (
 from planner.planning.selectors import PruMerge, PruMergePlus
 from planner.planning.selectors.in_vision import capped
 
-__all__ = ["merge"]
-
 
 def merge(
     features: Tensor, keys: Tensor, attention: Tensor, kept: Tensor, neighbours: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from planner.models.tokens.selectors.ranking import top_mask
+from planner.kernels.ops.choose_tokens import top_mask
 from planner.models.tokens.selectors.selection import DecoderInputs, DecoderSelection, select_tokens
 from planner.planning.selectors import Random
 

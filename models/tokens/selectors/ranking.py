@@ -8,10 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from planner.kernels.ops.choose_tokens import top_mask
-
-__all__ = ["descending", "outliers", "pack", "top_mask"]
-
 
 def descending(scores: Tensor) -> Tensor:
     """Indices of the last dimension from the highest score to the lowest, ties by index."""

@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["attention_rows", "cls_attention", "visible_keys"]
-
 
 def cls_attention(query: Tensor, key: Tensor, heads: int) -> Tensor:
     """Attention of the CLS token to every patch, CLS itself left out after the softmax.

@@ -17,18 +17,6 @@ from planner.ir.errors import InputError
 from planner.models.tokens.selectors.ranking import pack
 from planner.planning.selectors import DecoderSelector, Selector, VisionSelector
 
-__all__ = [
-    "DecoderInputs",
-    "DecoderSelection",
-    "TowerAttention",
-    "VisionInputs",
-    "VisionSelection",
-    "mark_tokens",
-    "select_features",
-    "select_tokens",
-    "supplied",
-]
-
 T = TypeVar("T")
 
 

@@ -17,8 +17,6 @@ from planner.models.tokens.selectors.selection import (
 )
 from planner.planning.selectors import SparseVLM
 
-__all__ = ["cluster", "raters"]
-
 
 def raters(hidden_states: Tensor, image: Tensor, valid: Tensor) -> Tensor:
     """Text tokens that may rate: those that fit the image better than the average text token.

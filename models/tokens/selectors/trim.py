@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from planner.ir.errors import InputError
-from planner.models.tokens.selectors.ranking import outliers, top_mask
+from planner.kernels.ops.choose_tokens import top_mask
+from planner.models.tokens.selectors.ranking import outliers
 from planner.models.tokens.selectors.selection import (
     VisionInputs,
     VisionSelection,
@@ -14,8 +15,6 @@ from planner.models.tokens.selectors.selection import (
 )
 from planner.planning.selectors import TRIM
 from planner.planning.selectors.in_vision import capped
-
-__all__ = ["similarity_scores"]
 
 
 def similarity_scores(patch_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:

@@ -8,8 +8,6 @@ from math import isqrt
 from planner.models.tokens.selectors.selection import DecoderInputs, DecoderSelection, select_tokens
 from planner.planning.selectors import Uniform
 
-__all__ = ["evenly_spaced", "grid_points"]
-
 
 def evenly_spaced(n: int, keep: int) -> list[int]:
     """`keep` of the positions 0 ... n - 1, each in the middle of one of `keep` equal parts."""

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from planner.models.tokens.selectors.ranking import pack, top_mask
+from planner.kernels.ops.choose_tokens import top_mask
+from planner.models.tokens.selectors.ranking import pack
 from planner.models.tokens.selectors.scoring import cls_attention
 from planner.models.tokens.selectors.selection import (
     VisionInputs,
@@ -15,8 +16,6 @@ from planner.models.tokens.selectors.selection import (
     supplied,
 )
 from planner.planning.selectors import VisionZip
-
-__all__ = ["contextual_tokens"]
 
 
 def contextual_tokens(features: Tensor, keys: Tensor, targets: int) -> tuple[Tensor, Tensor]:

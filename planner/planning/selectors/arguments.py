@@ -8,8 +8,6 @@ from typing import Any, ClassVar, Self, TypeVar, get_args, get_type_hints
 
 from planner.ir.errors import InputError
 
-__all__ = ["Arguments", "read_named"]
-
 
 def _read_flag(text: str) -> bool:
     return {"true": True, "false": False}[text]

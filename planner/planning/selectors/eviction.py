@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from planner.planning.selectors.arguments import Arguments
 
-__all__ = ["H2O"]
-
 
 @dataclass(frozen=True)
 class H2O(Arguments):

@@ -10,8 +10,6 @@ from typing_extensions import override
 
 from planner.planning.selectors.selector import DecoderSelector, Needs, Product, Sizes
 
-__all__ = ["FastV", "Random", "SparseVLM", "Uniform"]
-
 
 @dataclass(frozen=True)
 class FastV(DecoderSelector):

@@ -9,8 +9,6 @@ from typing_extensions import override
 
 from planner.planning.selectors.selector import Needs, Product, Sizes, VisionSelector
 
-__all__ = ["TRIM", "HiRED", "PruMerge", "PruMergePlus", "VisionZip", "capped"]
-
 
 def capped(tokens: int, share: float) -> int:
     """Most of so many tokens that a cap leaves: their share, rounded down, and at least one."""

@@ -18,8 +18,6 @@ from typing_extensions import override
 from planner.ir.errors import InputError
 from planner.planning.selectors.arguments import Arguments
 
-__all__ = ["DecoderSelector", "Needs", "Product", "Selector", "Sizes", "VisionSelector"]
-
 # Rows, columns and inner size of a product of two matrices: 2 * rows * columns * inner FLOPs.
 Product = tuple[int, int, int]
 
