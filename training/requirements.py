@@ -8,11 +8,7 @@ from planner.ir.errors import InputError
 
 
 def require_extras() -> None:
-    """Refuse to train without the packages of ``planner[train]``.
-
-    Raises:
-        InputError: accelerate, datasets or pyarrow is not installed.
-    """
+    """Raise InputError unless the packages of ``planner[train]`` are installed."""
     for package in ("accelerate", "datasets", "pyarrow"):
         if find_spec(package) is None:
             raise InputError(f"training needs {package}: pip install 'planner[train]'")

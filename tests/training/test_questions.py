@@ -3,13 +3,16 @@
 import random
 import re
 from collections import Counter
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.ir.errors import InputError
-from planner.training.data import FAMILIES, SceneConversations, SceneQuestions, ask, draw_scene
+from planner.training.data import FAMILIES, SceneConversations, SceneQuestions
+from planner.training.data.questions import ask
+from planner.training.data.scenes import draw_scene
 from planner.training.tiny_llava import build_processor
 
 COLORS = {"red", "green", "blue", "yellow", "purple", "cyan"}
@@ -79,19 +82,21 @@ def test_answers_follow_from_the_scene(seed, family):
         assert family in ("spatial", "text", "describe")
     else:
         assert question.family == family
-        assert question.answer == solve(question.question, scene.to_record())
+        assert question.answer == solve(question.question, asdict(scene))
 
 
 def test_negatives_are_what_they_are_called():
     kinds = Counter()
     for seed in range(400):
         rng = random.Random(seed)
-        scene = draw_scene("train", rng, lambda s: len(s.objects) >= 3)
+        scene = draw_scene("train", rng)
+        while len(scene.objects) < 3:
+            scene = draw_scene("train", rng)
         question = ask(scene, "existence", rng)
         kinds[question.kind] += 1
         if question.kind == "adversarial":
             *_, color, shape = question.question.rstrip("?").split()
-            things = scene.to_record()["objects"]
+            things = asdict(scene)["objects"]
             shared = [fits(t, color) or fits(t, shape) for t in things]
             assert any(shared)
             assert question.answer == "no"
@@ -141,4 +146,4 @@ def test_training_conversations_hold_several_different_questions():
         described = conversation.turns[0].family == "describe"
         assert len(questions) <= (4 if described else 8)
         for turn in conversation.turns:
-            assert turn.answer == solve(turn.question, conversation.scene.to_record())
+            assert turn.answer == solve(turn.question, asdict(conversation.scene))

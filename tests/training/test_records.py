@@ -99,7 +99,7 @@ def test_an_empty_list_is_empty(tmp_path, cache):
     assert len(LlavaConversations(write(tmp_path, "[]"), tmp_path)) == 0
 
 
-@pytest.mark.parametrize("text", ["", "[1 2]", "[1] 2", "[1,", '["\x00"]', "{", "[{}] ]"])
+@pytest.mark.parametrize("text", ["", "[1 2]", "[1] 2", "[1,", '["\x00"]', "{", "[{}] ]", "[1,]"])
 def test_what_json_does_not_accept_is_refused(tmp_path, cache, text):
     with pytest.raises(json.JSONDecodeError):
         json.loads(text)

@@ -1,21 +1,14 @@
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.training.data import (
-    SPLITS,
-    Scene,
-    SceneConversations,
-    SceneQuestions,
-    draw_scene,
-    render,
-    split_of,
-)
-from planner.training.data.render import IMAGE_SIZE
+from planner.training.data import SPLITS, Scene, SceneConversations, SceneQuestions
+from planner.training.data.render import IMAGE_SIZE, render
+from planner.training.data.scenes import draw_scene, split_of
 
 seeds = st.integers(0, 2**32)
 
@@ -25,7 +18,7 @@ def test_a_scene_is_its_seed(seed, split):
     scene = draw_scene(split, random.Random(seed))
     assert scene == draw_scene(split, random.Random(seed))
     assert split_of(scene) == split
-    assert Scene.from_record(scene.to_record()) == scene
+    assert Scene.from_record(asdict(scene)) == scene
 
 
 @given(seeds)

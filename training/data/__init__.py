@@ -15,30 +15,21 @@ from planner.training.data.conversations import (
     LlavaConversations,
     SceneConversations,
     SceneQuestions,
-    Turn,
     write_llava,
 )
 from planner.training.data.packing import Packer
-from planner.training.data.questions import FAMILIES, Question, ask
-from planner.training.data.render import IMAGE_SIZE, render
-from planner.training.data.scenes import SPLITS, Scene, SceneObject, draw_scene, split_of
+from planner.training.data.questions import FAMILIES, Turn
+from planner.training.data.scenes import SPLITS, Scene
 
 __all__ = [
     "FAMILIES",
-    "IMAGE_SIZE",
     "SPLITS",
     "Conversation",
     "LlavaConversations",
     "Packer",
-    "Question",
     "Scene",
     "SceneConversations",
-    "SceneObject",
     "SceneQuestions",
     "Turn",
-    "ask",
-    "draw_scene",
-    "render",
-    "split_of",
     "write_llava",
 ]

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from planner.files import output_folder, read_text
 from planner.ir.errors import InputError
 from planner.planning.graph_cache import cache_folder
+from planner.training.requirements import require_extras
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,7 +31,7 @@ _MOST_BYTES = 16 << 30
 
 # Of the Arrow files; another number does not find the old ones.
 FORMAT = 1
-_BLANKS = " \t\r\n"
+_MARK = re.compile(r"[ \t\r\n]*(.?)[ \t\r\n]*", re.DOTALL)
 # Held until the process ends, which removes them.
 _temporary: list[tempfile.TemporaryDirectory[str]] = []
 
@@ -53,13 +55,10 @@ def open_records(path: Path) -> Dataset:
     Raises:
         InputError: there is no such file, it is no list in JSON, or `datasets` is not installed.
     """
-    try:
-        from datasets import Dataset
-        from filelock import FileLock
-    except ImportError:
-        raise InputError(
-            "LLaVA's conversations are read through datasets: pip install 'planner[train]'"
-        ) from None
+    require_extras()
+    from datasets import Dataset
+    from filelock import FileLock
+
     try:
         facts = path.stat()
     except FileNotFoundError:
@@ -87,18 +86,8 @@ def _write(path: Path, file: Path) -> None:
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
-    text, texts = Value("string"), List(Value("string"))
-    features = Features(
-        {
-            "id": text,
-            "image": text,
-            "texts": texts,
-            "families": texts,
-            "kinds": texts,
-            "scene": text,
-            "fault": text,
-        }
-    )
+    texts = dict.fromkeys(("texts", "families", "kinds"), List(Value("string")))
+    features = Features(dict.fromkeys(("id", "image", "scene", "fault"), Value("string")) | texts)
     fresh = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         with ArrowWriter(features=features, path=str(fresh)) as writer:
@@ -119,29 +108,32 @@ def _json_list(path: Path) -> Iterator[Any]:
     try:
         text = read_text(path, "file of conversations", _MOST_BYTES)
         decoder = json.JSONDecoder()
-        place = _skip(text, 0)
-        if text[place : place + 1] != "[":
+        mark, place = _mark(text, 0)
+        if mark != "[":
             found = type(json.loads(text)).__name__
             raise InputError(f"{path}: expected a list of records, found {found}.")
-        place = _skip(text, place + 1)
-        while text[place : place + 1] != "]":
+        mark, behind = _mark(text, place)
+        if mark == "]":
+            place = behind
+        else:
+            mark = ","
+        while mark == ",":
             item, place = decoder.raw_decode(text, place)
             yield item
-            place = _skip(text, place)
-            if text[place : place + 1] == ",":
-                place = _skip(text, place + 1)
-            elif text[place : place + 1] != "]":
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
-        if _skip(text, place + 1) < len(text):
-            raise json.JSONDecodeError("Extra data", text, place + 1)
+            mark, place = _mark(text, place)
+        if mark != "]":
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
+        if place < len(text):
+            raise json.JSONDecodeError("Extra data", text, place)
     except json.JSONDecodeError as error:
         raise InputError(f"{path} is not valid JSON ({error}).") from error
 
 
-def _skip(text: str, place: int) -> int:
-    while place < len(text) and text[place] in _BLANKS:
-        place += 1
-    return place
+def _mark(text: str, place: int) -> tuple[str, int]:
+    """The first character that is not blank, and what is behind it and the blanks that follow."""
+    found = _MARK.match(text, place)
+    assert found is not None
+    return found[1], found.end()
 
 
 def _row(where: str, record: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import json
 import random
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,11 @@ from PIL import Image, UnidentifiedImageError
 
 from planner.ir.errors import InputError
 from planner.training.data.conversation_table import open_records
-from planner.training.data.questions import FAMILIES, Question, ask
+from planner.training.data.questions import FAMILIES, Turn, ask
 from planner.training.data.render import render
 from planner.training.data.scenes import Scene, draw_scene
 
 IMAGE_TAG = "<image>"
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A question (without the image tag), its answer and, where known, its family and kind."""
-
-    question: str
-    answer: str
-    family: str | None = None
-    kind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,23 +79,21 @@ class SceneConversations(Sequence[Conversation]):
         return self.size
 
     def __getitem__(self, index: int) -> Conversation:  # type: ignore[override]
-        if not 0 <= index < self.size:
-            raise IndexError(index)
-        name = f"{self.split}-{self.seed}-{index}"
+        name = f"{self.split}-{self.seed}-{range(self.size)[index]}"
         rng = random.Random(name)
         scene = draw_scene(self.split, rng)
-        found: list[Question] = []
+        found: list[Turn] = []
         if rng.random() < self.description_share and (long := ask(scene, "describe", rng)):
             found.append(long)
         short = self.questions_beside_description if found else self.questions
         families, odds = list(self.family_weights), list(self.family_weights.values())
         # Twice as many as needed, since some repeat or do not apply; existence always does.
         for family in [*rng.choices(families, odds, k=2 * short), "existence"]:
-            question = ask(scene, family, rng)
-            if question is not None and question not in found:
-                found.append(question)
-        turns = tuple(_turn(q) for q in found[: short + (found[0].family == "describe")])
-        return Conversation(name, render(scene), turns, scene)
+            turn = ask(scene, family, rng)
+            if turn is not None and turn not in found:
+                found.append(turn)
+        turns = found[: short + (found[0].family == "describe")]
+        return Conversation(name, render(scene), tuple(turns), scene)
 
 
 class SceneQuestions(Sequence[Conversation]):
@@ -118,15 +106,14 @@ class SceneQuestions(Sequence[Conversation]):
         return self.size
 
     def __getitem__(self, index: int) -> Conversation:  # type: ignore[override]
-        if not 0 <= index < self.size:
-            raise IndexError(index)
+        index = range(self.size)[index]
         name = f"{self.split}-question-{self.seed}-{index}"
         rng = random.Random(name)
         family = self.families[index % len(self.families)]
         while True:
             scene = draw_scene(self.split, rng)
-            if question := ask(scene, family, rng):
-                return Conversation(name, render(scene), (_turn(question),), scene)
+            if turn := ask(scene, family, rng):
+                return Conversation(name, render(scene), (turn,), scene)
 
 
 class LlavaConversations(Sequence[Conversation]):
@@ -167,8 +154,7 @@ class LlavaConversations(Sequence[Conversation]):
         return len(self._good)
 
     def __getitem__(self, index: int) -> Conversation:  # type: ignore[override]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+        index = range(len(self))[index]
         for step in range(len(self)):
             number = self._good[(index + step) % len(self)]
             if number in self._unreadable:
@@ -224,7 +210,7 @@ def write_llava(conversations: Iterable[Conversation], folder: str | Path) -> Pa
         record["families"] = [turn.family for turn in conversation.turns]
         record["kinds"] = [turn.kind for turn in conversation.turns]
         if conversation.scene is not None:
-            record["scene"] = conversation.scene.to_record()
+            record["scene"] = asdict(conversation.scene)
         records.append(record)
     path = folder / "conversations.json"
     path.write_text(json.dumps(records, indent=1))
@@ -233,10 +219,7 @@ def write_llava(conversations: Iterable[Conversation], folder: str | Path) -> Pa
 
 def _messages(conversation: Conversation) -> Iterator[dict[str, str]]:
     tag = f"{IMAGE_TAG}\n" if conversation.image is not None else ""
-    for position, turn in enumerate(conversation.turns):
-        yield {"from": "human", "value": (tag if position == 0 else "") + turn.question}
+    for turn in conversation.turns:
+        yield {"from": "human", "value": tag + turn.question}
         yield {"from": "gpt", "value": turn.answer}
-
-
-def _turn(question: Question) -> Turn:
-    return Turn(question.question, question.answer, question.family, question.kind)
+        tag = ""

@@ -8,7 +8,7 @@ as far as the scene allows, so that guessing pays little.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from planner.training.data.scenes import COLORS, SHAPES, SIZES, Scene, SceneObject
@@ -17,21 +17,21 @@ DESCRIBE_AT_LEAST = 4  # objects, which makes a description of 50 tokens or more
 
 
 @dataclass(frozen=True)
-class Question:
-    """One question and its answer; `kind` tells the variants of a family apart."""
+class Turn:
+    """A question (without the image tag) and its answer; `kind` tells a family's variants apart."""
 
-    family: str
-    kind: str
     question: str
     answer: str
+    family: str | None = None
+    kind: str | None = None
 
 
-def ask(scene: Scene, family: str, rng: random.Random) -> Question | None:
+def ask(scene: Scene, family: str, rng: random.Random) -> Turn | None:
     """A random question of a family, or None where the scene gives no occasion for one."""
     return _ASK[family](scene, rng)
 
 
-def _existence(scene: Scene, rng: random.Random) -> Question | None:
+def _existence(scene: Scene, rng: random.Random) -> Turn | None:
     present = {(o.color, o.shape) for o in scene.objects}
     colors, shapes = ({o.color for o in scene.objects}, {o.shape for o in scene.objects})
     absent = [(c, s) for c in COLORS for s in SHAPES if (c, s) not in present]
@@ -48,10 +48,10 @@ def _existence(scene: Scene, rng: random.Random) -> Question | None:
     )
     color, shape = rng.choice(pool)
     answer = "yes" if kind == "positive" else "no"
-    return Question("existence", kind, f"Is there a {color} {shape}?", answer)
+    return Turn(f"Is there a {color} {shape}?", answer, "existence", kind)
 
 
-def _attribute(scene: Scene, rng: random.Random) -> Question | None:
+def _attribute(scene: Scene, rng: random.Random) -> Turn | None:
     kind = rng.choice(["color", "shape", "size"])
     found = []
     for o in scene.objects:
@@ -69,22 +69,22 @@ def _attribute(scene: Scene, rng: random.Random) -> Question | None:
             phrases = {f"the {o.color} {o.shape}": ("color", "shape")}
         found += [(phrase, o) for phrase, keys in phrases.items() if _is_only(scene, o, keys)]
     phrase, owner = rng.choice(found)
-    return Question("attribute", kind, f"What {kind} is {phrase}?", str(getattr(owner, kind)))
+    return Turn(f"What {kind} is {phrase}?", str(getattr(owner, kind)), "attribute", kind)
 
 
-def _count(scene: Scene, rng: random.Random) -> Question | None:
+def _count(scene: Scene, rng: random.Random) -> Turn | None:
     phrases: dict[int, list[tuple[str, str]]] = {len(scene.objects): [("all", "objects")]}
     for kind, values in (("color", COLORS), ("size", SIZES), ("shape", SHAPES)):
         for value in values:
             number = sum(getattr(o, kind) == value for o in scene.objects)
-            phrase = plural(value) if kind == "shape" else f"{value} objects"
+            phrase = _plural(value) if kind == "shape" else f"{value} objects"
             phrases.setdefault(number, []).append((kind, phrase))
     number = rng.choice(sorted(phrases))  # every number that some phrase attains is equally likely
     kind, phrase = rng.choice(phrases[number])
-    return Question("count", kind, f"How many {phrase} are there?", str(number))
+    return Turn(f"How many {phrase} are there?", str(number), "count", kind)
 
 
-def _spatial(scene: Scene, rng: random.Random) -> Question | None:
+def _spatial(scene: Scene, rng: random.Random) -> Turn | None:
     unique = [o for o in scene.objects if _is_only(scene, o, ("color", "shape"))]
     pairs = [
         (a, b, axis)
@@ -100,21 +100,21 @@ def _spatial(scene: Scene, rng: random.Random) -> Question | None:
         truth = rng.random() < 0.5
         relation = before if is_before == truth else after
         question = f"Is the {a.color} {a.shape} {relation} the {b.color} {b.shape}?"
-        return Question("spatial", "relation", question, "yes" if truth else "no")
+        return Turn(question, "yes" if truth else "no", "spatial", "relation")
     if not unique:
         return None
     thing = rng.choice(unique)
-    return Question("spatial", "place", f"Where is the {thing.color} {thing.shape}?", thing.place)
+    return Turn(f"Where is the {thing.color} {thing.shape}?", thing.place, "spatial", "place")
 
 
-def _text(scene: Scene, rng: random.Random) -> Question | None:
+def _text(scene: Scene, rng: random.Random) -> Turn | None:
     if scene.text is None:
         return None
     kind = "number" if scene.text.isdigit() else "word"
-    return Question("text", kind, f"What {kind} is written in the image?", scene.text)
+    return Turn(f"What {kind} is written in the image?", scene.text, "text", kind)
 
 
-def _describe(scene: Scene, rng: random.Random) -> Question | None:
+def _describe(scene: Scene, rng: random.Random) -> Turn | None:
     if len(scene.objects) < DESCRIBE_AT_LEAST:
         return None
     sentences = [f"the image shows {len(scene.objects)} objects."]
@@ -123,21 +123,19 @@ def _describe(scene: Scene, rng: random.Random) -> Question | None:
     ]
     if scene.text is not None:
         sentences.append(f"the text says {scene.text}.")
-    return Question("describe", "describe", "Describe the image.", " ".join(sentences))
+    return Turn("Describe the image.", " ".join(sentences), "describe", "describe")
 
 
-def plural(shape: str) -> str:
-    """The plural of a shape's name."""
+def _plural(shape: str) -> str:
     return f"{shape}es" if shape.endswith("s") else f"{shape}s"
 
 
-def _is_only(scene: Scene, thing: SceneObject, keys: Iterable[str]) -> bool:
+def _is_only(scene: Scene, thing: SceneObject, keys: Sequence[str]) -> bool:
     """Whether the named attributes tell an object from all others."""
-    keys = tuple(keys)
     return sum(all(getattr(o, k) == getattr(thing, k) for k in keys) for o in scene.objects) == 1
 
 
-_ASK: dict[str, Callable[[Scene, random.Random], Question | None]] = {
+_ASK: dict[str, Callable[[Scene, random.Random], Turn | None]] = {
     "existence": _existence,
     "attribute": _attribute,
     "count": _count,

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "cyan")
@@ -65,13 +64,9 @@ class Scene:
         cells = sorted((o.row, o.column, o.size, o.color, o.shape) for o in self.objects)
         return repr((cells, self.text, self.text_row))
 
-    def to_record(self) -> dict[str, Any]:
-        """Plain data for JSON; `from_record` reads it back."""
-        return asdict(self)
-
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Scene:
-        """Rebuild a scene from `to_record`."""
+        """Rebuild a scene from what `dataclasses.asdict` makes of it."""
         objects = tuple(SceneObject(**entry) for entry in record["objects"])
         return cls(**{**record, "objects": objects})
 
@@ -83,13 +78,11 @@ def split_of(scene: Scene) -> str:
     return next(name for name, span in SPLITS.items() if percentile in span)
 
 
-def draw_scene(
-    split: str, rng: random.Random, accept: Callable[[Scene], bool] = lambda scene: True
-) -> Scene:
-    """A random scene of a split that `accept` takes (drawn again until it does)."""
+def draw_scene(split: str, rng: random.Random) -> Scene:
+    """A random scene of a split."""
     while True:
         scene = _draw(rng)
-        if split_of(scene) == split and accept(scene):
+        if split_of(scene) == split:
             return scene
 
 
