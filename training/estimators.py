@@ -1,15 +1,6 @@
 """Estimators: how a scheduler's logits become switches, and how gradients get back through them.
 
-Enters: logits (batch, switches), what switches cost, and what each sample may spend. Leaves:
-switches that keep to it, in training with a gradient (`Estimator.draw`), at inference without noise
-(`Estimator.decide`).
-
-| estimator     | sample                               | gradient                                 |
-|---------------|--------------------------------------|------------------------------------------|
-| gumbel        | one by one, fresh noise each         | softmax of every draw, straight-through  |
-| gumbel-topk   | the best under one noise             | relaxed top-k, straight-through          |
-| simple        | exact, from the subsets that fill up | of the exact marginals                   |
-| deterministic | a threshold; no limit is enforced    | sigmoid, straight-through; and a penalty |
+At inference there is no noise, and the scheduler's layout decides; docs/estimators.md compares all.
 
 A switch is a candidate as long as its cost fits what is left of the limit, and draws go on until
 there is no candidate. So every sample keeps to its limit and leaves no room for another switch.
@@ -29,7 +20,13 @@ from typing_extensions import override
 from planner.ir.errors import InputError
 from planner.models.scheduling import UnitSwitches
 from planner.planning.selectors.arguments import Arguments, read_named
-from planner.training.sequential_draws import by_rank, check_limits, log_chance, turns
+from planner.training.sequential_draws import (
+    best_draws,
+    check_limits,
+    draws,
+    log_chance,
+    take_best,
+)
 from planner.training.subset_distributions import Subsets
 from planner.training.switch_costs import AdditiveCosts, Costs
 
@@ -44,7 +41,6 @@ class Drawn:
 
     Attributes:
         gates: shape (batch, switches), 0 or 1 in value; the estimator's gradient flows through.
-        taken: shape (batch, switches), bool: the same without a gradient.
         log_probability: shape (batch,), differentiable: of `order`, or of the set `taken` if there
             is no order; None if the estimator does not know it.
         order: shape (batch, draws), int64: switches in the order drawn, -1 after the last; None if
@@ -52,9 +48,13 @@ class Drawn:
     """
 
     gates: Tensor
-    taken: Tensor
     log_probability: Tensor | None = None
     order: Tensor | None = None
+
+    @property
+    def taken(self) -> Tensor:
+        """The gates as bool."""
+        return self.gates > 0.5
 
 
 @dataclass(frozen=True)
@@ -67,33 +67,13 @@ class Estimator(Arguments):
 
         Args:
             logits: shape (batch, switches).
-            costs: of the switches; the same for all samples, if every sample has its generator.
-            limits: shape (batch,), int64, not negative: what every sample may spend.
+            costs: the same for all samples, if every sample has its generator.
+            limits: shape (batch,), int64: what every sample may spend.
             noise: where random numbers come from.
 
         Raises:
             InputError: a limit is negative, or the estimator cannot work with such costs.
         """
-
-    def decide(self, logits: Tensor, costs: Costs, limits: Tensor) -> Tensor:
-        """The best switches that fit, without noise, for inference.
-
-        The rule of `planner.solver.take_while_fits`: by descending logit, every switch that fits
-        what is left is taken.
-
-        Args:
-            logits: shape (batch, switches).
-            costs: of the switches.
-            limits: shape (batch,), int64, not negative.
-
-        Returns:
-            Shape (batch, switches), bool.
-        """
-        best = by_rank(costs.ranked(logits.detach()))
-        taken = torch.zeros_like(logits, dtype=torch.bool)
-        for turn in turns(best, taken, costs, limits):
-            taken = turn.taken
-        return taken
 
 
 def _prices(costs: Costs, user: str, like: Tensor) -> Tensor:
@@ -154,13 +134,13 @@ class GumbelSequential(Estimator):
 
         total = soft.sum(-1)
         picks = []
-        for turn in turns(choose, taken, costs, limits):
-            taken = turn.taken
-            soft = soft + _softmax(noisy / self.temperature, turn.candidates)
-            total = total + log_chance(scores, turn)
-            picks.append(turn.pick.masked_fill(~turn.active, -1))
+        for draw in draws(choose, taken, costs, limits):
+            taken = draw.taken
+            soft = soft + _softmax(noisy / self.temperature, draw.candidates)
+            total = total + log_chance(scores, draw)
+            picks.append(draw.pick.masked_fill(~draw.active, -1))
         order = torch.stack(picks, 1) if picks else taken.new_zeros((len(taken), 0)).long()
-        return Drawn(_straight_through(taken, soft), taken, total, order)
+        return Drawn(_straight_through(taken, soft), total, order)
 
     def draw_units(
         self, layout: UnitSwitches, logits: Tensor, limits: Tensor, noise: Noise = None
@@ -224,23 +204,21 @@ class GumbelTopK(Estimator):
         taken = torch.zeros_like(scores, dtype=torch.bool)
         soft = 0 * scores  # a function of the logits even where nothing is drawn
         tiny = torch.finfo(scores.dtype).tiny
-        for turn in turns(by_rank(costs.ranked(keys.detach())), taken, costs, limits):
+        for draw in best_draws(keys, taken, costs, limits):
             # What was taken is pushed down only as far as the relaxation took it.
-            share = _softmax(keys / self.temperature, turn.candidates | taken)
+            share = _softmax(keys / self.temperature, draw.candidates | taken)
             soft = soft + share
             keys = keys + (1 - share).clamp(min=tiny).log()
-            taken = turn.taken
-        return Drawn(_straight_through(taken, soft), taken)
+            taken = draw.taken
+        return Drawn(_straight_through(taken, soft))
 
 
 @dataclass(frozen=True)
 class Simple(Estimator):
     """SIMPLE (Ahmed et al., arXiv 2210.01941): exact samples, and the gradient of exact marginals.
 
-    A subset that leaves no room for another switch has probability proportional to the product of
-    exp(logit) over its switches; with equal costs these are the subsets of k switches. Costs must
-    add up. If the limit is more than `columns` steps of the costs' common divisor, costs are
-    rounded up to a coarser unit, and the room that rounding leaves is filled by logit.
+    The distribution is that of `Subsets`. Costs must add up; the room that rounding them leaves is
+    filled by logit.
 
     Attributes:
         columns: largest number of steps in which a limit is counted.
@@ -261,21 +239,18 @@ class Simple(Estimator):
                 self.draw(row.to(one.device), costs, limit.to(one.device), one)
                 for row, limit, one in samples
             ]
-            gates, taken = torch.cat([r.gates for r in rows]), torch.cat([r.taken for r in rows])
-            return Drawn(gates.to(logits.device), taken.to(logits.device))
+            return Drawn(torch.cat([row.gates for row in rows]).to(logits.device))
         check_limits(limits)
         prices = _prices(costs, self.name, logits)
         subsets = Subsets.of(logits, prices, limits, self.columns)
-        taken = sampled = subsets.sample(noise)
+        sampled = subsets.sample(noise)
         left = limits.to(logits.device) - torch.where(sampled, prices, 0).sum(-1)
-        best = by_rank(costs.ranked(logits.detach()))
-        for turn in turns(best, sampled, costs, left):
-            taken = turn.taken
+        taken = take_best(logits, sampled, costs, left)
         gates = taken.float()
         if subsets.weights.requires_grad:
             gates = _straight_through(taken, subsets.marginals().float())
         log_chance = subsets.log_probability(sampled).float() if subsets.exact else None
-        return Drawn(gates, taken, log_chance)
+        return Drawn(gates, log_chance)
 
 
 @dataclass(frozen=True)
@@ -296,23 +271,10 @@ class Deterministic(Estimator):
 
     @override
     def draw(self, logits: Tensor, costs: Costs, limits: Tensor, noise: Noise = None) -> Drawn:
-        taken = self.decide(logits, costs, limits)
-        return Drawn(_straight_through(taken, logits.float().sigmoid()), taken)
-
-    @override
-    def decide(self, logits: Tensor, costs: Costs, limits: Tensor) -> Tensor:
-        return logits > 0
+        return Drawn(_straight_through(logits > 0, logits.float().sigmoid()))
 
     def penalty(self, gates: Tensor, costs: Costs, limits: Tensor) -> Tensor:
-        """lambda * max(0, cost - limit) / limit, the cost in excess as a share of the limit.
-
-        Args:
-            gates: shape (batch, switches), of `draw`.
-            costs: of the switches; they must add up.
-            limits: shape (batch,); one of 0 counts as 1.
-
-        Returns:
-            Shape (batch,), differentiable.
+        """lambda * max(0, cost - limit) / limit, shape (batch,), differentiable; a limit of 0 is 1.
 
         Raises:
             InputError: costs do not add up.

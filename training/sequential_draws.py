@@ -17,7 +17,7 @@ from planner.training.switch_costs import Costs
 
 
 @dataclass(frozen=True, eq=False)
-class Turn:
+class Draw:
     """One draw for every sample that still has candidates.
 
     Attributes:
@@ -33,9 +33,9 @@ class Turn:
     taken: Tensor
 
 
-def turns(
+def draws(
     choose: Callable[[Tensor], Tensor], taken: Tensor, costs: Costs, limits: Tensor
-) -> Iterator[Turn]:
+) -> Iterator[Draw]:
     """Take one switch after the other while any fits, in all samples at once.
 
     Args:
@@ -56,7 +56,7 @@ def turns(
         chosen = torch.zeros_like(taken).scatter(1, pick[:, None], active[:, None])
         taken = taken | chosen
         left = left - torch.where(chosen, price, 0).sum(-1)
-        yield Turn(candidates, active, pick, taken)
+        yield Draw(candidates, active, pick, taken)
 
 
 def check_limits(limits: Tensor) -> None:
@@ -65,18 +65,28 @@ def check_limits(limits: Tensor) -> None:
         raise InputError(f"a limit of {int(limits.min())} leaves nothing to choose")
 
 
-def by_rank(order: Tensor) -> Callable[[Tensor], Tensor]:
-    """Choose the candidate that comes first in an order of switches, (batch, switches)."""
-    rank = order.argsort(-1)
-    last = order.shape[-1]
-    return lambda candidates: rank.masked_fill(~candidates, last).argmin(-1)
+def best_draws(scores: Tensor, taken: Tensor, costs: Costs, limits: Tensor) -> Iterator[Draw]:
+    """`draws` of the switches by descending score, (batch, switches), as `costs` ranks them.
+
+    The rule of `planner.solver.take_while_fits`.
+    """
+    rank = costs.ranked(scores.detach()).argsort(-1)
+    last = rank.shape[-1]
+    return draws(lambda c: rank.masked_fill(~c, last).argmin(-1), taken, costs, limits)
 
 
-def log_chance(scores: Tensor, turn: Turn) -> Tensor:
-    """Log-probability of a turn's picks, 0 for samples without candidates; shape (batch,)."""
-    out = turn.active[:, None] & ~turn.candidates
+def take_best(scores: Tensor, taken: Tensor, costs: Costs, limits: Tensor) -> Tensor:
+    """What is taken after `best_draws`, shape (batch, switches), bool."""
+    for draw in best_draws(scores, taken, costs, limits):
+        taken = draw.taken
+    return taken
+
+
+def log_chance(scores: Tensor, draw: Draw) -> Tensor:
+    """Log-probability of a draw's picks, 0 for samples without candidates; shape (batch,)."""
+    out = draw.active[:, None] & ~draw.candidates
     chances = scores.masked_fill(out, -torch.inf).log_softmax(-1)
-    return torch.where(turn.active, chances.gather(1, turn.pick[:, None])[:, 0], 0)
+    return torch.where(draw.active, chances.gather(1, draw.pick[:, None])[:, 0], 0)
 
 
 def log_probability(order: Tensor, logits: Tensor, costs: Costs, limits: Tensor) -> Tensor:
@@ -98,6 +108,6 @@ def log_probability(order: Tensor, logits: Tensor, costs: Costs, limits: Tensor)
     columns = iter(order.unbind(1))
     taken = torch.zeros_like(scores, dtype=torch.bool)
     total = scores.new_zeros(len(scores))
-    for turn in turns(lambda _: next(columns).clamp(min=0), taken, costs, limits):
-        total = total + log_chance(scores, turn)
+    for draw in draws(lambda _: next(columns).clamp(min=0), taken, costs, limits):
+        total = total + log_chance(scores, draw)
     return total

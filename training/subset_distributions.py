@@ -54,7 +54,8 @@ class Subsets:
         limits = limits.to(weights.device)
         costs = torch.minimum(costs, limits[:, None] + 1)
         largest = max(int(limits.max()), 1)
-        unit = _common_divisor(torch.where(costs > limits[:, None], 0, costs))
+        fitting = torch.where(costs > limits[:, None], 0, costs)
+        unit = max(int(np.gcd.reduce(fitting.cpu().numpy(), axis=None)), 1)
         exact = largest // unit <= columns
         if not exact:
             unit = -(-largest // columns)
@@ -65,15 +66,12 @@ class Subsets:
 
     @cached_property
     def _totals(self) -> list[Tensor]:
-        """By place: log-weights of all subsets of the items from there on, by total cost.
-
-        `items` + 1 tensors of shape (batch, largest limit + 1).
-        """
+        """By place: log-weights of subsets of the items from there on, by cost up to the limit."""
         batch, items = self.weights.shape
         width = int(self.limits.max()) + 1
         column = torch.arange(width, device=self.weights.device)
         row = self.weights.new_full((batch, width), _LOG_ZERO)
-        row = row.index_fill(1, column[:1], 0.0)
+        row[:, 0] = 0
         rows = [row]
         for place in reversed(range(items)):
             before = column - self.costs[:, place, None]
@@ -86,9 +84,9 @@ class Subsets:
 
     @cached_property
     def _classes(self) -> tuple[Tensor, Tensor]:
-        """By the first missing item: log-weight of the class, and cost of the items before it.
+        """Log-weights of classes, (batch, items + 1), and costs of the items before the missing.
 
-        Both of shape (batch, items + 1); the last class is the subset that lacks none.
+        The last class is the subset that lacks none.
         """
         items = self.weights.shape[1]
         zero = self.weights.new_zeros(len(self.weights), 1)
@@ -99,14 +97,9 @@ class Subsets:
         return weight + torch.stack([*classes, whole], 1), cost
 
     def _window(self, place: int, spent: Tensor) -> Tensor:
-        """Totals of the items after a place that fill up what is left without it.
+        """Log-weights of the items after a place by total cost, where they fill up what is left.
 
-        Args:
-            place: of the missing item.
-            spent: shape (batch,), cost of the items before it.
-
-        Returns:
-            Shape (batch, largest limit + 1): log-weights, log 0 for other totals.
+        Without the item at that place, and `spent` (batch,) on those before; log 0 elsewhere.
         """
         totals = self._totals[place + 1]
         column = torch.arange(totals.shape[1], device=totals.device)
@@ -166,7 +159,3 @@ def _at(totals: Tensor, cost: Tensor) -> Tensor:
 def _categorical(weights: Tensor, generator: torch.Generator | None) -> Tensor:
     """One index for each row of log-weights, (batch, n)."""
     return torch.multinomial(weights.softmax(-1), 1, generator=generator)[:, 0]
-
-
-def _common_divisor(costs: Tensor) -> int:
-    return max(int(np.gcd.reduce(costs.cpu().numpy(), axis=None)), 1)

@@ -29,23 +29,12 @@ class Costs(ABC):
 
     @abstractmethod
     def of_next(self, taken: Tensor) -> Tensor:
-        """Cost of adding each switch.
-
-        Args:
-            taken: shape (batch, switches), bool.
-
-        Returns:
-            Shape (batch, switches), int64; for switches that are taken already, anything.
-        """
+        """Cost of adding each switch, (batch, switches), int64; of those taken, anything."""
 
     def ranked(self, scores: Tensor) -> Tensor:
-        """Switches in the order in which they are taken, best first; ties to the lower index.
+        """Indices of switches in the order in which they are taken, best first, (batch, switches).
 
-        Args:
-            scores: shape (batch, switches).
-
-        Returns:
-            Shape (batch, switches), int64: indices of switches.
+        Of equal scores the lower index is first.
         """
         return scores.argsort(dim=-1, descending=True, stable=True)
 
@@ -85,23 +74,18 @@ class SiteCosts(Costs):
     Attributes:
         needs: shape (switches,): the own switch of the layer that a switch is in, -1 where the
             layer is always on, and for own switches.
-        site: shape (switches,): the site of a switch; the number of sites for own switches.
-        entry: shape (batch or 1, switches): cost of own switches.
-        steps: shape (batch or 1, sites + 1, most switches + 1): cost from n to n + 1 switches.
+        group: shape (switches,): the site of a switch, counted in model order; a layer's own switch
+            is a group by itself.
+        steps: shape (batch or 1, groups, most switches + 1): cost from n to n + 1 switches.
     """
 
     needs: Tensor
-    site: Tensor
-    entry: Tensor
+    group: Tensor
     steps: Tensor
 
     @staticmethod
     def of(problem: Problem, token_options: Sequence[int] = (0,)) -> SiteCosts:
-        """The costs of a Problem's switches.
-
-        Args:
-            problem: with one metric.
-            token_options: the option of every sample, or one for all of them.
+        """The costs of a Problem's switches, under every sample's token option, or one for all.
 
         Raises:
             InputError: the problem has several metrics, or none.
@@ -110,48 +94,39 @@ class SiteCosts(Costs):
             given = ", ".join(problem.metrics) or "none"
             raise InputError(f"switches are taken under one metric, not under {given}")
         options = np.array(token_options, dtype=np.int64)
-        most = max((site.switches for site in problem.sites), default=0)
-        steps = np.zeros((len(options), len(problem.sites) + 1, most + 1), dtype=np.int64)
         needs: list[int] = []
-        numbers: list[int] = []
-        entry: list[np.ndarray] = []
-        number = 0
+        group: list[int] = []
+        tables: list[np.ndarray] = []
         for layer in problem.layers:
-            own = len(needs) if layer.optional else -1
+            own = -1
             if layer.optional:
-                least = sum(s.costs[options, 0, s.minimum] for s in layer.sites)
-                entry.append(layer.costs[options, 0] + least)
+                own = len(needs)
                 needs.append(-1)
-                numbers.append(len(problem.sites))
+                group.append(len(tables))
+                least = sum(site.costs[options, 0, site.minimum] for site in layer.sites)
+                tables.append((layer.costs[options, 0] + least)[:, None])
             for site in layer.sites:
+                needs += [own] * site.switches
+                group += [len(tables)] * site.switches
                 # The first ones, up to the minimum, are paid for by the layer.
                 table = site.costs[options, 0]
-                table = np.maximum(table, table[:, [site.minimum]])
-                steps[:, number, : site.switches] = np.diff(table)
-                entry += [np.zeros_like(options)] * site.switches
-                needs += [own] * site.switches
-                numbers += [number] * site.switches
-                number += 1
-        return SiteCosts(
-            torch.tensor(needs, dtype=torch.int64),
-            torch.tensor(numbers, dtype=torch.int64),
-            torch.from_numpy(np.stack(entry, 1) if entry else np.zeros((len(options), 0), int)),
-            torch.from_numpy(steps),
-        )
+                tables.append(np.diff(np.maximum(table, table[:, [site.minimum]])))
+        most = max((table.shape[1] for table in tables), default=0)
+        steps = np.zeros((len(options), len(tables), most + 1), dtype=np.int64)
+        for number, table in enumerate(tables):
+            steps[:, number, : table.shape[1]] = table
+        index = torch.tensor([needs, group], dtype=torch.int64)
+        return SiteCosts(index[0], index[1], torch.from_numpy(steps))
 
     @override
     def of_next(self, taken: Tensor) -> Tensor:
         """`NEVER` for switches of layers that are off."""
-        device, batch = taken.device, len(taken)
-        site, needs = self.site.to(device), self.needs.to(device)
-        steps = self.steps.to(device).expand(batch, -1, -1)
-        counts = torch.zeros(steps.shape[:2], dtype=torch.int64, device=device)
-        counts = counts.scatter_add(1, site.expand(batch, -1), taken.long())
-        # The last site stands for layers' own switches, of which there may be more than steps.
-        counts[:, -1] = 0
-        step = steps.gather(2, counts[..., None])[..., 0][:, site]
+        group, needs = self.group.to(taken.device), self.needs.to(taken.device)
+        steps = self.steps.to(taken.device).expand(len(taken), -1, -1)
+        counts = torch.zeros_like(steps[:, :, 0])
+        counts = counts.scatter_add(1, group.expand_as(taken), taken.long())
         locked = (needs >= 0) & ~taken[:, needs.clamp(min=0)]
-        return (step + self.entry.to(device)).masked_fill(locked, NEVER)
+        return steps.gather(2, counts[..., None])[:, group, 0].masked_fill(locked, NEVER)
 
     @override
     def ranked(self, scores: Tensor) -> Tensor:
@@ -160,20 +135,13 @@ class SiteCosts(Costs):
         The order of `planner.solver.take_while_fits`: of equal scores first the layer's own, then
         site by site; in a site the best first, though they count no more than their layer.
         """
-        needs, group = self.needs.to(scores.device), self._group.to(scores.device)
+        needs, group = self.needs.to(scores.device), self.group.to(scores.device)
         most = scores[:, needs.clamp(min=0)].masked_fill(needs < 0, torch.inf)
         capped = torch.minimum(scores, most)
         # Stable sorts, the least significant key first.
         order = super().ranked(scores)
         order = order.gather(1, group[order].argsort(dim=-1, stable=True))
         return order.gather(1, super().ranked(capped.gather(1, order)))
-
-    @property
-    def _group(self) -> Tensor:
-        """Number of a switch's site, or of its layer for an own switch, in model order."""
-        own = self.site == self.steps.shape[1] - 1
-        fresh = own | torch.cat([own.new_ones(1), self.site[1:] != self.site[:-1]])[: len(own)]
-        return fresh.long().cumsum(0)
 
 
 def costs_of(layout: Layout) -> Costs:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from planner.ir.errors import InputError
 from planner.training.estimators import ESTIMATORS, parse
 from planner.training.gradient_check import fillings
-from planner.training.sequential_draws import log_probability
+from planner.training.sequential_draws import log_probability, take_best
 from planner.training.subset_distributions import Subsets
 from planner.training.switch_costs import AdditiveCosts
 
@@ -48,10 +48,10 @@ def knapsacks(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 @settings(deadline=None, max_examples=60)
 def test_drawn_switches_fit_and_leave_no_room(name, knapsack, seed):
     logits, costs, limits = knapsack
-    estimator = parse(name)
     logits.requires_grad_()
-    drawn = estimator.draw(logits, AdditiveCosts(costs), limits, generator(seed))
-    for taken in (drawn.taken, estimator.decide(logits, AdditiveCosts(costs), limits)):
+    drawn = parse(name).draw(logits, AdditiveCosts(costs), limits, generator(seed))
+    nothing = torch.zeros_like(costs, dtype=torch.bool)
+    for taken in (drawn.taken, take_best(logits, nothing, AdditiveCosts(costs), limits)):
         left = limits - (costs * taken).sum(-1)
         assert (left >= 0).all()
         assert not (~taken & (costs <= left[:, None])).any()
@@ -68,11 +68,11 @@ def test_equal_costs_give_exactly_k(name, data):
     switches = data.draw(st.integers(1, 9))
     limits = torch.tensor(data.draw(st.lists(st.integers(0, switches + 1), min_size=1, max_size=4)))
     logits = torch.randn(len(limits), switches, generator=generator(data.draw(st.integers(0, 9))))
-    estimator = parse(name)
     expected = limits.clamp(max=switches)
-    drawn = estimator.draw(logits, AdditiveCosts.equal(switches), limits, generator(1))
+    drawn = parse(name).draw(logits, AdditiveCosts.equal(switches), limits, generator(1))
     assert torch.equal(drawn.taken.sum(-1), expected)
-    decided = estimator.decide(logits, AdditiveCosts.equal(switches), limits)
+    nothing = torch.zeros_like(drawn.taken)
+    decided = take_best(logits, nothing, AdditiveCosts.equal(switches), limits)
     assert torch.equal(decided.sum(-1), expected)
     for row, scores, k in zip(decided, logits, expected.tolist()):
         assert set(row.nonzero()[:, 0].tolist()) == set(scores.topk(k).indices.tolist())
