@@ -53,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         from planner.training.recipes import load_recipe
 
-        recipe, config = load_recipe(options.config, options.set)
-        recipe.train(config)
+        train, config = load_recipe(options.config, options.set)
+        train(config)
     except PlannerError as error:
         print(f"planner: {error}", file=sys.stderr)
         return 2

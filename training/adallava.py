@@ -19,19 +19,21 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
+from planner.audit import Labels, read_labels
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
 from planner.loading import load_model
 from planner.models.scheduling import Scheduled, Scheduler, UnitSwitches, save_scheduler
-from planner.training.config import RunConfig, parse_config
+from planner.training.config import RunConfig
 from planner.training.data import Conversation, LlavaConversations, Packer, SceneConversations
 from planner.training.data.packing import IGNORE
 from planner.training.estimators import Deterministic, Estimator, GumbelSequential, parse
+from planner.training.question_samples import Asked
 from planner.training.switch_costs import costs_of
 from planner.training.tiny_llava import export as export_half
 from planner.training.trainer import RunTrainer, training_arguments
-from planner.training.warm_start import warm_start
+from planner.training.warm_start import stop, warm_start
 
 
 class AdaLlavaConfig(RunConfig):
@@ -56,9 +58,9 @@ class AdaLlavaConfig(RunConfig):
 
     # A file of `planner labels`, which the scheduler learns first, alone; and the pictures and
     # questions that its labels are about, if they are not about drawn scenes.
-    labels: str | None = None
-    label_images: str | None = None
-    label_prompts: str | None = None
+    labels: Path | None = None
+    label_images: Path | None = None
+    label_prompts: Path | None = None
     label_steps: int = 200
     label_learning_rate: float = 4e-3
     label_encoder_learning_rate: float = 2e-4
@@ -107,15 +109,8 @@ class AdaptiveModel(nn.Module):
         # were beyond their limit.
         self.tally = torch.zeros(3, dtype=torch.float64)
         self._seeds: Tensor | None = None
-        # Not a submodule: the model and the scheduler are ones already.
-        scheduled = Scheduled(model, graph, scheduler, mask=True, decide=self._draw)
-        self._scheduled = [scheduled]
-        scheduled.attach_limits(torch.tensor([scheduler.layout.steps]))
-
-    @property
-    def scheduled(self) -> Scheduled:
-        """The model running under its scheduler."""
-        return self._scheduled[0]
+        self.scheduled = Scheduled(model, graph, scheduler, mask=True, decide=self._draw)
+        self.scheduled.attach_limits(torch.tensor([scheduler.layout.steps]))
 
     def forward(self, labels: Tensor, limits: Tensor, seeds: Tensor, **inputs: Any) -> Any:
         """The stock model's output with its loss, under plans drawn within limits.
@@ -200,17 +195,18 @@ class BudgetCollator:
         }
 
 
-def train(config: dict[str, Any] | AdaLlavaConfig) -> AdaptiveModel:
+def train(config: AdaLlavaConfig) -> AdaptiveModel:
     """Train, or go on from the last checkpoint; export where `export_dir` is set."""
-    if isinstance(config, dict):
-        config = parse_config(AdaLlavaConfig, config)
     trainer, adaptive, processor = build_trainer(config)
     trainer.run()
+    gathered = trainer.whole_state()
     adaptive.scheduled.detach()
-    whole = trainer.whole_state()
     if config.export_dir is not None and trainer.args.should_save:
-        if whole is not None:
-            adaptive = _unsharded(config, whole)
+        if gathered is not None:
+            # What was trained holds shards.
+            adaptive, _ = _build(config)
+            adaptive.load_state_dict(gathered)
+            adaptive.scheduled.detach()
         export(adaptive, processor, config)
     return adaptive
 
@@ -218,85 +214,51 @@ def train(config: dict[str, Any] | AdaLlavaConfig) -> AdaptiveModel:
 def build_trainer(config: AdaLlavaConfig) -> tuple[RunTrainer, AdaptiveModel, Any]:
     """(trainer ready to start or resume, what it trains, processor); labels are learned here."""
     set_seed(config.seed)
-    model, processor, graph = _load(config)
-    if config.freeze_vision:
-        _freeze_vision(model)
-    scheduler = Scheduler.of(graph, config.switches)
-    if config.labels is not None:
-        _learn_labels(model, graph, scheduler, processor, config)
-    adaptive = AdaptiveModel(model, graph, scheduler, parse(config.estimator))
+    adaptive, processor = _build(config, config.labels)
     packer = Packer(processor, config.max_text_tokens, dialogue_share=1.0)
-    collator = BudgetCollator(packer, scheduler.layout.steps, config.seed, config.turns)
+    steps = adaptive.scheduler.layout.steps
     trainer = RunTrainer(
         model=adaptive,
         args=_arguments(config),
         train_dataset=_dataset(config),
-        data_collator=collator,
+        data_collator=BudgetCollator(packer, steps, config.seed, config.turns),
         processing_class=processor,
-        optimizer_of=lambda: _optimizer(adaptive, config),
+        rates={"scheduler.": config.scheduler_learning_rate or config.learning_rate},
     )
     return trainer, adaptive, processor
 
 
-def _load(config: AdaLlavaConfig) -> tuple[Any, Any, Graph]:
+def _build(config: AdaLlavaConfig, labels: Path | None = None) -> tuple[AdaptiveModel, Any]:
+    """(model and scheduler, processor)."""
     model, processor, _ = load_model(config.model, config.dtype)
-    return model, processor, lower_model(model, config.model.rstrip("/").rpartition("/")[2])
-
-
-def _unsharded(config: AdaLlavaConfig, weights: dict[str, Tensor]) -> AdaptiveModel:
-    """The trained model whole in this process, from weights that were gathered."""
-    model, _, graph = _load(config)
-    scheduler = Scheduler.of(graph, config.switches)
-    adaptive = AdaptiveModel(model, graph, scheduler, parse(config.estimator))
-    adaptive.load_state_dict(weights)
-    adaptive.scheduled.detach()
-    return adaptive
-
-
-def _freeze_vision(model: Any) -> None:
-    """The vision encoder stays as it is, as in LLaVA's second stage; its projector is trained."""
-    tower = model.get_encoder("image")
-    if tower is not None:
+    graph = lower_model(model, config.model.rstrip("/").rpartition("/")[2])
+    # As in LLaVA's second stage, where the projector is trained.
+    if config.freeze_vision and (tower := model.get_encoder("image")) is not None:
         tower.requires_grad_(False)
+    scheduler = Scheduler.of(graph, config.switches)
+    if labels is not None:
+        scheduled = Scheduled(model, graph, scheduler, mask=True, decide=stop)
+        _learn(read_labels(labels), scheduled, processor, config)
+    return AdaptiveModel(model, graph, scheduler, parse(config.estimator)), processor
 
 
-def _learn_labels(
-    model: nn.Module, graph: Graph, scheduler: Scheduler, processor: Any, config: AdaLlavaConfig
-) -> None:
+def _learn(labels: Labels, scheduled: Scheduled, processor: Any, config: AdaLlavaConfig) -> None:
     """A warm start, with checkpoints of its own; every process holds the whole model."""
     alone = {
         "output_dir": str(Path(config.output_dir) / "labels"),
         "max_steps": config.label_steps,
         "learning_rate": config.label_learning_rate,
+        "weight_decay": 0.01,
         "gradient_accumulation_steps": 1,
         "activation_checkpointing": False,
         "fsdp": "",
         "deepspeed": None,
     }
     arguments = _arguments(config.model_copy(update=alone))
-    images, prompts = config.label_images, config.label_prompts
-    warm_start(
-        model,
-        graph,
-        scheduler,
-        processor,
-        Path(cast(str, config.labels)),
-        arguments,
-        config.label_encoder_learning_rate,
-        None if images is None else Path(images),
-        None if prompts is None else Path(prompts),
-    )
-
-
-def _optimizer(adaptive: AdaptiveModel, config: AdaLlavaConfig) -> torch.optim.Optimizer:
-    rate = config.scheduler_learning_rate or config.learning_rate
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in adaptive.model.parameters() if p.requires_grad]},
-        {"params": list(adaptive.scheduler.parameters()), "lr": rate},
-    ]
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)
-    )
+    cast(Any, scheduled.model).to(arguments.device)
+    pictures = config.label_images, config.label_prompts
+    asked = Asked(scheduled.model, processor, dict.fromkeys(labels.samples), *pictures)
+    warm_start(scheduled, labels, asked, arguments, config.label_encoder_learning_rate)
 
 
 def _dataset(config: AdaLlavaConfig) -> Sequence[Conversation]:
@@ -321,14 +283,7 @@ def _arguments(config: AdaLlavaConfig) -> TrainingArguments:
             "fsdp shards over accelerators, and on CPUs every process would hold all of the model: "
             "leave fsdp empty here"
         )
-    options: dict[str, Any] = {}
-    if config.fsdp:
-        options["fsdp"] = config.fsdp
-        options["fsdp_config"] = {"transformer_layer_cls_to_wrap": config.fsdp_layer}
-    if config.deepspeed:
-        options["deepspeed"] = config.deepspeed
-    if config.activation_checkpointing:
-        options["activation_checkpointing"] = True
+    layers = {"transformer_layer_cls_to_wrap": config.fsdp_layer}
     return training_arguments(
         config,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -336,7 +291,10 @@ def _arguments(config: AdaLlavaConfig) -> TrainingArguments:
         warmup_steps=round(config.warmup_ratio * config.max_steps),
         bf16=config.dtype == "bfloat16",
         save_total_limit=2,
-        **options,
+        fsdp=config.fsdp or None,
+        fsdp_config=layers if config.fsdp else None,
+        deepspeed=config.deepspeed or None,
+        activation_checkpointing=config.activation_checkpointing or None,
     )
 
 
@@ -350,7 +308,6 @@ def export(adaptive: AdaptiveModel, processor: Any, config: AdaLlavaConfig) -> N
     else:
         cast(Any, adaptive.model).save_pretrained(folder)
         processor.save_pretrained(folder)
-    adaptive.scheduler.provenance = {
-        "recipe": config.model_dump(exclude={"output_dir", "export_dir"}),
-    }
+    recipe = config.model_dump(mode="json", exclude={"output_dir", "export_dir"})
+    adaptive.scheduler.provenance = {"recipe": recipe}
     save_scheduler(adaptive.scheduler, folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -39,9 +39,6 @@ class RunConfig(BaseModel):
     dataloader_workers: int = 0
 
 
-ConfigT = TypeVar("ConfigT", bound=RunConfig)
-
-
 def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """Read a YAML file and apply overrides such as ``"learning_rate=1e-3"`` (values are YAML).
 
@@ -60,12 +57,10 @@ def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, 
     return values
 
 
-def parse_config(
-    schema: type[ConfigT], values: Mapping[str, Any], source: str = "config"
-) -> ConfigT:
+def parse_config(schema: type[RunConfig], values: Mapping[str, Any], source: str) -> RunConfig:
     """Check values against a schema; the first thing wrong becomes one sentence."""
     try:
-        return schema.model_validate(dict(values))
+        return schema.model_validate(values)
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +10,24 @@ from planner.ir.errors import InputError
 from planner.training import adallava, tiny_llava
 from planner.training.config import RunConfig, parse_config, read_settings
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """A schema, and what trains by it."""
-
-    schema: type[RunConfig]
-    train: Callable[[Any], Any]
-
-
-RECIPES: Mapping[str, Recipe] = {
-    "tiny-llava": Recipe(tiny_llava.TinyLlavaConfig, tiny_llava.train),
-    "adallava": Recipe(adallava.AdaLlavaConfig, adallava.train),
+# The schema of a recipe's configurations, and what trains by one.
+RECIPES: Mapping[str, tuple[type[RunConfig], Callable[[Any], Any]]] = {
+    "tiny-llava": (tiny_llava.TinyLlavaConfig, tiny_llava.train),
+    "adallava": (adallava.AdaLlavaConfig, adallava.train),
 }
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> tuple[Recipe, RunConfig]:
-    """Read a configuration with ``key=value`` overrides, by the schema of its recipe.
+def load_recipe(
+    path: str | Path, overrides: Iterable[str] = ()
+) -> tuple[Callable[[Any], Any], RunConfig]:
+    """Read a configuration with ``key=value`` overrides: what trains by it, and the configuration.
 
     Raises:
         InputError: no such file, recipe or key, or a value that does not fit.
     """
     values = read_settings(path, overrides)
-    recipe = RECIPES.get(str(values.get("recipe")))
-    if recipe is None:
-        raise InputError(f"{path}: recipe '{values.get('recipe')}' is none of {', '.join(RECIPES)}")
-    return recipe, parse_config(recipe.schema, values, str(path))
+    name = str(values.get("recipe"))
+    if name not in RECIPES:
+        raise InputError(f"{path}: recipe '{name}' is none of {', '.join(RECIPES)}")
+    schema, train = RECIPES[name]
+    return train, parse_config(schema, values, str(path))

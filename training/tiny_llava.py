@@ -31,8 +31,9 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
-from planner.training.config import RunConfig, parse_config
-from planner.training.data import IMAGE_SIZE, Conversation, Packer, Scene, SceneConversations
+from planner.training.config import RunConfig
+from planner.training.data import Conversation, Packer, Scene, SceneConversations
+from planner.training.data.render import IMAGE_SIZE
 from planner.training.data.scenes import COLORS, COLUMNS, ROWS, SHAPES, SIZES
 from planner.training.trainer import RunTrainer, training_arguments
 
@@ -276,7 +277,6 @@ def build_trainer(
         output_dir=str(Path(config.output_dir) / stage),
         max_steps=steps,
         data_seed=config.data_seed,
-        adam_beta2=0.98,
         lr_scheduler_type="warmup_stable_decay",
         warmup_steps=config.warmup_steps,
         lr_scheduler_kwargs={
@@ -295,13 +295,11 @@ def build_trainer(
     )
 
 
-def train(config: dict[str, Any] | TinyLlavaConfig) -> LlavaForConditionalGeneration:
+def train(config: TinyLlavaConfig) -> LlavaForConditionalGeneration:
     """Train (or resume) tiny-llava: the vision tower alone, then everything jointly.
 
     Exports the model folder when `export_dir` is set.
     """
-    if isinstance(config, dict):
-        config = parse_config(TinyLlavaConfig, config)
     processor = build_processor(config.patch_size)
     model = build_model(config, processor)
     for stage in ("tower", "joint"):

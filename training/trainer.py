@@ -7,17 +7,19 @@ not a number stops the run and names the batch.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from typing_extensions import override
 
 from planner.ir.errors import PlannerError
 from planner.training.config import RunConfig
@@ -31,6 +33,7 @@ def training_arguments(config: RunConfig, **options: Any) -> TrainingArguments:
         "per_device_train_batch_size": config.batch_size,
         "learning_rate": config.learning_rate,
         "weight_decay": config.weight_decay,
+        "adam_beta2": 0.98,
         "max_grad_norm": 1.0,
         "use_cpu": not torch.accelerator.is_available(),
         "save_steps": config.save_steps,
@@ -55,23 +58,33 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     which gives numbers to log beside the loss, and the tally starts at zero again.
 
     Args:
-        optimizer_of: makes the optimizer once the model is where it is trained. Trainer takes a
-            finished one too (`optimizers`), but none where parameters are sharded.
+        rates: learning rates of parameters by what their names begin with.
     """
 
     _staging = False
 
     def __init__(
-        self, *args: Any, optimizer_of: Callable[[], Optimizer] | None = None, **kwargs: Any
+        self, *args: Any, rates: Mapping[str, float] = MappingProxyType({}), **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._optimizer_of = optimizer_of
+        self._rates = rates
 
+    @override
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
-        """As Trainer's, or by `optimizer_of`."""
-        trainer = cast(Any, self)
-        if trainer.optimizer is None and self._optimizer_of is not None:
-            trainer.optimizer = self._optimizer_of()
+        if self._rates:
+            # Made here and not given to Trainer, since sharding replaces the parameters before.
+            groups: dict[str, Any] = {"": {"params": []}}
+            groups |= {start: {"params": [], "lr": rate} for start, rate in self._rates.items()}
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    start = next((start for start in self._rates if name.startswith(start)), "")
+                    groups[start]["params"].append(parameter)
+            self.optimizer = AdamW(
+                groups.values(),
+                lr=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+            )
         optimizer: Optimizer = super().create_optimizer(*args, **kwargs)
         return optimizer
 

@@ -14,23 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from planner.audit import Labels, read_labels
+from planner.audit import Labels
 from planner.ir.errors import InputError
-from planner.ir.graph import Graph
-from planner.models.scheduling import (
-    CostSwitches,
-    LayerSwitches,
-    Layout,
-    Scheduled,
-    Scheduler,
-)
+from planner.models.scheduling import CostSwitches, LayerSwitches, Layout, Scheduled
 from planner.planning.budgets import Budget
 from planner.solver.problem import Flags
 from planner.training.question_samples import Asked, prompt_of
@@ -39,52 +31,35 @@ from planner.training.trainer import RunTrainer
 
 
 def warm_start(
-    model: nn.Module,
-    graph: Graph,
-    scheduler: Scheduler,
-    processor: Any,
-    labels: Path,
+    scheduled: Scheduled,
+    labels: Labels,
+    asked: Asked,
     arguments: TrainingArguments,
     encoder_rate: float,
-    images: Path | None = None,
-    prompts: Path | None = None,
 ) -> None:
     """Train a scheduler on labels, or load it if that was done; its model stays as it is.
 
     Args:
-        model: a stock image-text model.
-        graph: its Graph.
-        scheduler: of that model.
-        processor: of the model.
-        labels: file that `planner labels` wrote.
+        scheduled: the model under its scheduler, which decides by `stop`; nothing attached.
+        labels: what `planner labels` wrote.
+        asked: finds the samples that they are about.
         arguments: of the training; a batch counts samples, each under all of its budgets.
         encoder_rate: learning rate of the latency encoder, whose token predicts the answer too.
-        images: folder of the labels' pictures, if they are not about drawn scenes.
-        prompts: JSON lines with the questions about them.
 
     Raises:
-        InputError: the labels are of another model, of other switches or of unknown questions.
+        InputError: the labels are of another model or of other switches.
     """
-    read, layout = read_labels(labels), scheduler.layout
-    plans = target_plans(read, layout)
-    cast(Any, model).to(arguments.device)
-    asked = Asked(model, processor, dict.fromkeys(read.samples), images, prompts)
-    scheduled = Scheduled(model, graph, scheduler, mask=True, decide=_stop)
-    groups: list[dict[str, Any]] = [
-        {"params": list(scheduler.head.parameters())},
-        {"params": list(scheduler.encoder.parameters()), "lr": encoder_rate},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.98))
+    layout = scheduled.layout
     trainer = RunTrainer(
         model=Pupil(scheduled),
         args=arguments,
-        train_dataset=LabelledPrompts(read, plans, layout, asked),
+        train_dataset=LabelledPrompts(labels, target_plans(labels, layout), layout, asked),
         data_collator=_collate,
-        optimizers=(optimizer, None),
+        rates={"scheduler.encoder.": encoder_rate},
     )
     scheduled.attach_limits(torch.tensor([layout.steps]))
     try:
-        with _frozen(model):
+        with _frozen(scheduled.model):
             trainer.run()
     finally:
         scheduled.detach()
@@ -204,7 +179,8 @@ class _Decided(Exception):
     """Ends a pass as soon as there are logits, and carries them."""
 
 
-def _stop(logits: Tensor, limits: Tensor) -> Tensor:
+def stop(logits: Tensor, limits: Tensor) -> Tensor:
+    """What a scheduler that is taught decides by."""
     raise _Decided(logits)
 
 
@@ -212,14 +188,13 @@ class Pupil(nn.Module):
     """A scheduler to train, with a model that is not trained.
 
     Args:
-        scheduled: the model under the scheduler, which decides by `_stop`.
+        scheduled: the model under the scheduler, which decides by `stop`.
     """
 
     def __init__(self, scheduled: Scheduled) -> None:
         super().__init__()
         self.scheduler = scheduled.scheduler
-        # Not a submodule: neither trained nor in checkpoints.
-        self._scheduled = [scheduled]
+        self._scheduled = scheduled
 
     def forward(
         self, prompts: Sequence[dict[str, Any]], limits: Sequence[Tensor], plans: Tensor
@@ -236,10 +211,9 @@ class Pupil(nn.Module):
         return {"loss": set_loss(logits, plans).mean()}
 
     def _logits(self, prompt: dict[str, Any], limits: Tensor) -> Tensor:
-        scheduled = self._scheduled[0]
-        scheduled.limits = limits
+        self._scheduled.limits = limits
         try:
-            scheduled.model(**prompt, use_cache=False)
+            self._scheduled.model(**prompt, use_cache=False)
         except _Decided as decided:
             logits: Tensor = decided.args[0]
             return logits

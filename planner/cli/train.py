@@ -31,13 +31,13 @@ def train_command(
     # Imports transformers' Trainer, which fails without what training needs.
     from planner.training.recipes import load_recipe
 
-    recipe, parsed = load_recipe(config, settings or [])
+    train, parsed = load_recipe(config, settings or [])
     if console.verbose:
         for key, value in parsed.model_dump().items():
             say(f"planner: {key} = {value}")
     started = time.perf_counter()
     _quiet_logs(not console.shows_progress)
-    recipe.train(parsed)
+    train(parsed)
     document: dict[str, Any] = {
         "recipe": parsed.model_dump()["recipe"],
         "output_dir": getattr(parsed, "output_dir", None),

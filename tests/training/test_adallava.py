@@ -30,16 +30,10 @@ def base(tmp_path_factory):
 
 
 def settings(base, folder, **changes):
-    return {
-        "model": str(base),
-        "output_dir": str(folder),
-        "max_steps": 4,
-        "batch_size": 4,
-        "save_steps": 2,
-        "logging_steps": 1,
-        "learning_rate": 1e-3,
-        **changes,
-    }
+    common = {"max_steps": 4, "batch_size": 4, "save_steps": 2, "logging_steps": 1}
+    return adallava.AdaLlavaConfig(
+        model=str(base), output_dir=str(folder), **common | {"learning_rate": 1e-3} | changes
+    )
 
 
 def weights(module):
@@ -125,9 +119,7 @@ def test_units_that_noise_cannot_change_are_those_of_inference(loaded):
     ],
 )
 def test_the_gradient_reaches_scheduler_and_decoder(base, switches, estimator):
-    config = adallava.AdaLlavaConfig(
-        **settings(base, "unused", switches=switches, estimator=estimator)
-    )
+    config = settings(base, "unused", switches=switches, estimator=estimator)
     trainer, adaptive, _ = build_trainer(config)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     batch.pop("ids")
@@ -144,7 +136,7 @@ def test_the_gradient_reaches_scheduler_and_decoder(base, switches, estimator):
 def test_units_take_no_other_estimator(base):
     config = settings(base, "unused", switches="adallava-h", estimator="simple")
     with pytest.raises(InputError, match="its estimator is gumbel"):
-        build_trainer(adallava.AdaLlavaConfig(**config))
+        build_trainer(config)
 
 
 @torch.no_grad()

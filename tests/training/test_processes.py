@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,6 +43,10 @@ def settings(base, folder, **changes):
     }
 
 
+def config(base, folder, **changes):
+    return adallava.AdaLlavaConfig(**settings(base, folder, **changes))
+
+
 def logged(folder):
     state = json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text())
     return [entry for entry in state["log_history"] if "loss" in entry]
@@ -62,7 +65,7 @@ def launch(launcher, *arguments):
 @pytest.fixture(scope="module")
 def one_process(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    adallava.train(settings(base, folder, batch_size=4))
+    adallava.train(config(base, folder, batch_size=4))
     return logged(folder)
 
 
@@ -100,7 +103,7 @@ def test_process_group_ends_before_the_process(monkeypatch):
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         joined.append(torch.distributed.is_initialized())
 
-    monkeypatch.setattr(recipes, "load_recipe", lambda *_: (SimpleNamespace(train=train), None))
+    monkeypatch.setattr(recipes, "load_recipe", lambda *_: (train, None))
     assert __main__.main(["config.yaml"]) == 0
     assert joined == [True]
     assert not torch.distributed.is_initialized()
@@ -127,7 +130,8 @@ torch.accelerator.is_available = lambda *_: True
 real = trainer.TrainingArguments
 trainer.TrainingArguments = lambda **settings: real(**settings | {"use_cpu": True})
 for settings in json.loads(sys.argv[1]):
-    weights = list(adallava.train(settings).parameters())
+    config = adallava.AdaLlavaConfig(**settings)
+    weights = list(adallava.train(config).parameters())
     sharded = sum(isinstance(weight, DTensor) for weight in weights)
     print("RESULT", sharded, len(weights), flush=True)
 torch.distributed.destroy_process_group()
@@ -143,7 +147,7 @@ def test_sharded_processes_train_as_one(base, tmp_path):
     for switches in ("adallava-l", "layers,heads,mlp"):
         one, two = tmp_path / switches / "one", tmp_path / switches / "two"
         common = {"switches": switches, "save_steps": 2}
-        adallava.train(settings(base, one, batch_size=4, export_dir=str(one / "model"), **common))
+        adallava.train(config(base, one, batch_size=4, export_dir=str(one / "model"), **common))
         common |= {"export_dir": str(two / "model"), **sharded}
         folders.append((one, two))
         ours.append(settings(base, two, batch_size=2, **common))

@@ -9,7 +9,6 @@ from planner.ir.errors import InputError, PlannerError
 from planner.training import tiny_llava
 from planner.training.data import SceneQuestions
 from planner.training.recipes import load_recipe
-from planner.training.tiny_llava import train
 from planner.training.trainer import RunTrainer, last_checkpoint
 
 CONFIG = Path(tiny_llava.__file__).parent / "configs" / "tiny-llava.yaml"
@@ -32,6 +31,11 @@ SMALL = {
 }
 
 
+def train(folder, **changes):
+    values = {**SMALL, "output_dir": str(folder), **changes}
+    return tiny_llava.train(tiny_llava.TinyLlavaConfig(**values))
+
+
 def weights(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -39,7 +43,7 @@ def weights(model):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    return weights(train({**SMALL, "output_dir": str(folder)}))
+    return weights(train(folder))
 
 
 class Killed(BaseException):
@@ -60,21 +64,20 @@ def test_a_killed_run_resumes_bit_exactly(tmp_path, monkeypatch, uninterrupted, 
             raise Killed
         return original(self, *args)
 
-    config = {**SMALL, "output_dir": str(tmp_path)}
     with monkeypatch.context() as patched:
         patched.setattr(RunTrainer, method, killing)
         with pytest.raises(Killed):
-            train(config)
+            train(tmp_path)
     for checkpoint in tmp_path.glob("*/checkpoint-*"):
         assert (checkpoint / "trainer_state.json").is_file()
         assert (checkpoint / "rng_state.pth").is_file()
-    resumed = weights(train(config))
+    resumed = weights(train(tmp_path))
     assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
     assert not list(tmp_path.glob("*/incomplete/*"))
 
 
 def test_training_lowers_the_loss(tmp_path):
-    train({**SMALL, "output_dir": str(tmp_path), "max_steps": 16, "save_steps": 16})
+    train(tmp_path, max_steps=16, save_steps=16)
     state = json.loads(
         (Path(last_checkpoint(tmp_path / "joint")) / "trainer_state.json").read_text()
     )
@@ -84,7 +87,7 @@ def test_training_lowers_the_loss(tmp_path):
 
 
 def test_seeds_differ(tmp_path, uninterrupted):
-    other = weights(train({**SMALL, "output_dir": str(tmp_path), "seed": 1}))
+    other = weights(train(tmp_path, seed=1))
     assert any(not torch.equal(other[name], uninterrupted[name]) for name in uninterrupted)
 
 
@@ -102,7 +105,7 @@ def test_a_loss_that_is_no_number_names_the_batch(tmp_path, monkeypatch):
     with pytest.raises(
         PlannerError, match=r"loss is nan at step 2, batch of records train-\d+-\d+"
     ):
-        train({**SMALL, "output_dir": str(tmp_path)})
+        train(tmp_path)
 
 
 def test_the_shipped_configuration_loads_with_overrides():
@@ -159,8 +162,7 @@ def test_patches_are_labelled_with_what_their_cell_shows():
 
 
 def test_an_exported_folder_is_what_stock_classes_load(tmp_path):
-    config = {**SMALL, "output_dir": str(tmp_path / "run"), "export_dir": str(tmp_path / "model")}
-    trained = train(config)
+    trained = train(tmp_path / "run", export_dir=str(tmp_path / "model"))
     loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "model")
     assert loaded.dtype == torch.float32
     for name, tensor in trained.state_dict().items():

@@ -189,7 +189,7 @@ def test_pictures_are_found_by_what_they_show(small, tmp_path):
 
 def settings(small, folder, labels, **changes):
     write_labels(folder / "labels.parquet", labels)
-    return {
+    values = {
         "model": str(small[0]),
         "labels": str(folder / "labels.parquet"),
         "label_steps": 4,
@@ -202,6 +202,7 @@ def settings(small, folder, labels, **changes):
         "logging_steps": 1,
         **changes,
     }
+    return adallava.AdaLlavaConfig(**values)
 
 
 @pytest.mark.parametrize(
@@ -269,4 +270,4 @@ def test_labels_of_another_model_stop_the_training(small, tmp_path):
     config = settings(small, tmp_path, labels, model=str(other))
     with pytest.raises(InputError, match="the labels are for 'small'"):
         adallava.train(config)
-    assert not Path(config["output_dir"]).exists()
+    assert not Path(config.output_dir).exists()

@@ -144,8 +144,8 @@ class Bench:
                 *before,
                 *own,
             ]
-            recipe, parsed = load_recipe(config, settings)
-            recipe.train(parsed)
+            train, parsed = load_recipe(config, settings)
+            train(parsed)
         return folder / "model"
 
     def _load(self, folder: Path) -> tuple[Any, Any, Any]:
