@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+# What a user typed, a file held or a library said may be in a sentence.
+_LONGEST = 800
+
+
+def one_sentence(text: str) -> str:
+    """A text on one line, printable, and not too long: its middle is left out."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    return (
+        text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    )
+
 
 class PlannerError(Exception):
     """Something failed although the input was good (exit code 1)."""
 
     exit_code = 1
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(one_sentence(sentence))
 
 
 class InputError(PlannerError):

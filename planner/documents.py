@@ -1,7 +1,8 @@
 """YAML and JSON that anyone may have written, read within limits.
 
 A document has a limited size, depth and number of nodes, plain tags, and no aliases: what is read
-is never much larger than its file, and reading takes a second at most. No number is NaN.
+is never much larger than its file, and reading takes a second at most. No number is NaN, and no
+integer has more than 64 bits.
 """
 
 from __future__ import annotations
@@ -104,13 +105,16 @@ def parse_json(text: str, what: str) -> Any:
 
 
 def _check_contents(document: Any, what: str) -> None:
-    """Refuse NaN, which YAML has a word for and Python's JSON reads, and deep nesting."""
+    """Refuse numbers that nothing here computes with, and deep nesting."""
     level = [document]
     for _ in range(_DEEPEST):
-        if any(isinstance(value, float) and math.isnan(value) for value in level):
-            raise InputError(f"{what} holds NaN, which is no number")
+        for value in level:
+            if isinstance(value, float) and math.isnan(value):
+                raise InputError(f"{what} holds NaN, which is no number")
+            if isinstance(value, int) and abs(value) >> 63:
+                raise InputError(f"{what} holds an integer of more than 64 bits")
         lists = [value for value in level if isinstance(value, list)]
-        lists += [list(value.values()) for value in level if isinstance(value, dict)]
+        lists += [[*value, *value.values()] for value in level if isinstance(value, dict)]
         level = [item for items in lists for item in items]
     if level:
         raise InputError(f"{what} is nested too deeply")

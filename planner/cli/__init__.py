@@ -66,13 +66,8 @@ def execute(arguments: list[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
-# What a user typed, or a file held, may be in the sentence.
-_LONGEST = 800
-
-
 def _fail(sentence: str, code: int) -> int:
-    message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(sentence.split()))
-    if len(message) > _LONGEST:
-        message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
-    print(f"planner: {message}", file=sys.stderr)
+    from planner.ir.errors import one_sentence
+
+    print(f"planner: {one_sentence(sentence)}", file=sys.stderr)
     return code

@@ -17,21 +17,18 @@ from planner.ir.errors import InputError
 __all__ = ["fuzz"]
 
 _SECONDS = 2.0
-# Of a sentence: what the command line prints whole.
-_LONGEST = 5000
 _BATCH = 2_000
 
 
 def judge(take, value):
     """Whether an input was taken; AssertionError where it was neither taken nor refused."""
-    started, refusal = time.process_time(), None
+    started, taken = time.process_time(), True
     try:
         take(value)
-    except InputError as error:
-        refusal = str(error)
+    except InputError:
+        taken = False
     assert time.process_time() - started < _SECONDS, "it took too long"
-    assert refusal is None or len(refusal) <= _LONGEST, "the sentence is too long"
-    return refusal is None
+    return taken
 
 
 def fuzz(name, cases, number=None):

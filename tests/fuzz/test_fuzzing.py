@@ -34,6 +34,6 @@ def _raises(error):
 def test_what_is_neither_taken_nor_refused_is_found():
     assert judge(lambda value: None, 1)
     assert not judge(_raises(InputError("no")), 1)
-    for error in (ValueError("x"), InputError("x" * 10_000), MemoryError()):
-        with pytest.raises((ValueError, AssertionError, MemoryError)):
+    for error in (ValueError("x"), MemoryError()):
+        with pytest.raises(type(error)):
             judge(_raises(error), 1)

@@ -41,6 +41,8 @@ HOSTILE_YAML = {
     "a tag of a set": ("!!set {a, b}", "tags are not read"),
     "not a number": ("a: .nan", "holds NaN"),
     "not a number, deep inside": ("a: [{b: [.nan]}]", "holds NaN"),
+    "an integer that is no float": ("a: " + "9" * 400, "more than 64 bits"),
+    "a key that is no float": (f"{{{'9' * 400}: 0}}", "more than 64 bits"),
     "a number of 10,000 digits": ("a: " + "9" * 10_000, "not YAML"),
     "a list as a key": ("? [a]\n: b", "not YAML"),
     "a control character": ("a: \x07", "not YAML"),
@@ -73,6 +75,15 @@ def test_hostile_yaml_is_one_sentence_soon(tmp_path, name):
     assert not is_schedule(path)
 
 
+@pytest.mark.parametrize("words", ["x" * 10_000, "two\nlines", "\x1b[31mred", "\ud800"])
+def test_what_others_said_is_short_and_printable_in_a_sentence(words):
+    sentence = str(InputError(f"it says {words}: no"))
+    assert len(sentence) < 1000
+    assert sentence.isprintable()
+    assert sentence.startswith("it says ")
+    assert sentence.endswith(": no")
+
+
 def test_yaml_of_ones_own_comes_back():
     shared = [1, 2.5, "x"]
     document = {
@@ -95,6 +106,7 @@ def test_a_date_is_text():
         ('{"a":' * 100 + "1" + "}" * 100, "nested too deeply"),
         ('{"a": NaN}', "holds NaN"),
         ("9" * 10_000, "not JSON"),
+        ("[-" + "9" * 400 + "]", "more than 64 bits"),
         ("{", "not JSON"),
         ("", "not JSON"),
         ("\x00", "not JSON"),
