@@ -60,23 +60,15 @@ class Kept:
 
 
 def gather(tensor: Tensor, index: Tensor, axis: int) -> Tensor:
-    """Pick places along `axis`, each batch row its own; the batch axis is the one before.
+    """Pick places along a negative axis, each batch row its own; rows are the axis before.
 
-    Args:
-        tensor: shape (..., rows or 1, [one more axis,] tokens, ...), tokens at `axis`.
-        index: shape (rows, picked).
-        axis: negative.
+    `tensor` may have one row for all; `index` has shape (rows, picked).
     """
     if len(index) == 1:
         return tensor.index_select(axis, index[0])
-    batch = axis - 1
-    shape = list(tensor.shape)
-    shape[batch], shape[axis] = index.shape
     view = [1] * tensor.ndim
-    view[batch], view[axis] = index.shape
-    source = list(tensor.shape)
-    source[batch] = len(index)
-    return tensor.expand(source).gather(axis, index.view(view).expand(shape))
+    view[axis - 1], view[axis] = index.shape
+    return tensor.take_along_dim(index.view(view), axis)
 
 
 def select_rows(tensor: Tensor, rows: Tensor | None, axis: int) -> Tensor:
@@ -114,7 +106,7 @@ class Keys:
 
     Attributes:
         positions: for each key its place among all tokens seen, -1 for padding, shape (rows, keys).
-        padded: whether there is any padding.
+        padded: whether any is padding.
     """
 
     positions: Tensor
@@ -138,12 +130,11 @@ def narrow_mask(
             (batch or 1, keys) for flash attention, or (batch or 1, 1, tokens, keys), bool or
             additive.
         rows: rows of the group, None for all.
-        queries: places in this call of the queries that are left, shape (rows, left); None for
-            all of them.
-        keys: the keys that are left; None where nothing was dropped.
+        queries: places in this call of the queries that are left, shape (rows, left); None for all.
+        keys: those that are left; None where nothing was dropped.
         seen: tokens seen, those of this call included.
         causal: whether the attention block is causal where it is given no mask.
-        flash: whether the attention block takes masks of flash attention.
+        flash: whether it takes masks of flash attention.
     """
     if mask is not None:
         mask = select_rows(mask, rows, 0)
@@ -168,20 +159,15 @@ def narrow_mask(
     mask = mask.squeeze(1)
     if queries is not None:
         mask = gather(mask, queries, -2)
-    picked = columns[:, None, :].expand(-1, mask.shape[-2], -1)
-    mask = mask.expand(len(places), -1, -1).gather(-1, picked)
+    mask = mask.take_along_dim(columns[:, None, :], -1)
     hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     return mask.masked_fill(outside[:, None, :], hidden)[:, None]
 
 
 def scatter(hidden: Tensor, rows: Tensor | None, kept: Kept | None, results: Tensor) -> Tensor:
-    """Write results of a group back among the hidden states of the batch, in place.
+    """Write a group's results (rows, left, width) into those of the batch, in place.
 
-    Args:
-        hidden: shape (batch, tokens, width).
-        rows: rows of the group, None for all.
-        kept: tokens of those rows that were processed, None for all.
-        results: shape (rows, left, width).
+    `rows` of the batch and tokens `kept` of them were processed; None means all.
     """
     if kept is None:
         return results if rows is None else hidden.index_copy_(0, rows, results)

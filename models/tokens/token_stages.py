@@ -32,6 +32,7 @@ class TokenStages:
         visions: gives the vision stage of a selector.
         places: carries what is known of the model's tokens, shape (batch, tokens), over to the
             tokens that the decoder gets, with the given value for those in addition.
+        kernels: who scores, ranks and gathers tokens.
 
     Attributes:
         vision: the stage in front of the projector; None without one.
@@ -83,11 +84,7 @@ class TokenStages:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter(self, call: Call, hidden: Tensor) -> Tensor:
-        """Find the images of a prompt, before layer 0.
-
-        Args:
-            call: this forward pass; images and padding are noted in it.
-            hidden: shape (batch, tokens, width).
+        """Find the images of a prompt, before layer 0, and note them and padding in the call.
 
         Returns:
             The hidden states, without marks of a vision selector.
@@ -134,16 +131,12 @@ class TokenStages:
     # How many tokens go on follows from values, which torch.compile does not look at.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def select(self, call: Call, group: LayerGroup, rows: Tensor | None, hidden: Tensor) -> Tensor:
-        """Let a token stage choose what goes on, for the rows of one group.
+        """Let a group's last stage choose what goes on of its batch rows (None: all of them).
 
-        Args:
-            call: this forward pass, which has images; what is left is noted in it.
-            group: its last stage is applied.
-            rows: batch rows of the group, None for all.
-            hidden: shape (batch, tokens, width): what is about to enter the stage's layer.
+        What is left is noted in the call, a pass that has images.
 
         Returns:
-            The hidden states; a copy where the selector changed some.
+            What is about to enter the stage's layer: a copy where the selector changed some.
         """
         stage, earlier = group.stages[-1], len(group.stages) > 1
         if call.left is None:
@@ -151,9 +144,9 @@ class TokenStages:
         if stage not in self.selectors:
             assert call.unwanted is not None
             call.left &= ~call.unwanted
-            return self._chosen(call, stage, hidden)
-        everyone = torch.arange(call.batch, device=hidden.device)
-        for part, record in self._pieces(call, stage, everyone if rows is None else rows):
+        everyone = torch.arange(call.batch, device=hidden.device) if rows is None else rows
+        pieces = self._pieces(call, stage, everyone) if stage in self.selectors else []
+        for part, record in pieces:
             kept = call.kept.rows(part) if earlier and call.kept is not None else None
             inputs = self._inputs(call, self.selectors[stage], part, kept, hidden, record)
             selection = select_tokens(self.selectors[stage], inputs, stage.layer)
@@ -165,12 +158,7 @@ class TokenStages:
                 everything = kept or Kept.of(torch.ones_like(call.left[part]))
                 hidden = scatter(hidden.clone(), part, everything, selection.hidden_states)
             call.left[part] &= keep
-        return self._chosen(call, stage, hidden)
-
-    def _chosen(self, call: Call, stage: TokenStage, hidden: Tensor) -> Tensor:
-        """Note what is left behind a stage; the hidden states."""
         assert call.image is not None
-        assert call.left is not None
         call.kept = Kept.of(call.left)
         self.kept[stage.layer] = (call.left & call.image).sum(1)
         return hidden
@@ -231,17 +219,8 @@ class TokenStages:
         if mask is not None:
             # Flash attention's masks say what is padding, which `valid` does too.
             mask = None if mask.ndim == 2 else mask[own] if mask.shape[0] > 1 else mask
-        return DecoderInputs(
-            image,
-            valid,
-            seen.query[own],
-            seen.key[own],
-            seen.scaling,
-            mask,
-            marks,
-            states,
-            triton,
-        )
+        query, key = seen.query[own], seen.key[own]
+        return DecoderInputs(image, valid, query, key, seen.scaling, mask, marks, states, triton)
 
     def gather(self, hidden: Tensor, index: Tensor) -> Tensor:
         """The hidden states of the tokens that are left: `Kept.index` of (rows, tokens, width)."""
@@ -251,11 +230,7 @@ class TokenStages:
 
 
 def image_token(model: nn.Module) -> int:
-    """The placeholder of an image in the prompt.
-
-    Raises:
-        InputError: the model has none.
-    """
+    """The placeholder of an image in the prompt; raises InputError where the model has none."""
     config = model.config
     for name in ("image_token_id", "image_token_index"):
         token = getattr(config, name, None)

@@ -25,14 +25,10 @@ from planner.planning.selectors import Needs, VisionSelector
 
 
 def places(indices: Tensor, patches: int) -> Tensor:
-    """Where the features of a run go, each at its own patch; shape (left,), int64.
+    """Where the features of a run go among `patches` places: each at its own patch, -1 for none.
 
     Features that are no patch take free places: before the first patch of the order the first ones,
-    otherwise the last ones.
-
-    Args:
-        indices: shape (left,), int64: the patch each feature stands at, -1 for none.
-        patches: how many places there are.
+    otherwise the last ones. Shape (left,), int64, to the same.
     """
     order = indices.tolist()
     free = sorted(set(range(patches)) - set(order))
@@ -57,10 +53,10 @@ class VisionStage:
 
     Args:
         model: a stock image-text model.
-        graph: its Graph, which says where tower and projector are.
+        graph: says where tower and projector are.
         selector: what picks.
-        is_active: asked whether this stage is to work now. Images may be encoded ahead of the
-            model's forward pass, so that it is asked wherever the projector runs.
+        is_active: whether this stage is to work now; asked wherever the projector runs, since
+            images may be encoded ahead of the model's forward pass.
 
     Raises:
         InputError: the model has no tower and projector that the selector can work with.

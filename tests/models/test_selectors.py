@@ -16,6 +16,7 @@ from planner.models.tokens.selectors import (
     select_features,
     select_tokens,
 )
+from planner.models.tokens.selectors.ranking import pack
 from planner.planning.selectors import (
     KV_POLICIES,
     SELECTORS,
@@ -176,7 +177,7 @@ def run(selector, inputs):
 def test_a_batch_gets_what_its_samples_get_alone(text, side):
     selector, inputs = parse(text), decoder_inputs(side)
     selection = run(selector, inputs)
-    index, valid = selection.packed(inputs.valid, side)
+    index, valid = pack(selection.keep & inputs.valid, side)
     states = inputs.hidden_states if selection.hidden_states is None else selection.hidden_states
     states = states.gather(1, index[..., None].expand(-1, -1, 12))
     image = inputs.image.gather(1, index) & valid

@@ -9,12 +9,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from planner.models.tokens.selectors import DecoderInputs, mark_tokens, select_tokens
-from planner.models.tokens.selectors.sparsevlm import cluster, raters
+from planner.models.tokens.selectors.sparsevlm import cluster
 from planner.models.tokens.selectors.uniform import evenly_spaced, grid_points
 from planner.planning.selectors import FastV, Random, SparseVLM, Uniform
 
 few = settings(max_examples=20, deadline=None)
 HEADS, KV_HEADS, HEAD_DIM, WIDTH = 4, 2, 4, 6
+
+
+def kept_places(selection, image):
+    """Per sample, the places of kept image tokens."""
+    return [row.nonzero().flatten() for row in selection.keep & image]
 
 
 def random_inputs(rng, batch=3, side=None, images=None):
@@ -61,7 +66,7 @@ def test_fastv(seed, r):
         tokens = np.flatnonzero(inputs.image[sample].numpy()[where])
         scores = weights.mean(0)[-1][tokens]
         kept = where[tokens[best(scores, round(len(tokens) * (1 - r)))]].tolist()
-        assert selection.indices(inputs.image)[sample].tolist() == kept
+        assert kept_places(selection, inputs.image)[sample].tolist() == kept
     assert bool((selection.keep | inputs.image).all()), "text was dropped"
 
 
@@ -75,9 +80,9 @@ def test_fastv_keeps_the_papers_number_and_reads_a_mask():
     window = torch.ones(4, 4).tril().triu(-2).bool()[None, None]
     everything = torch.ones(1, 4).bool()
     inputs = DecoderInputs(image, everything, query, key)
-    assert select_tokens(FastV(r=2 / 3), inputs, 2).indices(image)[0].tolist() == [0]
+    assert kept_places(select_tokens(FastV(r=2 / 3), inputs, 2), image)[0].tolist() == [0]
     inputs = DecoderInputs(image, everything, query, key, attention_mask=window)
-    assert select_tokens(FastV(r=2 / 3), inputs, 2).indices(image)[0].tolist() == [2]
+    assert kept_places(select_tokens(FastV(r=2 / 3), inputs, 2), image)[0].tolist() == [2]
 
 
 def test_fastv_sees_only_the_new_turn_of_a_cached_chat():
@@ -100,7 +105,7 @@ def test_random_depends_on_seed_and_ordinal_alone(seed, keep, stream):
     inputs = random_inputs(np.random.default_rng(seed))
     selection = select_tokens(Random(keep=keep, seed=stream), inputs, 0)
     draws = np.random.default_rng(stream).random(inputs.image.shape[1])
-    for sample, kept in enumerate(selection.indices(inputs.image)):
+    for sample, kept in enumerate(kept_places(selection, inputs.image)):
         tokens = inputs.image[sample].nonzero().flatten().numpy()
         assert kept.tolist() == tokens[best(draws[: len(tokens)], keep)].tolist()
 
@@ -144,7 +149,7 @@ def test_uniform_gives_every_picture_its_share():
     image[0, 22:38] = True  # 4 x 4
     image[1, 1:10] = True  # 3 x 3
     selection = select_tokens(Uniform(keep=8), DecoderInputs(image, torch.ones_like(image)), 0)
-    first, second = selection.indices(image)
+    first, second = kept_places(selection, image)
     square = [4 * row + column for row in (1, 3) for column in (1, 3)]
     assert first.tolist() == [3 + p for p in square] + [22 + p for p in square]
     assert len(second) == 8
@@ -233,7 +238,7 @@ def test_sparsevlm(seed, recycle):
             for number, centre in enumerate(centres):
                 group = vectors[np.array(members) == number]
                 expected[int(where[tokens[ranked[centre]]])] = group.mean(0)
-        assert selection.indices(inputs.image)[sample].tolist() == sorted(expected)
+        assert kept_places(selection, inputs.image)[sample].tolist() == sorted(expected)
         assert len(expected) == selector.counts(len(tokens))[0]
         states_after = selection.hidden_states if recycle else inputs.hidden_states
         for position, vector in expected.items():
@@ -248,7 +253,7 @@ def test_sparsevlm_counts_of_the_paper():
 
 def test_raters_fall_back_to_the_last_token_without_a_question():
     image = torch.tensor([[False, True, True], [False, False, False]])
-    marks = raters(torch.randn(2, 3, 4), image, torch.ones(2, 3).bool())
+    marks = mark_tokens(SparseVLM(), torch.randn(2, 3, 4), image, torch.ones(2, 3).bool())
     assert marks.tolist() == [[False, False, True], [False, False, True]]
 
 

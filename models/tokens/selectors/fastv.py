@@ -23,7 +23,7 @@ def fastv(selector: FastV, inputs: DecoderInputs, layer: int) -> DecoderSelectio
     image, seq = inputs.image, inputs.image.shape[1]
     tokens = inputs.valid[:, -seq:] * torch.arange(1, seq + 1, device=image.device)
     last = tokens.argmax(1, keepdim=True)
-    row = query.gather(2, last[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+    row = query.take_along_dim(last[:, None, :, None], 2)
     visible = visible_keys(last, inputs.valid, inputs.attention_mask, seq)[:, 0]
     scale = query.shape[-1] ** -0.5 if inputs.scaling is None else inputs.scaling
     scores = ScoreTokens(row, key, visible, scale).run(triton=inputs.triton)[:, -seq:]

@@ -51,14 +51,8 @@ def attention_received(
 def heavy_and_recent(scores: Tensor, valid: Tensor, heavy: Tensor, recent: Tensor) -> Tensor:
     """Mark the `recent` last entries of each head's cache and the `heavy` best of the others.
 
-    Args:
-        scores: shape (batch, kv_heads, keys): attention received so far.
-        valid: shape (batch, keys), bool.
-        heavy: shape (batch,), int64.
-        recent: shape (batch,), int64.
-
-    Returns:
-        Shape (batch, kv_heads, keys), bool; every head of a sample has equally many.
+    `scores` and the result have shape (batch, kv_heads, keys), `valid` (batch, keys), `heavy` and
+    `recent` (batch,). Every head of a sample has equally many.
     """
     age = valid.flip(-1).cumsum(-1).flip(-1)  # 1 for the newest token
     newest = (valid & (age <= recent[:, None]))[:, None]
@@ -85,9 +79,8 @@ class HeavyHitters:
             valid: shape (batch, keys), bool.
 
         Returns:
-            index: shape (batch, kv_heads, left), int64: what to gather from keys and values, each
-                head in its order, padded on the left.
-            valid: shape (batch, left), bool.
+            What to gather from keys and values, each head in its order, padded on the left: shape
+            (batch, kv_heads, left), int64; and which of it is valid, shape (batch, left), bool.
         """
         if self.scores is None:
             budgets = [self.policy.budgets(n) for n in valid.sum(1).tolist()]

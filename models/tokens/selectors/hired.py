@@ -19,17 +19,9 @@ from planner.planning.selectors import HiRED
 
 
 def tile_counts(marked: Tensor, rows: int, columns: int) -> Tensor:
-    """How many of an overview's marked patches lie in each tile's part of it.
+    """How many marked patches of a square overview have their centre in each tile.
 
-    A patch belongs to the tile that holds its centre.
-
-    Args:
-        marked: shape (patches,), bool: a square overview in raster order.
-        rows: of tiles.
-        columns: of tiles.
-
-    Returns:
-        Shape (rows * columns,), int64, raster order.
+    `marked` has shape (patches,), bool; the result (rows * columns,), int64; both in raster order.
     """
     side = isqrt(len(marked))
     centre = torch.arange(side, device=marked.device) * 2 + 1
@@ -52,16 +44,7 @@ def hired(selector: HiRED, inputs: VisionInputs) -> VisionSelection:
 
 
 def _budgets(selector: HiRED, content: Tensor, tiles: tuple[tuple[int, int], ...]) -> Tensor:
-    """Tokens that each run may keep.
-
-    Args:
-        selector: says how much there is to keep.
-        content: shape (runs, patches): CLS attention in the first layer.
-        tiles: (rows, columns) of each image's tiles; (0, 0) for an image of one run.
-
-    Returns:
-        Shape (runs,), int64.
-    """
+    """Tokens that each run may keep, by CLS attention in the first layer, shape (runs, patches)."""
     runs, patches = content.shape
     if sum(1 + rows * columns for rows, columns in tiles) != runs:
         raise InputError(

@@ -18,12 +18,7 @@ def outliers(scores: Tensor) -> Tensor:
     """Mark entries above the upper fence Q3 + 1.5 (Q3 - Q1) of their own row.
 
     Quartiles interpolate linearly between order statistics (Tukey's fences as in numpy.percentile).
-
-    Args:
-        scores: shape (rows, n).
-
-    Returns:
-        Shape (rows, n), bool.
+    Shape (rows, n) to the same, bool.
     """
     levels = scores.new_tensor([0.25, 0.75])
     lower, upper = scores.quantile(levels, dim=-1, keepdim=True).unbind()
@@ -38,8 +33,8 @@ def pack(keep: Tensor, side: str) -> tuple[Tensor, Tensor]:
         side: ``left`` or ``right``: where rows with fewer kept entries are padded.
 
     Returns:
-        index: shape (..., longest), int64: source positions; padding holds some dropped position.
-        valid: shape (..., longest), bool.
+        Source positions, shape (..., longest), int64, where padding holds some dropped position;
+        and which are no padding, bool.
     """
     longest = int(keep.sum(-1).max())
     flags = keep.to(torch.uint8)

@@ -14,7 +14,6 @@ from typing import TypeVar
 from torch import Tensor
 
 from planner.ir.errors import InputError
-from planner.models.tokens.selectors.ranking import pack
 from planner.planning.selectors import DecoderSelector, Selector, VisionSelector
 
 T = TypeVar("T")
@@ -36,16 +35,10 @@ def select_tokens(selector: DecoderSelector, inputs: DecoderInputs, layer: int) 
 def mark_tokens(
     selector: DecoderSelector, hidden_states: Tensor, image: Tensor, valid: Tensor
 ) -> Tensor:
-    """Mark tokens before layer 0, for selectors with `Needs.MARKS`.
+    """Mark tokens by what is about to enter layer 0, for selectors with `Needs.MARKS`.
 
-    Args:
-        selector: whose rule marks.
-        hidden_states: shape (batch, seq, width): what is about to enter layer 0.
-        image: shape (batch, seq), bool.
-        valid: shape (batch, seq), bool.
-
-    Returns:
-        Shape (batch, seq), bool; the executor keeps it in step with the tokens.
+    `hidden_states` has shape (batch, seq, width), the others and the result (batch, seq), bool. The
+    executor keeps the marks in step with the tokens.
     """
     raise _without_rule(selector)
 
@@ -132,8 +125,7 @@ class DecoderInputs:
         scaling: what layer k - 1 multiplies q k^T with; None is 1/sqrt(head_dim).
         attention_mask: the mask of layer k - 1, shape (batch or 1, 1, seq, keys), bool (True is
             visible) or additive; None is causal.
-        marks: shape (batch, seq), bool: what `mark_tokens` returned before layer 0, at
-            the tokens that are left.
+        marks: shape (batch, seq), bool: of `mark_tokens`, at the tokens that are left.
         hidden_states: shape (batch, seq, width): what is about to enter layer k.
         triton: whether Triton scores and ranks tokens, where a kernel can.
     """
@@ -161,24 +153,6 @@ class DecoderSelection:
 
     keep: Tensor
     hidden_states: Tensor | None = None
-
-    def indices(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Per sample, the sequence positions of kept image tokens, ascending."""
-        return tuple(row.nonzero().flatten() for row in self.keep & image)
-
-    def packed(self, valid: Tensor, side: str = "left") -> tuple[Tensor, Tensor]:
-        """Gather indices that really drop tokens, and padding no sample needs any more.
-
-        Args:
-            valid: shape (batch, seq), bool: False for padding.
-            side: ``left`` or ``right``: where samples that keep fewer tokens are padded.
-
-        Returns:
-            index: shape (batch, longest), int64: where each remaining token comes from; samples
-                keep their order.
-            valid: shape (batch, longest), bool.
-        """
-        return pack(self.keep & valid, side)
 
 
 def supplied(value: T | None, what: str) -> T:

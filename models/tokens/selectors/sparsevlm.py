@@ -18,20 +18,13 @@ from planner.models.tokens.selectors.selection import (
 from planner.planning.selectors import SparseVLM
 
 
-def raters(hidden_states: Tensor, image: Tensor, valid: Tensor) -> Tensor:
+@mark_tokens.register(SparseVLM)
+def raters(selector: SparseVLM, hidden_states: Tensor, image: Tensor, valid: Tensor) -> Tensor:
     """Text tokens that may rate: those that fit the image better than the average text token.
 
     Every image token spreads a softmax of its dot products over the text after the last image
     token; a text token's fit is its mean share, and it rates if that exceeds the mean fit. With no
     text after the image the last token rates.
-
-    Args:
-        hidden_states: shape (batch, seq, width): embeddings, before layer 0.
-        image: shape (batch, seq), bool.
-        valid: shape (batch, seq), bool.
-
-    Returns:
-        Shape (batch, seq), bool.
     """
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     chosen = torch.zeros_like(image)
@@ -65,8 +58,7 @@ def cluster(tokens: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
         clusters: at most n.
 
     Returns:
-        centres: shape (clusters,), int64: positions of the centres.
-        members: shape (n,), int64: which centre each token belongs to.
+        Positions of the centres, shape (clusters,), and each token's centre, shape (n,); int64.
     """
     distance = torch.cdist(tokens, tokens, compute_mode="donot_use_mm_for_euclid_dist")
     distance = distance / tokens.shape[-1] ** 0.5
@@ -83,11 +75,7 @@ def cluster(tokens: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
 def recycle(hidden_states: Tensor, image: Tensor, kept: Tensor, scores: Tensor) -> DecoderSelection:
     """Keep the best dropped image tokens as well, merged into a few.
 
-    Args:
-        hidden_states: shape (batch, seq, width).
-        image: shape (batch, seq), bool.
-        kept: shape (batch, seq), bool: image tokens that stay as they are.
-        scores: shape (batch, seq).
+    `kept`, shape (batch, seq), are image tokens that stay as they are; `scores` has that shape too.
     """
     hidden_states, keep = hidden_states.clone(), ~image | kept
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
@@ -106,12 +94,6 @@ def recycle(hidden_states: Tensor, image: Tensor, kept: Tensor, scores: Tensor) 
     return DecoderSelection(keep, hidden_states)
 
 
-@mark_tokens.register(SparseVLM)
-def mark_raters(selector: SparseVLM, hidden_states: Tensor, image: Tensor, valid: Tensor) -> Tensor:
-    """The rating text tokens."""
-    return raters(hidden_states, image, valid)
-
-
 @select_tokens.register(SparseVLM)
 def sparsevlm(selector: SparseVLM, inputs: DecoderInputs, layer: int) -> DecoderSelection:
     """Rank by the raters' rows of attention, then recycle."""
@@ -119,8 +101,8 @@ def sparsevlm(selector: SparseVLM, inputs: DecoderInputs, layer: int) -> Decoder
     image, seq = inputs.image, inputs.image.shape[1]
     rows, rating = pack(supplied(inputs.marks, "marks"), "right")
     visible = visible_keys(rows, inputs.valid, inputs.attention_mask, seq)
-    index = rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-    attention = attention_rows(query.gather(2, index), key, visible, inputs.scaling).mean(1)
+    raters_query = query.take_along_dim(rows[:, None, :, None], 2)
+    attention = attention_rows(raters_query, key, visible, inputs.scaling).mean(1)
     weight = rating / rating.sum(1, keepdim=True).clamp(min=1)
     scores = torch.einsum("brk,br->bk", attention, weight.to(attention.dtype))[:, -seq:]
     keep = selector.keep[selector.layers.index(layer)]

@@ -22,13 +22,7 @@ def similarity_scores(patch_embeddings: Tensor, text_embeddings: Tensor) -> Tens
 
     The sign is the released code's: in CLIP's joint space the patches of what a text names are
     the least similar to it ("opposite visualisation", Li et al., CLIP Surgery, arXiv 2304.05653).
-
-    Args:
-        patch_embeddings: shape (runs, patches, d).
-        text_embeddings: shape (runs, d).
-
-    Returns:
-        Shape (runs, patches), float32 or wider.
+    Shapes: (runs, patches, d) and (runs, d) to (runs, patches), float32 or wider.
     """
     dtype = torch.promote_types(patch_embeddings.dtype, torch.float32)
     dots = torch.einsum("rpd,rd->rp", patch_embeddings.to(dtype), text_embeddings.to(dtype))

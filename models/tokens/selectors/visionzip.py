@@ -52,7 +52,7 @@ def visionzip(selector: VisionZip, inputs: VisionInputs) -> VisionSelection:
     """All runs at once; they keep equal numbers."""
     tower = inputs.attention(selector.tower_layers[0], selector.name)
     cls_feature, features = supplied(inputs.cls_feature, "cls_feature"), inputs.features
-    runs, patches, width = features.shape
+    runs, patches = features.shape[:2]
     scores = cls_attention(tower.query, tower.key, tower.heads).sum(1)
     counts = torch.full((runs,), selector.dominant - 1, device=scores.device)
     dominant = top_mask(scores, torch.ones_like(scores, dtype=torch.bool), counts)
@@ -60,11 +60,11 @@ def visionzip(selector: VisionZip, inputs: VisionInputs) -> VisionSelection:
     rest, _ = pack(~dominant, "right")
     keys = tower.key[:, 1:].view(runs, patches, tower.heads, -1).mean(2)
     tokens, targets = contextual_tokens(
-        features.gather(1, rest[..., None].expand(-1, -1, width)),
-        keys.gather(1, rest[..., None].expand(-1, -1, keys.shape[-1])),
+        features.take_along_dim(rest[..., None], 1),
+        keys.take_along_dim(rest[..., None], 1),
         min(selector.contextual, rest.shape[1]),
     )
-    picked = features.gather(1, kept[..., None].expand(-1, -1, width))
+    picked = features.take_along_dim(kept[..., None], 1)
     nowhere = kept.new_full((runs, 1), -1)
     return VisionSelection(
         tuple(torch.cat([cls_feature[:, None], picked, tokens], dim=1)),
