@@ -3,22 +3,19 @@
 Enters: a stock model, its Graph, and a `Scheduler` (trained by `planner.training`). Leaves: the
 model obeying, sample by sample, the plans that the scheduler makes.
 
-    latency_encoder    the budget as a token (AdaLLaVA's latency encoder)
     insertion          that token put into a prompt unseen by the model, and its output taken out
     layouts            which switches the logits stand for, and the plans that logits make of them
     cost_layout        the layout that budgets in cost, over layers, heads and MLP groups
-    naming             the names of layouts
-    scheduler          the network, and its folder on disk
+    scheduler          the network with AdaLLaVA's latency encoder, and its folder on disk
     scheduled_model    a model running under it
     schedule_compiler  from a scheduler's folder and a budget to a Schedule
 """
 
 from planner.models.scheduling.cost_layout import CostSwitches
 from planner.models.scheduling.layouts import LayerSwitches, Layout, Taken, UnitSwitches
-from planner.models.scheduling.naming import layout_of
 from planner.models.scheduling.schedule_compiler import compile_schedule, load_scheduled
 from planner.models.scheduling.scheduled_model import Scheduled
-from planner.models.scheduling.scheduler import Scheduler, load_scheduler, save_scheduler
+from planner.models.scheduling.scheduler import Scheduler, layout_of, load_scheduler, save_scheduler
 
 __all__ = [
     "CostSwitches",

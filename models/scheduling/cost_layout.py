@@ -1,9 +1,8 @@
 """Layers, heads and MLP groups side by side, each at what it costs; budgets from the cost model.
 
-The paper's layouts count, which is right as long as all switches cost the same. Here a limit is
-what the switches that are on may cost - FLOPs or KV bytes - and switches are taken by logit while
-they fit. So no plan passes its budget, whatever the logits are, and what a plan leaves of it is
-less than the cheapest switch that could still be on.
+A limit is what the switches that are on may cost, and switches are taken by logit while they fit.
+So no plan passes its budget, whatever the logits are, and what a plan leaves of it is less than the
+cheapest switch that could still be on.
 """
 
 from __future__ import annotations
@@ -23,10 +22,9 @@ from typing_extensions import override
 from planner.ir.cost import Workload
 from planner.ir.cost.device_table import device
 from planner.ir.errors import InputError
-from planner.ir.graph import Graph, Site
-from planner.models.running.masked import Gates
-from planner.models.scheduling.layouts import Layout, Taken, upper_half
-from planner.plan import Plan, TokenStage
+from planner.ir.graph import Graph
+from planner.models.scheduling.layouts import Columns, Layout, Taken, columns_of, upper_half
+from planner.plan import TokenStage
 from planner.planning.budgets import Budget, Limit
 from planner.planning.compiler import DEFAULT_DEVICE
 from planner.planning.pricing import Pricing
@@ -41,28 +39,6 @@ from planner.solver.problem import Choice, Problem
 _METRICS = ("flops", "kv")
 # How many workloads stay priced.
 _POSED = 64
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """Where a layer's switches stand among the logits.
-
-    Attributes:
-        own: of the layer itself; None where it has none.
-        sites: by kind, heads before mlp.
-        vanishes: whether the layer is off when all its heads and groups are.
-    """
-
-    own: int | None
-    sites: dict[str, slice]
-    vanishes: bool
-
-    @property
-    def all(self) -> slice:
-        """All of them, which stand side by side."""
-        places = [*self.sites.values()]
-        first = places[0].start if self.own is None else self.own
-        return slice(first, places[-1].stop if places else first + 1)
 
 
 @dataclass(frozen=True)
@@ -81,8 +57,7 @@ class CostSwitches(Layout):
         axes: some of layers, heads and mlp.
         groups: of every MLP; None for one per head.
         metric: of budgets.
-        workload: token counts that costs are for; None for one image, 64 text tokens and nothing
-            generated.
+        workload: that costs are for; None for one image, 64 text tokens and nothing generated.
         stages: token stages in front of the switches.
     """
 
@@ -132,7 +107,7 @@ class CostSwitches(Layout):
         stages: Sequence[TokenStage] = (),
         metric: str = "flops",
     ) -> CostSwitches:
-        self.check_stages(stages)
+        super().under(workload, stages, metric)
         if metric not in _METRICS:
             raise InputError(
                 f"a scheduler cannot keep to {metric}: choose from {', '.join(_METRICS)}"
@@ -145,8 +120,6 @@ class CostSwitches(Layout):
                 self, metric=metric, workload=workload, stages=tuple(stages), _posed={}
             )
         return self._posed[key]
-
-    # -- costs -------------------------------------------------------------------------------------
 
     @cached_property
     def pricing(self) -> Pricing:
@@ -194,11 +167,6 @@ class CostSwitches(Layout):
 
     @property
     @override
-    def switch_names(self) -> tuple[str, ...]:
-        return self.problem.switch_names
-
-    @property
-    @override
     def steps(self) -> int:
         return int(self.problem.cost(Choice.everything(self.problem))[0]) - self.always
 
@@ -226,8 +194,6 @@ class CostSwitches(Layout):
             )
         return min(allowed, self.steps)
 
-    # -- from logits to plans ----------------------------------------------------------------------
-
     @override
     def decide(self, logits: Tensor, limits: Tensor) -> Taken:
         """By logit while they fit, see `planner.solver.take_while_fits`."""
@@ -251,57 +217,14 @@ class CostSwitches(Layout):
         return int(self.problem.cost(choice)[0]) - self.always
 
     @cached_property
-    def _columns(self) -> dict[int, _Columns]:
-        found, place = {}, 0
+    @override
+    def columns(self) -> dict[int, Columns]:
+        """A layer that can be off is off where nothing of it is left."""
+        known, removable = self.pricing.graph.sites_by_name, self.graph.sites_by_name
+        layers = []
         for index, layer in enumerate(self.problem.layers):
-            own = place if layer.optional else None
-            place += layer.optional
-            sites = {}
-            for site in layer.sites:
-                sites[site.name.partition(".")[0]] = slice(place, place + site.switches)
-                place += site.switches
-            if own is not None or sites:
-                removable = f"layer.{index}" in self.graph.sites_by_name
-                found[index] = _Columns(own, sites, removable and set(sites) == {"heads", "mlp"})
-        return found
-
-    @override
-    def by_layer(self) -> dict[int, slice]:
-        return {layer: columns.all for layer, columns in self._columns.items()}
-
-    @override
-    def gates(self, taken: Taken) -> Gates:
-        """A layer with nothing left is off."""
-        values = taken if taken.is_floating_point() else taken.float()
-        layers: dict[int, Tensor] = {}
-        kinds: dict[str, dict[int, Tensor]] = {"heads": {}, "mlp": {}}
-        for layer, columns in self._columns.items():
-            for kind, place in columns.sites.items():
-                kinds[kind][layer] = values[:, place]
-            gate = None if columns.own is None else values[:, columns.own]
-            if columns.vanishes and taken.requires_grad:
-                # With all its switches at 0 the layer adds nothing (but biases). A closed gate
-                # besides would hide them from the gradient, and it would never learn to come back.
-                gate = None if gate is None else torch.where(gate > 0, gate, 1)
-            elif columns.vanishes:
-                left = torch.stack([values[:, p].amax(-1) for p in columns.sites.values()]).amax(0)
-                gate = left if gate is None else gate * left
-            if gate is not None:
-                layers[layer] = gate
-        return Gates(layers=layers, heads=kinds["heads"], mlp=kinds["mlp"])
-
-    @override
-    def plan(self, taken: Taken, base: Plan) -> Plan:
-        """A layer with nothing left is off."""
-        row = taken.bool().cpu()
-        off: list[int] = []
-        kept: list[tuple[Site, list[int]]] = []
-        for layer, columns in self._columns.items():
-            sites = {kind: row[place] for kind, place in columns.sites.items()}
-            closed = columns.own is not None and not row[columns.own]
-            if closed or (columns.vanishes and not any(on.any() for on in sites.values())):
-                off.append(layer)
-            for kind, on in sites.items():
-                site = self.pricing.graph.sites_by_name[f"{kind}.{layer}"]
-                kept.append((site, on.nonzero().flatten().tolist()))
-        return replace(base, layers_off=tuple(off)).keeping(kept)
+            sites = [known[site.name] for site in layer.sites]
+            if layer.optional or sites:
+                vanishes = f"layer.{index}" in removable and len(sites) == 2
+                layers.append((index, layer.optional, sites, vanishes))
+        return columns_of(layers)

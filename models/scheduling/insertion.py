@@ -17,15 +17,10 @@ from torch import Tensor
 def end_of_prompt(mask: Any, batch: int, tokens: int, device: torch.device) -> Tensor:
     """The place behind the last token that is no padding, shape (batch,), int64.
 
-    Args:
-        mask: shape (batch, tokens), 0 for padding; anything else says nothing about padding.
-        batch: samples.
-        tokens: of the prompt.
-        device: of the result.
+    `mask` may have shape (batch, tokens), 0 for padding; anything else says nothing about padding.
     """
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        last = tokens - mask.to(device).bool().flip(1).long().argmax(1)
-        return last
+        return tokens - mask.to(device).bool().flip(1).long().argmax(1)
     return torch.full((batch,), tokens, device=device)
 
 
@@ -44,7 +39,7 @@ class Insertion:
     def into_hidden(self, hidden: Tensor, token: Tensor) -> Tensor:
         """Embeddings (batch, tokens, width) with the token (batch, width) among them."""
         index, new = self.index(hidden.shape[1])
-        moved = hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[2]))
+        moved = hidden.take_along_dim(index[:, :, None], 1)
         return torch.where(new[:, :, None], token[:, None].to(hidden.dtype), moved)
 
     def into_known(self, known: Tensor, value: Any) -> Tensor:
@@ -55,33 +50,49 @@ class Insertion:
     def into_positions(self, positions: Tensor) -> Tensor:
         """Position ids, (..., batch or 1, tokens): the new token takes one, the rest move on."""
         index, _ = self.index(positions.shape[-1])
-        rows = positions.expand(*positions.shape[:-2], len(self.at), positions.shape[-1])
         behind = torch.arange(index.shape[1], device=self.at.device) >= self.at[:, None]
-        return rows.gather(-1, index.expand(*rows.shape[:-1], -1)) + behind
+        return positions.take_along_dim(index.expand(*positions.shape[:-2], -1, -1), -1) + behind
 
     def into_mask(self, mask: Tensor, queries: bool) -> Tensor:
         """An attention mask, bool or additive, (batch or 1, 1, queries, keys).
 
-        The new token sees what the place before it sees, and itself; later tokens see it.
+        The new token sees what the place before it sees, and itself; later tokens see it. `queries`
+        says whether it is among the queries, not just among the keys.
+        """
+        index, new = self.index(mask.shape[3])
+        rows = mask.take_along_dim(index[:, None, None], 3)
+        seen = torch.ones(len(self.at), mask.shape[2], dtype=torch.bool, device=mask.device)
+        if queries:
+            index, _ = self.index(mask.shape[2])
+            rows = rows.take_along_dim(index[:, None, :, None], 2)
+            seen = torch.arange(index.shape[1], device=mask.device) >= self.at[:, None]
+        shown, hidden = (1, 0) if mask.dtype == torch.bool else (0, torch.finfo(mask.dtype).min)
+        column = torch.where(seen, mask.new_tensor(shown), mask.new_tensor(hidden))
+        return torch.where(new[:, None, None], column[:, None, :, None], rows)
+
+    def into_any_mask(self, mask: Any, seen: int | None = None) -> Any:
+        """A decoder's attention mask, of any kind that transformers passes, with the token.
 
         Args:
-            mask: of the tokens without the new one.
-            queries: whether the new token is among the queries, not just among the keys.
+            mask: a tensor, several by kind of layer, or None.
+            seen: tokens seen so far, the new ones and the inserted one among them; None for a
+                prompt.
         """
-        rows = mask.expand(len(self.at), -1, -1, -1)
-        index, new = self.index(rows.shape[3])
-        rows = rows.gather(3, index[:, None, None].expand(-1, rows.shape[1], rows.shape[2], -1))
-        seen = torch.ones(len(self.at), rows.shape[2], dtype=torch.bool, device=mask.device)
-        if queries:
-            index, _ = self.index(rows.shape[2])
-            rows = rows.gather(
-                2, index[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
-            )
-            seen = torch.arange(index.shape[1], device=mask.device)[None] >= self.at[:, None]
-        column = new[:, None, None, :].expand_as(rows)
-        shown, hidden = (1, 0) if mask.dtype == torch.bool else (0, torch.finfo(mask.dtype).min)
-        rows = rows.masked_fill(column & ~seen[:, None, :, None], hidden)
-        return rows.masked_fill(column & seen[:, None, :, None], shown)
+        if isinstance(mask, dict):
+            return {kind: self.into_any_mask(value, seen) for kind, value in mask.items()}
+        if not isinstance(mask, Tensor):
+            return mask
+        if mask.ndim == 2:
+            return self.into_known(mask, 1)
+        if seen is None:
+            return self.into_mask(mask, True)
+        passed = seen - 1 - mask.shape[3]
+        if passed <= 0:
+            return self.into_mask(mask, False)
+        # A sliding window: its keys begin at `passed`, and it is full, so one more pushes one out.
+        if bool((self.at < passed).any()):
+            return mask
+        return Insertion(self.at - passed).into_mask(mask, False)[..., 1:]
 
     def take(self, hidden: Tensor) -> Tensor:
         """The new token's row of (batch, tokens + 1, width); shape (batch, width)."""
@@ -95,4 +106,4 @@ class Insertion:
         """
         places = torch.arange(hidden.shape[1] - 1, device=hidden.device)[None]
         index = places + (places >= self.at[:, None] - 1).long()
-        return hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[2]))
+        return hidden.take_along_dim(index[:, :, None], 1)

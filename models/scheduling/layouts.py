@@ -2,15 +2,15 @@
 
 AdaLLaVA (arXiv 2503.10905), section 3.5: switches sit on the upper half of the decoder; the lower
 half always runs and carries the latency token to the scheduler. A budget is a number of switches
-(``adallava-l``: layers; ``adallava-h``: units of a quarter of a layer's heads and MLP groups). The
-layout that budgets in cost is in `cost_layout`.
+(``adallava-l``: layers; ``adallava-h``: units of a quarter of a layer's heads and MLP groups).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from planner.ir.cost import Workload
 from planner.ir.errors import InputError
-from planner.ir.graph import Graph
+from planner.ir.graph import Graph, Site
 from planner.models.running.masked import Gates
 from planner.plan import Plan, TokenStage
 from planner.planning.budgets import Budget
@@ -34,19 +34,50 @@ Taken = Tensor
 
 
 @dataclass(frozen=True)
-class Layout(ABC):
-    """Switches in the order of a scheduler's logits.
+class Columns:
+    """Where a layer's switches stand among the logits.
 
     Attributes:
-        graph: of the model.
+        all: of them, side by side.
+        has_own: whether the first is the layer's own.
+        sites: of which the others are, heads before MLP.
+        vanishes: whether the layer is off when all its heads and groups are.
     """
+
+    all: slice
+    has_own: bool
+    sites: dict[Site, slice]
+    vanishes: bool
+
+
+def columns_of(layers: Iterable[tuple[int, bool, Sequence[Site], bool]]) -> dict[int, Columns]:
+    """Give every layer's switches their places: from (layer, has_own, sites, vanishes) each."""
+    columns, place = {}, 0
+    for layer, has_own, sites, vanishes in layers:
+        first, place = place, place + has_own
+        places = {}
+        for site in sites:
+            places[site] = slice(place, place + site.switches)
+            place += site.switches
+        columns[layer] = Columns(slice(first, place), has_own, places, vanishes)
+    return columns
+
+
+@dataclass(frozen=True)
+class Layout(ABC):
+    """Switches in the order of a scheduler's logits."""
 
     graph: Graph
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """Its name for users, see `planner.models.scheduling.naming`."""
+        """Its name for users, see `planner.models.scheduling.scheduler.layout_of`."""
+
+    @property
+    @abstractmethod
+    def columns(self) -> dict[int, Columns]:
+        """Layer -> where its switches stand; raises InputError where the model cannot have them."""
 
     @property
     def measure(self) -> str:
@@ -66,12 +97,17 @@ class Layout(ABC):
     @property
     def size(self) -> int:
         """How many logits there are."""
-        return len(self.switch_names)
+        return int([*self.columns.values()][-1].all.stop)
 
     @property
-    @abstractmethod
     def switch_names(self) -> tuple[str, ...]:
         """In the order of logits: ``layer.4``, ``heads.4[0]``, ``mlp.4[2]``."""
+        names: list[str] = []
+        for layer, columns in self.columns.items():
+            names += [f"layer.{layer}"] if columns.has_own else []
+            for site in columns.sites:
+                names += [f"{site.name}[{index}]" for index in range(site.switches)]
+        return tuple(names)
 
     @property
     @abstractmethod
@@ -101,7 +137,12 @@ class Layout(ABC):
         Raises:
             InputError: a stage is behind the first switch, or budgets cannot be in this metric.
         """
-        self.check_stages(stages)
+        for stage in stages:
+            if stage.layer > self.first:
+                raise InputError(
+                    f"a token stage at layer {stage.layer} is behind the first switch of "
+                    f"{self.name}, layer {self.first}"
+                )
         return self
 
     @abstractmethod
@@ -120,33 +161,43 @@ class Layout(ABC):
     def spent(self, taken: Taken) -> int:
         """How much of a limit one sample's switches, shape (size,), use up."""
 
-    @abstractmethod
     def gates(self, taken: Taken) -> Gates:
         """Gates of the masked model; a gradient of `taken` goes through them."""
+        values = taken if taken.is_floating_point() else taken.float()
+        layers: dict[int, Tensor] = {}
+        kinds: dict[str, dict[int, Tensor]] = {"heads": {}, "mlp": {}}
+        for layer, columns in self.columns.items():
+            for site, place in columns.sites.items():
+                kinds[site.kind][layer] = values[:, place]
+            gate = values[:, columns.all.start] if columns.has_own else None
+            if columns.vanishes and taken.requires_grad:
+                # With all its switches at 0 the layer adds nothing (but biases). A closed gate
+                # besides would hide them from the gradient, and it would never learn to come back.
+                gate = None if gate is None else torch.where(gate > 0, gate, 1)
+            elif columns.vanishes:
+                left = torch.stack([values[:, p].amax(-1) for p in columns.sites.values()]).amax(0)
+                gate = left if gate is None else gate * left
+            if gate is not None:
+                layers[layer] = gate
+        return Gates(layers=layers, heads=kinds["heads"], mlp=kinds["mlp"])
 
-    @abstractmethod
     def plan(self, taken: Taken, base: Plan) -> Plan:
-        """One sample's switches, shape (size,), as a plan; all else as in `base`."""
+        """One sample's switches, shape (size,), as a plan; layers and sites apart as in `base`."""
+        row = taken.bool().cpu()
+        off: list[int] = []
+        kept: list[tuple[Site, list[int]]] = []
+        for layer, columns in self.columns.items():
+            sites = {site: row[place] for site, place in columns.sites.items()}
+            closed = columns.has_own and not row[columns.all.start]
+            if closed or (columns.vanishes and not any(on.any() for on in sites.values())):
+                off.append(layer)
+            kept += [(site, on.nonzero().flatten().tolist()) for site, on in sites.items()]
+        return replace(base, layers_off=tuple(off)).keeping(kept)
 
     def utilisation(self, spent: Sequence[int], limit: int) -> float:
         """The mean share of the budget that is used, with what always runs; 1 if it is 0."""
         whole = len(spent) * (self.always + limit)
         return (len(spent) * self.always + sum(spent)) / whole if whole else 1.0
-
-    def by_layer(self) -> dict[int, slice]:
-        """Layer -> its places among the logits."""
-        layers = range(self.first, self.graph.layers)
-        each = self.size // len(layers)
-        return {layer: slice(n * each, (n + 1) * each) for n, layer in enumerate(layers)}
-
-    def check_stages(self, stages: Sequence[TokenStage]) -> None:
-        """Raise InputError unless all token stages are in front of the switches."""
-        for stage in stages:
-            if stage.layer > self.first:
-                raise InputError(
-                    f"a token stage at layer {stage.layer} is behind the first switch of "
-                    f"{self.name}, layer {self.first}"
-                )
 
     def example(self, limit: int, tokens: Sequence[TokenStage] = ()) -> Plan:
         """A plan at a limit, the lowest layers first.
@@ -175,20 +226,14 @@ class LayerSwitches(Layout):
     def name(self) -> str:
         return "adallava-l"
 
-    @property
-    def layers(self) -> list[int]:
-        """Layers that have a switch."""
-        missing = [
-            n for n in upper_half(self.graph) if f"layer.{n}" not in self.graph.sites_by_name
-        ]
+    @cached_property
+    @override
+    def columns(self) -> dict[int, Columns]:
+        layers = upper_half(self.graph)
+        missing = [n for n in layers if f"layer.{n}" not in self.graph.sites_by_name]
         if missing:
             raise InputError(f"'{self.graph.name}' cannot do without layer {missing[0]}")
-        return upper_half(self.graph)
-
-    @property
-    @override
-    def switch_names(self) -> tuple[str, ...]:
-        return tuple(f"layer.{layer}" for layer in self.layers)
+        return columns_of((layer, True, (), False) for layer in layers)
 
     @property
     @override
@@ -209,16 +254,6 @@ class LayerSwitches(Layout):
     def spent(self, taken: Taken) -> int:
         return int(taken.sum())
 
-    @override
-    def gates(self, taken: Taken) -> Gates:
-        columns = taken if taken.is_floating_point() else taken.float()
-        return Gates(layers={layer: columns[:, n] for n, layer in enumerate(self.layers)})
-
-    @override
-    def plan(self, taken: Taken, base: Plan) -> Plan:
-        off = tuple(n for n, on in zip(self.layers, taken.tolist(), strict=True) if not on)
-        return replace(base, layers_off=off)
-
 
 @dataclass(frozen=True)
 class UnitSwitches(Layout):
@@ -235,32 +270,33 @@ class UnitSwitches(Layout):
     def name(self) -> str:
         return "adallava-h"
 
-    @property
-    def layers(self) -> list[int]:
-        """Layers that have switches."""
-        return upper_half(self.graph)
-
-    @property
-    def heads(self) -> int:
-        """Switches of an attention block, and of an MLP.
-
-        Raises:
-            InputError: the model has no such sites, or they cannot be quartered.
-        """
-        counts = set()
-        for layer in self.layers:
+    @cached_property
+    @override
+    def columns(self) -> dict[int, Columns]:
+        """A layer with nothing left is off, with its biases too."""
+        known, layers = self.graph.sites_by_name, upper_half(self.graph)
+        for layer in layers:
             for kind in ("heads", "mlp"):
-                if f"{kind}.{layer}" not in self.graph.sites_by_name:
+                if f"{kind}.{layer}" not in known:
                     raise InputError(
                         f"'{self.graph.name}' has no {kind} to switch in layer {layer}"
                     )
-            counts.add(self.graph.sites_by_name[f"heads.{layer}"].switches)
-        if len(counts) > 1 or min(counts) % UNITS_PER_LAYER:
+        counts = sorted({known[f"heads.{layer}"].switches for layer in layers})
+        if len(counts) > 1 or counts[0] % UNITS_PER_LAYER:
             raise InputError(
                 f"adallava-h takes a quarter of a layer's heads at a time, and '{self.graph.name}' "
-                f"has {', '.join(map(str, sorted(counts)))} KV groups in a layer; use adallava-l"
+                f"has {', '.join(map(str, counts))} KV groups in a layer; use adallava-l"
             )
-        return counts.pop()
+        sites = (
+            [replace(known[f"{kind}.{n}"], switches=counts[0]) for kind in ("heads", "mlp")]
+            for n in layers
+        )
+        return columns_of((n, False, own, True) for n, own in zip(layers, sites, strict=True))
+
+    @property
+    def heads(self) -> int:
+        """Switches of an attention block, and of an MLP."""
+        return int(next(iter(self.columns.values())).all.stop) // 2
 
     @property
     def rank(self) -> int:
@@ -269,18 +305,8 @@ class UnitSwitches(Layout):
 
     @property
     @override
-    def switch_names(self) -> tuple[str, ...]:
-        return tuple(
-            f"{kind}.{layer}[{index}]"
-            for layer in self.layers
-            for kind in ("heads", "mlp")
-            for index in range(self.heads)
-        )
-
-    @property
-    @override
     def steps(self) -> int:
-        return len(self.layers) * UNITS_PER_LAYER
+        return len(self.columns) * UNITS_PER_LAYER
 
     @override
     def limit(self, budget: Budget) -> int:
@@ -312,33 +338,3 @@ class UnitSwitches(Layout):
         unit = torch.zeros_like(sites, dtype=torch.bool)
         unit[rows, layer] = torch.zeros_like(sites[:, 0], dtype=torch.bool).scatter(-1, best, True)
         return unit.view(batch, -1)
-
-    @override
-    def gates(self, taken: Taken) -> Gates:
-        batch = len(taken)
-        columns = (taken if taken.is_floating_point() else taken.float()).view(
-            batch, -1, 2, self.heads
-        )
-        layers: dict[int, Tensor] = {}
-        if not taken.requires_grad:
-            # A layer with nothing left is off with its biases too. In training it has none to
-            # leave out (Llama), and a closed gate would hide its switches from the gradient.
-            layers = {n: columns[:, i].flatten(1).amax(-1) for i, n in enumerate(self.layers)}
-        return Gates(
-            layers=layers,
-            heads={layer: columns[:, n, 0] for n, layer in enumerate(self.layers)},
-            mlp={layer: columns[:, n, 1] for n, layer in enumerate(self.layers)},
-        )
-
-    @override
-    def plan(self, taken: Taken, base: Plan) -> Plan:
-        rows = dict(zip(self.layers, taken.view(-1, 2, self.heads), strict=True))
-        off = tuple(layer for layer, row in rows.items() if not row.any())
-        kept = [
-            (replace(self.graph.sites_by_name[f"{kind}.{layer}"], switches=self.heads), on)
-            for layer, row in rows.items()
-            for kind, on in zip(("heads", "mlp"), row, strict=True)
-        ]
-        return replace(base, layers_off=off).keeping(
-            (site, on.nonzero().flatten().tolist()) for site, on in kept
-        )

@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -39,57 +39,31 @@ from planner.planning.budgets import Budget
 Decide = Callable[[Tensor, Tensor], Taken]
 
 
-class _Obeying(Protocol):
-    """How a model is made to obey what a scheduler decided."""
-
-    def obey(self, taken: Taken) -> Any:
-        """Switch the layers to come, in the middle of the prompt's pass; what `ready_for` takes."""
-        ...
-
-    def ready_for(self, decided: Any) -> Ready | None:
-        """What a pass begins with: behind a prompt what was decided, for a new one (None) all."""
-        ...
-
-    def close(self) -> None:
-        """Give the model back as it was."""
-        ...
-
-
 class _Skipping:
-    """Runs what is on, and nothing else.
-
-    Args:
-        skipping: of the model.
-        layout: what the switches are.
-        base: token stages, the same for all samples; they come before the first switch.
-        ready: for them.
-    """
+    """Runs what is on, and nothing else; `ready` is for the token stages of `base`."""
 
     def __init__(self, skipping: Skipping, layout: Layout, base: Plan, ready: Ready) -> None:
         self.skipping, self.layout, self.base, self.ready = skipping, layout, base, ready
         skipping.preparing.prepare()
 
     def obey(self, taken: Taken) -> Ready:
+        """Switch the layers to come, in the middle of the prompt's pass; what `ready_for` takes."""
         return self.skipping.redirect(
             tuple(self.layout.plan(row, self.base) for row in taken.cpu())
         )
 
     def ready_for(self, decided: Ready | None) -> Ready:
+        """What a pass begins with: behind a prompt what was decided, for a new one (None) all."""
         return decided or self.ready
 
     def close(self) -> None:
-        pass
+        """Give the model back as it was."""
 
 
 class _Masking:
-    """Runs everything and multiplies what is off by zero: for training, and as the oracle.
+    """As `_Skipping`, but runs everything and multiplies what is off by zero.
 
     Gates stay between passes: gradient checkpointing runs layers again behind one.
-
-    Args:
-        masked: of the model.
-        layout: what the switches are.
-        ready: for the token stages; None without any.
     """
 
     def __init__(self, masked: MaskedExecutor, layout: Layout, ready: Ready | None) -> None:
@@ -155,7 +129,6 @@ class Scheduled:
         taken: what was switched on for the last prompt, shape (batch, size).
         logits: the scheduler's for the last prompt, shape (batch, size).
         layout: the scheduler's, as it is for the prompts to come.
-        decide: what turns logits and limits into what is on, in place of the layout's rule.
         limits: shape (1,) or (batch,): of the prompts to come, in the layout's measure.
         decisions: `taken` of every prompt since `attach`.
         at: shape (batch,): places of the latency token in the prompts to come; None for the end.
@@ -182,7 +155,7 @@ class Scheduled:
         self.decide = decide
         self.limits = torch.tensor([self.layout.steps])
         self._mask = mask
-        self._obeying: _Obeying | None = None
+        self._obeying: _Skipping | _Masking | None = None
         self.prompts: Ready | None = None
         self._attached = ExitStack()
         self._prompts: WeakKeyDictionary[Cache, tuple[_Prompt, _Lengths]] = WeakKeyDictionary()
@@ -234,18 +207,14 @@ class Scheduled:
 
     def base(self, tokens: Sequence[TokenStage] = ()) -> Plan:
         """The plan with everything on but for token stages."""
-        name, fingerprint = self.graph.name, str(self.graph.properties["fingerprint"])
-        return Plan(name, fingerprint, self.graph.layers, tokens=tuple(tokens))
+        return Plan.of(self.graph, tokens=tuple(tokens))
 
     def attach_limits(
         self, limits: Tensor, base: Plan | None = None, layout: Layout | None = None
     ) -> None:
-        """As `attach`, with limits in the measure of a layout.
+        """As `attach`, with limits, shape (1,) or (batch,), in the measure of a layout.
 
-        Args:
-            limits: shape (1,) or (batch,).
-            base: with token stages.
-            layout: the scheduler's, as it is for the prompts to come.
+        `base` has the token stages; `layout` is the scheduler's, as it is for the prompts to come.
         """
         self.layout = layout or self.scheduler.layout
         self.limits = limits
@@ -277,7 +246,7 @@ class Scheduled:
             raise InputError("the scheduler has not seen a prompt yet")
         return [self.layout.plan(row, base or self.base()) for row in self.taken.bool().cpu()]
 
-    def _make_obeying(self, session: Session, base: Plan) -> _Obeying:
+    def _make_obeying(self, session: Session, base: Plan) -> _Skipping | _Masking:
         skipping = session.implementation
         if base.tokens or not self._mask:
             program = session.program_of(Setting((base,)))
@@ -371,7 +340,7 @@ class Scheduled:
         kwargs["inputs_embeds"] = insertion.into_hidden(kwargs["inputs_embeds"], token)
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = insertion.into_positions(kwargs["position_ids"])
-        kwargs["attention_mask"] = _with_token(insertion, kwargs.get("attention_mask"))
+        kwargs["attention_mask"] = insertion.into_any_mask(kwargs.get("attention_mask"))
 
     def _with_more(self, prompt: _Prompt, kwargs: dict[str, Any], cache: Cache) -> None:
         """Count the token that the cache holds in the arguments of what follows."""
@@ -380,7 +349,7 @@ class Scheduled:
         # The decoder has not begun: lengths are told without the token.
         seen = cache.get_seq_length() + 1 + kwargs["inputs_embeds"].shape[1]
         mask = kwargs.get("attention_mask")
-        kwargs["attention_mask"] = _with_token(prompt.insertion, mask, seen)
+        kwargs["attention_mask"] = prompt.insertion.into_any_mask(mask, seen)
 
     def _after_last(self, _: nn.Module, args: Any, output: Tensor) -> None:
         """After the last layer that always runs: decide."""
@@ -392,28 +361,3 @@ class Scheduled:
         if not self.taken.requires_grad:
             self.decisions.append(self.taken.cpu())
         prompt.decided = self._obeying.obey(self.taken)
-
-
-def _with_token(insertion: Insertion, mask: Any, seen: int | None = None) -> Any:
-    """A decoder's attention mask, of any kind that transformers passes, with the token.
-
-    Args:
-        insertion: where the token is.
-        mask: a tensor, several by kind of layer, or None.
-        seen: tokens seen so far, the new ones and the latency token among them; None for a prompt.
-    """
-    if isinstance(mask, dict):
-        return {kind: _with_token(insertion, value, seen) for kind, value in mask.items()}
-    if not isinstance(mask, Tensor):
-        return mask
-    if mask.ndim == 2:
-        return insertion.into_known(mask, 1)
-    if seen is None:
-        return insertion.into_mask(mask, True)
-    passed = seen - 1 - mask.shape[3]
-    if passed <= 0:
-        return insertion.into_mask(mask, False)
-    # A sliding window: its keys begin at `passed`, and it is full, so one more pushes one out.
-    if bool((insertion.at < passed).any()):
-        return mask
-    return Insertion(insertion.at - passed).into_mask(mask, False)[..., 1:]

@@ -1,12 +1,13 @@
 """The scheduler network, and its folder on disk.
 
 A folder holds ``scheduler.json`` and ``scheduler.safetensors`` beside the checkpoint that was
-trained together with them (in the same folder, as stock transformers writes it).
+trained together with them.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,70 @@ from planner.documents import read_json
 from planner.files import MEBIBYTE, output_folder, read_bytes, write_bytes, write_text
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.models.scheduling.latency_encoder import LatencyEncoder
-from planner.models.scheduling.layouts import Layout
-from planner.models.scheduling.naming import layout_of
+from planner.models.scheduling.cost_layout import CostSwitches
+from planner.models.scheduling.layouts import LayerSwitches, Layout, UnitSwitches
+from planner.planning.switches import AXES
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS = "scheduler.json", "scheduler.safetensors"
 # A matrix of a few hundred rows and an encoder beside it.
 _MOST_BYTES = 512 * MEBIBYTE
+FREQUENCIES = 128
+BASE = 10000
+#: Layouts that count as the paper does; all others budget in cost.
+COUNTED: Mapping[str, type[Layout]] = {"adallava-l": LayerSwitches, "adallava-h": UnitSwitches}
+
+
+def layout_of(name: str, graph: Graph) -> Layout:
+    """The layout that users call `name`, such as ``adallava-l`` or ``layers,heads,mlp``.
+
+    Raises:
+        InputError: there is none, or the model cannot have it.
+    """
+    if name in COUNTED:
+        layout = COUNTED[name](graph)
+    elif set(name.partition(":")[0].split(",")) <= {*AXES, "all"}:
+        layout = CostSwitches.parse(name, graph)
+    else:
+        raise InputError(
+            f"unknown switches '{name}' of a scheduler: choose from {', '.join(COUNTED)}, or some "
+            f"of {', '.join(AXES[1:])} with :groups=16 or alike"
+        )
+    _ = layout.columns
+    return layout
+
+
+def sinusoid(level: Tensor, steps: int) -> Tensor:
+    """Sines and cosines of a budget, shape (batch, 256), float32.
+
+    AdaLLaVA (arXiv 2503.10905), section 3.5 and its reference code: x = 2 pi k / (K + 1) at
+    frequencies 10000^(-i / 128). Where switches differ in cost, k is K times the share of their
+    cost that may be on, which with equal costs is the same.
+
+    Args:
+        level: k, how much is switched on, from 0 to `steps`; shape (batch,).
+        steps: K, how many switches there are.
+    """
+    exponents = torch.arange(FREQUENCIES, device=level.device, dtype=torch.float32) / FREQUENCIES
+    angle = (2 * math.pi / (steps + 1)) * level.float()[:, None] * float(BASE) ** -exponents
+    return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+class LatencyEncoder(nn.Module):
+    """LayerNorm, Linear(256, width), GELU, Linear(width, width) on `sinusoid` of K = `steps`."""
+
+    def __init__(self, width: int, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+        self.norm = nn.LayerNorm(2 * FREQUENCIES)
+        self.first = nn.Linear(2 * FREQUENCIES, width)
+        self.second = nn.Linear(width, width)
+
+    def forward(self, level: Tensor) -> Tensor:
+        """Latency tokens, shape (batch, width), for budgets of shape (batch,)."""
+        features = self.norm(sinusoid(level, self.steps).to(self.norm.weight.dtype))
+        token: Tensor = self.second(nn.functional.gelu(self.first(features)))
+        return token
 
 
 class Scheduler(nn.Module):
@@ -50,22 +107,15 @@ class Scheduler(nn.Module):
 
     @staticmethod
     def of(graph: Graph, switches: str, provenance: Mapping[str, Any] | None = None) -> Scheduler:
-        """An untrained scheduler for a model.
-
-        Raises:
-            InputError: the model cannot have these switches.
-        """
+        """An untrained scheduler for a model; raises as `layout_of`."""
         width = int(graph.properties["hidden_size"])
         return Scheduler(layout_of(switches, graph), width, provenance)
 
     def token(self, limits: Tensor, steps: int | None = None) -> Tensor:
-        """Latency tokens (batch, width).
+        """Latency tokens (batch, width) for limits (batch,).
 
-        The encoder is told what share of all switches may be on, by count or by cost.
-
-        Args:
-            limits: shape (batch,).
-            steps: the largest limit, where it is not that of the scheduler's own layout.
+        The encoder is told what share of all switches may be on, by count or by cost. `steps` is
+        the largest limit, where it is not that of the scheduler's own layout.
         """
         most = max(1, self.layout.steps if steps is None else steps)
         token: Tensor = self.encoder(limits * (self.encoder.steps / most))

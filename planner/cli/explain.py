@@ -76,7 +76,7 @@ def _scores(scheduled: Scheduled) -> dict[int, list[float]]:
     if scheduled.logits is None:
         return {}
     row = [round(x, 3) for x in scheduled.logits[0].detach().tolist()]
-    return {layer: row[places] for layer, places in scheduled.layout.by_layer().items()}
+    return {layer: row[columns.all] for layer, columns in scheduled.layout.columns.items()}
 
 
 def print_layers(rows: list[dict[str, Any]]) -> None:

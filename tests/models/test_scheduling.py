@@ -21,7 +21,7 @@ from planner.models.scheduling import (
     save_scheduler,
 )
 from planner.models.scheduling.insertion import Insertion, end_of_prompt
-from planner.models.scheduling.latency_encoder import LatencyEncoder, sinusoid
+from planner.models.scheduling.scheduler import LatencyEncoder, sinusoid
 from planner.plan import TokenStage
 
 RELATIVE = 1e-5
