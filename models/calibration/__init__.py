@@ -5,16 +5,15 @@ becomes a utilities file for the solver. Everything is in nats per answer token.
 
     samples        images and prompts as model inputs with an answer behind them
     replay         one sample's forward pass, many rows at once, from any layer on
-    measures       how far an output is off: change of loss, or KL divergence
-    leave_one_out  every switch off by itself, one per row of a batch
+    leave_one_out  how far an output is off; every switch off by itself, one per row of a batch
     taylor         the same estimated from one backward pass
     token_worth    what image tokens are worth, and the curve through that
     store          partial results on disk, so that a killed run continues
     measurement    all of it in order
 """
 
+from planner.models.calibration.leave_one_out import MEASURES
 from planner.models.calibration.measurement import METHODS, Calibrated, calibrate, weights_digest
-from planner.models.calibration.measures import MEASURES
 from planner.models.calibration.samples import (
     Sample,
     answered,

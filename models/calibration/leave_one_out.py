@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from planner.ir.graph import Graph, Site
-from planner.models.calibration.measures import divergence, loss
 from planner.models.calibration.replay import Replay
 from planner.models.running.masked import Gates, MaskedExecutor
 
 Array = npt.NDArray[np.float64]
+MEASURES = ("loss", "kl")
 _FIELDS = {"layer": "layers", "heads": "heads", "mlp": "mlp"}
 
 
@@ -42,10 +42,22 @@ def as_gates(columns: dict[Site, Tensor]) -> Gates:
     return Gates(**fields)
 
 
+def loss(log_probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of the answer in nats per token, shape (rows,).
+
+    `log_probabilities` has shape (rows, answer, vocabulary), `labels` (answer,) or (rows, answer).
+    """
+    index = labels.expand(log_probabilities.shape[:2]).unsqueeze(-1)
+    return -log_probabilities.gather(-1, index).squeeze(-1).mean(-1)
+
+
 def measure(log_probabilities: Tensor, replay: Replay, kind: str) -> Tensor:
-    """Distance from the base model: change of loss, or KL; shape (rows,)."""
+    """Distance from the base model in nats per answer token, shape (rows,).
+
+    Change of the loss, or of ``kl``, KL(base || output), for (rows, answer, vocabulary).
+    """
     if kind == "kl":
-        return divergence(log_probabilities, replay.base)
+        return (replay.base.exp() * (replay.base - log_probabilities)).sum(-1).mean(-1)
     labels = replay.sample.labels
     return loss(log_probabilities, labels) - loss(replay.base[None], labels)
 
@@ -54,16 +66,13 @@ def measure(log_probabilities: Tensor, replay: Replay, kind: str) -> Tensor:
 def leave_one_out(
     executor: MaskedExecutor, replay: Replay, switches: Sequence[Switch], kind: str
 ) -> Array:
-    """What switching each off does to one sample.
+    """What switching each off does to one sample; shape (switches,), positive where it is worth.
 
     Args:
         executor: of the replayed model.
         replay: the sample, on at least as many rows as there are switches.
         switches: in layer order.
-        kind: ``loss`` or ``kl``.
-
-    Returns:
-        Shape (switches,): positive where the switch is worth something.
+        kind: one of `MEASURES`.
     """
     columns: dict[Site, Tensor] = {}
     for row, switch in enumerate(switches):

@@ -18,8 +18,7 @@ from torch import nn
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.loading import count_image_tokens
-from planner.models.calibration.leave_one_out import Switch, leave_one_out, switches_of
-from planner.models.calibration.measures import MEASURES
+from planner.models.calibration.leave_one_out import MEASURES, leave_one_out, switches_of
 from planner.models.calibration.replay import NOT_FINITE, Replay
 from planner.models.calibration.samples import Sample
 from planner.models.calibration.store import Store
@@ -110,24 +109,22 @@ def calibrate(
     return found
 
 
+@dataclass(eq=False)
 class _Run:
-    """State of one calibration."""
+    """State of one calibration, see `calibrate`."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        graph: Graph,
-        samples: Sequence[Sample],
-        measure: str,
-        method: str,
-        batch: int,
-        seed: int,
-        partial: Path | None,
-        progress: Callable[[int, int], None],
-    ) -> None:
-        self.model, self.graph, self.samples = model, graph, samples
-        self.measure, self.method, self.batch, self.seed = measure, method, batch, seed
-        self.progress = progress
+    model: nn.Module
+    graph: Graph
+    samples: Sequence[Sample]
+    measure: str
+    method: str
+    batch: int
+    seed: int
+    partial: Path | None
+    progress: Callable[[int, int], None]
+
+    def __post_init__(self) -> None:
+        model, graph, samples = self.model, self.graph, self.samples
         self.masked = MaskedExecutor(model, graph)
         self.switches = switches_of(graph)
         self.layer = SwitchSet.parse("tokens").token_layers[0]
@@ -135,11 +132,11 @@ class _Run:
         self.has_tokens = all(self.image_tokens) and self.layer < graph.layers
         self.selector = self._selector() if self.has_tokens else ""
         shapes: dict[str, tuple[int, ...]] = {"taylor": (len(samples), len(self.switches))}
-        if method == "leave-one-out":
+        if self.method == "leave-one-out":
             shapes["leave_one_out"] = shapes["taylor"]
         if self.has_tokens:
             shapes["tokens"] = (len(samples), 2, len(FRACTIONS))
-        self.store = Store(partial, self._key(), shapes)
+        self.store = Store(self.partial, self._key(), shapes)
         self.total = sum(int(np.prod(shape)) for shape in shapes.values())
 
     def _key(self) -> str:
@@ -162,16 +159,14 @@ class _Run:
         return usual
 
     def _tokens(self, index: int, selector: str) -> Array:
-        replay = Replay(self.model, self.masked.layers, self.samples[index], len(FRACTIONS))
-        count = self.image_tokens[index]
+        replay, count = self._replay(index, len(FRACTIONS)), self.image_tokens[index]
         return token_losses(self.graph, replay, count, self.layer, selector, self.measure)
 
     def sample(self, index: int) -> None:
         """Everything that is still missing of one sample."""
         arrays = self.store.arrays
         if np.isnan(arrays["taylor"][index]).any():
-            rows = DRAWS if self.measure == "kl" else 1
-            replay = Replay(self.model, self.masked.layers, self.samples[index], rows)
+            replay = self._replay(index, DRAWS if self.measure == "kl" else 1)
             seed = self.seed * len(self.samples) + index
             self._note(
                 arrays["taylor"][index],
@@ -188,10 +183,12 @@ class _Run:
             stop = start + self.batch
             if not np.isnan(row[start:stop]).any():
                 continue
-            if replay is None:
-                replay = Replay(self.model, self.masked.layers, self.samples[index], self.batch)
-            some: Sequence[Switch] = self.switches[start:stop]
+            replay = replay or self._replay(index, self.batch)
+            some = self.switches[start:stop]
             self._note(row[start:stop], leave_one_out(self.masked, replay, some, self.measure))
+
+    def _replay(self, index: int, rows: int) -> Replay:
+        return Replay(self.model, self.masked.layers, self.samples[index], rows)
 
     def _note(self, place: Array, values: Array) -> None:
         if not np.isfinite(values).all():
@@ -241,18 +238,12 @@ class _Run:
 
 
 def not_negative(effects: Array) -> Array:
-    """Means over samples, given that no switch does harm.
+    """Means over samples, given that no switch does harm: (samples, switches) to (switches,).
 
     With few samples, the loss may fall by chance when a switch is off, and plans would then leave
     the switch off whatever the budget. So a switch's value is the mean of a truncated normal
     distribution: the mean over samples and its standard error, cut off below 0. That is nearly the
     mean if it is clearly positive, and else small and positive.
-
-    Args:
-        effects: shape (samples, switches).
-
-    Returns:
-        Shape (switches,).
     """
     mean: Array = effects.mean(0)
     if len(effects) > 1:

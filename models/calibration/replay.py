@@ -22,13 +22,7 @@ NOT_FINITE = "the model's output is not finite for a sample: look for broken wei
 
 
 class Replay:
-    """A sample on `rows` equal rows.
-
-    Args:
-        model: a stock transformers model, dense.
-        layers: its decoder layers.
-        sample: what to run.
-        rows: size of the batch.
+    """A sample on `rows` equal rows, run by a dense stock transformers model.
 
     Attributes:
         base: log-probabilities of the dense model at the answer, shape (answer, vocabulary).
@@ -87,11 +81,8 @@ class Replay:
     def log_probabilities(self, start: int) -> Tensor:
         """What the model says at the answer under the gates that are active now.
 
-        Args:
-            start: no gate acts before this decoder layer; earlier layers are not run.
-
-        Returns:
-            Shape (rows, answer, vocabulary), float32.
+        No gate acts before the decoder layer `start`; earlier layers are not run. Shape (rows,
+        answer, vocabulary), float32.
         """
         with Patches() as patches:
             for module in self.model.modules():

@@ -70,10 +70,8 @@ class Sample:
 def read_questions(images: Path, prompts: Path | None) -> list[Question]:
     """All questions there are: lines of the prompts file, or the default prompt for every image.
 
-    Args:
-        images: folder; image names in the prompts file are relative to it.
-        prompts: JSON lines ``{"image": ..., "prompt": ..., "answer": ...}``; answers in all lines
-            or in none.
+    These are JSON lines ``{"image": ..., "prompt": ..., "answer": ...}`` with names relative to the
+    folder `images`, and answers in all lines or in none.
     """
     if not images.is_dir():
         raise InputError(f"there is no folder of images '{images}'")
@@ -140,12 +138,9 @@ def answered(
 
 @torch.no_grad()
 def sample_of(model: Any, inputs: Mapping[str, Any], answer: Sequence[int] | None = None) -> Sample:
-    """Put an answer behind a prompt.
+    """Put an answer's token ids behind a prompt of one row without padding.
 
-    Args:
-        model: answers itself, greedily, where no answer is given.
-        inputs: one row, no padding.
-        answer: token ids.
+    Where no answer is given, the model's own, greedily.
     """
     ids: Tensor = inputs["input_ids"]
     if ids.shape[0] != 1:

@@ -27,7 +27,7 @@ class Store:
     Args:
         path: the file; None keeps nothing on disk.
         key: settings that the results depend on; a file of other settings is refused.
-        shapes: array name -> shape.
+        shapes: of the arrays by name.
         seconds: how often to write, at most.
 
     Attributes:

@@ -18,8 +18,7 @@ import numpy.typing as npt
 import torch
 
 from planner.ir.graph import Site
-from planner.models.calibration.leave_one_out import Switch, as_gates
-from planner.models.calibration.measures import loss
+from planner.models.calibration.leave_one_out import Switch, as_gates, loss
 from planner.models.calibration.replay import Replay
 from planner.models.running.masked import MaskedExecutor
 
@@ -32,17 +31,9 @@ DRAWS = 4
 def taylor(
     executor: MaskedExecutor, replay: Replay, switches: Sequence[Switch], kind: str, seed: int
 ) -> Array:
-    """Estimated effect of switching each off by itself, for one sample.
+    """Estimated effect of switching each off by itself, as `leave_one_out` for one sample.
 
-    Args:
-        executor: of the replayed model.
-        replay: the sample, on any number of rows; with ``kl`` each is a draw.
-        switches: what to estimate.
-        kind: ``loss`` (signed) or ``kl`` (never negative).
-        seed: of the draws.
-
-    Returns:
-        Shape (switches,), on the scale of `leave_one_out`.
+    With ``loss`` it is signed; with ``kl`` never negative, and every row of `replay` is a draw.
     """
     sites: list[Site] = list(dict.fromkeys(switch.site for switch in switches))
     gates = {site: torch.ones(replay.rows, site.switches, requires_grad=True) for site in sites}

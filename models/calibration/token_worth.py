@@ -23,7 +23,7 @@ _SATURATION = (1e-3, 1e6)
 def token_losses(
     graph: Graph, replay: Replay, image_tokens: int, layer: int, selector: str, kind: str
 ) -> Array:
-    """What dropping image tokens does to one sample.
+    """What dropping image tokens before a layer does to one sample.
 
     Args:
         graph: of the replayed model.
@@ -31,7 +31,7 @@ def token_losses(
         image_tokens: of the sample.
         layer: before which tokens are dropped.
         selector: what picks them.
-        kind: ``loss`` or ``kl``.
+        kind: one of `MEASURES`.
 
     Returns:
         Shape (2, fractions): kept fractions, which are whole counts, and the loss at each.
@@ -48,12 +48,8 @@ def fit(fractions: Array, losses: Array) -> tuple[float, float]:
     """(worth of all image tokens, saturation) of the curve that utilities use.
 
     A fraction r of the tokens is worth ``tokens * log(1 + s r) / log(1 + s)``, so dropping the rest
-    loses ``tokens * (1 - log(1 + s r) / log(1 + s))``. Least squares: linear in `tokens`, a search
-    over s.
-
-    Args:
-        fractions: shape (n,), kept, above 0.
-        losses: shape (n,).
+    loses ``tokens * (1 - log(1 + s r) / log(1 + s))``. Least squares over kept fractions above 0:
+    linear in `tokens`, a search over s.
     """
 
     def shape(saturation: float) -> Array:
