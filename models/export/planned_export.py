@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from transformers.pytorch_utils import Conv1D
 from planner.documents import read_json
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
+from planner.ir.intervals import count_of
 from planner.models.export.weights import cast, kept_weights
-from planner.models.running.attention_blocks import AttentionBlock, probe
-from planner.models.running.bindings import BoundSite
+from planner.models.running.attention_blocks import AttentionBlock, headless, probe
 from planner.models.running.kv_cache import cache_among
 from planner.models.running.program import Program
 from planner.planning.catalog import PLANNED_EXPORT
@@ -52,7 +53,7 @@ def save_planned(
         program: of one plan without token stages.
         folder: an empty one.
         stored_dtype: of weights in the file; by default as in the model.
-        facts: further keys of the record.
+        facts: further keys of what describes the checkpoint.
     """
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
@@ -99,24 +100,20 @@ def _attention(model: Any, graph: Graph, program: Program) -> dict[str, Any]:
         site, lanes = layer.layer.heads, layer.groups[0].heads
         if site is None or lanes is None or not layer.groups[0].on:
             continue
-        # Blocks of one class and one layout behave alike.
-        layout = tuple((linear.features, linear.binding.blocks) for linear in site.linears)
-        key = (type(site.module), site.site.lanes, layout)
-        if key not in blocks:
+        if site.behaviour not in blocks:
             width = int(graph.properties["hidden_size"])
-            blocks[key] = probe(model.get_decoder(), site, width)
-        changes = _changes(blocks[key], site, lanes, layer.layer.index)
+            blocks[site.behaviour] = probe(model.get_decoder(), site, width)
+        block = blocks[site.behaviour]
+        changes: dict[str, Any]
+        if not lanes:
+            silent = {"layer": layer.layer.index, "sink": site.sink.path, "output": block.output}
+            changes = {"silent": silent}
+        else:
+            kept = count_of(lanes)
+            changes = {owner: block.changes(kept, owner) for owner in ("module", "config")}
         if any(changes.values()):
             found[site.site.module] = changes
     return found
-
-
-def _changes(block: AttentionBlock, site: BoundSite, lanes: Any, index: int) -> dict[str, Any]:
-    if not lanes:
-        output = None if block.output is None else list(block.output)
-        return {"silent": {"layer": index, "sink": site.sink.path, "output": output}}
-    kept = sum(stop - start for start, stop in lanes)
-    return {owner: block.changes(kept, owner) for owner in ("module", "config")}
 
 
 def load(folder: str | Path) -> Any:
@@ -190,9 +187,8 @@ def _fill(model: Any, dtype: torch.dtype, state: Mapping[str, Tensor]) -> None:
 def _change_attention(model: Any, block: Any, changes: Mapping[str, Any]) -> None:
     if "silent" in changes:
         silent = changes["silent"]
-        block.forward = _Silent(
-            silent["layer"], model.get_submodule(silent["sink"]), silent["output"]
-        )
+        sink = model.get_submodule(silent["sink"])
+        block.forward = _Silent(silent["layer"], sink, silent["output"])
         return
     for name, value in changes["module"].items():
         setattr(block, name, value)
@@ -203,10 +199,9 @@ def _change_attention(model: Any, block: Any, changes: Mapping[str, Any]) -> Non
 
 
 def _count(index: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> None:
-    """Let the cache know how many tokens came.
+    """Let the cache know how many tokens came: one number a token.
 
-    Stock code asks the cache's first layer how many tokens it has seen, so a layer without keys
-    still counts: one number a token.
+    Stock code asks the first layer how many it has seen, so one without keys still counts.
     """
     cache = cache_among(kwargs)
     if cache is not None:
@@ -219,11 +214,11 @@ def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return hidden
 
 
+@dataclass(frozen=True, eq=False)
 class _Skipped:
     """Forward of a decoder layer that is off."""
 
-    def __init__(self, index: int) -> None:
-        self.index = index
+    index: int
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         hidden = _hidden(args, kwargs)
@@ -231,21 +226,15 @@ class _Skipped:
         return hidden
 
 
+@dataclass(frozen=True, eq=False)
 class _Silent:
-    """Forward of an attention block without heads: the bias of its last linear."""
+    """Forward of an attention block without heads."""
 
-    def __init__(self, index: int, sink: Any, output: list[bool] | None) -> None:
-        self.index = index
-        self.sink = sink
-        self.output = output
+    index: int
+    sink: Any
+    output: Sequence[bool] | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         hidden = _hidden(args, kwargs)
         _count(self.index, hidden, kwargs)
-        # No features are left to go through it.
-        result = nn.functional.linear(
-            hidden[..., :0], hidden.new_zeros(hidden.shape[-1], 0), self.sink.bias
-        )
-        if self.output is None:
-            return result
-        return tuple(result if is_hidden else None for is_hidden in self.output)
+        return headless(hidden, self.sink.bias, self.output)

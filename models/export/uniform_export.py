@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
+from planner.ir.intervals import count_of
 from planner.models.export.weights import cast, kept_weights
 from planner.models.running.bindings import BoundSite
 from planner.models.running.program import LayerProgram, Program
@@ -28,14 +29,7 @@ def save_plain(
     stored_dtype: torch.dtype | None = None,
     **facts: str,
 ) -> Any:
-    """Write config and weights that stock transformers loads.
-
-    Args:
-        model: the base model.
-        program: of one plan without token stages.
-        folder: an empty one.
-        stored_dtype: of weights in the file; by default as in the model.
-        facts: further keys of the config.
+    """Write config and weights, for arguments as of `save_planned`.
 
     Returns:
         The model, read back by the stock loader.
@@ -110,7 +104,7 @@ def _width(site: BoundSite | None, lanes: Any) -> tuple[int, int] | None:
     if site is None:
         return None
     of = site.site.lanes
-    return (of if lanes is None else sum(stop - start for start, stop in lanes)), of
+    return (of if lanes is None else count_of(lanes)), of
 
 
 def _same(what: str, widths: list[tuple[int, int] | None]) -> tuple[int, int] | None:

@@ -15,15 +15,7 @@ from planner.models.running.program import Program
 
 
 def kept_weights(model: Any, program: Program) -> dict[str, Tensor]:
-    """The state dict of the model without what the plan leaves out.
-
-    Args:
-        model: the base model.
-        program: of one plan.
-
-    Returns:
-        Names as in the base model; weights of layers that are off are absent.
-    """
+    """The base model's state dict without what a program of one plan leaves out; names stay."""
     state: dict[str, Tensor] = dict(model.state_dict())
     for layer in program.layers:
         group = layer.groups[0]
@@ -53,10 +45,9 @@ def cast(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Te
 def _sliced(linear: BoundLinear, lanes: Intervals) -> dict[str, Tensor]:
     """Copies of one linear's parameters with the kept features."""
     runs = linear.runs(lanes) or ((0, 0),)
-    axis = 0 if linear.binding.axis == "out" else 1
-    weight = torch.cat([linear.weight.narrow(axis, a, b - a) for a, b in runs], axis)
+    weight = torch.cat([linear.weight.narrow(linear.dim, a, b - a) for a, b in runs], linear.dim)
     stored = weight.t() if isinstance(linear.module, Conv1D) else weight
     sliced = {f"{linear.path}.weight": stored.contiguous()}
-    if linear.bias is not None and axis == 0:
+    if linear.bias is not None and linear.axis == "out":
         sliced[f"{linear.path}.bias"] = torch.cat([linear.bias[a:b] for a, b in runs])
     return sliced

@@ -40,8 +40,7 @@ class Exported:
         folder: where.
         plain: whether stock transformers loads it.
         why_not: where it is not plain, why, in one sentence; else "".
-        parameters: numbers in the weights.
-        base_parameters: of the base model.
+        parameters: numbers in the weights, and `base_parameters` those of the base model.
         error: largest relative error of the logits, read back, against the planned model.
     """
 

@@ -8,7 +8,7 @@ run on a few tokens, narrowed, and compared with itself with the same heads mask
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations
 from typing import Any
@@ -49,14 +49,14 @@ class AttentionBlock:
             if holder == owner
         }
 
-    def nothing(self, site: BoundSite, hidden: Tensor) -> Any:
-        """The block's result with no head left: the bias of its last linear, or zero."""
-        bias = site.sink.bias
-        shape = (*hidden.shape[:-1], site.sink.weight.shape[0])
-        result = hidden.new_zeros(shape) if bias is None else bias.to(hidden.dtype).expand(shape)
-        if self.output is None:
-            return result
-        return tuple(result if is_hidden else None for is_hidden in self.output)
+
+def headless(hidden: Tensor, bias: Tensor | None, output: Sequence[bool] | None) -> Any:
+    """A block's result with no head left: its last linear's bias, laid out as `output` says."""
+    result = torch.zeros_like(hidden)
+    result = result if bias is None else result + bias.to(hidden.dtype)
+    if output is None:
+        return result
+    return tuple(result if is_hidden else None for is_hidden in output)
 
 
 class _Reached(Exception):

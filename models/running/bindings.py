@@ -98,6 +98,12 @@ class BoundSite:
         """The linear that sums over lanes (o_proj, down_proj, fc2, dense)."""
         return next(linear for linear in self.linears if linear.binding.axis == "in")
 
+    @property
+    def behaviour(self) -> tuple[object, ...]:
+        """Equal for blocks of one class and one layout, which behave alike when narrowed."""
+        layout = tuple((linear.features, linear.binding.blocks) for linear in self.linears)
+        return type(self.module), self.site.lanes, layout
+
 
 @dataclass(frozen=True, eq=False)
 class BoundLayer:

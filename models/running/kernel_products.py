@@ -14,6 +14,7 @@ from functools import cache, cached_property, partial
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from typing_extensions import override
 
 from planner.ir.graph import Graph, Operator
 from planner.ir.intervals import Intervals, count_of
@@ -24,7 +25,7 @@ from planner.kernels.ops.project_rows import ACTIVATIONS, ProjectRows
 from planner.kernels.survivors import Survivors, neuron_width
 from planner.models.running.bindings import BoundLinear, BoundSite
 from planner.models.running.kernel_attention import KERNEL_ATTENTION
-from planner.models.running.products import Compute, Products, Refreshed, TorchProducts
+from planner.models.running.products import Product, Products
 
 _log = logging.getLogger("planner")
 # Code that multiplies and does nothing else.
@@ -37,45 +38,42 @@ def products_of(graph: Graph, kernels: Kernels, frozen_bytes: int) -> Products:
     Args:
         graph: of the model.
         kernels: who computes; ``auto`` is PyTorch where there is no GPU.
-        frozen_bytes: see `TorchProducts`.
+        frozen_bytes: see `Products`.
     """
     without = kernels is Kernels.AUTO and not (has_triton() and torch.cuda.is_available())
     if without or kernels is Kernels.TORCH:
-        return TorchProducts(frozen_bytes, kernels)
+        return Products(frozen_bytes, kernels)
     return KernelProducts(graph, kernels, frozen_bytes)
 
 
-class KernelProducts:
-    """Products by Triton, or by whoever is faster.
+class KernelProducts(Products):
+    """Products by Triton; under ``auto`` by whoever is faster, decided at every call.
 
-    Args:
-        graph: of the model, which says what its MLP blocks are made of.
-        kernels: ``triton``; or ``auto``, which decides at every call.
-        frozen_bytes: as of `TorchProducts`, where PyTorch computes.
+    The graph says what the model's MLP blocks are made of.
     """
 
     def __init__(self, graph: Graph, kernels: Kernels, frozen_bytes: int = 0) -> None:
-        self.graph, self.kernels, self.frozen_bytes = graph, kernels, frozen_bytes
-        self.torch_products = TorchProducts(frozen_bytes)
+        super().__init__(frozen_bytes, kernels)
+        self.graph = graph
         self._blocks: dict[str, MLPBlock | None] = {}
 
-    def linear(self, linear: BoundLinear, lanes: Intervals | None) -> Compute | None:
-        """What a linear of a site computes with."""
-        stock = self.torch_products.linear(linear, lanes)
+    @override
+    def linear(self, linear: BoundLinear, lanes: Intervals | None) -> Product | None:
+        stock = super().linear(linear, lanes)
         if lanes is None and type(linear.module).forward not in _PLAIN:
             return stock
         return LinearByKernel(linear, lanes, self.kernels, stock)
 
-    def mlp(self, site: BoundSite, lanes: Intervals | None) -> Compute | None:
-        """What an MLP block computes with, None where the kernels have no such block."""
+    @override
+    def mlp(self, site: BoundSite, lanes: Intervals | None) -> Product | None:
         name = site.site.name
         if name not in self._blocks:
             self._blocks[name] = self._block(site)
         block = self._blocks[name]
         return None if block is None else self._by_kernel(site, block, lanes)
 
+    @override
     def attention(self, site: BoundSite) -> str | None:
-        """Which of transformers' attention functions a block calls."""
         named = hasattr(getattr(site.module, "config", None), "_attn_implementation")
         return KERNEL_ATTENTION[self.kernels] if named else None
 
@@ -98,7 +96,7 @@ class KernelProducts:
 
         def part(operator: Operator) -> LinearByKernel:
             linear = linears[operator.module]
-            stock = self.torch_products.linear(linear, lanes)
+            stock = Products.linear(self, linear, lanes)
             return LinearByKernel(linear, lanes, self.kernels, stock)
 
         gate = None if block.gate is None else part(block.gate)
@@ -114,31 +112,27 @@ class KernelProducts:
         )
 
 
-class LinearByKernel:
-    """A linear that computes with some of its lanes, or with all.
+class LinearByKernel(Product):
+    """A linear that computes with some of its lanes, or with all (None).
 
-    Args:
-        linear: what to narrow.
-        lanes: kept, as intervals; None for all.
-        kernels: who computes.
-        stock: what PyTorch computes with; None for the module's own code.
+    `stock` is what PyTorch computes with; None for the module's own code.
     """
 
     def __init__(
-        self, linear: BoundLinear, lanes: Intervals | None, kernels: Kernels, stock: Compute | None
+        self, linear: BoundLinear, lanes: Intervals | None, kernels: Kernels, stock: Product | None
     ) -> None:
         self.linear, self.kernels, self.stock = linear, kernels, stock
         self.runs = ((0, linear.features),) if lanes is None else linear.runs(lanes)
         width = unit_width(linear.binding, linear.features)
         self._survivors = cache(partial(Survivors.packed, self.runs, width))
 
+    @override
     def refresh(self) -> None:
-        """Before a pass: PyTorch's product may have a copy to look for."""
-        if isinstance(self.stock, Refreshed):
+        if self.stock is not None:
             self.stock.refresh()
 
+    @override
     def __call__(self, features: Tensor) -> Tensor:
-        """Shape (..., in features) to (..., out features), either of them narrowed."""
         linear = self.linear
         if self.kernels is Kernels.AUTO and not self._is_faster(features):
             stock = self.stock or partial(type(linear.module).forward, linear.module)
@@ -157,15 +151,11 @@ class LinearByKernel:
 
 
 @dataclass(frozen=True, eq=False)
-class MLPByKernel:
-    """An MLP block that computes with some of its neurons, or with all.
+class MLPByKernel(Product):
+    """An MLP block that computes with some of its neurons, `width` of which make a unit.
 
-    Attributes:
-        up, down, gate: its linears, for when they are computed one by one.
-        activation: a key of `planner.kernels.ops.project_rows.ACTIVATIONS`.
-        neurons: kept, as intervals.
-        width: neurons to a unit.
-        kernels: who computes.
+    Its linears may be computed one by one instead. `activation` is a key of
+    `planner.kernels.ops.project_rows.ACTIVATIONS`.
     """
 
     up: LinearByKernel
@@ -176,8 +166,8 @@ class MLPByKernel:
     width: int
     kernels: Kernels
 
+    @override
     def refresh(self) -> None:
-        """As `LinearByKernel.refresh`."""
         for part in (self.up, self.down, self.gate):
             if part is not None:
                 part.refresh()
@@ -186,8 +176,8 @@ class MLPByKernel:
     def _survivors(self) -> Callable[[torch.device], Survivors]:
         return cache(partial(Survivors.packed, self.neurons, self.width))
 
+    @override
     def __call__(self, hidden: Tensor, *, triton: bool = True) -> Tensor:
-        """Shape (..., hidden) to the same."""
         if self.kernels is Kernels.AUTO and not self._is_faster(hidden):
             inner = self.up(hidden)
             act = ACTIVATIONS[self.activation]

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from planner.ir.errors import InputError
-from planner.models.running.attention_blocks import AttentionBlock
+from planner.models.running.attention_blocks import AttentionBlock, headless
 from planner.models.running.bindings import BoundSite
 from planner.models.running.forward_pass import Call, Passes
 from planner.models.running.kv_cache import PlannedLayer
-from planner.models.running.products import BlockForward, Compute
+from planner.models.running.patches import Shadow
+from planner.models.running.products import BlockForward, Product
 from planner.models.running.program import LayerGroup, LayerProgram
 from planner.models.tokens.kept_tokens import (
     Kept,
@@ -27,15 +28,12 @@ from planner.models.tokens.kept_tokens import (
 )
 
 
-class AttentionForward:
+class AttentionForward(Shadow):
     """Stands in for an attention block; with no head left it gives the bias of its last linear."""
-
-    narrows = True
 
     def __init__(self, site: BoundSite, block: AttentionBlock) -> None:
         self.site = site
         self.block = block
-        self.stock: Any = None
         self.silent = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -43,7 +41,7 @@ class AttentionForward:
         if not self.silent:
             return self.stock(*args, **kwargs)
         hidden = args[0] if args else next(iter(kwargs.values()))
-        return self.block.nothing(self.site, hidden)
+        return headless(hidden, self.site.sink.bias, self.block.output)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +57,7 @@ class Setup:
     """
 
     group: LayerGroup
-    products: tuple[tuple[BlockForward, Compute | None], ...]
+    products: tuple[tuple[BlockForward, Product | None], ...]
     heads: BoundSite | None
     attributes: dict[str, Any]
     attention: AttentionForward | None
@@ -84,17 +82,14 @@ def _names(forward: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
-class LayerForward:
+class LayerForward(Shadow):
     """Stands in for one decoder layer: runs the stock layer once per group, on what is left."""
-
-    narrows = True
 
     def __init__(self, passes: Passes, program: LayerProgram, setups: tuple[Setup, ...]) -> None:
         self.passes = passes
         self.index = program.layer.index
         self.is_last = program is passes.program.layers[-1]
         self.setups = setups
-        self.stock: Any = None
         self.layer_class = type(program.layer.module)
         self.names = _names(self.layer_class.forward)
         # How the layer runs now.

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 _ABSENT = object()
 
 
-class Shadow(Protocol):
-    """What stands in for a module's ``forward``.
+class Shadow:
+    """What stands in for a module's ``forward``, which is called `stock` then.
 
     Attributes:
         narrows: whether it leaves something out; else it is but another way to compute the same.
-        stock: the ``forward`` that it stands in for.
     """
 
-    narrows: bool
-    stock: Any
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """In the place of ``forward``."""
-        ...
+    narrows = True
+    stock: Any = None
 
 
 class Patches:

@@ -1,9 +1,8 @@
 """Products: what linears, MLP blocks and attention compute with under a plan.
 
-A `Products` answers for all of a model; the executor asks it and shadows the modules' ``forward``
-with the answers. This is PyTorch's: a linear multiplies with *runs* of kept features, straight from
-the stored weight, one product a run. What is off is neither read nor multiplied, and nothing is
-copied, so the plan follows the weights whichever way they change, and gradients reach them.
+A linear multiplies with *runs* of kept features, straight from the stored weight, one product a
+run. What is off is neither read nor multiplied, and nothing is copied, so the plan follows the
+weights whichever way they change, and gradients reach them.
 
 Models that are *frozen* trade that for 5 to 15 % of a product's time: weights are promised to stay
 as they are, and the kept features of plans that run again are copied together, one product for all.
@@ -14,145 +13,112 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from planner.ir.intervals import Intervals, count_of
 from planner.kernels.choice import Kernels
 from planner.kernels.ops.kept_linear import kept_linear, suits
 from planner.models.running.bindings import BoundLinear, BoundSite
-
-# Features of shape (..., in features) to (..., out features), either of them narrowed.
-Compute = Callable[[Tensor], Tensor]
+from planner.models.running.patches import Shadow
 
 
-class Products(Protocol):
-    """What the modules of one model compute with; None stands for their own code.
-
-    Attributes:
-        kernels: who computes; token stages, which are no module, ask this.
-        frozen_bytes: bound on copies of kept features.
-    """
-
-    kernels: Kernels
-    frozen_bytes: int
-
-    def linear(self, linear: BoundLinear, lanes: Intervals | None) -> Compute | None:
-        """What a linear of a site computes with, all of whose lanes are kept where None is."""
-        ...
-
-    def mlp(self, site: BoundSite, lanes: Intervals | None) -> Compute | None:
-        """What a whole MLP block computes with; None to go linear by linear."""
-        ...
-
-    def attention(self, site: BoundSite) -> str | None:
-        """Which of transformers' attention functions a block calls; None for the configured one."""
-        ...
-
-
-@runtime_checkable
-class Refreshed(Protocol):
-    """A product that looks before every pass what weights are now."""
+class Product:
+    """Computes features of shape (..., in features) to (..., out features), either narrowed."""
 
     def refresh(self) -> None:
-        """Look."""
-        ...
+        """Before a pass: look what weights are now."""
 
     def __call__(self, features: Tensor) -> Tensor:
-        """See `Compute`."""
-        ...
+        """Multiply."""
+        raise NotImplementedError
 
 
-class BlockForward:
+class BlockForward(Shadow):
     """Stands in for a linear, or for a whole MLP block.
-
-    Args:
-        narrows: whether it ever leaves something out.
 
     Attributes:
         active: what to compute with; None is the module's own code.
     """
 
-    def __init__(self, narrows: bool) -> None:
+    def __init__(self, narrows: bool, active: Product | None = None) -> None:
         self.narrows = narrows
-        self.stock: Any = None
-        self.active: Compute | None = None
+        self.active = active
 
     def __call__(self, features: Tensor) -> Tensor:
         """Shape (..., in features) to (..., out features), narrowed as `active` says."""
         return self.stock(features) if self.active is None else self.active(features)
 
 
-class TorchProducts:
-    """Products by PyTorch and oneDNN.
+class Products:
+    """What the modules of one model compute with, here by PyTorch and oneDNN.
 
     Args:
         frozen_bytes: bound on copies of kept features; 0 copies nothing, so that weights may change
             in any way. The oldest leave first.
-        kernels: what was asked for; ``auto`` where it comes to this.
+        kernels: what was asked for; token stages, which are no module, ask this.
     """
 
     def __init__(self, frozen_bytes: int = 0, kernels: Kernels = Kernels.TORCH) -> None:
         self.frozen_bytes, self.kernels = frozen_bytes, kernels
         self.copies = Copies(frozen_bytes) if frozen_bytes else None
 
-    def linear(self, linear: BoundLinear, lanes: Intervals | None) -> Compute | None:
-        """A product with kept features; of a whole weight `kept_linear`, where that is faster."""
+    def linear(self, linear: BoundLinear, lanes: Intervals | None) -> Product | None:
+        """What a linear of a site computes with, None for its own code; all lanes where None is."""
         if lanes is not None:
             return KeptProduct(linear, lanes, self.copies)
         module = linear.module
         is_plain = type(module).forward is nn.Linear.forward and suits(linear.weight)
         return _Whole(module) if is_plain else None
 
-    def mlp(self, site: BoundSite, lanes: Intervals | None) -> Compute | None:
-        """Linear by linear."""
+    def mlp(self, site: BoundSite, lanes: Intervals | None) -> Product | None:
+        """What a whole MLP block computes with; None to go linear by linear."""
         return None
 
     def attention(self, site: BoundSite) -> str | None:
-        """As configured."""
+        """Which of transformers' attention functions a block calls; None for the configured one."""
         return None
 
 
 @dataclass(frozen=True, eq=False)
-class _Whole:
+class _Whole(Product):
     """All of a weight, multiplied as narrowed ones are."""
 
     module: nn.Module
 
+    @override
     def __call__(self, features: Tensor) -> Tensor:
         module: Any = self.module
         return kept_linear(features, module.weight, module.bias)
 
 
-class KeptProduct:
+class KeptProduct(Product):
     """A linear that computes with some of its lanes, in ascending order.
 
-    Args:
-        linear: what to narrow.
-        lanes: kept, as intervals.
-        copies: where kept features are copied together; None where they never are.
+    Kept features may be copied together in `copies`; None where they never are.
     """
 
     def __init__(self, linear: BoundLinear, lanes: Intervals, copies: Copies | None = None) -> None:
         self.linear, self.lanes, self.copies = linear, lanes, copies
         self.runs = linear.runs(lanes) or ((0, 0),)
         # Not held here: there may be many products, and copies have a bound.
-        self._copy: Callable[[], _Copy | None] = _no_copy
+        self._copy: Callable[[], _Copy | None] = lambda: None
 
+    @override
     def refresh(self) -> None:
-        """Before a pass: look for a copy of the weight as it is now."""
         if self.copies is not None:
             copy = self._copy()
             if copy is None or not copy.is_of(self.linear):
                 copy = self.copies.get(self.linear, self.lanes, self.runs)
-                self._copy = _no_copy if copy is None else ref(copy)
+                self._copy = (lambda: None) if copy is None else ref(copy)
 
+    @override
     def __call__(self, features: Tensor) -> Tensor:
-        """Shape (..., in features) to (..., out features), either of them narrowed."""
         copy = self._copy()
         # A copy is a constant to autograd.
         if copy is None or (torch.is_grad_enabled() and self.linear.parameter.requires_grad):
@@ -190,10 +156,6 @@ class KeptProduct:
         return total.to(kind).reshape(*features.shape[:-1], -1)
 
 
-def _no_copy() -> None:
-    """Stands for a reference to nothing."""
-
-
 @dataclass(frozen=True, eq=False)
 class _Copy:
     """Kept features copied together.
@@ -217,10 +179,7 @@ class Copies:
 
     A plan computes with runs when it runs for the first time. A copy is used as long as its weight
     is the same tensor, in the same place, and no operation of PyTorch wrote to it; what writes past
-    PyTorch (numpy, ``.data``) is not seen.
-
-    Args:
-        limit_bytes: bound on the copies held. One that is larger by itself is never made.
+    PyTorch (numpy, ``.data``) is not seen. All copies together keep within `limit_bytes`.
     """
 
     # Of how many lanes it is remembered that they ran.

@@ -11,12 +11,13 @@ from typing import Any, Protocol
 from torch import nn
 
 from planner.ir.errors import InputError
+from planner.ir.intervals import count_of
 from planner.models.running.attention_blocks import AttentionBlock, probe
 from planner.models.running.bindings import BoundLayer, BoundSite
 from planner.models.running.forward_pass import Call, Passes
 from planner.models.running.layers import AttentionForward, LayerForward, Setup
 from planner.models.running.patches import ConfigView, Patches, Shadow
-from planner.models.running.products import BlockForward, Compute, Products, Refreshed
+from planner.models.running.products import BlockForward, Product, Products
 from planner.models.running.program import LayerGroup, LayerProgram, Program
 from planner.models.running.recording import recording
 from planner.models.running.session import Session
@@ -46,7 +47,7 @@ class Ready:
         self.passes = Passes(program, stages)
         self.shadows: list[tuple[nn.Module, Shadow]] = []
         self.attributes: list[tuple[nn.Module, str, Any]] = []
-        self.products: list[Refreshed] = []
+        self.products: list[Product] = []
         self._patches = Patches()
 
     @property
@@ -222,9 +223,7 @@ class Preparing:
             for linear in () if site is None else site.linears:
                 product = self.products.linear(linear, None)
                 if product is not None:
-                    forward = BlockForward(narrows=False)
-                    forward.active = product
-                    ready.shadows.append((linear.module, forward))
+                    ready.shadows.append((linear.module, BlockForward(False, product)))
 
     def _setups(self, layer: LayerProgram, ready: Ready) -> tuple[Setup, ...]:
         """How the layer runs for each of its groups; what that takes is noted to be shadowed."""
@@ -252,14 +251,14 @@ class Preparing:
 
     def _forwards(
         self, site: BoundSite | None, kept: list[Any], ready: Ready
-    ) -> list[tuple[BlockForward, list[Compute | None]]]:
+    ) -> list[tuple[BlockForward, list[Product | None]]]:
         """What stands in for modules of a site, and computes what by group.
 
         `kept`: lanes by group; None for all of them.
         """
         if site is None or site.obstacle:
             return []
-        asked: list[tuple[nn.Module, list[Compute | None]]] = []
+        asked: list[tuple[nn.Module, list[Product | None]]] = []
         if site.site.kind == "mlp":
             with self.runs.alone():
                 whole = [self.products.mlp(site, lanes) for lanes in kept]
@@ -274,22 +273,19 @@ class Preparing:
             if any(product is not None for product in active):
                 forward = BlockForward(narrows=any(lanes is not None for lanes in kept))
                 ready.shadows.append((module, forward))
-                ready.products += [p for p in active if isinstance(p, Refreshed)]
+                ready.products += [product for product in active if product is not None]
                 forwards.append((forward, active))
         return forwards
 
     def _probed(self, site: BoundSite) -> AttentionBlock:
-        # Blocks of one class and one layout behave alike.
-        layout = tuple((linear.features, linear.binding.blocks) for linear in site.linears)
-        key = (type(site.module), site.site.lanes, layout)
-        if key not in self._attention:
+        if site.behaviour not in self._attention:
             width = int(self.session.graph.properties["hidden_size"])
             if self.runs.is_running:
                 raise InputError("a plan of a new kind was set in the middle of a pass")
             model: Any = self.session.model
             with self.runs.alone():
-                self._attention[key] = probe(model.get_decoder(), site, width)
-        return self._attention[key]
+                self._attention[site.behaviour] = probe(model.get_decoder(), site, width)
+        return self._attention[site.behaviour]
 
     def _attributes(
         self, program: LayerProgram, group: LayerGroup, block: AttentionBlock | None, passes: Passes
@@ -301,7 +297,7 @@ class Preparing:
         attributes: dict[str, Any] = {}
         replaced: dict[str, Any] = {}
         if block is not None:
-            kept = block.lanes if group.heads is None else sum(b - a for a, b in group.heads)
+            kept = block.lanes if group.heads is None else count_of(group.heads)
             attributes |= block.changes(kept, "module")
             replaced |= block.changes(kept, "config")
         function = self.products.attention(site)

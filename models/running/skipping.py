@@ -30,7 +30,7 @@ from planner.models.running.forward_pass import Call
 from planner.models.running.kernel_products import products_of
 from planner.models.running.layers import Setup
 from planner.models.running.pass_lock import PassLock
-from planner.models.running.products import Products, TorchProducts
+from planner.models.running.products import Products
 from planner.models.running.program import Program
 from planner.models.running.ready import Preparing, Ready
 from planner.models.running.session import Session, Setting, language_model
@@ -339,7 +339,7 @@ def session_on(
         raise InputError(f"this {type(model).__name__} holds no language model of transformers")
     session = Session.of(known) or Session(known, graph)
     if session.implementation is None:
-        session.implementation = Skipping(session, TorchProducts())
+        session.implementation = Skipping(session, Products())
     if not isinstance(session.implementation, Skipping):
         raise InputError(
             "torch.compile(..., backend='planner') has this model already: planner.budget sets its "

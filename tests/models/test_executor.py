@@ -16,7 +16,7 @@ from planner.ir.errors import InputError
 from planner.kernels.ops import kept_linear as products
 from planner.kernels.ops.kept_linear import ONEDNN
 from planner.models.running.kv_cache import kv_bytes
-from planner.models.running.products import TorchProducts
+from planner.models.running.products import Products
 from planner.models.running.skipping import obeying, session_on
 from planner.plan import TokenStage
 from planner.planning.pricing import Pricing
@@ -63,7 +63,7 @@ def test_detaching_restores_the_model(llava, fails):
     assert same_state(before, snapshot(family.model))
 
 
-class Products(TorchDispatchMode):
+class CountedProducts(TorchDispatchMode):
     """Counts the products that oneDNN computes."""
 
     def __init__(self):
@@ -86,7 +86,7 @@ def test_under_a_plan_all_linears_of_the_decoder_multiply_alike(llava, monkeypat
     layers = len(session.layers)
 
     def counted(plan):
-        with session.under(plan), Products() as found:
+        with session.under(plan), CountedProducts() as found:
             family.model(**inputs)
         return found.count
 
@@ -137,7 +137,7 @@ def test_runs_and_copies_agree_and_copies_stay_within_their_bytes(llava):
     plan = plan_of(graph, mlp=dict.fromkeys(range(4), (0, 2, 3, 6)), heads={1: (1,)})
     with session.under(plan):
         runs = family.model(**inputs).logits
-        products = TorchProducts(frozen_bytes=40_000)
+        products = Products(frozen_bytes=40_000)
         session.implementation.use(products)
         assert torch.equal(family.model(**inputs).logits, runs)
         assert products.copies.bytes == 0
@@ -149,7 +149,7 @@ def test_runs_and_copies_agree_and_copies_stay_within_their_bytes(llava):
         try:
             down.mul_(2)
             changed = family.model(**inputs).logits
-            session.implementation.use(TorchProducts())
+            session.implementation.use(Products())
             assert close(changed, family.model(**inputs).logits)
             assert not close(changed, runs)
         finally:
