@@ -59,16 +59,26 @@ def assert_same_run(actual, expected):
 @given(data=st.data())
 def test_narrowed_equals_masked(each_family, data):
     family, graph = each_family
-    # Small weights are multiplied as large ones are.
-    torch.set_num_threads(data.draw(st.sampled_from((1, 2))))
     plan = data.draw(plans(graph, family.image_tokens))
-    inputs = family.inputs(seed=data.draw(st.integers(0, 9)))
+    compare_runs(family, graph, plan, family.inputs(seed=data.draw(st.integers(0, 9))))
+
+
+def compare_runs(family, graph, plan, inputs, steps=STEPS):
+    """Narrowed against masked; small weights are multiplied as large ones are."""
     gates = Gates.of([plan], graph, uniform_gates(plan, inputs))
     with MaskedExecutor(family.model, graph).using(gates):
-        expected = generate(family.model, inputs)
+        expected = generate(family.model, inputs, steps)
     with mock.patch.object(products, "SMALL", 1), obeying(family.model, graph, plan):
-        actual = generate(family.model, inputs)
+        actual = generate(family.model, inputs, steps)
     assert_same_run(actual, expected)
+
+
+def test_two_threads_compute_as_one(qwen3, llava):
+    """Few runs: threads of processes that share cores wait for one another."""
+    torch.set_num_threads(2)
+    for family, graph in (qwen3, llava):
+        plan = plan_of(graph, layers_off=(0,), heads={1: (0,)}, mlp={1: (0, 2, 3), 2: ()})
+        compare_runs(family, graph, plan, family.inputs(seed=0), steps=3)
 
 
 @torch.no_grad()
