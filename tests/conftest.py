@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+# Without a network, whoever asks the hub waits for its retries.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import planner  # noqa: F401 - before the folder tests/planner can be mistaken for it
 
 # Makes ``from families import FAMILIES`` work in every folder of tests.
