@@ -70,11 +70,7 @@ def _array(contents: bytes) -> npt.NDArray[Any]:
     """One array, whose header is believed only where the bytes behind it bear it out."""
     stream = io.BytesIO(contents)
     version = np.lib.format.read_magic(stream)
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    shape, _, dtype = read[version](stream)
+    shape, _, dtype = _HEADERS[version](stream)
     stated = math.prod(shape) * dtype.itemsize
     if dtype.kind not in _KINDS or stated != len(contents) - stream.tell():
         raise ValueError("an array of another size or type than its header says")

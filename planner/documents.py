@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from planner.files import MEBIBYTE, read_text
 from planner.ir.errors import InputError
+
+T = TypeVar("T")
 
 _MOST_BYTES = 8 * MEBIBYTE
 _MOST_EVENTS = 100_000
@@ -48,14 +51,9 @@ def dump_yaml(document: Any) -> str:
 
 
 def parse_yaml(text: str, what: str) -> Any:
-    """Read one YAML document.
+    """Read one YAML document; InputError where it is none, or beyond the limits.
 
-    Args:
-        text: the document.
-        what: it is, for messages: ``the plan 'plan.yaml'``.
-
-    Raises:
-        InputError: it is not YAML, or beyond the limits.
+    `what`: it is, for messages: ``the plan 'plan.yaml'``.
     """
     try:
         _check_yaml(text, what)
@@ -83,14 +81,9 @@ def _check_yaml(text: str, what: str) -> None:
 
 
 def parse_json(text: str, what: str) -> Any:
-    """Read one JSON document.
+    """Read one JSON document; InputError where it is none, or beyond the limits.
 
-    Args:
-        text: the document.
-        what: it is, for messages: ``the config.json of 'llava'``.
-
-    Raises:
-        InputError: it is not JSON, or beyond the limits.
+    `what`: it is, for messages: ``the config.json of 'llava'``.
     """
     if sum(map(text.count, ",[{")) > _MOST_EVENTS:
         raise InputError(f"{what} has too many entries")
@@ -121,14 +114,9 @@ def _check_contents(document: Any, what: str) -> None:
 
 
 def read_yaml(path: Path, what: str) -> Any:
-    """Read a file of YAML.
+    """Read a file of YAML; InputError where it cannot be read, is none, or beyond the limits.
 
-    Args:
-        path: of the file.
-        what: it should be, for messages: ``plan``.
-
-    Raises:
-        InputError: it cannot be read, is not YAML, or is beyond the limits.
+    `what`: it should be, for messages: ``plan``.
     """
     return parse_yaml(read_text(path, what, _MOST_BYTES), f"the {what} '{path}'")
 
@@ -136,3 +124,31 @@ def read_yaml(path: Path, what: str) -> Any:
 def read_json(path: Path, what: str) -> Any:
     """Read a file of JSON; see `read_yaml`."""
     return parse_json(read_text(path, what, _MOST_BYTES), f"the {what} '{path}'")
+
+
+def check_format(document: Any, key: str, number: int, path: Path, what: str) -> None:
+    """Raise InputError unless a document of planner's own has a format that is read here.
+
+    Args:
+        document: of a file.
+        key: that the format stands under.
+        number: of the format.
+        path: of the file.
+        what: it should be: ``plan``.
+    """
+    if not isinstance(document, dict) or key not in document:
+        raise InputError(f"'{path}' is not a {what} of planner")
+    if document[key] != number:
+        raise InputError(
+            f"the {what} '{path}' has format {document[key]}, this planner reads {number}"
+        )
+
+
+def validated(schema: type[T], document: Any, what: str) -> T:
+    """A document as a pydantic model or dataclass; InputError names its first fault."""
+    try:
+        return TypeAdapter(schema).validate_python(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))[:80]
+        raise InputError(f"{what} is broken at {where}: {first['msg'].lower()}") from None

@@ -14,12 +14,11 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
-    ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
 )
 
-from planner.documents import dump_yaml, parse_yaml, read_yaml
+from planner.documents import check_format, dump_yaml, parse_yaml, read_yaml, validated
 from planner.files import write_text
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Site
@@ -32,7 +31,8 @@ FORMAT = 1
 class TokenStage:
     """Image tokens are reduced to `keep` (of `of`, per sample) before decoder layer `layer`.
 
-    `selector` names the rule that picks them, for example ``fastv``, ``prumerge+`` or ``uniform``.
+    `selector` names the rule that picks them, with or without its arguments
+    (`planner.planning.selectors`).
     """
 
     layer: int
@@ -40,30 +40,14 @@ class TokenStage:
     of: int
     selector: str = "uniform"
 
-    @property
-    def scores_by_attention(self) -> bool:
-        """Whether the rule scores tokens by a row of attention, which costs products of its own."""
-        return scores_by_attention(self.selector)
-
-
-def scores_by_attention(selector: str) -> bool:
-    """Whether a selector, given with or without its arguments, scores by a row of attention."""
-    return selector.partition(":")[0] == "fastv"
-
 
 @dataclass(frozen=True)
 class Kept:
-    """What a plan keeps of one site.
+    """What a plan keeps of one site."""
 
-    Attributes:
-        switches: that stay on, ascending.
-        of: into how many switches the plan divides the site.
-        lanes: that stay on: all of 8 are ``((0, 8),)``, none is ``()``.
-    """
-
-    switches: tuple[int, ...]
-    of: int
-    lanes: Intervals
+    switches: tuple[int, ...]  # that stay on, ascending
+    of: int  # into how many switches the plan divides the site
+    lanes: Intervals  # that stay on: all of 8 are ``((0, 8),)``, none is ``()``
 
     @property
     def count(self) -> int:
@@ -356,21 +340,10 @@ def save_plan(plan: Plan, path: Path) -> None:
 def load_plan(path: Path) -> Plan:
     """Read and validate a plan file; every fault is one sentence in an InputError."""
     document = read_yaml(Path(path), "plan")
-    if not isinstance(document, dict) or "planner_plan" not in document:
-        raise InputError(f"'{path}' is not a plan of planner")
-    if document["planner_plan"] != FORMAT:
-        raise InputError(
-            f"the plan '{path}' has format {document['planner_plan']}, this planner reads {FORMAT}"
-        )
+    check_format(document, "planner_plan", FORMAT, Path(path), "plan")
+    parsed = validated(_File, document, f"the plan '{path}'")
     try:
-        parsed = _File.model_validate(document)
         digest = _digest(document)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))[:80]
-        raise InputError(
-            f"the plan '{path}' is broken at {where}: {first['msg'].lower()}"
-        ) from None
     # Keys of several types in one mapping.
     except TypeError:
         raise InputError(f"the plan '{path}' is broken: a key is not text") from None

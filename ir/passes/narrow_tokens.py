@@ -27,10 +27,6 @@ class TokenStage(Protocol):
     def of(self) -> int:
         """Image tokens of a sample before any stage."""
 
-    @property
-    def scores_by_attention(self) -> bool:
-        """Whether tokens are scored by a row of attention, which costs a product of its own."""
-
 
 @dataclass(frozen=True)
 class NarrowTokens:
@@ -41,9 +37,12 @@ class NarrowTokens:
 
     Attributes:
         stages: in layer order, each keeping fewer tokens than the one before.
+        scored: layers of those whose tokens are scored by a row of attention, which costs a product
+            of its own.
     """
 
     stages: tuple[TokenStage, ...]
+    scored: frozenset[int] = frozenset()
     name: ClassVar[str] = "narrow-tokens"
 
     def apply(self, graph: Graph) -> Graph:
@@ -54,7 +53,7 @@ class NarrowTokens:
         """
         self._check(graph)
         for stage in self.stages:
-            graph = _narrow(graph, stage)
+            graph = _narrow(graph, stage, stage.layer in self.scored)
         return graph
 
     def _check(self, graph: Graph) -> None:
@@ -104,7 +103,7 @@ def _counts(operator: Operator) -> list[str]:
     return sorted(s for s in symbols if s.partition(".")[0] == "query")
 
 
-def _narrow(graph: Graph, stage: TokenStage) -> Graph:
+def _narrow(graph: Graph, stage: TokenStage, is_scored: bool) -> Graph:
     boundary = _boundary(graph, stage.layer)
     before, after = graph.operators[:boundary], graph.operators[boundary:]
     known = {operator.name: operator for operator in before if operator.part == "decoder"}
@@ -123,7 +122,7 @@ def _narrow(graph: Graph, stage: TokenStage) -> Graph:
         chosen = chosen.having(keep=stage.keep, of=stage.of)
         chosen = _renamed(replace(chosen, layer=stage.layer), names)
         # One choice serves all values that cross: it is scored once, where the first is gathered.
-        width = 0 if index else _score_width(stage, before)
+        width = _score_width(before) if is_scored and not index else 0
         selected.append(chosen.having(before=_tokens(operator), score_width=width))
     sources = {o.name: chosen.name for o, chosen in zip(crossing, selected, strict=True)}
     rest = [_renamed(o, names) if o.part == "decoder" else o for o in redirected(after, sources)]
@@ -135,10 +134,8 @@ def _tokens(operator: Operator) -> Dim:
     return next(d for d in operator.shape if any(s.startswith("query") for s in d.symbols))
 
 
-def _score_width(stage: TokenStage, before: Sequence[Operator]) -> int:
+def _score_width(before: Sequence[Operator]) -> int:
     """Query features that score the tokens: of the last attention that runs before the stage."""
-    if not stage.scores_by_attention:
-        return 0
     for operator in reversed(before):
         if operator.kind == "attention" and operator.part == "decoder":
             return operator.integer("heads") * operator.integer("head_dim")

@@ -9,9 +9,9 @@ from __future__ import annotations
 from hashlib import sha256
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from planner.documents import read_json
+from planner.documents import check_format, read_json, validated
 from planner.ir.errors import InputError
 from planner.kernels.triton.tiles import Product, Tile
 from planner.plan import load_plan, plan_digest
@@ -111,19 +111,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise InputError(f"there are no kernels in '{folder}': planner compile --target makes them")
     document = read_json(path, "manifest")
-    if not isinstance(document, dict) or "planner_kernels" not in document:
-        raise InputError(f"'{path}' is not a manifest of planner")
-    if document["planner_kernels"] != FORMAT:
-        raise InputError(
-            f"'{path}' has format {document['planner_kernels']}, this planner reads {FORMAT}: "
-            "compile again"
-        )
-    try:
-        manifest = Manifest.model_validate(document)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise InputError(f"'{path}' is broken at {where}: {first['msg'].lower()}") from None
+    check_format(document, "planner_kernels", FORMAT, path, "manifest")
+    manifest = validated(Manifest, document, f"'{path}'")
     _check_files(manifest, home)
     plan = folder / "plan.yaml"
     if plan.exists() and plan_digest(load_plan(plan)) != manifest.plan:

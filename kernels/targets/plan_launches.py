@@ -19,7 +19,6 @@ from planner.ir.cost.workload import Workload
 from planner.ir.dims import Dim
 from planner.ir.graph import Binding, Graph, Operator, Site
 from planner.ir.intervals import Intervals, merged
-from planner.ir.passes import NarrowTokens, Specialise, run
 from planner.kernels.mlp_blocks import MLPBlock, NotFusable, mlp_block, unit_width
 from planner.kernels.ops.attend import Attend
 from planner.kernels.ops.choose_tokens import ChooseTokens
@@ -31,6 +30,7 @@ from planner.kernels.survivors import Survivors, neuron_width
 from planner.kernels.triton.launch import Launch, recorded
 from planner.kernels.triton.tiles import Target
 from planner.plan import Plan
+from planner.planning.compiler import specialised
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class _Lister:
 
     def __init__(self, graph: Graph, plan: Plan, dtype: torch.dtype, any_plan: bool) -> None:
         self.plan, self.dtype, self.any_plan = plan, dtype, any_plan
-        self.narrow = run(graph, (Specialise(plan), NarrowTokens(plan.tokens)))
+        self.narrow = specialised(graph, plan)
         self.base = {o.module: o for o in graph if o.kind == "linear"}
         self.bound: dict[str, tuple[Site, Binding]] = {}
         self.fused: dict[str, tuple[Site, MLPBlock]] = {}

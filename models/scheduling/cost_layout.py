@@ -143,7 +143,7 @@ class CostSwitches(Layout):
         """
         lower = upper_half(self.graph)[0]
         pricing = self.pricing
-        everything = Budget((Limit(self.metric, fraction=Fraction(1)),))
+        everything = Budget((Limit(self.metric, Fraction(1), of_base=True),))
         problem = pricing.problem(everything, uniform(pricing.graph, pricing.work()))
         layers = [
             # Always on, sites and all.
@@ -189,8 +189,7 @@ class CostSwitches(Layout):
             base = int(self.problem.limits[0])
             raise Infeasible(
                 f"{budget.limits[0]} is less than the layers that always run take, "
-                f"{math.ceil(self.always / base * 1e4) / 1e4} of the base model's {self.metric}",
-                {self.metric: self.always},
+                f"{math.ceil(self.always / base * 1e4) / 1e4} of the base model's {self.metric}"
             )
         return min(allowed, self.steps)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
 
-from planner.audit.report import Audit
+from planner.audit.report import BUDGET_COLUMNS, Audit
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
@@ -24,8 +24,6 @@ _INK, _WARM, _GREY = "#1f5fa8", "#d9822b", "#8a8a8a"
 # Most points of a scatter plot: more only make the file heavy.
 _POINTS = 4000
 
-Rows = Sequence[Sequence[str]]
-
 
 def page(found: Audit) -> str:
     """The audit as HTML; without matplotlib, the tables alone."""
@@ -37,12 +35,12 @@ def page(found: Audit) -> str:
         f"{escape(summary['source'])}. Utilities and losses are in nats per answer token.</p>",
         _totals(summary),
         "<h2>By budget</h2>",
-        _by_budget(summary["budgets"]),
+        _table(BUDGET_COLUMNS, found.budget_rows),
         _figure(_gap_plot, found),
         _dominated(summary["dominated"]),
     ]
-    if "surrogate" in summary:
-        parts += [_surrogate(summary["surrogate"]), _figure(_surrogate_plots, found)]
+    if summary.get("surrogate", {}).get("budgets"):
+        parts += [_surrogate(found), _figure(_surrogate_plots, found)]
     body = "\n".join(part for part in parts if part)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}'
@@ -50,98 +48,68 @@ def page(found: Audit) -> str:
     )
 
 
-def _table(headers: Sequence[str], rows: Rows) -> str:
-    head = "".join(f"<th>{escape(text)}</th>" for text in headers)
+def _table(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Records as a table: column -> how a record fills it."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     body = "\n".join(
-        "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in rows
+        f"<tr>{''.join(f'<td>{escape(form.format_map(row))}</td>' for form in columns.values())}"
+        "</tr>"
+        for row in rows
     )
     return f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
 
 
 def _totals(summary: dict[str, Any]) -> str:
-    gap, used = summary["gap"], summary["utilisation"]
-    rows = [
-        ["beyond their limit", str(summary["infeasible"])],
-        ["cost or limit not as priced", str(summary["priced_wrong"])],
-        ["limit used, mean (by the optimum)", f"{used['mean']:.2%} ({used['optimum']:.2%})"],
-        ["optimality gap, mean", f"{gap['mean']:.4%}"],
-        ["optimality gap, 95th percentile", f"{gap['p95']:.4%}"],
-        ["optimality gap, largest", f"{gap['max']:.4%}"],
-        ["labels that are optimal", f"{summary['optimal']:.2%}"],
-        ["labels that are dominated", f"{summary['dominated']['share']:.2%}"],
-        ["optima proven", f"{summary['proven']:.2%}"],
-        ["seconds per label", f"{summary['seconds_per_label']:.4f}"],
-    ]
+    """What the table by budget does not say."""
+    forms = {
+        "cost or limit not as priced": "{priced_wrong}",
+        "limit used by the optimum, mean": "{utilisation[optimum]:.2%}",
+        "labels that are dominated": "{dominated[share]:.2%}",
+        "seconds per label": "{seconds_per_label:.4f}",
+    }
     if "exact" in summary:
-        rows.append(["optima that CP-SAT contradicts", str(summary["exact"]["different"])])
-    return _table(["all labels", ""], rows)
-
-
-def _by_budget(budgets: Sequence[dict[str, Any]]) -> str:
-    rows = [
-        [
-            f"{row['budget']:g}",
-            str(row["labels"]),
-            str(row["infeasible"]),
-            f"{row['utilisation']['mean']:.2%}",
-            f"{row['gap']['mean']:.4%}",
-            f"{row['gap']['p95']:.4%}",
-            f"{row['gap']['max']:.4%}",
-            f"{row['optimal']:.2%}",
-        ]
-        for row in budgets
-    ]
-    headers = ["budget", "labels", "infeasible", "used", "gap", "95 %", "largest", "optimal"]
-    return _table(headers, rows)
+        forms["optima that CP-SAT contradicts"] = "{exact[different]}"
+    rows = [{"what": what, "figure": form.format_map(summary)} for what, form in forms.items()]
+    return _table({"all labels": "{what}", "": "{figure}"}, rows)
 
 
 def _dominated(dominated: dict[str, Any]) -> str:
     if not dominated["count"]:
         return "<h2>Dominated labels</h2>\n<p>None: no plan is worth more at no greater cost.</p>"
     rows = [
-        [
-            row["sample"],
-            f"{row['budget']:g}",
-            ", ".join(row["without"]) or "-",
-            ", ".join(row["with"]) or "-",
-            f"{row['utility'][0]:.5f} to {row['utility'][1]:.5f}",
-            f"{row['cost'][0]} to {row['cost'][1]}",
-        ]
+        {
+            **row,
+            "off": ", ".join(row["without"]) or "-",
+            "on": ", ".join(row["with"]) or "-",
+        }
         for row in dominated["examples"]
     ]
+    columns = {
+        "sample": "{sample}",
+        "budget": "{budget:g}",
+        "off": "{off}",
+        "on instead": "{on}",
+        "utility": "{utility[0]:.5f} to {utility[1]:.5f}",
+        "cost": "{cost[0]} to {cost[1]}",
+    }
     return (
         "<h2>Dominated labels</h2>\n"
         f"<p>{dominated['count']} labels ({dominated['share']:.2%}): another plan is worth more "
         "and costs no more. Those that lose most, with what the better plan leaves off and "
-        "switches on instead:</p>\n"
-        + _table(["sample", "budget", "off", "on instead", "utility", "cost"], rows)
+        f"switches on instead:</p>\n{_table(columns, rows)}"
     )
 
 
-def _surrogate(surrogate: dict[str, Any]) -> str:
-    rows = [
-        [
-            f"{row['budget']:g}",
-            str(row["plans"]),
-            f"{row['rank_additive']:.3f}",
-            f"{row['rank_pairwise']:.3f}",
-            f"{row['error_additive']:.4f}",
-            f"{row['error_pairwise']:.4f}",
-            *(f"{value:.4f}" for value in row["regret"].values()),
-        ]
-        for row in surrogate["budgets"]
-    ]
-    if not rows:
-        return ""
-    deciders = [f"regret: {who}" for who in surrogate["budgets"][0]["regret"]]
-    headers = ["budget", "plans", "rank, additive", "rank, pairwise", "error, additive"]
+def _surrogate(found: Audit) -> str:
+    surrogate = found.summary["surrogate"]
     return (
         "<h2>The surrogate against the true loss</h2>\n"
         f"<p>On {surrogate['samples']} samples every plan was run. Rank correlation (Spearman) and "
         "mean error compare predicted and true change of the loss over the plans that fill the "
-        "budget; regret is the true loss of what was decided less that of the best plan within the "
-        "budget. Static is the one plan that is best for these samples together.</p>\n"
-        + _table([*headers, "error, pairwise", *deciders], rows)
+        "budget. The other columns are regret, by who decides: the true loss of what was decided "
+        "less that of the best plan within the budget. Static is the one plan that is best for "
+        "these samples together.</p>\n"
+        f"{_table(found.surrogate_columns, surrogate['budgets'])}"
     )
 
 
@@ -154,15 +122,14 @@ def _figure(draw: Any, found: Audit) -> str:
         return ""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     FigureCanvasSVG(figure)
-    if not draw(figure, found):
-        return ""
+    draw(figure, found)
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata={"Date": None})
     text = stream.getvalue()
     return text[text.index("<svg") :]
 
 
-def _gap_plot(figure: Any, found: Audit) -> bool:
+def _gap_plot(figure: Any, found: Audit) -> None:
     gaps, used = figure.subplots(1, 2)
     for index, budget in enumerate(sorted(set(found.labels.budgets.tolist()))):
         here = [v for v, b in zip(found.verdicts, found.labels.budgets.tolist()) if b == budget]
@@ -177,13 +144,10 @@ def _gap_plot(figure: Any, found: Audit) -> bool:
     used.hist(shares, bins=np.linspace(0, max([1.0, *shares]), 41), color=_INK)
     used.axvline(1, color=_WARM, linewidth=1)
     used.set(xlabel="cost over limit", ylabel="labels")
-    return True
 
 
-def _surrogate_plots(figure: Any, found: Audit) -> bool:
+def _surrogate_plots(figure: Any, found: Audit) -> None:
     rows = found.summary["surrogate"]["budgets"]
-    if not rows:
-        return False
     scatter, bars = figure.subplots(1, 2)
     true = np.concatenate([s.losses for s in found.surrogates])
     every = -(-len(true) // _POINTS)
@@ -204,4 +168,3 @@ def _surrogate_plots(figure: Any, found: Audit) -> bool:
     bars.set_xticks(range(len(rows)), [f"{row['budget']:g}" for row in rows])
     bars.set(xlabel="budget", ylabel="mean regret")
     bars.legend(fontsize="small")
-    return True

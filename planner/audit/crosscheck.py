@@ -12,13 +12,9 @@ UNIT = 2.0**-40
 
 
 def best_utility(problem: Problem) -> float:
-    """Utility of the best choice, but for rounding to `UNIT`.
+    """Utility of the best choice, but for rounding to `UNIT`, where there is one token option.
 
-    Args:
-        problem: with one token option.
-
-    Raises:
-        PlannerError: CP-SAT did not prove an optimum.
+    Raises PlannerError where CP-SAT proves no optimum.
     """
     model = cp_model.CpModel()
     worth: list[tuple[cp_model.IntVar, float]] = []

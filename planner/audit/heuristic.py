@@ -19,11 +19,8 @@ def worth(utilities: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     off together mostly do harm, so leaving them off beyond need makes plans worse (docs/audit.md
     has figures). Here they are worth a little: a plan uses its whole limit, those switches last.
 
-    Args:
-        utilities: shape (..., switches), of a sample each.
-
-    Returns:
-        The same shape: nearly max(utilities, 0), a softplus.
+    `utilities`: of a sample each, shape (..., switches). The result is a softplus, nearly
+    max(utilities, 0).
     """
     size = np.abs(utilities).mean(axis=-1, keepdims=True)
     softness = np.where(size > 1e-300, _SOFTNESS * size, 1.0)
@@ -32,18 +29,10 @@ def worth(utilities: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def decide(problem: Problem) -> Flags:
-    """Take switches by utility per cost while they fit.
+    """Take switches by utility per cost while they fit; Infeasible where none do.
 
-    A layer with sites ranks as high as the best switch in it.
-
-    Args:
-        problem: with one metric and one token option.
-
-    Returns:
-        Shape (switches,), in the order of `planner.solver.problem.Flags`.
-
-    Raises:
-        Infeasible: if no choice respects the limit.
+    A layer with sites ranks as high as the best switch in it. `problem` has one metric and one
+    token option.
     """
     sites = {site.name: _per_cost(site) for site in problem.sites}
     layers = np.array([_layer_score(layer, sites) for layer in problem.layers])

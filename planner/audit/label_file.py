@@ -45,31 +45,20 @@ Floats = npt.NDArray[np.float64]
 class Terms:
     """What labels of a file have in common.
 
-    Attributes:
-        model: what the user called it.
-        fingerprint: of its Graph.
-        switches: ``adallava-l``, counted as in the paper, or some of layers, heads and mlp joined
-            by commas, priced in FLOPs of the prefill.
-        source: what made the plans, ``heuristic`` or the scheduler's name.
-        image_tokens: of the workload that costs are of.
-        text_tokens: of the same.
-        mlp_groups: groups an MLP is divided into; None for the usual number.
+    `switches` are ``adallava-l``, counted as in the paper, or some of layers, heads and mlp joined
+    by commas, priced in FLOPs of the prefill of so many tokens.
     """
 
-    model: str
-    fingerprint: str
+    model: str  # what the user called it
+    fingerprint: str  # of its Graph
     switches: str
-    source: str
+    source: str  # what made the plans, ``heuristic`` or the scheduler's name
     image_tokens: int
     text_tokens: int
-    mlp_groups: int | None = None
+    mlp_groups: int | None = None  # groups an MLP is divided into; None for the usual number
 
     def problem(self, graph: Graph, budget: float) -> Problem:
-        """The problem that a budget poses; its utilities are no label's.
-
-        Args:
-            graph: of the model.
-            budget: fraction of the base model.
+        """The problem that a fraction of the base model poses; its utilities are no label's.
 
         Raises:
             InputError: the graph is another model's, or labels cannot be had for such switches.
@@ -95,29 +84,17 @@ class Terms:
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """All labels of a file.
-
-    Attributes:
-        terms: of all of them.
-        switches: names, see `planner.solver.problem.Problem.switch_names`.
-        samples: one per label.
-        budgets: shape (labels,).
-        utilities: shape (labels, switches).
-        plans: shape (labels, switches), bool.
-        costs: shape (labels,), int64.
-        limits: shape (labels,), int64.
-        losses: label -> shape (2 ^ switches,), where they were measured.
-    """
+    """All labels of a file."""
 
     terms: Terms
-    switches: tuple[str, ...]
-    samples: tuple[str, ...]
-    budgets: Floats
-    utilities: Floats
-    plans: npt.NDArray[np.bool_]
-    costs: npt.NDArray[np.int64]
-    limits: npt.NDArray[np.int64]
-    losses: dict[int, Floats]
+    switches: tuple[str, ...]  # names, see `planner.solver.problem.Problem.switch_names`
+    samples: tuple[str, ...]  # one per label
+    budgets: Floats  # (labels,)
+    utilities: Floats  # (labels, switches)
+    plans: npt.NDArray[np.bool_]  # (labels, switches)
+    costs: npt.NDArray[np.int64]  # (labels,)
+    limits: npt.NDArray[np.int64]  # (labels,)
+    losses: dict[int, Floats]  # label -> (2 ^ switches,), where they were measured
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -171,17 +148,12 @@ def write_labels(path: Path, labels: Labels) -> None:
 def read_labels(path: Path) -> Labels:
     """Read and check a file of labels; every fault is one sentence in an InputError."""
     arrow = require_arrow()
-    if not path.exists():
-        raise InputError(f"there is no file of labels '{path}'")
     contents = arrow.py_buffer(read_bytes(path, "file of labels", _MOST_BYTES))
     try:
         facts = arrow.parquet.read_metadata(arrow.BufferReader(contents))
         groups = [facts.row_group(number) for number in range(facts.num_row_groups)]
-        values = sum(
-            group.column(number).num_values
-            for group in groups
-            for number in range(group.num_columns)
-        )
+        columns = [g.column(number) for g in groups for number in range(g.num_columns)]
+        values = sum(column.num_values for column in columns)
         # A few bytes can stand for any number of equal values.
         if max(values, facts.num_rows) > _MOST_VALUES:
             raise InputError(f"the labels '{path}' have more than {_MOST_VALUES} values")
@@ -192,9 +164,8 @@ def read_labels(path: Path) -> Labels:
     missing = [name for name in _COLUMNS if name not in table.column_names]
     if missing:
         raise InputError(f"the labels '{path}' have no column '{missing[0]}'")
-    columns = {name: table.column(name).to_pylist() for name in _COLUMNS}
     try:
-        labels = _labels(header, columns)
+        labels = _labels(header, {name: table.column(name).to_pylist() for name in _COLUMNS})
     except (TypeError, ValueError, KeyError, OverflowError):
         raise InputError(
             f"the labels '{path}' are broken: a column is not as it should be"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from planner.audit.crosscheck import UNIT
-from planner.audit.label_file import Labels
+from planner.audit.label_file import Floats, Labels
 from planner.audit.surrogate import Surrogate, measure_surrogate
 from planner.audit.verdicts import Verdict, judge
 from planner.ir.graph import Graph
@@ -18,23 +18,48 @@ from planner.solver.problem import Flags
 
 #: Labels that are shown with the plan that dominates them.
 EXAMPLES = 10
+#: Tables of a summary: column -> how a row of ``budgets`` fills it.
+BUDGET_COLUMNS = {
+    "budget": "{budget}",
+    "labels": "{labels}",
+    "infeasible": "{infeasible}",
+    "used": "{utilisation[mean]:.2%}",
+    "gap": "{gap[mean]:.4%}",
+    "95 %": "{gap[p95]:.4%}",
+    "largest": "{gap[max]:.4%}",
+    "optimal": "{optimal:.2%}",
+    "proven": "{proven:.2%}",
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Audit:
-    """What an audit found.
-
-    Attributes:
-        labels: what was audited.
-        verdicts: one per label.
-        surrogates: one per label whose plans were all tried.
-        summary: the numbers; see docs/audit.md.
-    """
+    """What an audit found."""
 
     labels: Labels
-    verdicts: Sequence[Verdict]
-    surrogates: Sequence[Surrogate]
-    summary: dict[str, Any]
+    verdicts: Sequence[Verdict]  # one per label
+    surrogates: Sequence[Surrogate]  # one per label whose plans were all tried
+    summary: dict[str, Any]  # the numbers; see docs/audit.md
+
+    @property
+    def budget_rows(self) -> list[dict[str, Any]]:
+        """Figures of all labels, and by budget, for a table of `BUDGET_COLUMNS`."""
+        each = [{**row, "budget": f"{row['budget']:g}"} for row in self.summary["budgets"]]
+        return [{**self.summary, "budget": "all"}, *each]
+
+    @property
+    def surrogate_columns(self) -> dict[str, str]:
+        """Of a table of ``surrogate``: column -> how a row of its ``budgets`` fills it."""
+        deciders = self.summary["surrogate"]["budgets"][0]["regret"]
+        return {
+            "budget": "{budget:g}",
+            "plans": "{plans}",
+            "rank, additive": "{rank_additive:.3f}",
+            "rank, pairwise": "{rank_pairwise:.3f}",
+            "error, additive": "{error_additive:.4f}",
+            "error, pairwise": "{error_pairwise:.4f}",
+            **{who: f"{{regret[{who}]:.4f}}" for who in deciders},
+        }
 
 
 def audit(
@@ -76,8 +101,6 @@ def audit(
 
 def _figures(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     used = np.array([v.utilisation for v in verdicts])
-    gaps = np.array([v.gap for v in verdicts])
-    lost = np.array([v.lost for v in verdicts])
     return {
         "infeasible": sum(not v.feasible for v in verdicts),
         "priced_wrong": sum(not v.priced_right for v in verdicts),
@@ -86,19 +109,16 @@ def _figures(verdicts: Sequence[Verdict]) -> dict[str, Any]:
             "min": float(used.min()),
             "optimum": float(np.mean([v.best_utilisation for v in verdicts])),
         },
-        "gap": _spread(gaps),
-        "lost": _spread(lost),
+        "gap": _spread([v.gap for v in verdicts]),
+        "lost": _spread([v.lost for v in verdicts]),
         "optimal": float(np.mean([v.feasible and v.gap <= TOLERANCE for v in verdicts])),
         "proven": float(np.mean([v.proven for v in verdicts])),
     }
 
 
-def _spread(values: np.ndarray) -> dict[str, float]:
-    return {
-        "mean": float(values.mean()),
-        "p95": float(np.quantile(values, 0.95)),
-        "max": float(values.max()),
-    }
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    mean, p95 = float(np.mean(values)), float(np.quantile(values, 0.95))
+    return {"mean": mean, "p95": p95, "max": max(values)}
 
 
 def _dominated(labels: Labels, verdicts: Sequence[Verdict]) -> dict[str, Any]:
@@ -112,7 +132,8 @@ def _dominated(labels: Labels, verdicts: Sequence[Verdict]) -> dict[str, Any]:
             {
                 "sample": labels.samples[index],
                 "budget": float(labels.budgets[index]),
-                **_change(labels, labels.plans[index], verdict.dominating),
+                "without": _names(labels, labels.plans[index] & ~verdict.dominating),
+                "with": _names(labels, verdict.dominating & ~labels.plans[index]),
                 "utility": [verdict.utility, verdict.dominating_utility],
                 "cost": [verdict.cost, verdict.dominating_cost],
             }
@@ -120,12 +141,8 @@ def _dominated(labels: Labels, verdicts: Sequence[Verdict]) -> dict[str, Any]:
     return {"count": len(found), "share": len(found) / len(verdicts), "examples": examples}
 
 
-def _change(labels: Labels, label: Flags, better: Flags) -> dict[str, list[str]]:
-    """By which switches two plans differ."""
-    return {
-        "without": [n for n, a, b in zip(labels.switches, label, better) if a and not b],
-        "with": [n for n, a, b in zip(labels.switches, label, better) if b and not a],
-    }
+def _names(labels: Labels, flags: Flags) -> list[str]:
+    return [name for name, flag in zip(labels.switches, flags) if flag]
 
 
 def _exact(labels: Labels, verdicts: Sequence[Verdict]) -> dict[str, Any]:
@@ -150,16 +167,16 @@ def _surrogate(labels: Labels, surrogates: Sequence[Surrogate]) -> dict[str, Any
                 "plans": len(here[0].losses),
                 "rank_additive": _mean([s.rank_additive for s in here]),
                 "rank_pairwise": _mean([s.rank_pairwise for s in here]),
-                "error_additive": _mean(
-                    [float(np.abs(s.additive - s.losses).mean()) for s in here]
-                ),
-                "error_pairwise": _mean(
-                    [float(np.abs(s.pairwise - s.losses).mean()) for s in here]
-                ),
+                "error_additive": _mean([_error(s.additive, s.losses) for s in here]),
+                "error_pairwise": _mean([_error(s.pairwise, s.losses) for s in here]),
                 "regret": {who: _mean([s.regret[who] for s in here]) for who in here[0].regret},
             }
         )
     return {"samples": len({labels.samples[s.label] for s in surrogates}), "budgets": rows}
+
+
+def _error(predicted: Floats, true: Floats) -> float:
+    return float(np.abs(predicted - true).mean())
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -16,34 +16,22 @@ import numpy.typing as npt
 from scipy.stats import spearmanr
 
 from planner.audit.heuristic import decide, worth
-from planner.audit.label_file import Labels
+from planner.audit.label_file import Floats, Labels
 from planner.audit.verdicts import Verdict
 from planner.solver.problem import Flags, Problem
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
 class Surrogate:
-    """One label's problem, every plan of which was tried.
+    """One label's problem, every plan of which was tried."""
 
-    Attributes:
-        label: its number in the file.
-        losses: shape (plans,): change of the loss under the plans that fill the limit.
-        additive: shape (plans,): as predicted.
-        pairwise: shape (plans,): as predicted.
-        rank_additive: Spearman's correlation with the losses; NaN where all are alike.
-        rank_pairwise: the same.
-        regret: who decided -> regret, nats per answer token.
-    """
-
-    label: int
-    losses: Floats
-    additive: Floats
-    pairwise: Floats
-    rank_additive: float
+    label: int  # its number in the file
+    losses: Floats  # (plans,): change of the loss under the plans that fill the limit
+    additive: Floats  # (plans,): as predicted
+    pairwise: Floats  # (plans,): as predicted
+    rank_additive: float  # Spearman's correlation with the losses; NaN where all are alike
     rank_pairwise: float
-    regret: dict[str, float]
+    regret: dict[str, float]  # who decided -> nats per answer token
 
 
 def all_plans(switches: int) -> Flags:
@@ -56,9 +44,7 @@ def all_plans(switches: int) -> Flags:
 def predictions(losses: Floats, plans: Flags) -> tuple[Floats, Floats]:
     """(additive, pairwise) predictions for plans, from the losses without one and two switches.
 
-    Args:
-        losses: shape (2 ^ switches,), of all plans.
-        plans: shape (plans, switches).
+    `losses`: of all plans, shape (2 ^ switches,). `plans`: shape (plans, switches).
     """
     switches = plans.shape[1]
     full = (1 << switches) - 1

@@ -15,42 +15,28 @@ from planner.ir.graph import Graph
 from planner.solver import TOLERANCE, solve
 from planner.solver.problem import Choice, Flags, Problem
 
+# Of one solve.
+_SECONDS = 5.0
+
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """What an audit found of one label.
+    """What an audit found of one label."""
 
-    Attributes:
-        feasible: whether the plan keeps to the limit, by costs priced afresh.
-        priced_right: whether cost and limit in the file are those priced afresh.
-        utilisation: cost over limit; 1 for a limit of 0.
-        best_utilisation: of the optimum.
-        utility: of the plan.
-        optimum: utility of the best plan within the limit.
-        proven: whether the solver proved it.
-        best: the optimum's flags.
-        dominating: flags of a plan that is worth more and costs no more, if there is one.
-        cost: of the plan.
-        dominating_cost: of that plan.
-        dominating_utility: of that plan.
-        exact: utility of the optimum by `planner.audit.crosscheck`, where asked for.
-        seconds: what the audit of this label took.
-    """
-
-    feasible: bool
-    priced_right: bool
-    utilisation: float
-    best_utilisation: float
-    utility: float
-    optimum: float
-    proven: bool
-    best: Flags
-    dominating: Flags | None
+    feasible: bool  # whether the plan keeps to the limit, by costs priced afresh
+    priced_right: bool  # whether cost and limit in the file are those priced afresh
+    utilisation: float  # cost over limit; 1 for a limit of 0
+    best_utilisation: float  # of the optimum
+    utility: float  # of the plan
+    optimum: float  # utility of the best plan within the limit
+    proven: bool  # whether the solver proved it
+    best: Flags  # the optimum
+    dominating: Flags | None  # a plan that is worth more and costs no more, if there is one
     cost: int
     dominating_cost: int
     dominating_utility: float
-    exact: float | None
-    seconds: float
+    exact: float | None  # utility of the optimum by `planner.audit.crosscheck`, if asked for
+    seconds: float  # what the audit of this label took
 
     @property
     def lost(self) -> float:
@@ -69,7 +55,6 @@ def judge(
     graph: Graph,
     *,
     exact: bool = False,
-    time_limit_seconds: float = 5.0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Verdict]:
     """Solve every label's problem and compare.
@@ -78,7 +63,6 @@ def judge(
         labels: what to judge.
         graph: of their model; costs and limits are priced afresh from it.
         exact: solve each once more, with a plain CP-SAT model.
-        time_limit_seconds: of one solve.
         progress: called with the number of labels done, and of all.
 
     Raises:
@@ -90,22 +74,20 @@ def judge(
     for index, budget in enumerate(labels.budgets.tolist()):
         problem = problems[budget].with_utilities(worth(labels.utilities[index]))
         recorded = int(labels.costs[index]), int(labels.limits[index])
-        verdicts.append(_judge(problem, labels.plans[index], recorded, exact, time_limit_seconds))
+        verdicts.append(_judge(problem, labels.plans[index], recorded, exact))
         progress(index + 1, len(labels))
     return verdicts
 
 
-def _judge(
-    problem: Problem, flags: Flags, recorded: tuple[int, int], exact: bool, seconds: float
-) -> Verdict:
+def _judge(problem: Problem, flags: Flags, recorded: tuple[int, int], exact: bool) -> Verdict:
     begin = time.perf_counter()
     label = problem.choice_of(flags)
     cost, limit = int(problem.cost(label)[0]), int(problem.limits[0])
     feasible, utility = problem.is_feasible(label), problem.utility(label)
-    solution = solve(problem, time_limit_seconds=seconds, hint=label)
+    solution = solve(problem, time_limit_seconds=_SECONDS, hint=label)
     # What is best within the limit is not dominated; beyond it, nothing is compared.
     settled = not feasible or _equal(solution.utility, utility)
-    better = None if settled else _dominating(problem, label, cost, utility, seconds)
+    better = None if settled else _dominating(problem, label, cost, utility)
     used = solution.cost[problem.metrics[0]]
     return Verdict(
         feasible=feasible,
@@ -125,12 +107,10 @@ def _judge(
     )
 
 
-def _dominating(
-    problem: Problem, label: Choice, cost: int, utility: float, seconds: float
-) -> Choice | None:
+def _dominating(problem: Problem, label: Choice, cost: int, utility: float) -> Choice | None:
     """A plan that is worth more than the label, which is feasible, and costs no more."""
     tighter = replace(problem, limits=np.array([cost], dtype=np.int64))
-    found = solve(tighter, time_limit_seconds=seconds, hint=label)
+    found = solve(tighter, time_limit_seconds=_SECONDS, hint=label)
     return None if _equal(found.utility, utility) else found.choice
 
 

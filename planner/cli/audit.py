@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from planner.cli.command_options import TrustRemoteCode, command
-from planner.cli.console import Console, table
+from planner.cli.console import Console, print_records
+
+if TYPE_CHECKING:
+    from planner.audit.report import Audit
 
 
 @command()
@@ -50,22 +53,22 @@ def audit_command(
         write_text(output, page(found))
 
     def text() -> None:
-        _print_summary(found.summary, console.verbose)
+        _print_summary(found, console.verbose)
         if output is not None:
             print(f"wrote {output}")
 
     console.show({"file": str(labels), **found.summary}, text)
 
 
-def _print_summary(summary: dict[str, Any], verbose: bool) -> None:
+def _print_summary(found: Audit, verbose: bool) -> None:
+    from planner.audit.report import BUDGET_COLUMNS
+
+    summary = found.summary
     print(
         f"{summary['labels']} labels for {summary['model']} ({summary['samples']} samples, "
-        f"{summary['switches']}), plans from {summary['source']}"
+        f"{summary['switches']}), plans from {summary['source']}\n"
     )
-    print()
-    rows = [_row("all", summary), *(_row(f"{b['budget']:g}", b) for b in summary["budgets"])]
-    headers = ["budget", "labels", "infeasible", "used", "gap", "95 %", "largest", "optimal"]
-    table([*headers, "proven"], rows)
+    print_records(BUDGET_COLUMNS, found.budget_rows)
     print()
     if summary["priced_wrong"]:
         print(f"{summary['priced_wrong']} labels state another cost or limit than the cost model")
@@ -81,37 +84,10 @@ def _print_summary(summary: dict[str, Any], verbose: bool) -> None:
     if "exact" in summary:
         exact = summary["exact"]
         print(f"CP-SAT contradicts {exact['different']} of {exact['checked']} optima")
-    if summary.get("surrogate", {}).get("budgets"):
-        _print_surrogate(summary["surrogate"])
+    surrogate = summary.get("surrogate", {})
+    if surrogate.get("budgets"):
+        tried = surrogate["samples"]
+        print(f"\nevery plan tried on {tried} samples; regret in nats per answer token, by decider")
+        print_records(found.surrogate_columns, surrogate["budgets"])
+        print()
     print(f"{summary['seconds']:.1f} s, {1e3 * summary['seconds_per_label']:.1f} ms a label")
-
-
-def _row(name: str, figures: dict[str, Any]) -> list[str]:
-    gap = figures["gap"]
-    return [
-        name,
-        str(figures["labels"]),
-        str(figures["infeasible"]),
-        f"{figures['utilisation']['mean']:.2%}",
-        *(f"{gap[which]:.3%}" for which in ("mean", "p95", "max")),
-        f"{figures['optimal']:.1%}",
-        f"{figures['proven']:.1%}",
-    ]
-
-
-def _print_surrogate(surrogate: dict[str, Any]) -> None:
-    print()
-    print(f"every plan tried on {surrogate['samples']} samples; regret in nats per answer token")
-    deciders = list(surrogate["budgets"][0]["regret"])
-    rows = [
-        [
-            f"{row['budget']:g}",
-            str(row["plans"]),
-            f"{row['rank_additive']:.3f}",
-            f"{row['rank_pairwise']:.3f}",
-            *(f"{row['regret'][who]:.4f}" for who in deciders),
-        ]
-        for row in surrogate["budgets"]
-    ]
-    table(["budget", "plans", "rank, additive", "rank, pairwise", *deciders], rows)
-    print()

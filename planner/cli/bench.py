@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +14,7 @@ from planner.cli.command_options import (
     command,
     parse_fractions,
 )
-from planner.cli.console import Console, amount, table
+from planner.cli.console import Console, amount, print_records
 
 if TYPE_CHECKING:
     from planner.planning.compiler import Request
@@ -29,8 +28,8 @@ def bench_command(
     request: Request,
     console: Console,
     budgets: Budgets = "0.5,0.65,0.85,1",
-    decode: Annotated[int, typer.Option("--decode", help="Tokens to generate.")] = 32,
-    repeat: Annotated[int, typer.Option("--repeat", help="Interleaved rounds.")] = 7,
+    decode: Annotated[int, typer.Option("--decode", min=2, help="Tokens to generate.")] = 32,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Interleaved rounds.")] = 7,
     dtype: Dtype = "auto",
     device: Place = "cpu",
     kernels: KernelChoice = "auto",
@@ -41,14 +40,9 @@ def bench_command(
     from planner.loading import load_model, noise_image, prompt_inputs
 
     fractions = parse_fractions(budgets)
-    for name, value, least in (
-        ("decode", decode, 2),
-        ("repeat", repeat, 1),
-        ("batch", request.batch, 1),
-        ("text-tokens", request.text_tokens, 1),
-    ):
-        if value < least:
-            raise InputError(f"--{name} must be at least {least}")
+    for name, value in (("batch", request.batch), ("text-tokens", request.text_tokens)):
+        if value < 1:
+            raise InputError(f"--{name} must be at least 1")
     with console.status() as update:
         update("load")
         stock, processor, source = load_model(
@@ -70,11 +64,6 @@ def bench_command(
 _STEADY = 1.2
 
 
-def _ranged(value: float, ends: Sequence[float]) -> str:
-    """A median and its range."""
-    return f"{value:.3f} ({ends[0]:.2f}-{ends[1]:.2f})"
-
-
 def _print(report: dict[str, Any]) -> None:
     print(
         f"{report['image_tokens']} image + {report['text_tokens']} text tokens, batch "
@@ -90,20 +79,21 @@ def _print(report: dict[str, Any]) -> None:
             f"so this machine was busy: take the ratios with care, or more rounds (--repeat)"
         )
     rows = [
-        [
-            row["budget"],
-            f"{row['fraction']:.4f}",
-            amount(row["prefill_seconds"], "latency"),
-            _ranged(row["prefill_ratio"], row["prefill_range"]),
-            f"{row['realised_over_ideal']:.3f}",
-            f"{row['decode_tokens_per_second']:.1f}",
-            _ranged(row["decode_speedup"], row["decode_range"]),
-            amount(row["kv_bytes"], "bytes"),
-        ]
+        {
+            **row,
+            "prefill": amount(row["prefill_seconds"], "latency"),
+            "kv": amount(row["kv_bytes"], "bytes"),
+        }
         for row in report["rows"]
     ]
-    headers = [
-        "budget", "FLOPs", "prefill", "over base", "realised/ideal", "tokens/s", "decode speed-up",
-        "KV",
-    ]  # fmt: skip
-    table(headers, rows)
+    columns = {
+        "budget": "{budget}",
+        "FLOPs": "{fraction:.4f}",
+        "prefill": "{prefill}",
+        "over base": "{prefill_ratio:.3f} ({prefill_range[0]:.2f}-{prefill_range[1]:.2f})",
+        "realised/ideal": "{realised_over_ideal:.3f}",
+        "tokens/s": "{decode_tokens_per_second:.1f}",
+        "decode speed-up": "{decode_speedup:.3f} ({decode_range[0]:.2f}-{decode_range[1]:.2f})",
+        "KV": "{kv}",
+    }
+    print_records(columns, rows)

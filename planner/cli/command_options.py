@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 
@@ -94,6 +94,7 @@ Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or 
 KernelChoice = Annotated[
     str, typer.Option("--kernels", help="Who computes: triton, torch, or auto, the faster.")
 ]
+Split = Literal["train", "val", "test"]
 Place = Annotated[str, typer.Option("--on", help="Where to run: cpu, cuda.")]
 Scheduler = Annotated[
     str | None,

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from planner.cli.command_options import RequestOptions, Scheduler, command
-from planner.cli.console import Console, amount, say, table
+from planner.cli.console import Console, amount, print_records, say, table
 from planner.cli.kernels import (
     Autotune,
     IndexDriven,
     KernelDtype,
     Targets,
-    compile_kernels,
-    wanted_kernels,
+    kernel_builder,
 )
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def compile_command(
 
     if target and scheduler is not None:
         raise InputError("--target is not for --scheduler: index-driven kernels serve any plan")
-    wanted = wanted_kernels(request, target, dtype, index_driven, autotune)
+    build = kernel_builder(request, target, dtype, index_driven, autotune)
     level = debug_level()
     folder = output or Path("build") / Path(request.model.rstrip("/")).name
     if scheduler is not None:
@@ -61,12 +60,12 @@ def compile_command(
         compiled = compile_plan(request, update)
         for line in explain(compiled, level):
             say(line)
-        kernels = None
-        if wanted is not None:
-            kernels = compile_kernels(compiled, wanted, update)
+        manifest, files = None, None
+        if build is not None:
+            load = compiled.pricing.workload
+            manifest, files = build(compiled.graph, compiled.plan, load, progress=update)
         between = print_between_passes or level >= PASSES
-        path = write_outputs(compiled, folder, between, kernels[1] if kernels else None)
-    manifest = kernels[0] if kernels else None
+        path = write_outputs(compiled, folder, between, files)
 
     def text() -> None:
         _print_summary(compiled, path, console.verbose)
@@ -123,16 +122,11 @@ def _print_schedule(schedule: Schedule, path: Path) -> None:
 
 
 def write_outputs(
-    compiled: Compiled,
-    folder: Path,
-    between: bool = False,
-    kernels: Mapping[str, bytes] | None = None,
+    compiled: Compiled, folder: Path, between: bool, kernels: Mapping[str, bytes] | None
 ) -> Path:
     """Write plan.yaml and graph.txt (the narrowed graph, with costs); the plan's path.
 
     Args:
-        compiled: what to write.
-        folder: that exists.
         between: print the graph after every pass.
         kernels: files of the folder ``kernels``, which is replaced, or None to leave it alone.
     """
@@ -151,8 +145,7 @@ def write_outputs(
         cost = price(operator, graph, sizes, compiled.pricing.device)
         return f"{amount(cost.flops, 'flops')}, {amount(cost.bytes, 'bytes')}, {cost.bound}"
 
-    text = print_graph(graph, comment)
-    write_text(folder / "graph.txt", text)
+    write_text(folder / "graph.txt", print_graph(graph, comment))
     if kernels is not None:
         write_folder(folder / "kernels", kernels)
     path = folder / "plan.yaml"
@@ -168,15 +161,10 @@ def document(compiled: Compiled, path: Path, manifest: Manifest | None = None) -
         "plan": str(path),
         "model": plan.model,
         "cost": plan.cost,
-        "utilisation": min(plan.utilisation.values(), default=1.0)
-        if len(plan.utilisation) == 1
-        else max(plan.utilisation.values(), default=1.0),
+        "utilisation": max(plan.utilisation.values(), default=1.0),
         "utilisations": plan.utilisation,
-        "solver": {
-            "status": plan.solver["status"],
-            "gap": plan.solver["gap"],
-            "seconds": compiled.solution.seconds,
-        },
+        "solver": {name: plan.solver[name] for name in ("status", "gap")}
+        | {"seconds": compiled.solution.seconds},
         "kept": kept(compiled),
         "utilities": plan.provenance["utilities"],
         "notes": list(compiled.notes),
@@ -192,12 +180,9 @@ def kept(compiled: Compiled) -> dict[str, dict[str, int]]:
     for kind in ("heads", "mlp"):
         sites = graph.sites_of(kind)
         if sites:
-            counted[kind] = {
-                "kept": sum(len(plan.kept(site).switches) for site in sites),
-                "of": sum(site.switches for site in sites),
-            }
-    if compiled.pricing.workload.image_tokens:
-        of = compiled.pricing.workload.image_tokens
+            switches = sum(len(plan.kept(site).switches) for site in sites)
+            counted[kind] = {"kept": switches, "of": sum(site.switches for site in sites)}
+    if of := compiled.pricing.workload.image_tokens:
         counted["tokens"] = {"kept": plan.tokens[-1].keep if plan.tokens else of, "of": of}
     return counted
 
@@ -211,8 +196,7 @@ _LABELS = {
 
 
 def _print_summary(compiled: Compiled, path: Path, verbose: bool) -> None:
-    plan = compiled.plan
-    load = compiled.pricing.workload
+    plan, load = compiled.plan, compiled.pricing.workload
     budget = ", ".join(f"{metric} {limit}" for metric, limit in plan.budget.items())
     print(f"{plan.model} under {budget}")
     selector = compiled.pricing.switches.selector
@@ -234,11 +218,8 @@ def _print_summary(compiled: Compiled, path: Path, verbose: bool) -> None:
     for note in compiled.notes[: None if verbose else 3]:
         print(f"note: {note}")
     print()
-    rows = [
-        [_LABELS[kind], str(count["kept"]), str(count["of"])]
-        for kind, count in kept(compiled).items()
-    ]
-    table(["kept", "on", "of"], rows)
+    counted = [{"what": _LABELS[kind], **count} for kind, count in kept(compiled).items()]
+    print_records({"kept": "{what}", "on": "{kept}", "of": "{of}"}, counted)
     print()
     rows = [
         [

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -153,6 +153,14 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str = ""
     print("  ".join("-" * w for w in widths))
     for row in rows:
         print(line(row))
+
+
+def print_records(
+    columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]], title: str = ""
+) -> None:
+    """A table of records: column -> how a record fills it, such as ``{gap[mean]:.2%}``."""
+    cells = [[form.format_map(row) for form in columns.values()] for row in rows]
+    table(list(columns), cells, title)
 
 
 def _is_number(text: str) -> bool:

@@ -7,8 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.command_options import Budgets, Dtype, Place, Scheduler, command, parse_fractions
-from planner.cli.console import Console, table
+from planner.cli.command_options import (
+    Budgets,
+    Dtype,
+    Place,
+    Scheduler,
+    Split,
+    command,
+    parse_fractions,
+)
+from planner.cli.console import Console, print_records
 
 if TYPE_CHECKING:
     from planner.planning.compiler import Request
@@ -23,10 +31,10 @@ def eval_command(
     console: Console,
     budgets: Budgets = "1,0.85,0.6",
     scheduler: Scheduler = None,
-    samples: Annotated[int, typer.Option("--samples", help="Questions.")] = 300,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Questions.")] = 300,
     seed: Annotated[int, typer.Option("--seed", help="Which questions.")] = 0,
-    split: Annotated[str, typer.Option("--split", help="train, val or test.")] = "test",
-    batch: Annotated[int, typer.Option("--batch", help="Questions asked together.")] = 64,
+    split: Annotated[Split, typer.Option("--split", help="Of the scenes.")] = "test",
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Questions asked together.")] = 64,
     mask: Annotated[
         bool, typer.Option("--mask", help="Multiply by zero instead of skipping (scheduler only).")
     ] = False,
@@ -39,15 +47,10 @@ def eval_command(
     from planner.loading import load_model
     from planner.models.scheduling import compile_schedule, load_scheduled
     from planner.training.budget_accuracy import TEXT_TOKENS, UnderBudgets
-    from planner.training.data import SPLITS, SceneQuestions
+    from planner.training.data import SceneQuestions
 
     model, trust = request.model, request.trust_remote_code
     fractions = parse_fractions(budgets)
-    for name, value in (("samples", samples), ("batch", batch)):
-        if value < 1:
-            raise InputError(f"--{name} must be at least 1")
-    if split not in SPLITS:
-        raise InputError(f"unknown split '{split}': choose from {', '.join(SPLITS)}")
     if mask and scheduler is None:
         raise InputError("--mask is for a --scheduler")
     questions = SceneQuestions(split, samples, seed)
@@ -84,18 +87,13 @@ def eval_command(
 
 
 def _print(results: list[dict[str, Any]]) -> None:
-    families = list(results[0]["families"])
-    headers = ["budget", "FLOPs", "used", "accuracy", *families, "plans", "violations"]
-    rows = [
-        [
-            f"{result['budget']:g}",
-            f"{result['cost_fraction']:.3f}",
-            f"{result['utilisation']:.3f}",
-            f"{result['accuracy']:.3f}",
-            *(f"{result['families'][family]:.3f}" for family in families),
-            str(result["plans"]),
-            str(result["violations"]),
-        ]
-        for result in results
-    ]
-    table(headers, rows)
+    columns = {
+        "budget": "{budget:g}",
+        "FLOPs": "{cost_fraction:.3f}",
+        "used": "{utilisation:.3f}",
+        "accuracy": "{accuracy:.3f}",
+        **{family: f"{{families[{family}]:.3f}}" for family in results[0]["families"]},
+        "plans": "{plans}",
+        "violations": "{violations}",
+    }
+    print_records(columns, results)

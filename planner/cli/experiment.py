@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from planner.cli.command_options import command
-from planner.cli.console import Console, say, table
+from planner.cli.console import Console, print_records, say
 
 
 @command()
@@ -16,7 +16,9 @@ def experiment_command(
     console: Console,
     name: Annotated[str, typer.Argument(help="table1, table3, baselines or warm-start.")],
     seeds: Annotated[str, typer.Option("--seeds", help="Training runs, by commas.")] = "0,1,2",
-    samples: Annotated[int, typer.Option("--samples", help="Test questions per seed.")] = 600,
+    samples: Annotated[
+        int, typer.Option("--samples", min=1, help="Test questions per seed.")
+    ] = 600,
     work: Annotated[
         Path, typer.Option("--work", help="Where models and measured cells are kept.")
     ] = Path("build/experiments"),
@@ -39,8 +41,6 @@ def experiment_command(
         numbers = [int(part) for part in seeds.split(",")]
     except ValueError:
         raise InputError(f"--seeds '{seeds}' is not a list such as 0,1,2") from None
-    if samples < 1:
-        raise InputError("--samples must be at least 1")
     if name not in EXPERIMENTS:
         raise InputError(f"unknown experiment '{name}': choose from {', '.join(EXPERIMENTS)}")
     output_folder(work)
@@ -58,16 +58,13 @@ def experiment_command(
 
 
 def _print(results: dict[str, Any]) -> None:
-    headers = ["method", "tokens", "budget", "FLOPs", "accuracy", "spread"]
-    rows = [
-        [
-            row["method"],
-            row["tokens"] or "all",
-            f"{row['budget']:g}",
-            f"{row['cost_fraction']:.3f}",
-            f"{row['accuracy']:.3f}",
-            f"{row['accuracy_spread']:.3f}",
-        ]
-        for row in results["summary"]
-    ]
-    table(headers, rows, results["title"])
+    columns = {
+        "method": "{method}",
+        "tokens": "{tokens}",
+        "budget": "{budget:g}",
+        "FLOPs": "{cost_fraction:.3f}",
+        "accuracy": "{accuracy:.3f}",
+        "spread": "{accuracy_spread:.3f}",
+    }
+    rows = [{**row, "tokens": row["tokens"] or "all"} for row in results["summary"]]
+    print_records(columns, rows, results["title"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -26,9 +26,12 @@ def inspect_command(
     passes: Annotated[
         str, typer.Option("--passes", help="Passes to apply, such as drop-dead,fuse-projections.")
     ] = "",
-    by: Annotated[str, typer.Option("--by", help="Rows: operator, layer or kind.")] = "layer",
+    by: Annotated[
+        Literal["operator", "layer", "kind"], typer.Option("--by", help="What a row is of.")
+    ] = "layer",
     step: Annotated[
-        str, typer.Option("--step", help="What runs: prefill, or decode (the last token).")
+        Literal["prefill", "decode"],
+        typer.Option("--step", help="What runs: prefill, or decode (the last token)."),
     ] = "prefill",
     graph_text: Annotated[
         bool, typer.Option("--graph", help="Print the graph's text form instead.")
@@ -37,7 +40,6 @@ def inspect_command(
     """Show the cost of a model: FLOPs, bytes, roofline seconds, KV bytes, parameters."""
     from planner.ir.cost import price, total
     from planner.ir.cost.device_table import device as find_device
-    from planner.ir.errors import InputError
     from planner.ir.graph_text import print_graph
     from planner.ir.passes import find_passes, run
     from planner.plan import load_plan
@@ -45,10 +47,6 @@ def inspect_command(
     from planner.planning.compiler import DEFAULT_DEVICE, lowered_graph, specialised
     from planner.planning.figures import check_figures
 
-    if by not in ("operator", "layer", "kind"):
-        raise InputError(f"unknown --by '{by}': choose operator, layer or kind")
-    if step not in ("prefill", "decode"):
-        raise InputError(f"unknown --step '{step}': choose prefill or decode")
     chip = find_device(request.device or DEFAULT_DEVICE)
     loaded = load_plan(plan) if plan else None
     rewrites = find_passes(passes)
@@ -70,8 +68,12 @@ def inspect_command(
         "model": graph.name,
         "device": chip.name,
         "step": step,
-        "totals": _facts(whole),
-        "operators": [_row(operator, cost) for operator, cost in costs],
+        "totals": {name: getattr(whole, name) for name in _COSTS},
+        "operators": [
+            {name: getattr(operator, name) for name in ("name", "kind", "part", "layer")}
+            | {name: getattr(cost, name) for name in (*_COSTS, "bound")}
+            for operator, cost in costs
+        ],
     }
 
     def text() -> None:
@@ -79,55 +81,26 @@ def inspect_command(
             by_name = {operator.name: cost for operator, cost in costs}
             print(print_graph(graph, lambda o: amount(by_name[o.name].flops, "flops")), end="")
         else:
-            _print(graph.name, chip.name, step, costs, whole, by)
+            title = f"{graph.name}, {step}, modelled on {chip.name}"
+            _print(f"{title} (roofline: no overlap, no launch cost)", costs, whole, by)
 
     console.show(document, text)
 
 
-def _facts(cost: Cost) -> dict[str, Any]:
-    return {
-        "flops": cost.flops,
-        "bytes": cost.bytes,
-        "seconds": cost.seconds,
-        "kv_bytes": cost.kv_bytes,
-        "parameters": cost.parameters,
-    }
+# Fields of a `Cost` that are shown.
+_COSTS = ("flops", "bytes", "seconds", "kv_bytes", "parameters")
 
 
-def _row(operator: Operator, cost: Cost) -> dict[str, Any]:
-    return {
-        "name": operator.name,
-        "kind": operator.kind,
-        "part": operator.part,
-        "layer": operator.layer,
-        **_facts(cost),
-        "bound": cost.bound,
-    }
-
-
-def _print(
-    name: str,
-    device: str,
-    step: str,
-    costs: list[tuple[Operator, Cost]],
-    whole: Cost,
-    by: str,
-) -> None:
+def _print(title: str, costs: list[tuple[Operator, Cost]], whole: Cost, by: str) -> None:
     from planner.ir.cost import total
 
     groups: dict[str, list[Cost]] = {}
     for operator, cost in costs:
-        if by == "operator":
-            key = operator.name
-        elif by == "kind":
-            key = operator.kind
-        else:
-            layer = "" if operator.layer is None else f" {operator.layer}"
-            key = f"{operator.part}{layer}"
+        layer = "" if operator.layer is None else f" {operator.layer}"
+        key = {"operator": operator.name, "kind": operator.kind}.get(by, f"{operator.part}{layer}")
         groups.setdefault(key, []).append(cost)
     rows = []
-    for key, members in [*groups.items(), ("total", [whole])]:
-        cost = total(members) if key != "total" else whole
+    for key, cost in [*((key, total(some)) for key, some in groups.items()), ("total", whole)]:
         share = cost.seconds / whole.seconds if whole.seconds else 0.0
         rows.append(
             [
@@ -141,5 +114,4 @@ def _print(
                 cost.bound,
             ]
         )
-    title = f"{name}, {step}, modelled on {device} (roofline: no overlap, no launch cost)"
     table([by, "FLOPs", "moved", "time", "share", "KV", "parameters", "bound"], rows, title)

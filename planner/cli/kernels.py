@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,16 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from planner.cli.command_options import command
-from planner.cli.console import Console, amount, say, table
+from planner.cli.console import Console, amount, print_records, say
 
 if TYPE_CHECKING:
-    import torch
-
     from planner.kernels.choice import Kernels
     from planner.kernels.targets.loaded_kernels import Loaded
     from planner.kernels.targets.manifest import CompiledKernel, Manifest
-    from planner.kernels.triton.tiles import Target
-    from planner.planning.compiler import Compiled, Request
+    from planner.planning.compiler import Request
 
 Targets = Annotated[
     list[str] | None,
@@ -52,24 +49,14 @@ Autotune = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class WantedKernels:
-    """Kernels that ``planner compile`` is asked for; attributes as `build_kernels` takes them."""
-
-    targets: Mapping[str, Target]
-    dtype: torch.dtype
-    index_driven: bool
-    autotune: bool
-
-
-def wanted_kernels(
+def kernel_builder(
     request: Request,
     target: Sequence[str] | None,
     dtype: str,
     index_driven: bool,
     autotune: bool,
-) -> WantedKernels | None:
-    """What the options of ``planner compile`` ask for; None for no kernels.
+) -> Callable[..., tuple[Manifest, dict[str, bytes]]] | None:
+    """`build_kernels` as the options of ``planner compile`` ask for it; None for no kernels.
 
     Raises:
         InputError: a target or dtype is none of the kernels', options want a target, or there is no
@@ -96,7 +83,15 @@ def wanted_kernels(
         raise InputError(f"no kernel computes in {dtype}: choose float32, bfloat16 or float16")
     import torch
 
-    return WantedKernels(targets, getattr(torch, dtype), index_driven, autotune)
+    from planner.kernels.targets.build import build_kernels
+
+    return partial(
+        build_kernels,
+        targets=targets,
+        dtype=getattr(torch, dtype),
+        index_driven=index_driven,
+        autotune=autotune,
+    )
 
 
 def kernels_to_run(option: str, place: str) -> tuple[Kernels, Loaded | None]:
@@ -113,24 +108,6 @@ def kernels_to_run(option: str, place: str) -> tuple[Kernels, Loaded | None]:
     from planner.kernels.targets.loaded_kernels import load_kernels
 
     return chosen, load_kernels(Path(option), place)
-
-
-def compile_kernels(
-    compiled: Compiled, wanted: WantedKernels, update: Any
-) -> tuple[Manifest, dict[str, bytes]]:
-    """Generate and compile the kernels of a plan; nothing is written."""
-    from planner.kernels.targets.build import build_kernels
-
-    return build_kernels(
-        compiled.graph,
-        compiled.plan,
-        compiled.pricing.workload,
-        wanted.targets,
-        dtype=wanted.dtype,
-        index_driven=wanted.index_driven,
-        autotune=wanted.autotune,
-        progress=update,
-    )
 
 
 @command()
@@ -165,35 +142,28 @@ def _print_kernels(manifest: Manifest, rows: list[CompiledKernel], verbose: bool
     """Tables by target, and what each step would take."""
     kind = "any plan" if manifest.index_driven else f"plan {manifest.plan}"
     print(f"{manifest.model}, {kind}, {manifest.dtype}; triton {manifest.versions['triton']}")
+    columns = {
+        **{name: f"{{{name}}}" for name in ("kernel", "modules", "phase", "layers", "tokens")},
+        "registers": "{registers}",
+        "spilled": "{spill_bytes} B",
+        "shared": "{shared}",
+        "mma": "{mma}",
+        "wgmma": "{wgmma}",
+        "predicted": "{predicted}",
+        **({"warps": "{warps}", "tile": "{sizes}"} if verbose else {}),
+    }
     for target in dict.fromkeys(kernel.target for kernel in rows):
         print()
-        table(
-            ["kernel", "modules", "phase", "layers", *_MADE, *(["warps", "tile"] * verbose)],
-            [_cells(kernel, verbose) for kernel in rows if kernel.target == target],
-            title=target,
-        )
+        print_records(columns, [_cells(k) for k in rows if k.target == target], title=target)
     print()
     print("predicted by the cost model for one run of the kernel; nothing was timed")
     for sentence in manifest.left_out:
         say(f"no kernels: {sentence}")
 
 
-_MADE = ("tokens", "registers", "spilled", "shared", "mma", "wgmma", "predicted")
-
-
-def _cells(kernel: CompiledKernel, verbose: bool) -> list[str]:
-    sizes = "x".join(str(size) for size in kernel.tile.values())
-    return [
-        kernel.kernel,
-        kernel.modules,
-        kernel.phase,
-        kernel.layers,
-        str(kernel.tokens),
-        str(kernel.registers),
-        f"{kernel.spill_bytes} B",
-        amount(kernel.shared_bytes, "bytes"),
-        str(kernel.mma),
-        str(kernel.wgmma),
-        amount(kernel.predicted_us * 1e-6, "latency"),
-        *([str(kernel.warps), sizes] if verbose else []),
-    ]
+def _cells(kernel: CompiledKernel) -> dict[str, Any]:
+    return kernel.model_dump() | {
+        "shared": amount(kernel.shared_bytes, "bytes"),
+        "predicted": amount(kernel.predicted_us * 1e-6, "latency"),
+        "sizes": "x".join(str(size) for size in kernel.tile.values()),
+    }

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.command_options import Budgets, Dtype, Place, Scheduler, command, parse_fractions
+from planner.cli.command_options import (
+    Budgets,
+    Dtype,
+    Place,
+    Scheduler,
+    Split,
+    command,
+    parse_fractions,
+)
 from planner.cli.console import Console
 
 if TYPE_CHECKING:
@@ -31,11 +39,11 @@ def labels_command(
         typer.Option("--switches", help="adallava-l (counted), or some of layers,heads,mlp."),
     ] = "adallava-l",
     scheduler: Scheduler = None,
-    samples: Annotated[int, typer.Option("--samples", help="How many questions.")] = 256,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="How many questions.")] = 256,
     tried: Annotated[
         int,
         typer.Option(
-            "--try-all", help="Questions of which every plan's true loss is measured as well."
+            "--try-all", min=0, help="Questions of which every plan's true loss is measured too."
         ),
     ] = 0,
     images: Annotated[
@@ -45,9 +53,9 @@ def labels_command(
         Path | None,
         typer.Option("--prompts", help='JSON lines {"image", "prompt", "answer"} for --images.'),
     ] = None,
-    split: Annotated[str, typer.Option("--split", help="Of scenes: train, val, test.")] = "train",
+    split: Annotated[Split, typer.Option("--split", help="Of the scenes.")] = "train",
     seed: Annotated[int, typer.Option("--seed", help="Which questions.")] = 0,
-    batch: Annotated[int, typer.Option("--batch", help="Plans that run at once.")] = 16,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Plans that run at once.")] = 16,
     dtype: Dtype = "auto",
     device: Place = "cpu",
 ) -> None:
@@ -65,11 +73,6 @@ def labels_command(
 
     model, trust = request.model, request.trust_remote_code
     fractions = list(dict.fromkeys(parse_fractions(budgets)))
-    for name, value in (("samples", samples), ("batch", batch)):
-        if value < 1:
-            raise InputError(f"--{name} must be at least 1")
-    if tried < 0:
-        raise InputError("--try-all must be 0 or more")
     if output.suffix != ".parquet":
         raise InputError(f"the output '{output}' must be a .parquet file")
     if prompts is not None and images is None:

@@ -43,14 +43,11 @@ _QUANTITY = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """One limit: a fraction of the base model's cost, or an absolute amount.
-
-    Amounts are in FLOPs, seconds or bytes.
-    """
+    """One limit: a fraction of the base model's cost, or an amount of FLOPs, seconds or bytes."""
 
     metric: str
-    fraction: Fraction | None = None
-    amount: Fraction | None = None
+    value: Fraction
+    of_base: bool
 
     @staticmethod
     def parse(text: str) -> Limit:
@@ -73,24 +70,21 @@ class Limit:
                 f"give a fraction such as 0.65 or a number with one of {known}"
             )
         value, unit = Fraction(match[1]), match[2]
-        percent = unit == "%"
         absolute = unit not in ("", "%") or (
             equals and metric == "flops" and value >= _FEWEST_FLOPS
         )
         if absolute and 0 < value * units[unit] < _BEYOND:
-            return Limit(metric, amount=value * units[unit])
-        if percent:
+            return Limit(metric, value * units[unit], of_base=False)
+        if unit == "%":
             value /= 100
         if absolute or not 0 < value <= 1:
             raise InputError(
                 f"budget '{text:.80}' must be more than 0 and at most 1 of the base model"
             )
-        return Limit(metric, fraction=value)
+        return Limit(metric, value, of_base=True)
 
     def __str__(self) -> str:
-        value = self.fraction if self.fraction is not None else self.amount
-        assert value is not None
-        return f"{self.metric}={float(value):.12g}"
+        return f"{self.metric}={float(self.value):.12g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +107,7 @@ class Budget:
                 raise InputError(
                     f"budget '{_said(value)}' must be more than 0 and at most 1 of the base model"
                 )
-            return Budget((Limit("flops", fraction=Fraction(str(value))),))
+            return Budget((Limit("flops", Fraction(str(value)), of_base=True),))
         if isinstance(value, str):
             value = [value]
         if not isinstance(value, Sequence) or not value:
@@ -127,13 +121,11 @@ class Budget:
 
     def describe(self) -> dict[str, str]:
         """Metric -> limit as text, for plans and messages."""
-        described = {}
-        for limit in self.limits:
-            value = limit.fraction if limit.fraction is not None else limit.amount
-            assert value is not None
-            kind = "of base" if limit.fraction is not None else _BASE_UNITS[limit.metric]
-            described[limit.metric] = f"{float(value):.12g} {kind}"
-        return described
+        return {
+            limit.metric: f"{float(limit.value):.12g} "
+            + ("of base" if limit.of_base else _BASE_UNITS[limit.metric])
+            for limit in self.limits
+        }
 
 
 def _said(value: Any) -> str:

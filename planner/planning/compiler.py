@@ -16,12 +16,14 @@ from planner.ir.cost.device_table import device as find_device
 from planner.ir.cost.workload import DEFAULT_NEW_TOKENS, DEFAULT_TEXT_TOKENS
 from planner.ir.errors import InputError, PlannerError
 from planner.ir.graph import Graph
+from planner.ir.passes import NarrowTokens, Specialise, run
 from planner.plan import Plan, TokenStage
 from planner.planning.budgets import Budget
 from planner.planning.catalog import Source, find_model
 from planner.planning.config_sizes import head_counts
 from planner.planning.graph_cache import cached_graph
 from planner.planning.pricing import COUNTED, Pricing, compared
+from planner.planning.selectors import scores_by_attention
 from planner.planning.switches import SwitchSet, with_switches
 from planner.planning.unit_counting import faithful_problem, unfold
 from planner.planning.utilities import Utilities, load_utilities, prior, uniform
@@ -302,7 +304,11 @@ def specialised(
     What the stock model computes and never reads (CLIP's last layer in LLaVA) still runs, so dead
     operators stay.
     """
-    from planner.ir.passes import NarrowTokens, Specialise, run
-
     plan.check(graph)
-    return run(graph, (Specialise(plan), NarrowTokens(plan.tokens)), print_between)
+    return run(graph, (Specialise(plan), narrowing(plan.tokens)), print_between)
+
+
+def narrowing(stages: tuple[TokenStage, ...]) -> NarrowTokens:
+    """The pass that drops tokens at these stages."""
+    scored = frozenset(s.layer for s in stages if scores_by_attention(s.selector))
+    return NarrowTokens(stages, scored)

@@ -21,9 +21,9 @@ from planner.ir.dims import Dim
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator, Site
 from planner.ir.structure import narrowed
-from planner.plan import Plan, scores_by_attention
+from planner.plan import Plan
 from planner.planning.budgets import Budget
-from planner.planning.selectors import Sizes, VisionSelector
+from planner.planning.selectors import Sizes, VisionSelector, scores_by_attention
 from planner.planning.switches import SwitchSet
 from planner.planning.utilities import Utilities
 from planner.solver.problem import COST_CEILING, LayerChoices, Problem, SiteChoices, TokenOption
@@ -355,13 +355,9 @@ class Pricing:
         limits = {}
         for limit in budget.limits:
             scale = COUNTED[limit.metric]
-            if limit.amount is not None:
-                # No plan costs more, and tables are of 64 bits.
-                limits[limit.metric] = min(math.floor(limit.amount * scale), COST_CEILING)
-            else:
-                assert limit.fraction is not None
-                base = round(self.base[limit.metric] * scale)
-                limits[limit.metric] = math.floor(limit.fraction * base)
+            of = round(self.base[limit.metric] * scale) if limit.of_base else scale
+            # No plan costs more, and tables are of 64 bits.
+            limits[limit.metric] = min(math.floor(limit.value * of), COST_CEILING)
         return limits
 
     def problem(self, budget: Budget, utilities: Utilities) -> Problem:

@@ -39,12 +39,12 @@ def unit_count(layers: int, fraction: Fraction, per_layer: int = 1) -> int:
 
 def counted_fraction(budget: Budget, name: str) -> Fraction:
     """The one fraction that a counting switch set can keep to; InputError for any other budget."""
-    limits = budget.limits
-    if len(limits) != 1 or limits[0].metric != "flops" or limits[0].fraction is None:
+    first, *others = budget.limits
+    if others or first.metric != "flops" or not first.of_base:
         raise InputError(
             f"--switches {name} counts units: give one fraction, such as --budget 0.65"
         )
-    return limits[0].fraction
+    return first.value
 
 
 def faithful_problem(graph: Graph, budget: Budget, utilities: Utilities, name: str) -> Problem:

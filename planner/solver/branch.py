@@ -34,12 +34,10 @@ _ROUNDING = 4
 
 @dataclass(frozen=True)
 class Scale:
-    """The power of two that turns utilities into integers.
+    """The power of two that turns utilities into integers: round(utility * 2^exponent).
 
-    Attributes:
-        exponent: integer utility = round(utility * 2^exponent).
-        slack: largest difference, in integer units, between the rounded and the exact utility of
-            any choice; 0 where every utility is a whole number of units.
+    `slack` is the largest difference, in integer units, between the rounded and the exact utility
+    of any choice; 0 where every utility is a whole number of units.
     """
 
     exponent: int
@@ -47,10 +45,9 @@ class Scale:
 
     @staticmethod
     def of(problem: Problem) -> Scale:
-        """The finest scale at which all utilities of a problem together stay below 2^52.
+        """The finest scale at which all utilities together stay below 2^52.
 
-        Args:
-            problem: as `within_reach` leaves it.
+        `problem`: as `within_reach` leaves it.
         """
         layers = np.array([layer.utility for layer in problem.layers], dtype=np.float64)
         summed = np.concatenate([layers, *(site.utilities for site in problem.sites)])
@@ -76,44 +73,26 @@ class Scale:
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """A choice in one branch, by counts.
+    """A choice in one branch, by counts."""
 
-    Attributes:
-        on: shape (layers,).
-        counts: shape (sites,): switches kept; 0 in layers that are off.
-        utility: in integer units.
-        cost: shape (metrics,): what it takes of the branch's `room`.
-    """
-
-    on: Flags
-    counts: Ints
-    utility: int
-    cost: Costs
+    on: Flags  # (layers,)
+    counts: Ints  # (sites,): switches kept; 0 in layers that are off
+    utility: int  # in integer units
+    cost: Costs  # (metrics,): what it takes of the branch's `room`
 
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """One token option: layers with their chains, and the room that is left for them.
+    """One token option: layers with their chains, and the room that is left for them."""
 
-    Attributes:
-        utility: of the token option, in integer units.
-        room: shape (metrics,): limits less the token option's cost; negative if it does not fit.
-        optional: shape (layers,): whether a layer may be off.
-        layer_utility: shape (layers,).
-        layer_cost: shape (metrics, layers).
-        site_layer: shape (sites,): the layer of each site.
-        gain: shape (sites, most switches + 1): utility of the best n switches, or `FORBIDDEN`.
-        cost: shape (metrics, sites, most switches + 1); past a site's last switch it stays.
-    """
-
-    utility: int
-    room: Costs
-    optional: Flags
-    layer_utility: Ints
-    layer_cost: Costs
-    site_layer: npt.NDArray[np.intp]
-    gain: Ints
-    cost: Costs
+    utility: int  # of the token option, in integer units
+    room: Costs  # (metrics,): limits less the token option's cost; negative if it does not fit
+    optional: Flags  # (layers,): whether a layer may be off
+    layer_utility: Ints  # (layers,)
+    layer_cost: Costs  # (metrics, layers)
+    site_layer: npt.NDArray[np.intp]  # (sites,): the layer of each site
+    gain: Ints  # (sites, most switches + 1): utility of the best n switches, or `FORBIDDEN`
+    cost: Costs  # (metrics, sites, most switches + 1); past a site's last switch it stays
 
     @property
     def layers(self) -> int:
@@ -154,14 +133,7 @@ class Branch:
         return np.asarray(total + self.cost.max(axis=2).sum(axis=1))
 
     def layer_totals(self, counts: Ints) -> tuple[Ints, Costs]:
-        """Utility and cost of each layer with its sites at given counts.
-
-        Args:
-            counts: shape (sites,).
-
-        Returns:
-            Shapes (layers,) and (metrics, layers).
-        """
+        """Utility, shape (layers,), and cost, (metrics, layers), with sites at given counts."""
         utility, cost = self.layer_utility.copy(), self.layer_cost.T.copy()
         np.add.at(utility, self.site_layer, self.gain[self.site_index, counts])
         np.add.at(cost, self.site_layer, self.cost[:, self.site_index, counts].T)
@@ -185,9 +157,7 @@ class Branch:
 
         A roofline rounded to whole nanoseconds has steps of 6452 and 6453 in any order, which hides
         that they are interchangeable. No cost is raised, so what fits this branch fits the other.
-
-        Returns:
-            None if no step changes.
+        None if no step changes.
         """
         steps = np.diff(self.cost, axis=2)
         level = steps.copy()
@@ -211,9 +181,8 @@ class Branch:
 class Tables:
     """A Problem, scaled: makes its branches, and turns their assignments back into choices.
 
-    Attributes:
-        problem: whose choices are made. It may have lower limits than the tables were made for.
-        scale: of all that could be chosen under the limits they were made for.
+    Its `problem` may be given lower limits later; the `scale` is of all that could be chosen under
+    the limits that the tables were made for.
     """
 
     def __init__(self, problem: Problem) -> None:

@@ -19,12 +19,7 @@ from planner.solver.problem import Costs
 
 @dataclass(frozen=True, order=True)
 class Step:
-    """What one step adds.
-
-    Attributes:
-        utility: in integer units.
-        cost: per metric.
-    """
+    """What one step adds: integer units of utility, and cost per metric."""
 
     utility: int
     cost: tuple[int, ...]
@@ -32,16 +27,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns in the making.
+    """Columns in the making."""
 
-    Attributes:
-        steps: of each column, what one unit adds.
-        members: of each column, who can take the step; value v means that the first v do.
-        order: pairs (a, b): the share of a's members that take its step may not exceed b's.
-    """
-
+    # Of each column, what one unit adds.
     steps: list[Step] = field(default_factory=list)
+    # Of each column, who can take the step; value v means that the first v do.
     members: list[list[int]] = field(default_factory=list)
+    # Pairs (a, b): the share of a's members that take its step may not exceed b's.
     order: list[tuple[int, int]] = field(default_factory=list)
 
     def add(self, step: Step, members: list[int], after: int | None = None) -> int:
@@ -83,11 +75,7 @@ def are_loose(steps: tuple[Step, ...]) -> bool:
 def _precedence(cost: Costs) -> list[tuple[int, int]]:
     """Pairs (a, b) of columns in order of utility: b comes first, for it costs no more.
 
-    Args:
-        cost: shape (metrics, columns).
-
-    Returns:
-        The pairs that do not follow from others.
+    Pairs that follow from others are left out. `cost`: shape (metrics, columns).
     """
     count = cost.shape[1]
     pairs = []

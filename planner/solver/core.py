@@ -26,23 +26,14 @@ Steps = tuple[Step, ...]
 
 @dataclass(frozen=True, eq=False)
 class Core:
-    """Maximise utility over integer columns, with costs within a room.
+    """Maximise utility over integer columns, with costs within a room."""
 
-    Attributes:
-        base: the assignment with every column at 0; it need not fit.
-        utility: shape (columns,): of a column per unit.
-        cost: shape (binding metrics, columns): of a column per unit.
-        upper: shape (columns,): largest value; the smallest is 0.
-        order: pairs (a, b) of columns: value a / upper a may not exceed value b / upper b.
-        room: shape (binding metrics,): what `base` leaves; other metrics cannot be exceeded.
-    """
-
-    base: Assignment
-    utility: Ints
-    cost: Costs
-    upper: Ints
-    order: list[tuple[int, int]]
-    room: Costs
+    base: Assignment  # with every column at 0; it need not fit
+    utility: Ints  # (columns,): of a column per unit
+    cost: Costs  # (binding metrics, columns): of a column per unit
+    upper: Ints  # (columns,): largest value; the smallest is 0
+    order: list[tuple[int, int]]  # columns a, b: value a / upper a is at most value b / upper b
+    room: Costs  # (binding metrics,): what `base` leaves; other metrics cannot be exceeded
     _branch: Branch
     _open: list[Ints]
     _members: list[list[int]]
@@ -81,11 +72,7 @@ class Core:
         )
 
     def assignment(self, values: list[int]) -> Assignment:
-        """The assignment that values of the columns stand for, worth no less and costing no more.
-
-        Args:
-            values: one per column, between 0 and its `upper`.
-        """
+        """The assignment that the columns' values mean, worth no less and costing no more."""
         sites = self._branch.sites
         steps = np.zeros(sites + self._branch.layers, dtype=np.int64)
         for members, value in zip(self._members, values):

@@ -21,17 +21,11 @@ from planner.solver.core import Core
 
 @dataclass(frozen=True)
 class CoreAnswer:
-    """What the search of a core came to.
+    """What the search of a core came to."""
 
-    Attributes:
-        assignment: the best found, if any was.
-        bound: no assignment of the core is worth more; `target` - 1 at least.
-        finished: whether `assignment` is the best, or, where it is None, none reaches the target.
-    """
-
-    assignment: Assignment | None
-    bound: int
-    finished: bool
+    assignment: Assignment | None  # the best found, if any was
+    bound: int  # no assignment of the core is worth more; `target` - 1 at least
+    finished: bool  # `assignment` is the best or, where it is None, none reaches the target
 
 
 # What works at once on one core takes minutes on another, and none of these ways wins everywhere:
@@ -51,7 +45,6 @@ def solve_core(
     """The best assignment of a core that is worth at least `target`.
 
     Args:
-        core: the core.
         target: utilities below it are of no interest.
         ceiling: an upper bound on the utility of all of the core's assignments that fit.
         seconds: wall-clock limit.

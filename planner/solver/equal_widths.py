@@ -20,7 +20,14 @@ from planner.ir.errors import InputError
 from planner.solver.branch import FORBIDDEN, Branch, Tables
 from planner.solver.problem import Problem
 from planner.solver.search import Candidate, search
-from planner.solver.solution import Infeasible, Solution, certify, deadline_after, feasible_options
+from planner.solver.solution import (
+    Infeasible,
+    Solution,
+    certify,
+    deadline_after,
+    feasible_options,
+    listed,
+)
 
 Rows = npt.NDArray[np.intp]
 Counts = npt.NDArray[np.int64]
@@ -51,8 +58,8 @@ def solve_uniform(
         time_limit_seconds: after it the best choice so far is returned with the bound so far.
 
     Raises:
-        InputError: if the problem's tables are inconsistent, or its layers differ in shape.
-        Infeasible: if no such choice respects the limits.
+        InputError: the problem's tables are inconsistent, or its layers differ in shape.
+        Infeasible: no such choice respects the limits.
     """
     begin = time.perf_counter()
     deadline = deadline_after(begin, time_limit_seconds)
@@ -88,13 +95,11 @@ def solve_uniform(
             candidates.append(Candidate(int(bounds[column]), build))
             keys.append((option, column))
     if not runs:
-        raise Infeasible("at none of the equal counts asked for can every layer run", {})
+        raise Infeasible("at none of the equal counts asked for can every layer run")
     if not candidates:
-        needs = dict(zip(problem.metrics, smallest.tolist()))
-        listed = ", ".join(f"{metric} {value}" for metric, value in needs.items())
+        needs = listed(problem.metrics, smallest)
         raise Infeasible(
-            f"no choice with equal counts in all layers fits: it needs at least {listed}",
-            needs,
+            f"no choice with equal counts in all layers fits: it needs at least {needs}"
         )
     outcome = search(candidates, deadline=deadline)
     option, column = keys[outcome.index]
@@ -108,8 +113,8 @@ def _widths(problem: Problem) -> tuple[int, ...]:
     shapes = {tuple(site.switches for site in layer.sites) for layer in problem.layers}
     shapes.discard(())
     if len(shapes) > 1:
-        listed = " and ".join(str(list(shape)) for shape in sorted(shapes))
-        raise InputError(f"equal counts need layers of equal shape, not sites of {listed} switches")
+        sizes = " and ".join(str(list(shape)) for shape in sorted(shapes))
+        raise InputError(f"equal counts need layers of equal shape, not sites of {sizes} switches")
     return shapes.pop() if shapes else ()
 
 
@@ -126,15 +131,7 @@ def _choices(
 
 
 def _layer_utility(branch: Branch, kept: Counts) -> npt.NDArray[np.int64]:
-    """Utility of each layer with its sites at given counts.
-
-    Args:
-        branch: the branch.
-        kept: shape (sites, sets).
-
-    Returns:
-        Shape (layers, sets).
-    """
+    """Utility of each layer, shape (layers, sets), with counts of shape (sites, sets)."""
     gain = np.take_along_axis(branch.gain, kept, axis=1)
     total = np.repeat(branch.layer_utility[:, None], kept.shape[1], axis=1)
     np.add.at(total, branch.site_layer, np.where(gain == FORBIDDEN, _IMPOSSIBLE, gain))
@@ -142,14 +139,9 @@ def _layer_utility(branch: Branch, kept: Counts) -> npt.NDArray[np.int64]:
 
 
 def _screen(branch: Branch, kept: Counts) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Of every set of counts, utility without limits, and cost of the layers that must run.
+    """Utility without limits, shape (sets,), and cost of the layers that must run, (metrics, sets).
 
-    Args:
-        branch: the branch.
-        kept: shape (sites, sets).
-
-    Returns:
-        Shapes (sets,) and (metrics, sets).
+    `kept`: counts, shape (sites, sets).
     """
     worth = _layer_utility(branch, kept)
     taken = np.where(branch.optional[:, None], np.maximum(worth, 0), worth)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from functools import partial
 
-from planner.ir.errors import InputError
 from planner.solver.branch import Tables
 from planner.solver.problem import Choice, Problem
 from planner.solver.search import Candidate, search
@@ -13,11 +12,7 @@ from planner.solver.solution import Solution, certify, deadline_after, feasible_
 
 
 def solve(
-    problem: Problem,
-    *,
-    time_limit_seconds: float = 20.0,
-    gap: float = 0.0,
-    hint: Choice | None = None,
+    problem: Problem, *, time_limit_seconds: float = 20.0, hint: Choice | None = None
 ) -> Solution:
     """Maximise utility within all limits.
 
@@ -26,17 +21,13 @@ def solve(
     Args:
         problem: what to solve.
         time_limit_seconds: after it the best choice so far is returned with the bound so far.
-        gap: relative distance from the bound at which a choice is good enough; 0 asks for a proof.
         hint: a choice to start from, for example a scheduler's; ignored if it is not feasible.
 
     Raises:
-        InputError: if the problem's tables are inconsistent, `gap` is not in [0, 1), or the time
-            limit is none.
-        Infeasible: if no choice respects the limits.
+        InputError: the problem's tables are inconsistent, or the time limit is none.
+        Infeasible: no choice respects the limits.
     """
     begin = time.perf_counter()
-    if not 0 <= gap < 1:
-        raise InputError(f"a gap lies between 0 and 1, not at {gap}")
     deadline = deadline_after(begin, time_limit_seconds)
     problem.check()
     options = feasible_options(problem)
@@ -47,7 +38,7 @@ def solve(
     start = None
     if hint is not None and problem.is_feasible(hint):
         start = options.index(hint.token_option), tables.assignment(hint)
-    outcome = search(candidates, deadline=deadline, gap=gap, start=start)
+    outcome = search(candidates, deadline=deadline, start=start)
     option = options[outcome.index]
     seconds = time.perf_counter() - begin
     return certify(tables, option, outcome.assignment, outcome.bound, seconds)

@@ -27,14 +27,10 @@ _TRIED = 3
 
 
 class Frontier:
-    """The frontier of a problem in one metric.
-
-    Args:
-        problem: the problem; its limit on `metric` is not used.
-        metric: one of its metrics.
+    """The frontier of a problem in one metric, whose limit in the problem is not used.
 
     Raises:
-        InputError: if the problem's tables are inconsistent, or it has no such metric.
+        InputError: the problem's tables are inconsistent, or it has no such metric.
     """
 
     def __init__(self, problem: Problem, metric: str) -> None:
@@ -52,14 +48,7 @@ class Frontier:
         ]
 
     def at(self, limit: int) -> Solution:
-        """A choice for one limit.
-
-        Args:
-            limit: on the frontier's metric.
-
-        Raises:
-            Infeasible: if no choice respects it.
-        """
+        """A choice for one limit on the frontier's metric; Infeasible where there is none."""
         begin = time.perf_counter()
         tables = copy.copy(self._tables)
         limits = tables.problem.limits.copy()

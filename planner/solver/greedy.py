@@ -20,17 +20,11 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """How much each switch is wanted; only the order matters.
+    """How much each switch is wanted; only the order matters."""
 
-    Attributes:
-        tokens: shape (token options,).
-        layers: shape (layers,).
-        sites: site name -> shape (switches,).
-    """
-
-    tokens: Floats
-    layers: Floats
-    sites: Mapping[str, Floats]
+    tokens: Floats  # (token options,)
+    layers: Floats  # (layers,)
+    sites: Mapping[str, Floats]  # site name -> (switches,)
 
     @staticmethod
     def of_utilities(problem: Problem) -> Scores:
@@ -50,16 +44,11 @@ def take_while_fits(problem: Problem, scores: Scores) -> Choice:
     more than the layer it is in, which must run first. Ties go to the earlier in model order. No
     switch of a running layer, and no layer, is left that would still fit.
 
-    Args:
-        problem: the problem; its utilities are not used.
-        scores: finite, in the shapes of the problem.
-
-    Returns:
-        A feasible choice.
+    The problem's own utilities are not used.
 
     Raises:
-        InputError: if scores are not finite or not in the problem's shapes.
-        Infeasible: if no choice respects the limits.
+        InputError: scores are not finite or not in the problem's shapes.
+        Infeasible: no choice respects the limits.
     """
     _check(problem, scores)
     options = feasible_options(problem)

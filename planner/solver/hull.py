@@ -33,21 +33,13 @@ class _Segment:
 
 @dataclass(frozen=True, eq=False)
 class Hull:
-    """The merged frontier of one branch.
-
-    Attributes:
-        branch: the branch.
-        metric: index of the metric.
-        slope: shape (segments,): utility per unit of cost, falling.
-        cost: shape (metrics, segments + 1): of the first n segments.
-        utility: shape (segments + 1,): of the first n segments.
-    """
+    """The merged frontier of one branch."""
 
     branch: Branch
-    metric: int
-    slope: npt.NDArray[np.float64]
-    cost: Costs
-    utility: Ints
+    metric: int  # its index
+    slope: npt.NDArray[np.float64]  # (segments,): utility per unit of cost, falling
+    cost: Costs  # (metrics, segments + 1): of the first n segments
+    utility: Ints  # (segments + 1,): of the first n segments
     _segments: list[_Segment]
     _entry: Ints
 
@@ -99,11 +91,7 @@ class Hull:
         return float(self.slope[taken]) if taken < len(self._segments) else 0.0
 
     def assignment(self, room: Costs) -> Assignment:
-        """The longest prefix that fits a room in every metric.
-
-        Args:
-            room: shape (metrics,); the branch's cheapest assignment fits.
-        """
+        """The longest prefix that fits a room, shape (metrics,)."""
         fitting = (self.cost <= room[:, None]).all(axis=0)
         if not fitting.any():
             # What is free in the hull's metric may be too much in another.

@@ -34,18 +34,13 @@ COST_CEILING = 1 << 61
 class SiteChoices:
     """Switches of one attention block or MLP.
 
-    Attributes:
-        name: the site's name in the Graph; unique in the Problem.
-        utilities: shape (switches,): what keeping each switch is worth; may be negative.
-        costs: shape (token options, metrics, switches + 1), int64: cost of keeping n switches,
-            non-negative and non-decreasing in n.
-        minimum: fewest switches kept while the layer is on.
+    `costs` of keeping n switches are non-negative and non-decreasing in n.
     """
 
-    name: str
-    utilities: npt.NDArray[np.float64]
-    costs: Costs
-    minimum: int = 0
+    name: str  # the site's name in the Graph; unique in the Problem
+    utilities: npt.NDArray[np.float64]  # (switches,): worth of keeping each; may be negative
+    costs: Costs  # (token options, metrics, switches + 1)
+    minimum: int = 0  # fewest switches kept while the layer is on
 
     @property
     def switches(self) -> int:
@@ -57,53 +52,36 @@ class SiteChoices:
 class LayerChoices:
     """One layer: on (with its sites) or off.
 
-    Attributes:
-        name: the layer site's name, or a name of its own where the layer cannot be switched.
-        utility: what the layer being on is worth besides its sites.
-        costs: shape (token options, metrics), int64, non-negative: cost of being on, sites' costs
-            not included.
-        sites: the narrowable sites inside; empty while the layer is off.
-        optional: whether the layer may be off.
+    `utility` and `costs` are of the layer being on, its sites not included.
     """
 
-    name: str
+    name: str  # the layer site's, or a name of its own where the layer cannot be switched
     utility: float
-    costs: Costs
+    costs: Costs  # (token options, metrics), non-negative
     sites: tuple[SiteChoices, ...] = ()
-    optional: bool = True
+    optional: bool = True  # whether it may be off
 
 
 @dataclass(frozen=True, eq=False)
 class TokenOption:
     """One way to set all token stages.
 
-    Attributes:
-        keep: image tokens kept after each stage, non-increasing.
-        utility: what it is worth.
-        costs: shape (metrics,), int64, non-negative: cost of everything outside the layers (vision
-            encoder, projector, lm_head, ...) with this option.
+    `costs` are of everything outside the layers: vision encoder, projector, lm_head, ...
     """
 
-    keep: tuple[int, ...]
+    keep: tuple[int, ...]  # image tokens kept after each stage, non-increasing
     utility: float
-    costs: Costs
+    costs: Costs  # (metrics,), non-negative
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Maximise utility with every metric's cost within its limit.
+    """Maximise utility with every metric's cost within its limit."""
 
-    Attributes:
-        metrics: names, for messages.
-        limits: shape (metrics,), int64.
-        tokens: at least one token option.
-        layers: in model order.
-    """
-
-    metrics: tuple[str, ...]
-    limits: Costs
-    tokens: tuple[TokenOption, ...]
-    layers: tuple[LayerChoices, ...]
+    metrics: tuple[str, ...]  # names, for messages
+    limits: Costs  # (metrics,)
+    tokens: tuple[TokenOption, ...]  # at least one
+    layers: tuple[LayerChoices, ...]  # in model order
 
     @property
     def sites(self) -> tuple[SiteChoices, ...]:
@@ -220,11 +198,7 @@ class Problem:
         return total
 
     def check(self) -> None:
-        """Refuse tables that break what the fields above promise.
-
-        Raises:
-            InputError: naming the first table that is wrong.
-        """
+        """Raise InputError, naming the first table that breaks what the fields above promise."""
         options, metrics = len(self.tokens), len(self.metrics)
         if options == 0:
             raise InputError("the problem has no token option")
@@ -252,17 +226,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Choice:
-    """An answer to a Problem.
+    """An answer to a Problem; `kept` is empty for sites of layers that are off."""
 
-    Attributes:
-        token_option: index into ``Problem.tokens``.
-        layers_on: one flag per layer.
-        kept: site name -> kept switches, ascending; empty for sites of layers that are off.
-    """
-
-    token_option: int
+    token_option: int  # index into ``Problem.tokens``
     layers_on: tuple[bool, ...]
-    kept: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    kept: dict[str, tuple[int, ...]] = field(default_factory=dict)  # site -> switches, ascending
 
     @staticmethod
     def everything(problem: Problem, token_option: int = 0) -> Choice:

@@ -32,10 +32,8 @@ def within_reach(problem: Problem) -> Problem:
 def _layer(layer: LayerChoices, room: Costs, possible: npt.NDArray[np.bool_]) -> LayerChoices:
     """A layer with what is left of it.
 
-    Args:
-        layer: of the problem.
-        room: what the cheapest choice of each option leaves, shape (options, metrics).
-        possible: whether an option has any choice, shape (options,).
+    `room`: what the cheapest choice of each option leaves, shape (options, metrics).
+    `possible`: whether an option has any choice, shape (options,).
     """
     if layer.optional:
         entry = layer.costs + sum(site.costs[:, :, site.minimum] for site in layer.sites)
@@ -48,10 +46,8 @@ def _layer(layer: LayerChoices, room: Costs, possible: npt.NDArray[np.bool_]) ->
 def _site(site: SiteChoices, room: Costs, costs: Costs) -> SiteChoices:
     """A site whose switches beyond the most that fit are worth no more, and no less, than needed.
 
-    Args:
-        site: of the problem.
-        room: what a choice with the fewest switches leaves, shape (possible options, metrics).
-        costs: of the site in these options, shape (possible options, metrics, switches + 1).
+    `room`: what a choice with the fewest switches leaves, shape (possible options, metrics).
+    `costs`: of the site in these options, shape (possible options, metrics, switches + 1).
     """
     extra = costs - costs[:, :, site.minimum, None]
     fits = (extra <= room[:, :, None]).all(axis=1)

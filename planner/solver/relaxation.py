@@ -34,32 +34,18 @@ _BISECTIONS = 8
 
 @dataclass(frozen=True, eq=False)
 class Relaxation:
-    """What a branch is worth at given prices.
+    """What a branch is worth at given prices."""
 
-    Attributes:
-        prices: shape (metrics,), integer utility units per unit of cost.
-        bound: no feasible assignment of the branch has a larger utility; rounding included.
-        margin: largest rounding error of `bound`, and of any comparison of a loss with it.
-        worth: shape (layers,): of each layer at its best counts; it is taken if positive.
-        loss: shape (sites, most switches + 1): how far each count is below the site's best.
-        assignment: what the relaxation takes; it need not fit the room.
-    """
-
-    prices: Floats
-    bound: int
-    margin: float
-    worth: Floats
-    loss: Floats
-    assignment: Assignment
+    prices: Floats  # (metrics,), integer utility units per unit of cost, not negative
+    bound: int  # no feasible assignment of the branch has a larger utility; rounding included
+    margin: float  # largest rounding error of `bound`, and of any comparison of a loss with it
+    worth: Floats  # (layers,): of each layer at its best counts; it is taken if positive
+    loss: Floats  # (sites, most switches + 1): how far each count is below the site's best
+    assignment: Assignment  # what the relaxation takes; it need not fit the room
 
 
 def relax(branch: Branch, prices: Floats) -> Relaxation:
-    """Solve a branch at given prices.
-
-    Args:
-        branch: the branch.
-        prices: shape (metrics,), not negative.
-    """
+    """Solve a branch at given prices."""
     value = branch.value - np.tensordot(prices, branch.cost, 1)
     counts = value.argmax(axis=1)
     best = value[branch.site_index, counts]
@@ -82,12 +68,9 @@ def best_prices(branch: Branch, seconds: float = math.inf) -> Floats:
     """The prices with the tightest bound, up to the tolerance of the linear program.
 
     Args:
-        branch: a branch whose cheapest assignment fits.
+        branch: whose cheapest assignment fits.
         seconds: what the linear program may take; prices in proportion to the room, found by
             bisection, take its place where it takes longer.
-
-    Returns:
-        Shape (metrics,), not negative.
     """
     free = np.zeros(len(branch.room))
     if branch.fits(relax(branch, free).assignment.cost):

@@ -27,9 +27,7 @@ _BISECTIONS = 10
 def round_down(branch: Branch, relaxation: Relaxation) -> Assignment:
     """What the relaxation takes once its prices are raised, in proportion, until that fits.
 
-    Args:
-        branch: a branch whose cheapest assignment fits.
-        relaxation: of the branch, at the prices to start from.
+    The branch's cheapest assignment must fit.
     """
     if branch.fits(relaxation.assignment.cost):
         return relaxation.assignment
@@ -54,12 +52,9 @@ def improve(
 
     Args:
         branch: the branch.
-        start: an assignment that fits.
+        start: an assignment that fits; so does what is returned, and it is worth at least as much.
         relaxation: of the branch; its prices rank the moves, its counts fill a layer switched on.
         deadline: on `time.perf_counter`'s clock; it stops then, with what it has.
-
-    Returns:
-        An assignment that fits and is worth at least as much.
     """
     entry = np.maximum(relaxation.assignment.counts, branch.minimum)
     current = start
@@ -87,21 +82,13 @@ def improve(
 
 @dataclass(frozen=True, eq=False)
 class _Moves:
-    """Changes of one site or layer each.
+    """Changes of one site or layer each."""
 
-    Attributes:
-        utility: shape (moves,): change of utility.
-        cost: shape (metrics, moves): change of cost.
-        layer: shape (moves,).
-        site: shape (moves,); -1 where the whole layer is switched.
-        count: shape (moves,): the new count of the site, or 1 and 0 for a layer on and off.
-    """
-
-    utility: Ints
-    cost: Costs
-    layer: npt.NDArray[np.intp]
-    site: npt.NDArray[np.intp]
-    count: Ints
+    utility: Ints  # (moves,): change of utility
+    cost: Costs  # (metrics, moves): change of cost
+    layer: npt.NDArray[np.intp]  # (moves,)
+    site: npt.NDArray[np.intp]  # (moves,); -1 where the whole layer is switched
+    count: Ints  # (moves,): the new count of the site, or 1 and 0 for a layer on and off
 
 
 def _moves(branch: Branch, current: Assignment, entry: Ints) -> _Moves:

@@ -33,37 +33,25 @@ _UNSEEN, _SCREENED, _REFINED = range(3)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A branch that is built only once it comes up.
+    """A branch that is built only once it comes up."""
 
-    Attributes:
-        bound: upper bound on its utility, in integer units.
-        build: makes it. Its cheapest assignment must fit.
-    """
-
-    bound: int
-    build: Callable[[], Branch]
+    bound: int  # on its utility, in integer units
+    build: Callable[[], Branch]  # its cheapest assignment must fit
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a search ended.
+    """Where a search ended."""
 
-    Attributes:
-        index: of the candidate with the best answer.
-        assignment: the answer.
-        bound: no assignment of any candidate has a larger utility, in integer units.
-    """
-
-    index: int
-    assignment: Assignment
-    bound: int
+    index: int  # of the candidate with the best answer
+    assignment: Assignment  # the answer
+    bound: int  # no assignment of any candidate has a larger utility, in integer units
 
 
 def search(
     candidates: Sequence[Candidate],
     *,
     deadline: float,
-    gap: float = 0.0,
     start: tuple[int, Assignment] | None = None,
 ) -> Outcome:
     """The best assignment over all candidates.
@@ -71,10 +59,9 @@ def search(
     Args:
         candidates: at least one.
         deadline: on `time.perf_counter`'s clock; the search then ends with what it has.
-        gap: relative distance from the bound at which an answer is good enough.
         start: index and assignment of an answer that is known to fit.
     """
-    state = _Search(candidates, deadline, gap)
+    state = _Search(candidates, deadline)
     if start is not None:
         state.offer(*start)
     return state.run()
@@ -83,10 +70,9 @@ def search(
 class _Search:
     """The state of one search."""
 
-    def __init__(self, candidates: Sequence[Candidate], deadline: float, gap: float) -> None:
+    def __init__(self, candidates: Sequence[Candidate], deadline: float) -> None:
         self.candidates = candidates
         self.deadline = deadline
-        self.gap = gap
         self.best: tuple[int, Assignment] | None = None
         self.settled = _NOTHING
 
@@ -98,9 +84,7 @@ class _Search:
     @property
     def target(self) -> int:
         """The smallest utility that is still of interest."""
-        if self.best is None:
-            return _NOTHING
-        return self.utility + int(self.gap * abs(self.utility)) + 1
+        return _NOTHING if self.best is None else self.utility + 1
 
     @property
     def seconds_left(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from planner.ir.errors import InputError
 from planner.solver.branch import Assignment, Scale, Tables
-from planner.solver.problem import Choice, Problem
+from planner.solver.problem import Choice, Costs, Problem
 from planner.solver.reach import within_reach
 
 #: An answer is called optimal if its gap, rounding of utilities included, is at most this.
@@ -19,39 +19,24 @@ TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Solution:
-    """A feasible choice, and how far at most it is from the best one.
-
-    Attributes:
-        choice: the answer.
-        utility: of the choice, recomputed from the problem.
-        bound: no feasible choice has a larger utility.
-        gap: (bound - utility) / max(|utility|, `Scale.negligible`).
-        status: ``optimal`` where the gap is at most `TOLERANCE`, else ``feasible``.
-        cost: metric -> cost of the choice, recomputed from the problem.
-        seconds: wall-clock time of the search; not part of equality.
-    """
+    """A feasible choice, and how far at most it is from the best one."""
 
     choice: Choice
-    utility: float
-    bound: float
-    gap: float
-    status: Literal["optimal", "feasible"]
-    cost: Mapping[str, int]
-    seconds: float = field(compare=False)
+    utility: float  # of the choice, recomputed from the problem
+    bound: float  # no feasible choice has a larger utility
+    gap: float  # (bound - utility) / max(|utility|, `Scale.negligible`)
+    status: Literal["optimal", "feasible"]  # optimal where the gap is at most `TOLERANCE`
+    cost: Mapping[str, int]  # metric -> cost of the choice, recomputed from the problem
+    seconds: float = field(compare=False)  # of the search
 
 
 class Infeasible(InputError):
-    """No choice respects the limits.
+    """No choice respects the limits; the message says what would have to be allowed."""
 
-    Attributes:
-        smallest: metric -> smallest value its limit could have. Of every metric whose limit is too
-            low on its own; or, where limits conflict only together, what the token option that
-            comes closest needs of the metrics it exceeds.
-    """
 
-    def __init__(self, message: str, smallest: Mapping[str, int]) -> None:
-        super().__init__(message)
-        self.smallest = dict(smallest)
+def listed(metrics: Sequence[str], values: Costs) -> str:
+    """``flops 12, kv 4``, for messages."""
+    return ", ".join(f"{metric} {value}" for metric, value in zip(metrics, values.tolist()))
 
 
 def deadline_after(begin: float, time_limit_seconds: float) -> float:
@@ -75,28 +60,19 @@ def feasible_options(problem: Problem) -> list[int]:
     options: list[int] = np.flatnonzero((costs <= limits).all(axis=1)).tolist()
     if options:
         return options
-    smallest = costs.min(axis=0)
-    if (smallest > limits).any():
-        short = {
-            metric: int(value)
-            for metric, value, limit in zip(problem.metrics, smallest, limits)
-            if value > limit
-        }
-        parts = [
-            f"{metric} is limited to {limit}, and the smallest possible is {short[metric]}"
-            for metric, limit in zip(problem.metrics, limits.tolist())
-            if metric in short
-        ]
-        raise Infeasible("the limits cannot be met: " + "; ".join(parts), short)
-    excess = (costs / np.maximum(limits, 1)).max(axis=1)
-    closest = int(excess.argmin())
-    needs = dict(zip(problem.metrics, costs[closest].tolist()))
-    listed = ", ".join(f"{metric} {value}" for metric, value in needs.items())
-    limited = ", ".join(f"{m} {limit}" for m, limit in zip(problem.metrics, limits.tolist()))
+    smallest = costs.min(axis=0).tolist()
+    parts = [
+        f"{metric} is limited to {limit}, and the smallest possible is {least}"
+        for metric, limit, least in zip(problem.metrics, limits.tolist(), smallest)
+        if least > limit
+    ]
+    if parts:
+        raise Infeasible("the limits cannot be met: " + "; ".join(parts))
+    closest = int((costs / np.maximum(limits, 1)).max(axis=1).argmin())
     raise Infeasible(
-        f"each limit can be met alone but not all together ({limited}): the closest is to keep "
-        f"{problem.tokens[closest].keep} image tokens, which needs at least {listed}",
-        {m: v for m, v, limit in zip(needs, needs.values(), limits.tolist()) if v > limit},
+        f"each limit can be met alone but not all together ({listed(problem.metrics, limits)}): "
+        f"the closest is to keep {problem.tokens[closest].keep} image tokens, which needs at least "
+        f"{listed(problem.metrics, costs[closest])}"
     )
 
 

@@ -15,9 +15,10 @@ from planner.ir.cost.flops import (
     operator_parameters,
 )
 from planner.ir.lowering import lower_config, lower_model
-from planner.ir.passes import NarrowTokens, Specialise
+from planner.ir.passes import Specialise
 from planner.models.running.skipping import session_on
 from planner.plan import Plan, TokenStage
+from planner.planning.compiler import narrowing
 from planner.planning.switches import with_switches
 
 # CLIP; windowed vision attention; a pixel-shuffle projector; one KV head and a prefix that attends
@@ -108,7 +109,7 @@ def test_under_a_plan_to_the_last_flop(name, batch):
     session = session_on(family.model, graph)
     base = predicted(graph, workload, NEW_TOKENS)
     for plan in plans_of(name, graph, family.image_tokens):
-        narrow = NarrowTokens(plan.tokens).apply(Specialise(plan).apply(graph))
+        narrow = narrowing(plan.tokens).apply(Specialise(plan).apply(graph))
         kept = {stage.layer: stage.keep for stage in plan.tokens}
         for new_tokens in (0, NEW_TOKENS):
             with session.under(plan):

@@ -21,6 +21,7 @@ from planner.ir.passes import (
 )
 from planner.ir.verify import verify
 from planner.plan import Plan, TokenStage
+from planner.planning.compiler import narrowing
 from planner.planning.pricing import Pricing
 from planner.planning.switches import SwitchSet, with_switches
 
@@ -53,7 +54,7 @@ STAGES = (TokenStage(1, 8, 16, "fastv"), TokenStage(2, 3, 16))
 
 GOLDEN = {
     "specialise": (lambda g: g, lambda g: Specialise(plan_for(g, **MIXED))),
-    "narrow-tokens": (lambda g: g, lambda g: NarrowTokens(STAGES)),
+    "narrow-tokens": (lambda g: g, lambda g: narrowing(STAGES)),
     "drop-dead": (lambda g: g, lambda g: DropDead()),
     "fuse-projections": (DropDead().apply, lambda g: FuseProjections()),
     "fuse-norm": (
@@ -284,7 +285,7 @@ def plans(draw, selectors=("fastv", "uniform")):
 
 
 def passes_for(plan):
-    return [Specialise(plan), NarrowTokens(plan.tokens)]
+    return [Specialise(plan), narrowing(plan.tokens)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -329,7 +330,7 @@ def symbols_of(graph, name):
 
 
 def test_tokens_are_counted_apart_after_every_stage(small):
-    graph = run(small(), [NarrowTokens(STAGES)])
+    graph = run(small(), [narrowing(STAGES)])
     for layer, count in ((0, "query"), (1, "query.1"), (2, "query.2")):
         assert symbols_of(graph, f"{STACK}.{layer}.self_attn.q_proj") == {count}
         keys = graph.by_name[f"{STACK}.{layer}.self_attn.attention"]["keys"]
@@ -382,17 +383,17 @@ def naive_flops(graph, workload, stages):
 def test_fewer_tokens_cost_what_a_naive_count_says(stages, small):
     graph = small()
     workload = workload_for(graph)
-    narrow = run(graph, [NarrowTokens(stages)])
+    narrow = run(graph, [narrowing(stages)])
     left = {stage.layer: stage.keep for stage in stages}
     assert cost(narrow, workload, left).flops == naive_flops(graph, workload, stages)
 
 
 def test_a_stage_at_a_layer_that_is_off_moves_to_the_next(small):
     graph = small()
-    cut = run(graph, [Specialise(plan_for(graph, layers_off=(1,))), NarrowTokens(STAGES[:1])])
+    cut = run(graph, [Specialise(plan_for(graph, layers_off=(1,))), narrowing(STAGES[:1])])
     assert cut.by_name["tokens.1"].inputs == (f"{STACK}.0.add_1",)
     assert cut.by_name[f"{STACK}.2.input_layernorm"].inputs == ("tokens.1",)
-    ends = run(graph, [Specialise(plan_for(graph, layers_off=(1, 2))), NarrowTokens(STAGES[:1])])
+    ends = run(graph, [Specialise(plan_for(graph, layers_off=(1, 2))), narrowing(STAGES[:1])])
     assert ends.by_name["model.language_model.norm"].inputs == ("tokens.1",)
 
 

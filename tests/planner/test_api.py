@@ -331,7 +331,7 @@ def test_a_picture_of_one_pixel_works(cli, tmp_path):
         (["run", "--model", "tiny-llava", "--prompt", "x", "--tokens", "hired"], "--image"),
         (["run", "--model", "tiny-llava", "--prompt", "x", "-b", "latency=5ms"], "needs --device"),
         (["bench", "--model", "tiny-llava", "--budgets", "a,b"], "not a list"),
-        (["bench", "--model", "tiny-llava", "--repeat", "0"], "at least 1"),
+        (["bench", "--model", "tiny-llava", "--repeat", "0"], "Invalid value for '--repeat'"),
         (["bench", "--model", "tiny-llava", "--text-tokens", "0"], "at least 1"),
     ],
 )

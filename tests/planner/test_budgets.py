@@ -9,21 +9,21 @@ from planner.planning.budgets import Budget, Limit
 
 
 @pytest.mark.parametrize(
-    ("text", "metric", "fraction", "amount"),
+    ("text", "metric", "value", "of_base"),
     [
-        ("0.65", "flops", Fraction(65, 100), None),
-        ("65%", "flops", Fraction(65, 100), None),
-        ("1", "flops", Fraction(1), None),
-        ("kv=256MiB", "kv", None, Fraction(256 * 2**20)),
-        ("kv=0.5", "kv", Fraction(1, 2), None),
-        ("latency=49ms", "latency", None, Fraction(49, 1000)),
-        ("memory=12GiB", "memory", None, Fraction(12 * 2**30)),
-        ("flops=5.5TFLOP", "flops", None, Fraction(55 * 10**11)),
-        ("flops=2e12", "flops", None, Fraction(2 * 10**12)),
+        ("0.65", "flops", Fraction(65, 100), True),
+        ("65%", "flops", Fraction(65, 100), True),
+        ("1", "flops", Fraction(1), True),
+        ("kv=256MiB", "kv", Fraction(256 * 2**20), False),
+        ("kv=0.5", "kv", Fraction(1, 2), True),
+        ("latency=49ms", "latency", Fraction(49, 1000), False),
+        ("memory=12GiB", "memory", Fraction(12 * 2**30), False),
+        ("flops=5.5TFLOP", "flops", Fraction(55 * 10**11), False),
+        ("flops=2e12", "flops", Fraction(2 * 10**12), False),
     ],
 )
-def test_limits_are_read_exactly(text, metric, fraction, amount):
-    assert Limit.parse(text) == Limit(metric, fraction, amount)
+def test_limits_are_read_exactly(text, metric, value, of_base):
+    assert Limit.parse(text) == Limit(metric, value, of_base)
 
 
 @pytest.mark.parametrize(
@@ -51,10 +51,10 @@ def test_a_metric_is_limited_once():
 
 def test_mappings_and_numbers():
     assert Budget.of({"flops": 0.65}) == Budget.of(0.65) == Budget.of(["0.65"])
-    assert Budget.of({"kv": "256MiB"}).limits[0].amount == 256 * 2**20
+    assert Budget.of({"kv": "256MiB"}).limits[0].value == 256 * 2**20
 
 
 @given(st.floats(min_value=1e-6, max_value=1, exclude_min=True))
 def test_every_fraction_is_exact(value):
     limit = Budget.of(value).limits[0]
-    assert limit.fraction == Fraction(str(value))
+    assert limit.value == Fraction(str(value))

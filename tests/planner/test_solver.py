@@ -6,7 +6,6 @@ from itertools import product
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from problems import (
     best_by_enumeration,
     best_by_mixed_integer_program,
@@ -78,23 +77,6 @@ def test_optimum_under_several_limits_is_that_of_a_mixed_integer_program(metrics
         assert solution.status == "optimal"
         assert problem.is_feasible(solution.choice)
         assert solution.utility == pytest.approx(best, rel=1e-6)
-
-
-@settings(max_examples=50, deadline=None)
-@given(problems(), st.floats(0.001, 0.5))
-def test_a_gap_that_is_asked_for_is_kept_and_its_bound_holds(problem, gap):
-    best = best_by_enumeration(problem)
-    if best is None:
-        return
-    solution = solve(problem, gap=gap)
-    assert problem.is_feasible(solution.choice)
-    assert solution.bound >= best - 1e-12 * abs(best)
-    assert solution.gap <= gap * (1 + 1e-9) + 1e-9
-
-
-def test_a_gap_below_zero_is_refused():
-    with pytest.raises(InputError, match="gap"):
-        solve(one_site(), gap=-0.1)
 
 
 def test_out_of_time_there_is_still_a_choice_with_a_bound():
@@ -212,7 +194,6 @@ def test_infeasible_says_the_smallest_limit():
     problem = one_site(limits=(6, 7), minimum=2, optional=False)
     with pytest.raises(Infeasible) as error:
         solve(problem)
-    assert error.value.smallest == {"metric0": 7}
     assert str(error.value) == (
         "the limits cannot be met: metric0 is limited to 6, and the smallest possible is 7"
     )
@@ -222,9 +203,8 @@ def test_infeasible_says_the_smallest_limit():
 def test_infeasible_names_every_limit_that_is_too_low():
     with pytest.raises(Infeasible) as error:
         solve(one_site(limits=(0, -1)))
-    assert error.value.smallest == {"metric0": 1, "metric1": 1}
-    assert "metric0 is limited to 0" in str(error.value)
-    assert "metric1 is limited to -1" in str(error.value)
+    for metric, limit in (("metric0", 0), ("metric1", -1)):
+        assert f"{metric} is limited to {limit}, and the smallest possible is 1" in str(error.value)
 
 
 def test_limits_that_only_conflict_together():
@@ -235,9 +215,8 @@ def test_limits_that_only_conflict_together():
     problem = Problem(("flops", "kv"), np.array([9, 8]), tokens, ())
     with pytest.raises(Infeasible) as error:
         solve(problem)
-    assert error.value.smallest == {"flops": 10}
     assert "each limit can be met alone but not all together" in str(error.value)
-    assert "keep (8,)" in str(error.value)
+    assert "keep (8,) image tokens, which needs at least flops 10, kv 1" in str(error.value)
     solve(replace(problem, limits=np.array([10, 8])))
 
 

@@ -160,9 +160,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert labels.switches == tuple(f"layer.{n}" for n in range(4, 8))
     assert [path.name for path in tmp_path.iterdir() if "labels" in path.name] == ["labels.parquet"]
     for wrong, words in [
-        (["--samples", "0"], "--samples must be at least 1"),
+        (["--samples", "0"], "Invalid value for '--samples'"),
         (["--budgets", "2"], "must be more than 0 and at most 1"),
-        (["--split", "dev"], "unknown split 'dev'"),
+        (["--split", "dev"], "'dev' is not one of"),
         (["--switches", "tokens"], "no labels for the switches"),
         (["--prompts", "p.jsonl"], "--prompts needs --images"),
         (["-o", "labels.csv"], "must be a .parquet file"),

@@ -77,6 +77,7 @@ __all__ = [
     "counted",
     "parse",
     "parse_kv_policy",
+    "scores_by_attention",
     "selector_of",
     "stages_of",
 ]
@@ -106,13 +107,16 @@ def parse_kv_policy(text: str) -> H2O:
     return read_named(text, KV_POLICIES, "KV cache policy")
 
 
+def scores_by_attention(selector: str) -> bool:
+    """Whether a selector, with or without its arguments, scores by one row of attention."""
+    kind = SELECTORS.get(selector.partition(":")[0])
+    return kind is not None and kind.scores_by_attention
+
+
 def counted(selector: Selector, image_tokens: int, per_run: int = 0) -> tuple[int, ...]:
     """Image tokens of one sample that a selector leaves at each of its layers, at most.
 
-    Args:
-        selector: any.
-        image_tokens: of the sample.
-        per_run: image tokens that one run of the vision encoder yields; 0 where unknown.
+    `per_run`: image tokens that one run of the vision encoder yields; 0 where unknown.
 
     Raises:
         InputError: the number depends on content and has no cap, so no cost can be promised.
@@ -129,26 +133,15 @@ def counted(selector: Selector, image_tokens: int, per_run: int = 0) -> tuple[in
 
 
 def stages_of(text: str, image_tokens: int, per_run: int = 0) -> tuple[TokenStage, ...]:
-    """The token stages of a selector such as ``fastv:k=2,r=0.5``, on so many image tokens.
+    """The token stages of a selector such as ``fastv:k=2,r=0.5``, or of "", on one sample's tokens.
 
-    Args:
-        text: the selector; "" has none.
-        image_tokens: of one sample.
-        per_run: image tokens that one run of the vision encoder yields; 0 where unknown.
-
-    Raises:
-        InputError: there is no such selector, or it keeps a number that depends on content and has
-            no cap.
+    `per_run`: as for `counted`, whose errors it raises, and those of `parse`.
     """
     if not text:
         return ()
     selector = parse(text)
-    return tuple(
-        TokenStage(layer, count, image_tokens, str(selector))
-        for layer, count in zip(
-            selector.layers, counted(selector, image_tokens, per_run), strict=True
-        )
-    )
+    counts = zip(selector.layers, counted(selector, image_tokens, per_run), strict=True)
+    return tuple(TokenStage(layer, n, image_tokens, str(selector)) for layer, n in counts)
 
 
 def selector_of(stage: TokenStage) -> DecoderSelector | VisionSelector:

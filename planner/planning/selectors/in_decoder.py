@@ -28,6 +28,7 @@ class FastV(DecoderSelector):
 
     name = "fastv"
     needs = Needs.QUERY_KEY
+    scores_by_attention = True
     k: int = 2
     r: float = 0.5
 

@@ -40,22 +40,13 @@ class Needs(Flag):
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the products follow from that a selector makes of its own.
+    """What the products follow from that a selector makes of its own."""
 
-    Attributes:
-        image_tokens: that enter: of one run (vision) or of one sample (decoder).
-        text_tokens: of one sample.
-        query: features of the queries that tokens are scored by, heads * head_dim.
-        hidden: width of the hidden states.
-        tower: width of the vision tower.
-        tower_heads: attention heads of the vision tower.
-    """
-
-    image_tokens: int
-    text_tokens: int = 0
-    query: int = 0
-    hidden: int = 0
-    tower: int = 0
+    image_tokens: int  # that enter: of one run (vision) or of one sample (decoder)
+    text_tokens: int = 0  # of one sample
+    query: int = 0  # features of the queries that tokens are scored by, heads * head_dim
+    hidden: int = 0  # width of the hidden states
+    tower: int = 0  # width of the vision tower
     tower_heads: int = 1
 
 
@@ -65,9 +56,12 @@ class Selector(Arguments, ABC):
     Attributes:
         name: how users call it.
         needs: what it must be given.
+        scores_by_attention: whether it scores by one row of attention, which the operator
+            ``select_tokens`` computes.
     """
 
     needs: ClassVar[Needs] = Needs.NOTHING
+    scores_by_attention: ClassVar[bool] = False
 
     @property
     def is_adaptive(self) -> bool:
@@ -81,30 +75,23 @@ class Selector(Arguments, ABC):
 
     @abstractmethod
     def counts(self, tokens: int) -> tuple[int | None, ...]:
-        """How many image tokens are left from each of `layers` on.
+        """How many image tokens of one run (vision) or sample are left from each of `layers` on.
 
-        Args:
-            tokens: image tokens before selection: of one run (vision) or one sample (decoder).
-
-        Returns:
-            One count per layer: exact, or for an adaptive selector with a cap the most that it
-            leaves. None where it depends on the content, and may be all of them.
+        One count per layer: exact, or for an adaptive selector with a cap the most that it leaves.
+        None where it depends on the content, and may be all of them.
         """
 
     def counts_of_sample(self, image_tokens: int, per_run: int = 0) -> tuple[int | None, ...]:
         """The same for one sample, as `counts` says it for what the selector looks at.
 
-        Args:
-            image_tokens: of the sample.
-            per_run: image tokens that one run of the vision encoder yields; 0 where unknown.
+        `per_run`: image tokens that one run of the vision encoder yields; 0 where unknown.
         """
         return self.counts(image_tokens)
 
     def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
         """Products of matrices that choosing takes, of one run (vision) or sample, at most.
 
-        The one row of attention that FastV scores by is not among them: the operator
-        ``select_tokens`` has it.
+        What ``select_tokens`` computes, see `scores_by_attention`, is not among them.
 
         Args:
             layer: one of `layers`.
@@ -129,8 +116,7 @@ class Selector(Arguments, ABC):
 class VisionSelector(Selector):
     """A selector that works between the vision tower and the projector.
 
-    Attributes:
-        tower_layers: layers of the tower whose attention it needs.
+    It needs the attention of the tower's layers `tower_layers`.
     """
 
     tower_layers: ClassVar[tuple[int, ...]] = ()
