@@ -27,3 +27,9 @@ class InputError(PlannerError):
     """The user's input is bad; the message is one clear sentence (exit code 2)."""
 
     exit_code = 2
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says first, or its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

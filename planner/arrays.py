@@ -33,10 +33,8 @@ _HEADERS = {
 def read_arrays(path: Path, what: str, like: str) -> dict[str, npt.NDArray[Any]]:
     """Read all arrays of an archive; numbers and text only.
 
-    Args:
-        path: of the archive.
-        what: it should be, for messages: ``utilities file``.
-        like: what such a file looks like, for messages: ``.npz with one array per site``.
+    `what` it should be, and is `like`, for messages: ``utilities file``, ``.npz with one array per
+    site``.
 
     Raises:
         InputError: it cannot be read, is no such archive, or its arrays are larger than is read.

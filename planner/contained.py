@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from planner.ir.errors import InputError
+from planner.ir.errors import InputError, first_line
 
 _SECONDS = 5.0
 # More than the process has already.
@@ -26,12 +26,9 @@ _DONE, _FAILED = b"+", b"-"
 
 
 def contained(make: Callable[[], str], what: str, seconds: float = _SECONDS) -> str:
-    """What a function of others returns.
+    """What a function of others returns. Where processes cannot be forked it simply runs.
 
-    Args:
-        make: the function. Where processes cannot be forked it simply runs.
-        what: it is, for messages: ``the chat template of 'llava'``.
-        seconds: of wall-clock time, at most.
+    `what`: it is, for messages: ``the chat template of 'llava'``.
 
     Raises:
         InputError: it fails, does not end in time, takes a gigabyte more, or returns a million
@@ -77,8 +74,7 @@ def _tried(make: Callable[[], str]) -> tuple[bytes, bytes]:
     except MemoryError:
         return _FAILED, b"it takes too much memory"
     except BaseException as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return _FAILED, lines[0][:200].encode(errors="replace")
+        return _FAILED, first_line(error)[:200].encode(errors="replace")
 
 
 def _judged(kind: bytes, answer: bytes, what: str) -> str:

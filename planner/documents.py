@@ -127,14 +127,9 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def check_format(document: Any, key: str, number: int, path: Path, what: str) -> None:
-    """Raise InputError unless a document of planner's own has a format that is read here.
+    """Raise InputError unless a document of planner's own has the format `number` under a key.
 
-    Args:
-        document: of a file.
-        key: that the format stands under.
-        number: of the format.
-        path: of the file.
-        what: it should be: ``plan``.
+    `what`: it should be, for messages: ``plan``.
     """
     if not isinstance(document, dict) or key not in document:
         raise InputError(f"'{path}' is not a {what} of planner")

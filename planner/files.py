@@ -17,12 +17,9 @@ _READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY
 
 
 def read_bytes(path: Path, what: str, most_bytes: int) -> bytes:
-    """Read a whole file.
+    """Read a whole regular file, unless it is larger.
 
-    Args:
-        path: a regular file, or a link to one.
-        what: it should be, for messages: ``plan``.
-        most_bytes: larger files are refused unread.
+    `what`: it should be, for messages: ``plan``.
 
     Raises:
         InputError: there is none, it is a folder, a pipe or a device, or it is too large.
@@ -71,9 +68,7 @@ def output_folder(path: Path) -> Path:
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     """Write a folder whole, in place of one that may be there: a reader sees the old or the new.
 
-    Args:
-        path: the folder; its parent exists.
-        files: contents by path inside.
+    `files`: contents by path inside.
     """
     made: str | None = None
     try:

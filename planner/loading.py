@@ -11,7 +11,7 @@ from typing import Any
 
 from planner.contained import contained
 from planner.files import MEBIBYTE, read_bytes
-from planner.ir.errors import InputError, PlannerError
+from planner.ir.errors import InputError, PlannerError, first_line
 from planner.planning.catalog import Source, find_model
 
 _MOST_BYTES = 256 * MEBIBYTE
@@ -64,14 +64,13 @@ def load_model(
         )
         processor = AutoProcessor.from_pretrained(where, **options)
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        reason = lines[0] if lines else type(error).__name__
+        reason = first_line(error)
         raise InputError(f"the weights of '{name}' cannot be loaded: {reason}") from None
     _check_weights(model, found, name)
     try:
         model = model.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"there is no device '{device}': {str(error).splitlines()[0]}") from None
+        raise InputError(f"there is no device '{device}': {first_line(error)}") from None
     return model.eval(), processor, source
 
 
@@ -214,10 +213,7 @@ def prompt_inputs(model: Any, processor: Any, prompt: str, image: Any | None) ->
     try:
         inputs = processor(**arguments)
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        raise InputError(
-            f"the processor refuses the input: {lines[0] if lines else type(error).__name__}"
-        ) from None
+        raise InputError(f"the processor refuses the input: {first_line(error)}") from None
     return {name: value.to(model.device) for name, value in inputs.items()}
 
 

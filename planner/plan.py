@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import (
     BaseModel,
@@ -35,9 +35,11 @@ class TokenStage:
     (`planner.planning.selectors`).
     """
 
-    layer: int
-    keep: int
-    of: int
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    layer: Annotated[int, Field(ge=0)]
+    keep: Annotated[int, Field(ge=0)]
+    of: Annotated[int, Field(gt=0)]
     selector: str = "uniform"
 
 
@@ -242,14 +244,6 @@ class _Mlp(BaseModel):
     keep: str
 
 
-class _Stage(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    layer: int = Field(ge=0)
-    keep: int = Field(ge=0)
-    of: int = Field(gt=0)
-    selector: str
-
-
 def _whole_or_finite(value: Any, validate: ValidatorFunctionWrapHandler) -> float:
     number: float = validate(value)
     return value if type(value) is int else number
@@ -271,7 +265,7 @@ class _File(BaseModel):
     layers_off: str
     heads: dict[int, str]
     mlp: dict[int, _Mlp]
-    tokens: list[_Stage]
+    tokens: tuple[TokenStage, ...]
     # Absent in plans of before there were policies.
     kv: str = "none"
     budget: dict[str, Any]
@@ -281,29 +275,22 @@ class _File(BaseModel):
     provenance: dict[str, Any]
 
 
+# Fields of a plan that its file holds unchanged.
+_AS_THEY_ARE = (
+    "model", "fingerprint", "layers", "tokens", "budget", "cost", "utilisation", "solver",
+    "provenance",
+)  # fmt: skip
+
+
 def _document(plan: Plan) -> dict[str, Any]:
-    document: dict[str, Any] = {
-        "planner_plan": FORMAT,
-        "model": plan.model,
-        "fingerprint": plan.fingerprint,
-        "layers": plan.layers,
-        "layers_off": print_ranges(plan.layers_off),
-        "heads": {layer: print_ranges(kept) for layer, kept in sorted(plan.heads.items())},
-        "mlp": {
-            layer: {"of": plan.mlp_switches[layer], "keep": print_ranges(kept)}
-            for layer, kept in sorted(plan.mlp.items())
-        },
-        "tokens": [
-            {"layer": s.layer, "keep": s.keep, "of": s.of, "selector": s.selector}
-            for s in plan.tokens
-        ],
-        "kv": plan.kv or "none",
-        "budget": dict(plan.budget),
-        "cost": {metric: dict(values) for metric, values in plan.cost.items()},
-        "utilisation": dict(plan.utilisation),
-        "solver": dict(plan.solver),
-        "provenance": dict(plan.provenance),
+    document: dict[str, Any] = {"planner_plan": FORMAT, **asdict(plan)}
+    switches = document.pop("mlp_switches")
+    document["layers_off"] = print_ranges(plan.layers_off)
+    document["heads"] = {n: print_ranges(kept) for n, kept in sorted(plan.heads.items())}
+    document["mlp"] = {
+        n: {"of": switches[n], "keep": print_ranges(kept)} for n, kept in sorted(plan.mlp.items())
     }
+    document["kv"] = plan.kv or "none"
     return document
 
 
@@ -368,19 +355,12 @@ def _plan(parsed: _File) -> Plan:
         left -= len(numbers)
         return numbers
 
+    same = {name: getattr(parsed, name) for name in _AS_THEY_ARE}
     return Plan(
-        model=parsed.model,
-        fingerprint=parsed.fingerprint,
-        layers=parsed.layers,
+        **same,
         layers_off=kept(parsed.layers_off, parsed.layers),
         heads={layer: kept(text, _MOST_HEADS) for layer, text in parsed.heads.items()},
         mlp={layer: kept(entry.keep, entry.of) for layer, entry in parsed.mlp.items()},
         mlp_switches={layer: entry.of for layer, entry in parsed.mlp.items()},
-        tokens=tuple(TokenStage(s.layer, s.keep, s.of, s.selector) for s in parsed.tokens),
         kv="" if parsed.kv == "none" else parsed.kv,
-        budget=parsed.budget,
-        cost=parsed.cost,
-        utilisation=parsed.utilisation,
-        solver=parsed.solver,
-        provenance=parsed.provenance,
     )

@@ -23,7 +23,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from planner.documents import read_json
-from planner.ir.errors import InputError
+from planner.ir.errors import InputError, first_line
 from planner.ir.graph import Graph
 from planner.ir.intervals import count_of
 from planner.models.export.weights import cast, kept_weights
@@ -138,8 +138,7 @@ def load(folder: str | Path) -> Any:
         for path in sorted(folder.glob(_WEIGHTS.format(suffix="*"))):
             state |= load_file(path)
     except Exception as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise InputError(f"the export in '{folder}' is broken: {lines[0]}") from None
+        raise InputError(f"the export in '{folder}' is broken: {first_line(error)}") from None
     if not isinstance(record, dict) or record.get("planner_export") != FORMAT:
         raise InputError(
             f"the export in '{folder}' has format {record.get('planner_export')}, this planner "

@@ -54,7 +54,7 @@ def compile_graph(
         graph_module: as TorchDynamo captured it.
         example_inputs: what it was captured with, parameters among them.
         options: see `planner.backend.compile_options.Options`.
-        mode: of ``torch.compile``; inductor's.
+        mode: inductor's.
 
     Raises:
         InputError: an unknown option, a budget that cannot be met, or a model that
@@ -127,7 +127,7 @@ def _by_plan(
         options: that other models of its class are adopted with, when they share the graph.
         dense: the graph as it was.
         narrowed: the one that obeys plans.
-        found: says which tensors it is given.
+        found: says which tensors that one is given.
         place: where among its inputs a parameter says whose call this is; None where the graph
             holds the parameters of one model.
     """

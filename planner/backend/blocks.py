@@ -25,63 +25,39 @@ class Unmatched(Exception):
 
 @dataclass(frozen=True)
 class Product:
-    """One linear of a site in the captured graph: ``x @ weight.T + bias``.
-
-    Attributes:
-        node: that computes it.
-        x: what is multiplied.
-        weight: as the graph reads it.
-        bias: or None.
-        bound: the site's view of it.
-    """
+    """One linear of a site in the captured graph: `node` computes ``x @ weight.T + bias``."""
 
     node: fx.Node
     x: fx.Node
     weight: fx.Node
     bias: fx.Node | None
-    bound: BoundLinear
+    bound: BoundLinear  # the site's view of it
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))``.
-
-    Attributes:
-        x: the block's input.
-        up: the product it comes from, and its rows there.
-        gate: likewise, or None.
-        activation: a key of `planner.kernels.ops.project_rows.ACTIVATIONS`.
-        inner: nodes between the products, in order, which the op replaces.
-    """
+    """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))``."""
 
     x: fx.Node
-    up: tuple[Product, slice]
+    up: tuple[Product, slice]  # the product it comes from, and its rows there
     gate: tuple[Product, slice] | None
-    activation: str
-    inner: tuple[fx.Node, ...]
+    activation: str  # a key of `planner.kernels.ops.project_rows.ACTIVATIONS`
+    inner: tuple[fx.Node, ...]  # between the products, in order, which the op replaces
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Projections, attention, and the output projection; what stock code does between stays.
+    """Projections, attention, and the output projection; what stock code does between stays."""
 
-    Attributes:
-        projections: with the pieces of rows that are each divided evenly among KV groups.
-        query, key, value: read by the attention, (batch, heads, tokens, features).
-        mask: or None.
-        scale: factor on the scores.
-        causal: whether each query sees the keys up to its own place.
-        inner: nodes from the attention to the output projection, which the op replaces.
-    """
-
+    # With the pieces of rows that are each divided evenly among KV groups.
     projections: tuple[tuple[Product, tuple[slice, ...]], ...]
-    query: fx.Node
+    query: fx.Node  # (batch, heads, tokens, features), as are keys and values
     key: fx.Node
     value: fx.Node
     mask: fx.Node | None
-    scale: float
-    causal: bool
-    inner: tuple[fx.Node, ...]
+    scale: float  # factor on the scores
+    causal: bool  # whether each query sees the keys up to its own place
+    inner: tuple[fx.Node, ...]  # from the attention to the output projection; the op replaces them
 
 
 def value_of(node: object) -> Any:
@@ -90,12 +66,7 @@ def value_of(node: object) -> Any:
 
 
 class Linears:
-    """Products with a model's own weights in a captured graph.
-
-    Args:
-        graph_module: as TorchDynamo captured it.
-        example_inputs: what its placeholders stand for.
-    """
+    """Products with a model's own weights in a captured graph."""
 
     def __init__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         nodes = list(graph_module.graph.nodes)
@@ -128,11 +99,7 @@ class Linears:
 
 
 def match_mlp(site: BoundSite, sink: Product, linears: Linears) -> Mlp:
-    """The MLP that ends in `sink`.
-
-    Raises:
-        Unmatched: it is none that ``planner::project_rows`` computes.
-    """
+    """The MLP that ends in `sink`; Unmatched if ``planner::project_rows`` does not compute it."""
     sources = _sources(site, linears)
     if len({source.x for source in sources}) != 1:
         raise Unmatched("its products read different inputs")
@@ -147,11 +114,7 @@ def match_mlp(site: BoundSite, sink: Product, linears: Linears) -> Mlp:
 
 
 def match_attention(site: BoundSite, sink: Product, linears: Linears) -> Attention:
-    """The attention that ends in `sink`.
-
-    Raises:
-        Unmatched: it is none that ``planner::project_rows`` and ``planner::attend`` compute.
-    """
+    """The attention that ends in `sink`; Unmatched if ``planner::attend`` does not compute it."""
     attention, inner = _behind(sink)
     given = _arguments(attention, _SDPA)
     query, key, value = (given[name] for name in ("query", "key", "value"))

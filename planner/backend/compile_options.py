@@ -36,11 +36,10 @@ class Options:
             options of their own. By default ``switches`` is ``layers,heads,mlp``.
         samples: how many plans a batch carries: 1 for one plan whatever the batch, n for batches of
             n samples with a plan each.
-        inner: the backend that compiles what is left, ``inductor`` unless told otherwise; ``eager``
-            runs it as it is, to debug.
+        inner: the backend that compiles what is left; ``eager`` runs it as it is, to debug.
         mode: of inductor.
-        kernels: who computes planner's ops, see `planner.kernels.choice`: ``auto``, Triton on a GPU
-            and PyTorch on a CPU; ``triton``; ``torch``.
+        kernels: who computes planner's ops, see `planner.kernels.choice`; ``auto`` is Triton on a
+            GPU and PyTorch on a CPU.
     """
 
     request: Request
@@ -51,11 +50,7 @@ class Options:
 
     @staticmethod
     def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
-        """Check options by name and value.
-
-        Raises:
-            InputError: with the option's name and what it may be.
-        """
+        """Check options by name and value; InputError says what an option may be."""
         if not isinstance(options, Mapping | None):
             raise InputError(
                 f"options is {options!r}: give a dictionary such as {{'budget': 0.65}}"

@@ -36,31 +36,21 @@ _resets = 0
 class PlanTensor:
     """A tensor that a compiled graph is given, whatever the model and the plan are.
 
-    Attributes:
-        kind: ``units``, ``counts`` and ``lanes`` are those of `planner.kernels.survivors.Survivors`
-            (units of an MLP are `neuron_width` neurons wide); ``mask`` is 1 for features of the
-            site's last linear that are kept, else 0, shape (rows, 1, features); ``on`` is 1 for
-            samples that run the layer, else 0, shape (rows, 1, 1).
-        layer: decoder layer.
-        site: ``heads`` or ``mlp``.
-        device: of the tensor.
-        dtype: of ``mask`` and ``on``.
+    Of the kinds ``units``, ``counts`` and ``lanes`` are `planner.kernels.survivors.Survivors`' own
+    (units of an MLP are `neuron_width` neurons wide); ``mask`` is 1 for features of the site's last
+    linear that are kept, else 0, shape (rows, 1, features); ``on`` is 1 for samples that run the
+    layer, else 0, shape (rows, 1, 1).
     """
 
     kind: str
-    layer: int
-    site: str
+    layer: int  # of the decoder
+    site: str  # ``heads`` or ``mlp``
     device: torch.device
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | None = None  # of ``mask`` and ``on``
 
 
 class PlanTensors:
-    """Makes the graphs that were compiled for a model obey the plans of its session.
-
-    Args:
-        session: of the model.
-        options: of the compilation.
-    """
+    """Makes the graphs that were compiled for a model obey the plans of its session."""
 
     # Tensors of this many sets of plans are kept.
     KEPT = 16

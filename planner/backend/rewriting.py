@@ -39,12 +39,7 @@ from planner.models.running.bindings import BoundSite
 
 @dataclass(frozen=True, eq=False)
 class Rewritten:
-    """A captured graph that obeys plans.
-
-    Attributes:
-        graph: takes the inputs of the captured one, and then the tensors of a plan.
-        tensors: which ones.
-    """
+    """A captured graph that obeys plans: it takes some tensors of a plan behind its own inputs."""
 
     graph: fx.GraphModule
     tensors: tuple[PlanTensor, ...]
@@ -53,13 +48,7 @@ class Rewritten:
 def rewritten(
     graph_module: fx.GraphModule, example_inputs: Sequence[Any], plans: PlanTensors
 ) -> tuple[Rewritten | None, list[str], list[str]]:
-    """A captured graph as one that obeys plans.
-
-    Args:
-        graph_module: as TorchDynamo captured it, of the whole model or any part of it; left as it
-            is.
-        example_inputs: what it was captured with.
-        plans: of the model.
+    """A captured graph, of a whole model or any part of it, as another one that obeys plans.
 
     Returns:
         The graph, None where it has nothing to obey; what is computed though plans leave it out,

@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
 def execute(arguments: list[str]) -> int:
     """Run the command line; the exit code."""
     from planner.cli.app import app
-    from planner.ir.errors import PlannerError
+    from planner.ir.errors import PlannerError, first_line
 
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
@@ -58,8 +58,8 @@ def execute(arguments: list[str]) -> int:
             return _fail(error.format_message(), 2)
         if debug:
             raise
-        text = str(error).strip().splitlines()
-        reason = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+        kind, said = type(error).__name__, first_line(error)
+        reason = kind if said == kind else f"{kind}: {said}"
         return _fail(f"{reason} (run again with --debug for the traceback)", 1)
     if code == _INTERRUPTED:
         return _fail("interrupted", _INTERRUPTED)

@@ -20,7 +20,7 @@ def audit_command(
     labels: Annotated[Path, typer.Argument(help="File that planner labels wrote.")],
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="What to price plans on [default: the file's model]."),
+        typer.Option("-m", help="What to price plans on [default: the file's model]."),
     ] = None,
     exact: Annotated[
         bool, typer.Option("--exact", help="Check every optimum with a plain CP-SAT model too.")

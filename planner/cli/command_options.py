@@ -166,11 +166,7 @@ def _parameters(
 
 
 def parse_fractions(text: str) -> list[float]:
-    """Fractions separated by commas.
-
-    Raises:
-        InputError: they are not.
-    """
+    """Fractions separated by commas; InputError where they are none."""
     from planner.ir.errors import InputError
 
     try:

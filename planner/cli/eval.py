@@ -31,10 +31,10 @@ def eval_command(
     console: Console,
     budgets: Budgets = "1,0.85,0.6",
     scheduler: Scheduler = None,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Questions.")] = 300,
-    seed: Annotated[int, typer.Option("--seed", help="Which questions.")] = 0,
-    split: Annotated[Split, typer.Option("--split", help="Of the scenes.")] = "test",
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Questions asked together.")] = 64,
+    samples: Annotated[int, typer.Option(min=1, help="Questions.")] = 300,
+    seed: Annotated[int, typer.Option(help="Which questions.")] = 0,
+    split: Annotated[Split, typer.Option(help="Of the scenes.")] = "test",
+    batch: Annotated[int, typer.Option(min=1, help="Questions asked together.")] = 64,
     mask: Annotated[
         bool, typer.Option("--mask", help="Multiply by zero instead of skipping (scheduler only).")
     ] = False,

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 def inspect_command(
     request: Request,
     console: Console,
-    plan: Annotated[Path | None, typer.Option("--plan", help="A plan to apply first.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan to apply first.")] = None,
     passes: Annotated[
-        str, typer.Option("--passes", help="Passes to apply, such as drop-dead,fuse-projections.")
+        str, typer.Option(help="Passes to apply, such as drop-dead,fuse-projections.")
     ] = "",
     by: Annotated[
         Literal["operator", "layer", "kind"], typer.Option("--by", help="What a row is of.")

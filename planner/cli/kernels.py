@@ -117,7 +117,7 @@ def kernels_command(
         Path, typer.Argument(help="What planner compile --target was given with -o.")
     ],
     target: Annotated[
-        list[str] | None, typer.Option("--target", help="Only these targets; repeatable.")
+        list[str] | None, typer.Option(help="Only these targets; repeatable.")
     ] = None,
 ) -> None:
     """Per kernel and target: registers, spills, shared memory, tensor cores, predicted time."""

@@ -36,10 +36,10 @@ def labels_command(
     budgets: Budgets = "0.6,0.7,0.8,0.9",
     switches: Annotated[
         str,
-        typer.Option("--switches", help="adallava-l (counted), or some of layers,heads,mlp."),
+        typer.Option(help="adallava-l (counted), or some of layers,heads,mlp."),
     ] = "adallava-l",
     scheduler: Scheduler = None,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="How many questions.")] = 256,
+    samples: Annotated[int, typer.Option(min=1, help="How many questions.")] = 256,
     tried: Annotated[
         int,
         typer.Option(
@@ -47,15 +47,15 @@ def labels_command(
         ),
     ] = 0,
     images: Annotated[
-        Path | None, typer.Option("--images", help="Folder of pictures [default: drawn scenes].")
+        Path | None, typer.Option(help="Folder of pictures [default: drawn scenes].")
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option("--prompts", help='JSON lines {"image", "prompt", "answer"} for --images.'),
+        typer.Option(help='JSON lines {"image", "prompt", "answer"} for --images.'),
     ] = None,
-    split: Annotated[Split, typer.Option("--split", help="Of the scenes.")] = "train",
-    seed: Annotated[int, typer.Option("--seed", help="Which questions.")] = 0,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Plans that run at once.")] = 16,
+    split: Annotated[Split, typer.Option(help="Of the scenes.")] = "train",
+    seed: Annotated[int, typer.Option(help="Which questions.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Plans that run at once.")] = 16,
     dtype: Dtype = "auto",
     device: Place = "cpu",
 ) -> None:

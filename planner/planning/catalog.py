@@ -15,20 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from planner.documents import read_json
-from planner.ir.errors import InputError
+from planner.ir.errors import InputError, first_line
 
 
 @dataclass(frozen=True)
 class Alias:
-    """A short name for a model, whose config is ``planner/aliases/<alias>.json``.
-
-    Attributes:
-        about: what it stands for.
-        hub_id: where its weights are, for the commands that need weights; "" for nowhere.
-    """
+    """A short name for a model, whose config is ``planner/aliases/<alias>.json``."""
 
     about: str
-    hub_id: str = ""
+    hub_id: str = ""  # where its weights are
 
 
 ALIASES = {
@@ -45,21 +40,13 @@ PLANNED_EXPORT = "planner.json"
 
 @dataclass(frozen=True)
 class Source:
-    """A model's config and where it comes from.
+    """A model's config and where it comes from."""
 
-    Attributes:
-        name: what the user called it.
-        config: contents of its ``config.json``.
-        folder: local folder with the model's files, or None.
-        hub_id: id on the hub of a model with weights, or None.
-        trust_remote_code: whether code beside the config may run.
-    """
-
-    name: str
-    config: dict[str, Any]
-    folder: Path | None = None
-    hub_id: str | None = None
-    trust_remote_code: bool = False
+    name: str  # what the user called it
+    config: dict[str, Any]  # contents of its ``config.json``
+    folder: Path | None = None  # with the model's files
+    hub_id: str | None = None  # of a model with weights
+    trust_remote_code: bool = False  # whether code beside the config may run
 
     @property
     def dtype(self) -> str:
@@ -87,10 +74,8 @@ class Source:
         try:
             return CONFIG_MAPPING[model_type].from_dict(self.config)
         except Exception as error:
-            first = (
-                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            )
-            raise InputError(f"the config of '{self.name}' is not valid: {first}") from None
+            reason = first_line(error)
+            raise InputError(f"the config of '{self.name}' is not valid: {reason}") from None
 
 
 def _read_config(path: Path, name: str) -> dict[str, Any]:

@@ -29,12 +29,7 @@ def reread(config: Any) -> Any:
 
 
 def head_counts(config: Any, groups: int) -> tuple[int, ...]:
-    """Numbers of KV groups, equal in all layers, that a stock config takes.
-
-    Args:
-        config: of the whole base model, a transformers config.
-        groups: KV groups of each layer.
-    """
+    """Numbers of KV groups, equal in all layers, that a stock config takes instead of `groups`."""
     counts = []
     for left in range(1, groups + 1):
         smaller = copy.deepcopy(config)

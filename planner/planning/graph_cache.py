@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
@@ -38,14 +38,8 @@ def cache_folder() -> Path:
 
 
 @cache
-def _versions() -> dict[str, str]:
-    found = {"planner": __version__}
-    for package in ("torch", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "missing"
-    return found
+def _versions() -> list[str]:
+    return [__version__, version("torch"), version("transformers")]
 
 
 @cache

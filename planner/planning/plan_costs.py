@@ -17,17 +17,11 @@ from planner.planning.switches import AXES, SwitchSet, with_switches
 
 @dataclass(frozen=True, eq=False)
 class PlanCosts:
-    """FLOPs and KV bytes of plans for one model on one prompt, beside the base model's.
-
-    Attributes:
-        graph: of the model.
-        workload: of the prompt, and of what was generated.
-        scope: ``model`` or ``llm``; None for what each plan was made for.
-    """
+    """FLOPs and KV bytes of plans for one model on one prompt, beside the base model's."""
 
     graph: Graph
-    workload: Workload
-    scope: str | None = None
+    workload: Workload  # of the prompt, and of what was generated
+    scope: str | None = None  # ``model`` or ``llm``; None for what each plan was made for
     _base: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def of(self, plan: Plan, kept: Mapping[int, int] | None = None) -> dict[str, dict[str, float]]:

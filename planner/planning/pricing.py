@@ -36,22 +36,14 @@ KEEP_FRACTIONS = tuple(eighths / 8 for eighths in range(8, 0, -1))
 
 @dataclass(frozen=True, eq=False)
 class Pricing:
-    """Costs of one Graph under one workload.
+    """Costs of one Graph under one workload."""
 
-    Attributes:
-        graph: with switches assigned (`planner.planning.switches.with_switches`).
-        workload: token counts.
-        switches: what may be switched.
-        device: for latency.
-        scope: ``model`` counts everything, ``llm`` the decoder and lm_head alone.
-        keep: image tokens to choose from at every token stage, descending; by default eighths.
-    """
-
-    graph: Graph
+    graph: Graph  # with switches assigned (`planner.planning.switches.with_switches`)
     workload: Workload
     switches: SwitchSet
-    device: Device
-    scope: str = "model"
+    device: Device  # for latency
+    scope: str = "model"  # counts everything, ``llm`` the decoder and lm_head alone
+    # Image tokens to choose from at every token stage, descending; by default eighths.
     keep: tuple[int, ...] | None = None
     _layer_memo: dict[object, npt.NDArray[np.int64]] = field(default_factory=dict)
 
@@ -173,7 +165,9 @@ class Pricing:
         previous = self.workload.image_tokens
         for stage, keep in zip(self.stages, option, strict=False):
             if keep < previous:
-                cost = cost + self._selection(stage, option, self._score_width(stage, plan))
+                scored = scores_by_attention(self.switches.token_selector)
+                width = self._query_width(stage, plan) if scored else 0
+                cost = cost + self._selection(stage, option, width)
                 if self.switches.selector is not None:
                     cost = cost + self._products(stage, previous, option)
             previous = keep
@@ -215,12 +209,6 @@ class Pricing:
         )
         empty = Graph("", (operator,), (), self.graph.properties)
         return self._vector([operator], empty, stage, option)
-
-    def _score_width(self, stage: int, plan: Plan | None) -> int:
-        """Query features (heads * head_dim) of the attention that scores tokens for a stage."""
-        if not scores_by_attention(self.switches.token_selector):
-            return 0
-        return self._query_width(stage, plan)
 
     @cached_property
     def _tower(self) -> tuple[int, int]:
@@ -372,9 +360,7 @@ class Pricing:
             sites = [s for s in here if s.kind != "layer" and s.name in usable]
             optional = any(s.kind == "layer" and s.name in usable for s in here)
             fixed = np.stack([self.fixed(layer, option, sites)[rows] for option in options])
-            worth = 0.0
-            if not sites and optional:
-                worth = utilities.of_layer(here)
+            worth = utilities.of_layer(here) if optional and not sites else 0.0
             layers.append(
                 LayerChoices(
                     name=f"layer.{layer}",
@@ -410,9 +396,7 @@ class Pricing:
         work = {}
         for site in self.graph.sites:
             if site.kind == "layer":
-                others = [
-                    s for s in self.graph.sites if s.layer == site.layer and s.kind != "layer"
-                ]
+                others = [s for s in self.graph.sites_at(site.layer) if s.kind != "layer"]
                 whole = self.fixed(site.layer, option, others)[0]
                 work[site.name] = float(whole + sum(self.table(s, option)[0, -1] for s in others))
             else:

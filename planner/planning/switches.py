@@ -19,29 +19,19 @@ _TILE = 128
 
 @dataclass(frozen=True, slots=True)
 class SwitchSet:
-    """What may be switched.
+    """What may be switched."""
 
-    Attributes:
-        name: as the user writes it.
-        axes: some of `AXES`.
-        faithful: ``adallava-l`` or ``adallava-h`` where switches are counted as in the paper
-            (upper half of the layers, see `planner.planning.unit_counting`), else "".
-        token_layers: decoder layers before which image tokens may be dropped.
-        token_selector: the rule that picks them.
-        token_counts: image tokens kept at each of `token_layers`, where a selector fixes them, or
-            the most that it keeps.
-        selector: `token_selector` itself, where the user gave one.
-        kv: evicts from the cache of every layer; None keeps everything.
-    """
-
-    name: str
-    axes: tuple[str, ...]
+    name: str  # as the user writes it
+    axes: tuple[str, ...]  # some of `AXES`
+    # ``adallava-l`` or ``adallava-h`` where switches are counted as in the paper
+    # (`planner.planning.unit_counting`), else "".
     faithful: str = ""
-    token_layers: tuple[int, ...] = (_TOKEN_LAYER,)
-    token_selector: str = "fastv"
+    token_layers: tuple[int, ...] = (_TOKEN_LAYER,)  # before which image tokens may be dropped
+    token_selector: str = "fastv"  # the rule that picks them
+    # Image tokens kept at each of `token_layers`, where a selector fixes them, or at most.
     token_counts: tuple[int, ...] | None = None
-    selector: Selector | None = None
-    kv: H2O | None = None
+    selector: Selector | None = None  # `token_selector` itself, where the user gave one
+    kv: H2O | None = None  # evicts from the cache of every layer; None keeps everything
 
     @staticmethod
     def parse(text: str) -> SwitchSet:
@@ -62,16 +52,9 @@ class SwitchSet:
         return SwitchSet(text, tuple(axis for axis in AXES if axis in axes))
 
     def with_selector(self, text: str, image_tokens: int, per_run: int = 0) -> SwitchSet:
-        """The same switches with image tokens dropped as a selector says, rather than chosen.
+        """The same switches with image tokens dropped as ``fastv:k=2,r=0.5``, say, has it.
 
-        Args:
-            text: a selector with its arguments, such as ``fastv:k=2,r=0.5``.
-            image_tokens: of one sample.
-            per_run: image tokens that one run of the vision encoder yields; 0 where unknown.
-
-        Raises:
-            InputError: where the selector does not exist, or keeps a number that depends on content
-                and has no cap (no cost could be promised).
+        `per_run`: as for `planner.planning.selectors.counted`, whose errors it raises.
         """
         selector = parse(text)
         counts = counted(selector, image_tokens, per_run)
@@ -85,10 +68,7 @@ class SwitchSet:
         )
 
     def with_kv_policy(self, text: str) -> SwitchSet:
-        """The same switches with a cache that evicts, such as ``h2o:heavy=0.2,recent=0.2``.
-
-        Raises InputError where there is no such policy.
-        """
+        """The same switches with a cache that evicts, such as ``h2o:heavy=0.2,recent=0.2``."""
         return replace(self, kv=parse_kv_policy(text))
 
     def usable(self, graph: Graph) -> tuple[Site, ...]:

@@ -54,7 +54,7 @@ def faithful_problem(graph: Graph, budget: Budget, utilities: Utilities, name: s
     count = unit_count(layers, counted_fraction(budget, name), per_layer)
     choices = []
     for layer in range(layers):
-        here = [s for s in graph.sites if s.layer == layer and s.kind != "layer"]
+        here = [s for s in graph.sites_at(layer) if s.kind != "layer"]
         worth = sum(float(utilities.of_site(s).sum()) for s in here)
         upper = layer >= first_counted(layers)
         nothing = np.zeros((1, 1), dtype=np.int64)

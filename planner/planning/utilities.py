@@ -30,19 +30,12 @@ _TOKEN_SATURATION = 31.0
 
 @dataclass(frozen=True, eq=False)
 class Utilities:
-    """Worth of switches.
+    """Worth of switches."""
 
-    Attributes:
-        name: ``prior``, ``uniform`` or the file's name.
-        sites: site name -> shape (switches,) for heads, mlp and layer sites.
-        tokens: worth of all image tokens.
-        saturation: worth of a fraction r of them is
-            ``tokens * log(1 + saturation * r) / log(1 + saturation)``.
-    """
-
-    name: str
-    sites: Mapping[str, Array]
-    tokens: float
+    name: str  # ``prior``, ``uniform`` or the file's name
+    sites: Mapping[str, Array]  # site name -> (switches,) for heads, mlp and layer sites
+    tokens: float  # worth of all image tokens
+    # A fraction r of them is worth tokens * log(1 + saturation * r) / log(1 + saturation).
     saturation: float = _TOKEN_SATURATION
 
     def of_tokens(self, fraction: float) -> float:
@@ -66,9 +59,6 @@ class Utilities:
 
         Its own value, for switches are not additive: each of several that do the same may be worth
         little while all of them are worth much. Without one, the sum of what is inside.
-
-        Args:
-            sites: of the layer, the layer's own among them.
         """
         own = next((s for s in sites if s.kind == "layer"), None)
         if own is not None and own.name in self.sites:
@@ -93,9 +83,7 @@ def prior(graph: Graph, work: Mapping[str, float]) -> Utilities:
     Which head or group of a site is better cannot be known without weights. The diminishing values
     make plans narrow many sites a little rather than a few entirely.
 
-    Args:
-        graph: whose sites to value.
-        work: site name -> cost of all its switches, in any one unit.
+    `work`: site name -> cost of all its switches, in any one unit.
     """
     whole = sum(work.values()) or 1.0
     sites: dict[str, Array] = {}
@@ -131,7 +119,7 @@ def save_utilities(path: Path, utilities: Utilities, graph: Graph, about: str = 
     Args:
         path: an ``.npz`` file.
         utilities: one array per site of the graph.
-        graph: of the model; its fingerprint goes into the file.
+        graph: whose fingerprint goes into the file.
         about: where the values come from, for people and programs.
     """
     arrays = {site.name: utilities.of_site(site) for site in graph.sites}

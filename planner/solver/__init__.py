@@ -9,7 +9,7 @@ or a bare `Choice` from the rule. Nothing here knows of graphs, models or device
     branch         the integer tables of one token option
     relaxation     bounds of a branch
     rounding       first answers
-    columns, core  what bounds leave open, as integer columns
+    core           what bounds leave open, as integer columns
     cpsat          a core solved by OR-Tools
     search         branches in the order of their bounds
     exact          the exact solver, of all of these

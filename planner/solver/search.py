@@ -54,10 +54,9 @@ def search(
     deadline: float,
     start: tuple[int, Assignment] | None = None,
 ) -> Outcome:
-    """The best assignment over all candidates.
+    """The best assignment over all candidates, of which there is at least one.
 
     Args:
-        candidates: at least one.
         deadline: on `time.perf_counter`'s clock; the search then ends with what it has.
         start: index and assignment of an answer that is known to fit.
     """

@@ -16,15 +16,11 @@ class H2O(Arguments):
     from then on. Attention accumulates over the prompt and every decoded token, and evicted entries
     are gone. With grouped queries the heads of a group share their keys, so their attention is
     summed. The reference sums scores over a batch of one; here every sample has its own.
-
-    Attributes:
-        heavy: share of the prompt kept as heavy hitters.
-        recent: share of the prompt kept as most recent; at least the newest token.
     """
 
     name = "h2o"
-    heavy: float = 0.1
-    recent: float = 0.1
+    heavy: float = 0.1  # share of the prompt kept as heavy hitters
+    recent: float = 0.1  # share of the prompt kept as most recent; at least the newest token
 
     def __post_init__(self) -> None:
         self.check("heavy", 0 <= self.heavy <= 1, "a share from 0 to 1")

@@ -20,17 +20,13 @@ class FastV(DecoderSelector):
     (arXiv 2403.06764), section 4. The reference scores sample 0 of a batch and needs the whole
     attention matrix of one layer; here every sample is scored by its own last real token, from one
     row computed from q and K. Counts round half to even, as there.
-
-    Attributes:
-        k: the first layer that sees fewer tokens; at least 1.
-        r: share of image tokens dropped.
     """
 
     name = "fastv"
     needs = Needs.QUERY_KEY
     scores_by_attention = True
-    k: int = 2
-    r: float = 0.5
+    k: int = 2  # the first layer that sees fewer tokens
+    r: float = 0.5  # share of image tokens dropped
 
     def __post_init__(self) -> None:
         self.check("k", self.k >= 1, "a layer from 1 on, because it scores by the layer before")
@@ -66,17 +62,12 @@ class SparseVLM(DecoderSelector):
     tokens go behind the image there, with renumbered positions; here they take the place and
     position id of their cluster's centre, so what is left stays in its original order. The
     reference drops at least one token at every step, this none where there are few enough.
-
-    Attributes:
-        after: layers after which tokens are dropped, ascending.
-        keep: image tokens kept after each of them, recycled ones not counted.
-        recycle: whether dropped tokens are recycled.
     """
 
     name = "sparsevlm"
     needs = Needs.QUERY_KEY | Needs.MARKS | Needs.HIDDEN_STATES
-    after: tuple[int, ...] = (2, 6, 15)
-    keep: tuple[int, ...] = (300, 200, 110)
+    after: tuple[int, ...] = (2, 6, 15)  # layers after which tokens are dropped
+    keep: tuple[int, ...] = (300, 200, 110)  # after each of them, recycled ones not counted
     recycle: bool = True
 
     def __post_init__(self) -> None:
@@ -133,8 +124,8 @@ _TOKENS_PER_CLUSTER = 10
 class _Count(DecoderSelector):
     """Keeps a number of image tokens from one layer on, without a look at the model."""
 
-    keep: int
-    k: int = 0
+    keep: int  # per sample
+    k: int = 0  # the first layer that sees fewer tokens; 0 is the whole decoder
 
     def __post_init__(self) -> None:
         self.check("keep", self.keep >= 0, "a count from 0 on")
@@ -161,11 +152,6 @@ class Random(_Count):
 
     The i-th image token of a sample draws the i-th number of the seeded stream, so a choice depends
     on nothing but the seed and the number of image tokens: not on the batch, padding or device.
-
-    Attributes:
-        keep: image tokens kept per sample.
-        k: the first layer that sees fewer tokens; 0 is the whole decoder.
-        seed: of the stream.
     """
 
     name = "random"
@@ -182,10 +168,6 @@ class Uniform(_Count):
 
     Every unbroken run of image tokens is taken as one picture; pictures share the count in
     proportion to their tokens.
-
-    Attributes:
-        keep: image tokens kept per sample.
-        k: the first layer that sees fewer tokens; 0 is the whole decoder.
     """
 
     name = "uniform"

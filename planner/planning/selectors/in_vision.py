@@ -30,17 +30,13 @@ class PruMerge(VisionSelector):
     picture, the sum of the others among them: where the rule says more, the patches with the
     highest attention of those that it would keep, in its order. A patch that the cap cuts is merged
     as if the rule had dropped it.
-
-    Attributes:
-        neighbours: how many nearest patches are merged into a kept one.
-        max: largest share of tokens that is left; None is no cap.
     """
 
     name = "prumerge"
     needs = Needs.TOWER_ATTENTION
     tower_layers: ClassVar[tuple[int, ...]] = (-1,)
-    neighbours: int = 32
-    max: float | None = None
+    neighbours: int = 32  # how many nearest patches are merged into a kept one
+    max: float | None = None  # largest share of tokens that is left; None is no cap
 
     def __post_init__(self) -> None:
         self.check("neighbours", self.neighbours >= 0, "a count from 0 on")
@@ -80,15 +76,10 @@ class PruMergePlus(PruMerge):
 
     A cap, as in PruMerge, goes with the adaptive rule. Attention decides what it leaves, so
     outliers go before the grid, and of the grid the patches stay that CLS attends to most.
-
-    Attributes:
-        neighbours: how many nearest patches are merged into a kept one.
-        max: largest share of tokens that is left; None is no cap.
-        ratio: share of patches kept by attention; None is adaptive.
     """
 
     name = "prumerge+"
-    ratio: float | None = None
+    ratio: float | None = None  # share of patches kept by attention; None is adaptive
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,17 +117,13 @@ class VisionZip(VisionSelector):
     CLS token is one of the dominant tokens: the default 54 + 10 are CLS, 53 patches and 10
     contextual tokens, the 64 of the paper's tables. A contextual token is its target patch plus the
     mean of what joined it, as in the code.
-
-    Attributes:
-        dominant: tokens kept by attention, CLS among them.
-        contextual: tokens merged from the rest.
     """
 
     name = "visionzip"
     needs = Needs.TOWER_ATTENTION | Needs.CLS_FEATURE
     tower_layers: ClassVar[tuple[int, ...]] = (-2,)
-    dominant: int = 54
-    contextual: int = 10
+    dominant: int = 54  # tokens kept by attention, CLS among them
+    contextual: int = 10  # tokens merged from the rest
 
     def __post_init__(self) -> None:
         self.check("dominant", self.dominant >= 1, "a count from 1 on, the CLS token included")
@@ -174,17 +161,13 @@ class HiRED(VisionSelector):
     run just keeps int(n ratio). Arif et al., "HiRED" (arXiv 2408.10945), after the released code;
     that splits the overview's raster order into equal stretches, which are not the tiles, so here
     patches are counted where they lie. Shares are rounded down, so a few tokens may stay unspent.
-
-    Attributes:
-        ratio: share of patches kept.
-        alpha: share of the budget that goes to the overview.
     """
 
     name = "hired"
     needs = Needs.TOWER_ATTENTION
     tower_layers: ClassVar[tuple[int, ...]] = (0, -2)
-    ratio: float = 0.2
-    alpha: float = 0.5
+    ratio: float = 0.2  # share of patches kept
+    alpha: float = 0.5  # share of the budget that goes to the overview
 
     def __post_init__(self) -> None:
         self.check("ratio", 0 <= self.ratio <= 1, "a share from 0 to 1")
@@ -214,16 +197,12 @@ class TRIM(VisionSelector):
 
     Needs CLIP's text encoder and both projections; a checkpoint whose vision tower came without
     them cannot supply these.
-
-    Attributes:
-        ratio: share of patches kept; None is adaptive.
-        max: largest share of tokens that the adaptive rule leaves; None is no cap.
     """
 
     name = "trim"
     needs = Needs.TEXT_EMBEDDING
-    ratio: float | None = None
-    max: float | None = None
+    ratio: float | None = None  # share of patches kept; None is adaptive
+    max: float | None = None  # largest share that the adaptive rule leaves; None is no cap
 
     def __post_init__(self) -> None:
         self.check("ratio", self.ratio is None or 0 <= self.ratio <= 1, "a share from 0 to 1")
