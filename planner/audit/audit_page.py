@@ -50,12 +50,13 @@ def page(found: Audit) -> str:
 
 def _table(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> str:
     """Records as a table: column -> how a record fills it."""
+
+    def line(row: Mapping[str, Any]) -> str:
+        cells = [f"<td>{escape(form.format_map(row))}</td>" for form in columns.values()]
+        return f"<tr>{''.join(cells)}</tr>"
+
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    body = "\n".join(
-        f"<tr>{''.join(f'<td>{escape(form.format_map(row))}</td>' for form in columns.values())}"
-        "</tr>"
-        for row in rows
-    )
+    body = "\n".join(map(line, rows))
     return f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
 
 
@@ -77,11 +78,7 @@ def _dominated(dominated: dict[str, Any]) -> str:
     if not dominated["count"]:
         return "<h2>Dominated labels</h2>\n<p>None: no plan is worth more at no greater cost.</p>"
     rows = [
-        {
-            **row,
-            "off": ", ".join(row["without"]) or "-",
-            "on": ", ".join(row["with"]) or "-",
-        }
+        row | {"off": ", ".join(row["without"]) or "-", "on": ", ".join(row["with"]) or "-"}
         for row in dominated["examples"]
     ]
     columns = {

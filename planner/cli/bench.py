@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -11,13 +11,11 @@ from planner.cli.command_options import (
     Dtype,
     KernelChoice,
     Place,
+    Request,
     command,
     parse_fractions,
 )
 from planner.cli.console import Console, amount, print_records
-
-if TYPE_CHECKING:
-    from planner.planning.compiler import Request
 
 
 @command(

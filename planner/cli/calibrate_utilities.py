@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.command_options import Dtype, Place, command
+from planner.cli.command_options import Dtype, Place, Request, command
 from planner.cli.console import Console, say, table
 
 if TYPE_CHECKING:
     from planner.models.calibration import Calibrated
-    from planner.planning.compiler import Request
 
 _KINDS = {"all": "all switches", "layer": "layers", "heads": "heads", "mlp": "MLP groups"}
 

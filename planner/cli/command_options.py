@@ -12,11 +12,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 
 from planner.cli.console import Console
+
+if TYPE_CHECKING:
+    from planner.planning.compiler import Request as Request
+else:
+    # It comes with the solvers, and is imported once one is made.
+    Request = Any
 
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
@@ -117,7 +123,7 @@ def command(*names: str, **helps: str) -> Callable[[Callable[..., None]], Callab
     """
 
     def make(function: Callable[..., None]) -> Callable[..., None]:
-        hints = get_type_hints(function, localns={"Request": Any}, include_extras=True)
+        hints = get_type_hints(function, include_extras=True)
         parameters = _parameters(RequestOptions, names, helps)
         for name, own in inspect.signature(function).parameters.items():
             if name not in ("request", "console"):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.command_options import RequestOptions, Scheduler, command
+from planner.cli.command_options import Request, RequestOptions, Scheduler, command
 from planner.cli.console import Console, amount, print_records, say, table
 from planner.cli.kernels import (
     Autotune,
@@ -21,7 +21,7 @@ from planner.cli.kernels import (
 
 if TYPE_CHECKING:
     from planner.kernels.targets.manifest import Manifest
-    from planner.planning.compiler import Compiled, Request
+    from planner.planning.compiler import Compiled
     from planner.schedule import Schedule
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -11,15 +11,13 @@ from planner.cli.command_options import (
     Budgets,
     Dtype,
     Place,
+    Request,
     Scheduler,
     Split,
     command,
     parse_fractions,
 )
 from planner.cli.console import Console, print_records
-
-if TYPE_CHECKING:
-    from planner.planning.compiler import Request
 
 
 @command(

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from planner.cli.command_options import command
+from planner.cli.command_options import Request, command
 from planner.cli.console import Console, amount
 
 if TYPE_CHECKING:
     import torch
 
-    from planner.planning.compiler import Request
 
 # As safetensors names them.
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from planner.cli.command_options import command
+from planner.cli.command_options import Request, command
 from planner.cli.console import Console, amount, table
 
 if TYPE_CHECKING:
     from planner.ir.cost import Cost
     from planner.ir.graph import Operator
-    from planner.planning.compiler import Request
 
 
 @command(

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.command_options import command
+from planner.cli.command_options import Request, command
 from planner.cli.console import Console, amount, print_records, say
 
 if TYPE_CHECKING:
     from planner.kernels.choice import Kernels
     from planner.kernels.targets.loaded_kernels import Loaded
     from planner.kernels.targets.manifest import CompiledKernel, Manifest
-    from planner.planning.compiler import Request
 
 Targets = Annotated[
     list[str] | None,

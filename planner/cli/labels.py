@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -12,15 +12,13 @@ from planner.cli.command_options import (
     Budgets,
     Dtype,
     Place,
+    Request,
     Scheduler,
     Split,
     command,
     parse_fractions,
 )
 from planner.cli.console import Console
-
-if TYPE_CHECKING:
-    from planner.planning.compiler import Request
 
 # Of a question about a scene and what stands around it, about.
 _TEXT_TOKENS = 16

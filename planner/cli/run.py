@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.command_options import Dtype, Place, Scheduler, command
+from planner.cli.command_options import Dtype, Place, Request, Scheduler, command
 from planner.cli.console import Console, amount, print_json
 from planner.cli.explain import layer_rows, print_layers, skipped
 from planner.cli.kernels import KernelsToRun, kernels_to_run
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from planner.kernels.targets.loaded_kernels import Loaded
     from planner.models.scheduling import Scheduled
     from planner.plan import Plan
-    from planner.planning.compiler import Request
     from planner.schedule import Schedule
 
 

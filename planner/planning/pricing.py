@@ -197,18 +197,20 @@ class Pricing:
             )
             for i, (rows, columns, inner) in enumerate(selector.products(stage, sizes))
         ]
-        empty = Graph("", tuple(products), (), self.graph.properties)
-        return self._vector(products, empty, None, option)
+        return self._vector(products, self._of(products), None, option)
 
     def _selection(self, stage: int, option: tuple[int, ...], width: int) -> npt.NDArray[np.int64]:
         hidden = (Dim.of("batch"), Dim.of("query"), Dim(int(self.graph.properties["hidden_size"])))
-        before = self._sizes(stage - 1, option, False)["query"] if stage else None
-        tokens = self.workload.prompt_tokens if before is None else before
+        load = self.workload
+        tokens = self._sizes(stage - 1, option, False)["query"] if stage else load.prompt_tokens
         operator = Operator("tokens", "select_tokens", (), hidden).having(
             before=Dim(tokens), score_width=width
         )
-        empty = Graph("", (operator,), (), self.graph.properties)
-        return self._vector([operator], empty, stage, option)
+        return self._vector([operator], self._of([operator]), stage, option)
+
+    def _of(self, operators: Sequence[Operator]) -> Graph:
+        """A graph of nothing else, with what holds of the whole model."""
+        return Graph("", tuple(operators), (), self.graph.properties)
 
     @cached_property
     def _tower(self) -> tuple[int, int]:
@@ -240,11 +242,8 @@ class Pricing:
     ) -> npt.NDArray[np.int64]:
         """Cost of a layer being on, its switchable sites left out; shape (4,)."""
         names = {site.name for site in sites}
-        operators = [
-            o
-            for o in self._by_layer.get(layer, [])
-            if not any(s in names for _, s in o.narrowed_by)
-        ]
+        here = self._by_layer.get(layer, [])
+        operators = [o for o in here if not any(s in names for _, s in o.narrowed_by)]
         key = (self._alike(operators), tuple(self._sizes(layer, option, False).items()))
         if key not in self._layer_memo:
             self._layer_memo[key] = self._vector(operators, self.graph, layer, option)
@@ -256,11 +255,8 @@ class Pricing:
         Where switches differ by one lane the first, wider ones are counted first, so a cost is
         never understated.
         """
-        operators = [
-            o
-            for o in self._by_layer.get(site.layer, [])
-            if any(name == site.name for _, name in o.narrowed_by)
-        ]
+        here = self._by_layer.get(site.layer, [])
+        operators = [o for o in here if any(name == site.name for _, name in o.narrowed_by)]
         sizes = self._sizes(site.layer, option, False)
         key = (self._alike(operators), site.lanes, site.switches, tuple(sizes.items()))
         if key not in self._layer_memo:
@@ -279,8 +275,7 @@ class Pricing:
         names = {o.name for o in operators}
         known = self.graph.by_name
         read = {i for o in operators for i in o.inputs if i not in names and i in known}
-        outside = tuple(known[name] for name in sorted(read))
-        return Graph("", (*outside, *operators), (), self.graph.properties)
+        return self._of([*(known[name] for name in sorted(read)), *operators])
 
     @staticmethod
     def _alike(operators: Sequence[Operator]) -> tuple[object, ...]:
@@ -422,6 +417,5 @@ def _mean_kept(option: tuple[int, ...], stages: Sequence[int], layers: int, of: 
     """Fraction of image tokens kept, averaged over the layers that a stage covers."""
     if not option or not of:
         return 1.0
-    ends = [*stages[1:], layers]
-    covered = [end - start for start, end in zip(stages, ends, strict=True)]
+    covered = np.diff([*stages, layers]).tolist()
     return sum(k / of * c for k, c in zip(option, covered, strict=True)) / sum(covered)

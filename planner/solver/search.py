@@ -60,20 +60,18 @@ def search(
         deadline: on `time.perf_counter`'s clock; the search then ends with what it has.
         start: index and assignment of an answer that is known to fit.
     """
-    state = _Search(candidates, deadline)
-    if start is not None:
-        state.offer(*start)
-    return state.run()
+    return _Search(candidates, deadline, start).run()
 
 
+@dataclass(eq=False)
 class _Search:
     """The state of one search."""
 
-    def __init__(self, candidates: Sequence[Candidate], deadline: float) -> None:
-        self.candidates = candidates
-        self.deadline = deadline
-        self.best: tuple[int, Assignment] | None = None
-        self.settled = _NOTHING
+    candidates: Sequence[Candidate]
+    deadline: float
+    best: tuple[int, Assignment] | None = None
+    # No assignment of a branch that was worked through is worth more than this, or the best one.
+    settled: int = _NOTHING
 
     @property
     def utility(self) -> int:

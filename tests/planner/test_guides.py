@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from typing_extensions import override
 import planner
 from planner.api import kept_image_tokens
 from planner.cli.app import app
-from planner.cli.command_options import command
+from planner.cli.command_options import Request, command
 from planner.cli.console import Console
 from planner.ir.errors import InputError
 from planner.loading import load_model, noise_image, prompt_inputs
@@ -24,9 +24,6 @@ from planner.models.tokens.selectors import DecoderInputs, DecoderSelection, sel
 from planner.planning import catalog
 from planner.planning.catalog import ALIASES, Alias
 from planner.planning.selectors import SELECTORS, DecoderSelector
-
-if TYPE_CHECKING:
-    from planner.planning.compiler import Request
 
 
 def test_add_a_model_alias(cli, cli_json, monkeypatch, tmp_path):
