@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from torch import fx, nn
@@ -38,7 +39,6 @@ from planner.models.running.session import Session
 __all__ = ["compile_graph"]
 
 _log = logging.getLogger("planner")
-_told: set[str] = set()
 
 
 def compile_graph(
@@ -62,9 +62,7 @@ def compile_graph(
     """
     chosen = Options.parse(options, mode)
     compiler: Callable[..., Callable[..., Any]] = chosen.inner_compiler()
-    parameters = {
-        number: value for number, value in enumerate(example_inputs) if _is_parameter(value)
-    }
+    parameters = {n: v for n, v in enumerate(example_inputs) if isinstance(v, nn.Parameter)}
     model = owner_of([*parameters.values(), *graph_module.parameters()])
     session = None
     if model is not None:
@@ -83,18 +81,10 @@ def compile_graph(
             compiled = compiler(graph_module, example_inputs)
             tensors = _examples(found, session, example_inputs)
             narrowed = compiler(found.graph, [*example_inputs, *tensors])
-            owned = [number for number, value in parameters.items() if _owns(model, value)]
-            place = owned[0] if owned else None
+            owned = {id(parameter) for parameter in session.model.parameters()}
+            place = next((n for n, value in parameters.items() if id(value) in owned), None)
             return _by_plan(session, chosen, compiled, narrowed, found, place)
     return compiler(graph_module, example_inputs)
-
-
-def _is_parameter(value: Any) -> bool:
-    return isinstance(value, nn.Parameter)
-
-
-def _owns(model: nn.Module | None, value: Any) -> bool:
-    return model is not None and any(value is parameter for parameter in model.parameters())
 
 
 def _examples(found: Rewritten, session: Session, example_inputs: Sequence[Any]) -> list[Any]:
@@ -179,13 +169,12 @@ def _adopted(model: nn.Module, options: Options) -> Session | None:
 def _reset() -> None:
     """What ``torch.compiler.reset()`` calls: options, budgets and what was told are forgotten."""
     forget()
-    _told.clear()
+    _tell_once.cache_clear()
 
 
 compile_graph.reset = _reset  # type: ignore[attr-defined]
 
 
+@cache
 def _tell_once(message: str) -> None:
-    if message not in _told:
-        _told.add(message)
-        _log.warning("%s", message)
+    _log.warning("%s", message)

@@ -417,5 +417,5 @@ def _mean_kept(option: tuple[int, ...], stages: Sequence[int], layers: int, of: 
     """Fraction of image tokens kept, averaged over the layers that a stage covers."""
     if not option or not of:
         return 1.0
-    covered = np.diff([*stages, layers]).tolist()
+    covered: list[int] = np.diff([*stages, layers]).tolist()
     return sum(k / of * c for k, c in zip(option, covered, strict=True)) / sum(covered)
