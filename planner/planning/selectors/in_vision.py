@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from typing_extensions import override
 
+from planner.ir.errors import InputError
 from planner.planning.selectors.selector import Needs, Product, Sizes, VisionSelector
 
 
@@ -15,8 +16,34 @@ def capped(tokens: int, share: float) -> int:
     return max(1, int(tokens * share))
 
 
+class _Adaptive(VisionSelector):
+    """Keeps what the picture says, at most a share of it, unless a ratio fixes the number."""
+
+    max: float | None
+    ratio: float | None = None
+
+    @property
+    @override
+    def is_adaptive(self) -> bool:
+        return self.ratio is None
+
+    @override
+    def counts(self, tokens: int) -> tuple[int | None, ...]:
+        """At most the cap; without one anything up to all tokens."""
+        return (None if self.max is None else capped(tokens, self.max),)
+
+    def check_cap(self) -> None:
+        """Raise InputError unless the cap is a share, and stands without a ratio."""
+        self.check("max", self.max is None or 0 < self.max < 1, "a share above 0 and below 1")
+        if None not in (self.max, self.ratio):
+            raise InputError(
+                f"{self.name} keeps a fixed number with ratio, and at most a share with max: give "
+                "one of the two."
+            )
+
+
 @dataclass(frozen=True)
-class PruMerge(VisionSelector):
+class PruMerge(_Adaptive):
     """Keep the patches whose CLS attention is an outlier, and merge the rest: k + 1 tokens.
 
     CLS attention is that of the tower's last layer taken as one head over the whole width;
@@ -40,17 +67,7 @@ class PruMerge(VisionSelector):
 
     def __post_init__(self) -> None:
         self.check("neighbours", self.neighbours >= 0, "a count from 0 on")
-        self.check_cap(self.max)
-
-    @property
-    @override
-    def is_adaptive(self) -> bool:
-        return True
-
-    @override
-    def counts(self, tokens: int) -> tuple[int | None, ...]:
-        """At most the cap; without one anything up to all tokens."""
-        return (None if self.max is None else capped(tokens, self.max),)
+        self.check_cap()
 
     @override
     def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
@@ -84,13 +101,6 @@ class PruMergePlus(PruMerge):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check("ratio", self.ratio is None or 0 < self.ratio <= 1, "a share above 0, up to 1")
-        self.check_cap(self.max, self.ratio)
-
-    @property
-    @override
-    def is_adaptive(self) -> bool:
-        """Unless there is a fixed ratio."""
-        return self.ratio is None
 
     @override
     def counts(self, tokens: int) -> tuple[int | None, ...]:
@@ -185,7 +195,7 @@ class HiRED(VisionSelector):
 
 
 @dataclass(frozen=True)
-class TRIM(VisionSelector):
+class TRIM(_Adaptive):
     """Keep patches by CLIP similarity to the prompt, in order, and the mean of all others.
 
     Adaptive (no ratio): those whose score lies above Q3 + 1.5 IQR of their own picture; else the
@@ -206,19 +216,13 @@ class TRIM(VisionSelector):
 
     def __post_init__(self) -> None:
         self.check("ratio", self.ratio is None or 0 <= self.ratio <= 1, "a share from 0 to 1")
-        self.check_cap(self.max, self.ratio)
-
-    @property
-    @override
-    def is_adaptive(self) -> bool:
-        """Unless there is a fixed ratio."""
-        return self.ratio is None
+        self.check_cap()
 
     @override
     def counts(self, tokens: int) -> tuple[int | None, ...]:
         """int(tokens ratio) and one for the others; where adaptive at most the cap."""
         if self.ratio is None:
-            return (None if self.max is None else capped(tokens, self.max),)
+            return super().counts(tokens)
         kept = int(tokens * self.ratio)
         return (kept + (kept < tokens),)
 

@@ -15,7 +15,6 @@ from typing import ClassVar, Self
 
 from typing_extensions import override
 
-from planner.ir.errors import InputError
 from planner.planning.selectors.arguments import Arguments
 
 # Rows, columns and inner size of a product of two matrices: 2 * rows * columns * inner FLOPs.
@@ -98,19 +97,6 @@ class Selector(Arguments, ABC):
             sizes: of what is chosen from.
         """
         return ()
-
-    def check_cap(self, cap: float | None, ratio: float | None = None) -> None:
-        """Raise InputError unless an adaptive selector's cap, its field `max`, is a share.
-
-        `ratio`: of a selector that can also keep a fixed number; then it has no cap.
-        """
-        good = cap is None or 0 < cap < 1
-        self.check("max", good, "a share above 0 and below 1")
-        if None not in (cap, ratio):
-            raise InputError(
-                f"{self.name} keeps a fixed number with ratio, and at most a share with max: give "
-                f"one of the two."
-            )
 
 
 class VisionSelector(Selector):
