@@ -14,7 +14,7 @@ from planner.models.scheduling.scheduled_model import Scheduled
 from planner.models.scheduling.scheduler import load_scheduler
 from planner.planning.budgets import Budget
 from planner.planning.catalog import find_model, tiny_llava_folder
-from planner.planning.compiler import lowered_graph
+from planner.planning.compiler import Request, lowered_graph
 from planner.planning.plan_costs import PlanCosts
 from planner.planning.selectors import stages_of
 from planner.schedule import Schedule
@@ -38,43 +38,32 @@ def scheduler_folder(name: str) -> Path:
 
 
 def compile_schedule(
-    model: str,
-    budget: Any,
-    scheduler: str,
-    tokens: str | None = None,
-    image_tokens: int | None = None,
-    text_tokens: int = 64,
-    trust_remote_code: bool = False,
-    progress: Progress = lambda stage: None,
+    request: Request, scheduler: str, progress: Progress = lambda stage: None
 ) -> Schedule:
     """Check that a scheduler fits a model and a budget, and price its plans.
 
     Args:
-        model: alias, folder or hub id.
-        budget: one limit that the scheduler's switches can keep to.
+        request: the model, one limit that the scheduler's switches can keep to, a token selector in
+            front of them, and the prompt's tokens.
         scheduler: see `scheduler_folder`.
-        tokens: a token selector in front of the switches.
-        image_tokens: of one sample; by default of one image.
-        text_tokens: of the prompt besides them.
-        trust_remote_code: as for transformers.
         progress: told the name of each stage.
 
     Raises:
         InputError: one sentence.
     """
-    wanted = Budget.of(budget)
+    wanted = Budget.of(request.budget)
     folder = scheduler_folder(scheduler)
     progress("lower")
-    graph = lowered_graph(find_model(model, trust_remote_code))[0]
+    graph = lowered_graph(find_model(request.model, request.trust_remote_code))[0]
     progress("load the scheduler")
     layout = load_scheduler(folder, graph).layout
-    load = Workload.default(graph, image_tokens, text_tokens, 0)
+    load = Workload.default(graph, request.image_tokens, request.text_tokens, 0)
     progress("price")
-    stages = stages_of(tokens or "", load.image_tokens, load.image_tokens_per_run)
+    stages = stages_of(request.tokens or "", load.image_tokens, load.image_tokens_per_run)
     layout = layout.under(load, stages, wanted.limits[0].metric)
     limit = layout.limit(wanted)
     return Schedule(
-        model=model,
+        model=request.model,
         fingerprint=str(graph.properties["fingerprint"]),
         scheduler=str(folder.resolve()),
         switches=layout.name,
@@ -82,7 +71,7 @@ def compile_schedule(
         limit=limit,
         of=layout.steps,
         measure=layout.measure,
-        tokens=tokens or "",
+        tokens=request.tokens or "",
         cost=PlanCosts(graph, load, "llm").of(layout.example(limit, stages)),
     )
 

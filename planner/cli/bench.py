@@ -50,10 +50,7 @@ def bench_command(
         prompt = "what is this ? " * (request.text_tokens // 4)
         inputs = prompt_inputs(stock, processor, prompt, picture)
         inputs = {k: v.repeat(request.batch, *[1] * (v.ndim - 1)) for k, v in inputs.items()}
-        report = measure(
-            stock, inputs, fractions, request.switches, decode, repeat, update,
-            tokens=request.tokens, kv=request.kv, utilities=request.utilities, kernels=kernels,
-        )  # fmt: skip
+        report = measure(stock, inputs, fractions, request, decode, repeat, kernels, update)
     console.show(report, lambda: _print(report))
 
 

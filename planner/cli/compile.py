@@ -89,16 +89,7 @@ def _compile_schedule(request: Request, scheduler: str, folder: Path, console: C
     if request.kv is not None:
         raise InputError("--kv goes with a plan of its own, not with --scheduler")
     with console.status() as update:
-        schedule = compile_schedule(
-            request.model,
-            request.budget,
-            scheduler,
-            request.tokens,
-            request.image_tokens,
-            request.text_tokens,
-            request.trust_remote_code,
-            update,
-        )
+        schedule = compile_schedule(request, scheduler, update)
         path = output_folder(folder) / "schedule.yaml"
         save_schedule(schedule, path)
     console.show(

@@ -57,9 +57,7 @@ def eval_command(
         update("load")
         scheduled = None
         if scheduler is not None:
-            schedule = compile_schedule(
-                model, fractions[0], scheduler, request.tokens, trust_remote_code=trust
-            )
+            schedule = compile_schedule(replace(request, budget=fractions[0]), scheduler)
             loaded, processor, scheduled = load_scheduled(schedule, dtype, device, trust, mask)
             graph = scheduled.graph
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,7 +86,7 @@ def labels_command(
         if scheduler is not None:
             from planner.models.scheduling import compile_schedule, load_scheduled
 
-            schedule = compile_schedule(model, fractions[0], scheduler, trust_remote_code=trust)
+            schedule = compile_schedule(replace(request, budget=fractions[0]), scheduler)
             stock, processor, scheduled = load_scheduled(schedule, dtype, device, trust, mask=True)
             if scheduled.layout.name != switches:
                 raise InputError(

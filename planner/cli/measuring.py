@@ -20,6 +20,7 @@ from planner.api import graph_of, kept_image_tokens, plan_of, restore
 from planner.ir.cost import Workload
 from planner.ir.errors import PlannerError
 from planner.loading import count_image_tokens
+from planner.planning.compiler import Request
 from planner.planning.plan_costs import PlanCosts
 
 
@@ -27,12 +28,11 @@ def measure(
     model: Any,
     inputs: dict[str, Any],
     fractions: Sequence[float],
-    switches: str,
+    request: Request,
     decode: int,
     repeat: int,
-    progress: Callable[[str], None] = lambda stage: None,
-    kernels: str = "auto",
-    **options: Any,
+    kernels: str,
+    progress: Callable[[str], None],
 ) -> dict[str, Any]:
     """Time prefill and decoding per budget; see `planner bench`.
 
@@ -40,11 +40,11 @@ def measure(
         model: with weights.
         inputs: of one batch, with input_ids and attention_mask.
         fractions: budgets, of the base model's FLOPs.
-        switches: as for compile.
+        request: how plans are made: switches, tokens, kv, utilities.
         decode: tokens generated after the first.
         repeat: rounds.
         kernels: who computes, as for `planner.compile`.
-        options: how plans are made besides, as for `planner.compile`: tokens, kv, utilities.
+        progress: told what is being done.
 
     Returns:
         ``{"rows": [{"budget", "fraction", "prefill_seconds", "prefill_ratio", "prefill_range",
@@ -59,8 +59,9 @@ def measure(
     batch, length = inputs["input_ids"].shape
     image_tokens = count_image_tokens(model, inputs)
     load = {"image_tokens": image_tokens, "text_tokens": length - image_tokens}
-    how: dict[str, Any] = {"switches": switches, "new_tokens": decode, "batch": batch, **load}
-    how |= {"freeze": True, "kernels": kernels}
+    how: dict[str, Any] = {"switches": request.switches, "new_tokens": decode, "batch": batch}
+    how |= {"freeze": True, "kernels": kernels, **load}
+    options = {name: getattr(request, name) for name in ("tokens", "kv", "utilities")}
     compile_model(model, 1.0, **how)
     try:
         _check_parity(model, inputs)
@@ -90,13 +91,7 @@ def measure(
     rows = [_row("base", 1.0, runs[None], runs[None], batch)]
     for fraction in fractions:
         rows.append(_row(f"{fraction:g}", ran[fraction], runs[fraction], runs[None], batch))
-    return {
-        **load,
-        "batch": batch,
-        "decode": decode,
-        "repeat": repeat,
-        "rows": rows,
-    }
+    return {**load, "batch": batch, "decode": decode, "repeat": repeat, "rows": rows}
 
 
 def _row(

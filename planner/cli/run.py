@@ -106,7 +106,7 @@ def run_command(
     if plan is not None and is_schedule(plan):
         schedule = load_schedule(plan)
     elif scheduler is not None:
-        schedule = compile_schedule(request.model, request.budget, scheduler, request.tokens)
+        schedule = compile_schedule(request, scheduler)
     loaded = load_plan(plan) if plan and schedule is None else None
     decided = request.tokens or request.budget != type(request).budget
     if plan is not None and (decided or request.utilities != "prior"):
