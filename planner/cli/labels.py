@@ -21,9 +21,6 @@ from planner.cli.command_options import (
 )
 from planner.cli.console import Console
 
-# Of a question about a scene and what stands around it, about.
-_TEXT_TOKENS = 16
-
 
 @command("model", "mlp_groups", "trust_remote_code")
 def labels_command(
@@ -67,6 +64,7 @@ def labels_command(
     from planner.ir.errors import InputError
     from planner.ir.lowering import lower_model
     from planner.loading import load_model
+    from planner.training.budget_accuracy import TEXT_TOKENS
     from planner.training.labelling import label_samples
     from planner.training.question_samples import picture_samples, scene_samples
 
@@ -104,7 +102,7 @@ def labels_command(
             switches=switches,
             source=f"scheduler {scheduler}" if scheduler else "heuristic",
             image_tokens=int(graph.properties.get("image_tokens", 0)),
-            text_tokens=_TEXT_TOKENS,
+            text_tokens=TEXT_TOKENS,
             mlp_groups=request.mlp_groups,
         )
         terms.problem(graph, fractions[0])

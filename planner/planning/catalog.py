@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -161,10 +160,7 @@ def find_model(name: str, trust_remote_code: bool = False) -> Source:
 
 def tiny_llava_folder() -> Path:
     """Folder of the model that ships with planner; found without importing `planner.models`."""
-    spec = find_spec("planner.models")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    return Path(next(iter(spec.submodule_search_locations))) / "tiny_llava"
+    return Path(str(files("planner"))) / "models" / "tiny_llava"
 
 
 def _from_hub(name: str, trust_remote_code: bool) -> Source:
