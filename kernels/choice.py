@@ -1,15 +1,15 @@
 """Who computes an operator under a plan: planner's Triton kernels, or PyTorch.
 
-The user says `Kernels.TRITON` or `Kernels.TORCH`, or leaves it to the rules here (`AUTO`): on a CPU
-PyTorch, on a GPU whoever the cost model expects to be done sooner. PyTorch is taken at the roofline
-of the device, kernel by kernel as it would launch them; planner's kernels by the model that chose
-their tiles. So wide products of a plan that keeps one run of features stay with cuBLAS, and those
-of many short runs, single tokens' attention and MLPs without their round trips through memory go to
-Triton where that is worth it. Nothing is timed.
+The user says, or leaves it to the rules here (`Kernels.AUTO`): on a CPU PyTorch, on a GPU whoever
+the cost model expects to be done sooner. PyTorch is taken at the roofline of the device, kernel by
+kernel as it would launch them; planner's kernels by the model that chose their tiles. So wide
+products of a plan that keeps one run of features stay with cuBLAS, and many short runs, single
+tokens' attention and MLPs without their round trips through memory go to Triton. Nothing is timed.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -40,11 +40,7 @@ class Kernels(StrEnum):
 
     @staticmethod
     def of(value: object) -> Kernels:
-        """Read a user's choice.
-
-        Raises:
-            InputError: it is none of the three, or Triton is not installed.
-        """
+        """Read a user's choice; InputError where it is none, or Triton is not installed."""
         try:
             chosen = Kernels(str(value))
         except ValueError:
@@ -74,66 +70,48 @@ def with_triton(kernels: Kernels, device: torch.device) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def product_is_faster(
-    device: torch.device, rows: int, columns: int, depth: int, pieces: int, element_bytes: int
-) -> bool:
+def product_is_faster(product: Product, pieces: int) -> bool:
     """Whether Triton is faster for a product with some of a weight's rows or columns.
 
     Args:
-        device: a GPU.
-        rows: of activations.
-        columns, depth: of the product, what is left out not counted.
+        product: on a GPU; what is left out not counted.
         pieces: runs of kept features, each a launch of cuBLAS.
-        element_bytes: of activations and weights.
     """
-    target = target_of_device(device)
-    triton = _product_seconds(target, rows, columns, depth, element_bytes)
-    return triton < _torch_product_seconds(target, rows, columns, depth, pieces, element_bytes)
+    return _triton_seconds(product) < _torch_seconds(product, pieces)
 
 
 @lru_cache(maxsize=4096)
-def mlp_is_faster(
-    device: torch.device,
-    rows: int,
-    hidden: int,
-    neurons: int,
-    gated: bool,
-    pieces: int,
-    element_bytes: int,
-) -> bool:
-    """Whether Triton is faster for an MLP of so many kept neurons, in so many runs.
+def mlp_is_faster(inner: Product, pieces: int) -> bool:
+    """Whether Triton is faster for an MLP of some kept neurons.
 
-    PyTorch writes what gate and up give, and reads it for the activation; other arguments as those
-    of `product_is_faster`.
+    PyTorch writes what gate and up give, and reads it for the activation.
+
+    Args:
+        inner: of its kept neurons, with two parts where there is a gate.
+        pieces: as of `product_is_faster`.
     """
-    target, parts = target_of_device(device), 1 + gated
-    triton = _product_seconds(target, rows, neurons, hidden, element_bytes, parts)
-    triton += _product_seconds(target, rows, hidden, neurons, element_bytes)
-    torch_ = parts * _torch_product_seconds(target, rows, neurons, hidden, pieces, element_bytes)
-    torch_ += _torch_product_seconds(target, rows, hidden, neurons, pieces, element_bytes)
-    inner = rows * neurons * element_bytes
-    torch_ += _launched(target.roofline(0, 2 * inner)) + gated * _launched(
-        target.roofline(0, 3 * inner)
-    )
+    outer = replace(inner, columns=inner.depth, depth=inner.columns, parts=1)
+    triton = _triton_seconds(inner) + _triton_seconds(outer)
+    moved = inner.rows * inner.columns * inner.element_bytes
+    torch_ = inner.parts * _torch_seconds(replace(inner, parts=1), pieces)
+    torch_ += _torch_seconds(outer, pieces) + _launched(inner.target.roofline(0, 2 * moved))
+    torch_ += (inner.parts - 1) * _launched(inner.target.roofline(0, 3 * moved))
     return triton < torch_
 
 
 @lru_cache(maxsize=4096)
 def attention_is_faster(
     device: torch.device,
-    batch: int,
-    heads: int,
-    kv_heads: int,
-    tokens: int,
-    keys: int,
-    head_dim: int,
+    query: tuple[int, ...],
+    key: tuple[int, ...],
     element_bytes: int,
 ) -> bool:
-    """Whether Triton is faster for some attention.
+    """Whether Triton is faster for an attention of query and key of some shapes.
 
     Prompts stay with PyTorch's fused attention. A single token's is bound by reading keys and
     values, by as many programs as there are: PyTorch has one a head, Triton splits the keys.
     """
+    (batch, heads, tokens, head_dim), (kv_heads, keys) = query, key[1:3]
     if tokens > 1:
         return False
     target = target_of_device(device)
@@ -144,21 +122,17 @@ def attention_is_faster(
     return triton < _launched(_read_seconds(target, moved, batch * heads))
 
 
-def _product_seconds(
-    target: Target, rows: int, columns: int, depth: int, element_bytes: int, parts: int = 1
-) -> float:
-    product = Product(rows, columns, depth, target, 1, element_bytes, parts)
+def _triton_seconds(product: Product) -> float:
     return _launched(matmul_seconds(matmul_tile(product), product))
 
 
-def _torch_product_seconds(
-    target: Target, rows: int, columns: int, depth: int, pieces: int, element_bytes: int
-) -> float:
+def _torch_seconds(product: Product, pieces: int) -> float:
     """Pieces one after the other, and then joined or added up."""
+    rows, columns, depth = product.rows, product.columns, product.depth
     operations = 2 * rows * columns * depth
-    moved = (rows * depth + columns * depth + rows * columns) * element_bytes
-    each = _launched(target.roofline(operations / pieces, moved / pieces))
-    joined = _launched(target.roofline(0, 2 * rows * columns * element_bytes))
+    moved = (rows * depth + columns * depth + rows * columns) * product.element_bytes
+    each = _launched(product.target.roofline(operations / pieces, moved / pieces))
+    joined = _launched(product.target.roofline(0, 2 * rows * columns * product.element_bytes))
     return pieces * each + (joined if pieces > 1 else 0.0)
 
 

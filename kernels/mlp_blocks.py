@@ -1,9 +1,4 @@
-"""How a Graph's blocks run on kernels: MLPs in one go, linears by units of features.
-
-Enters: a Graph and a site. Leaves: which modules are gate, up and down, and the activation, or why
-the block cannot be fused, and so runs linear by linear; and how wide a linear's units are. The
-executor asks this, and so does whoever lists a plan's launches.
-"""
+"""How a Graph's blocks run on kernels: MLPs in one go, linears by units of features."""
 
 from __future__ import annotations
 
@@ -35,9 +30,7 @@ class NotFusable(Exception):
 class MLPBlock:
     """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` where there is no gate.
 
-    Attributes:
-        up, down, gate: the linears; `module` is their path.
-        activation: a key of `planner.kernels.ops.project_rows.ACTIVATIONS`.
+    The activation is a key of `planner.kernels.ops.project_rows.ACTIVATIONS`.
     """
 
     up: Operator
@@ -52,14 +45,9 @@ class MLPBlock:
 
 
 def mlp_block(graph: Graph, site: Site) -> MLPBlock:
-    """The fused form of an MLP.
+    """The fused form of an MLP; NotFusable where the kernels compute something else.
 
-    Args:
-        graph: of the base model, or specialised to a plan that keeps some of the MLP.
-        site: of kind ``mlp``.
-
-    Raises:
-        NotFusable: the kernels compute something else than this block.
+    The graph is of the base model, or specialised to a plan that keeps some of the MLP.
     """
     if any(each.kind == "layer" and each.module == site.module for each in graph.sites):
         raise NotFusable("its linears are the layer's own")
@@ -95,15 +83,10 @@ def mlp_block(graph: Graph, site: Site) -> MLPBlock:
 
 
 def unit_width(binding: Binding, features: int) -> int | None:
-    """Features to a unit of survivors, the same for every plan of a weight.
+    """Features to a unit of survivors, the same for every plan of a weight with so many features.
 
-    Args:
-        binding: where lanes lie in the weight.
-        features: of the weight, along the axis that the lanes divide.
-
-    Returns:
-        What divides all lanes; None where that is less than a vector, as it is of single neurons:
-        units are then as wide as a plan allows.
+    It is what divides all lanes; None where that is less than a vector, as it is of single neurons:
+    units are then as wide as a plan allows.
     """
     sizes = (size for block in binding.blocks for size in (block.offset, block.stride, block.width))
     width = math.gcd(features, *sizes)

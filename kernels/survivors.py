@@ -1,7 +1,6 @@
-"""What the kernels are told of a plan: the units of one site that survive.
+"""What kernels are told of a plan: the units of one site that survive, as index tensors.
 
-Survivors are index tensors, so a new plan is new data and recompiles nothing; one row of them
-serves the whole batch, or each sample has its own.
+A new plan is new data and recompiles nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +15,19 @@ import torch
 from torch import Tensor
 
 from planner.ir.errors import InputError
-from planner.ir.intervals import Intervals, intervals_of, merged
+from planner.ir.intervals import Intervals, count_of, intervals_of, merged
+
+# Mean run, in weight rows, from which views beat a gather, which costs as much as reading the
+# weights twice (measured on a CPU, prefill and decode).
+_LONG_RUN = 32
+
+Part = slice | Tensor
+"""Features of a weight, or samples of a batch: a run, read in place, or a list, gathered."""
+
+
+def length_of(*parts: Part) -> int:
+    """How many features parts have."""
+    return sum(p.stop - p.start if isinstance(p, slice) else len(p) for p in parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +39,12 @@ class Survivors:
     through a unit, `lanes` says which of its lanes count.
 
     Attributes:
-        units: (plans, slots) int32: surviving units, ascending, then anything.
+        units: (plans, slots) int32: surviving units, ascending, then anything. One row serves the
+            whole batch, or each sample has its own.
         counts: (plans,) int32: how many of a row are meant.
-        width: lanes per unit.
         lanes: (plans, slots) int32, bit j set if lane j of the unit survives; None: all do.
-        kept_runs: what the tensors hold, per plan, as runs of lanes: known to the host where the
-            survivors were made by `of` or `packed`, so that nobody waits for a device to learn it.
+        kept_runs: surviving lanes of each plan, where the host knows what the tensors hold, so
+            that nobody waits for a device to learn it.
     """
 
     units: Tensor
@@ -58,7 +69,7 @@ class Survivors:
             total: lanes of the site, a multiple of `width`.
             width: lanes per unit; at most 31 where a unit survives in part.
             slots: entries per row; by default all units, so that every plan has the same shape.
-            device: where the tensors go.
+            device: of the tensors.
 
         Raises:
             InputError: a lane is out of range or repeated, or the shapes do not fit.
@@ -78,11 +89,8 @@ class Survivors:
     ) -> Survivors:
         """One plan's lanes in as few units as possible, with no slot to spare.
 
-        Args:
-            runs: surviving lanes.
-            width: lanes per unit; by default so many that all units survive whole, and what is
-                packed by slot has as many columns as lanes survive.
-            device: where the tensors go.
+        By default units are so wide that all survive whole, and what is packed by slot has as many
+        columns as lanes survive.
         """
         width = width or reduce(math.gcd, chain.from_iterable(runs), 0) or 1
         return _built((runs,), width, len(_units(runs, width)), device)
@@ -103,6 +111,10 @@ class Survivors:
         """Entries per row."""
         return self.units.shape[1]
 
+    def plan_of(self, sample: int) -> int:
+        """The row of a sample."""
+        return sample if self.plans > 1 else 0
+
     def require(self, samples: int) -> None:
         """Raise InputError unless there is one plan, or one for each of some samples."""
         if self.plans not in (1, samples):
@@ -110,20 +122,23 @@ class Survivors:
                 f"{self.plans} plans do not fit {samples} samples: give one, or one each."
             )
 
-    def kept(self, plan: int) -> Tensor:
-        """Surviving lanes of one plan, ascending, int64. Waits for the GPU if they are there."""
-        lanes = torch.arange(self.width, device=self.units.device)
-        index = self.features(plan)
-        if self.lanes is None:
-            return index
-        bits = self.lanes[plan, : len(index) // self.width, None] >> lanes
-        return index[(bits & 1).bool().flatten()]
-
     def features(self, plan: int) -> Tensor:
         """Lanes of one plan's units, ascending, int64: those that survive in part come whole."""
         units = self.units[plan, : int(self.counts[plan])].long()
-        lanes = torch.arange(self.width, device=units.device)
-        return (units[:, None] * self.width + lanes).flatten()
+        return (units[:, None] * self.width + torch.arange(self.width).to(units)).flatten()
+
+    def alive(self, plan: int) -> Tensor | None:
+        """Which of `features` survive; None where all do. Waits for the GPU if they are there."""
+        if self.lanes is None:
+            return None
+        bits = self.lanes[plan, : int(self.counts[plan]), None]
+        alive = (bits >> torch.arange(self.width).to(bits) & 1).bool().flatten()
+        return None if alive.all() else alive
+
+    def kept(self, plan: int) -> Tensor:
+        """Surviving lanes of one plan, ascending, int64. Waits for the GPU if they are there."""
+        features, alive = self.features(plan), self.alive(plan)
+        return features if alive is None else features[alive]
 
     def runs(self, plan: int) -> Intervals:
         """`features` as intervals. Waits for the GPU unless the host knows what survives."""
@@ -132,6 +147,27 @@ class Survivors:
             units = intervals_of(self.units[plan, : int(self.counts[plan])].tolist())
             return tuple((first * width, last * width) for first, last in units)
         return merged((a // width * width, -(-b // width) * width) for a, b in self.kept_runs[plan])
+
+    # How PyTorch reads survivors.
+
+    def groups(self) -> list[tuple[Part, int]]:
+        """(samples, plan) for each distinct plan; a plan that all share serves all."""
+        groups: dict[object, list[int]] = {}
+        for plan in range(self.plans):
+            known = self.kept_runs
+            kept = tuple(self.kept(plan).tolist()) if known is None else known[plan]
+            groups.setdefault(kept, []).append(plan)
+        if len(groups) == 1:
+            return [(slice(None), 0)]
+        device = self.units.device
+        return [(torch.tensor(samples, device=device), samples[0]) for samples in groups.values()]
+
+    def parts(self, plan: int) -> list[Part]:
+        """`features` as runs to view where these are long, else as one list to gather."""
+        runs = self.runs(plan)
+        if count_of(runs) < _LONG_RUN * len(runs):
+            return [self.features(plan)]
+        return [slice(start, stop) for start, stop in runs]
 
     def widened(self, width: int) -> Survivors:
         """The same units, of another width: heads of so many features, say."""

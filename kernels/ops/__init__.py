@@ -1,13 +1,11 @@
 """What the kernels compute: one file an op, with everything about it but the Triton kernel.
 
 Enters: activations, stock weights read in place, and the units of a site that survive. Leaves: what
-stock code would have computed of them. Survivors are tensors, so another plan or budget neither
-recompiles nor breaks a graph, and samples of one batch may carry different plans. Each op is told
-whether Triton computes it (interpreted on CPU tensors) or PyTorch; `planner.kernels.choice` says
-who should. May import `planner.ir`, survivors, and the kernels where they are run.
+stock code would have computed of them. Each op is told whether Triton computes it (interpreted on
+CPU tensors) or PyTorch; `planner.kernels.choice` says who should. May import `planner.ir`,
+survivors, and the kernels where they are run.
 
     op               what an op is, and how PyTorch gets to know it
-    slices           how PyTorch reads survivors
     kept_linear      a product with all features
     project_rows     surviving output features: queries, keys, values, an MLP's neurons
     project_columns  a linear over surviving input features: output and down projections

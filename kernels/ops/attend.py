@@ -1,8 +1,7 @@
 """Attention of surviving heads where stock code keeps them: (batch, heads, tokens, head_dim).
 
-A model's own code rotates queries and keys and updates its KV cache between projections and
-attention. Queries, keys and values are therefore read as they lie, by strides, with any mask that
-transformers makes; heads that do not survive are never read.
+Stock code rotates queries and keys and updates its KV cache before it. Operands are read as they
+lie, by strides, with any mask that transformers makes.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from planner.kernels.ops.op import Gradients, Op
-from planner.kernels.ops.slices import Part, plans_of
-from planner.kernels.survivors import Survivors
+from planner.kernels.survivors import Part, Survivors
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +53,7 @@ class Attend(Op, name="attend"):
         mixed = (share @ value).transpose(1, 2)
         out = torch.full_like(mixed, torch.nan)
         for sample in range(len(out)):
-            units = self.survivors.features(sample if self.survivors.plans > 1 else 0)
+            units = self.survivors.features(self.survivors.plan_of(sample))
             heads = (units[:, None] * width + torch.arange(width)).flatten()
             out[sample, :, : len(heads)] = mixed[sample, :, heads]
         return out
@@ -63,7 +61,7 @@ class Attend(Op, name="attend"):
     @override
     def by_pytorch(self) -> Tensor:
         out = torch.zeros_like(self.empty())
-        for samples, plan in plans_of(self.survivors):
+        for samples, plan in self.survivors.groups():
             mask, first = self.mask, 0
             if len(self.survivors.runs(plan)) > 1 and mask is not None and mask.dtype == torch.bool:
                 # Attention would turn it into this once for every run.
@@ -95,7 +93,7 @@ class Attend(Op, name="attend"):
     def gradients(self, gradient: Tensor, wanted: list[str]) -> Gradients:
         sums = {n: torch.zeros_like(getattr(self, n)) for n in ("query", "key", "value")}
         shared = self._shared
-        for samples, plan in plans_of(self.survivors):
+        for samples, plan in self.survivors.groups():
             first = 0
             for heads, (q, k, v) in self._runs(samples, plan):
                 k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))

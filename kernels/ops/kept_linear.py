@@ -42,14 +42,6 @@ def kept_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows (packing the weight takes as long for 274 as for 640), on a single one (a matrix-vector
     product on one thread), and on output features that are no multiple of 8 (up to 4/3 of the
     time). oneDNN does not, and PyTorch brings it along for compiled models.
-
-    Args:
-        x: shape (..., in).
-        weight: shape (out, in).
-        bias: shape (out,), or None.
-
-    Returns:
-        Shape (..., out).
     """
     differentiable = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     plain = differentiable or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")

@@ -1,11 +1,12 @@
 """An op of planner: its inputs are the fields of a class, and what is known about it the methods.
 
-PyTorch, its compilers and its autograd know each as ``planner::name``. The schema is read off the
-fields; gradients are an op of their own, as opaque to a compiler as the forward.
+PyTorch, its compilers and its autograd know each as ``planner::name``; gradients are an op of their
+own, as opaque to a compiler as the forward.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Self, get_type_hints
 
 import torch
@@ -29,15 +30,11 @@ Gradients = dict[str, Tensor]
 """Gradients by the names of inputs."""
 
 
-class Op:
-    """One call of an op.
+class Op(ABC):
+    """One call of an op: ``ProjectColumns(a, weight, bias, survivors).run(triton=True)``.
 
     A subclass, ``class ProjectRows(Op, name="project_rows")``, is a frozen dataclass whose first
-    field is a tensor of samples. It defines what the op means (`twin`), how PyTorch computes it
-    (`by_pytorch`), what is known without computing it (`empty`), and `gradients` where it has some.
-    The kernel that computes it says so itself.
-
-        ProjectColumns(a, weight, bias, survivors).run(triton=True)
+    field is a tensor of samples. The kernel that computes it says so itself.
     """
 
     overload: ClassVar[Any]
@@ -75,33 +72,27 @@ class Op:
         result: Tensor = self.overload(*self.flat(triton))
         return result
 
+    @abstractmethod
     def twin(self) -> Tensor:
-        """The same to be read, not to be fast: what tests compare with, in any floating dtype.
+        """What the op means, in any floating dtype, to be read and not to be fast.
 
         Places that a kernel leaves unwritten are NaN.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def by_pytorch(self) -> Tensor:
         """The result by PyTorch."""
-        raise NotImplementedError
 
-    def by_triton(self) -> Tensor:
-        """The result by planner's kernel."""
-        from planner.kernels.triton.registry import kernel_of
-
-        return kernel_of(type(self))(self)
+    @abstractmethod
+    def empty(self) -> Tensor:
+        """A tensor like the result."""
 
     def suits_triton(self) -> bool:
         """Whether the kernel computes this call; PyTorch takes care of any other."""
         return next(iter(self._fields().values())).dtype in _DTYPES
 
-    def empty(self) -> Tensor:
-        """A tensor like the result."""
-        raise NotImplementedError
-
     def gradients(self, gradient: Tensor, wanted: list[str]) -> Gradients:
-        """Gradients of the inputs that are wanted, given that of the result."""
+        """Gradients of the inputs that are wanted, given that of the result; of few ops."""
         raise NotImplementedError
 
     def flat(self, triton: bool) -> tuple[Any, ...]:
@@ -134,7 +125,11 @@ class Op:
         for value in others:
             if isinstance(value, Survivors):
                 value.require(len(first))
-        return self.by_triton() if triton and self.suits_triton() else self.by_pytorch()
+        if not triton or not self.suits_triton():
+            return self.by_pytorch()
+        from planner.kernels.triton.registry import kernel_of
+
+        return kernel_of(type(self))(self)
 
     def _is_plain(self) -> bool:
         """Whether nothing traces the call or wants gradients of it."""

@@ -10,8 +10,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from planner.kernels.ops.op import Gradients, Op
-from planner.kernels.ops.slices import length_of, parts_of, plans_of
-from planner.kernels.survivors import Survivors
+from planner.kernels.survivors import Survivors, length_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,18 +35,18 @@ class ProjectColumns(Op, name="project_columns"):
     def twin(self) -> Tensor:
         out = []
         for sample, a in enumerate(self.a):
-            features = self.survivors.features(sample if self.survivors.plans > 1 else 0)
+            features = self.survivors.features(self.survivors.plan_of(sample))
             out.append(F.linear(a[..., : len(features)], self.weight[:, features], self.bias))
         return torch.stack(out)
 
     @override
     def by_pytorch(self) -> Tensor:
         weight, out = self.weight, self.empty()
-        for samples, plan in plans_of(self.survivors):
+        for samples, plan in self.survivors.groups():
             rows = self.a[samples].flatten(end_dim=-2)
             total: Tensor | None = None
             column = 0
-            for part in parts_of(self.survivors, plan):
+            for part in self.survivors.parts(plan):
                 stop = column + length_of(part)
                 value, columns = rows[:, column:stop], weight[:, part]
                 total = value @ columns.T if total is None else total.addmm_(value, columns.T)
@@ -66,7 +65,7 @@ class ProjectColumns(Op, name="project_columns"):
     def gradients(self, gradient: Tensor, wanted: list[str]) -> Gradients:
         a, weight = self.a, self.weight
         sums = {name: torch.zeros_like(getattr(self, name)) for name in wanted}
-        for samples, plan in plans_of(self.survivors):
+        for samples, plan in self.survivors.groups():
             features = self.survivors.features(plan)
             d = gradient[samples]
             if "a" in sums:

@@ -1,8 +1,4 @@
-"""Surviving output features of a linear layer, or of the first half of an MLP.
-
-One op projects to queries, keys and values, and computes an MLP's neurons, gate, up and activation
-in one: both read the rows of weights that survive.
-"""
+"""Surviving output features of a linear layer, or of the first half of an MLP in one."""
 
 from __future__ import annotations
 
@@ -16,8 +12,7 @@ from typing_extensions import override
 
 from planner.kernels.ops.kept_linear import kept_linear
 from planner.kernels.ops.op import Gradients, Op
-from planner.kernels.ops.slices import Part, length_of, parts_of, plans_of
-from planner.kernels.survivors import Survivors
+from planner.kernels.survivors import Part, Survivors, length_of
 
 aten = torch.ops.aten
 
@@ -56,7 +51,7 @@ class ProjectRows(Op, name="project_rows"):
         x: (batch, ..., in).
         weight: (out, in), read in place.
         bias: (out,) or None.
-        survivors: surviving units of output features; one plan, or one per sample.
+        survivors: of output features.
         packed: features by slot, as many as there is room for; or each where the stock layer has
             it, the others 0.
         gate, gate_bias: as weight and bias, or None.
@@ -82,7 +77,7 @@ class ProjectRows(Op, name="project_rows"):
             every = self._act(F.linear(self.x, self.gate.nan_to_num(), self.gate_bias)) * every
         out = torch.full_like(self.empty(), torch.nan) if self.packed else torch.zeros_like(every)
         for sample in range(len(out)):
-            plan = sample if survivors.plans > 1 else 0
+            plan = survivors.plan_of(sample)
             features = survivors.features(plan)
             alive = torch.isin(features, survivors.kept(plan))
             places = torch.arange(len(features)) if self.packed else features
@@ -91,10 +86,10 @@ class ProjectRows(Op, name="project_rows"):
 
     @override
     def by_pytorch(self) -> Tensor:
-        plans = plans_of(self.survivors)
+        plans = self.survivors.groups()
         out = self.empty() if self.packed else torch.zeros_like(self.empty())
         for samples, plan in plans:
-            parts, alive = parts_of(self.survivors, plan), self._alive(plan)
+            parts, alive = self.survivors.parts(plan), self.survivors.alive(plan)
             if len(plans) == 1 and alive is None and length_of(*parts) == len(self.weight):
                 return self._features(self.x, slice(None))
             chosen, column = out[samples], 0
@@ -128,8 +123,8 @@ class ProjectRows(Op, name="project_rows"):
             if names[1] in sums:
                 sums[names[1]][features] += d.sum(dim=0)
 
-        for samples, plan in plans_of(self.survivors):
-            kept, alive = self.survivors.features(plan), self._alive(plan)
+        for samples, plan in self.survivors.groups():
+            kept, alive = self.survivors.features(plan), self.survivors.alive(plan)
             rows = x[samples].flatten(end_dim=-2)
             d = gradient[samples].flatten(end_dim=-2)
             d = d[:, : len(kept)] if self.packed else d[:, kept]
@@ -156,13 +151,6 @@ class ProjectRows(Op, name="project_rows"):
         if self.gate is None:
             return self._act(linear)
         return linear.mul_(self._act(_rows_of(x, self.gate, self.gate_bias, part)))
-
-    def _alive(self, plan: int) -> Tensor | None:
-        """Which features of a plan's units survive; None where all do."""
-        if self.survivors.lanes is None:
-            return None
-        features, kept = self.survivors.features(plan), self.survivors.kept(plan)
-        return None if len(kept) == len(features) else torch.isin(features, kept)
 
 
 def _rows_of(x: Tensor, weight: Tensor, bias: Tensor | None, part: Part) -> Tensor:

@@ -1,7 +1,6 @@
 """What attention one query pays every key: how FastV and its like rank tokens.
 
-That needs one row of the attention matrix, which is computed here from the query and the cached
-keys, whatever computed the layer itself. Source: Chen et al., arXiv 2403.06764, section 4.1.
+Source: Chen et al., arXiv 2403.06764, section 4.1.
 """
 
 from __future__ import annotations

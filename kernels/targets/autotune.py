@@ -1,9 +1,7 @@
 """Tiles by measurement, for those who want to wait: what is fastest on the GPU at hand.
 
-Enters: the ops that a plan calls, and a GPU. Leaves: a tile per matrix product, remembered in the
-user's cache by the GPU's name. The model of `planner.kernels.triton.tiles` proposes a few tiles for
-each product; they differ little in predicted time, and the clock decides. Nothing here runs unless
-asked for.
+The model of `planner.kernels.triton.tiles` proposes a few tiles for each product, a clock decides,
+and the user's cache remembers by the GPU's name.
 """
 
 from __future__ import annotations
@@ -23,8 +21,8 @@ from triton.testing import do_bench
 
 from planner.files import write_bytes
 from planner.ir.errors import InputError
-from planner.kernels.targets.keys import contents_of, survivor_parameters
-from planner.kernels.targets.plan_launches import Call, launches_of
+from planner.kernels.targets.keys import SURVIVORS, contents_of
+from planner.kernels.targets.plan_launches import Call, Tiles, launches_and_tiles, launches_of
 from planner.kernels.triton.launch import Launch, launch
 from planner.kernels.triton.tiles import (
     TARGETS,
@@ -37,18 +35,14 @@ from planner.kernels.triton.tiles import (
 )
 from planner.planning.graph_cache import cache_folder
 
-Tiles = dict[Product, Tile]
 _FILE = TypeAdapter(list[tuple[Product, Tile]])
 
 _CANDIDATES = 6
 
 
 def local_target(targets: Mapping[str, Target]) -> str:
-    """The one of the targets that the GPU at hand is.
-
-    Raises:
-        InputError: there is no GPU, or it is none of them.
-    """
+    """The one of the targets that the GPU at hand is; InputError where it is none, or there is
+    none."""
     if not torch.cuda.is_available():
         raise InputError("--autotune times kernels on a GPU, and there is none here")
     here = target_of(torch.cuda.get_device_capability())
@@ -73,7 +67,7 @@ def autotuned(
         calls: of a plan.
         target: the GPU's.
         progress: told what is being done.
-        device_name: the GPU's, which measured tiles are remembered by.
+        device_name: the GPU's, by which measured tiles are remembered.
         timer: seconds of some launches, one after the other; on the GPU at hand by default.
     """
     device_name = device_name or torch.cuda.get_device_name()
@@ -85,7 +79,7 @@ def autotuned(
             return (timer or _timed)([each for _, each in launches_of([call], target)])
 
     for call in calls:
-        for wanted in _products(call, target):
+        for wanted in launches_and_tiles([call], target)[1]:
             if wanted in known:
                 continue
             progress(f"timing tiles of {wanted.rows} x {wanted.columns} x {wanted.depth}")
@@ -110,7 +104,7 @@ def on_device(recorded: Launch, device: torch.device | str) -> Launch:
 
     arguments = {name: filled(name, value) for name, value in recorded.arguments.items()}
     if survivors is not None:
-        tensors = {field: arguments[name] for name, field in survivor_parameters(recorded).items()}
+        tensors = {n: arguments[n] for n in SURVIVORS if arguments.get(n) is not None}
         survivors = replace(survivors, **tensors)
     return replace(recorded, arguments=arguments, survivors=survivors)
 
@@ -120,18 +114,6 @@ def _timed(launches: Sequence[Launch]) -> float:
     return sum(
         1e-3 * float(do_bench(partial(launch, on_device(each, "cuda")))) for each in launches
     )
-
-
-def _products(call: Call, target: Target) -> list[Product]:
-    """The products that an op asks tiles for."""
-    asked: list[Product] = []
-
-    def note(wanted: Product) -> None:
-        asked.append(wanted)
-
-    with tiles_chosen_by(note):
-        launches_of([call], target)
-    return asked
 
 
 def _read(path: Path) -> Tiles:

@@ -1,8 +1,4 @@
-"""A plan's kernels as files: sources, machine code, and the manifest of both.
-
-Enters: a Graph, a Plan, and targets. Leaves: the contents of the folder ``kernels``, ready to be
-written.
-"""
+"""A plan's kernels as files: sources, machine code, and the manifest of both."""
 
 from __future__ import annotations
 
@@ -20,13 +16,13 @@ import triton
 from planner import __version__
 from planner.ir.cost import Workload
 from planner.ir.graph import Graph
-from planner.kernels.targets.autotune import Tiles, autotuned, local_target
+from planner.kernels.targets.autotune import autotuned, local_target
 from planner.kernels.targets.compilation import Compiled, compile_kernel, compiling_for
 from planner.kernels.targets.keys import facts_of
 from planner.kernels.targets.manifest import NAME, CompiledKernel, Manifest
-from planner.kernels.targets.plan_launches import calls_of, launches_of
+from planner.kernels.targets.plan_launches import Tiles, calls_of, launches_and_tiles
 from planner.kernels.targets.sources import Source, load_function, sources_of
-from planner.kernels.triton.tiles import Product, Target, Tile, ranked_tiles, tiles_chosen_by
+from planner.kernels.triton.tiles import Target
 from planner.plan import Plan, plan_digest
 
 Progress = Callable[[str], None]
@@ -43,7 +39,7 @@ def build_kernels(
     autotune: bool = False,
     progress: Progress = lambda stage: None,
 ) -> tuple[Manifest, dict[str, bytes]]:
-    """Generate and compile the kernels of a plan.
+    """The manifest of a plan's kernels, and every file of their folder by path, itself among them.
 
     Args:
         graph: of the base model.
@@ -54,9 +50,6 @@ def build_kernels(
         index_driven: survivors as data, for plans that change with the input.
         autotune: time tiles on the GPU at hand, for its target.
         progress: told what is being done.
-
-    Returns:
-        The manifest, and every file of the folder by path, the manifest's among them.
 
     Raises:
         InputError: the plan does not fit the graph, no tile fits a target, or there is no GPU to
@@ -71,9 +64,7 @@ def build_kernels(
     tiles: Tiles = {}
     for name, target in targets.items():
         measured = autotuned(calls, target, progress) if name == tuned else {}
-        asked: Tiles = {}
-        with tiles_chosen_by(_noting(measured, asked)):
-            launches = launches_of(calls, target)
+        launches, asked = launches_and_tiles(calls, target, measured)
         tiles |= asked
         sources = sources_of(launches, any_plan=index_driven)
         texts = [source.text(name, origin) for source in sources]
@@ -104,16 +95,6 @@ def _report(progress: Progress, name: str, stage: str) -> None:
     progress(f"{name}: {stage}")
 
 
-def _noting(measured: Tiles, asked: Tiles) -> Callable[[Product], Tile]:
-    """Chooses measured tiles, or the model's, and notes them."""
-
-    def choose(wanted: Product) -> Tile:
-        asked[wanted] = measured.get(wanted) or ranked_tiles(wanted)[0]
-        return asked[wanted]
-
-    return choose
-
-
 def _row(
     source: Source, made: Compiled, name: str, target: Target, index_driven: bool
 ) -> CompiledKernel:
@@ -131,11 +112,7 @@ def _row(
         layers=source.layers,
         batch=call.batch,
         tokens=call.tokens,
-        registers=made.registers,
-        spill_bytes=made.spill_bytes,
-        shared_bytes=made.shared_bytes,
-        mma=made.mma,
-        wgmma=made.wgmma,
+        **made.resources.model_dump(),
         warps=launch.warps,
         stages=source.stages,
         tile={n: v for n, v in launch.arguments.items() if n.startswith("BLOCK_")},

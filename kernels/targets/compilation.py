@@ -23,6 +23,7 @@ from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
+from planner.kernels.targets.manifest import Resources
 from planner.kernels.triton.tiles import Target
 
 
@@ -31,20 +32,13 @@ class Compiled:
     """A kernel in machine code.
 
     Attributes:
-        registers: per thread.
-        spill_bytes: stack frame per thread; the kernels keep nothing there but spilled registers.
-        shared_bytes: shared memory per program.
-        mma, wgmma: tensor-core instructions in the code (not executed: loops count once).
+        resources: what a launch takes.
         metadata: what Triton needs to know of the binary, JSON; its ``hash`` is the cache's key.
         ptx: the assembly.
         cubin: the binary.
     """
 
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    mma: int
-    wgmma: int
+    resources: Resources
     metadata: str
     ptx: str
     cubin: bytes
@@ -89,38 +83,29 @@ def compiling_for(target: Target) -> Iterator[None]:
 def compile_kernel(
     function: JITFunction, arguments: Mapping[str, Any], *, warps: int, stages: int
 ) -> Compiled:
-    """Compile a kernel as a launch would, inside `compiling_for`.
+    """Compile a ``@triton.jit`` function as a launch would, inside `compiling_for`.
 
-    Args:
-        function: a ``@triton.jit`` function.
-        arguments: by parameter name; of tensors, on the meta device, only dtypes matter.
-        warps: warps per program.
-        stages: depth of the software pipeline.
+    Of the tensors among the arguments, on the meta device, only dtypes matter.
     """
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     made = function.warmup(grid=(1,), **arguments, **options)
     ptx, cubin = made.asm["ptx"], made.asm["cubin"]
     registers, stack = _resources(cubin)
     (metadata,) = (path for name, path in made.metadata_group.items() if name.endswith(".json"))
-    return Compiled(
+    resources = Resources(
         registers=registers,
         spill_bytes=stack,
         shared_bytes=made.metadata.shared,
         mma=len(re.findall(r"\bmma\.sync\b", ptx)),
         wgmma=len(re.findall(r"\bwgmma\.mma_async\b", ptx)),
-        metadata=Path(metadata).read_text(encoding="utf-8"),
-        ptx=ptx,
-        cubin=cubin,
     )
+    return Compiled(resources, Path(metadata).read_text(encoding="utf-8"), ptx, cubin)
 
 
 def remember(name: str, key: str, metadata: str, cubin: bytes) -> None:
-    """Put machine code where Triton looks before it compiles.
+    """Put machine code of a function, as `Compiled` has it, where Triton looks before it compiles.
 
-    Args:
-        name: of the function.
-        key: ``hash`` of the metadata.
-        metadata, cubin: as `Compiled` has them.
+    `key` is the ``hash`` of the metadata.
     """
     cache = get_cache_manager(key)
     if cache.get_group(f"{name}.json") is None:

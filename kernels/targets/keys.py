@@ -1,10 +1,9 @@
 """What is known of a launch, and the key that a generated kernel is found by.
 
-Enters: a `Launch`, recorded on meta tensors or about to run. Leaves: facts - constants, types,
-which optional tensors are absent, what survivors hold - and the key made of them, the same both
-times. What the input decides (rows, tokens, strides of activations) is no fact, so that a generated
-kernel runs at any length; nor are floating-point numbers, such as the scale of scores, which a
-Graph does not tell. Computing a key reads nothing off a device.
+Facts are constants, types, which optional tensors are absent, what survivors hold: the same whether
+a launch is recorded or about to run. What the input decides (rows, tokens, strides of activations)
+is no fact, so that a generated kernel runs at any length; nor are floating-point numbers, such as
+the scale of scores, which a Graph does not tell. Computing a key reads nothing off a device.
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ from planner.ir.intervals import Intervals
 from planner.kernels.survivors import Survivors
 from planner.kernels.triton.launch import Launch
 
+# Parameters of kernels, and fields of `Survivors`.
+SURVIVORS = ("units", "counts", "lanes")
 Fact = str | int | None
 Key = tuple[str, tuple[tuple[str, Fact], ...]]
 
@@ -25,20 +26,18 @@ Key = tuple[str, tuple[tuple[str, Fact], ...]]
 def facts_of(launch: Launch, any_plan: bool) -> dict[str, Fact]:
     """Facts by parameter, in the order of the kernel's parameters.
 
-    Args:
-        launch: recorded, or about to run.
-        any_plan: leave out what a plan decides, survivors and their number.
+    `any_plan` leaves out what a plan decides, survivors and their number.
     """
     kernel, survivors = launch.kernel, launch.survivors
-    held = {} if any_plan else survivor_parameters(launch)
+    known = None if any_plan or survivors is None else survivors.kept_runs
     constant = kernel.constants | kernel.of_model | (frozenset() if any_plan else kernel.of_plan)
     facts: dict[str, Fact] = {}
     for parameter in kernel.function.arg_names:
         value = launch.arguments[parameter]
         if isinstance(value, Tensor):
             fact = str(value.dtype).removeprefix("torch.")
-            if parameter in held and survivors is not None and survivors.kept_runs is not None:
-                fact += _text(survivors.kept_runs, survivors.width)
+            if parameter in SURVIVORS and survivors is not None and known is not None:
+                fact += _text(known, survivors.width)
             facts[parameter] = fact
         elif parameter in constant or value is None:
             facts[parameter] = value
@@ -56,19 +55,7 @@ def contents_of(launch: Launch) -> dict[str, list[int]]:
     if survivors is None or survivors.kept_runs is None or survivors.plans > 1:
         return {}
     contents = _contents(survivors.kept_runs[0], survivors.width)
-    return {name: contents[field] for name, field in survivor_parameters(launch).items()}
-
-
-def survivor_parameters(launch: Launch) -> dict[str, str]:
-    """Parameters that are given tensors of the launch's survivors -> name of the tensor there."""
-    if launch.survivors is None:
-        return {}
-    fields = {id(getattr(launch.survivors, name)): name for name in ("units", "counts", "lanes")}
-    return {
-        parameter: fields[id(value)]
-        for parameter, value in launch.arguments.items()
-        if isinstance(value, Tensor) and id(value) in fields
-    }
+    return {n: contents[n] for n in SURVIVORS if launch.arguments.get(n) is not None}
 
 
 @lru_cache(maxsize=4096)

@@ -4,11 +4,10 @@
         model.generate(**inputs)
     print(loaded.served, loaded.missed)
 
-Enters: a folder that ``planner compile --target`` wrote, and launches. Each launch is looked up by
-its key; one without a generated kernel runs the index-driven one, and is counted apart. On CPU
-tensors sources are interpreted. On a GPU the machine code of the folder is put into Triton's cache,
+Each launch is looked up by its key; one without a generated kernel runs the index-driven one. On
+CPU tensors sources are interpreted. On a GPU the folder's machine code is put into Triton's cache,
 which launches it where it is what Triton would compile: of the same version, for such arguments.
-Otherwise it compiles the source. (Not run on a GPU yet; a test compiles against such a cache.)
+Otherwise Triton compiles the source. (Not run on a GPU yet; a test compiles against such a cache.)
 """
 
 from __future__ import annotations
@@ -32,7 +31,14 @@ from planner.kernels.targets.keys import Key, key_of
 from planner.kernels.targets.manifest import FOLDER, CompiledKernel, Manifest, read_manifest
 from planner.kernels.targets.sources import load_function
 from planner.kernels.triton.launch import Launch, interpreted_for, loaded, run
-from planner.kernels.triton.tiles import TARGETS, Product, Tile, target_of, tiles_chosen_by
+from planner.kernels.triton.tiles import (
+    TARGETS,
+    Product,
+    Tile,
+    holding,
+    target_of,
+    tiles_chosen_by,
+)
 from planner.plan import Plan, plan_digest
 
 
@@ -40,8 +46,6 @@ class Loaded:
     """Generated kernels of one target.
 
     Attributes:
-        manifest: of the folder.
-        target: ``sm_90``.
         served: launches that a generated kernel ran, by the name of planner's kernel.
         missed: launches for which there is none, likewise.
     """
@@ -61,13 +65,8 @@ class Loaded:
         self._tile = cache(self._closest_tile)
 
     def check(self, graph: Graph, plan: Plan | None, dtype: torch.dtype) -> None:
-        """Raise InputError unless these are kernels of a model, its plan and its dtype.
-
-        Args:
-            graph: of the model.
-            plan: that it runs under; None for several.
-            dtype: of its weights.
-        """
+        """Raise InputError unless these are kernels of a model, its plan (None for several) and
+        the dtype of its weights."""
         own, runs_in = self.manifest, str(dtype).removeprefix("torch.")
         if own.graph != graph.properties["fingerprint"]:
             raise InputError(f"the kernels are of another model, '{own.model}': compile again")
@@ -85,12 +84,9 @@ class Loaded:
     @contextmanager
     def used(self) -> Iterator[Loaded]:
         """Serve the launches made inside the block, in this thread."""
-        with interpreted_for(TARGETS[self.target]), tiles_chosen_by(self._tile):
-            token = loaded.set(self)
-            try:
-                yield self
-            finally:
-                loaded.reset(token)
+        target = TARGETS[self.target]
+        with interpreted_for(target), tiles_chosen_by(self._tile), holding(loaded, self):
+            yield self
 
     def __call__(self, launch: Launch) -> bool:
         """Run a launch if there is a kernel for it; whether there was."""
@@ -124,11 +120,9 @@ class Loaded:
 
 
 def load_kernels(folder: Path, device: torch.device | str = "cpu") -> Loaded:
-    """Load the generated kernels of a folder for a device.
+    """Load the kernels that ``planner compile --target`` wrote into a folder, for a device.
 
-    Args:
-        folder: what ``planner compile --target`` was given with ``-o``.
-        device: where the model runs. The CPU takes the first target of the folder.
+    The CPU takes the first target of the folder.
 
     Raises:
         InputError: there are none, or none for this GPU, or files were changed.

@@ -1,7 +1,6 @@
 """The record of a plan's generated kernels: ``kernels/manifest.json`` beside the plan.
 
-One row per kernel and target: what its key is made of, where its files are, what the compiler made
-of it, and what the cost model expects. Reading needs neither torch nor Triton.
+Reading needs neither torch nor Triton.
 """
 
 from __future__ import annotations
@@ -20,25 +19,34 @@ FORMAT = 2
 FOLDER, NAME = "kernels", "manifest.json"
 
 
-class CompiledKernel(BaseModel):
+class Resources(BaseModel):
+    """What a launch of a compiled kernel takes.
+
+    Attributes:
+        registers: per thread.
+        spill_bytes: stack frame per thread; the kernels keep nothing there but spilled registers.
+        shared_bytes: shared memory per program.
+        mma, wgmma: tensor-core instructions in the code (not executed: loops count once).
+    """
+
+    registers: int = Field(ge=0)
+    spill_bytes: int = Field(ge=0)
+    shared_bytes: int = Field(ge=0)
+    mma: int = Field(ge=0)
+    wgmma: int = Field(ge=0)
+
+
+class CompiledKernel(Resources):
     """One kernel for one target.
 
     Attributes:
         kernel: name of planner's kernel that it was made from.
         function: in the source.
-        target: ``sm_90``.
         facts: by parameter: what of a launch is compiled in (see `planner.kernels.targets.keys`).
         source, cubin, metadata: paths inside the folder; metadata is Triton's.
         modules: of a layer, that run it.
-        phase: in which it runs: ``prefill``, ``decode``, or both.
         layers: that run it, as ranges.
         batch, tokens: of the first op that runs it; it is predicted for these.
-        registers: per thread.
-        spill_bytes: per thread.
-        shared_bytes: per program.
-        mma, wgmma: tensor-core instructions in the code.
-        warps, stages: of a launch.
-        tile: block sizes by name.
         predicted_us: microseconds by the cost model; nothing was timed.
     """
 
@@ -55,11 +63,6 @@ class CompiledKernel(BaseModel):
     layers: str
     batch: int = Field(gt=0)
     tokens: int = Field(gt=0)
-    registers: int = Field(ge=0)
-    spill_bytes: int = Field(ge=0)
-    shared_bytes: int = Field(ge=0)
-    mma: int = Field(ge=0)
-    wgmma: int = Field(ge=0)
     warps: int = Field(gt=0)
     stages: int = Field(gt=0)
     tile: dict[str, int]
@@ -70,15 +73,11 @@ class Manifest(BaseModel):
     """All kernels of a plan.
 
     Attributes:
-        model: what the user called it.
-        graph: fingerprint of its Graph.
+        graph: fingerprint of the model's Graph.
         plan: digest of the plan that the sources hold.
         index_driven: whether survivors are data, so that the kernels serve any plan of the model.
-        dtype: of activations and weights.
-        versions: planner, triton and torch.
         files: path inside the folder -> SHA-256.
         tiles: of the matrix products, which launches must be given to find their kernels.
-        kernels: in the order of targets, layers and launches.
         left_out: one sentence per block of the model without kernels.
     """
 
@@ -101,11 +100,8 @@ class Manifest(BaseModel):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check the kernels of a folder that ``planner compile --target`` wrote.
-
-    Raises:
-        InputError: there are none, or they are broken, or of another plan than the one beside them.
-    """
+    """Read and check the kernels of a folder that ``planner compile --target`` wrote; InputError
+    where there are none, or they are broken, or of another plan than the one beside them."""
     home = folder / FOLDER
     path = home / NAME
     if not path.is_file():

@@ -1,9 +1,8 @@
-"""A kernel's source with some of its parameters known: constants named, dead branches gone.
+"""A kernel's source with some of its parameters known.
 
-Enters: a ``@triton.jit`` function, and what is known of its parameters. Leaves: source text that
-stands alone and reads like the original, comments included: known parameters are constants at the
-top of the body, branches that cannot be taken are left out, loads from tables of known contents are
-computed. The kernels of planner thus stay the one definition.
+The text stands alone and reads like the original, comments included: known parameters are constants
+at the top of the body, branches that cannot be taken are left out, loads from tables of known
+contents are computed. The kernels of planner thus stay the one definition.
 """
 
 from __future__ import annotations
@@ -27,13 +26,7 @@ _UNKNOWN = object()
 
 @dataclass(frozen=True)
 class Specialised:
-    """One function of a `Program`.
-
-    Attributes:
-        name: in the program; functions made from one original are numbered.
-        parameters: those that are left, in order.
-        source: text, decorator included.
-    """
+    """One function of a `Program`, with the parameters that are left; its source has decorators."""
 
     name: str
     parameters: tuple[str, ...]
@@ -54,10 +47,10 @@ class Program:
         single: int | None = None,
         generic: Collection[str] = (),
     ) -> Specialised:
-        """Specialise a function, and what it calls.
+        """Specialise a kernel or a device function, and what it calls.
 
         Args:
-            function: a kernel or a device function.
+            function: to specialise.
             known: by parameter name: a number, text, None, or a `Table`.
             single: axis of the grid that has a single program.
             generic: parameters of which Triton is not to compile in any value, besides those that

@@ -1,7 +1,5 @@
-"""What a plan launches: the ops that the executor calls for it, on tensors without storage.
+"""What a plan launches: the ops that the executor calls for it, run on tensors without storage.
 
-Enters: a Graph, a Plan and a workload. Leaves: `Call`s - one op each, of a prompt or of one decoded
-token, with the shapes that the Graph says - and, run on meta tensors, the launches that they make.
 Tiles and everything else about a launch are therefore decided in one place, the kernels' launchers.
 """
 
@@ -28,9 +26,11 @@ from planner.kernels.ops.project_rows import ProjectRows
 from planner.kernels.ops.score_tokens import ScoreTokens
 from planner.kernels.survivors import Survivors, neuron_width
 from planner.kernels.triton.launch import Launch, recorded
-from planner.kernels.triton.tiles import Target
+from planner.kernels.triton.tiles import Product, Target, Tile, best_tile, tiles_chosen_by
 from planner.plan import Plan
 from planner.planning.compiler import specialised
+
+Tiles = dict[Product, Tile]
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,7 @@ class Call:
 
     Attributes:
         module: whose work it does, as the layer calls it: ``mlp``, ``self_attn.q_proj``.
-        layer: decoder layer.
         phase: ``prefill`` or ``decode``.
-        batch: samples.
         tokens: per sample.
         run: calls the op on meta tensors.
     """
@@ -87,17 +85,28 @@ def calls_of(
 
 
 def launches_of(calls: Iterable[Call], target: Target) -> list[tuple[Call, Launch]]:
-    """The launches of some ops, tiled for a target, each with its op.
-
-    Raises:
-        InputError: no tile fits into the target's shared memory.
-    """
+    """The launches of some ops, tiled for a target; InputError where no tile fits into its shared
+    memory."""
     launches = []
     for call in calls:
         with recorded(target) as made:
             call.run()
         launches += [(call, launch) for launch in made]
     return launches
+
+
+def launches_and_tiles(
+    calls: Iterable[Call], target: Target, measured: Tiles | None = None
+) -> tuple[list[tuple[Call, Launch]], Tiles]:
+    """`launches_of` with measured tiles where there are some; and the tile of every product."""
+    tiles: Tiles = {}
+
+    def choose(wanted: Product) -> Tile:
+        tiles[wanted] = (measured or {}).get(wanted) or best_tile(wanted)
+        return tiles[wanted]
+
+    with tiles_chosen_by(choose):
+        return launches_of(calls, target), tiles
 
 
 class _Lister:

@@ -1,7 +1,4 @@
-"""Rewritten functions as text: what did not change stays as it was written, comments included.
-
-Enters: the syntax tree of a function that `annotate` saw before it was rewritten. Leaves: text.
-"""
+"""Rewritten functions as text: what did not change stays as it was written, comments included."""
 
 from __future__ import annotations
 

@@ -1,11 +1,8 @@
 """One launch of a plan as one readable file: its kernel, specialised to what is known.
 
-Enters: launches recorded on meta tensors (`planner.kernels.targets.plan_launches`). Leaves:
-`Source`s, text and what is needed to compile and to find it. A file stands alone: it needs Triton,
-and nothing of planner. Launches with equal keys share one.
-
-A source of one plan holds its survivors, as arithmetic where they come in few pieces. An
-index-driven source is given them as tensors like the kernel it comes from, and serves any plan.
+A file stands alone: it needs Triton, and nothing of planner. A source of one plan holds its
+survivors, as arithmetic where they come in few pieces. An index-driven source is given them as
+tensors like the kernel it comes from, and serves any plan.
 """
 
 from __future__ import annotations
@@ -39,7 +36,7 @@ class Source:
         name: of the file, without ``.py``.
         body: its functions, the kernel behind those that it calls.
         function: name of the kernel.
-        parameters: that the kernel still has, in order.
+        arguments: of the launch that the kernel still takes.
         stages: of the software pipeline.
         launch: as recorded, the first of those that share the source.
         calls: the ops that make such launches, in order.
@@ -48,15 +45,10 @@ class Source:
     name: str
     body: str
     function: str
-    parameters: tuple[str, ...]
+    arguments: dict[str, Any]
     stages: int
     launch: Launch
     calls: tuple[Call, ...]
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Those of the launch that the kernel still takes."""
-        return {name: self.launch.arguments[name] for name in self.parameters}
 
     @property
     def modules(self) -> str:
@@ -74,12 +66,7 @@ class Source:
         return print_ranges(sorted({call.layer for call in self.calls}))
 
     def text(self, target: str, origin: str) -> str:
-        """The file.
-
-        Args:
-            target: ``sm_90``.
-            origin: model and plan, for the head.
-        """
+        """The file; `origin` is model and plan, for the head."""
         call = self.calls[0]
         length = f"{call.tokens} token{'s' * (call.tokens > 1)}"
         return f'''"""{self.launch.kernel.name}: {self.phases}, {target}.
@@ -99,9 +86,7 @@ import triton.language as tl
 def sources_of(launches: Iterable[tuple[Call, Launch]], *, any_plan: bool) -> list[Source]:
     """A source for every launch of a plan; launches with equal keys share one.
 
-    Args:
-        launches: and the ops that make them, from `plan_launches.launches_of`.
-        any_plan: survivors as tensors, for plans that change with the input.
+    With `any_plan` survivors are tensors, for plans that change with the input.
     """
     shared: dict[Key, list[tuple[Call, Launch]]] = {}
     for call, launch in launches:
@@ -141,7 +126,8 @@ def _source(name: str, launch: Launch, calls: tuple[Call, ...], any_plan: bool) 
     made = program.add(kernel.function, known | tables, single, kernel.of_plan)
     # A computed index takes no step of the pipeline any more.
     stages = (launch.stages + 1) // 2 if kernel.indexed_by in tables else launch.stages
-    return Source(name, program.source, made.name, made.parameters, stages, launch, calls)
+    arguments = {name: launch.arguments[name] for name in made.parameters}
+    return Source(name, program.source, made.name, arguments, stages, launch, calls)
 
 
 def _tables(launch: Launch) -> dict[str, Table]:

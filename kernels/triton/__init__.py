@@ -1,9 +1,8 @@
 """The Triton kernels: one file each, and what they share.
 
-Enters: activations, stock weights, and survivors as index tensors. Leaves: what the op of the same
-name returns. A kernel's file holds an object of class `Kernel` (`kernel.py`): its Triton function,
-launcher, cost and test cases. May import `planner.ir`, and of `planner.kernels` survivors and the
-ops' definitions; the ops import a kernel only when they run it, since Triton is not everywhere.
+A kernel's file holds an object of class `Kernel`: its Triton function, launcher, cost and test
+cases. May import `planner.ir`, and of `planner.kernels` survivors and the ops' definitions; the ops
+import a kernel only when they run it, since Triton is not everywhere.
 
     kernel       what a kernel is
     launch       starting one: compiled, interpreted, or recorded; counting; generated kernels

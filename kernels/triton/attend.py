@@ -1,10 +1,9 @@
 """Attention over surviving heads where stock code keeps them: (batch, heads, tokens, head_dim).
 
-What a model hands to `F.scaled_dot_product_attention` is read as it lies, by strides: rotated
-queries, and keys and values of any cache of transformers. One kernel serves prompts and single
-tokens: a program has one KV head, and the rows of its tile are the query heads that share it, token
-by token, so that keys and values are read once for all of them. For a single token the keys are
-split among programs, to fill the GPU with loads, and `join_splits` joins the parts.
+One kernel serves prompts and single tokens: a program has one KV head, and the rows of its tile are
+the query heads that share it, token by token, so that keys and values are read once for all of
+them. For a single token the keys are split among programs, to fill the GPU with loads, and
+`join_splits` joins the parts.
 """
 
 from __future__ import annotations

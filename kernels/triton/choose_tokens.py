@@ -11,9 +11,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from planner.kernels.ops.choose_tokens import ChooseTokens
-from planner.kernels.triton.kernel import Case, Kernel, require, tensor_bytes
-from planner.kernels.triton.launch import Launch
-from planner.kernels.triton.tiles import Target, power_of_two
+from planner.kernels.triton.kernel import Case, Kernel, require
+from planner.kernels.triton.tiles import power_of_two
 
 
 @triton.jit
@@ -86,10 +85,6 @@ class ChooseTokensKernel(Kernel):
         }
         self.start((batch,), arguments, warps=4 if block <= 1024 else 8)
         return chosen.bool()
-
-    @override
-    def seconds(self, launch: Launch, target: Target) -> float:
-        return target.roofline(0, tensor_bytes(launch))
 
     @override
     def cases(self) -> Iterator[Case]:

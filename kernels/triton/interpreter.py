@@ -13,7 +13,7 @@ from is refused - before and behind a tensor, between the rows of a strided one,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cache
 from types import FunctionType
@@ -71,6 +71,19 @@ def _rewritten(python: FunctionType) -> Callable[..., Any]:
 
 
 @contextmanager
+def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Give an object other attributes inside the block."""
+    before = {name: getattr(owner, name) for name in attributes}
+    try:
+        for name, value in attributes.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+@contextmanager
 def _indices() -> Iterator[None]:
     """Let scalars be bounds of loops.
 
@@ -82,11 +95,8 @@ def _indices() -> Iterator[None]:
         plain(tensor, scope)
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
-    interpreter._patch_lang_tensor = patch
-    try:
+    with _replaced(interpreter, _patch_lang_tensor=patch):
         yield
-    finally:
-        interpreter._patch_lang_tensor = plain
 
 
 @contextmanager
@@ -97,26 +107,19 @@ def _callable_device_functions() -> Iterator[None]:
     def call(self: JITFunction, *arguments: Any, **options: Any) -> Any:
         return _rewritten(self.fn)(*arguments, **options)
 
-    JITFunction.__call__ = call
-    # Kernels see the language as `tl`, Triton's own device functions as `core`: patch both.
-    patched = _patch_lang(FunctionType(refuse.__code__, {"tl": tl, "core": core}))
-    try:
-        yield
-    finally:
-        patched.restore()
-        JITFunction.__call__ = refuse
+    with _replaced(JITFunction, __call__=call):
+        # Kernels see the language as `tl`, Triton's own device functions as `core`: patch both.
+        patched = _patch_lang(FunctionType(refuse.__code__, {"tl": tl, "core": core}))
+        try:
+            yield
+        finally:
+            patched.restore()
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> AbstractContextManager[None]:
     """Compute no checks for overflow: without debugging their outcome is thrown away."""
     builder = interpreter.interpreter_builder
-    options = builder.options
-    builder.options = replace(options, sanitize_overflow=False)
-    try:
-        yield
-    finally:
-        builder.options = options
+    return _replaced(builder, options=replace(builder.options, sanitize_overflow=False))
 
 
 # Each tensor's range of addresses: it begins in the middle, so that nothing before it is another's.
@@ -198,15 +201,9 @@ def _bounds(arguments: Mapping[str, Any]) -> Iterator[None]:
     def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         return store(self, checked(pointers, mask, "writes"), value, mask, *rest)
 
-    interpreter._implicit_cvt = address
-    InterpreterBuilder.create_masked_load = checked_load
-    InterpreterBuilder.create_masked_store = checked_store
-    try:
+    accesses = {"create_masked_load": checked_load, "create_masked_store": checked_store}
+    with _replaced(interpreter, _implicit_cvt=address), _replaced(InterpreterBuilder, **accesses):
         yield
-    finally:
-        interpreter._implicit_cvt = convert
-        InterpreterBuilder.create_masked_load = load
-        InterpreterBuilder.create_masked_store = store
 
 
 @contextmanager
@@ -235,8 +232,5 @@ def _bfloat16() -> Iterator[None]:
             return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
         return plain_cast(self, source, to)
 
-    InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = dot, cast
-    try:
+    with _replaced(InterpreterBuilder, create_dot=dot, cast_impl=cast):
         yield
-    finally:
-        InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = plain_dot, plain_cast

@@ -12,9 +12,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from planner.kernels.survivors import Survivors
-from planner.kernels.triton.kernel import Case, Kernel, tensor_bytes
-from planner.kernels.triton.launch import Launch
-from planner.kernels.triton.tiles import Target, power_of_two
+from planner.kernels.triton.kernel import Case, Kernel
+from planner.kernels.triton.tiles import power_of_two
 
 
 @triton.jit(do_not_specialize=["slots", "splits"])
@@ -62,7 +61,7 @@ class Splits:
         partial: (batch, heads, splits, head_dim) float32: each split's attention.
         weight: (batch, heads, splits) float32: base-2 logarithms of its softmax sums, -inf for a
             split without keys.
-        survivors: surviving units of heads; one plan, or one per sample.
+        survivors: surviving units of heads.
     """
 
     partial: Tensor
@@ -75,7 +74,7 @@ class Splits:
         out = (self.partial * share[..., None]).sum(dim=2)
         width = out.shape[1] // self.survivors.slots
         for sample in range(len(out)):
-            plan = sample if self.survivors.plans > 1 else 0
+            plan = self.survivors.plan_of(sample)
             out[sample, int(self.survivors.counts[plan]) * width :] = torch.nan
         return out
 
@@ -106,10 +105,6 @@ class JoinSplitsKernel(Kernel):
         arguments = tensors | {"splits": splits} | constants
         self.start((heads, batch), arguments, survivors=survivors)
         return out
-
-    @override
-    def seconds(self, launch: Launch, target: Target) -> float:
-        return target.roofline(0, tensor_bytes(launch))
 
     @override
     def cases(self) -> Iterator[Case]:

@@ -21,13 +21,7 @@ from planner.kernels.triton.tiles import Product, Target, Tile, matmul_seconds, 
 
 @dataclass(frozen=True)
 class Case:
-    """One test of a kernel: what it computes, for its launcher and for the twin.
-
-    Attributes:
-        name: what is special about it.
-        inputs: a call of the op.
-        options: further arguments of the launcher: a tile, splits.
-    """
+    """One test of a kernel: a call of its op, and further arguments of the launcher."""
 
     name: str
     inputs: Any
@@ -37,8 +31,8 @@ class Case:
 class Kernel(ABC):
     """One Triton kernel: calling the object launches it.
 
-    A subclass defines `__call__`, the launcher: it checks shapes, allocates the result, chooses the
-    tile and calls `start`.
+    The launcher of a subclass checks shapes, allocates the result, chooses the tile and calls
+    `start`.
 
     Attributes:
         function: the ``@triton.jit`` function; it is named after the kernel.
@@ -76,9 +70,12 @@ class Kernel(ABC):
     def __call__(self, inputs: Any) -> Tensor:
         """Launch on the inputs of an op: what its `twin` says, unwritten where that is NaN."""
 
-    @abstractmethod
     def seconds(self, launch: Launch, target: Target) -> float:
-        """What a launch takes on a target, as the cost model predicts; nothing is timed."""
+        """What a launch takes on its target, as the cost model predicts: by default its product,
+        or moving all tensors once."""
+        if launch.product is not None and launch.tile is not None:
+            return matmul_seconds(launch.tile, launch.product)
+        return target.roofline(0, tensor_bytes(launch))
 
     @abstractmethod
     def cases(self) -> Iterator[Case]:
@@ -89,23 +86,18 @@ class Kernel(ABC):
         grid: tuple[int, ...],
         arguments: Mapping[str, Any],
         *,
-        tile: Tile | None = None,
         warps: int = 4,
         stages: int = 1,
         survivors: Survivors | None = None,
+        product: Product | None = None,
+        tile: Tile | None = None,
     ) -> None:
-        """Launch on the device the tensors are on.
-
-        Args:
-            grid: programs along up to three axes.
-            arguments: by parameter name; those that `tile` and `survivors` tell are filled in.
-            tile: of a product: its blocks, warps and stages.
-            warps, stages: of other kernels; see `Launch`.
-            survivors: what the kernel reads of them.
-        """
+        """Launch on the device the tensors are on; parameters that `tile` and `survivors` tell are
+        filled in."""
         told: dict[str, Any] = {}
         if tile is not None:
-            told, warps, stages = dict(tile.blocks), tile.warps, tile.stages
+            told |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+            told["GROUP_ROWS"] = tile.group_rows
         if survivors is not None:
             told |= {
                 "units": survivors.units,
@@ -117,7 +109,7 @@ class Kernel(ABC):
                 "VECTOR": vector(survivors.width),
             }
         told = {name: told[name] for name in self.function.arg_names if name in told}
-        launch(Launch(self, grid, {**arguments, **told}, warps, stages, survivors))
+        launch(Launch(self, grid, {**arguments, **told}, warps, stages, survivors, product, tile))
 
 
 def require(holds: bool, complaint: str) -> None:
@@ -129,18 +121,6 @@ def require(holds: bool, complaint: str) -> None:
 def tensor_bytes(launch: Launch) -> int:
     """Bytes of all tensors of a launch: what a kernel bound by memory moves."""
     return sum(value.nbytes for value in launch.arguments.values() if isinstance(value, Tensor))
-
-
-def product_seconds(
-    launch: Launch, target: Target, rows: int, columns: int, depth: int, *, parts: int = 1
-) -> float:
-    """Seconds of a launch that multiplies matrices; arguments as those of `Product`."""
-    given = launch.arguments
-    block_m, block_n, block_k = (given[f"BLOCK_{axis}"] for axis in "MNK")
-    tile = Tile(block_m, block_n, block_k, launch.warps, launch.stages, given["GROUP_ROWS"])
-    element_bytes, samples = given["out"].element_size(), launch.grid[1]
-    wanted = Product(rows, columns, depth, target, samples, element_bytes, parts)
-    return matmul_seconds(tile, wanted)
 
 
 def strides(name: str, x: Tensor | None, *axes: str) -> dict[str, int]:

@@ -1,14 +1,13 @@
 """Start a kernel: compiled on CUDA tensors, interpreted on CPU tensors, recorded on meta tensors.
 
-The third way is how kernels are compiled ahead of time: running an op on meta tensors under
-`recorded` gives the very launches, tiles and specialisations included, that it would make on a GPU.
+Recorded launches are those that an op would make on a GPU; they are compiled ahead of time.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from planner.kernels.survivors import Survivors
 from planner.kernels.triton.interpreter import interpret
-from planner.kernels.triton.tiles import TARGETS, Target, target_of_device
+from planner.kernels.triton.tiles import TARGETS, Product, Target, Tile, holding, target_of_device
 
 if TYPE_CHECKING:
     from planner.kernels.triton.kernel import Kernel
@@ -30,13 +29,12 @@ class Launch:
     """One kernel launch.
 
     Attributes:
-        kernel: what is launched.
         grid: programs along up to three axes; an empty grid runs nothing.
         arguments: by parameter name, constexpr parameters among them.
-        warps: warps per program.
+        warps: per program.
         stages: depth of the software pipeline.
-        survivors: whose tensors are among the arguments; what the host knows of their contents
-            is in `Survivors.kept_runs`.
+        survivors: whose tensors are among the arguments.
+        product, tile: what a kernel that multiplies matrices computes, and by what tile.
     """
 
     kernel: Kernel
@@ -45,6 +43,8 @@ class Launch:
     warps: int
     stages: int
     survivors: Survivors | None = None
+    product: Product | None = None
+    tile: Tile | None = None
 
     @property
     def device(self) -> torch.device:
@@ -63,32 +63,21 @@ _counters: ContextVar[tuple[Counter[str], ...]] = ContextVar("counters", default
 def recorded(target: Target) -> Iterator[list[Launch]]:
     """Collect the launches made on meta tensors, tiled for `target`."""
     launches: list[Launch] = []
-    token = _recording.set((target, launches))
-    try:
+    with holding(_recording, (target, launches)):
         yield launches
-    finally:
-        _recording.reset(token)
 
 
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
     """Count the kernels that run inside the block, by name, interpreted ones too."""
     counter: Counter[str] = Counter()
-    token = _counters.set((*_counters.get(), counter))
-    try:
+    with holding(_counters, (*_counters.get(), counter)):
         yield counter
-    finally:
-        _counters.reset(token)
 
 
-@contextmanager
-def interpreted_for(target: Target) -> Iterator[None]:
+def interpreted_for(target: Target) -> AbstractContextManager[None]:
     """Tile kernels on CPU tensors for `target`, inside the block."""
-    token = _interpreted_target.set(target)
-    try:
-        yield
-    finally:
-        _interpreted_target.reset(token)
+    return holding(_interpreted_target, target)
 
 
 def target_for(tensor: Tensor) -> Target:

@@ -31,10 +31,7 @@ def surviving_features(units, columns, inside, width):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """The non-linearity of an MLP, on float32; the names are those of transformers' ACT2FN.
-
-    None where it is empty.
-    """
+    """The non-linearity of an MLP, on float32; the names are those of transformers' ACT2FN."""
     if ACTIVATION == "":
         return x
     elif ACTIVATION == "silu":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 import triton
@@ -13,10 +12,10 @@ from typing_extensions import override
 
 from planner.kernels.ops.project_columns import ProjectColumns
 from planner.kernels.survivors import Survivors
-from planner.kernels.triton.kernel import Case, Kernel, product_seconds, require, strides
-from planner.kernels.triton.launch import Launch, target_for
+from planner.kernels.triton.kernel import Case, Kernel, require, strides
+from planner.kernels.triton.launch import target_for
 from planner.kernels.triton.primitives import tile_order
-from planner.kernels.triton.tiles import Product, Target, Tile, matmul_tile
+from planner.kernels.triton.tiles import Product, Tile, matmul_tile
 
 
 @triton.jit(do_not_specialize=["rows", "slots"])
@@ -98,36 +97,24 @@ class ProjectColumnsKernel(Kernel):
         require(a.dtype == weight.dtype, f"{a.dtype} features meet a weight in {weight.dtype}.")
         out = inputs.empty()
         rows = out.numel() // features_out // plans
-        product = Product(
-            rows,
-            features_out,
-            columns,
-            target_for(a),
-            plans,
-            a.element_size(),
-            accumulators=128,
-            whole=weight.shape[1],
-        )
+        every = {"accumulators": 128, "whole": weight.shape[1]}
+        size, target = a.element_size(), target_for(a)
+        product = Product(rows, features_out, columns, target, plans, size, **every)
         tile = tile or matmul_tile(product)
-        # The index of a weight is loaded before the weight, so the compiler halves the depth of the
-        # pipeline that it is given.
-        launched = replace(tile, stages=2 * tile.stages - 1)
         tensors = {"a": a.contiguous(), "weight": weight, "bias": inputs.bias, "out": out}
         sizes = {"rows": rows, "features_out": features_out}
         self.start(
             (triton.cdiv(rows, tile.block_m) * triton.cdiv(features_out, tile.block_n), plans),
             tensors | sizes | strides("weight", weight, "row", "column"),
-            tile=launched,
+            warps=tile.warps,
+            # The index of a weight is loaded before the weight, so the compiler halves the depth of
+            # the pipeline that it is given.
+            stages=2 * tile.stages - 1,
             survivors=survivors,
+            product=product,
+            tile=tile,
         )
         return out
-
-    @override
-    def seconds(self, launch: Launch, target: Target) -> float:
-        given = launch.arguments
-        depth = given["slots"] * given["WIDTH"]
-        halved = replace(launch, stages=(launch.stages + 1) // 2)
-        return product_seconds(halved, target, given["rows"], given["features_out"], depth)
 
     @override
     def cases(self) -> Iterator[Case]:

@@ -1,7 +1,7 @@
 """Output features that survive: rows of a linear's weight, or of gate and up of an MLP.
 
-Survivors of a plan are tiled as one run of virtual columns through the index list, so a switch of
-344 neurons wastes nothing: only the last tile of a plan has a tail.
+Survivors are tiled as one run of virtual columns through the index list: only the last tile of a
+plan has a tail.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing_extensions import override
 
 from planner.kernels.ops.project_rows import ACTIVATIONS, ProjectRows
 from planner.kernels.survivors import Survivors
-from planner.kernels.triton.kernel import Case, Kernel, product_seconds, require, strides
-from planner.kernels.triton.launch import Launch, target_for
+from planner.kernels.triton.kernel import Case, Kernel, require, strides
+from planner.kernels.triton.launch import target_for
 from planner.kernels.triton.primitives import activate, surviving_features, tile_order
-from planner.kernels.triton.tiles import Product, Target, Tile, matmul_tile
+from planner.kernels.triton.tiles import Product, Tile, matmul_tile
 
 
 @triton.jit(do_not_specialize=["rows", "slots"])
@@ -163,16 +163,13 @@ class ProjectRowsKernel(Kernel):
         self.start(
             (triton.cdiv(rows, tile.block_m) * triton.cdiv(kept, tile.block_n), plans),
             tensors | biases | sizes | strides("weight", weight, "row", "column") | constants,
-            tile=tile,
+            warps=tile.warps,
+            stages=tile.stages,
             survivors=survivors,
+            product=product,
+            tile=tile,
         )
         return out
-
-    @override
-    def seconds(self, launch: Launch, target: Target) -> float:
-        given = launch.arguments
-        columns, parts = given["slots"] * given["WIDTH"], 1 + (given["gate_weight"] is not None)
-        return product_seconds(launch, target, given["rows"], columns, given["depth"], parts=parts)
 
     @override
     def cases(self) -> Iterator[Case]:

@@ -1,30 +1,29 @@
 """Tile sizes, chosen by a cost model from shapes, element size and target; nothing is timed.
 
-Enters: sizes and the name of a target. Leaves: a `Tile`. Deterministic and pure Python, so that
-the same tile is compiled ahead of time and launched later. Rows are rounded up to a power of two
-first: a prompt one token longer must not bring another tile, hence another compilation.
-
-The model is a roofline per streaming multiprocessor. A tile's inner step takes the longest of its
+Deterministic and pure Python, so that the same tile is compiled ahead of time and launched later.
+The model is a roofline per streaming multiprocessor: a tile's inner step takes the longest of its
 multiply-adds, its loads through L2, and its share of memory bandwidth; tiles run in waves. It has
 to rank tiles, not to predict seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cache, lru_cache
 from itertools import product
 from math import ceil, sqrt
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from planner.ir.cost.device_table import device
 from planner.ir.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 # Seconds from issuing a load to having the data, under load.
 _LATENCY = 1e-6
@@ -36,7 +35,7 @@ class Target:
 
     Attributes:
         capability: compute capability, 80 for sm_80.
-        device: row of the device table, which has peaks and bandwidth.
+        device: row of the device table, which has dense half-precision peaks and bandwidth.
         processors: streaming multiprocessors.
         shared_bytes: shared memory one program may use.
         l2_gb_per_s: of the L2 cache, all processors together.
@@ -50,19 +49,10 @@ class Target:
     l2_gb_per_s: float
     warpgroup: bool
 
-    @property
-    def operations_per_second(self) -> float:
-        """Dense half-precision tensor-core peak."""
-        return device(self.device).operations_per_second
-
-    @property
-    def bytes_per_second(self) -> float:
-        """Peak bandwidth of device memory."""
-        return device(self.device).bytes_per_second
-
     def roofline(self, operations: float, moved: float) -> float:
         """Seconds of some operations and bytes moved, whichever takes longer."""
-        return max(operations / self.operations_per_second, moved / self.bytes_per_second)
+        peak = device(self.device)
+        return max(operations / peak.operations_per_second, moved / peak.bytes_per_second)
 
 
 # Shared memory per program: CUDA C++ Programming Guide, "Technical Specifications per Compute
@@ -99,18 +89,12 @@ def target_of_device(gpu: torch.device) -> Target:
     return target_of(torch.cuda.get_device_capability(gpu))
 
 
-def targets_of(names: Iterable[str]) -> dict[str, Target]:
-    """Targets by name, each once.
-
-    Raises:
-        InputError: a name is unknown.
-    """
-    found = {}
+def targets_of(names: Collection[str]) -> dict[str, Target]:
+    """Targets by name, each once; InputError where one is unknown."""
     for name in names:
         if name not in TARGETS:
             raise InputError(f"unknown target '{name}': choose from {', '.join(TARGETS)}")
-        found[name] = TARGETS[name]
-    return found
+    return {name: TARGETS[name] for name in names}
 
 
 @dataclass(frozen=True)
@@ -130,16 +114,6 @@ class Tile:
     warps: int
     stages: int
     group_rows: int = 8
-
-    @property
-    def blocks(self) -> dict[str, int]:
-        """The constexpr parameters of a kernel that multiplies."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k,
-            "GROUP_ROWS": self.group_rows,
-        }
 
 
 @dataclass(frozen=True)
@@ -167,10 +141,7 @@ class Product:
     """What a tile is chosen for: ``(rows, depth) x (depth, columns)``, once per sample.
 
     Attributes:
-        rows: activation rows per sample.
-        columns: output columns.
-        depth: inner size.
-        target: where it will run.
+        rows: per sample.
         samples: products with plans of their own.
         element_bytes: of activations and weights.
         parts: weight rows per output column (2 for gate and up).
@@ -192,53 +163,49 @@ class Product:
 
 # A tile that was measured to be faster than the model's, if there is one.
 Chooser = Callable[[Product], Tile | None]
-_chooser: ContextVar[Chooser] = ContextVar("chooser")
+_chooser: ContextVar[Chooser | None] = ContextVar("chooser", default=None)
 
 
 @contextmanager
-def tiles_chosen_by(choose: Chooser) -> Iterator[None]:
-    """Ask `choose` for tiles of products first, inside the block."""
-    token = _chooser.set(choose)
+def holding(variable: ContextVar[T], value: T) -> Iterator[None]:
+    """Give a context variable a value, inside the block."""
+    token = variable.set(value)
     try:
         yield
     finally:
-        _chooser.reset(token)
+        variable.reset(token)
+
+
+def tiles_chosen_by(choose: Chooser) -> AbstractContextManager[None]:
+    """Ask `choose` for tiles of products first, inside the block."""
+    return holding(_chooser, choose)
 
 
 def matmul_tile(product: Product) -> Tile:
-    """The tile of a product.
+    """The tile of a product; InputError where none fits.
 
-    Raises:
-        InputError: no tile fits.
+    Rows are rounded up to a power of two first: a prompt one token longer must not bring another
+    tile, hence another compilation.
     """
     wanted = replace(product, rows=power_of_two(max(product.rows, 16)))
-    choose = _chooser.get(None)
-    return (choose(wanted) if choose else None) or _best(wanted)
+    choose = _chooser.get()
+    return (choose(wanted) if choose else None) or best_tile(wanted)
 
 
 @lru_cache(maxsize=1024)
-def _best(wanted: Product) -> Tile:
+def best_tile(wanted: Product) -> Tile:
+    """The tile that the model expects to be the fastest; of rows as given."""
     return ranked_tiles(wanted)[0]
 
 
 def ranked_tiles(wanted: Product) -> list[Tile]:
-    """Tiles that fit, those first that the model expects to be the fastest.
+    """Tiles that fit, the fastest by the model first; InputError where none fits."""
 
-    Raises:
-        InputError: none fits.
-    """
-    ranked = sorted(
-        _candidates(wanted),
-        key=lambda tile: (
-            matmul_seconds(tile, wanted),
-            # ties: the least shared memory, then a fixed order
-            _shared_bytes(tile, wanted),
-            tile.block_m,
-            tile.block_n,
-            tile.block_k,
-            tile.warps,
-        ),
-    )
+    def cost(tile: Tile) -> tuple[float, ...]:
+        # Of equal ones those with the least shared memory, then in a fixed order.
+        return matmul_seconds(tile, wanted), _shared_bytes(tile, wanted), *astuple(tile)
+
+    ranked = sorted(_candidates(wanted), key=cost)
     if not ranked:
         sizes = f"{wanted.rows} x {wanted.columns} x {wanted.depth}"
         raise InputError(f"No tile for {sizes} fits into shared memory.")
@@ -277,7 +244,7 @@ def _shared_bytes(tile: Tile, wanted: Product) -> int:
 def matmul_seconds(tile: Tile, wanted: Product) -> float:
     """What a product takes with a tile, by the model."""
     rows, columns, depth = wanted.rows, wanted.columns, wanted.depth
-    target, element_bytes = wanted.target, wanted.element_bytes
+    target, element_bytes, peak = wanted.target, wanted.element_bytes, device(wanted.target.device)
     wide = tile.block_n * wanted.parts
     programs = wanted.samples * ceil(rows / tile.block_m) * ceil(columns / tile.block_n)
     resident = min(
@@ -288,7 +255,7 @@ def matmul_seconds(tile: Tile, wanted: Product) -> float:
     resident = max(1, resident)
     # Tiles that the busiest processor works through, some of them at the same time.
     load = ceil(programs / target.processors)
-    flops = target.operations_per_second / target.processors
+    flops = peak.operations_per_second / target.processors
     if target.warpgroup and tile.block_m < 64:
         flops *= 0.6  # mma.sync reaches this share of wgmma's peak
     flops *= min(1.0, sqrt(tile.block_m * wide) / 128)  # operand reuse out of shared memory
@@ -304,7 +271,7 @@ def matmul_seconds(tile: Tile, wanted: Product) -> float:
     weights = columns * wanted.parts * depth
     moved = wanted.samples * (rows * depth + weights + rows * columns) * element_bytes
     reach = min(programs, target.processors * resident) * (tile.stages - 1) * step_bytes / _LATENCY
-    return max(compute, moved / min(target.bytes_per_second, reach))
+    return max(compute, moved / min(peak.bytes_per_second, reach))
 
 
 @lru_cache(maxsize=256)
@@ -336,7 +303,7 @@ def decode_tile(head_dim: int, target: Target, *, element_bytes: int = 2) -> Att
 
 @lru_cache(maxsize=256)
 def decode_splits(heads: int, keys: int, target: Target, *, block_n: int = 64) -> int:
-    """Into how many parts the keys of every group are divided: enough to fill the GPU twice.
+    """Into how many parts keys are divided: enough to fill the GPU twice.
 
     Args:
         heads: samples times groups, the programs that there are without splitting.

@@ -54,18 +54,17 @@ def _by_kernel(
     if why_not is not None:
         _tell_once(f"attention of {type(module).__name__} runs without planner's kernel: {why_not}")
         return stock(module, query, key, value, attention_mask, **options)
-    (batch, heads, tokens, head_dim), (kv_heads, keys) = query.shape, key.shape[1:3]
     if kernels is Kernels.AUTO and not attention_is_faster(
-        query.device, batch, heads, kv_heads, tokens, keys, head_dim, query.itemsize
+        query.device, query.shape, key.shape, query.itemsize
     ):
         return stock(module, query, key, value, attention_mask, **options)
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     # What has no mask is causal for sdpa alone; eager functions are always given one.
-    causal = bool(causal) and name == "sdpa" and attention_mask is None and tokens > 1
+    causal = bool(causal) and name == "sdpa" and attention_mask is None and query.shape[2] > 1
     scale = options.get("scaling")
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    every = Survivors.everything(kv_heads, query.device)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    every = Survivors.everything(key.shape[1], query.device)
     mixed = Attend(query, key, value, attention_mask, every, scale, causal)
     return mixed.run(triton=True), None
 

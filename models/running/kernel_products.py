@@ -23,6 +23,7 @@ from planner.kernels.mlp_blocks import MLPBlock, NotFusable, mlp_block, unit_wid
 from planner.kernels.ops.project_columns import ProjectColumns
 from planner.kernels.ops.project_rows import ACTIVATIONS, ProjectRows
 from planner.kernels.survivors import Survivors, neuron_width
+from planner.kernels.triton.tiles import Product, target_of_device
 from planner.models.running.bindings import BoundLinear, BoundSite
 from planner.models.running.kernel_attention import KERNEL_ATTENTION
 from planner.models.running.products import Product, Products
@@ -144,10 +145,8 @@ class LinearByKernel(Product):
     def _is_faster(self, features: Tensor) -> bool:
         kept, (out, depth) = count_of(self.runs), self.linear.weight.shape
         columns, depth = (kept, depth) if self.linear.axis == "out" else (out, kept)
-        rows = features.numel() // max(features.shape[-1], 1)
-        pieces = max(len(self.runs), 1)
-        size = features.itemsize
-        return kept > 0 and product_is_faster(features.device, rows, columns, depth, pieces, size)
+        product = _product(features, columns, depth)
+        return kept > 0 and product_is_faster(product, max(len(self.runs), 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,12 +192,15 @@ class MLPByKernel(Product):
         return ProjectColumns(inner, down.weight, down.bias, survivors).run(triton=triton)
 
     def _is_faster(self, hidden: Tensor) -> bool:
-        kept, width = count_of(self.neurons), hidden.shape[-1]
-        gated, pieces = self.gate is not None, max(len(self.neurons), 1)
-        rows = hidden.numel() // width
-        return kept > 0 and mlp_is_faster(
-            hidden.device, rows, width, kept, gated, pieces, hidden.itemsize
-        )
+        kept, parts = count_of(self.neurons), 1 + (self.gate is not None)
+        product = _product(hidden, kept, hidden.shape[-1], parts)
+        return kept > 0 and mlp_is_faster(product, max(len(self.neurons), 1))
+
+
+def _product(x: Tensor, columns: int, depth: int, parts: int = 1) -> Product:
+    """What a linear does with activations on a GPU."""
+    rows, target = x.numel() // max(x.shape[-1], 1), target_of_device(x.device)
+    return Product(rows, columns, depth, target, element_bytes=x.itemsize, parts=parts)
 
 
 @torch.no_grad()

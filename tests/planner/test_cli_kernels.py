@@ -8,7 +8,7 @@ import triton
 from planner.cli import execute as run
 from planner.kernels.targets import build
 from planner.kernels.targets.compilation import Compiled
-from planner.kernels.targets.manifest import read_manifest
+from planner.kernels.targets.manifest import Resources, read_manifest
 from planner.plan import load_plan
 
 COMPILE = (
@@ -169,7 +169,8 @@ RUN = ("run", "--model", "tiny-llava", "--prompt", "hello", "--new-tokens", "3")
 
 def test_run_by_generated_kernels(cli, cli_json, monkeypatch, tmp_path):
     """All launches are served, and the answer is PyTorch's; another plan's kernels are refused."""
-    made = Compiled(0, 0, 0, 0, 0, "{}", "", b"")
+    nothing = Resources(registers=0, spill_bytes=0, shared_bytes=0, mma=0, wgmma=0)
+    made = Compiled(nothing, "{}", "", b"")
     monkeypatch.setattr(build, "compile_kernel", lambda *_, **__: made)
     shape = ("--image-tokens", "0", "--text-tokens", "12", "--switches", "layers,heads,mlp")
     target = ("--target", "sm_90", "--dtype", "float32")

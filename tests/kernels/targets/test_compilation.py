@@ -49,13 +49,13 @@ def launches(graph, plan, target, *, text_tokens=64, dtype=torch.bfloat16):
 
 def check(name, made, target, kernel, many_rows):
     # A few words at most: what saves a barrier, or lets one program more reside.
-    assert made.spill_bytes <= 32, name
-    assert made.registers <= 255, name
-    assert made.shared_bytes <= SHARED_LIMIT[target], name
+    assert made.resources.spill_bytes <= 32, name
+    assert made.resources.registers <= 255, name
+    assert made.resources.shared_bytes <= SHARED_LIMIT[target], name
     assert made.cubin.startswith(b"\x7fELF"), name
     if kernel.multiplies:
         kind = "wgmma" if target == "sm_90" and many_rows else "mma"
-        assert getattr(made, kind) > 0, name
+        assert getattr(made.resources, kind) > 0, name
         # Weights and keys arrive in 16-byte vectors; a lost alignment hint makes them 2-byte loads.
         assert ", 0x10" in made.ptx, name
         assert "cp.async" in made.ptx, name

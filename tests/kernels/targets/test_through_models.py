@@ -12,6 +12,7 @@ from planner.ir.lowering import lower_model
 from planner.kernels.targets import build
 from planner.kernels.targets.compilation import Compiled
 from planner.kernels.targets.loaded_kernels import load_kernels
+from planner.kernels.targets.manifest import Resources
 from planner.kernels.triton.launch import counted
 from planner.kernels.triton.tiles import TARGETS
 from planner.plan import TokenStage
@@ -23,7 +24,8 @@ TARGET = {"sm_90": TARGETS["sm_90"]}
 @pytest.fixture(autouse=True)
 def _no_machine_code(monkeypatch):
     """Sources are interpreted here; test_compilation compiles them."""
-    made = Compiled(0, 0, 0, 0, 0, "{}", "", b"")
+    nothing = Resources(registers=0, spill_bytes=0, shared_bytes=0, mma=0, wgmma=0)
+    made = Compiled(nothing, "{}", "", b"")
     monkeypatch.setattr(build, "compile_kernel", lambda *_, **__: made)
 
 
