@@ -27,7 +27,7 @@ from torch._dynamo.utils import counters
 
 import planner
 from planner.cli.console import print_json, table
-from planner.ir.cost.flops import operator_flops
+from planner.ir.cost.price import operator_flops
 from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
 from planner.models.running.masked import Gates, MaskedExecutor

@@ -49,11 +49,8 @@ def within(graph: Graph, site: Site) -> set[str]:
 
 
 def exit_of(graph: Graph, site: Site, inside: set[str]) -> str:
-    """The one operator of a layer that others read.
-
-    Raises:
-        InputError: where there are several, so that the layer cannot be left out.
-    """
+    """The one operator of a layer that others read; InputError where there are several, so that
+    the layer cannot be left out."""
     network = graph.network
     read = sorted(name for name in inside if any(r not in inside for r in network[name]))
     if not read:
@@ -66,10 +63,8 @@ def exit_of(graph: Graph, site: Site, inside: set[str]) -> str:
 def residual_entry(graph: Graph, site: Site, inside: set[str], end: str) -> str:
     """The operator whose output the residual stream carries into a layer.
 
-    It is found from the layer's end, backwards through sums and through scaling by a constant.
-
-    Raises:
-        InputError: where no such path leads out of the layer.
+    It is found from the layer's end, backwards through sums and through scaling by a constant;
+    InputError where no such path leads out of the layer.
     """
     known = graph.by_name
     pending, entries = [end], []
@@ -88,12 +83,8 @@ def residual_entry(graph: Graph, site: Site, inside: set[str], end: str) -> str:
 def narrowed(operator: Operator, kept: Mapping[str, tuple[int, int]]) -> Operator:
     """The operator with every quantity that a site narrows scaled by kept lanes / all lanes.
 
-    Args:
-        operator: any operator.
-        kept: site name -> (lanes kept, lanes); sites that are absent keep everything.
-
-    Raises:
-        ValueError: where a quantity is no multiple of the site's lanes.
+    `kept` gives both by the site's name; sites that are absent keep everything. ValueError where a
+    quantity is no multiple of the site's lanes.
     """
     shape = list(operator.shape)
     attributes: dict[str, Value] = dict(operator.attributes)

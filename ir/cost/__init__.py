@@ -4,8 +4,7 @@ Enters: a Graph, a `Workload` and (for seconds) a device. Leaves: a `Cost` per o
 
     workload      token counts of a request
     device_table  the devices, from devices.yaml
-    flops         exact FLOPs, parameters and KV elements of an operator
-    price         an operator's `Cost`, with roofline seconds; `total`
+    price         an operator's `Cost`: exact FLOPs, roofline seconds; `total`
     memory        peak bytes of a step
     conventions   how published tables count, oddities included
 """

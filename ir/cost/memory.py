@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from planner.ir.cost.flops import operator_kv_elements, operator_parameters
+from planner.ir.cost.price import operator_parameters
 from planner.ir.dims import Sizes
 from planner.ir.graph import Graph, Operator
 from planner.ir.kinds import attended_keys, kind_of
@@ -25,7 +25,7 @@ def peak_bytes(graph: Graph, sizes: Sizes) -> int:
     """
     element = graph.dtype_bytes
     parameters = sum(operator_parameters(operator) for operator in graph)
-    cached = [operator_kv_elements(operator, sizes) for operator in graph]
+    cached = [kind_of(operator).cached(operator, sizes) for operator in graph]
     cache = sum(cached) + max(cached, default=0)
     held = (parameters + cache) * element + _shared_bytes(graph, sizes)
     return held + activation_bytes(graph, sizes)

@@ -1,8 +1,13 @@
 """The price of an operator, and of a whole Graph.
 
+FLOPs: a multiply-add is two operations, attention is counted in full (not halved for causality),
+and only products count: linear layers, attention, convolutions, grouped products. It is what
+`torch.utils.flop_counter.FlopCounterMode` counts on the executed model with eager attention, and
+agrees with it to the last operation. The formulas are in `planner.ir.kinds`.
+
 Seconds are a roofline: an operator takes ``max(operations / peak, bytes / bandwidth)``. Operators
 follow one another, each reads its inputs from memory and writes its output there, nothing overlaps
-and launches are free. The price also says which of the two terms bounds the operator.
+and launches are free.
 """
 
 from __future__ import annotations
@@ -12,7 +17,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from planner.ir.cost.device_table import Device
-from planner.ir.cost.flops import operator_flops, operator_kv_elements, operator_parameters
 from planner.ir.dims import Sizes
 from planner.ir.graph import Graph, Operator
 from planner.ir.kinds import kind_of
@@ -23,12 +27,10 @@ class Cost:
     """What one operator, or many, cost.
 
     Attributes:
-        flops: multiply-adds times two.
         bytes: read and written: weights, inputs, output.
         seconds: roofline time; 0 without a device.
         kv_bytes: what stays in the KV cache.
         parameters: what the operator adds to the model's parameters, whether it runs or not.
-        output_bytes: size of the output.
         bound: ``compute``, ``memory`` or ``-`` (takes no time, or no device was given).
     """
 
@@ -41,6 +43,20 @@ class Cost:
     bound: str = "-"
 
 
+def operator_flops(operator: Operator, sizes: Sizes) -> int:
+    """FLOPs of one operator when the graph's symbols have the given sizes."""
+    formula = kind_of(operator).flops
+    return formula(operator, sizes) if formula else 0
+
+
+def operator_parameters(operator: Operator) -> int:
+    """Parameters that an operator adds to the model: 0 where it shares another's (a tied lm_head).
+
+    Parameters that are just added to activations (positions, class tokens) are not counted.
+    """
+    return 0 if operator.get("tied") else kind_of(operator).weights(operator)
+
+
 def roofline(operations: int, moved_bytes: int, device: Device) -> tuple[float, str]:
     """Seconds and what bounds them: ``compute``, ``memory`` or ``-`` where nothing is done."""
     compute = operations / device.operations_per_second
@@ -50,19 +66,10 @@ def roofline(operations: int, moved_bytes: int, device: Device) -> tuple[float, 
     return (compute, "compute") if compute > memory else (memory, "memory")
 
 
-def price(
-    operator: Operator,
-    graph: Graph,
-    sizes: Sizes,
-    device: Device | None = None,
-) -> Cost:
-    """Cost of one operator.
+def price(operator: Operator, graph: Graph, sizes: Sizes, device: Device | None = None) -> Cost:
+    """Cost of one operator of a graph, with seconds where there is a device.
 
-    Args:
-        operator: an operator of `graph`.
-        graph: where the sizes of its inputs and of an element are looked up.
-        sizes: size of every symbol (`Workload.prefill` or `Workload.decode`).
-        device: for seconds.
+    Sizes are those of every symbol (`Workload.prefill` or `Workload.decode`).
     """
     kind, element = kind_of(operator), graph.dtype_bytes
     parameters = operator_parameters(operator)
@@ -81,7 +88,7 @@ def price(
         flops=flops,
         bytes=moved * element,
         seconds=seconds,
-        kv_bytes=operator_kv_elements(operator, sizes) * element,
+        kv_bytes=kind.cached(operator, sizes) * element,
         parameters=parameters,
         output_bytes=output * element,
         bound=bound,

@@ -2,9 +2,8 @@
 
 A new kind is one record in the table.
 
-    table        all records
-    kind         the type of a record
-    shape_rules  what the shapes of operators must be
+    table  all records, with the rules for shapes
+    kind   the type of a record
 """
 
 from planner.ir.graph import Operator

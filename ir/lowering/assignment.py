@@ -17,9 +17,7 @@ from planner.ir.lowering.traced_layer import TracedLayer
 class Assignment:
     """Lane number of every feature of every source, filled role by role.
 
-    Args:
-        layer: the layer that the site is in.
-        count: number of lanes.
+    `layer` is the one that the site is in, `count` the number of lanes.
     """
 
     def __init__(self, layer: TracedLayer, count: int) -> None:
@@ -64,10 +62,8 @@ class Assignment:
     # -- bindings ----------------------------------------------------------------------------
 
     def bindings(self) -> list[Binding] | None:
-        """One binding per module, None where a layout follows no rule.
-
-        A module that runs twice must have one layout.
-        """
+        """One binding per module, None where a layout follows no rule: a module that runs twice
+        must have one layout."""
         bindings: dict[str, Binding] = {}
         for source in self.sources:
             blocks = self._blocks(source)

@@ -20,12 +20,8 @@ from planner.ir.lowering.raising import Raised, Surroundings, raise_operators
 def lower_decoder(model: Any, embeddings: nn.Module) -> tuple[Raised, int]:
     """The decoder and, where there is one, the output embedding; and the number of layers.
 
-    Args:
-        model: on the meta device.
-        embeddings: of the decoder's tokens.
-
-    Raises:
-        NotLowered: where the decoder cannot be captured.
+    The model is on the meta device; embeddings are those of the decoder's tokens. NotLowered where
+    the decoder cannot be captured.
     """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     width = int(embeddings.weight.shape[-1])  # type: ignore[index]

@@ -1,8 +1,7 @@
 """Eager attention: a softmax between two products becomes one fused attention.
 
-Models that no fused attention fits (logits that are capped, say) compute scores, softmax and sum
-one by one. In the captured graph they are replaced by ``scaled_dot_product_attention``, so that all
-attention looks alike from there on: the same products, and scores that are never written out.
+Models that no fused attention fits (logits that are capped, say) compute them one by one. All
+attention looks alike from here on.
 """
 
 from __future__ import annotations
@@ -27,9 +26,7 @@ _CREATIONS = frozenset(
 def fuse_attention(graph: fx.Graph, activations: Container[str]) -> None:
     """Replace every eager attention of a captured graph, in place.
 
-    Args:
-        graph: nodes with ``meta["val"]``.
-        activations: names of the placeholders that carry activations.
+    `activations` are the names of the placeholders that carry activations.
     """
     reached = _reached(graph, activations)
     for softmax in [n for n in graph.nodes if n.op == "call_function" and opname(n) == "softmax"]:

@@ -44,12 +44,11 @@ def copies(
     unique: Callable[[str], str],
     layer: Callable[[str], int | None],
 ) -> list[Operator]:
-    """A layer's operators under another path.
+    """A layer's operators, whose path is `like`, under another path.
 
     Args:
         operators: of the traced layer, in order.
-        like: its path.
-        path: of the copy.
+        like, path: of the layer, and of the copy.
         renamed: name of the traced layer's input -> of the copy's; the operators' names are added.
         unique: a name that is not taken yet, from a wished one.
         layer: module path -> index of its layer.
@@ -66,13 +65,8 @@ def copies(
 
 
 def sites_alike(stack: Stack, prefix: str, found: Mapping[int, list[Site]]) -> list[Site]:
-    """Sites of all layers of a stack.
-
-    Args:
-        stack: which layer is like which.
-        prefix: path of the stack in the model.
-        found: index of a traced layer -> its sites.
-    """
+    """Sites of all layers of a stack, which has a path in the model; `found` are those of the
+    traced layers by index."""
     sites: list[Site] = []
     for index, kind in enumerate(stack.kinds):
         like, path = f"{prefix}.{kind}", f"{prefix}.{index}"
@@ -91,12 +85,11 @@ def narrowed_alike(
     narrowed: Mapping[str, Narrowing],
     kv_lanes: Mapping[str, int],
 ) -> list[Operator]:
-    """Operators with what narrows them.
+    """Operators of a module with what narrows them.
 
     Args:
-        operators: all of a module's.
-        stack: which layer is like which.
-        prefix: path of the stack in the model.
+        operators: to be told.
+        stack, prefix: as of `sites_alike`, which made the sites.
         sites: of all layers.
         narrowed: name of a traced operator -> pairs (quantity, kind of site).
         kv_lanes: name of a traced attention -> its number of KV heads.

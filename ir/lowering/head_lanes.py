@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from planner.ir.graph import Binding, Block, Site
+from planner.ir.graph import Binding, Site
 from planner.ir.lowering.assignment import Assignment
 from planner.ir.lowering.lanes import Label, affine_blocks
 from planner.ir.lowering.traced_layer import NoSite, TracedLayer
@@ -17,10 +17,7 @@ from planner.ir.lowering.traced_layer import NoSite, TracedLayer
 class Grouping:
     """Heads that read the same keys and values form one group: a lane.
 
-    Attributes:
-        of_key: key head -> lane.
-        of_head: query head -> lane.
-        lanes: how many there are.
+    `of_key` gives the lane of each key head, `of_head` that of each query head.
     """
 
     of_key: list[int]
@@ -43,11 +40,7 @@ def _per_head(label: Label, heads: int) -> list[list[int]]:
 
 
 def group_heads(layer: TracedLayer, attention: fx.Node) -> Grouping:
-    """Which heads share keys and values.
-
-    Raises:
-        NoSite: where those do not come from this layer.
-    """
+    """Which heads share keys and values; NoSite where those do not come from this layer."""
     _, key, value = _operands(attention)
     heads, key_heads = (int(node.meta["val"].shape[1]) for node in (attention, key))
     inside = set(layer.nodes)
@@ -69,11 +62,8 @@ def group_heads(layer: TracedLayer, attention: fx.Node) -> Grouping:
 def find_heads(
     layer: TracedLayer, attention: fx.Node, grouping: Grouping
 ) -> tuple[Site, dict[fx.Node, tuple[tuple[str, str], ...]]]:
-    """The site of an attention's heads, and what it narrows.
-
-    Raises:
-        NoSite: where the heads cannot be told apart in the weights.
-    """
+    """The site of an attention's heads, and what it narrows; NoSite where the heads cannot be told
+    apart in the weights."""
     linears = layer.flow.linears
     assignment = Assignment(layer, grouping.lanes)
     _assign_operands(layer, attention, grouping, assignment)
@@ -89,7 +79,8 @@ def find_heads(
     bindings = assignment.bindings()
     if bindings is None:
         raise NoSite("the layout of a projection does not follow the heads")
-    layout = _layout(columns, grouping.lanes)
+    every = range(grouping.lanes)
+    layout = affine_blocks([torch.nonzero(columns == n).flatten().tolist() for n in every])
     if layout is None:
         raise NoSite("the layout of the output projection does not follow the heads")
     assignment.add_heads(attention, lane_of_head)
@@ -149,10 +140,3 @@ def _assign_output(
         features = [sorted(set(gates[columns == lane].tolist())) for lane in lanes]
         assignment.add(label.source, features)
     return columns
-
-
-def _layout(columns: Tensor, lanes: int) -> tuple[Block, ...] | None:
-    """Columns of the last projection, lane by lane."""
-    return affine_blocks(
-        [torch.nonzero(columns == lane).reshape(-1).tolist() for lane in range(lanes)]
-    )

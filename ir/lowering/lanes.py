@@ -3,14 +3,13 @@
 Index arrays are pushed through the very view operations that the model applies to its activations:
 the output of every linear carries its feature numbers, the output of every attention its head
 numbers. Where they arrive at an attention operator or at the next linear they say which rows and
-columns go together - for separate or fused projections, grouped queries, interleaved or blocked
-layouts, gates - with no knowledge of the architecture.
+columns go together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,8 +44,7 @@ class LaneTracer:
 
     Attributes:
         labels: value -> where its elements come from.
-        mixed: (label, reduced axes) of every reduction: elements of one reduced row must stay
-            together, so they must lie in one lane.
+        mixed: (label, reduced axes) of every reduction, whose rows must each lie in one lane.
     """
 
     labels: dict[fx.Node, tuple[Label, ...]] = field(default_factory=dict)
@@ -64,11 +62,10 @@ class LaneTracer:
         elif name in VIEWS:
             self.labels[node] = self._viewed(node)
         elif name in NORMS or name in ("softmax", "log_softmax"):
-            axes = (-1,)
-            self._mix(node, axes)
+            self.mixed += [(label, (-1,)) for label in self.of(node.args[0])]
             self.labels[node] = self._elementwise(node, False)
         elif name in REDUCTIONS:
-            self._mix(node, _axes(node))
+            self.mixed += [(label, _axes(node)) for label in self.of(node.args[0])]
             self.labels[node] = ()
         else:
             self.labels[node] = self._elementwise(node, name in ACTIVATIONS)
@@ -91,18 +88,15 @@ class LaneTracer:
         return (Label(node, index),)
 
     def _viewed(self, node: fx.Node) -> tuple[Label, ...]:
-        source = node.args[0]
-        labels = self.of(source)
-        if not labels:
-            return ()
+        labels = self.of(node.args[0])
         if opname(node) == "getitem":
-            picked: list[Label] = []
-            for label in labels:
-                if isinstance(label.index, tuple | list):
-                    picked.append(Label(label.source, label.index[node.args[1]], label.activated))
-            return tuple(picked)
+            return tuple(
+                replace(label, index=label.index[node.args[1]])
+                for label in labels
+                if isinstance(label.index, tuple | list)
+            )
         return tuple(
-            Label(label.source, moved, label.activated)
+            replace(label, index=moved)
             for label in labels
             if (moved := self._apply(node, label.index)) is not None
         )
@@ -172,10 +166,6 @@ class LaneTracer:
                     found.append(Label(label.source, index, activated))
         return tuple(found) if len(found) <= _MOST_LABELS else ()
 
-    def _mix(self, node: fx.Node, axes: tuple[int, ...]) -> None:
-        for label in self.of(node.args[0]):
-            self.mixed.append((label, axes))
-
 
 def _axes(node: fx.Node) -> tuple[int, ...]:
     axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
@@ -188,11 +178,7 @@ def _axes(node: fx.Node) -> tuple[int, ...]:
 
 
 def affine_blocks(features: list[list[int]]) -> tuple[Block, ...] | None:
-    """Express the features of each lane as blocks ``offset + lane*stride``, or None.
-
-    Args:
-        features: for each lane its feature numbers.
-    """
+    """Express the features of each lane as blocks ``offset + lane*stride``, or None."""
     lanes = [intervals_of(sorted(set(lane))) for lane in features]
     if not lanes or not lanes[0] or any(len(lane) != len(lanes[0]) for lane in lanes):
         return None

@@ -1,9 +1,8 @@
 """Raising: from the ATen nodes of a captured module to operators of the Graph.
 
 Views and copies disappear; the nodes of a norm, of an activation, of a rotary embedding or of a
-recurrence become one operator each (`planner.ir.lowering.grouping`); every product that
-FlopCounterMode counts is kept. Folded layers are expanded by copying the operators of the layer
-they are like (`planner.ir.lowering.folding`).
+recurrence become one operator each; every product that FlopCounterMode counts is kept. Folded
+layers are expanded by copying the operators of the layer they are like.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Surroundings:
         samples: symbol of the leading dimension (``batch`` or ``images``).
         marker: the token count that the module was captured with; sizes that are multiples of it
             are token counts. 0 where every size is fixed.
-        main_stack: path of the stack whose layers can be switched, None without one.
+        main_stack: path of the stack whose layers can be switched.
     """
 
     prefix: str

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from planner.ir.graph import Site
+from planner.ir.graph import Binding, Block, Site
+from planner.ir.lowering.assignment import Assignment
 from planner.ir.lowering.aten import ATTENTION, opname
 from planner.ir.lowering.head_lanes import find_heads, group_heads
-from planner.ir.lowering.neuron_lanes import find_neurons
 from planner.ir.lowering.traced_layer import NoSite, TracedLayer
 
 
@@ -37,7 +37,10 @@ def find_sites(layer: TracedLayer) -> Found:
     """
     found = Found([Site("layer", "layer", 0, layer.path)])
     _add_heads(layer, found)
-    _add_neurons(layer, found)
+    try:
+        _add_neurons(layer, found)
+    except NoSite as why:
+        found.reasons.append(f"{layer.path}: {why}")
     return found
 
 
@@ -66,12 +69,38 @@ def _add_heads(layer: TracedLayer, found: Found) -> None:
 
 
 def _add_neurons(layer: TracedLayer, found: Found) -> None:
-    try:
-        neurons = find_neurons(layer)
-    except NoSite as why:
-        found.reasons.append(f"{layer.path}: {why}")
-    else:
-        if neurons is not None:
-            site, narrowed = neurons
-            found.sites.append(site)
-            found.narrowed |= narrowed
+    """The MLP: the widest pair of linears with a non-linearity in between."""
+    linears = layer.flow.linears
+    sink = _last_linear(layer)
+    if sink is None:
+        return
+    hidden = sink.args[0]
+    assert isinstance(hidden, fx.Node)
+    width = int(hidden.meta["val"].shape[-1])
+    assignment = Assignment(layer, width)
+    for label in layer.labels(hidden):
+        if layer.sink(label.source) is not sink or label.source not in layer.nodes:
+            raise NoSite("its neurons are read elsewhere too")
+        assignment.add(label.source, [[int(n)] for n in layer.columns(label)])
+    if not layer.comes_from(hidden, set(assignment.sources)):
+        raise NoSite("its neurons meet values that are none of its own")
+    bindings = assignment.bindings()
+    if bindings is None or not assignment.is_separable():
+        raise NoSite("its neurons cannot be told apart")
+    bindings.append(Binding(linears[sink], "in", (Block(0, 1, 1),)))
+    path = linears[sink].rpartition(".")[0]
+    found.sites.append(Site("mlp", "mlp", 0, path, width, 1, tuple(bindings)))
+    found.narrowed |= {**assignment.narrowed("mlp"), sink: (("in", "mlp"),)}
+
+
+def _last_linear(layer: TracedLayer) -> fx.Node | None:
+    """The linear with the widest input that comes from linears through a non-linearity."""
+    best: tuple[int, fx.Node] | None = None
+    for node in layer.nodes:
+        arriving = layer.labels(node.args[0]) if node in layer.flow.linears else ()
+        plain = all(label.source in layer.flow.linears for label in arriving)
+        if arriving and plain and any(label.activated for label in arriving):
+            width = int(node.args[0].meta["val"].shape[-1])  # type: ignore[union-attr]
+            if best is None or width > best[0]:
+                best = (width, node)
+    return best[1] if best else None

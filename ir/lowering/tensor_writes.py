@@ -1,7 +1,6 @@
 """Writes: a tensor created empty and then written part by part becomes a concatenation.
 
-Latent attention assembles its keys so. In the captured graph the values would otherwise not be seen
-to reach the tensor's readers.
+Latent attention assembles its keys so, which would not be seen to reach the tensor's readers.
 """
 
 from __future__ import annotations
@@ -17,11 +16,7 @@ _EMPTY = frozenset(["empty", "empty_like", "new_empty"])
 
 
 def join_writes(graph: fx.Graph) -> None:
-    """Replace every such tensor of a captured graph, in place.
-
-    Args:
-        graph: nodes with ``meta["val"]``.
-    """
+    """Replace every such tensor of a captured graph, in place."""
     order = {node: position for position, node in enumerate(graph.nodes)}
     for empty in [n for n in graph.nodes if n.op == "call_function" and opname(n) in _EMPTY]:
         slices = {user for user in empty.users if _write(user) is not None}

@@ -19,16 +19,7 @@ class NoSite(Exception):
 
 @dataclass(frozen=True)
 class TracedLayer:
-    """A layer between its two marks.
-
-    Attributes:
-        path: of its module.
-        begin: mark of its input.
-        end: mark of its output.
-        flow: of the captured module.
-        tracer: labels of all values.
-        tokens: the token count that it was captured with.
-    """
+    """A layer between its two marks, captured with so many tokens."""
 
     path: str
     begin: fx.Node

@@ -1,8 +1,6 @@
 """Whole models: built without weights, their parts lowered and joined into one Graph.
 
-A model has up to three captured parts: the vision side (encoder and projector, through the model's
-own ``get_image_features``), the decoder, and the output embedding. Everything is found by
-transformers' accessors and by structure; no architecture is named.
+Everything is found by transformers' accessors and by structure; no architecture is named.
 """
 
 from __future__ import annotations
@@ -57,12 +55,7 @@ def _build(config: Any) -> tuple[nn.Module, list[str]]:
 
 
 def lower(model: Any, name: str, dtype_bytes: int = 2) -> Lowered:
-    """Lower a model that is on the meta device.
-
-    Args:
-        model: a transformers model; text-only causal models have no vision side.
-        name: what the user calls it.
-        dtype_bytes: bytes of one weight or activation.
+    """Lower a transformers model that is on the meta device, which the user calls `name`.
 
     Raises:
         NotLowered: with one sentence that says why.

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig
 
 from planner.ir.cost import Workload, activation_bytes, peak_bytes
-from planner.ir.cost.flops import operator_parameters
+from planner.ir.cost.price import operator_parameters
 from planner.ir.dims import Dim
 from planner.ir.graph import Graph, Operator
 from planner.ir.lowering import lower_model

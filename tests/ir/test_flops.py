@@ -9,11 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, MambaConfig, MixtralConfig
 
 from planner.ir.cost import Workload, price
-from planner.ir.cost.flops import (
-    operator_flops,
-    operator_kv_elements,
-    operator_parameters,
-)
+from planner.ir.cost.price import operator_flops, operator_parameters
+from planner.ir.kinds import kind_of
 from planner.ir.lowering import lower_config, lower_model
 from planner.ir.passes import Specialise
 from planner.models.running.skipping import session_on
@@ -69,7 +66,7 @@ def predicted(graph, workload, new_tokens, kept=None):
     steps = [workload.prefill(kept)]
     steps += [workload.decode(step, kept) for step in range(1, new_tokens + 1)]
     flops = sum(operator_flops(operator, sizes) for sizes in steps for operator in graph)
-    return flops, sum(operator_kv_elements(operator, steps[-1]) for operator in graph)
+    return flops, sum(kind_of(operator).cached(operator, steps[-1]) for operator in graph)
 
 
 @pytest.mark.parametrize("batch", [1, 2])

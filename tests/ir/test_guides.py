@@ -10,7 +10,7 @@ from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.ir.graph_text import parse_graph, print_graph
 from planner.ir.kinds import KINDS, Attribute, Kind
-from planner.ir.kinds.shape_rules import last_is
+from planner.ir.kinds.table import last_is
 from planner.ir.passes import PASSES, find_passes, run
 from planner.ir.verify import verify
 

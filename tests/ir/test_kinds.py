@@ -6,11 +6,11 @@ import pytest
 
 from planner.ir.cost import price
 from planner.ir.cost.device_table import Device
-from planner.ir.cost.flops import operator_flops, operator_kv_elements, operator_parameters
+from planner.ir.cost.price import operator_flops, operator_parameters
 from planner.ir.dims import Dim
 from planner.ir.graph import Graph, Operator
 from planner.ir.graph_text import parse_graph, print_graph
-from planner.ir.kinds import KINDS, attended_keys
+from planner.ir.kinds import KINDS, attended_keys, kind_of
 from planner.ir.verify import verify
 
 SIZES = {"batch": 2, "images": 3, "query": 5, "context": 11}
@@ -35,6 +35,10 @@ class Row:
     weights: int = 0
     moved: int = 0
     light: int = 0
+
+
+def kv_elements(operator, sizes):
+    return kind_of(operator).cached(operator, sizes)
 
 
 def tokens(width):
@@ -196,11 +200,11 @@ def test_a_window_of_four_tokens(query, context, keys, cached):
     sizes = {"batch": 1, "query": query, "context": context}
     assert attended_keys(operator, sizes) == keys
     assert operator_flops(operator, sizes) == 2 * 4 * query * keys * (16 + 8)
-    assert operator_kv_elements(operator, sizes) == cached * 2 * (16 + 8)
+    assert kv_elements(operator, sizes) == cached * 2 * (16 + 8)
 
 
 def test_only_a_decoder_caches_keys():
     operator = operator_of("attention")
-    assert operator_kv_elements(operator, SIZES) == 2 * 11 * 2 * (16 + 8)
-    assert operator_kv_elements(replace(operator, part="vision"), SIZES) == 0
-    assert operator_kv_elements(operator.having(keys=11), SIZES) == 0
+    assert kv_elements(operator, SIZES) == 2 * 11 * 2 * (16 + 8)
+    assert kv_elements(replace(operator, part="vision"), SIZES) == 0
+    assert kv_elements(operator.having(keys=11), SIZES) == 0

@@ -79,7 +79,7 @@ def check_text(source, any_plan):
     assert not re.search(r"is (not )?None", text_of(source))
     survivors = source.launch.survivors
     if survivors is not None and survivors.plans == 1 and not any_plan:
-        assert {"units", "counts", "lanes", "slots", "plan_stride"}.isdisjoint(source.parameters)
+        assert {"units", "counts", "lanes", "slots", "plan_stride"}.isdisjoint(source.arguments)
 
 
 # -- text -----------------------------------------------------------------------------------------
