@@ -27,10 +27,9 @@ class Operator:
     """One operator of the graph.
 
     Attributes:
-        name: unique in the graph.
         kind: name of its record in `planner.ir.kinds`.
         inputs: names of the operators whose outputs this one reads, in order.
-        shape: shape of the output, symbolic, batch first.
+        shape: of the output, symbolic, batch first.
         module: path of the stock model's module that computes it ("" for none).
         part: one of `PARTS`.
         layer: index of the decoder (or vision) layer it belongs to, None outside the stack.
@@ -50,10 +49,10 @@ class Operator:
     narrowed_by: tuple[tuple[str, str], ...] = ()
 
     def __getitem__(self, attribute: str) -> Value:
-        for name, value in self.attributes:
-            if name == attribute:
-                return value
-        raise KeyError(f"operator {self.name} has no attribute {attribute}")
+        value: Value | None = self.get(attribute)
+        if value is None:
+            raise KeyError(f"operator {self.name} has no attribute {attribute}")
+        return value
 
     def get(self, attribute: str, default: Any = None) -> Any:
         """The attribute's value, or the default where it is absent."""
@@ -124,9 +123,9 @@ class Site:
         name: ``layer.5``, ``heads.5``, ``mlp.5``, ``tokens.2``.
         kind: one of `SITE_KINDS`.
         layer: decoder layer; for ``tokens`` the first layer that sees the smaller set.
-        module: module path of the layer, attention block or MLP ("" for tokens).
-        lanes: how many indivisible units the weights have: KV groups, neurons, 1 for a layer,
-            image tokens for a token stage (0: known only with the workload).
+        module: path of the layer, attention block or MLP ("" for tokens).
+        lanes: indivisible units that the weights have: KV groups, neurons, 1 for a layer, image
+            tokens for a token stage (0: known only with the workload).
         switches: into how many switches the lanes are divided.
         bindings: where the lanes lie in the weights.
     """
@@ -155,12 +154,10 @@ class Site:
 
 @dataclass(frozen=True)
 class Graph:
-    """Operators in topological order, and sites.
+    """Operators in an order where every input precedes its reader, and sites in layer order.
 
     Attributes:
         name: what the user called the model.
-        operators: in an order where every input precedes its reader.
-        sites: places that can be narrowed, in layer order.
         properties: facts about the model that costs and plans need: ``model_type``,
             ``hidden_size``, ``decoder_layers``, ``image_tokens`` (per run of the vision encoder),
             ``fingerprint``, ``dtype_bytes``.
@@ -183,10 +180,9 @@ class Graph:
 
     @cached_property
     def network(self) -> nx.DiGraph[str]:
-        """The edges, for traversals; each node carries its operator as ``operator``."""
+        """The edges, for traversals."""
         network: nx.DiGraph[str] = nx.DiGraph()
-        for operator in self.operators:
-            network.add_node(operator.name, operator=operator)
+        network.add_nodes_from(self.by_name)
         for operator in self.operators:
             network.add_edges_from((source, operator.name) for source in operator.inputs)
         return network
@@ -199,15 +195,15 @@ class Graph:
         return tuple(site for site in self.sites if site.kind == kind)
 
     @cached_property
-    def _sites_by_layer(self) -> dict[int, tuple[Site, ...]]:
+    def _sites_by_layer(self) -> dict[int, list[Site]]:
         found: dict[int, list[Site]] = {}
         for site in self.sites:
             found.setdefault(site.layer, []).append(site)
-        return {layer: tuple(sites) for layer, sites in found.items()}
+        return found
 
-    def sites_at(self, layer: int) -> tuple[Site, ...]:
+    def sites_at(self, layer: int) -> list[Site]:
         """Sites of one decoder layer."""
-        return self._sites_by_layer.get(layer, ())
+        return self._sites_by_layer.get(layer, [])
 
     @property
     def layers(self) -> int:
@@ -223,8 +219,5 @@ class Graph:
         self, operators: Iterable[Operator], sites: Iterable[Site] | None = None
     ) -> Graph:
         """A copy with other operators (and sites)."""
-        return replace(
-            self,
-            operators=tuple(operators),
-            sites=self.sites if sites is None else tuple(sites),
-        )
+        sites = self.sites if sites is None else tuple(sites)
+        return replace(self, operators=tuple(operators), sites=sites)

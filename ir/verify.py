@@ -1,7 +1,6 @@
 """The verifier: what every Graph must satisfy, as a table of rules.
 
-It runs after lowering, after reading the text form and after every pass, so a defect is reported
-where it arises, with the name of the operator or site that is wrong.
+It runs after lowering, after reading the text form and after every pass.
 """
 
 from __future__ import annotations
@@ -279,10 +278,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
 
 
 def verify(graph: Graph) -> None:
-    """Check a Graph against every rule.
-
-    Raises:
-        InputError: with the first complaint, which names the operator or site.
-    """
+    """Check a Graph against every rule; InputError with the first complaint, which names the
+    operator or site."""
     for complaint in chain.from_iterable(rule(graph) for rule in RULES.values()):
         raise InputError(f"the graph is broken: {complaint}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache, reduce
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -144,8 +145,9 @@ class Survivors:
         """`features` as intervals. Waits for the GPU unless the host knows what survives."""
         width = self.width
         if self.kept_runs is None:
-            units = intervals_of(self.units[plan, : int(self.counts[plan])].tolist())
-            return tuple((first * width, last * width) for first, last in units)
+            units = self.units[plan, : int(self.counts[plan])].cpu().numpy()
+            pieces = np.split(units, np.flatnonzero(np.diff(units) != 1) + 1)
+            return tuple((int(p[0]) * width, int(p[-1] + 1) * width) for p in pieces if len(p))
         return merged((a // width * width, -(-b // width) * width) for a, b in self.kept_runs[plan])
 
     # How PyTorch reads survivors.

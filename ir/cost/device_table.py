@@ -16,10 +16,9 @@ class Device:
     """One device at half precision.
 
     Attributes:
-        name: as users write it.
         tflops: peak dense half-precision matrix arithmetic, 10^12 operations a second.
         bandwidth_gb_per_s: peak memory bandwidth, 10^9 bytes a second.
-        memory_gb: memory, 10^9 bytes.
+        memory_gb: 10^9 bytes.
         source: where the figures come from.
     """
 

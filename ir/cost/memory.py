@@ -18,10 +18,6 @@ def peak_bytes(graph: Graph, sizes: Sizes) -> int:
     caches grow by copying), masks, tables of rotations and `activation_bytes`. Attention is fused:
     a matrix of scores is not counted. Nor are the allocator's gaps, the device's context, the
     pixels, or hidden states that a caller asks to be given.
-
-    Args:
-        graph: dense, or specialised to a plan.
-        sizes: size of every symbol (`Workload.prefill` or `Workload.decode`).
     """
     element = graph.dtype_bytes
     parameters = sum(operator_parameters(operator) for operator in graph)

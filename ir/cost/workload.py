@@ -21,13 +21,12 @@ _MOST = 10**8
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Token counts of one request, and how many requests run together.
+    """Token counts of one request, per sample, and how many requests run together.
 
     Attributes:
-        image_tokens: visual tokens that enter the decoder, per sample.
-        text_tokens: prompt tokens besides them, per sample.
-        new_tokens: tokens generated after the first one, per sample: decode steps.
-        batch: samples.
+        image_tokens: visual tokens that enter the decoder.
+        text_tokens: prompt tokens besides them.
+        new_tokens: tokens generated after the first one: decode steps.
         image_tokens_per_run: visual tokens that one run of the vision encoder yields.
     """
 
@@ -77,11 +76,8 @@ class Workload:
         return self.batch * math.ceil(self.image_tokens / self.image_tokens_per_run)
 
     def prefill(self, kept: Mapping[int, int] | None = None) -> dict[str, int]:
-        """Sizes of all symbols in the prefill.
-
-        Args:
-            kept: token stage's layer -> image tokens left after it.
-        """
+        """Sizes of all symbols in the prefill; `kept` are image tokens left after a token stage,
+        by its layer."""
         sizes = {"batch": self.batch, "images": self.images}
         sizes["query"] = sizes["context"] = self.prompt_tokens
         for layer, tokens in (kept or {}).items():

@@ -63,11 +63,9 @@ class Kind:
             on the roofline.
         weights: (o) elements of the weights and biases that the operator owns or shares.
         weights_read: (o, n) elements of them that it reads; None: all.
-        inputs_read: (o, n, inputs) elements of activations that it reads; `inputs` gives the
-            elements of each input.
+        inputs_read: (o, n, inputs) elements of activations that it reads, by those of each input.
         cached: (o, n) elements that it leaves in the KV cache.
-        held_bytes: (o, bytes of an element) bytes that it holds while it runs, for each element
-            of its output.
+        held_bytes: (o, bytes of an element) held while it runs, for each element of its output.
         keeps_zero: (o) whether its output is zero where all of its inputs are.
     """
 

@@ -90,8 +90,9 @@ class LaneTracer:
     def _viewed(self, node: fx.Node) -> tuple[Label, ...]:
         labels = self.of(node.args[0])
         if opname(node) == "getitem":
+            place: Any = node.args[1]
             return tuple(
-                replace(label, index=label.index[node.args[1]])
+                replace(label, index=label.index[place])
                 for label in labels
                 if isinstance(label.index, tuple | list)
             )

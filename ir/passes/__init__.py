@@ -1,8 +1,7 @@
 """Passes: Graph in, Graph out, verified after each.
 
 A pass is a frozen dataclass with a ``name`` and ``apply(graph) -> graph``; its fields are its
-arguments. A new pass is its file, one line in `PASSES`, and a test with golden text before and
-after. In the usual order:
+arguments. In the usual order:
 
     specialise        leave out the layers, heads and neurons that a plan switches off
     narrow_tokens     fewer image tokens from some decoder layer on
@@ -75,15 +74,10 @@ def run(
     passes: Iterable[Pass],
     print_between: Callable[[str, Graph], None] | None = None,
 ) -> Graph:
-    """Apply passes in order, verifying after each.
+    """Apply passes to a verified Graph in order, verifying after each.
 
-    Args:
-        graph: a Graph that satisfies `planner.ir.verify.verify`.
-        passes: in order.
-        print_between: called with each pass's name and the graph it left.
-
-    Raises:
-        InputError: where a pass's arguments do not fit the graph.
+    `print_between` is called with each pass's name and the graph it left. InputError where a pass's
+    arguments do not fit the graph.
     """
     for step in passes:
         graph = step.apply(graph)

@@ -96,7 +96,10 @@ class ProjectRows(Op, name="project_rows"):
             for part in parts:
                 stop = column + length_of(part)
                 place = slice(column, stop) if self.packed else part
-                chosen[..., place] = self._features(self.x[samples], part)
+                if isinstance(place, slice):
+                    self._features(self.x[samples], part, chosen[..., place])
+                else:
+                    chosen[..., place] = self._features(self.x[samples], part)
                 column = stop
             if alive is not None:
                 place = slice(column) if self.packed else self.survivors.features(plan)
@@ -146,11 +149,14 @@ class ProjectRows(Op, name="project_rows"):
     def _act(self, x: Tensor) -> Tensor:
         return ACTIVATIONS[self.activation](x) if self.activation else x
 
-    def _features(self, x: Tensor, part: Part) -> Tensor:
+    def _features(self, x: Tensor, part: Part, out: Tensor | None = None) -> Tensor:
+        """Some features, written to `out` where there is one."""
         linear = _rows_of(x, self.weight, self.bias, part)
         if self.gate is None:
-            return self._act(linear)
-        return linear.mul_(self._act(_rows_of(x, self.gate, self.gate_bias, part)))
+            features = self._act(linear)
+            return features if out is None else out.copy_(features)
+        gate = self._act(_rows_of(x, self.gate, self.gate_bias, part))
+        return torch.mul(linear, gate, out=linear if out is None else out)
 
 
 def _rows_of(x: Tensor, weight: Tensor, bias: Tensor | None, part: Part) -> Tensor:

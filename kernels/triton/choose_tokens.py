@@ -83,7 +83,7 @@ class ChooseTokensKernel(Kernel):
             "tokens": tokens,
             "BLOCK_T": block,
         }
-        self.start((batch,), arguments, warps=4 if block <= 1024 else 8)
+        self.start((batch,), arguments, warps=4 if block < 1024 else 8)
         return chosen.bool()
 
     @override

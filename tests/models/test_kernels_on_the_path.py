@@ -35,9 +35,9 @@ def _plans(family, graph):
     ]
 
 
-def _decoded(model, inputs):
-    """Logits behind the prompt, and behind four tokens more."""
-    options = {"max_new_tokens": 5, "do_sample": False, "output_logits": True}
+def _decoded(model, inputs, tokens=4):
+    """Logits behind the prompt, and behind some tokens more."""
+    options = {"max_new_tokens": tokens + 1, "do_sample": False, "output_logits": True}
     with torch.no_grad():
         return model.generate(**inputs, **options, return_dict_in_generate=True).logits
 
@@ -86,22 +86,24 @@ def test_samples_run_plans_of_their_own():
     _assert_near(found[1], found[0])
 
 
-def test_compiled_models_run_on_kernels():
+# Images, and heads that share keys; norms of queries and keys; both, with windows.
+@pytest.mark.parametrize("name", ["llava", "qwen3", "gemma3"])
+def test_compiled_models_run_on_kernels(name):
     """One launch of a kernel serves both samples, each under its plan."""
-    family = FAMILIES["qwen3"]()
+    family = FAMILIES[name]()
     model, inputs = family.model, family.inputs(batch=2, before=(3, 6))
-    graph = lower_model(model, "qwen3")
+    graph = lower_model(model, name)
     plans = [plan_of(graph, heads=p.heads, mlp=p.mlp) for p in _plans(family, graph)]
     planner.compile(model, plan=plans[0], kernels="torch")
     with planner.budget(model, plans):
-        want = _decoded(model, inputs)
+        want = _decoded(model, inputs, tokens=2)
     planner.restore(model)
     torch.compiler.reset()
     options = {"inner": "eager", "samples": 2, "kernels": "triton"}
     model.compile(backend="planner", options=options)
     planner.budget(model, plans)
     with counted() as counter:
-        got = _decoded(model, inputs)
+        got = _decoded(model, inputs, tokens=2)
     model._compiled_call_impl = None
     planner.restore(model)
     torch.compiler.reset()
