@@ -125,16 +125,18 @@ class Survivors:
 
     def features(self, plan: int) -> Tensor:
         """Lanes of one plan's units, ascending, int64: those that survive in part come whole."""
-        units = self.units[plan, : int(self.counts[plan])].long()
+        units = self.units[plan, : self._count(plan)].long()
         return (units[:, None] * self.width + torch.arange(self.width).to(units)).flatten()
 
     def alive(self, plan: int) -> Tensor | None:
         """Which of `features` survive; None where all do. Waits for the GPU if they are there."""
         if self.lanes is None:
             return None
-        bits = self.lanes[plan, : int(self.counts[plan]), None]
-        alive = (bits >> torch.arange(self.width).to(bits) & 1).bool().flatten()
-        return None if alive.all() else alive
+        bits = self.lanes.cpu().numpy()[plan, : self._count(plan), None]
+        if (bits == (1 << self.width) - 1).all():
+            return None
+        alive = bits >> np.arange(self.width) & 1
+        return torch.from_numpy(alive.astype(bool).ravel()).to(self.units.device)
 
     def kept(self, plan: int) -> Tensor:
         """Surviving lanes of one plan, ascending, int64. Waits for the GPU if they are there."""
@@ -145,15 +147,22 @@ class Survivors:
         """`features` as intervals. Waits for the GPU unless the host knows what survives."""
         width = self.width
         if self.kept_runs is None:
-            units = self.units[plan, : int(self.counts[plan])].cpu().numpy()
+            # By NumPy: behind a large product each step of PyTorch takes tens of microseconds.
+            units = self.units.cpu().numpy()[plan, : self._count(plan)]
             pieces = np.split(units, np.flatnonzero(np.diff(units) != 1) + 1)
             return tuple((int(p[0]) * width, int(p[-1] + 1) * width) for p in pieces if len(p))
         return merged((a // width * width, -(-b // width) * width) for a, b in self.kept_runs[plan])
+
+    def _count(self, plan: int) -> int:
+        count: int = self.counts.tolist()[plan]
+        return count
 
     # How PyTorch reads survivors.
 
     def groups(self) -> list[tuple[Part, int]]:
         """(samples, plan) for each distinct plan; a plan that all share serves all."""
+        if self.plans == 1:
+            return [(slice(None), 0)]
         groups: dict[object, list[int]] = {}
         for plan in range(self.plans):
             known = self.kept_runs

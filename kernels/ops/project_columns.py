@@ -54,6 +54,8 @@ class ProjectColumns(Op, name="project_columns"):
             if total is None:
                 total = rows.new_zeros(len(rows), len(weight))
             total = total if self.bias is None else total.add_(self.bias)
+            if isinstance(samples, slice):
+                return total.view_as(out)
             out[samples] = total.view_as(out[samples])
         return out
 
