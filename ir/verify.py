@@ -6,9 +6,8 @@ It runs after lowering, after reading the text form and after every pass.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import chain
-from types import MappingProxyType
 
 import networkx as nx
 
@@ -256,25 +255,23 @@ def _layout(site: Site, binding: Binding, features: int | None) -> str | None:
 
 
 # Earlier rules make later ones safe to evaluate: order matters.
-RULES: Mapping[str, Rule] = MappingProxyType(
-    {
-        "names are unique": _names,
-        "properties are there": _properties,
-        "kinds and parts are known": _kinds,
-        "inputs exist": _inputs,
-        "inputs come first": _order,
-        "attributes fit the kind": _attributes,
-        "sizes are those of a model": _sizes,
-        "shapes fit the attributes": _shapes,
-        "shapes fit the inputs": _input_shapes,
-        "sites are well formed": _sites,
-        "layers exist": _layers,
-        "narrowings refer to something": _narrowing,
-        "narrowings flow to the readers": _flow,
-        "linears are narrowed on both sides": _linears,
-        "lanes are disjoint and cover": _bindings,
-    }
-)
+RULES: dict[str, Rule] = {
+    "names are unique": _names,
+    "properties are there": _properties,
+    "kinds and parts are known": _kinds,
+    "inputs exist": _inputs,
+    "inputs come first": _order,
+    "attributes fit the kind": _attributes,
+    "sizes are those of a model": _sizes,
+    "shapes fit the attributes": _shapes,
+    "shapes fit the inputs": _input_shapes,
+    "sites are well formed": _sites,
+    "layers exist": _layers,
+    "narrowings refer to something": _narrowing,
+    "narrowings flow to the readers": _flow,
+    "linears are narrowed on both sides": _linears,
+    "lanes are disjoint and cover": _bindings,
+}
 
 
 def verify(graph: Graph) -> None:

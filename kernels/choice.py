@@ -60,13 +60,18 @@ def has_triton() -> bool:
 def with_triton(kernels: Kernels, device: torch.device) -> bool:
     """Whether Triton computes an op for which PyTorch would copy much, or wait for the device.
 
-    Such are all ops of compiled graphs, whose survivors are tensors that change between calls
-    (PyTorch reads them on the host), and token stages. On a CPU Triton is an interpreter, for tests
-    and debugging alone.
+    Such are token stages and all ops of compiled graphs, whose survivors change between calls. On a
+    CPU Triton is an interpreter, for tests and debugging.
     """
     if kernels is Kernels.AUTO:
         return device.type == "cuda" and has_triton()
     return kernels is Kernels.TRITON
+
+
+def linear_product(x: torch.Tensor, columns: int, depth: int, parts: int = 1) -> Product:
+    """What a linear with so many kept features does with activations on a GPU."""
+    rows, target = x.numel() // max(x.shape[-1], 1), target_of_device(x.device)
+    return Product(rows, columns, depth, target, element_bytes=x.itemsize, parts=parts)
 
 
 @lru_cache(maxsize=4096)
@@ -101,10 +106,7 @@ def mlp_is_faster(inner: Product, pieces: int) -> bool:
 
 @lru_cache(maxsize=4096)
 def attention_is_faster(
-    device: torch.device,
-    query: tuple[int, ...],
-    key: tuple[int, ...],
-    element_bytes: int,
+    device: torch.device, query: tuple[int, ...], key: tuple[int, ...], element_bytes: int
 ) -> bool:
     """Whether Triton is faster for an attention of query and key of some shapes.
 

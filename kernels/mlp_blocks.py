@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from planner.ir.graph import Binding, Graph, Operator, Site
 
 # The Graph's name of an activation -> the kernels'.
-ACTIVATIONS: Mapping[str, str] = MappingProxyType(
-    {
-        "silu": "silu",
-        "relu": "relu",
-        "gelu": "gelu",
-        "gelu_tanh": "gelu_pytorch_tanh",
-        "gelu_new": "gelu_pytorch_tanh",
-        "sigmoid": "quick_gelu",
-    }
-)
+ACTIVATIONS = {
+    "silu": "silu",
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "gelu_new": "gelu_pytorch_tanh",
+    "sigmoid": "quick_gelu",
+}
 
 
 class NotFusable(Exception):

@@ -59,17 +59,14 @@ class Survivors:
         kept: Sequence[Sequence[int]],
         total: int,
         width: int = 1,
-        *,
-        slots: int | None = None,
         device: torch.device | str = "cpu",
     ) -> Survivors:
-        """Build from the surviving lanes of each plan.
+        """Build from the surviving lanes of each plan, with room for all units.
 
         Args:
             kept: per plan, distinct lanes below `total`, in any order.
             total: lanes of the site, a multiple of `width`.
             width: lanes per unit; at most 31 where a unit survives in part.
-            slots: entries per row; by default all units, so that every plan has the same shape.
             device: of the tensors.
 
         Raises:
@@ -82,7 +79,7 @@ class Survivors:
             runs.append(intervals_of(lanes))
         if width < 1 or total % width:
             raise InputError(f"{total} lanes cannot be divided into units of {width}.")
-        return _built(tuple(runs), width, total // width if slots is None else slots, device)
+        return _built(tuple(runs), width, total // width, device)
 
     @staticmethod
     def packed(
@@ -204,8 +201,6 @@ def _built(
     whole = True
     for plan, runs in enumerate(kept_runs):
         found = _units(runs, width)
-        if len(found) > slots:
-            raise InputError(f"{len(found)} surviving units do not fit into {slots} slots.")
         counts[plan] = len(found)
         units[plan, : len(found)] = torch.tensor([*found], dtype=torch.int32)
         full = (1 << width) - 1

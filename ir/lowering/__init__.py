@@ -18,8 +18,7 @@ out. From the whole to the parts:
     describing       kind, shape and attributes of an operator
     folding          copies of a traced layer, for the layers that are like it
     sites            what can be narrowed in one traced layer; its MLP's neurons
-    traced_layer     the nodes of one layer, and where their values come from
-    lanes            features followed through the views that a model applies
+    lanes            one traced layer: its nodes, and features followed through views
     assignment       which features of which linears belong to which lane
     head_lanes       the lanes of attention heads
     sharing          layers and heads that others need whole, and so are no sites

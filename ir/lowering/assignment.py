@@ -10,8 +10,7 @@ from torch import Tensor, fx
 
 from planner.ir.graph import Binding, Block
 from planner.ir.lowering.aten import opname
-from planner.ir.lowering.lanes import Label, affine_blocks
-from planner.ir.lowering.traced_layer import TracedLayer
+from planner.ir.lowering.lanes import Label, TracedLayer, affine_blocks
 
 
 class Assignment:

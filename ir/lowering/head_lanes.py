@@ -9,8 +9,7 @@ from torch import Tensor, fx
 
 from planner.ir.graph import Binding, Site
 from planner.ir.lowering.assignment import Assignment
-from planner.ir.lowering.lanes import Label, affine_blocks
-from planner.ir.lowering.traced_layer import NoSite, TracedLayer
+from planner.ir.lowering.lanes import Label, NoSite, TracedLayer, affine_blocks
 
 
 @dataclass(frozen=True)

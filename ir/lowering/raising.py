@@ -20,9 +20,8 @@ from planner.ir.lowering.describing import attributes_of, kind_of, symbolic_shap
 from planner.ir.lowering.flow import Flow
 from planner.ir.lowering.folding import Span, copies, layer_of, narrowed_alike, sites_alike
 from planner.ir.lowering.grouping import Group, group_nodes
-from planner.ir.lowering.lanes import LaneTracer
+from planner.ir.lowering.lanes import LaneTracer, TracedLayer
 from planner.ir.lowering.sites import Found, find_sites
-from planner.ir.lowering.traced_layer import TracedLayer
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from planner.ir.graph import Binding, Block, Site
 from planner.ir.lowering.assignment import Assignment
 from planner.ir.lowering.aten import ATTENTION, opname
 from planner.ir.lowering.head_lanes import find_heads, group_heads
-from planner.ir.lowering.traced_layer import NoSite, TracedLayer
+from planner.ir.lowering.lanes import NoSite, TracedLayer
 
 
 @dataclass

@@ -12,15 +12,12 @@ from planner.kernels.ops.op import Op
 
 
 def top_mask(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
-    """Mark the best eligible entries of each row; of equal ones the first win.
+    """Mark the best eligible entries of each row, (..., n) bool; of equal ones the first win.
 
     Args:
         scores: (..., n).
         eligible: (..., n) bool.
         counts: (...): how many to mark in each row; all eligible ones where there are fewer.
-
-    Returns:
-        (..., n) bool.
     """
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     # Sorting twice, rather than masking scores with -inf, is right for scores of -inf as well.

@@ -64,8 +64,7 @@ class Op(ABC):
         checks take longer than a product of a decoded token.
 
         Raises:
-            InputError: survivors are neither one plan nor as many as samples, or shapes that do
-                not fit.
+            InputError: shapes do not fit, or survivors are neither one plan nor one per sample.
         """
         if self._is_plain():
             return self._compute(triton)

@@ -63,12 +63,8 @@ def autotuned(
 ) -> Tiles:
     """The fastest tile of every matrix product that some ops ask for.
 
-    Args:
-        calls: of a plan.
-        target: the GPU's.
-        progress: told what is being done.
-        device_name: the GPU's, by which measured tiles are remembered.
-        timer: seconds of some launches, one after the other; on the GPU at hand by default.
+    Measured tiles are remembered by the GPU's name; the timer gives seconds of some launches, one
+    after the other. Both are by default of the GPU at hand.
     """
     device_name = device_name or torch.cuda.get_device_name()
     path = cache_folder() / "tiles" / f"{device_name}, triton {triton.__version__}.json"

@@ -42,10 +42,8 @@ def build_kernels(
     """The manifest of a plan's kernels, and every file of their folder by path, itself among them.
 
     Args:
-        graph: of the base model.
-        plan: made for it.
+        graph: of the base model that the plan is made for.
         workload: whose token counts tiles are chosen for.
-        targets: by name.
         dtype: of activations and weights.
         index_driven: survivors as data, for plans that change with the input.
         autotune: time tiles on the GPU at hand, for its target.

@@ -31,11 +31,7 @@ from planner.kernels.triton.tiles import Target
 class Compiled:
     """A kernel in machine code.
 
-    Attributes:
-        resources: what a launch takes.
-        metadata: what Triton needs to know of the binary, JSON; its ``hash`` is the cache's key.
-        ptx: the assembly.
-        cubin: the binary.
+    Its metadata is what Triton needs to know of the binary, JSON, with the cache's key as ``hash``.
     """
 
     resources: Resources

@@ -60,17 +60,11 @@ def calls_of(
     *,
     any_plan: bool = False,
 ) -> tuple[list[Call], list[str]]:
-    """The ops that the executor calls under a plan; a sentence for every block it does not fuse.
+    """The ops that the executor calls under a plan of a base model's graph, at a workload's token
+    counts; and a sentence for every block it does not fuse.
 
-    Args:
-        graph: of the base model.
-        plan: made for it.
-        workload: whose token counts are run.
-        dtype: of activations and weights.
-        any_plan: survivors as executors of several plans have them: room for all units.
-
-    Raises:
-        InputError: the plan does not fit the graph.
+    `any_plan` has survivors as executors of several plans have them: with room for all units.
+    InputError where the plan does not fit the graph.
     """
     plan.check(graph)
     keep = {stage.layer: stage.keep for stage in plan.tokens}

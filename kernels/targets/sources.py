@@ -34,8 +34,7 @@ class Source:
 
     Attributes:
         name: of the file, without ``.py``.
-        body: its functions, the kernel behind those that it calls.
-        function: name of the kernel.
+        body: its functions, the kernel named `function` behind those that it calls.
         arguments: of the launch that the kernel still takes.
         stages: of the software pipeline.
         launch: as recorded, the first of those that share the source.

@@ -8,12 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Table:
-    """Known contents of an index tensor, as pieces: from index `start` on, ``base + slope * i``.
+    """Known contents of an index tensor: what the device function of some name and meaning gives.
 
-    Attributes:
-        function: name of the device function that computes an entry.
-        meaning: its docstring.
-        pieces: (start, base, slope), the first starting at 0, starts ascending.
+    Pieces are (start, base, slope): ``base + slope * i`` from index `start` on, ascending from 0.
     """
 
     function: str

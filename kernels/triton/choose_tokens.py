@@ -70,9 +70,8 @@ class ChooseTokensKernel(Kernel):
     def __call__(self, inputs: ChooseTokens) -> Tensor:
         scores, eligible = inputs.scores, inputs.eligible
         batch, tokens = scores.shape
-        require(
-            eligible.shape == scores.shape, f"{eligible.shape} candidates, {scores.shape} scores."
-        )
+        shapes = eligible.shape, scores.shape
+        require(shapes[0] == shapes[1], f"{shapes[0]} candidates, {shapes[1]} scores.")
         chosen = torch.empty(batch, tokens, dtype=torch.int8, device=scores.device)
         block = power_of_two(tokens)
         arguments = {

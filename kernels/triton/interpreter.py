@@ -41,8 +41,7 @@ class OutOfBounds(Exception):
 def interpret(kernel: JITFunction, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
     """Run every program of `grid`; outputs are written into the CPU tensors among `arguments`.
 
-    Raises:
-        OutOfBounds: an access that no mask hides is beyond the tensor it starts from.
+    OutOfBounds where an access that no mask hides is beyond the tensor it starts from.
     """
     with _indices(), _callable_device_functions(), _bfloat16(), _quiet(), _bounds(arguments):
         try:

@@ -31,8 +31,7 @@ class Launch:
     Attributes:
         grid: programs along up to three axes; an empty grid runs nothing.
         arguments: by parameter name, constexpr parameters among them.
-        warps: per program.
-        stages: depth of the software pipeline.
+        warps, stages: of a program, and of its software pipeline.
         survivors: whose tensors are among the arguments.
         product, tile: what a kernel that multiplies matrices computes, and by what tile.
     """

@@ -200,12 +200,9 @@ class ProjectRowsKernel(Kernel):
                 plain = replace(
                     inputs, bias=None if gated else bias, gate=None, gate_bias=None, activation=""
                 )
-                yield Case(
-                    f"width {width}, {len(plans)} plans, scattered",
-                    replace(plain, packed=False),
-                    small,
-                )
-                yield Case(f"width {width}, {len(plans)} plans, packed", plain, small)
+                for packed, form in ((False, "scattered"), (True, "packed")):
+                    name = f"width {width}, {len(plans)} plans, {form}"
+                    yield Case(name, replace(plain, packed=packed), small)
 
 
 project_rows = ProjectRowsKernel()

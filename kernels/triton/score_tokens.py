@@ -93,9 +93,8 @@ class ScoreTokensKernel(Kernel):
         batch, heads, _, head_dim = query.shape
         kv_heads, tokens = key.shape[1:3]
         require(heads % kv_heads == 0, f"{heads} heads do not share {kv_heads} KV heads evenly.")
-        require(
-            visible.shape == (batch, tokens), f"{tokens} keys, and {tuple(visible.shape)} seen."
-        )
+        seen = tuple(visible.shape)
+        require(seen == (batch, tokens), f"{tokens} keys, and {seen} seen.")
         query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
         scores = torch.empty(batch, kv_heads, tokens, dtype=torch.float32, device=query.device)
         visible = visible.to(torch.int8).contiguous()

@@ -103,7 +103,6 @@ class Tile:
 
     Attributes:
         block_m, block_n, block_k: rows, output columns and depth of a step.
-        warps: per program.
         stages: steps in flight.
         group_rows: row tiles per band (see `primitives.tile_order`).
     """

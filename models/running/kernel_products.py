@@ -18,12 +18,17 @@ from typing_extensions import override
 
 from planner.ir.graph import Graph, Operator
 from planner.ir.intervals import Intervals, count_of
-from planner.kernels.choice import Kernels, has_triton, mlp_is_faster, product_is_faster
+from planner.kernels.choice import (
+    Kernels,
+    has_triton,
+    linear_product,
+    mlp_is_faster,
+    product_is_faster,
+)
 from planner.kernels.mlp_blocks import MLPBlock, NotFusable, mlp_block, unit_width
 from planner.kernels.ops.project_columns import ProjectColumns
 from planner.kernels.ops.project_rows import ACTIVATIONS, ProjectRows
 from planner.kernels.survivors import Survivors, neuron_width
-from planner.kernels.triton.tiles import Product, target_of_device
 from planner.models.running.bindings import BoundLinear, BoundSite
 from planner.models.running.kernel_attention import KERNEL_ATTENTION
 from planner.models.running.products import Product, Products
@@ -145,7 +150,7 @@ class LinearByKernel(Product):
     def _is_faster(self, features: Tensor) -> bool:
         kept, (out, depth) = count_of(self.runs), self.linear.weight.shape
         columns, depth = (kept, depth) if self.linear.axis == "out" else (out, kept)
-        product = _product(features, columns, depth)
+        product = linear_product(features, columns, depth)
         return kept > 0 and product_is_faster(product, max(len(self.runs), 1))
 
 
@@ -193,14 +198,8 @@ class MLPByKernel(Product):
 
     def _is_faster(self, hidden: Tensor) -> bool:
         kept, parts = count_of(self.neurons), 1 + (self.gate is not None)
-        product = _product(hidden, kept, hidden.shape[-1], parts)
+        product = linear_product(hidden, kept, hidden.shape[-1], parts)
         return kept > 0 and mlp_is_faster(product, max(len(self.neurons), 1))
-
-
-def _product(x: Tensor, columns: int, depth: int, parts: int = 1) -> Product:
-    """What a linear does with activations on a GPU."""
-    rows, target = x.numel() // max(x.shape[-1], 1), target_of_device(x.device)
-    return Product(rows, columns, depth, target, element_bytes=x.itemsize, parts=parts)
 
 
 @torch.no_grad()
