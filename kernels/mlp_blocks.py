@@ -24,10 +24,8 @@ class NotFusable(Exception):
 
 @dataclass(frozen=True)
 class MLPBlock:
-    """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` where there is no gate.
-
-    The activation is a key of `planner.kernels.ops.project_rows.ACTIVATIONS`.
-    """
+    """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` without a gate; `activation` is one
+    of `planner.kernels.ops.project_rows.ACTIVATIONS`."""
 
     up: Operator
     down: Operator

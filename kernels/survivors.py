@@ -113,13 +113,6 @@ class Survivors:
         """The row of a sample."""
         return sample if self.plans > 1 else 0
 
-    def require(self, samples: int) -> None:
-        """Raise InputError unless there is one plan, or one for each of some samples."""
-        if self.plans not in (1, samples):
-            raise InputError(
-                f"{self.plans} plans do not fit {samples} samples: give one, or one each."
-            )
-
     def features(self, plan: int) -> Tensor:
         """Lanes of one plan's units, ascending, int64: those that survive in part come whole."""
         units = self.units[plan, : self._count(plan)].long()

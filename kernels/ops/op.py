@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self, get_type_hints
 import torch
 from torch import Tensor
 
+from planner.ir.errors import InputError
 from planner.kernels.survivors import Survivors
 
 # What a field's type is called in a schema. Survivors are tensors and a number.
@@ -122,8 +123,10 @@ class Op(ABC):
     def _compute(self, triton: bool) -> Tensor:
         first, *others = self._fields().values()
         for value in others:
-            if isinstance(value, Survivors):
-                value.require(len(first))
+            if isinstance(value, Survivors) and value.plans not in (1, len(first)):
+                raise InputError(
+                    f"{value.plans} plans do not fit {len(first)} samples: give one, or one each."
+                )
         if not triton or not self.suits_triton():
             return self.by_pytorch()
         from planner.kernels.triton.registry import kernel_of

@@ -1,8 +1,7 @@
 """The kernels of one plan, for given GPUs: generated, compiled, and loaded to run.
 
 Enters: a Graph, a Plan and a workload; at run time, launches. Leaves: readable sources, machine
-code and their manifest; and launches served by them. May import `planner.kernels` and what that
-may. In the order of the data:
+code and their manifest; and launches served by them. In the order of the data:
 
     plan_launches       the ops that a plan calls, and the launches they make
     keys                what is known of a launch

@@ -220,8 +220,8 @@ class AttendKernel(Kernel):
         if tokens == 1:
             tile = tile or decode_tile(head_dim, target, element_bytes=size)
             block_m = max(tile.block_m, power_of_two(rows))
-            count = decode_splits(batch * kv_heads, context, target, block_n=tile.block_n)
-            splits = splits or count
+            most = decode_splits(batch * kv_heads, context, target, block_n=tile.block_n)
+            splits = splits or most
         else:
             tile = tile or attention_tile(rows, head_dim, target, element_bytes=size)
             block_m, splits = tile.block_m, 1

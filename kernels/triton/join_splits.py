@@ -80,10 +80,7 @@ class Splits:
 
 
 class JoinSplitsKernel(Kernel):
-    """The second step of `attend` for a single token, whose keys were divided among programs.
-
-    Source: Flash-Decoding (Dao et al., 2023).
-    """
+    """The second step of `attend` for a single token. Source: Flash-Decoding (Dao et al., 2023)."""
 
     function = join_splits_kernel
     of_plan = frozenset({"slots", "plan_stride"})

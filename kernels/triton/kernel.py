@@ -29,10 +29,7 @@ class Case:
 
 
 class Kernel(ABC):
-    """One Triton kernel: calling the object launches it.
-
-    The launcher of a subclass checks shapes, allocates the result, chooses the tile and calls
-    `start`.
+    """One Triton kernel: calling the object checks shapes, allocates the result and launches it.
 
     Attributes:
         function: the ``@triton.jit`` function; it is named after the kernel.

@@ -21,8 +21,6 @@ KERNELS: tuple[Kernel, ...] = (
     choose_tokens,
     gather_tokens,
 )
-
-
 _BY_OP = {kernel.computes: kernel for kernel in KERNELS}
 
 

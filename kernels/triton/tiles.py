@@ -307,7 +307,6 @@ def decode_splits(heads: int, keys: int, target: Target, *, block_n: int = 64) -
     Args:
         heads: samples times groups, the programs that there are without splitting.
         keys: an upper bound of the cached tokens.
-        target: where it will run.
         block_n: keys per step; a part is at least two steps.
     """
     wanted = ceil(2 * target.processors / max(1, heads))
