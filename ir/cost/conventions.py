@@ -1,8 +1,7 @@
 """Named conventions: how published tables count a decoder's operations, bytes and seconds.
 
-They are not exact and not meant to be: each keeps its source's oddities, so that its tables can be
-reproduced and compared with `planner.ir.cost.price`. Both leave out the vision encoder, the
-projector, embeddings and rotations.
+They are not meant to be exact: each keeps its source's oddities, so that its tables can be
+reproduced. Both leave out the vision encoder, the projector, embeddings and rotations.
 """
 
 from __future__ import annotations
@@ -28,8 +27,6 @@ class Row:
     """One line of a convention's account, for one sample.
 
     Attributes:
-        name: of the operator, or what the convention calls it.
-        operations: as the convention counts them.
         activations: elements read and written.
         weights: elements read, whatever the number of samples.
         cached: elements left in the KV cache.
@@ -71,13 +68,8 @@ class Convention(ABC):
 
     @abstractmethod
     def rows(self, graph: Graph, queries: Sequence[int], keys: Sequence[int]) -> Iterable[Row]:
-        """What is counted, for one sample.
-
-        Args:
-            graph: lowered model; its structure alone is read.
-            queries: tokens that each decoder layer computes, shape (layers,).
-            keys: tokens that those attend to, shape (layers,).
-        """
+        """What is counted, for one sample: of queries, tokens that each decoder layer computes,
+        shape (layers,), which attend to keys, likewise."""
 
     def prefill(
         self,
@@ -86,16 +78,10 @@ class Convention(ABC):
         device: Device | None = None,
         batch: int = 1,
     ) -> Cost:
-        """Cost of computing a prompt.
+        """Cost of computing a prompt of so many tokens in each decoder layer, shape (layers,).
 
-        Args:
-            graph: lowered model; its structure alone is read.
-            tokens_per_layer: tokens that each decoder layer computes, shape (layers,).
-            device: for seconds.
-            batch: samples.
-
-        Raises:
-            InputError: where the graph or the arguments are outside the convention.
+        The device is for seconds. InputError where the graph or the arguments are outside the
+        convention.
         """
         return self._cost(graph, tokens_per_layer, tokens_per_layer, device, batch)
 

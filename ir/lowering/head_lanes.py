@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, fx
@@ -25,10 +26,7 @@ class Grouping:
 
 
 def _operands(attention: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
-    query, key, value = attention.args[:3]
-    assert isinstance(query, fx.Node)
-    assert isinstance(key, fx.Node)
-    assert isinstance(value, fx.Node)
+    query, key, value = cast(tuple[fx.Node, ...], attention.args[:3])
     return query, key, value
 
 

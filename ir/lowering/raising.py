@@ -108,10 +108,7 @@ class _Raiser:
             self.source[node] = self._first_source(node)
 
     def _first_source(self, node: fx.Node) -> str:
-        for argument in node.all_input_nodes:
-            if argument in self.source:
-                return self.source[argument]
-        return ""
+        return next((self.source[n] for n in node.all_input_nodes if n in self.source), "")
 
     # -- operators ---------------------------------------------------------------------------
 
