@@ -11,12 +11,11 @@ Imports `planner.ir`, `planner.plan`, `planner.kernels` and `planner.models.toke
     ready              a program made ready for a model: what stands where while it runs
     products           what linears, MLP blocks and attention compute with
     kernel_products    the same by planner's kernels, on stock weights in place
-    kernel_attention   attention by planner's kernel, in transformers' table of functions
+    attention_functions  attention by planner's kernel, or seen: transformers' table of functions
     layers             what stands in for `forward` of layers and attention blocks
     forward_pass       one forward pass: rows, past, images, what is left
     kv_cache           KV caches that hold what is kept
     growing_cache      a cache layer that appends in place
-    recording          seeing queries and keys
     attention_blocks   what else narrowing heads asks of an attention block
     bindings           sites of the Graph -> modules and feature layouts
     patches            instance attributes set for a while, and undone exactly

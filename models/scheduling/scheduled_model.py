@@ -39,60 +39,6 @@ from planner.planning.budgets import Budget
 Decide = Callable[[Tensor, Tensor], Taken]
 
 
-class _Skipping:
-    """Runs what is on, and nothing else; `ready` is for the token stages of `base`."""
-
-    def __init__(self, skipping: Skipping, layout: Layout, base: Plan, ready: Ready) -> None:
-        self.skipping, self.layout, self.base, self.ready = skipping, layout, base, ready
-        skipping.preparing.prepare()
-
-    def obey(self, taken: Taken) -> Ready:
-        """Switch the layers to come, in the middle of the prompt's pass; what `ready_for` takes."""
-        return self.skipping.redirect(
-            tuple(self.layout.plan(row, self.base) for row in taken.cpu())
-        )
-
-    def ready_for(self, decided: Ready | None) -> Ready:
-        """What a pass begins with: behind a prompt what was decided, for a new one (None) all."""
-        return decided or self.ready
-
-    def close(self) -> None:
-        """Give the model back as it was."""
-
-
-class _Masking:
-    """As `_Skipping`, but runs everything and multiplies what is off by zero.
-
-    Gates stay between passes: gradient checkpointing runs layers again behind one.
-    """
-
-    def __init__(self, masked: MaskedExecutor, layout: Layout, ready: Ready | None) -> None:
-        self.masked, self.layout, self.ready = masked, layout, ready
-        self._gates = ExitStack()
-
-    def obey(self, taken: Taken) -> Taken:
-        self._gates.enter_context(self.masked.using(self.layout.gates(taken)))
-        return taken
-
-    def ready_for(self, decided: Taken | None) -> Ready | None:
-        self._gates.close()
-        if decided is not None:
-            self.obey(decided)
-        return self.ready
-
-    def close(self) -> None:
-        self._gates.close()
-
-
-@dataclass(eq=False)
-class _Prompt:
-    """One prompt, and what was decided for it; its cache tells lengths without the token."""
-
-    insertion: Insertion
-    limits: Tensor
-    decided: Any = None
-
-
 class _Lengths:
     """A cache's lengths without the latency token, except for the decoder itself."""
 
@@ -115,6 +61,19 @@ class _Lengths:
         cache.get_seq_length, cache.get_mask_sizes = length, mask_sizes
 
 
+@dataclass(eq=False)
+class _Prompt:
+    """One prompt, and what was decided for it: what a pass over more tokens begins with, or gates.
+
+    Its cache, if any, tells lengths without the latency token.
+    """
+
+    insertion: Insertion
+    limits: Tensor
+    lengths: _Lengths | None
+    decided: Any = None
+
+
 class Scheduled:
     """One stock model under one scheduler.
 
@@ -122,7 +81,7 @@ class Scheduled:
         model: a stock transformers model.
         graph: its Graph.
         scheduler: trained for it.
-        mask: multiply by zero instead of skipping.
+        mask: run everything and multiply what is off by zero: for training, and as the oracle.
         decide: from logits and limits to what is on; by default the layout's rule.
 
     Attributes:
@@ -155,14 +114,15 @@ class Scheduled:
         self.decide = decide
         self.limits = torch.tensor([self.layout.steps])
         self._mask = mask
-        self._obeying: _Skipping | _Masking | None = None
+        self._masked: MaskedExecutor | None = None
+        # They stay between passes: gradient checkpointing runs layers again behind one.
+        self._gates = ExitStack()
         self.prompts: Ready | None = None
         self._attached = ExitStack()
-        self._prompts: WeakKeyDictionary[Cache, tuple[_Prompt, _Lengths]] = WeakKeyDictionary()
+        self._prompts: WeakKeyDictionary[Cache, _Prompt] = WeakKeyDictionary()
         # Of the decoder's pass that is made: its prompt, which is being read or was before.
         self._current: _Prompt | None = None
         self._is_read = False
-        self._lengths: _Lengths | None = None
 
     @contextmanager
     def using(
@@ -224,37 +184,33 @@ class Scheduled:
         session = session_on(self.model, self.graph)
         if is_new:
             self._attached.callback(session.close)
-        skipping = session.implementation
-        self._obeying = self._make_obeying(session, base or self.base())
-        self._attached.callback(self._obeying.close)
+        self._skipping: Skipping = session.implementation
+        self._masked = MaskedExecutor(self.model, self.graph) if self._mask else None
+        self._base = base or self.base()
+        if self._base.tokens or self._masked is None:
+            program = session.program_of(Setting((self._base,)))
+            self.prompts = self._skipping.preparing.ready_always(program, self._places)
+        if self._masked is None:
+            self._skipping.preparing.prepare()
+        self._attached.callback(self._gates.close)
         self._decoder: Any = cast(Any, session.model).get_decoder()
         self._names = list(inspect.signature(type(self._decoder).forward).parameters)[1:]
         self._cache_argument = cache_argument(type(self._decoder).forward)
         last = session.layers[self.layout.first - 1].module
         self._attached.callback(last.register_forward_hook(self._after_last).remove)
-        skipping.decider = self
-        self._attached.callback(setattr, skipping, "decider", None)
+        self._skipping.decider = self
+        self._attached.callback(setattr, self._skipping, "decider", None)
 
     def detach(self) -> None:
         """Give the model back as it was."""
         self._attached.close()
-        self._obeying = self.prompts = self._current = None
+        self.prompts = self._current = None
 
     def plans(self, base: Plan | None = None) -> list[Plan]:
         """What was decided for the last prompt, a plan per sample."""
         if self.taken is None:
             raise InputError("the scheduler has not seen a prompt yet")
         return [self.layout.plan(row, base or self.base()) for row in self.taken.bool().cpu()]
-
-    def _make_obeying(self, session: Session, base: Plan) -> _Skipping | _Masking:
-        skipping = session.implementation
-        if base.tokens or not self._mask:
-            program = session.program_of(Setting((base,)))
-            self.prompts = skipping.preparing.ready_always(program, self._places)
-        if self._mask:
-            return _Masking(MaskedExecutor(self.model, self.graph), self.layout, self.prompts)
-        assert self.prompts is not None
-        return _Skipping(skipping, self.layout, base, self.prompts)
 
     @property
     def kept_image_tokens(self) -> dict[int, list[int]]:
@@ -265,10 +221,26 @@ class Scheduled:
 
     def ready_for(self, kwargs: dict[str, Any]) -> Ready | None:
         """What a pass begins with: what was decided for its cache, everything for a new prompt."""
-        assert self._obeying is not None
-        cache = cache_among(kwargs)
-        known = None if cache is None else self._prompts.get(cache)
-        return self._obeying.ready_for(None if known is None else known[0].decided)
+        known = self._known(cache_among(kwargs))
+        decided = None if known is None else known.decided
+        if self._masked is None:
+            return decided or self.prompts
+        self._gates.close()
+        if decided is not None:
+            self._obey(decided)
+        return self.prompts
+
+    def _known(self, cache: Cache | None) -> _Prompt | None:
+        return None if cache is None else self._prompts.get(cache)
+
+    def _obey(self, taken: Taken) -> Any:
+        """Switch the layers to come, in the middle of the prompt's pass."""
+        if self._masked is None:
+            return self._skipping.redirect(
+                tuple(self.layout.plan(row, self._base) for row in taken.cpu())
+            )
+        self._gates.enter_context(self._masked.using(self.layout.gates(taken)))
+        return taken
 
     def enter(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -284,26 +256,24 @@ class Scheduled:
         if cache is not None:
             kwargs.pop("past_key_values", None)
             kwargs[self._cache_argument] = cache
-        known = None if cache is None else self._prompts.get(cache)
+        known = self._known(cache)
         self._is_read = known is not None
-        self._current = prompt = self._begin(kwargs, cache) if known is None else known[0]
+        self._current = prompt = known or self._begin(kwargs, cache)
         if known is None:
             self._with_prompt(prompt, kwargs)
         else:
             assert cache is not None
             self._with_more(prompt, kwargs, cache)
-        self._lengths = None if cache is None else self._prompts[cache][1]
-        if self._lengths is not None:
-            self._lengths.inside = True
+        if prompt.lengths is not None:
+            prompt.lengths.inside = True
         return (), kwargs
 
     def leave(self, output: Any) -> Any:
         """The decoder's output as if without the token."""
-        prompt, is_read, lengths = self._current, self._is_read, self._lengths
-        self._current = self._lengths = None
-        if lengths is not None:
-            lengths.inside = False
-        if output is not None and prompt is not None and not is_read:
+        prompt, self._current = self._current, None
+        if prompt is not None and prompt.lengths is not None:
+            prompt.lengths.inside = False
+        if output is not None and prompt is not None and not self._is_read:
             output.last_hidden_state = prompt.insertion.out_of(output.last_hidden_state)
         return output
 
@@ -324,9 +294,10 @@ class Scheduled:
         if at is None:
             at = end_of_prompt(kwargs.get("attention_mask"), batch, tokens, hidden.device)
         limits = self.limits.to(hidden.device).repeat_interleave(copies)
-        prompt = _Prompt(Insertion(at.to(hidden.device)), limits)
+        lengths = None if cache is None else _Lengths(cache)
+        prompt = _Prompt(Insertion(at.to(hidden.device)), limits, lengths)
         if cache is not None:
-            self._prompts[cache] = (prompt, _Lengths(cache))
+            self._prompts[cache] = prompt
         return prompt
 
     def _places(self, known: Tensor, value: bool) -> Tensor:
@@ -354,10 +325,10 @@ class Scheduled:
     def _after_last(self, _: nn.Module, args: Any, output: Tensor) -> None:
         """After the last layer that always runs: decide."""
         prompt = self._current
-        if prompt is None or self._is_read or self._obeying is None:
+        if prompt is None or self._is_read:
             return
         self.logits = self.scheduler(prompt.insertion.take(output))
         self.taken = (self.decide or self.layout.decide)(self.logits, prompt.limits)
         if not self.taken.requires_grad:
             self.decisions.append(self.taken.cpu())
-        prompt.decided = self._obeying.obey(self.taken)
+        prompt.decided = self._obey(self.taken)

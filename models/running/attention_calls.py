@@ -1,7 +1,8 @@
-"""Attention of stock blocks by planner's kernel, through transformers' table of functions.
+"""Attention of stock blocks: computed by planner's kernel, or seen, whatever computes it.
 
-A block that is to use it gets a view of its config with the function's name. What the kernel does
-not compute goes to the function that the config really names, which is logged once.
+transformers calls attention through a table of functions, chosen by name in the block's config. A
+block that is to call planner's gets a view of its config with that name; in the end the function
+that the config really names may be called.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,10 +19,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from planner.kernels.choice import Kernels, attention_is_faster
 from planner.kernels.ops.attend import Attend
 from planner.kernels.survivors import Survivors
+from planner.models.running.patches import ConfigView
 
 _log = logging.getLogger("planner")
 _told: set[str] = set()
 
+RECORDING = "planner_recording"
 # Functions by name: one for each choice that may end in a kernel.
 KERNEL_ATTENTION = {kernels: f"planner_{kernels}" for kernels in (Kernels.TRITON, Kernels.AUTO)}
 # Of other functions' masks it is not known what they mean.
@@ -104,3 +108,46 @@ def _function_of(kernels: Kernels) -> Callable[..., Any]:
 
 for _kernels, _name in KERNEL_ATTENTION.items():
     ALL_ATTENTION_FUNCTIONS.register(_name, _function_of(_kernels))
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """What one run of an attention block computed with.
+
+    Attributes:
+        query: shape (rows, heads, tokens, head_dim), rotated.
+        key: shape (rows, kv heads, keys, head_dim), rotated.
+        mask: as the block got it.
+        scaling: factor on the scores; None is 1/sqrt(head_dim).
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    scaling: float | None
+
+
+def _record(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> Any:
+    """An attention function that notes queries and keys, then calls another."""
+    view: Any = module.config
+    view.record(Recorded(query, key, mask, kwargs.get("scaling")))
+    attend = configured_attention(module)[1]
+    if view.attention is not None:
+        attend = ALL_ATTENTION_FUNCTIONS[view.attention]
+    return attend(module, query, key, value, mask, **kwargs)
+
+
+ALL_ATTENTION_FUNCTIONS.register(RECORDING, _record)
+
+
+def recording(
+    config: Any, record: Callable[[Recorded], None], attention: str | None = None, **replaced: Any
+) -> ConfigView:
+    """A view of a block's config under which it hands what it computes with to `record`.
+
+    Then it calls the function `attention`, by default the one that the config names.
+    """
+    view = {"_attn_implementation": RECORDING, "record": record, "attention": attention}
+    return ConfigView(config, **view, **replaced)
