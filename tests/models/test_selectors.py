@@ -16,7 +16,7 @@ from planner.models.tokens.selectors import (
     select_features,
     select_tokens,
 )
-from planner.models.tokens.selectors.ranking import pack
+from planner.models.tokens.selectors.scoring import pack
 from planner.planning.selectors import (
     KV_POLICIES,
     SELECTORS,

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from planner.kernels.ops.choose_tokens import top_mask
 from planner.kernels.ops.score_tokens import ScoreTokens
-from planner.models.tokens.selectors.ranking import outliers, pack
 from planner.models.tokens.selectors.scoring import (
     attention_rows,
     cls_attention,
+    outliers,
+    pack,
     visible_keys,
 )
 

@@ -4,8 +4,7 @@ In: tensors that an executor took from a stock model. Out: `DecoderSelection` or
 `VisionSelection`, by `select_tokens` and `select_features`.
 
     selection                           what a rule is given and what it returns
-    ranking                             from scores to choices
-    scoring                             the rows of attention that rules score with
+    scoring                             rows of attention to score with; from scores to choices
     fastv, sparsevlm, random, uniform   rules in the decoder
     prumerge, visionzip, hired, trim    rules before the projector; prumerge+ is in prumerge
     h2o                                 the cache that evicts

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from planner.kernels.ops.choose_tokens import top_mask
-from planner.models.tokens.selectors.ranking import pack
-from planner.models.tokens.selectors.scoring import attention_rows, visible_keys
+from planner.models.tokens.selectors.scoring import attention_rows, pack, visible_keys
 from planner.planning.selectors import H2O
 
 

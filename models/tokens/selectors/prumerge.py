@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from planner.models.tokens.selectors.ranking import descending, outliers
-from planner.models.tokens.selectors.scoring import cls_attention
+from planner.models.tokens.selectors.scoring import cls_attention, descending, outliers
 from planner.models.tokens.selectors.selection import (
     VisionInputs,
     VisionSelection,

@@ -1,7 +1,7 @@
-"""The rows of attention that selectors score with, computed from queries and keys alone.
+"""The rows of attention that selectors score with, and from scores to choices.
 
-No selector needs a whole attention matrix, so the model keeps its fused kernels (SDPA, flash): a
-few query rows against all keys cost what those rows cost and nothing is written back.
+No selector needs a whole attention matrix, so the model keeps its fused kernels (SDPA, flash).
+Ties always go to the lower index, so a sample gets the same tokens alone and in any batch.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ def cls_attention(query: Tensor, key: Tensor, heads: int) -> Tensor:
     Args:
         query: shape (runs, width): the CLS token's projected query, before any scaling.
         key: shape (runs, 1 + patches, width): projected keys, CLS token first.
-        heads: into how many heads the width is divided; 1 takes it as one wide head, with the
-            scale 1/sqrt(width) (LLaVA-PruMerge does).
+        heads: into how many the width is divided; 1 has the scale 1/sqrt(width) (LLaVA-PruMerge).
 
     Returns:
         Shape (runs, heads, patches), float32 or wider; rows sum to less than one.
@@ -79,3 +78,39 @@ def attention_rows(
     # The lowest finite value, not -inf: a row without any visible key must not become NaN.
     logits = logits.masked_fill(hidden, torch.finfo(dtype).min)
     return logits.softmax(-1).masked_fill(hidden, 0)
+
+
+def descending(scores: Tensor) -> Tensor:
+    """Indices of the last dimension from the highest score to the lowest, ties by index."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices
+
+
+def outliers(scores: Tensor) -> Tensor:
+    """Mark entries above the upper fence Q3 + 1.5 (Q3 - Q1) of their own row.
+
+    Quartiles interpolate linearly between order statistics (Tukey's fences as in numpy.percentile).
+    Shape (rows, n) to the same, bool.
+    """
+    levels = scores.new_tensor([0.25, 0.75])
+    lower, upper = scores.quantile(levels, dim=-1, keepdim=True).unbind()
+    return scores > upper + 1.5 * (upper - lower)
+
+
+def pack(keep: Tensor, side: str) -> tuple[Tensor, Tensor]:
+    """Gather indices that move the kept entries of each row together, in their order.
+
+    Args:
+        keep: shape (..., n), bool.
+        side: ``left`` or ``right``: where rows with fewer kept entries are padded.
+
+    Returns:
+        Source positions, shape (..., longest), int64, where padding holds some dropped position;
+        and which are no padding, bool.
+    """
+    longest = int(keep.sum(-1).max())
+    flags = keep.to(torch.uint8)
+    if side == "left":
+        index = flags.sort(dim=-1, stable=True).indices[..., keep.shape[-1] - longest :]
+    else:
+        index = descending(flags)[..., :longest]
+    return index, keep.gather(-1, index)

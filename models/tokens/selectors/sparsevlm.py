@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from planner.kernels.ops.choose_tokens import ChooseTokens
-from planner.models.tokens.selectors.ranking import descending, pack
-from planner.models.tokens.selectors.scoring import attention_rows, visible_keys
+from planner.models.tokens.selectors.scoring import attention_rows, descending, pack, visible_keys
 from planner.models.tokens.selectors.selection import (
     DecoderInputs,
     DecoderSelection,

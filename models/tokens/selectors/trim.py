@@ -7,7 +7,7 @@ from torch import Tensor
 
 from planner.ir.errors import InputError
 from planner.kernels.ops.choose_tokens import top_mask
-from planner.models.tokens.selectors.ranking import outliers
+from planner.models.tokens.selectors.scoring import outliers
 from planner.models.tokens.selectors.selection import (
     VisionInputs,
     VisionSelection,

@@ -7,8 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from planner.kernels.ops.choose_tokens import top_mask
-from planner.models.tokens.selectors.ranking import pack
-from planner.models.tokens.selectors.scoring import cls_attention
+from planner.models.tokens.selectors.scoring import cls_attention, pack
 from planner.models.tokens.selectors.selection import (
     VisionInputs,
     VisionSelection,
