@@ -11,7 +11,7 @@ Imports `planner.ir`, `planner.plan`, `planner.kernels` and `planner.models.toke
     ready              a program made ready for a model: what stands where while it runs
     products           what linears, MLP blocks and attention compute with
     kernel_products    the same by planner's kernels, on stock weights in place
-    attention_functions  attention by planner's kernel, or seen: transformers' table of functions
+    attention_calls    attention by planner's kernel, or seen: transformers' table of functions
     layers             what stands in for `forward` of layers and attention blocks
     forward_pass       one forward pass: rows, past, images, what is left
     kv_cache           KV caches that hold what is kept

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from planner.ir.errors import InputError
+from planner.models.running.attention_calls import Recorded
 from planner.models.running.kv_cache import PlannedLayer, cache_among, plan_cache, redirect_cache
 from planner.models.running.program import Program
-from planner.models.running.recording import Recorded
 from planner.models.tokens.kept_tokens import Kept
 from planner.planning.selectors import Selector
 

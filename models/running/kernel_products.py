@@ -29,8 +29,8 @@ from planner.kernels.mlp_blocks import MLPBlock, NotFusable, mlp_block, unit_wid
 from planner.kernels.ops.project_columns import ProjectColumns
 from planner.kernels.ops.project_rows import ACTIVATIONS, ProjectRows
 from planner.kernels.survivors import Survivors, neuron_width
+from planner.models.running.attention_calls import KERNEL_ATTENTION
 from planner.models.running.bindings import BoundLinear, BoundSite
-from planner.models.running.kernel_attention import KERNEL_ATTENTION
 from planner.models.running.products import Product, Products
 
 _log = logging.getLogger("planner")
@@ -39,13 +39,7 @@ _PLAIN = (nn.Linear.forward, Conv1D.forward)
 
 
 def products_of(graph: Graph, kernels: Kernels, frozen_bytes: int) -> Products:
-    """What a model computes with, as the user chose.
-
-    Args:
-        graph: of the model.
-        kernels: who computes; ``auto`` is PyTorch where there is no GPU.
-        frozen_bytes: see `Products`.
-    """
+    """What a model computes with, as the user chose; ``auto`` is PyTorch where there is no GPU."""
     without = kernels is Kernels.AUTO and not (has_triton() and torch.cuda.is_available())
     if without or kernels is Kernels.TORCH:
         return Products(frozen_bytes, kernels)

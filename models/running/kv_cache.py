@@ -25,9 +25,9 @@ from transformers.cache_utils import (
 )
 
 from planner.ir.errors import InputError
+from planner.models.running.attention_calls import Recorded
 from planner.models.running.growing_cache import GrowingLayer
 from planner.models.running.program import LayerProgram, Program
-from planner.models.running.recording import Recorded
 from planner.models.tokens.kept_tokens import Keys
 from planner.models.tokens.selectors import HeavyHitters
 from planner.models.tokens.selectors.h2o import attention_received

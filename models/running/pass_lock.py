@@ -32,9 +32,7 @@ class PassLock:
     def acquire(self, call: FrameType | None = None) -> None:
         """Wait for one's turn.
 
-        Args:
-            call: the lock is free when this call is over, `release` or not; None where `release`
-                is certain to come.
+        The lock is free when `call` is over, `release` or not; None where that is certain to come.
         """
         mine = threading.get_ident()
         with self._mutex:

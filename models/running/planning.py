@@ -13,13 +13,7 @@ from planner.planning.compiler import Request, plan_graph
 
 @dataclass
 class Planning:
-    """Makes plans for budgets, each once.
-
-    Attributes:
-        graph: of the model.
-        request: how plans are made, the budget aside.
-        plans: made so far.
-    """
+    """Makes plans for budgets as a request says, each once."""
 
     graph: Graph
     request: Request

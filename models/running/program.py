@@ -117,10 +117,7 @@ class Program:
     def scored_by(self, stage: TokenStage) -> dict[int, tuple[int, ...]]:
         """Which layer's attention scores the tokens of a stage, and for which plans.
 
-        It is the last layer before the stage that attends at all.
-
-        Raises:
-            InputError: there is none.
+        It is the last layer before the stage that attends; raises InputError where there is none.
         """
         found: dict[int, tuple[int, ...]] = {}
         for index, plan in enumerate(self.plans):

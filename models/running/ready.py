@@ -4,38 +4,40 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from planner.ir.errors import InputError
 from planner.ir.intervals import count_of
 from planner.models.running.attention_blocks import AttentionBlock, probe
+from planner.models.running.attention_calls import recording
 from planner.models.running.bindings import BoundLayer, BoundSite
-from planner.models.running.forward_pass import Call, Passes
+from planner.models.running.forward_pass import Passes
 from planner.models.running.layers import AttentionForward, LayerForward, Setup
 from planner.models.running.patches import ConfigView, Patches, Shadow
 from planner.models.running.products import BlockForward, Product, Products
 from planner.models.running.program import LayerGroup, LayerProgram, Program
-from planner.models.running.recording import recording
 from planner.models.running.session import Session
 from planner.models.tokens.token_stages import Places, TokenStages
 from planner.models.tokens.vision_stage import VisionStage
 from planner.planning.selectors import VisionSelector
+
+if TYPE_CHECKING:
+    from planner.models.running.skipping import Skipping
 
 # Attributes of transformers' layers: whether, and by what function, they keep no activations.
 CHECKPOINTS, CHECKPOINT = "gradient_checkpointing", "_gradient_checkpointing_func"
 
 
 class Ready:
-    """A program made ready for a model: what stands where while it runs.
+    """What stands where while a program runs.
 
     Args:
         program: what to run.
         stages: its token stages; None where no token is dropped.
-        again: runs a layer again in a backward pass, see `Runs.again`.
+        again: runs a layer again in a backward pass, see `Skipping.again`.
     """
 
     def __init__(
@@ -52,11 +54,9 @@ class Ready:
 
     @property
     def kept_image_tokens(self) -> dict[int, list[int]]:
-        """How many image tokens were kept of the last prompt.
+        """Layer of a token stage -> image tokens left of the last prompt, by row of its batch.
 
-        Returns:
-            Layer of a token stage -> what was left behind it, one number a row of the batch. Empty
-            before the first prompt, and where no token is dropped.
+        Empty before the first prompt, and where no token is dropped.
         """
         kept = {} if self.stages is None else self.stages.kept
         return {layer: counts.tolist() for layer, counts in sorted(kept.items())}
@@ -100,42 +100,13 @@ class Ready:
         self._patches.undo()
 
 
-class Runs(Protocol):
-    """What runs the model, as far as making programs ready asks for it."""
-
-    def alone(self) -> AbstractContextManager[None]:
-        """For a block nothing stands in the model, and nobody runs it under a plan."""
-        ...
-
-    @property
-    def is_running(self) -> bool:
-        """Whether the thread that asks is in a pass."""
-        ...
-
-    def is_active(self, vision: VisionStage) -> bool:
-        """Whether a stage in front of the projector is to work now."""
-        ...
-
-    def again(
-        self, ready: Ready, setup: Setup, call: Call | None, run: Callable[..., Any], *args: Any
-    ) -> Any:
-        """Run a layer, in a backward pass that kept no activations."""
-        ...
-
-
 class Preparing:
-    """Makes programs ready for the model of a session.
-
-    Args:
-        session: of the model.
-        products: what linears compute with.
-        runs: what runs it.
-    """
+    """Makes programs ready for the model of a session."""
 
     # Programs of this many sets of plans stay ready.
     READY = 32
 
-    def __init__(self, session: Session, products: Products, runs: Runs) -> None:
+    def __init__(self, session: Session, products: Products, runs: Skipping) -> None:
         self.session, self.products, self.runs = session, products, runs
         self._visions: dict[VisionSelector, VisionStage] = {}
         self._begin_anew()
@@ -176,9 +147,7 @@ class Preparing:
     def ready_always(self, program: Program, places: Places | None = None) -> Ready:
         """As `ready`, for a program that may be redirected in mid-pass, even a dense one.
 
-        Args:
-            program: what to run.
-            places: see `TokenStages`.
+        For `places` see `TokenStages`.
         """
         stages = None
         if program.has_tokens:
@@ -187,10 +156,7 @@ class Preparing:
         return self.redirected(program, stages)
 
     def prepare(self) -> None:
-        """Learn ahead all that narrowing heads takes, which runs blocks of the model.
-
-        That cannot be done in the middle of a forward pass.
-        """
+        """Learn ahead what narrowing heads takes: blocks are run, which cannot be done in a pass."""
         for layer in self.session.layers:
             if layer.heads is not None and not layer.heads.obstacle:
                 self._probed(layer.heads)
@@ -252,10 +218,7 @@ class Preparing:
     def _forwards(
         self, site: BoundSite | None, kept: list[Any], ready: Ready
     ) -> list[tuple[BlockForward, list[Product | None]]]:
-        """What stands in for modules of a site, and computes what by group.
-
-        `kept`: lanes by group; None for all of them.
-        """
+        """What stands in for modules of a site, and computes what by group with the lanes kept."""
         if site is None or site.obstacle:
             return []
         asked: list[tuple[nn.Module, list[Product | None]]] = []

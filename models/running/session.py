@@ -1,13 +1,8 @@
 """The session of a model: what planner knows of it, and which plans each execution context runs.
 
-A model has one session, kept in its own ``__dict__``; so copies have sessions of their own, and a
-model that nobody uses is freed with it. What carries plans out is the session's implementation:
-`planner.models.running.skipping.Skipping` for a model called as it is, the tensors that compiled
-graphs read for one compiled with ``backend="planner"``.
-
-Which plans are active is state of the execution context (a thread, a task): `Session.set` changes
-it for the calling context and for those it starts from then on. Where the context says nothing, the
-session's default holds.
+It is kept in the model's own ``__dict__``, so copies have sessions of their own, and a model that
+nobody uses is freed with it. Which plans are active is state of the execution context (a thread, a
+task): `Session.set` changes it for the calling context and for those it starts from then on.
 """
 
 from __future__ import annotations
@@ -21,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -102,44 +97,16 @@ def _without(settings: Sequence[Setting], block: Setting) -> tuple[Setting, ...]
     return tuple(left)
 
 
-class Implementation(Protocol):
-    """What makes a model obey the plans of its session."""
-
-    def accept(self, plans: tuple[Plan, ...]) -> Program:
-        """Make ready for plans; raise InputError where they cannot be carried out."""
-        ...
-
-    @property
-    def is_over(self) -> bool:
-        """Whether it has been forgotten, and the session should begin anew."""
-        ...
-
-    @property
-    def kept_image_tokens(self) -> dict[int, list[int]]:
-        """Layer of a token stage -> image tokens left behind it, by row of the last prompt."""
-        ...
-
-    def changed(self) -> None:
-        """Other plans are active in this context from now on."""
-        ...
-
-    def close(self) -> None:
-        """Give the model back as it was."""
-        ...
-
-
 class Session:
-    """What planner knows of one model, and what it does with it.
-
-    Args:
-        model: a stock transformers model; see `language_model`.
-        graph: its Graph; by default it is lowered when it is first asked for.
+    """What planner knows of one stock transformers model, and what it does with it.
 
     Attributes:
+        graph: the model's; by default it is lowered when it is first asked for.
         planning: how plans are made for budgets; None until somebody says.
         default: what contexts run that set nothing; None for the base model.
-        implementation: of the plans; None while nothing obeys.
-        obstacle: why none can, where that is known.
+        implementation: what makes the model obey: `Skipping` as it is called, `PlanTensors` as the
+            backend compiled it; None while nothing does.
+        obstacle: why nothing can, where that is known.
     """
 
     # Programs of this many sets of plans are kept.
@@ -238,11 +205,8 @@ class Session:
     def under(self, plans: Plan | Sequence[Plan]) -> Override:
         """Have plans hold in this context, from now on or for a ``with`` block.
 
-        Args:
-            plans: one for all samples, or one per sample of the batches to come.
-
-        Raises:
-            InputError: a plan does not fit the model; nothing has changed then.
+        They are one for all samples, or one per sample of the batches to come. Raises InputError
+        where one does not fit the model; nothing has changed then.
         """
         return Override(self, Setting(self._accepted(plans)))
 
@@ -317,11 +281,7 @@ class Session:
 
 
 class Override:
-    """What `planner.budget` returns: it holds already, and a ``with`` block ends it.
-
-    Attributes:
-        plan: that holds, or one per sample; None before the first call of a compiled model.
-    """
+    """What `planner.budget` returns: it holds already, and a ``with`` block ends it."""
 
     def __init__(self, session: Session, setting: Setting) -> None:
         self._session, self._setting = session, setting
@@ -329,7 +289,7 @@ class Override:
 
     @property
     def plan(self) -> Plan | tuple[Plan, ...] | None:
-        """See the class."""
+        """That holds, or one per sample; None before the first call of a compiled model."""
         return self._setting.plan
 
     def __enter__(self) -> Any:
@@ -351,9 +311,7 @@ class Override:
 def language_model(module: nn.Module) -> nn.Module | None:
     """The outermost transformers model in a module that has a decoder, None without one.
 
-    Args:
-        module: a model, or what wraps it: a PeftModel, what ``torch.compile`` made of it, DDP, any
-            module that holds it.
+    The module may wrap it: a PeftModel, what ``torch.compile`` made of it, DDP, any that holds it.
     """
     return next(language_models(module), None)
 

@@ -1,16 +1,11 @@
 """Skipping: a stock model runs what its plans keep, and nothing else.
 
-The unit is a forward pass. When the model is called, or a part of it that its decoder is in, what
-this execution context's plans leave out is put out of the way, by shadowing ``forward`` of the
-modules concerned on the instance: linears compute with what is kept, layers that are off return
-their input, layers behind a token stage run on the tokens that are left. When the pass is over, all
-of it is undone. So the stock code runs unchanged, threads and tasks share a model under plans of
-their own (one pass at a time, in the order of asking), and whoever looks at the model between two
-passes - to copy it, to save it, to exchange its weights or its ``forward`` - finds it as it was, a
-few hooks aside.
+The unit is a forward pass. When the model is called, or a part of it that its decoder is in,
+``forward`` of the modules that this context's plans narrow is shadowed on the instance; when the
+pass is over, all of it is undone. So the stock code runs unchanged, and whoever looks at the model
+between two passes finds it as it was, a few hooks aside.
 
-What torch.compile traces reads shadows whenever it is called, so behind a first trace they stay,
-as the context that sets a budget wants them.
+What torch.compile traces reads shadows whenever it is called, so behind a first trace they stay.
 """
 
 from __future__ import annotations
@@ -43,12 +38,9 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Decider(Protocol):
-    """Decides prompt by prompt what a model runs, in the place of the context's plans.
+    """Decides prompt by prompt what a model runs, in the place of the context's plans."""
 
-    Attributes:
-        prompts: what a pass over a new prompt begins with; None is the base model.
-    """
-
+    # What a pass over a new prompt begins with; None is the base model.
     prompts: Ready | None
 
     def ready_for(self, kwargs: dict[str, Any]) -> Ready | None:
@@ -66,10 +58,6 @@ class Decider(Protocol):
 
 class Skipping:
     """Makes the model of a session skip what is off.
-
-    Args:
-        session: of the model.
-        products: what linears compute with.
 
     Attributes:
         decider: decides prompt by prompt; None where the context's plans hold.
@@ -280,13 +268,7 @@ class Skipping:
 
         Call between two layers, in a pass that runs what `Preparing.ready_always` gave. The layers
         that have run must do the same under the old plans and the new, and the token stages must be
-        among them.
-
-        Returns:
-            What to run when the same cache is met again.
-
-        Raises:
-            InputError: a plan does not fit the model, or no prompt is being read.
+        among them. Returns what to run when the same cache is met again.
         """
         standing = self._standing
         if standing is None or standing.passes.current is None:
@@ -326,10 +308,9 @@ def session_on(
     Args:
         model: a stock transformers model, or what wraps it.
         graph: its Graph, where it is known.
-        freeze: promise that weights stay as they are, see `planner.models.running.products`; None
-            leaves it at what was said before.
-        kernels: who computes, see `planner.kernels.choice`; None leaves it at what was said before,
-            PyTorch at first.
+        freeze: promise that weights stay as they are, see `planner.models.running.products`.
+        kernels: who computes, see `planner.kernels.choice`: at first PyTorch. None leaves this and
+            `freeze` at what was said before.
 
     Raises:
         InputError: there is no language model, or torch.compile's backend ``planner`` has it.
@@ -361,14 +342,7 @@ def obeying(
 ) -> Iterator[Session]:
     """Have a model obey plans for a block; one without a session is given back as it was.
 
-    Args:
-        model: a stock transformers model.
-        graph: its Graph.
-        plans: one for all samples, or one per sample of the batches to come.
-        freeze: as for `session_on`.
-
-    Raises:
-        InputError: a plan does not fit the model.
+    See `session_on` and `Session.under` for arguments and errors.
     """
     known = Session.of(model)
     is_new = known is None or known.implementation is None

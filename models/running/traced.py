@@ -23,9 +23,7 @@ _tickets: list[tuple[WeakMethod[Callable[[], object]], object]] = []
 def ticket(wanted: Callable[[], object]) -> str:
     """What a graph that is being traced shows when it runs.
 
-    Args:
-        wanted: a method that says what the context that calls it wants to run: here and now what
-            the graph runs.
+    The method `wanted` says what a context wants to run: here and now, what the graph runs.
     """
     mine = WeakMethod(wanted), wanted()
     if mine not in _tickets:
