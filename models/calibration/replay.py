@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -68,12 +69,10 @@ class Replay:
 
             return hook
 
-        hooks = [layer.module.register_forward_hook(note(layer.index)) for layer in self.layers]
-        try:
+        with ExitStack() as hooks:
+            for layer in self.layers:
+                hooks.enter_context(layer.module.register_forward_hook(note(layer.index)))
             found = self.log_probabilities(0)[0].clone()
-        finally:
-            for hook in hooks:
-                hook.remove()
         if not torch.isfinite(found).all():
             raise InputError(NOT_FINITE)
         return found

@@ -7,14 +7,14 @@ tensors, one per sample and switch, 1 for on and 0 for off, and gradients reach 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
+from operator import mul
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from planner.ir.errors import InputError
@@ -56,10 +56,7 @@ class Gates:
     ) -> Gates:
         """Hard gates that say what plans say, one plan per sample.
 
-        Args:
-            plans: at least one.
-            graph: of the model.
-            tokens: gates of the token stages, which a plan does not determine by itself.
+        Gates of the token stages are given, since a plan does not determine them by itself.
         """
         for plan in plans:
             check_plan(plan, graph)
@@ -94,12 +91,7 @@ class Gates:
 
 
 class MaskedExecutor:
-    """Runs one model under gates.
-
-    Args:
-        model: a stock transformers model.
-        graph: its Graph, as lowered.
-    """
+    """Runs one stock transformers model under gates."""
 
     def __init__(self, model: nn.Module, graph: Graph) -> None:
         self.model = model
@@ -112,41 +104,30 @@ class MaskedExecutor:
 
         A batch of more rows than gates repeats each sample's gates (beams).
         """
-        hooks: list[RemovableHandle] = []
         state = _TokenState()
-        with Patches() as patches:
-            try:
-                for layer in self.layers:
-                    number = layer.index
-                    for site, switches in (
-                        (layer.heads, gates.heads.get(number)),
-                        (layer.mlp, gates.mlp.get(number)),
-                    ):
-                        if switches is not None:
-                            if site is None:
-                                raise InputError(f"layer {number} has no such site to mask")
-                            hook = partial(_mask_features, switches, _switch_of(site, switches))
-                            hooks.append(site.sink.host.register_forward_pre_hook(hook))
-                    if gates.tokens:
-                        enter = partial(state.enter, number, gates.tokens.get(number))
-                        hooks.append(
-                            layer.module.register_forward_pre_hook(enter, with_kwargs=True)
-                        )
-                    if gates.tokens and number >= min(gates.tokens) and layer.heads is not None:
-                        block = layer.heads.module
-                        view = ConfigView(
-                            block.config,
-                            _attn_implementation=MASKED,
-                            gates=partial(state.of, number),
-                        )
-                        patches.set(block, "config", view)
-                    if number in gates.layers:
-                        hook = partial(_mask_layer, gates.layers[number])
-                        hooks.append(layer.module.register_forward_hook(hook, with_kwargs=True))
-                yield
-            finally:
-                for handle in hooks:
-                    handle.remove()
+        with Patches() as patches, ExitStack() as hooks:
+            for layer in self.layers:
+                number, module = layer.index, layer.module
+                for site, switches in (
+                    (layer.heads, gates.heads.get(number)),
+                    (layer.mlp, gates.mlp.get(number)),
+                ):
+                    if switches is not None:
+                        if site is None:
+                            raise InputError(f"layer {number} has no such site to mask")
+                        hook = partial(_mask_features, switches, _switch_of(site, switches))
+                        hooks.enter_context(site.sink.host.register_forward_pre_hook(hook))
+                if gates.tokens:
+                    enter = partial(state.enter, number, gates.tokens.get(number))
+                    hooks.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
+                if gates.tokens and number >= min(gates.tokens) and layer.heads is not None:
+                    block, of_keys = layer.heads.module, partial(state.of, number)
+                    view = ConfigView(block.config, _attn_implementation=MASKED, gates=of_keys)
+                    patches.set(block, "config", view)
+                if number in gates.layers:
+                    hook = partial(_mask_layer, gates.layers[number])
+                    hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+            yield
 
 
 def _switch_of(site: BoundSite, gates: Tensor) -> Tensor:
@@ -213,12 +194,7 @@ class _TokenState:
 
     def of(self, layer: int) -> Tensor:
         """Gates of keys in a layer, shape (batch, tokens seen)."""
-        product: Tensor | None = None
-        for stage, gates in self.gates.items():
-            if stage <= layer:
-                product = gates if product is None else product * gates
-        assert product is not None
-        return product
+        return reduce(mul, (gates for stage, gates in self.gates.items() if stage <= layer))
 
 
 def _attend(
@@ -240,8 +216,7 @@ def _attend(
     Args:
         module: the attention block; its config view holds the gates.
         query: shape (batch, heads, queries, head_dim).
-        key: shape (batch, kv heads, keys, head_dim).
-        value: shape (batch, kv heads, keys, value_dim).
+        key: shape (batch, kv heads, keys, head_dim), and `value` alike.
         mask: None, or shape (batch or 1, 1, queries, keys), bool or additive.
         scaling: factor on the scores; None is 1/sqrt(head_dim).
         dropout: on the weights.

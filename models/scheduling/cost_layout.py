@@ -70,11 +70,7 @@ class CostSwitches(Layout):
 
     @staticmethod
     def parse(text: str, graph: Graph) -> CostSwitches:
-        """Read ``layers,heads,mlp`` or ``heads,mlp:groups=16``.
-
-        Raises:
-            InputError: these are no such switches, or the model has none of them.
-        """
+        """Read ``layers,heads,mlp`` or ``heads,mlp:groups=16``."""
         axes, colon, arguments = text.partition(":")
         switches = SwitchSet.parse(axes)
         if switches.faithful or "tokens" in switches.axes:
@@ -136,11 +132,7 @@ class CostSwitches(Layout):
 
     @cached_property
     def problem(self) -> Problem:
-        """The switches with their costs, in the order of logits; the limit is the base model's.
-
-        Raises:
-            InputError: the model has none of these switches.
-        """
+        """The switches with their costs, in the order of logits; the limit is the base model's."""
         lower = upper_half(self.graph)[0]
         pricing = self.pricing
         everything = Budget((Limit(self.metric, Fraction(1), of_base=True),))
@@ -196,18 +188,11 @@ class CostSwitches(Layout):
     @override
     def decide(self, logits: Tensor, limits: Tensor) -> Taken:
         """By logit while they fit, see `planner.solver.take_while_fits`."""
-        rows = [
-            problem.flags_of(take_while_fits(problem, Scores.of_utilities(problem)))
-            for problem in (
-                replace(
-                    self.problem.with_utilities(row),
-                    limits=np.array([self.always + limit], dtype=np.int64),
-                )
-                for row, limit in zip(
-                    logits.detach().double().cpu().numpy(), limits.tolist(), strict=True
-                )
-            )
-        ]
+        rows = []
+        utilities = logits.detach().double().cpu().numpy()
+        for row, limit in zip(utilities, (self.always + limits.cpu()).numpy(), strict=True):
+            problem = replace(self.problem.with_utilities(row), limits=limit[None])
+            rows.append(problem.flags_of(take_while_fits(problem, Scores.of_utilities(problem))))
         return torch.from_numpy(np.stack(rows)).to(logits.device)
 
     @override

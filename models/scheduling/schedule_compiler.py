@@ -23,11 +23,7 @@ Progress = Callable[[str], None]
 
 
 def scheduler_folder(name: str) -> Path:
-    """Where a scheduler is: a folder, or the name of one that tiny-llava comes with.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Where a scheduler is: a folder, or the name of one that tiny-llava comes with."""
     shipped = tiny_llava_folder() / name.replace("-", "_")
     if name.startswith("adallava-") and shipped.is_dir():
         return shipped
@@ -47,9 +43,6 @@ def compile_schedule(
             front of them, and the prompt's tokens.
         scheduler: see `scheduler_folder`.
         progress: told the name of each stage.
-
-    Raises:
-        InputError: one sentence.
     """
     wanted = Budget.of(request.budget)
     folder = scheduler_folder(scheduler)

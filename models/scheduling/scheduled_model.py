@@ -78,9 +78,6 @@ class Scheduled:
     """One stock model under one scheduler.
 
     Args:
-        model: a stock transformers model.
-        graph: its Graph.
-        scheduler: trained for it.
         mask: run everything and multiply what is off by zero: for training, and as the oracle.
         decide: from logits and limits to what is on; by default the layout's rule.
 
@@ -131,14 +128,7 @@ class Scheduled:
         tokens: Sequence[TokenStage] = (),
         workload: Workload | None = None,
     ) -> Iterator[None]:
-        """Schedule all prompts of a block.
-
-        Args:
-            budgets: one for all samples, or a list with one per sample.
-            tokens: token stages in front of the switches.
-            workload: of the prompts, which budgets in cost are kept under; by default one image
-                and 64 text tokens.
-        """
+        """Schedule all prompts of a block; see `attach`."""
         self.attach(budgets, tokens, workload)
         try:
             yield
@@ -151,7 +141,13 @@ class Scheduled:
         tokens: Sequence[TokenStage] = (),
         workload: Workload | None = None,
     ) -> None:
-        """Schedule all prompts until `detach`; arguments as for `using`.
+        """Schedule all prompts until `detach`.
+
+        Args:
+            budgets: one for all samples, or a list with one per sample.
+            tokens: token stages in front of the switches.
+            workload: of the prompts, which budgets in cost are kept under; by default one image
+                and 64 text tokens.
 
         Raises:
             InputError: a budget that the layout cannot keep to, or stages behind the switches.

@@ -90,10 +90,7 @@ class LatencyEncoder(nn.Module):
 class Scheduler(nn.Module):
     """AdaLLaVA's scheduler: a latency encoder, and one linear layer on the latency token.
 
-    Args:
-        layout: what the logits stand for.
-        width: hidden size of the decoder.
-        provenance: what to remember of its training.
+    The logits stand for a layout's switches. `provenance` is remembered of the training.
     """
 
     def __init__(

@@ -28,7 +28,6 @@ class TokenStages:
 
     Args:
         model: the whole model; its arguments say where images are.
-        program: what is active.
         visions: gives the vision stage of a selector.
         places: carries what is known of the model's tokens, shape (batch, tokens), over to the
             tokens that the decoder gets, with the given value for those in addition.

@@ -1,10 +1,9 @@
 """Token selectors that work before the projector, on stock models.
 
-A vision selector leaves fewer features, some of them merged. The stock code, however, counts: one
-feature for every placeholder in the prompt. So features that are left are projected alone and put
-back where their patch was, and all other places are filled with infinity, a mark that no real
-feature bears; before the first decoder layer those tokens are dropped. What the stock code does in
-between (tiles put together, line ends added) moves marks and features alike.
+The stock code wants one feature for every placeholder in the prompt. So features that are left are
+projected alone and put back where their patch was, and all other places are filled with infinity, a
+mark that no real feature bears; before the first decoder layer those tokens are dropped. What the
+stock code does in between (tiles put together, line ends added) moves marks and features alike.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ def attention_received(
         query: shape (batch, heads, seq, head_dim): the new tokens, the last `seq` of the keys.
         key: shape (batch, kv_heads, keys, head_dim).
         valid: shape (batch, keys), bool.
-        attention_mask: shape (batch or 1, 1, seq, keys), bool or additive; None is causal.
-        scaling: factor on the logits; None is 1/sqrt(head_dim).
+        attention_mask: see `visible_keys`.
+        scaling: see `attention_rows`.
         rows_at_once: query rows in memory at once.
 
     Returns:

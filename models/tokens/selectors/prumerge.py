@@ -30,7 +30,7 @@ def merge(
         keys: shape (patches, key width).
         attention: shape (patches,).
         kept: shape (k,), int64.
-        neighbours: how many patches are merged into a kept one.
+        neighbours: merged into a kept patch.
 
     Returns:
         Shape (k + 1, width), or (k, width) where everything is kept.

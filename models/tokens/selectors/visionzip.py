@@ -23,14 +23,10 @@ def contextual_tokens(features: Tensor, keys: Tensor, targets: int) -> tuple[Ten
     Every patch that is no target joins the target whose key has the highest cosine to its own; a
     target gains the mean of those that joined it.
 
-    Args:
-        features: shape (runs, n, width).
-        keys: shape (runs, n, key width).
-        targets: at most n; 0 gives no tokens.
+    `features` have shape (runs, n, width), `keys` (runs, n, key width); of n targets at most.
 
     Returns:
-        tokens: shape (runs, targets, width).
-        positions: shape (targets,), int64: which patches the targets are.
+        Tokens, shape (runs, targets, width), and which patches they were, shape (targets,), int64.
     """
     n = features.shape[1]
     dtype = torch.promote_types(features.dtype, torch.float32)
