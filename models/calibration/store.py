@@ -19,6 +19,8 @@ from planner.files import write_bytes
 from planner.ir.errors import InputError
 
 Array = npt.NDArray[np.float64]
+# How often to write, at most.
+_SECONDS = 5.0
 
 
 class Store:
@@ -28,22 +30,14 @@ class Store:
         path: the file; None keeps nothing on disk.
         key: settings that the results depend on; a file of other settings is refused.
         shapes: of the arrays by name.
-        seconds: how often to write, at most.
 
     Attributes:
         arrays: name -> values, NaN where not measured; to be written to directly.
     """
 
-    def __init__(
-        self,
-        path: Path | None,
-        key: str,
-        shapes: Mapping[str, tuple[int, ...]],
-        seconds: float = 5.0,
-    ) -> None:
+    def __init__(self, path: Path | None, key: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.path = path
         self.key = key
-        self.seconds = seconds
         self.arrays: dict[str, Array] = {n: np.full(s, np.nan) for n, s in shapes.items()}
         self._written = time.monotonic()
         if path is not None and path.exists():
@@ -63,7 +57,7 @@ class Store:
 
     def save(self, now: bool = False) -> None:
         """Write, unless that was done a moment ago."""
-        if self.path is None or not (now or time.monotonic() - self._written >= self.seconds):
+        if self.path is None or not (now or time.monotonic() - self._written >= _SECONDS):
             return
         stream = io.BytesIO()
         np.savez(stream, key=np.array(self.key), **self.arrays)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,7 +23,6 @@ from planner.kernels.survivors import Survivors
 from planner.models.running.patches import ConfigView
 
 _log = logging.getLogger("planner")
-_told: set[str] = set()
 
 RECORDING = "planner_recording"
 # Functions by name: one for each choice that may end in a kernel.
@@ -93,21 +93,13 @@ def _obstacle(
     return None
 
 
+@cache
 def _tell_once(message: str) -> None:
-    if message not in _told:
-        _told.add(message)
-        _log.warning("%s", message)
-
-
-def _function_of(kernels: Kernels) -> Callable[..., Any]:
-    def attention(*operands: Any, **options: Any) -> Any:
-        return _by_kernel(kernels, *operands, **options)
-
-    return attention
+    _log.warning("%s", message)
 
 
 for _kernels, _name in KERNEL_ATTENTION.items():
-    ALL_ATTENTION_FUNCTIONS.register(_name, _function_of(_kernels))
+    ALL_ATTENTION_FUNCTIONS.register(_name, partial(_by_kernel, _kernels))
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,12 +111,16 @@ class Recorded:
         key: shape (rows, kv heads, keys, head_dim), rotated.
         mask: as the block got it.
         scaling: factor on the scores; None is 1/sqrt(head_dim).
+        rows: of the batch that these are; None for all.
+        valid: shape (rows, keys), bool: False for padding; None where there is none.
     """
 
     query: Tensor
     key: Tensor
     mask: Tensor | None
     scaling: float | None
+    rows: Tensor | None = None
+    valid: Tensor | None = None
 
 
 def _record(

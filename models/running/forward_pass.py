@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,18 +17,6 @@ from planner.planning.selectors import Selector
 
 if TYPE_CHECKING:
     from planner.models.tokens.token_stages import TokenStages
-
-
-@dataclass(frozen=True, eq=False)
-class Record:
-    """What an attention block computed with, for which rows of the batch.
-
-    `valid` has shape (rows, keys), bool: False for padding; None where there is none.
-    """
-
-    rows: Tensor | None
-    valid: Tensor | None
-    seen: Recorded
 
 
 @dataclass(eq=False)
@@ -63,7 +51,7 @@ class Call:
     left: Tensor | None = None
     kept: Kept | None = None
     marks: dict[Selector, Tensor] = field(default_factory=dict)
-    records: dict[int, list[Record]] = field(default_factory=dict)
+    records: dict[int, list[Recorded]] = field(default_factory=dict)
 
     def new_valid(self) -> Tensor:
         """Which of this pass's tokens are no padding, shape (batch, tokens), bool."""
@@ -163,7 +151,8 @@ class Passes:
         scored = self.stages is not None and layer in self.stages.recorded
         if scored and self.current is not None and self.current.image is not None:
             rows, valid = self.serving
-            self.current.records.setdefault(layer, []).append(Record(rows, valid, seen))
+            record = replace(seen, rows=rows, valid=valid)
+            self.current.records.setdefault(layer, []).append(record)
 
     def _rows_of(self, batch: int, device: torch.device) -> list[list[Tensor | None]]:
         """Batch rows by layer and group, None for all; under beam search a sample has several."""

@@ -156,7 +156,7 @@ class Preparing:
         return self.redirected(program, stages)
 
     def prepare(self) -> None:
-        """Learn ahead what narrowing heads takes: it runs blocks, which cannot be done in a pass."""
+        """Learn ahead what narrowing heads takes: it runs blocks, which no pass may."""
         for layer in self.session.layers:
             if layer.heads is not None and not layer.heads.obstacle:
                 self._probed(layer.heads)

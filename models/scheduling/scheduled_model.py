@@ -202,11 +202,11 @@ class Scheduled:
         self._attached.close()
         self.prompts = self._current = None
 
-    def plans(self, base: Plan | None = None) -> list[Plan]:
+    def plans(self) -> list[Plan]:
         """What was decided for the last prompt, a plan per sample."""
         if self.taken is None:
             raise InputError("the scheduler has not seen a prompt yet")
-        return [self.layout.plan(row, base or self.base()) for row in self.taken.bool().cpu()]
+        return [self.layout.plan(row, self._base) for row in self.taken]
 
     @property
     def kept_image_tokens(self) -> dict[int, list[int]]:

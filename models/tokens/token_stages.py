@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from planner.ir.errors import InputError
 from planner.kernels.choice import Kernels, with_triton
 from planner.kernels.ops.gather_tokens import GatherTokens
-from planner.models.running.forward_pass import Call, Record
+from planner.models.running.attention_calls import Recorded
+from planner.models.running.forward_pass import Call
 from planner.models.running.program import LayerGroup, Program
 from planner.models.tokens.kept_tokens import Kept, gather, scatter
 from planner.models.tokens.selectors import DecoderInputs, mark_tokens, select_tokens
@@ -164,12 +165,12 @@ class TokenStages:
 
     def _pieces(
         self, call: Call, stage: TokenStage, rows: Tensor
-    ) -> list[tuple[Tensor, Record | None]]:
+    ) -> list[tuple[Tensor, Recorded | None]]:
         """Rows that can be scored together: those that one run of an attention block served."""
         if Needs.QUERY_KEY not in self.selectors[stage].needs:
             return [(rows, None)]
         copies = call.batch // len(self.program.plans)
-        pieces: list[tuple[Tensor, Record | None]] = []
+        pieces: list[tuple[Tensor, Recorded | None]] = []
         for layer, samples in self.program.scored_by(stage).items():
             for record in call.records.get(layer, []):
                 mine = torch.isin(rows // copies, torch.tensor(samples, device=rows.device))
@@ -191,7 +192,7 @@ class TokenStages:
         rows: Tensor,
         kept: Kept | None,
         hidden: Tensor,
-        record: Record | None,
+        record: Recorded | None,
     ) -> DecoderInputs:
         assert call.image is not None
         image, states = call.image[rows], hidden[rows]
@@ -204,22 +205,22 @@ class TokenStages:
             marks = None if marks is None else gather(marks, kept.index, -1) & valid
         if record is None:
             return DecoderInputs(image, valid, marks=marks, hidden_states=states, triton=triton)
-        seen, own = record.seen, rows
+        own, key = rows, record.key
         if record.rows is not None:
             own = torch.searchsorted(record.rows, rows)
         if record.valid is not None:
             valid = record.valid[own]
         elif call.valid is not None:
             # A sliding window holds the last keys only.
-            valid = call.valid[rows][:, -seen.key.shape[2] :]
+            valid = call.valid[rows][:, -key.shape[2] :]
         else:
-            valid = torch.ones_like(image[:, :1]).expand(-1, seen.key.shape[2])
-        mask = seen.mask
+            valid = torch.ones_like(image[:, :1]).expand(-1, key.shape[2])
+        mask = record.mask
         if mask is not None:
             # Flash attention's masks say what is padding, which `valid` does too.
             mask = None if mask.ndim == 2 else mask[own] if mask.shape[0] > 1 else mask
-        query, key = seen.query[own], seen.key[own]
-        return DecoderInputs(image, valid, query, key, seen.scaling, mask, marks, states, triton)
+        query, key, scaling = record.query[own], key[own], record.scaling
+        return DecoderInputs(image, valid, query, key, scaling, mask, marks, states, triton)
 
     def gather(self, hidden: Tensor, index: Tensor) -> Tensor:
         """The hidden states of the tokens that are left: `Kept.index` of (rows, tokens, width)."""

@@ -208,7 +208,7 @@ def _run_scheduled(
     with scheduled.using(schedule.budget, stages, workload):
         facts = _generate(model, processor, inputs, request.new_tokens, question)
         kept = {layer: counts[0] for layer, counts in scheduled.kept_image_tokens.items()}
-    plan = scheduled.plans(scheduled.base(stages))[0]
+    plan = scheduled.plans()[0]
     # Schedulers budget the language model alone.
     plan = replace(plan, provenance={**plan.provenance, "scope": "llm"})
     cost = PlanCosts(graph, workload).of(plan)

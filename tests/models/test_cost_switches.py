@@ -222,7 +222,7 @@ def test_tokens_and_switches_share_a_budget_at_run_time():
             with scheduled.using(0.65, stages, load):
                 answers.append(family.model(**inputs).logits[inputs["attention_mask"] == 1])
         assert (answers[0] - answers[1]).norm() <= 1e-5 * answers[1].norm()
-        plans = scheduled.plans(scheduled.base(stages))
+        plans = scheduled.plans()
         costs = PlanCosts(graph, load, "llm")
         assert all(costs.of(plan)["flops"]["fraction"] <= 0.65 for plan in plans)
         on[tokens] = int(scheduled.taken.sum())

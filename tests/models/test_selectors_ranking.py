@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from planner.kernels.ops.choose_tokens import top_mask
 from planner.kernels.ops.score_tokens import ScoreTokens
+from planner.models.tokens.selectors import TowerAttention
 from planner.models.tokens.selectors.scoring import (
     attention_rows,
-    cls_attention,
     outliers,
     pack,
     visible_keys,
@@ -155,7 +155,7 @@ def test_cls_attention_equals_a_loop_over_heads(heads):
             for run in range(3)
         ]
     )
-    weights = cls_attention(torch.from_numpy(query), torch.from_numpy(key), heads)
+    weights = TowerAttention(torch.from_numpy(query), torch.from_numpy(key), heads).of_cls()
     torch.testing.assert_close(weights, torch.from_numpy(expected))
 
 
@@ -176,5 +176,5 @@ def test_cls_attention_is_what_a_stock_clip_tower_computes():
         module.register_forward_hook(lambda _, __, output, name=name: caught.update({name: output}))
     with torch.no_grad():
         outputs = tower(torch.randn(2, 3, 28, 28), output_attentions=True)
-    weights = cls_attention(caught["q_proj"][:, 0], caught["k_proj"], 4)
+    weights = TowerAttention(caught["q_proj"][:, 0], caught["k_proj"], 4).of_cls()
     torch.testing.assert_close(weights, outputs.attentions[-2][:, :, 0, 1:])

@@ -18,7 +18,7 @@ def attention_received(
     scaling: float | None = None,
     rows_at_once: int = 256,
 ) -> Tensor:
-    """Attention that each key receives from the given queries, summed over them and per KV group.
+    """Attention that keys receive from all given queries: (batch, kv_heads, keys).
 
     Works on a few hundred query rows at a time, so a long prompt never needs a whole attention
     matrix. Padded queries give nothing, padded keys receive nothing.
@@ -30,9 +30,6 @@ def attention_received(
         attention_mask: see `visible_keys`.
         scaling: see `attention_rows`.
         rows_at_once: query rows in memory at once.
-
-    Returns:
-        Shape (batch, kv_heads, keys), float32 or wider.
     """
     batch, heads, seq, _ = query.shape
     kv_heads, keys = key.shape[1:3]

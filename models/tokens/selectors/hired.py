@@ -9,7 +9,6 @@ from torch import Tensor
 
 from planner.ir.errors import InputError
 from planner.kernels.ops.choose_tokens import top_mask
-from planner.models.tokens.selectors.scoring import cls_attention
 from planner.models.tokens.selectors.selection import (
     VisionInputs,
     VisionSelection,
@@ -34,8 +33,8 @@ def tile_counts(marked: Tensor, rows: int, columns: int) -> Tensor:
 def hired(selector: HiRED, inputs: VisionInputs) -> VisionSelection:
     """Set every run's budget, then rank all runs at once."""
     early, late = (inputs.attention(layer, selector.name) for layer in selector.tower_layers)
-    content = cls_attention(early.query, early.key, early.heads).sum(1)
-    scores = cls_attention(late.query, late.key, late.heads).sum(1)
+    content = early.of_cls().sum(1)
+    scores = late.of_cls().sum(1)
     budgets = _budgets(selector, content, inputs.tiles or ((0, 0),) * len(scores))
     kept = top_mask(scores, torch.ones_like(scores, dtype=torch.bool), budgets)
     indices = tuple(row.nonzero().flatten() for row in kept)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from planner.models.tokens.selectors.scoring import cls_attention, descending, outliers
+from planner.models.tokens.selectors.scoring import descending, outliers
 from planner.models.tokens.selectors.selection import (
     VisionInputs,
     VisionSelection,
@@ -52,7 +52,7 @@ def merge(
 def prumerge(selector: PruMerge, inputs: VisionInputs) -> VisionSelection:
     """Choose, then merge, picture by picture."""
     tower = inputs.attention(selector.tower_layers[0], selector.name)
-    attention = cls_attention(tower.query, tower.key, heads=1)[:, 0]
+    attention = tower.of_cls(heads=1)[:, 0]
     if isinstance(selector, PruMergePlus):
         chosen = _with_grid(selector, attention)
     else:

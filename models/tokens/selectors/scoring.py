@@ -10,36 +10,14 @@ import torch
 from torch import Tensor
 
 
-def cls_attention(query: Tensor, key: Tensor, heads: int) -> Tensor:
-    """Attention of the CLS token to every patch, CLS itself left out after the softmax.
-
-    Args:
-        query: shape (runs, width): the CLS token's projected query, before any scaling.
-        key: shape (runs, 1 + patches, width): projected keys, CLS token first.
-        heads: into how many the width is divided; 1 has the scale 1/sqrt(width) (LLaVA-PruMerge).
-
-    Returns:
-        Shape (runs, heads, patches), float32 or wider; rows sum to less than one.
-    """
-    runs, width = query.shape
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    query = query.to(dtype).view(runs, heads, 1, width // heads)
-    key = key.to(dtype).view(runs, -1, heads, width // heads).transpose(1, 2)
-    logits: Tensor = query @ key.mT * (width // heads) ** -0.5
-    return logits.softmax(-1)[:, :, 0, 1:]
-
-
 def visible_keys(rows: Tensor, valid: Tensor, attention_mask: Tensor | None, seq: int) -> Tensor:
-    """Which keys given query rows may see.
+    """Which keys given query rows may see; shape (batch, n, keys), bool.
 
     Args:
         rows: shape (batch, n), int64: positions among the `seq` tokens being processed.
         valid: shape (batch, keys), bool: False for padding.
         attention_mask: shape (batch or 1, 1, seq, keys), bool or additive; None is causal.
         seq: tokens being processed; the keys before them come from a cache.
-
-    Returns:
-        Shape (batch, n, keys), bool.
     """
     batch, keys = valid.shape
     if attention_mask is None:
@@ -56,17 +34,13 @@ def visible_keys(rows: Tensor, valid: Tensor, attention_mask: Tensor | None, seq
 def attention_rows(
     query: Tensor, key: Tensor, visible: Tensor, scaling: float | None = None
 ) -> Tensor:
-    """Softmax attention of some query rows to all keys.
+    """Softmax attention of some query rows to all keys: (batch, heads, rows, keys), 32 bits or up.
 
     Args:
         query: shape (batch, heads, rows, head_dim).
-        key: shape (batch, kv_heads, keys, head_dim); heads is a multiple of kv_heads, and
-            query head h reads KV head h // (heads / kv_heads).
+        key: shape (batch, kv_heads, keys, head_dim); query head h reads h // (heads / kv_heads).
         visible: shape (batch, rows, keys), bool; a row that sees nothing gets zeros.
         scaling: factor on the logits; None is 1/sqrt(head_dim).
-
-    Returns:
-        Shape (batch, heads, rows, keys), float32 or wider.
     """
     batch, heads, rows, head_dim = query.shape
     kv_heads, keys = key.shape[1:3]

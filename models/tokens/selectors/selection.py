@@ -1,7 +1,7 @@
 """What a rule is given and what it returns, and the functions that run the rule of a selector.
 
-Rules never touch a model: they are handed tensors and return tensors, and an executor does the
-rest. A rule is registered for the type of its selector, see `planner.planning.selectors`.
+Rules never touch a model. Each is registered for the type of its selector, see
+`planner.planning.selectors`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import singledispatch
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from planner.ir.errors import InputError
@@ -54,12 +55,25 @@ class TowerAttention:
     Attributes:
         query: shape (runs, width), the output of ``q_proj`` at the CLS token.
         key: shape (runs, 1 + patches, width), the output of ``k_proj``, CLS token first.
-        heads: attention heads of the layer; width is heads * head_dim.
+        heads: of the layer; width is heads * head_dim.
     """
 
     query: Tensor
     key: Tensor
     heads: int
+
+    def of_cls(self, heads: int | None = None) -> Tensor:
+        """Attention of the CLS token to every patch, CLS itself left out after the softmax.
+
+        Of one wide head the scale is 1/sqrt(width), as in LLaVA-PruMerge. Shape (runs, heads,
+        patches), float32 or wider; rows sum to less than one.
+        """
+        (runs, width), heads = self.query.shape, heads or self.heads
+        dtype = torch.promote_types(self.query.dtype, torch.float32)
+        query = self.query.to(dtype).view(runs, heads, 1, width // heads)
+        key = self.key.to(dtype).view(runs, -1, heads, width // heads).transpose(1, 2)
+        logits: Tensor = query @ key.mT * (width // heads) ** -0.5
+        return logits.softmax(-1)[:, :, 0, 1:]
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,7 @@ class VisionInputs:
     Attributes:
         features: shape (runs, patches, width): what the tower hands to the projector.
         cls_feature: shape (runs, width): the CLS token at the same layer of the tower.
-        tower: attention by layer of the tower, under the indices of `VisionSelector.tower_layers`.
+        tower: attention by `VisionSelector.tower_layers`.
         patch_embeddings: shape (runs, patches, d): the features in CLIP's joint image-text space
             (``visual_projection(post_layernorm(features))``).
         text_embeddings: shape (runs, d): the prompt that goes with each run, in the same space

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from planner.kernels.ops.choose_tokens import top_mask
-from planner.models.tokens.selectors.scoring import cls_attention, pack
+from planner.models.tokens.selectors.scoring import pack
 from planner.models.tokens.selectors.selection import (
     VisionInputs,
     VisionSelection,
@@ -48,7 +48,7 @@ def visionzip(selector: VisionZip, inputs: VisionInputs) -> VisionSelection:
     tower = inputs.attention(selector.tower_layers[0], selector.name)
     cls_feature, features = supplied(inputs.cls_feature, "cls_feature"), inputs.features
     runs, patches = features.shape[:2]
-    scores = cls_attention(tower.query, tower.key, tower.heads).sum(1)
+    scores = tower.of_cls().sum(1)
     counts = torch.full((runs,), selector.dominant - 1, device=scores.device)
     dominant = top_mask(scores, torch.ones_like(scores, dtype=torch.bool), counts)
     kept, _ = pack(dominant, "right")
