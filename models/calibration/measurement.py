@@ -44,9 +44,6 @@ class Calibrated:
         selector: what picked tokens; "" where there are none.
         rank_correlation: Spearman, leave-one-out against Taylor: of ``all`` switches, and of each
             kind; NaN where one side is constant, empty with the method ``taylor``.
-        method: one of `METHODS`.
-        measure: ``loss`` or ``kl``.
-        samples: how many.
     """
 
     sites: dict[str, Array]

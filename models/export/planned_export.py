@@ -42,18 +42,13 @@ def save_planned(
     graph: Graph,
     program: Program,
     folder: Path,
-    stored_dtype: torch.dtype | None = None,
+    stored_dtype: torch.dtype | None,
     **facts: str,
 ) -> None:
     """Write the base config, a record of what is narrowed, and the weights.
 
-    Args:
-        model: the base model.
-        graph: of the model.
-        program: of one plan without token stages.
-        folder: an empty one.
-        stored_dtype: of weights in the file; by default as in the model.
-        facts: further keys of what describes the checkpoint.
+    The program is of one plan without token stages, the folder empty; `stored_dtype` is as for
+    `planner.models.export.export`, and `facts` are further keys of what describes the checkpoint.
     """
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
@@ -119,10 +114,8 @@ def _attention(model: Any, graph: Graph, program: Program) -> dict[str, Any]:
 def load(folder: str | Path) -> Any:
     """Load an exported model, on the CPU, in evaluation mode.
 
-    Takes both forms; a plain one is loaded as stock transformers does.
-
-    Raises:
-        InputError: the folder holds no export, or a broken one.
+    Takes both forms; a plain one is loaded as stock transformers does. Raises InputError where the
+    folder holds none, or a broken one.
     """
     folder = Path(folder)
     try:

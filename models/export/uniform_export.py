@@ -23,11 +23,7 @@ class NotPlain(Exception):
 
 
 def save_plain(
-    model: Any,
-    program: Program,
-    folder: Path,
-    stored_dtype: torch.dtype | None = None,
-    **facts: str,
+    model: Any, program: Program, folder: Path, stored_dtype: torch.dtype | None, **facts: str
 ) -> Any:
     """Write config and weights, for arguments as of `save_planned`.
 

@@ -32,10 +32,8 @@ class BoundLinear:
     the half whose rows or columns are the same.
 
     Attributes:
-        path: module path.
         host: what stands at the place of the linear: itself, or what holds its adapters too.
         module: an ``nn.Linear``, or transformers' ``Conv1D``, which stores its weight transposed.
-        binding: the layout.
         shared: features that belong to no lane; always kept.
     """
 
@@ -82,11 +80,7 @@ class BoundLinear:
 
 @dataclass(frozen=True, eq=False)
 class BoundSite:
-    """An attention block or MLP and its linears.
-
-    `obstacle` says why it cannot be narrowed after all: its weights are no plain matrices. The
-    linears are left out then.
-    """
+    """An attention block or MLP and its linears; none where an obstacle says why it stays whole."""
 
     site: Site
     module: nn.Module
@@ -188,11 +182,7 @@ def bind_site(model: nn.Module, site: Site) -> BoundSite:
 
 
 def bind(model: nn.Module, graph: Graph) -> tuple[BoundLayer, ...]:
-    """Find the modules of every decoder layer.
-
-    Raises:
-        InputError: the Graph is of another model.
-    """
+    """Find the modules of every decoder layer; raises InputError for a Graph of another model."""
     sites: dict[tuple[str, int], Site] = {(s.kind, s.layer): s for s in graph.sites}
     layers = []
     try:

@@ -64,10 +64,6 @@ class Call:
 class Passes:
     """Begins a `Call` at the first layer, shows it to all layers and ends it at the last.
 
-    Args:
-        program: what is active.
-        stages: its token stages; None where no token is dropped.
-
     Attributes:
         current: the pass being made.
         serving: batch rows that a layer is running for, None for all, and which keys are no
@@ -84,11 +80,7 @@ class Passes:
         self._rows: dict[tuple[int, torch.device], list[list[Tensor | None]]] = {}
 
     def begin(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Begin a forward pass, before layer 0.
-
-        Args:
-            hidden: shape (batch, tokens, width).
-            kwargs: what the decoder hands the layer.
+        """Begin a forward pass with what the decoder hands layer 0.
 
         Returns:
             The hidden states, without marks of a vision selector.
@@ -125,11 +117,7 @@ class Passes:
         self.current = call
 
     def evict(self, layer: int, group: int) -> None:
-        """Let a layer's cache evict, once its attention block has run for a group.
-
-        Raises:
-            InputError: the block's attention was not seen.
-        """
+        """Let a layer's cache evict, once its attention block has run for a group."""
         seen, self.seen = self.seen, None
         assert self.current is not None
         if self.current.cache is None:

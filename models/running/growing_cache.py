@@ -14,12 +14,9 @@ from transformers.cache_utils import DynamicLayer
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values as in `DynamicLayer`; here they are views into larger tensors.
+    """Keys and values as in `DynamicLayer`; here they are views into larger tensors."""
 
-    Attributes:
-        ROOM: tokens that memory is asked for ahead.
-    """
-
+    # Tokens that memory is asked for ahead.
     ROOM = 64
 
     def __init__(self) -> None:

@@ -40,18 +40,14 @@ class Product:
 
 
 class BlockForward(Shadow):
-    """Stands in for a linear, or for a whole MLP block.
-
-    Attributes:
-        active: what to compute with; None is the module's own code.
-    """
+    """Stands in for a linear or a whole MLP block; `active` None is the module's own code."""
 
     def __init__(self, narrows: bool, active: Product | None = None) -> None:
         self.narrows = narrows
         self.active = active
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Shape (..., in features) to (..., out features), narrowed as `active` says."""
+        """As `Product`."""
         return self.stock(features) if self.active is None else self.active(features)
 
 
@@ -158,11 +154,7 @@ class KeptProduct(Product):
 
 @dataclass(frozen=True, eq=False)
 class _Copy:
-    """Kept features copied together.
-
-    To torch.compile they are what the model's own weights are: parameters, which stay where they
-    are and can be frozen.
-    """
+    """Kept features copied together; parameters, which torch.compile may freeze."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None

@@ -78,12 +78,9 @@ class LayerProgram:
 
 @dataclass(frozen=True)
 class Program:
-    """What every layer does for every sample of a batch.
+    """What every layer, in model order, does under one plan for all samples, or one per sample.
 
-    Attributes:
-        key: equal keys run equally.
-        plans: one for all samples, or one per sample.
-        layers: in model order.
+    Equal keys run equally.
     """
 
     key: tuple[object, ...]
@@ -92,11 +89,7 @@ class Program:
 
     @staticmethod
     def build(plans: Sequence[Plan], graph: Graph, layers: Sequence[BoundLayer]) -> Program:
-        """Check plans against the graph and work out who does what in each layer.
-
-        Raises:
-            InputError: a plan does not fit the model.
-        """
+        """Check plans, raising InputError, and work out who does what in each layer."""
         distinct = {plan.key: plan for plan in reversed(plans)}
         for plan in distinct.values():
             check_plan(plan, graph)

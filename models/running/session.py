@@ -40,9 +40,8 @@ class Setting:
     """Plans set for an execution context.
 
     Attributes:
-        plans: one for all samples, or one per sample of a batch; empty while `asked` waits for the
-            options that only a model's first call knows.
-        asked: the budget that waits for them.
+        plans: one for all samples, or one per sample of a batch; empty while a budget, `asked`,
+            waits for the options that only a model's first call knows.
         is_block: whether a ``with`` block ends it.
         task: where the block was entered.
         is_over: whether the block was left.

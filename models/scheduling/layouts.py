@@ -125,17 +125,10 @@ class Layout(ABC):
         stages: Sequence[TokenStage] = (),
         metric: str = "flops",
     ) -> Layout:
-        """The same switches, with limits and costs for certain prompts.
+        """The same switches, with limits and costs for prompts of a workload (None: of training).
 
-        Where switches are counted, all prompts are alike.
-
-        Args:
-            workload: token counts; None for those of training.
-            stages: token stages in front of the switches.
-            metric: of budgets.
-
-        Raises:
-            InputError: a stage is behind the first switch, or budgets cannot be in this metric.
+        Where switches are counted, all prompts are alike. Raises InputError where a token stage is
+        behind the first switch, or budgets cannot be in this metric.
         """
         for stage in stages:
             if stage.layer > self.first:
@@ -147,11 +140,7 @@ class Layout(ABC):
 
     @abstractmethod
     def limit(self, budget: Budget) -> int:
-        """The limit that a budget sets, from 0 to `steps`.
-
-        Raises:
-            InputError: this layout cannot keep to such a budget.
-        """
+        """The limit that a budget sets, 0 to `steps`; raises InputError if it cannot be kept to."""
 
     @abstractmethod
     def decide(self, logits: Tensor, limits: Tensor) -> Taken:
