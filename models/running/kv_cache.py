@@ -80,8 +80,6 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.is_compileable = stock.is_compileable
         self._writing: Part | None = None
 
-    # -- written by the executor ---------------------------------------------------------------
-
     def begin(self, group: int) -> None:
         """Direct the next `update` to a group."""
         self._writing = self.parts[group]
@@ -135,8 +133,6 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
         part.store.values = part.store.values.take_along_dim(places, -2)
         positions = part.keys.positions.gather(1, index[:, 0]).masked_fill(~left, -1)
         part.keys = Keys(positions, not bool(left.all()))
-
-    # -- the stock interface -------------------------------------------------------------------
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any

@@ -162,8 +162,6 @@ class Session:
             self._programs.clear()
         return self._layers
 
-    # -- which plans -----------------------------------------------------------------------------
-
     @property
     def setting(self) -> Setting | None:
         """What holds in this context; None is the base model."""
@@ -259,8 +257,6 @@ class Session:
             self.implementation = None
         if self.model.__dict__.get(ATTRIBUTE) is self:
             del self.model.__dict__[ATTRIBUTE]
-
-    # -- copies ----------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy of the model, or a file of it, takes over: among it the plans that hold."""

@@ -106,8 +106,6 @@ class Skipping:
         """Not until `close`."""
         return False
 
-    # -- of the session --------------------------------------------------------------------------
-
     def accept(self, plans: tuple[Plan, ...]) -> Program:
         """Make ready for plans; raise InputError where they cannot be carried out."""
         program = self.session.program_of(Setting(plans))
@@ -146,8 +144,6 @@ class Skipping:
         """See `Ready`, for the plans of this context."""
         ready = self._ready()
         return {} if ready is None else ready.kept_image_tokens
-
-    # -- a pass ----------------------------------------------------------------------------------
 
     def begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Arguments | None:
         """Before the model runs, or a part of it that its decoder is in."""

@@ -213,8 +213,6 @@ class Scheduled:
         """As `planner.kept_image_tokens`; known while prompts are scheduled."""
         return {} if self.prompts is None else self.prompts.kept_image_tokens
 
-    # -- around passes, see `planner.models.running.skipping.Decider` ------------------------------
-
     def ready_for(self, kwargs: dict[str, Any]) -> Ready | None:
         """What a pass begins with: what was decided for its cache, everything for a new prompt."""
         known = self._known(cache_among(kwargs))
