@@ -3,7 +3,7 @@
 In: tensors that an executor took from a stock model. Out: `DecoderSelection` or
 `VisionSelection`, by `select_tokens` and `select_features`.
 
-    selection                           what a rule is given and what it returns
+    rules                               what a rule is given and what it returns
     scoring                             rows of attention to score with; from scores to choices
     fastv, sparsevlm, random, uniform   rules in the decoder
     prumerge, visionzip, hired, trim    rules before the projector; prumerge+ is in prumerge
@@ -16,7 +16,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from planner.models.tokens.selectors.h2o import HeavyHitters
-from planner.models.tokens.selectors.selection import (
+from planner.models.tokens.selectors.rules import (
     DecoderInputs,
     DecoderSelection,
     TowerAttention,

@@ -6,13 +6,13 @@ import torch
 
 from planner.kernels.ops.choose_tokens import ChooseTokens
 from planner.kernels.ops.score_tokens import ScoreTokens
-from planner.models.tokens.selectors.scoring import visible_keys
-from planner.models.tokens.selectors.selection import (
+from planner.models.tokens.selectors.rules import (
     DecoderInputs,
     DecoderSelection,
     select_tokens,
     supplied,
 )
+from planner.models.tokens.selectors.scoring import visible_keys
 from planner.planning.selectors import FastV
 
 

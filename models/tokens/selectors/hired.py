@@ -9,11 +9,7 @@ from torch import Tensor
 
 from planner.ir.errors import InputError
 from planner.kernels.ops.choose_tokens import top_mask
-from planner.models.tokens.selectors.selection import (
-    VisionInputs,
-    VisionSelection,
-    select_features,
-)
+from planner.models.tokens.selectors.rules import VisionInputs, VisionSelection, select_features
 from planner.planning.selectors import HiRED
 
 

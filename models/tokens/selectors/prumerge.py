@@ -6,12 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from planner.models.tokens.selectors.rules import VisionInputs, VisionSelection, select_features
 from planner.models.tokens.selectors.scoring import descending, outliers
-from planner.models.tokens.selectors.selection import (
-    VisionInputs,
-    VisionSelection,
-    select_features,
-)
 from planner.planning.selectors import PruMerge, PruMergePlus
 from planner.planning.selectors.in_vision import capped
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from planner.kernels.ops.choose_tokens import top_mask
-from planner.models.tokens.selectors.selection import DecoderInputs, DecoderSelection, select_tokens
+from planner.models.tokens.selectors.rules import DecoderInputs, DecoderSelection, select_tokens
 from planner.planning.selectors import Random
 
 

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from planner.kernels.ops.choose_tokens import ChooseTokens
-from planner.models.tokens.selectors.scoring import attention_rows, descending, pack, visible_keys
-from planner.models.tokens.selectors.selection import (
+from planner.models.tokens.selectors.rules import (
     DecoderInputs,
     DecoderSelection,
     mark_tokens,
     select_tokens,
     supplied,
 )
+from planner.models.tokens.selectors.scoring import attention_rows, descending, pack, visible_keys
 from planner.planning.selectors import SparseVLM
 
 

@@ -7,12 +7,8 @@ from torch import Tensor
 
 from planner.ir.errors import InputError
 from planner.kernels.ops.choose_tokens import top_mask
+from planner.models.tokens.selectors.rules import VisionInputs, VisionSelection, select_features
 from planner.models.tokens.selectors.scoring import outliers
-from planner.models.tokens.selectors.selection import (
-    VisionInputs,
-    VisionSelection,
-    select_features,
-)
 from planner.planning.selectors import TRIM
 from planner.planning.selectors.in_vision import capped
 

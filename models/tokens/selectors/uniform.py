@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import accumulate, groupby, pairwise
 from math import isqrt
 
-from planner.models.tokens.selectors.selection import DecoderInputs, DecoderSelection, select_tokens
+from planner.models.tokens.selectors.rules import DecoderInputs, DecoderSelection, select_tokens
 from planner.planning.selectors import Uniform
 
 

@@ -7,13 +7,13 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from planner.kernels.ops.choose_tokens import top_mask
-from planner.models.tokens.selectors.scoring import pack
-from planner.models.tokens.selectors.selection import (
+from planner.models.tokens.selectors.rules import (
     VisionInputs,
     VisionSelection,
     select_features,
     supplied,
 )
+from planner.models.tokens.selectors.scoring import pack
 from planner.planning.selectors import VisionZip
 
 
