@@ -25,13 +25,6 @@ def check_plan(plan: Plan, graph: Graph) -> None:
             raise InputError(
                 f"the plan switches layer {layer} off, which '{graph.name}' cannot do without"
             )
-    for stage in plan.tokens:
-        if stage.keep > stage.of:
-            raise InputError(
-                f"the plan keeps {stage.keep} of {stage.of} image tokens at layer {stage.layer}"
-            )
-    if len({stage.layer for stage in plan.tokens}) < len(plan.tokens):
-        raise InputError("the plan has two token stages at one layer")
     if plan.kv:
         parse_kv_policy(plan.kv)
         for operator in graph:
@@ -140,12 +133,12 @@ class Program:
 
 
 def _in_turn(stages: Sequence[TokenStage]) -> tuple[TokenStage, ...]:
-    """Stages in order, each of what the one before has left; from none there is none to drop."""
+    """Stages, each of what the one before has left; from none there is none to drop."""
     ordered: list[TokenStage] = []
-    for stage in sorted(stages, key=lambda stage: stage.layer):
+    for stage in stages:
         before = ordered[-1].keep if ordered else stage.of
         if before:
-            ordered.append(replace(stage, keep=min(stage.keep, before), of=before))
+            ordered.append(replace(stage, of=before))
     return tuple(ordered)
 
 
