@@ -33,24 +33,16 @@ METHODS = ("leave-one-out", "taylor")
 
 @dataclass(frozen=True, eq=False)
 class Calibrated:
-    """What was measured, in nats per answer token.
+    """What was measured, in nats per answer token."""
 
-    Attributes:
-        sites: site name -> shape (switches,): mean over samples; with ``loss`` see `not_negative`.
-        tokens: worth of all image tokens; 0 where there are none.
-        saturation: of their curve, see `planner.planning.utilities.Utilities`; None where there are
-            none.
-        token_losses: (kept fraction, mean loss), ascending.
-        selector: what picked tokens; "" where there are none.
-        rank_correlation: Spearman, leave-one-out against Taylor: of ``all`` switches, and of each
-            kind; NaN where one side is constant, empty with the method ``taylor``.
-    """
-
+    # By site name (switches,): mean over samples; with ``loss`` see `not_negative`.
     sites: dict[str, Array]
-    tokens: float
-    saturation: float | None
-    token_losses: tuple[tuple[float, float], ...]
-    selector: str
+    tokens: float  # worth of all image tokens; 0 where there are none
+    saturation: float | None  # of their curve, see `Utilities`; None where there are none
+    token_losses: tuple[tuple[float, float], ...]  # (kept fraction, mean loss), ascending
+    selector: str  # what picked tokens; "" where there are none
+    # Spearman, leave-one-out against Taylor: of ``all`` switches, and of each kind; NaN where one
+    # side is constant, empty with the method ``taylor``.
     rank_correlation: dict[str, float]
     method: str
     measure: str

@@ -41,15 +41,10 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One prompt followed by its answer.
+    """One prompt followed by its answer."""
 
-    Attributes:
-        inputs: keyword arguments of the model, one row; ``input_ids`` ends with the answer.
-        answer: how many of the last tokens are the answer; at least 1.
-    """
-
-    inputs: Mapping[str, Any]
-    answer: int
+    inputs: Mapping[str, Any]  # arguments of the model, one row; ``input_ids`` ends with the answer
+    answer: int  # how many of the last tokens are the answer; at least 1
 
     @property
     def labels(self) -> Tensor:

@@ -24,15 +24,10 @@ _SECONDS = 5.0
 
 
 class Store:
-    """Arrays that fill up.
+    """Arrays that fill up, to be written to directly; NaN where not measured.
 
-    Args:
-        path: the file; None keeps nothing on disk.
-        key: settings that the results depend on; a file of other settings is refused.
-        shapes: of the arrays by name.
-
-    Attributes:
-        arrays: name -> values, NaN where not measured; to be written to directly.
+    The key is settings that the results depend on; a file of other settings is refused. Without a
+    path nothing is kept on disk.
     """
 
     def __init__(self, path: Path | None, key: str, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -34,22 +34,14 @@ _OWN = frozenset(("config.json", "generation_config.json", RECORD, "plan.yaml"))
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
-
-    Attributes:
-        folder: where.
-        plain: whether stock transformers loads it.
-        why_not: where it is not plain, why, in one sentence; else "".
-        parameters: numbers in the weights, and `base_parameters` those of the base model.
-        error: largest relative error of the logits, read back, against the planned model.
-    """
+    """What was written."""
 
     folder: Path
-    plain: bool
-    why_not: str
-    parameters: int
+    plain: bool  # whether stock transformers loads it
+    why_not: str  # where it is not plain, why, in one sentence; else ""
+    parameters: int  # numbers in the weights
     base_parameters: int
-    error: float
+    error: float  # largest relative one of the logits, read back, against the planned model
 
 
 def export(

@@ -104,23 +104,14 @@ for _kernels, _name in KERNEL_ATTENTION.items():
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """What one run of an attention block computed with.
+    """What one run of an attention block computed with."""
 
-    Attributes:
-        query: shape (rows, heads, tokens, head_dim), rotated.
-        key: shape (rows, kv heads, keys, head_dim), rotated.
-        mask: as the block got it.
-        scaling: factor on the scores; None is 1/sqrt(head_dim).
-        rows: of the batch that these are; None for all.
-        valid: shape (rows, keys), bool: False for padding; None where there is none.
-    """
-
-    query: Tensor
-    key: Tensor
-    mask: Tensor | None
-    scaling: float | None
-    rows: Tensor | None = None
-    valid: Tensor | None = None
+    query: Tensor  # (rows, heads, tokens, head_dim), rotated
+    key: Tensor  # (rows, kv heads, keys, head_dim), rotated
+    mask: Tensor | None  # as the block got it
+    scaling: float | None  # factor on the scores; None is 1/sqrt(head_dim)
+    rows: Tensor | None = None  # of the batch; None for all
+    valid: Tensor | None = None  # (rows, keys), bool: False for padding; None where there is none
 
 
 def _record(

@@ -30,18 +30,13 @@ class BoundLinear:
 
     Of a linear with LoRA adapters (peft) there are several: the base layer, and of every adapter
     the half whose rows or columns are the same.
-
-    Attributes:
-        host: what stands at the place of the linear: itself, or what holds its adapters too.
-        module: an ``nn.Linear``, or transformers' ``Conv1D``, which stores its weight transposed.
-        shared: features that belong to no lane; always kept.
     """
 
     path: str
-    host: nn.Module
-    module: nn.Module
+    host: nn.Module  # at the place of the linear: itself, or what holds its adapters too
+    module: nn.Module  # a Linear, or transformers' Conv1D, which stores its weight transposed
     binding: Binding
-    shared: Intervals
+    shared: Intervals  # features that belong to no lane; always kept
 
     @property
     def weight(self) -> Tensor:

@@ -21,37 +21,21 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Call:
-    """One forward pass, from the first layer to the last.
-
-    Attributes:
-        batch: rows.
-        tokens: tokens of this pass, before any is dropped.
-        device: where it runs.
-        past: tokens before them.
-        cache: the planned cache layers, None where there is no cache.
-        rows: for each layer and group the batch rows, None for all.
-        image: shape (batch, tokens), bool; None where no image token is among them.
-        valid: shape (batch, past + tokens), bool: False for padding; None where there is none.
-        unwanted: shape (batch, tokens), bool: what a vision selector dropped; None without one.
-        left: shape (batch, tokens), bool: tokens not dropped; None before the first stage.
-        kept: the same as indices.
-        marks: selector -> what it marked before layer 0, shape (batch, tokens), bool.
-        records: layer -> what its attention computed with.
-    """
+    """One forward pass, from the first layer to the last; tensors are bool, (batch, tokens)."""
 
     batch: int
-    tokens: int
+    tokens: int  # of this pass, before any is dropped
     device: torch.device
-    past: int
+    past: int  # tokens before them
     cache: list[PlannedLayer] | None
-    rows: list[list[Tensor | None]]
-    image: Tensor | None = None
-    valid: Tensor | None = None
-    unwanted: Tensor | None = None
-    left: Tensor | None = None
-    kept: Kept | None = None
-    marks: dict[Selector, Tensor] = field(default_factory=dict)
-    records: dict[int, list[Recorded]] = field(default_factory=dict)
+    rows: list[list[Tensor | None]]  # of the batch, for each layer and group; None for all
+    image: Tensor | None = None  # None where no image token is among them
+    valid: Tensor | None = None  # (batch, past + tokens): False for padding, None without any
+    unwanted: Tensor | None = None  # what a vision selector dropped; None without one
+    left: Tensor | None = None  # tokens not dropped; None before the first stage
+    kept: Kept | None = None  # the same as indices
+    marks: dict[Selector, Tensor] = field(default_factory=dict)  # before layer 0
+    records: dict[int, list[Recorded]] = field(default_factory=dict)  # of attention, by layer
 
     def new_valid(self) -> Tensor:
         """Which of this pass's tokens are no padding, shape (batch, tokens), bool."""
@@ -62,20 +46,15 @@ class Call:
 
 
 class Passes:
-    """Begins a `Call` at the first layer, shows it to all layers and ends it at the last.
-
-    Attributes:
-        current: the pass being made.
-        serving: batch rows that a layer is running for, None for all, and which keys are no
-            padding, None for all; set by layers before they run.
-        seen: what the attention block computed with that ran last, where somebody asks.
-    """
+    """Begins a `Call` at the first layer, shows it to all layers and ends it at the last."""
 
     def __init__(self, program: Program, stages: TokenStages | None) -> None:
         self.program = program
         self.stages = stages
         self.current: Call | None = None
+        # Batch rows that a layer is running for, and which keys are no padding; None for all.
         self.serving: tuple[Tensor | None, Tensor | None] = (None, None)
+        # What the attention block computed with that ran last, where somebody asks.
         self.seen: Recorded | None = None
         self._rows: dict[tuple[int, torch.device], list[list[Tensor | None]]] = {}
 

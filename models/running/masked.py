@@ -35,19 +35,13 @@ TokenGates = Tensor | Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Gates:
-    """How far everything is on, sample by sample; what is absent is on.
+    """How far everything is on by layer, sample by sample; what is absent is on."""
 
-    Attributes:
-        layers: layer -> shape (batch,).
-        heads: layer -> shape (batch, switches).
-        mlp: layer -> shape (batch, switches); the neurons are divided evenly, see `Site.bounds`.
-        tokens: layer -> gates of the prompt's tokens as keys, from that layer on. Gates of several
-            stages multiply.
-    """
-
-    layers: Mapping[int, Tensor] = field(default_factory=dict)
-    heads: Mapping[int, Tensor] = field(default_factory=dict)
+    layers: Mapping[int, Tensor] = field(default_factory=dict)  # (batch,)
+    heads: Mapping[int, Tensor] = field(default_factory=dict)  # (batch, switches)
+    # (batch, switches); the neurons are divided evenly, see `Site.bounds`.
     mlp: Mapping[int, Tensor] = field(default_factory=dict)
+    # Of the prompt's tokens as keys, from that layer on. Gates of several stages multiply.
     tokens: Mapping[int, TokenGates] = field(default_factory=dict)
 
     @staticmethod

@@ -37,23 +37,14 @@ def check_plan(plan: Plan, graph: Graph) -> None:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """What one layer does for some samples.
+    """What one layer does for some samples."""
 
-    Attributes:
-        samples: indices into the plans of a batch.
-        on: whether the layer runs at all.
-        heads: kept lanes (KV groups) as intervals; None for all of them.
-        mlp: kept lanes (neurons) as intervals; None for all of them.
-        stages: token stages up to and including this layer.
-        kv: by what the cache evicts; None where nothing is evicted.
-    """
-
-    samples: tuple[int, ...]
+    samples: tuple[int, ...]  # indices into the plans of a batch
     on: bool = True
-    heads: Intervals | None = None
-    mlp: Intervals | None = None
-    stages: tuple[TokenStage, ...] = ()
-    kv: H2O | None = None
+    heads: Intervals | None = None  # kept KV groups; None for all of them
+    mlp: Intervals | None = None  # kept neurons; None for all of them
+    stages: tuple[TokenStage, ...] = ()  # up to and including this layer
+    kv: H2O | None = None  # by what the cache evicts; None where nothing is evicted
 
     @property
     def has_keys(self) -> bool:

@@ -37,21 +37,16 @@ _keys = count()
 
 @dataclass(eq=False)
 class Setting:
-    """Plans set for an execution context.
+    """Plans set for an execution context: one for all samples, or one per sample of a batch.
 
-    Attributes:
-        plans: one for all samples, or one per sample of a batch; empty while a budget, `asked`,
-            waits for the options that only a model's first call knows.
-        is_block: whether a ``with`` block ends it.
-        task: where the block was entered.
-        is_over: whether the block was left.
+    There are none while a budget, `asked`, waits for options that only a model's first call knows.
     """
 
     plans: tuple[Plan, ...]
     asked: Any = None
-    is_block: bool = False
-    task: object = None
-    is_over: bool = False
+    is_block: bool = False  # whether a ``with`` block ends it
+    task: object = None  # where the block was entered
+    is_over: bool = False  # whether the block was left
 
     @cached_property
     def key(self) -> tuple[object, ...]:
@@ -97,24 +92,17 @@ def _without(settings: Sequence[Setting], block: Setting) -> tuple[Setting, ...]
 
 
 class Session:
-    """What planner knows of one stock transformers model, and what it does with it.
-
-    Attributes:
-        graph: the model's; by default it is lowered when it is first asked for.
-        planning: how plans are made for budgets; None until somebody says.
-        default: what contexts run that set nothing; None for the base model.
-        implementation: what makes the model obey: `Skipping` as it is called, `PlanTensors` as the
-            backend compiled it; None while nothing does.
-        obstacle: why nothing can, where that is known.
-    """
+    """What planner knows of one stock transformers model, and what it does with it."""
 
     # Programs of this many sets of plans are kept.
     PROGRAMS = 64
 
     def __init__(self, model: nn.Module, graph: Graph | None = None) -> None:
         self.model = model
-        self.planning: Planning | None = None
-        self.default: Setting | None = None
+        self.planning: Planning | None = None  # how plans are made; None until somebody says
+        self.default: Setting | None = None  # for contexts that set nothing; None: the base model
+        # What makes the model obey: `Skipping` as it is called, `PlanTensors` as the backend
+        # compiled it; None while nothing does. The obstacle says why nothing can.
         self.implementation: Any = None
         self.obstacle = ""
         self._graph = graph
@@ -142,7 +130,7 @@ class Session:
 
     @property
     def graph(self) -> Graph:
-        """The model's Graph."""
+        """The model's Graph; lowered when it is first asked for, where nobody gave it."""
         if self._graph is None:
             self._graph = lower_model(self.model, name_of(self.model))
         return self._graph

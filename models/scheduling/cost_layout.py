@@ -52,20 +52,14 @@ class CostSwitches(Layout):
     A limit is in FLOPs or bytes, and counts only what can be switched. A budget is a share of the
     base model's language model, without the latency token. Token stages in front of the switches
     save cost, which the switches may spend: layers are priced with the tokens that are left.
-
-    Attributes:
-        axes: some of layers, heads and mlp.
-        groups: of every MLP; None for one per head.
-        metric: of budgets.
-        workload: that costs are for; None for one image, 64 text tokens and nothing generated.
-        stages: token stages in front of the switches.
     """
 
-    axes: tuple[str, ...]
-    groups: int | None = None
-    metric: str = "flops"
+    axes: tuple[str, ...]  # some of layers, heads and mlp
+    groups: int | None = None  # of every MLP; None for one per head
+    metric: str = "flops"  # of budgets
+    # That costs are for; None for one image, 64 text tokens and nothing generated.
     workload: Workload | None = None
-    stages: tuple[TokenStage, ...] = ()
+    stages: tuple[TokenStage, ...] = ()  # in front of the switches
     _posed: dict[Any, CostSwitches] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod

@@ -35,19 +35,12 @@ Taken = Tensor
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a layer's switches stand among the logits.
-
-    Attributes:
-        all: of them, side by side.
-        has_own: whether the first is the layer's own.
-        sites: of which the others are, heads before MLP.
-        vanishes: whether the layer is off when all its heads and groups are.
-    """
+    """Where a layer's switches stand among the logits, side by side."""
 
     all: slice
-    has_own: bool
-    sites: dict[Site, slice]
-    vanishes: bool
+    has_own: bool  # whether the first is the layer's own
+    sites: dict[Site, slice]  # of which the others are, heads before MLP
+    vanishes: bool  # whether the layer is off when all its heads and groups are
 
 
 def columns_of(layers: Iterable[tuple[int, bool, Sequence[Site], bool]]) -> dict[int, Columns]:

@@ -80,15 +80,6 @@ class Scheduled:
     Args:
         mask: run everything and multiply what is off by zero: for training, and as the oracle.
         decide: from logits and limits to what is on; by default the layout's rule.
-
-    Attributes:
-        taken: what was switched on for the last prompt, shape (batch, size).
-        logits: the scheduler's for the last prompt, shape (batch, size).
-        layout: the scheduler's, as it is for the prompts to come.
-        limits: shape (1,) or (batch,): of the prompts to come, in the layout's measure.
-        decisions: `taken` of every prompt since `attach`.
-        at: shape (batch,): places of the latency token in the prompts to come; None for the end.
-        prompts: what passes over prompts begin with: token stages; None is the base model.
     """
 
     def __init__(
@@ -103,17 +94,21 @@ class Scheduled:
         self.model = model
         self.graph = graph
         self.scheduler = scheduler
-        self.layout = scheduler.layout
-        self.taken: Tensor | None = None
-        self.logits: Tensor | None = None
-        self.decisions: list[Tensor] = []
-        self.at: Tensor | None = None
         self.decide = decide
+        # Of the last prompt, (batch, size): the scheduler's logits, and what was switched on.
+        self.logits: Tensor | None = None
+        self.taken: Tensor | None = None
+        self.decisions: list[Tensor] = []  # `taken` of every prompt since `attach`
+        # Of the prompts to come: the layout, limits (1,) or (batch,) in its measure, and places
+        # (batch,) of the latency token, None for the end.
+        self.layout = scheduler.layout
         self.limits = torch.tensor([self.layout.steps])
+        self.at: Tensor | None = None
         self._mask = mask
         self._masked: MaskedExecutor | None = None
         # They stay between passes: gradient checkpointing runs layers again behind one.
         self._gates = ExitStack()
+        # What passes over prompts begin with: token stages; None is the base model.
         self.prompts: Ready | None = None
         self._attached = ExitStack()
         self._prompts: WeakKeyDictionary[Cache, _Prompt] = WeakKeyDictionary()

@@ -17,16 +17,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """The tokens that are left, per sample, of those in one call.
+    """The tokens that are left, per sample, of those in one call."""
 
-    Attributes:
-        index: shape (rows, longest), int64: places in the sequence, ascending; padding, at the
-            end, repeats some place of the row.
-        lengths: how many of each row are real.
-    """
-
+    # (rows, longest), int64: places, ascending; padding, at the end, repeats some place of the row.
     index: Tensor
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...]  # how many of each row are real
 
     @staticmethod
     def of(keep: Tensor) -> Kept:
@@ -102,15 +97,10 @@ def narrow_argument(
 
 @dataclass(frozen=True, eq=False)
 class Keys:
-    """What the queries of one call can attend to, behind a token stage.
+    """What the queries of one call can attend to, behind a token stage."""
 
-    Attributes:
-        positions: for each key its place among all tokens seen, -1 for padding, shape (rows, keys).
-        padded: whether any is padding.
-    """
-
-    positions: Tensor
-    padded: bool
+    positions: Tensor  # (rows, keys): places among all tokens seen, -1 for padding
+    padded: bool  # whether any is padding
 
 
 def narrow_mask(

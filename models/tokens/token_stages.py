@@ -34,13 +34,6 @@ class TokenStages:
             tokens that the decoder gets, with the given value for those in addition.
         kernels: who scores, ranks and gathers tokens.
 
-    Attributes:
-        vision: the stage in front of the projector; None without one.
-        recorded: layers whose attention some selector scores tokens by.
-        kept: layer of a stage -> image tokens of the last prompt that were left behind it, by row
-            of its batch, shape (batch,).
-        arguments: what the model was called with in this pass.
-
     Raises:
         InputError: a stage cannot be carried out on this model.
     """
@@ -57,7 +50,8 @@ class TokenStages:
         self.kernels = kernels
         self._places = places or (lambda known, value: known)
         self.selectors: dict[TokenStage, DecoderSelector] = {}
-        self.recorded: set[int] = set()
+        self.recorded: set[int] = set()  # layers whose attention some selector scores tokens by
+        # Layer of a stage -> image tokens of the last prompt that were left behind it, (batch,).
         self.kept: dict[int, Tensor] = {}
         self._image_token = image_token(model)
         vision = None
@@ -75,7 +69,7 @@ class TokenStages:
                 if Needs.QUERY_KEY in selector.needs:
                     self.recorded.update(program.scored_by(stage))
         self.vision = None if vision is None else visions(vision)
-        self.arguments: dict[str, Any] = {}
+        self.arguments: dict[str, Any] = {}  # of the model in this pass
 
     def remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the model was called with, or the part of it that a pass began with."""

@@ -50,17 +50,11 @@ def _without_rule(selector: Selector) -> TypeError:
 
 @dataclass(frozen=True)
 class TowerAttention:
-    """Queries and keys of one attention layer of a vision tower with a CLS token.
+    """Queries and keys of one attention layer of a vision tower with a CLS token."""
 
-    Attributes:
-        query: shape (runs, width), the output of ``q_proj`` at the CLS token.
-        key: shape (runs, 1 + patches, width), the output of ``k_proj``, CLS token first.
-        heads: of the layer; width is heads * head_dim.
-    """
-
-    query: Tensor
-    key: Tensor
-    heads: int
+    query: Tensor  # (runs, width), the output of ``q_proj`` at the CLS token
+    key: Tensor  # (runs, 1 + patches, width), the output of ``k_proj``, CLS token first
+    heads: int  # of the layer; width is heads * head_dim
 
     def of_cls(self, heads: int | None = None) -> Tensor:
         """Attention of the CLS token to every patch, CLS itself left out after the softmax.
@@ -78,26 +72,19 @@ class TowerAttention:
 
 @dataclass(frozen=True)
 class VisionInputs:
-    """What a vision selector sees: all runs of the vision encoder in a batch.
+    """What a vision selector sees: all runs of the vision encoder in a batch."""
 
-    Attributes:
-        features: shape (runs, patches, width): what the tower hands to the projector.
-        cls_feature: shape (runs, width): the CLS token at the same layer of the tower.
-        tower: attention by `VisionSelector.tower_layers`.
-        patch_embeddings: shape (runs, patches, d): the features in CLIP's joint image-text space
-            (``visual_projection(post_layernorm(features))``).
-        text_embeddings: shape (runs, d): the prompt that goes with each run, in the same space
-            (``text_embeds``), not normalised.
-        tiles: for each image in order (rows, columns) of its tiles. An image takes
-            1 + rows * columns consecutive runs, the overview first, then tiles in raster order.
-            None: every run is an image of its own.
-    """
-
-    features: Tensor
-    cls_feature: Tensor | None = None
+    features: Tensor  # (runs, patches, width): what the tower hands to the projector
+    cls_feature: Tensor | None = None  # (runs, width): the CLS token at the same layer of the tower
+    # By `VisionSelector.tower_layers`.
     tower: Mapping[int, TowerAttention] = field(default_factory=dict)
+    # (runs, patches, d): the features in CLIP's joint image-text space
+    # (``visual_projection(post_layernorm(features))``).
     patch_embeddings: Tensor | None = None
+    # (runs, d): the prompt of each run, in the same space (``text_embeds``), not normalised.
     text_embeddings: Tensor | None = None
+    # For each image in order (rows, columns) of its tiles. An image takes 1 + rows * columns
+    # consecutive runs, the overview first, then tiles in raster order. None: one run an image.
     tiles: tuple[tuple[int, int], ...] | None = None
 
     def attention(self, layer: int, selector: str) -> TowerAttention:
@@ -112,15 +99,11 @@ class VisionInputs:
 
 @dataclass(frozen=True)
 class VisionSelection:
-    """What is left of each run.
+    """What is left of each run."""
 
-    Attributes:
-        features: per run, shape (left, width), in the order the language model gets them.
-        indices: per run, shape (left,), int64: the patch that each feature stands at; -1 for one
-            that is no patch (the CLS token, a summary of dropped patches).
-    """
-
-    features: tuple[Tensor, ...]
+    features: tuple[Tensor, ...]  # (left, width) each, in the order the language model gets them
+    # (left,) each, int64: the patch that a feature stands at; -1 for one that is no patch (the CLS
+    # token, a summary of dropped patches).
     indices: tuple[Tensor, ...]
 
 
@@ -130,42 +113,27 @@ class DecoderInputs:
 
     ``seq`` counts the tokens being processed, ``keys`` those attended to: the same, or more where
     a cache holds earlier turns.
-
-    Attributes:
-        image: shape (batch, seq), bool: which tokens are image tokens, at any position.
-        valid: shape (batch, keys), bool: False for padding.
-        query: shape (batch, heads, seq, head_dim), rotated, of layer k - 1.
-        key: shape (batch, kv_heads, keys, head_dim), rotated, of layer k - 1.
-        scaling: what layer k - 1 multiplies q k^T with; None is 1/sqrt(head_dim).
-        attention_mask: the mask of layer k - 1, shape (batch or 1, 1, seq, keys), bool (True is
-            visible) or additive; None is causal.
-        marks: shape (batch, seq), bool: of `mark_tokens`, at the tokens that are left.
-        hidden_states: shape (batch, seq, width): what is about to enter layer k.
-        triton: whether Triton scores and ranks tokens, where a kernel can.
     """
 
-    image: Tensor
-    valid: Tensor
-    query: Tensor | None = None
-    key: Tensor | None = None
-    scaling: float | None = None
+    image: Tensor  # (batch, seq), bool: which tokens are image tokens, at any position
+    valid: Tensor  # (batch, keys), bool: False for padding
+    query: Tensor | None = None  # (batch, heads, seq, head_dim), rotated, of layer k - 1
+    key: Tensor | None = None  # (batch, kv_heads, keys, head_dim), rotated, of layer k - 1
+    scaling: float | None = None  # of layer k - 1 on q k^T; None is 1/sqrt(head_dim)
+    # Of layer k - 1: (batch or 1, 1, seq, keys), bool (True: visible) or additive; None is causal.
     attention_mask: Tensor | None = None
-    marks: Tensor | None = None
-    hidden_states: Tensor | None = None
-    triton: bool = False
+    marks: Tensor | None = None  # (batch, seq), bool: of `mark_tokens`, at the tokens left
+    hidden_states: Tensor | None = None  # (batch, seq, width): what is about to enter layer k
+    triton: bool = False  # whether Triton scores and ranks tokens, where a kernel can
 
 
 @dataclass(frozen=True)
 class DecoderSelection:
-    """Which tokens of each sample go on.
+    """Which tokens of each sample go on."""
 
-    Attributes:
-        keep: shape (batch, seq), bool. True for all text and padding.
-        hidden_states: shape (batch, seq, width) where the selector changed kept tokens (it merged
-            dropped ones into them), else None. Rows of dropped tokens mean nothing.
-    """
-
-    keep: Tensor
+    keep: Tensor  # (batch, seq), bool; True for all text and padding
+    # (batch, seq, width) where the selector changed kept tokens (it merged dropped ones into them),
+    # else None. Rows of dropped tokens mean nothing.
     hidden_states: Tensor | None = None
 
 
