@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import networkx as nx
@@ -104,6 +104,17 @@ def _scaled(operator: Operator, value: int, some: int, lanes: int) -> int:
     if value % lanes:
         raise ValueError(f"{operator.name}: {value} is not a multiple of {lanes} lanes")
     return value // lanes * some
+
+
+def without_sites(graph: Graph, names: Collection[str]) -> Graph:
+    """The graph without some sites, which nothing can narrow then."""
+    if not names:
+        return graph
+    operators = (
+        replace(o, narrowed_by=tuple(pair for pair in o.narrowed_by if pair[1] not in names))
+        for o in graph
+    )
+    return graph.replacing(operators, (site for site in graph.sites if site.name not in names))
 
 
 def unnarrowed_readers(graph: Graph) -> Iterator[tuple[str, str, str]]:

@@ -6,6 +6,7 @@ and nothing else. Imports `planner.ir` and `planner.plan`; nothing in here knows
     running/      sites bound to modules, execution by skipping and by masks, KV caches
     tokens/       token stages, and the selectors that pick image tokens
     scheduling/   schedulers: a plan for every input
+    checking/     what planner does with an architecture, tried on a small model of it
     calibration/  utilities measured on a user's images
     export/       narrowed checkpoints
     tiny_llava/   the small model that ships with planner

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
+from planner.ir.structure import without_sites
 from planner.plan import Plan
 from planner.planning.compiler import Request
 from planner.planning.figures import check_figures
@@ -70,7 +71,8 @@ def compile(
     is_new = Session.of(model) is None
     session = session_on(model, freeze=freeze, kernels=Kernels.of(kernels))
     try:
-        planning = Planning(session.graph, Request(session.graph.name, **options))
+        graph = without_sites(session.graph, session.implementation.preparing.refused())
+        planning = Planning(graph, Request(graph.name, **options))
         if plan is not None:
             check_figures(plan, session.graph)
         session.obey(planning.plan(plan if plan is not None else budget))

@@ -9,6 +9,7 @@ out. From the whole to the parts:
     attempts         candidates tried in turn, and what to say where none works
     example_inputs   shapes to capture a part with
     capture          a part as an ATen graph; of layers that are alike, one is traced
+    plain_products   a rewrite: products with weights that are stored transposed become linears
     tensor_writes    a rewrite: writes into an empty tensor become a concatenation
     eager_attention  a rewrite: softmax between two products becomes fused attention
     raising          the ATen graph -> operators and sites

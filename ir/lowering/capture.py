@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from planner.ir.lowering.eager_attention import fuse_attention
+from planner.ir.lowering.plain_products import use_linear
 from planner.ir.lowering.tensor_writes import join_writes
 
 # A module that wraps a model, to have one of its functions traced, keeps the model under this name;
@@ -248,6 +249,7 @@ def capture(
         if node.op == "placeholder" and node.name.split(".")[0] in activations
     )
     join_writes(program.graph)
+    use_linear(program.graph, signature.inputs_to_parameters)
     fuse_attention(program.graph, entering)
     by_path = {stack.path: stack for stack in stacks.values()}
     return Captured(program.graph, parameters, by_path, leaves, entering)

@@ -6,7 +6,7 @@ attention looks alike from here on.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from planner.ir.lowering.aten import HEAVY, VIEWS, opname
 
 # Key of a fused attention's meta: its scores go through tanh.
 CAPPED = "planner_capped"
-_PRODUCTS = frozenset(["matmul", "bmm"])
+_PRODUCTS = frozenset(["matmul", "bmm", "baddbmm"])
 # New tensors of an activation's size, for masks.
 _CREATIONS = frozenset(
     ["zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full"]
@@ -33,16 +33,32 @@ def fuse_attention(graph: fx.Graph, activations: Container[str]) -> None:
         scores, output = _scores(softmax, reached), _output(softmax)
         if scores is None or output is None or not _fit(scores, output):
             continue
-        query, keys, value = scores.args[0], scores.args[1], output.args[1]
-        assert isinstance(keys, fx.Node)
+        # `baddbmm` takes what is added first.
+        query, keys = scores.args[-2:]
+        output.meta[CAPPED] = _is_capped(softmax, scores)
         with graph.inserting_before(output):
-            key = graph.call_function(torch.ops.aten.transpose.int, (keys, -2, -1))
-            fused = graph.call_function(
-                torch.ops.aten.scaled_dot_product_attention.default, (query, key, value)
-            )
-        key.meta = {**keys.meta, "val": keys.meta["val"].transpose(-2, -1)}
-        fused.meta = {**output.meta, CAPPED: _is_capped(softmax, scores)}
+            fused = _fused(graph, output, query, keys, output.args[1])
         output.replace_all_uses_with(fused)
+
+
+def _fused(graph: fx.Graph, output: fx.Node, query: Any, keys: Any, value: Any) -> fx.Node:
+    """Fused attention in the place of the product of probabilities and values."""
+    operands = [query, _applied(graph, torch.ops.aten.transpose.int, keys, -2, -1), value]
+    result = output.meta["val"]
+    if result.ndim == 3:
+        operands = [_applied(graph, torch.ops.aten.unsqueeze.default, n, 0) for n in operands]
+    fused = graph.call_function(
+        torch.ops.aten.scaled_dot_product_attention.default, tuple(operands)
+    )
+    fused.meta = {**output.meta, "val": result if result.ndim == 4 else result.unsqueeze(0)}
+    return fused if result.ndim == 4 else _applied(graph, torch.ops.aten.squeeze.dim, fused, 0)
+
+
+def _applied(graph: fx.Graph, view: Callable[..., Any], node: fx.Node, *args: int) -> fx.Node:
+    """A view of a value, as a node of the graph."""
+    viewed = graph.call_function(view, (node, *args))
+    viewed.meta = {**node.meta, "val": view(node.meta["val"], *args)}
+    return viewed
 
 
 def _reached(graph: fx.Graph, activations: Container[str]) -> set[fx.Node]:
@@ -69,7 +85,11 @@ def _scores(softmax: fx.Node, reached: set[fx.Node]) -> fx.Node | None:
                 products.append(node)
             else:
                 pending.append(node)
-    return products[0] if len(products) == 1 and opname(products[0]) in _PRODUCTS else None
+    if len(products) != 1 or opname(products[0]) not in _PRODUCTS:
+        return None
+    (product,) = products
+    # What `baddbmm` adds may be a bias, not another product.
+    return product if len(product.args) == 2 or product.args[0] not in reached else None
 
 
 def _is_capped(softmax: fx.Node, scores: fx.Node) -> bool:
@@ -100,11 +120,15 @@ def _output(softmax: fx.Node) -> fx.Node | None:
 
 
 def _fit(scores: fx.Node, output: fx.Node) -> bool:
-    """Whether both are products of (samples, heads, tokens, features), over the same keys."""
-    operands = [*scores.args[:2], output.args[1], scores, output]
+    """Whether both are products of (samples, heads, tokens, features), over the same keys.
+
+    Of one sample, the first dimension may be missing.
+    """
+    operands = [*scores.args[-2:], output.args[1], scores, output]
     values: list[Any] = [n.meta.get("val") for n in operands if isinstance(n, fx.Node)]
-    if len(values) < 5 or not all(isinstance(v, Tensor) and v.ndim == 4 for v in values):
+    ranks = {v.ndim if isinstance(v, Tensor) else 0 for v in values}
+    if len(values) < 5 or ranks not in ({3}, {4}):
         return False
     query, keys, value, score, result = (tuple(v.shape) for v in values)
-    samples_and_heads = {query[:2], keys[:2], value[:2], score[:2], result[:2]}
+    samples_and_heads = {shape[:-2] for shape in (query, keys, value, score, result)}
     return len(samples_and_heads) == 1 and keys[-1] == value[-2] and query[-2] == result[-2]

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner.ir.cost.workload import DEFAULT_TEXT_TOKENS
+
 _PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101)
 _DEFAULT_IMAGE = 336
 
@@ -85,8 +87,13 @@ def vision_inputs(config: Any, function: Callable[..., Any]) -> Iterator[dict[st
     height, width = _pair(_first(config, "image_size", default=_DEFAULT_IMAGE))
     if not isinstance(getattr(config, "image_size", None), int) and height > 1024:
         height = width = _DEFAULT_IMAGE
-    fixed = {"interpolate_pos_encoding": False} if "interpolate_pos_encoding" in accepted else {}
+    fixed: dict[str, Any] = {}
+    if "interpolate_pos_encoding" in accepted:
+        fixed["interpolate_pos_encoding"] = False
     zeros = partial(torch.zeros, device="meta")
+    for words in [n for n in accepted if n.endswith("_input_ids")]:
+        # The question, where the projector reads it too.
+        fixed[words] = zeros(1, DEFAULT_TEXT_TOKENS, dtype=torch.long)
     name = "pixel_values" if "pixel_values" in accepted else next(iter(accepted), "pixel_values")
     grids = [n for n in ("image_grid_thw", "grid_thw", "image_grid_hw") if n in accepted]
     if grids:

@@ -21,7 +21,7 @@ from planner.ir.lowering.flow import Flow
 from planner.ir.lowering.folding import Span, copies, layer_of, narrowed_alike, sites_alike
 from planner.ir.lowering.grouping import Group, group_nodes
 from planner.ir.lowering.lanes import LaneTracer, TracedLayer
-from planner.ir.lowering.sites import Found, find_sites
+from planner.ir.lowering.sites import find_sites
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class _Raiser:
             if layer is None:
                 reasons.append(f"{main}.{kind} does not pass a hidden state on")
                 continue
-            result = self._found(layer)
+            result = find_sites(layer)
             reasons += result.reasons
             found[kind] = [self._in_model(site) for site in result.sites]
             for node, narrowing in result.narrowed.items():
@@ -224,17 +224,6 @@ class _Raiser:
         sites = sites_alike(stack, prefix, found)
         self.operators = narrowed_alike(self.operators, stack, prefix, sites, narrowed, kv_lanes)
         return sites, reasons
-
-    def _found(self, layer: TracedLayer) -> Found:
-        """What can be narrowed in one traced layer."""
-        found = find_sites(layer)
-        span = self.spans[layer.path]
-        kinds = {operator.kind for operator in self.operators[span.start : span.stop]}
-        if "scan" in kinds and "attention" not in kinds:
-            # Stock caches ask the last recurrent layer how far a sequence has come.
-            found.sites = [site for site in found.sites if site.kind != "layer"]
-            found.reasons.append(f"{layer.path}: its recurrent state cannot be left out")
-        return found
 
     def _in_model(self, site: Site) -> Site:
         """A site with paths inside the model instead of inside the captured module."""

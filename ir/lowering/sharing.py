@@ -6,11 +6,15 @@ belong to all of its readers, and it cannot be left out.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.ir.structure import exit_of, residual_entry, unnarrowed_readers, within
+from planner.ir.structure import (
+    exit_of,
+    residual_entry,
+    unnarrowed_readers,
+    within,
+    without_sites,
+)
 
 
 def without_shared(graph: Graph) -> tuple[Graph, list[str]]:
@@ -21,12 +25,7 @@ def without_shared(graph: Graph) -> tuple[Graph, list[str]]:
     } | _not_left_out(graph)
     if not reasons:
         return graph, []
-    operators = (
-        replace(o, narrowed_by=tuple(p for p in o.narrowed_by if p[1] not in reasons))
-        for o in graph
-    )
-    sites = (site for site in graph.sites if site.name not in reasons)
-    return graph.replacing(operators, sites), _summary(reasons)
+    return without_sites(graph, reasons), _summary(reasons)
 
 
 def _summary(reasons: dict[str, str]) -> list[str]:

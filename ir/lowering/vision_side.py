@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from planner.ir.dims import Dim
 from planner.ir.graph import Operator
@@ -47,27 +47,39 @@ class _ImageFeatures(nn.Module):
         return self.function(**inputs)
 
 
-def _attempts(model: Any, encoder: nn.Module) -> Iterator[Callable[[], tuple[Captured, bool]]]:
+def features_of(model: Any) -> Callable[..., Any] | None:
+    """The model's own function from pixels to image features."""
+    owners = (model, getattr(model, "model", None), getattr(model, "base_model", None))
+    functions = (getattr(owner, "get_image_features", None) for owner in owners)
+    return next((f for f in functions if f is not None), None)
+
+
+def _attempts(
+    model: Any, encoder: nn.Module | None, function: Callable[..., Any] | None
+) -> Iterator[Callable[[], tuple[Captured, bool]]]:
     """Ways to capture: (the captured module, whether the projector is in it)."""
     config = (
         getattr(model.config, "vision_config", None)
         or getattr(encoder, "config", None)
         or model.config
     )
-    owners = (model, getattr(model, "model", None), getattr(model, "base_model", None))
-    functions = (getattr(owner, "get_image_features", None) for owner in owners)
-    function = next((f for f in functions if f is not None), None)
-    modules: list[tuple[nn.Module, Callable[..., Any], bool]] = [(encoder, encoder.forward, False)]
+    modules: list[tuple[nn.Module, Callable[..., Any], bool]] = []
+    if encoder is not None:
+        modules.append((encoder, encoder.forward, False))
     if function is not None:
         whole = (_ImageFeatures(model, function, model.config), function, True)
         # The exporter prepares grids for encoders; those project as well.
-        last = "grid_thw" in inspect.signature(encoder.forward).parameters
+        last = any("grid_thw" in inspect.signature(f).parameters for _, f, _ in modules)
         modules.insert(len(modules) if last else 0, whole)
     for module, signature, projects in modules:
         module.eval()
         for inputs in vision_inputs(config, signature):
-            names = tuple(n for n, v in inputs.items() if getattr(v, "is_meta", False))
+            names = tuple(n for n, v in inputs.items() if _is_activation(v))
             yield partial(_captured, module, inputs, names, projects)
+
+
+def _is_activation(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_meta and value.is_floating_point()
 
 
 def _captured(
@@ -84,17 +96,21 @@ def lower_vision(model: Any, width: int) -> VisionSide:
         width: of the decoder's hidden state.
     """
     encoder = model.get_encoder("image") if hasattr(model, "get_encoder") else None
-    if encoder is None or encoder is model or not isinstance(encoder, nn.Module):
+    if encoder is model or not isinstance(encoder, nn.Module):
+        encoder = None
+    function = features_of(model)
+    if encoder is None and function is None:
         return VisionSide()
-    path = path_of(model, encoder)
-    found, failure = first_success(_attempts(model, encoder))
+    # Patches may go to the decoder through a projector alone.
+    path = "" if encoder is None else path_of(model, encoder)
+    found, failure = first_success(_attempts(model, encoder, function))
     because = f" ({sentence(failure)})" if failure is not None else ""
     if found is None:
         return VisionSide(notes=(f"vision side left out{because}",))
     captured, projects = found
 
     def part(module: str) -> str:
-        return "vision" if (module + ".").startswith(path + ".") else "projector"
+        return "vision" if path and (module + ".").startswith(path + ".") else "projector"
 
     prefix = "" if projects else path + "."
     raised = raise_operators(captured, Surroundings(prefix, part, "images"))

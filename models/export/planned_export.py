@@ -99,6 +99,11 @@ def _attention(model: Any, graph: Graph, program: Program) -> dict[str, Any]:
             width = int(graph.properties["hidden_size"])
             blocks[site.behaviour] = probe(model.get_decoder(), site, width)
         block = blocks[site.behaviour]
+        if block.arguments or block.added:
+            raise InputError(
+                f"the heads of {site.site.module} cannot be exported: {type(site.module).__name__} "
+                f"is given more than hidden states by its layer; plan without head switches"
+            )
         changes: dict[str, Any]
         if not lanes:
             silent = {"layer": layer.layer.index, "sink": site.sink.path, "output": block.output}

@@ -9,6 +9,7 @@ Imports `planner.ir`, `planner.plan`, `planner.kernels` and `planner.models.toke
     traced             whether what torch.compile has traced is what its caller wants
     pass_lock          one pass at a time, in the order of asking
     ready              a program made ready for a model: what stands where while it runs
+    layer_results      what a layer returns, and does where it is left out
     products           what linears, MLP blocks and attention compute with
     kernel_products    the same by planner's kernels, on stock weights in place
     attention_calls    attention by planner's kernel, or seen: transformers' table of functions

@@ -3,14 +3,18 @@
 Most attention blocks take the number of heads from the width of what their projections return.
 Some also hold it as an integer: GPT-2 splits its fused projection at ``split_size``, Phi-3 at
 ``config.num_attention_heads * head_dim``. Which integers those are is found by trying: a block is
-run on a few tokens, narrowed, and compared with itself with the same heads masked.
+run on a few tokens, narrowed, and compared with itself with the same heads masked. In the same way
+it is found out which arguments have an entry for every head (Bloom's biases by distance), and what
+the block adds to its result by itself (Bloom's residual).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations
+from functools import lru_cache
+from itertools import chain, combinations, product
 from typing import Any
 
 import torch
@@ -18,11 +22,14 @@ from torch import Tensor, nn
 
 from planner.ir.errors import InputError
 from planner.ir.intervals import Intervals, count_of
+from planner.ir.lowering.example_inputs import decoder_inputs
 from planner.models.running.bindings import BoundSite
 from planner.models.running.patches import ConfigView, Patches
 from planner.models.running.products import KeptProduct
 
 PROBE_TOKENS = 5
+# Named arguments of a module's ``forward``; the hidden states are the first.
+Given = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -35,11 +42,15 @@ class AttentionBlock:
             ``module`` or ``config``.
         output: what stands in each place of the block's result: True for the hidden states, False
             for anything else; None where the result is the hidden states alone.
+        arguments: (name, dimension, size): arguments with an entry for every head, by samples.
+        added: name of the argument that the block adds to its result, "" where there is none.
     """
 
     lanes: int
     integers: tuple[tuple[str, str, int], ...]
     output: tuple[bool, ...] | None
+    arguments: tuple[tuple[str, int, int], ...] = ()
+    added: str = ""
 
     def changes(self, kept: int, owner: str) -> dict[str, int]:
         """The integers of one owner with `kept` groups left."""
@@ -49,10 +60,32 @@ class AttentionBlock:
             if holder == owner
         }
 
+    def narrowed(self, given: Given, kept: Intervals) -> Given:
+        """Arguments without the entries of heads that are left out."""
+        narrowed = dict(given)
+        for name, dim, size in self.arguments:
+            if isinstance(given.get(name), Tensor):
+                value = given[name].unflatten(dim, (-1, self.lanes, size // self.lanes))
+                parts = [value.narrow(dim + 1, start, stop - start) for start, stop in kept]
+                narrowed[name] = torch.cat(parts, dim + 1).flatten(dim, dim + 2)
+        return narrowed
 
-def headless(hidden: Tensor, bias: Tensor | None, output: Sequence[bool] | None) -> Any:
-    """A block's result with no head left: its last linear's bias, laid out as `output` says."""
-    result = torch.zeros_like(hidden)
+
+def headless(
+    hidden: Tensor,
+    bias: Tensor | None,
+    output: Sequence[bool] | None,
+    added: Tensor | None = None,
+) -> Any:
+    """A block's result with no head left: its last linear's bias, laid out as `output` says.
+
+    Args:
+        hidden: the block's input.
+        bias: of its last linear.
+        output: see `AttentionBlock`.
+        added: what the block adds to its result by itself.
+    """
+    result = torch.zeros_like(hidden) if added is None else added
     result = result if bias is None else result + bias.to(hidden.dtype)
     if output is None:
         return result
@@ -63,32 +96,72 @@ class _Reached(Exception):
     """Carries the arguments of a module out of a forward pass that need not go on."""
 
 
-def _arguments(decoder: nn.Module, block: nn.Module, width: int) -> tuple[Any, Any]:
-    """How the decoder calls an attention block."""
-    parameter = next(block.parameters())
-    generator = torch.Generator().manual_seed(0)
-    embeddings = torch.randn(1, PROBE_TOKENS, width, generator=generator)
+@lru_cache(maxsize=128)
+def names_of(forward: Any) -> tuple[str, ...]:
+    """Names of what a method takes; reading a signature takes longer than running a layer."""
+    return tuple(inspect.signature(forward).parameters)[1:]
 
-    def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
-        raise _Reached(args, kwargs)
 
-    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
+def named(module: nn.Module, args: tuple[Any, ...], kwargs: Given) -> Given:
+    """Arguments of a module by name, in the order of its ``forward``."""
+    names = names_of(type(module).forward)
+    given = dict(zip(names, args)) | kwargs
+    return {name: given.pop(name) for name in names if name in given} | given
+
+
+def arguments_of(decoder: nn.Module, module: nn.Module, width: int) -> Given:
+    """How the decoder calls a module of its own, given a few tokens.
+
+    Raises:
+        InputError: it does not.
+    """
+    handle = module.register_forward_pre_hook(_stop, with_kwargs=True)
+    failure = ""
     try:
-        decoder(inputs_embeds=embeddings.to(parameter), use_cache=False)
-    except _Reached as reached:
-        args, kwargs = reached.args
-        return args, kwargs
+        for inputs, _ in decoder_inputs(decoder, width, PROBE_TOKENS):
+            try:
+                decoder(**_drawn(inputs, next(module.parameters())))
+            except _Reached as reached:
+                return named(module, *reached.args)
+            except Exception as error:
+                failure = failure or f": {error}"
     finally:
         handle.remove()
-    raise InputError(f"{type(decoder).__name__} does not call its {type(block).__name__}")
+    raise InputError(f"{type(decoder).__name__} does not call its {type(module).__name__}{failure}")
+
+
+def _stop(_: nn.Module, args: Any, kwargs: Any) -> None:
+    raise _Reached(args, kwargs)
+
+
+def _drawn(inputs: dict[str, Any], like: Tensor) -> dict[str, Any]:
+    """Inputs that are only shapes, with values."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = dict(inputs)
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.is_meta:
+            masks = name.endswith("mask")
+            new = (
+                torch.ones(value.shape) if masks else torch.randn(value.shape, generator=generator)
+            )
+            drawn[name] = new.to(like)
+        elif isinstance(value, Tensor):
+            drawn[name] = value.to(like.device)
+    return drawn
+
+
+def _head_counts(site: BoundSite) -> set[int]:
+    """How many heads there are: KV groups, and as many query heads as widths let suppose."""
+    widths = [block.width for linear in site.linears for block in linear.binding.blocks]
+    lanes = site.site.lanes
+    return {lanes, lanes * (max(widths) // min(widths))}
 
 
 def _candidates(site: BoundSite) -> list[tuple[str, str, int]]:
     """Integers that may count heads: equal to the number of heads or groups, or their features."""
     lanes = site.site.lanes
     widths = [block.width for linear in site.linears for block in linear.binding.blocks]
-    heads = lanes * (max(widths) // min(widths))
-    sizes = {lanes, heads, *(linear.features for linear in site.linears)}
+    sizes = {*_head_counts(site), *(linear.features for linear in site.linears)}
     sizes |= {lanes * width for width in widths}
     owners: dict[str, Any] = {"module": site.module, "config": getattr(site.module, "config", None)}
     return [
@@ -97,6 +170,18 @@ def _candidates(site: BoundSite) -> list[tuple[str, str, int]]:
         for name, value in getattr(holder, "__dict__", {}).items()
         if type(value) is int and value in sizes and not name.startswith("_")
     ]
+
+
+def _by_head(site: BoundSite, given: Given) -> tuple[tuple[str, int, int], ...]:
+    """Arguments that may have an entry for every head; see `AttentionBlock`."""
+    counts = _head_counts(site)
+    return tuple(
+        (name, value.shape.index(count), count)
+        for name, value in list(given.items())[1:]
+        if isinstance(value, Tensor) and value.is_floating_point()
+        for count in value.shape
+        if count in counts
+    )[:1]
 
 
 def _attempts(found: list[tuple[str, str, int]]) -> Iterator[tuple[tuple[str, str, int], ...]]:
@@ -129,21 +214,27 @@ def probe(decoder: nn.Module, site: BoundSite, width: int) -> AttentionBlock:
     Raises:
         InputError: no choice of integers makes the narrowed block agree with the masked one.
     """
-    args, kwargs = _arguments(decoder, site.module, width)
+    given = arguments_of(decoder, site.module, width)
     was_training = site.module.training
     site.module.eval()
     try:
-        output = site.module(*args, **kwargs)
+        output = site.module(**given)
         shape = None
         if isinstance(output, tuple):
             shape = tuple(place is output[0] for place in output)
         lanes = site.site.lanes
+        added = _added(site, given)
         kept: list[Intervals] = [((0, 1),), ((1, lanes),)] if lanes > 1 else []
-        expected = [_masked(site, runs, args, kwargs) for runs in kept]
-        for integers in _attempts(_candidates(site)):
-            block = AttentionBlock(lanes, integers, shape)
+        expected = [_masked(site, runs, given) for runs in kept]
+        ways = product(
+            dict.fromkeys(((), _by_head(site, given))), list(_attempts(_candidates(site)))
+        )
+        for arguments, integers in ways:
+            if added is None:
+                break
+            block = AttentionBlock(lanes, integers, shape, arguments, added)
             if all(
-                _agrees(block, site, runs, args, kwargs, right)
+                _agrees(block, site, runs, given, right)
                 for runs, right in zip(kept, expected, strict=True)
             ):
                 return block
@@ -155,7 +246,23 @@ def probe(decoder: nn.Module, site: BoundSite, width: int) -> AttentionBlock:
     )
 
 
-def _masked(site: BoundSite, lanes: Intervals, args: Any, kwargs: Any) -> Tensor:
+def _added(site: BoundSite, given: Given) -> str | None:
+    """Which argument the block adds to its result, "" for none; None where it adds what is unknown.
+
+    Seen where no head is left.
+    """
+    rest = _masked(site, (), given) - headless(next(iter(given.values())), site.sink.bias, None)
+    others = {
+        name: v for name, v in given.items() if isinstance(v, Tensor) and v.shape == rest.shape
+    }
+    scale = max(value.norm() for value in others.values())
+    for name, value in {"": torch.zeros_like(rest), **others}.items():
+        if (rest - value).norm() <= torch.finfo(rest.dtype).eps ** 0.5 * scale:
+            return name
+    return None
+
+
+def _masked(site: BoundSite, lanes: Intervals, given: Given) -> Tensor:
     """The block's result with the outputs of all other heads multiplied by zero."""
     sink = site.sink
     mask = torch.zeros(sink.features, device=sink.weight.device, dtype=sink.weight.dtype)
@@ -167,7 +274,7 @@ def _masked(site: BoundSite, lanes: Intervals, args: Any, kwargs: Any) -> Tensor
 
     handle = sink.host.register_forward_pre_hook(hide)
     try:
-        return _hidden(site.module(*args, **kwargs))
+        return _hidden(site.module(**given))
     finally:
         handle.remove()
 
@@ -176,8 +283,7 @@ def _agrees(
     block: AttentionBlock,
     site: BoundSite,
     lanes: Intervals,
-    args: Any,
-    kwargs: Any,
+    given: Given,
     expected: Tensor,
 ) -> bool:
     count = count_of(lanes)
@@ -190,7 +296,7 @@ def _agrees(
         if replaced:
             patches.set(site.module, "config", ConfigView(site.module.config, **replaced))
         try:
-            result = _hidden(site.module(*args, **kwargs))
+            result = _hidden(site.module(**block.narrowed(given, lanes)))
         except (RuntimeError, ValueError, TypeError, IndexError):
             return False
     if result.shape != expected.shape:

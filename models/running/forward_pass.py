@@ -10,7 +10,14 @@ from torch import Tensor
 
 from planner.ir.errors import InputError
 from planner.models.running.attention_calls import Recorded
-from planner.models.running.kv_cache import PlannedLayer, cache_among, plan_cache, redirect_cache
+from planner.models.running.kv_cache import (
+    PlannedLayer,
+    StatefulLayer,
+    cache_among,
+    first_keyed,
+    plan_cache,
+    redirect_cache,
+)
 from planner.models.running.program import Program
 from planner.models.tokens.kept_tokens import Kept
 from planner.planning.selectors import Selector
@@ -27,7 +34,7 @@ class Call:
     tokens: int  # of this pass, before any is dropped
     device: torch.device
     past: int  # tokens before them
-    cache: list[PlannedLayer] | None
+    cache: list[PlannedLayer | StatefulLayer] | None
     rows: list[list[Tensor | None]]  # of the batch, for each layer and group; None for all
     image: Tensor | None = None  # None where no image token is among them
     valid: Tensor | None = None  # (batch, past + tokens): False for padding, None without any
@@ -36,6 +43,11 @@ class Call:
     kept: Kept | None = None  # the same as indices
     marks: dict[Selector, Tensor] = field(default_factory=dict)  # before layer 0
     records: dict[int, list[Recorded]] = field(default_factory=dict)  # of attention, by layer
+
+    @property
+    def first_cached(self) -> PlannedLayer | None:
+        """The first layer of the cache that has keys, None where there is none."""
+        return first_keyed(self.cache or ())
 
     def new_valid(self) -> Tensor:
         """Which of this pass's tokens are no padding, shape (batch, tokens), bool."""
@@ -72,7 +84,8 @@ class Passes:
         rows = self._rows_of(batch, hidden.device)
         cache = cache_among(kwargs)
         layers = None if cache is None else plan_cache(cache, self.program, rows)
-        past = layers[0].total if layers else 0
+        first = first_keyed(layers or ())
+        past = 0 if first is None else first.total
         call = Call(batch, tokens, hidden.device, past, layers, rows)
         if tokens > 1 or not call.past:
             if self.stages is not None:
@@ -99,14 +112,15 @@ class Passes:
         """Let a layer's cache evict, once its attention block has run for a group."""
         seen, self.seen = self.seen, None
         assert self.current is not None
-        if self.current.cache is None:
+        cached = None if self.current.cache is None else self.current.cache[layer]
+        if not isinstance(cached, PlannedLayer):
             return
         if seen is None:
             raise InputError(
                 f"the cache of layer {layer} evicts by attention, and this model's attention "
                 f"cannot be seen from outside; plan without a KV policy"
             )
-        self.current.cache[layer].evict(group, seen)
+        cached.evict(group, seen)
 
     def end(self) -> None:
         """Let go of the pass, and with it of the cache."""

@@ -9,7 +9,7 @@ do that and still tell the stock code the lengths it reckons with: all tokens se
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ from planner.models.tokens.selectors.scoring import visible_keys
 
 PlanKey = tuple[object, ...]
 _DYNAMIC = (DynamicLayer, DynamicSlidingWindowLayer)
+# Where a cache without keys notes under which plan it was filled.
+_KEY = "_planner_key"
 _STATIC = (StaticLayer, StaticSlidingWindowLayer)
 
 
@@ -152,21 +154,26 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def is_initialized(self) -> bool:
-        """Whether tokens have passed, stored or not."""
-        return self.total > 0
+        """Whether anything is stored."""
+        return bool(self._stores())
 
     def _tensors(self, name: str) -> Tensor | None:
-        found = [getattr(part.store, name, None) for part in self.parts]
-        return found[0] if len(found) == 1 else None
+        # Cross-attention reads keys of the image in every pass, and stores some in the first alone.
+        writing = None if self._writing is None else self._writing.store
+        for store in (writing, *self._stores()):
+            if store is not None and store.is_initialized:
+                tensor: Tensor = getattr(store, name)
+                return tensor
+        return None
 
     @property
     def keys(self) -> Tensor | None:
-        """Stored keys; None where the layer is off or holds several groups."""
+        """Stored keys of the group that runs, or of any; None where the layer is off."""
         return self._tensors("keys")
 
     @property
     def values(self) -> Tensor | None:
-        """Stored values; None where the layer is off or holds several groups."""
+        """Stored values of the group that runs, or of any; None where the layer is off."""
         return self._tensors("values")
 
     def get_seq_length(self) -> int:
@@ -267,6 +274,38 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
                 part.rows = mine.nonzero().flatten()
 
 
+class StatefulLayer:
+    """A layer that keeps no keys: a state (linear attention, a convolution), or nothing at all.
+
+    The stock layer stays in its cache, since what it keeps does not depend on a plan: a layer that
+    is off keeps nothing.
+
+    Args:
+        stock: the stock layer.
+        is_off: whether the plan leaves the layer out.
+    """
+
+    def __init__(self, stock: Any, is_off: bool) -> None:
+        self.stock = stock
+        self.is_off = is_off
+
+    def begin(self, group: int) -> None:
+        """Nothing is directed: all rows share a state."""
+
+    def advance(self, tokens: int) -> None:
+        """Tokens have passed: where the layer is off nothing else would note that.
+
+        Stock code asks one layer for all whether a prompt was read already.
+        """
+        states = getattr(self.stock, "has_previous_state", None)
+        if self.is_off and states is not None:
+            states.update(dict.fromkeys(states, True))
+
+    def remember(self, group: int, positions: Tensor, padded: bool) -> Keys:
+        """Tokens of this pass alone: no others are stored."""
+        return Keys(positions, padded)
+
+
 def _take(part: Part, rows: Tensor) -> None:
     """Keep some rows of a part, numbered within it."""
     if part.store is not None and part.store.is_initialized:
@@ -291,7 +330,7 @@ def _visible(seen: Recorded, keys: Keys) -> Tensor:
 
 def plan_cache(
     cache: Cache, program: Program, rows: Sequence[Sequence[Tensor | None]]
-) -> list[PlannedLayer]:
+) -> list[PlannedLayer | StatefulLayer]:
     """The cache's layers, made to obey the program.
 
     Args:
@@ -304,32 +343,73 @@ def plan_cache(
             kind that cannot hold the plan.
     """
     layers: list[Any] = cache.layers
-    if layers and isinstance(layers[0], PlannedLayer):
-        if layers[0].key != program.key:
+    first = first_keyed(layers)
+    # Where no layer has keys, the cache itself has to know.
+    key = getattr(cache, _KEY, None) if first is None else first.key
+    if key is not None:
+        if key != program.key:
             raise InputError(
                 "this cache was filled under another plan; a plan is fixed for the life of a "
                 "cache, so activate that plan again or start with a new cache"
             )
-        return layers
-    if cache.get_seq_length():
+        return _told_apart(layers, program)
+    if _is_filled(layers):
         raise InputError(
             "this cache was filled by the base model; start with a new cache to run under a plan"
         )
     count = len(program.layers)
     if cache.layer_class_to_replicate is not None:
         layers.extend(cache.layer_class_to_replicate() for _ in range(count - len(layers)))
+    for layer, stock in zip(program.layers, layers, strict=False):
+        _check_kind(stock, layer, program)
+    for index, (layer, stock) in enumerate(zip(program.layers, layers, strict=False)):
+        if isinstance(stock, CacheLayerMixin):
+            layers[index] = PlannedLayer(stock, program.key, _parts(layer, stock, rows[index]))
+    if first_keyed(layers) is None:
+        setattr(cache, _KEY, program.key)
+    return _told_apart(layers, program)
+
+
+def first_keyed(layers: Iterable[Any]) -> PlannedLayer | None:
+    """The first layer that has keys, None where there is none."""
+    for layer in layers:
+        if isinstance(layer, PlannedLayer):
+            return layer
+    return None
+
+
+def _told_apart(layers: Sequence[Any], program: Program) -> list[PlannedLayer | StatefulLayer]:
+    """Layers with keys as they are, the others told whether they are off.
+
+    Layers that attend to the keys of earlier ones may have no place in the cache.
+    """
+    found: list[PlannedLayer | StatefulLayer] = []
     for index, layer in enumerate(program.layers):
-        _check_kind(layers[index], program)
-        parts = _parts(layer, layers[index], rows[index])
-        layers[index] = PlannedLayer(layers[index], program.key, parts)
-    return layers
+        stock = layers[index] if index < len(layers) else None
+        if not isinstance(stock, PlannedLayer):
+            stock = StatefulLayer(stock, not any(group.on for group in layer.groups))
+        found.append(stock)
+    return found
+
+
+def _is_filled(layers: Sequence[Any]) -> bool:
+    """Whether tokens have passed a stock cache."""
+    for layer in layers:
+        if isinstance(layer, CacheLayerMixin):
+            return bool(layer.get_seq_length())
+    return any(any(getattr(layer, "has_previous_state", {}).values()) for layer in layers)
 
 
 def redirect_cache(
-    layers: Sequence[PlannedLayer], program: Program, rows: Sequence[Sequence[Tensor | None]]
+    layers: Sequence[PlannedLayer | StatefulLayer],
+    program: Program,
+    rows: Sequence[Sequence[Tensor | None]],
 ) -> None:
     """Let layers that nothing has passed yet obey another program; the others must do as before."""
     for index, (layer, cached) in enumerate(zip(program.layers, layers, strict=True)):
+        if isinstance(cached, StatefulLayer):
+            cached.is_off = not any(group.on for group in layer.groups)
+            continue
         cached.key = program.key
         if not cached.total:
             cached.parts = _parts(layer, cached.stock, rows[index])
@@ -361,7 +441,7 @@ def _like(layer: CacheLayerMixin) -> CacheLayerMixin:
     return StaticSlidingWindowLayer(layer.max_cache_len, layer.max_cache_len)
 
 
-def _check_kind(layer: CacheLayerMixin, program: Program) -> None:
+def _check_kind(layer: Any, planned: LayerProgram, program: Program) -> None:
     if program.has_tokens and type(layer) in _STATIC:
         raise InputError(
             "a static cache is as long as the whole prompt in every layer, so it cannot hold a "
@@ -372,6 +452,13 @@ def _check_kind(layer: CacheLayerMixin, program: Program) -> None:
             f"nothing can be evicted from a cache of {type(layer).__name__}; leave "
             f"cache_implementation at its default"
         )
+    if not isinstance(layer, CacheLayerMixin):
+        if len(planned.groups) > 1 and hasattr(layer, "has_previous_state"):
+            raise InputError(
+                f"layer {planned.layer.index} keeps one state for all samples of a batch, so all "
+                f"of them must run it alike; give one plan, or a batch of one"
+            )
+        return
     if type(layer) not in (*_DYNAMIC, *_STATIC):
         raise InputError(
             f"a plan cannot be held by a cache of {type(layer).__name__}; use the default "

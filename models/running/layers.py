@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from planner.ir.errors import InputError
-from planner.models.running.attention_blocks import AttentionBlock, headless
+from planner.ir.intervals import Intervals
+from planner.models.running.attention_blocks import AttentionBlock, headless, named, names_of
 from planner.models.running.bindings import BoundSite
 from planner.models.running.forward_pass import Call, Passes
-from planner.models.running.kv_cache import PlannedLayer
+from planner.models.running.kv_cache import PlannedLayer, StatefulLayer
+from planner.models.running.layer_results import LayerResult, hidden_of, with_hidden
 from planner.models.running.patches import Shadow
 from planner.models.running.products import BlockForward, Product
 from planner.models.running.program import LayerGroup, LayerProgram
@@ -29,19 +29,26 @@ from planner.models.tokens.kept_tokens import (
 
 
 class AttentionForward(Shadow):
-    """Stands in for an attention block; with no head left it gives the bias of its last linear."""
+    """Stands in for an attention block, and gives it the arguments of the heads that are left.
+
+    With no head left it gives the bias of its last linear.
+    """
 
     def __init__(self, site: BoundSite, block: AttentionBlock) -> None:
         self.site = site
         self.block = block
-        self.silent = False
+        self.kept: Intervals | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock block."""
-        if not self.silent:
+        if self.kept is None:
             return self.stock(*args, **kwargs)
-        hidden = args[0] if args else next(iter(kwargs.values()))
-        return headless(hidden, self.site.sink.bias, self.block.output)
+        given = named(self.site.module, args, kwargs)
+        if self.kept:
+            return self.stock(**self.block.narrowed(given, self.kept))
+        added = given.get(self.block.added)
+        hidden = next(iter(given.values()))
+        return headless(hidden, self.site.sink.bias, self.block.output, added)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +60,8 @@ class Setup:
         products: what linears and MLP blocks compute with.
         heads: the attention block.
         attributes: the attention block's own attributes for this group: head counts, config.
-        attention: stands in for the attention block, where some group has no head left.
+        attention: stands in for the attention block, where its arguments are by head, or some group
+            has no head left.
     """
 
     group: LayerGroup
@@ -67,7 +75,7 @@ class Setup:
         for forward, product in self.products:
             forward.active = product
         if self.attention is not None:
-            self.attention.silent = self.group.heads == ()
+            self.attention.kept = self.group.heads
 
     def activate(self) -> None:
         """Make the layer run for this group."""
@@ -76,22 +84,23 @@ class Setup:
             self.heads.module.__dict__.update(self.attributes)
 
 
-@lru_cache(maxsize=128)
-def _names(forward: Any) -> tuple[str, ...]:
-    """Names of what a method takes; reading a signature takes longer than all else here."""
-    return tuple(inspect.signature(forward).parameters)[1:]
-
-
 class LayerForward(Shadow):
     """Stands in for one decoder layer: runs the stock layer once per group, on what is left."""
 
-    def __init__(self, passes: Passes, program: LayerProgram, setups: tuple[Setup, ...]) -> None:
+    def __init__(
+        self,
+        passes: Passes,
+        program: LayerProgram,
+        setups: tuple[Setup, ...],
+        result: LayerResult,
+    ) -> None:
         self.passes = passes
+        self.result = result
         self.index = program.layer.index
         self.is_last = program is passes.program.layers[-1]
         self.setups = setups
         self.layer_class = type(program.layer.module)
-        self.names = _names(self.layer_class.forward)
+        self.names = names_of(self.layer_class.forward)
         # How the layer runs now.
         self.setup = setups[0]
         self.is_simple = len(setups) == 1 and not setups[0].group.has_keys
@@ -115,18 +124,26 @@ class LayerForward(Shadow):
         return output
 
     def _run_simple(
-        self, call: Call, hidden: Tensor, kwargs: dict[str, Any], cached: PlannedLayer | None
+        self,
+        call: Call,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+        cached: PlannedLayer | StatefulLayer | None,
     ) -> Any:
         """One group, no token dropped."""
         if cached is not None:
             cached.begin(0)
             cached.advance(call.tokens)
         if not self.setups[0].group.on:
-            return hidden
+            return self.result.left_out(hidden, kwargs)
         return self.stock(hidden, **kwargs)
 
     def _run_groups(
-        self, call: Call, hidden: Tensor, kwargs: dict[str, Any], cached: PlannedLayer | None
+        self,
+        call: Call,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+        cached: PlannedLayer | StatefulLayer | None,
     ) -> Any:
         """Every group on its own rows and on the tokens that are left of them."""
         rows_of = call.rows[self.index]
@@ -136,7 +153,7 @@ class LayerForward(Shadow):
             if call.image is not None and stages and stages[-1].layer == self.index:
                 assert self.passes.stages is not None
                 hidden = self.passes.stages.select(call, setup.group, rows, hidden)
-        output = hidden.clone()
+        output, returned = hidden.clone(), self.result.left_out(hidden, kwargs)
         for number, (setup, rows) in enumerate(zip(self.setups, rows_of, strict=True)):
             if not setup.group.on:
                 continue
@@ -155,18 +172,13 @@ class LayerForward(Shadow):
             if cached is not None:
                 cached.begin(number)
             self.passes.serving = (rows, None if keys is None else keys.positions >= 0)
-            results = self.stock(inputs, **self._narrowed(call, kwargs, rows, kept, keys))
-            if not isinstance(results, Tensor):
-                raise InputError(
-                    f"{self.layer_class.__name__} returns a tuple, as layers did before "
-                    f"transformers 5; use a newer version"
-                )
-            output = scatter(output, rows, kept, results)
+            returned = self.stock(inputs, **self._narrowed(call, kwargs, rows, kept, keys))
+            output = scatter(output, rows, kept, hidden_of(returned))
             if setup.group.kv is not None:
                 self.passes.evict(self.index, number)
         if cached is not None:
             cached.advance(call.tokens)
-        return output
+        return with_hidden(returned, output, whole=len(self.setups) == 1)
 
     def _narrowed(
         self,
@@ -183,7 +195,9 @@ class LayerForward(Shadow):
         config = getattr(config, "original_config", config)
         flash = "flash" in str(getattr(config, "_attn_implementation", ""))
         narrowed = {
-            name: narrow_argument(value, call.batch, call.tokens, rows, index)
+            name: narrow_argument(
+                value, call.batch, call.tokens, rows, index, self.result.leading.get(name)
+            )
             for name, value in kwargs.items()
         }
         if "attention_mask" in kwargs:
@@ -198,7 +212,11 @@ class LayerForward(Shadow):
 
 
 def _keys(
-    call: Call, group: int, inputs: Tensor, kept: Kept | None, cached: PlannedLayer | None
+    call: Call,
+    group: int,
+    inputs: Tensor,
+    kept: Kept | None,
+    cached: PlannedLayer | StatefulLayer | None,
 ) -> Keys | None:
     """What the tokens of a group can attend to in a layer that has keys for some only."""
     if kept is not None:

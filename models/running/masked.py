@@ -22,6 +22,7 @@ from planner.ir.graph import Graph
 from planner.ir.intervals import numbers_of
 from planner.models.running.bindings import BoundSite, bind
 from planner.models.running.kv_cache import cache_among
+from planner.models.running.layer_results import hidden_of, with_hidden
 from planner.models.running.patches import ConfigView, Patches
 from planner.models.running.program import check_plan
 from planner.plan import Plan
@@ -156,10 +157,12 @@ def _mask_features(
 
 
 def _mask_layer(
-    gates: Tensor, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-) -> Tensor:
+    gates: Tensor, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden + _rows(gates, hidden)[:, None, None] * (output - hidden)
+    inner = hidden_of(output)
+    gated = hidden + _rows(gates, hidden)[:, None, None] * (inner - hidden)
+    return with_hidden(output, gated, whole=True)
 
 
 class _TokenState:

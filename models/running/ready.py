@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from planner.models.running.attention_blocks import AttentionBlock, probe
 from planner.models.running.attention_calls import recording
 from planner.models.running.bindings import BoundLayer, BoundSite
 from planner.models.running.forward_pass import Passes
+from planner.models.running.layer_results import LayerResult, result_of
 from planner.models.running.layers import AttentionForward, LayerForward, Setup
 from planner.models.running.patches import ConfigView, Patches, Shadow
 from planner.models.running.products import BlockForward, Product, Products
@@ -113,7 +115,8 @@ class Preparing:
 
     def _begin_anew(self) -> None:
         self._ready: OrderedDict[tuple[object, ...], Ready] = OrderedDict()
-        self._attention: dict[Any, AttentionBlock] = {}
+        self._attention: dict[Any, AttentionBlock | InputError] = {}
+        self._results: dict[type[nn.Module], LayerResult] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is made anew, of the modules of a copy."""
@@ -158,10 +161,29 @@ class Preparing:
     def prepare(self) -> None:
         """Learn ahead what narrowing heads takes: it runs blocks, which no pass may."""
         for layer in self.session.layers:
+            self._result(LayerProgram(layer, (LayerGroup((), on=False),)))
             if layer.heads is not None and not layer.heads.obstacle:
                 self._probed(layer.heads)
             if layer.mlp is not None and not layer.mlp.obstacle:
                 self.products.mlp(layer.mlp, None)
+
+    def refused(self) -> frozenset[str]:
+        """Names of the sites that cannot be narrowed in this model, whatever its Graph says."""
+        return frozenset(
+            site.site.name
+            for layer in self.session.layers
+            for site in (layer.heads, layer.mlp)
+            if site is not None and not self._can_narrow(site)
+        )
+
+    def _can_narrow(self, site: BoundSite) -> bool:
+        if site.obstacle or site.site.kind != "heads":
+            return not site.obstacle
+        try:
+            self._probed(site)
+        except InputError:
+            return False
+        return True
 
     def _vision(self, selector: VisionSelector) -> VisionStage:
         """The stage of a selector in front of the projector, which works where it is active."""
@@ -175,13 +197,25 @@ class Preparing:
         ready = Ready(program, stages, self.runs.again)
         for layer in program.layers:
             setups = self._setups(layer, ready)
-            ready.shadows.append((layer.layer.module, LayerForward(ready.passes, layer, setups)))
+            forward = LayerForward(ready.passes, layer, setups, self._result(layer))
+            ready.shadows.append((layer.layer.module, forward))
         if not program.is_dense:
             touched = {layer.layer.index for layer in program.layers}
             for bound in self.session.layers:
                 if bound.index not in touched:
                     self._multiply(bound, ready)
         return ready
+
+    def _result(self, layer: LayerProgram) -> LayerResult:
+        """What the layer takes and returns, where that is asked."""
+        if len(layer.groups) == 1 and layer.groups[0].on:
+            return LayerResult()
+        kind = type(layer.layer.module)
+        if kind not in self._results:
+            module = next(b.module for b in self.session.layers if type(b.module) is kind)
+            with self._trying() as (decoder, width):
+                self._results[kind] = result_of(decoder, module, width)
+        return self._results[kind]
 
     def _multiply(self, layer: BoundLayer, ready: Ready) -> None:
         """Have a layer that stays as it is multiply as the others do."""
@@ -201,7 +235,7 @@ class Preparing:
         block = attention = None
         if heads is not None and any(group.heads is not None for group in layer.groups):
             block = self._probed(heads)
-            if any(group.heads == () for group in layer.groups):
+            if block.arguments or any(group.heads == () for group in layer.groups):
                 attention = AttentionForward(heads, block)
                 ready.shadows.append((heads.module, attention))
         setups = []
@@ -242,13 +276,24 @@ class Preparing:
 
     def _probed(self, site: BoundSite) -> AttentionBlock:
         if site.behaviour not in self._attention:
-            width = int(self.session.graph.properties["hidden_size"])
-            if self.runs.is_running:
-                raise InputError("a plan of a new kind was set in the middle of a pass")
-            model: Any = self.session.model
-            with self.runs.alone():
-                self._attention[site.behaviour] = probe(model.get_decoder(), site, width)
-        return self._attention[site.behaviour]
+            with self._trying() as (decoder, width):
+                try:
+                    self._attention[site.behaviour] = probe(decoder, site, width)
+                except InputError as why:
+                    self._attention[site.behaviour] = why
+        known = self._attention[site.behaviour]
+        if isinstance(known, InputError):
+            raise known
+        return known
+
+    @contextmanager
+    def _trying(self) -> Iterator[tuple[nn.Module, int]]:
+        """The decoder and its width, to find something out by running it."""
+        if self.runs.is_running:
+            raise InputError("a plan of a new kind was set in the middle of a pass")
+        model: Any = self.session.model
+        with self.runs.alone():
+            yield model.get_decoder(), int(self.session.graph.properties["hidden_size"])
 
     def _attributes(
         self, program: LayerProgram, group: LayerGroup, block: AttentionBlock | None, passes: Passes

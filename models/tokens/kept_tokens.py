@@ -74,25 +74,47 @@ def select_rows(tensor: Tensor, rows: Tensor | None, axis: int) -> Tensor:
 
 
 def narrow_argument(
-    value: Any, batch: int, tokens: int, rows: Tensor | None, index: Tensor | None
+    value: Any,
+    batch: int,
+    tokens: int,
+    rows: Tensor | None,
+    index: Tensor | None,
+    leading: int | None = None,
 ) -> Any:
     """Shrink what a decoder hands its layers beside the hidden states.
 
     Works by shape: position ids are integers, shape (..., batch or 1, tokens); rotary embeddings
-    and other per-token values are floats, shape (..., batch or 1, tokens, width). Anything else is
+    and other per-token values are floats, shape (..., batch or 1, tokens, width). Others belong to
+    samples where their first dimension counts those, such as an image that is attended to, shape
+    (batch, features, width), or biases by head, shape (batch * heads, 1, keys); all that is left is
     returned as it is.
+
+    Args:
+        value: of the argument.
+        batch: rows of the pass.
+        tokens: of the pass.
+        rows: to pick; None for all.
+        index: of the tokens to pick, shape (rows, picked); None for all.
+        leading: first dimension of the argument where there is one sample; None where unknown.
     """
     if isinstance(value, tuple | list):
         return type(value)(narrow_argument(item, batch, tokens, rows, index) for item in value)
     if not isinstance(value, Tensor):
         return value
     axis = -2 if value.is_floating_point() or value.is_complex() else -1
-    if value.ndim < 1 - axis or value.shape[axis] != tokens:
-        return value
-    if value.shape[axis - 1] not in (1, batch):
-        return value
-    value = select_rows(value, rows, axis - 1)
-    return value if index is None else gather(value, index, axis)
+    by_token = value.ndim >= 1 - axis and value.shape[axis] == tokens
+    if by_token and value.shape[axis - 1] in (1, batch):
+        if value.ndim == 4 and value.shape[1] == 1:
+            # A mask.
+            value = select_rows(value, rows, 0)
+        value = select_rows(value, rows, axis - 1)
+        return value if index is None else gather(value, index, axis)
+    by_sample = value.ndim > 0 and value.shape[0] % batch == 0
+    if by_sample and leading is not None:
+        by_sample = value.shape[0] == leading * batch
+    if rows is not None and batch > 1 and by_sample:
+        return value.unflatten(0, (batch, -1)).index_select(0, rows).flatten(0, 1)
+    return value
 
 
 @dataclass(frozen=True, eq=False)

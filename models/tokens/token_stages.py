@@ -104,13 +104,14 @@ class TokenStages:
                 "the plan drops image tokens and the prompt has no image; pass one, or use a plan "
                 "without token stages"
             )
-        if call.cache is not None:
-            if call.cache[0].ends_in_image and image[:, 0].any():
+        cached = call.first_cached
+        if cached is not None:
+            if cached.ends_in_image and image[:, 0].any():
                 raise InputError(
                     "prefill_chunk_size cuts an image in two, so its tokens cannot be compared; "
                     "leave it out, or use a plan without token stages"
                 )
-            call.cache[0].ends_in_image = bool(image[:, -1].any())
+            cached.ends_in_image = bool(image[:, -1].any())
         mask = self.arguments.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():
             call.valid = self._places(mask.to(hidden.device).bool(), True)

@@ -39,8 +39,7 @@ def test_sites_are_found_in_every_layer(name, lowered):
     assert [s.layer for s in mlps] == (every if expected.neurons else [])
     assert {s.lanes for s in heads} <= {expected.groups}
     assert {s.lanes for s in mlps} <= {expected.neurons}
-    # Nothing is left out of a layer that recurs.
-    assert [s.layer for s in graph.sites_of("layer")] == ([] if name == "mamba" else every)
+    assert [s.layer for s in graph.sites_of("layer")] == every
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

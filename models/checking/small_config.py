@@ -1,0 +1,191 @@
+"""A small config of any architecture: its default one, with every size that is known by name cut.
+
+Nothing here knows an architecture. What a field means is read off its name, as the configs of
+transformers spell it; whatever is not known stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+WIDTH, HEAD_DIM, LAYERS, VOCABULARY = 64, 16, 4, 512
+_PATCH, _IMAGE = 8, 32
+# Special tokens that lie beyond the small vocabulary move to its end.
+_FIRST_SPECIAL = 400
+
+
+def _names(size: int, names: str) -> dict[str, int]:
+    return dict.fromkeys(names.split(), size)
+
+
+# What no size exceeds, by name.
+_MOST = (
+    _names(
+        WIDTH,
+        """hidden_size d_model n_embd n_embed dim embed_dim width hidden_dim model_dim emb_dim
+        out_hidden_size output_hidden_size output_size projection_dim proj_dim projector_dim
+        word_embed_proj_dim embedding_size text_hidden_size mm_hidden_size vision_hidden_size
+        decoder_hidden_size qformer_hidden_size encoder_hidden_size vision_output_dim output_dim
+        projection_hidden_size projector_hidden_size hidden_size_per_layer_input lru_width
+        vision_feature_dim image_embed_dim latent_dim out_dim lm_hidden_size conv_dim""",
+    )
+    | _names(
+        96,
+        """intermediate_size ffn_dim mlp_dim n_inner d_ff dim_feedforward encoder_ffn_dim
+        decoder_ffn_dim ffn_hidden_size intermediate_dim block_ff_dim intermediate_size_mlp
+        dense_intermediate_size inner_dim feed_forward_hidden_size d_inner_mlp""",
+    )
+    | _names(
+        32,
+        "moe_intermediate_size shared_expert_intermediate_size expert_dim expert_ffn_size "
+        "moe_shared_expert_intermediate_size shared_intermediate_size moe_latent_size",
+    )
+    | _names(
+        LAYERS,
+        """num_hidden_layers num_layers n_layer n_layers num_blocks decoder_layers encoder_layers
+        num_decoder_layers num_encoder_layers depth""",
+    )
+    | _names(
+        4,
+        """num_attention_heads num_heads n_head n_heads num_key_value_heads encoder_attention_heads
+        decoder_attention_heads kv_n_heads num_kv_heads attention_heads num_query_heads
+        num_global_key_value_heads linear_num_value_heads linear_num_key_heads mamba_n_heads
+        mamba_num_heads num_experts num_local_experts n_routed_experts moe_num_experts
+        num_global_layers""",
+    )
+    | _names(
+        2,
+        "num_experts_per_tok num_experts_per_token moe_k moe_topk moe_top_k top_k_experts "
+        "num_selected_experts n_group n_groups_moe topk_group num_shared_experts n_shared_experts "
+        "attn_layer_period expert_layer_period first_k_dense_replace "
+        "mamba_n_groups",
+    )
+    | _names(1, "attn_layer_offset expert_layer_offset")
+    | _names(
+        HEAD_DIM,
+        """head_dim d_kv attention_head_dim global_head_dim v_head_dim qk_nope_head_dim
+        linear_key_head_dim linear_value_head_dim mamba_d_head mamba_head_dim kv_channels
+        ssm_state_size state_size mamba_d_state""",
+    )
+    | _names(8, "qk_rope_head_dim rotary_dim index_head_dim")
+    | _names(24, "kv_lora_rank o_lora_rank")
+    | _names(40, "q_lora_rank")
+    | _names(VOCABULARY, "vocab_size vocab_size_per_layer_input text_vocab_size num_embeddings")
+    | _names(_PATCH, "patch_size")
+    | _names(_IMAGE, "image_size")
+    | _names(
+        256,
+        "max_position_embeddings n_positions num_position_embeddings max_source_positions "
+        "max_target_positions",
+    )
+    | _names(
+        16,
+        "mm_tokens_per_image image_seq_length num_image_tokens num_patches sliding_window "
+        "chunk_size mamba_chunk_size image_seq_len vision_soft_tokens_per_image",
+    )
+)
+
+
+def default(model_type: str) -> Any:
+    """The config that transformers has for a model type where nothing is said."""
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[model_type]()
+
+
+def small_default(model_type: str) -> Any:
+    """The default config, small; see `small`."""
+    return small(default(model_type))
+
+
+def small(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The same architecture, a few layers deep and a few dozen features wide.
+
+    Args:
+        config: left as it is.
+
+    Returns:
+        A config that keeps what is peculiar of the architecture: its kinds of layers, whether
+        heads share keys and values, what it does with special tokens.
+    """
+    config = copy.deepcopy(config)
+    parts = list(_parts(config))
+    moved: dict[int, int] = {}
+    for part in parts:
+        is_vision = part is not config and "vision" in str(part.model_type)
+        before = dict(vars(part))
+        for name, value in before.items():
+            _cut(part, name, value, is_vision, before)
+        for name, value in before.items():
+            if name.endswith(("_token_id", "_token_index", "_token_ids", "_idx")):
+                object.__setattr__(part, name, _moved(value, moved))
+    return config
+
+
+def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A config and the configs inside it."""
+    yield config
+    for value in list(vars(config).values()):
+        if isinstance(value, PreTrainedConfig):
+            yield from _parts(value)
+
+
+def _cut(part: Any, name: str, value: Any, is_vision: bool, before: dict[str, Any]) -> None:
+    if isinstance(value, bool):
+        return
+    most = _MOST.get(name)
+    new = value
+    if most is not None and isinstance(value, int):
+        new = min(value, most)
+        if name == "num_key_value_heads" and 1 < value < before.get("num_attention_heads", value):
+            new = 2
+    elif most is not None and isinstance(value, list | tuple) and value:
+        if all(isinstance(v, int) for v in value):
+            new = type(value)(min(v, most) for v in value)
+    elif name in ("layer_types", "mlp_layer_types", "layers_block_type"):
+        new = _some_of_each(value)
+    elif name in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
+        new = _rope(value, before)
+    if new is not value:
+        object.__setattr__(part, name, new)
+
+
+def _some_of_each(kinds: Any) -> Any:
+    """As many kinds of layers as there are places for, in their order."""
+    if not isinstance(kinds, list | tuple) or len(kinds) <= LAYERS:
+        return kinds
+    chosen = {kinds.index(kind) for kind in dict.fromkeys(kinds)}
+    for index in range(len(kinds)):
+        if len(chosen) >= LAYERS:
+            break
+        chosen.add(index)
+    return type(kinds)(kinds[index] for index in sorted(chosen)[:LAYERS])
+
+
+def _rope(value: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """Rotations of as many dimensions as are left in a head."""
+    width = before.get("head_dim") or (
+        (before.get("hidden_size") or WIDTH) // (before.get("num_attention_heads") or 4)
+    )
+    new = dict(value)
+    for name, entry in value.items():
+        if isinstance(entry, dict):
+            new[name] = _rope(entry, before)
+        elif name == "mrope_section" and isinstance(entry, list | tuple):
+            total = sum(entry) * HEAD_DIM // width or sum(entry)
+            rest = [max(1, e * HEAD_DIM // width) for e in entry[1:]]
+            new[name] = [max(1, total - sum(rest)), *rest]
+    return new
+
+
+def _moved(value: Any, moved: dict[int, int]) -> Any:
+    """A special token, where the small vocabulary has it."""
+    if isinstance(value, list | tuple):
+        return type(value)(_moved(v, moved) for v in value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < _FIRST_SPECIAL:
+        return value
+    return moved.setdefault(value, _FIRST_SPECIAL + len(moved))
