@@ -1,8 +1,7 @@
 """Capture: from a stock model's module to an ATen graph, without weights.
 
-`torch.export` traces on the meta device, so nothing is downloaded or allocated and any size works.
-Layers of a stack that are alike are traced once: the first of each kind is traced between two
-marks, the others become a single ``fold`` mark that `planner.ir.lowering.raising` expands again.
+`torch.export` traces on the meta device. Layers of a stack that are alike are traced once: the
+first of each kind between two marks, the others become a single ``fold`` mark.
 """
 
 from __future__ import annotations
@@ -42,11 +41,8 @@ def _(hidden: Tensor, role: str, path: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Stack:
-    """A module list whose entries are called one after another on the same hidden state.
-
-    `kinds` gives for each entry the index of the entry it is like: its own index where it is the
-    first of its kind.
-    """
+    """A module list whose entries are called one after another on the same hidden state; `kinds`
+    gives for each the index of the first entry that it is like."""
 
     path: str
     kinds: tuple[int, ...]
@@ -208,8 +204,8 @@ def capture(
 
     Args:
         module: on the meta device, in evaluation mode.
-        inputs: keyword arguments of its forward; tensors on the meta device, or on the CPU where
-            the exporter has to read their values (image grids).
+        inputs: tensors on the meta device, or on the CPU where the exporter has to read their
+            values (image grids).
         activations: names of the inputs that carry activations (not masks or positions).
         unknown: what a count amounts to that depends on the data (images that are not padding).
 

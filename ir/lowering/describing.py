@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, fx
@@ -15,21 +14,19 @@ from planner.ir.lowering.aten import ACTIVATIONS, ATTENTION, HEAVY, NORMS, REDUC
 from planner.ir.lowering.eager_attention import CAPPED
 from planner.ir.lowering.flow import Flow
 
-_KINDS: Mapping[str, str] = MappingProxyType(
-    {
-        **dict.fromkeys(ATTENTION, "attention"),
-        **dict.fromkeys(NORMS, "norm"),
-        **dict.fromkeys(ACTIVATIONS, "activation"),
-        **dict.fromkeys(REDUCTIONS, "reduce"),
-        **dict.fromkeys(("mul", "mul_"), "multiply"),
-        **dict.fromkeys(("add", "add_", "sub"), "add"),
-        **dict.fromkeys(
-            ("cat", "stack", "index", "gather", "index_select", "roll", "pad", "repeat"), "gather"
-        ),
-        "softmax": "softmax",
-        "embedding": "embedding",
-    }
-)
+_KINDS = {
+    **dict.fromkeys(ATTENTION, "attention"),
+    **dict.fromkeys(NORMS, "norm"),
+    **dict.fromkeys(ACTIVATIONS, "activation"),
+    **dict.fromkeys(REDUCTIONS, "reduce"),
+    **dict.fromkeys(("mul", "mul_"), "multiply"),
+    **dict.fromkeys(("add", "add_", "sub"), "add"),
+    **dict.fromkeys(
+        ("cat", "stack", "index", "gather", "index_select", "roll", "pad", "repeat"), "gather"
+    ),
+    "softmax": "softmax",
+    "embedding": "embedding",
+}
 
 
 def kind_of(node: fx.Node, flow: Flow) -> str:
@@ -52,13 +49,9 @@ def kind_of(node: fx.Node, flow: Flow) -> str:
 
 
 def symbolic_shape(sizes: Sequence[int], kind: str, samples: str, marker: int) -> tuple[Dim, ...]:
-    """Samples first; multiples of the marker are token counts.
+    """The shape of an operator: samples first; multiples of the marker are token counts.
 
-    Args:
-        sizes: as captured.
-        kind: of the operator.
-        samples: symbol of the leading dimension.
-        marker: the token count that was captured with, 0 where every size is fixed.
+    The marker is the token count that was captured with, 0 where every size is fixed.
     """
     # A projection without a token count is of something else, image states say.
     projected = kind in ("linear", "attention", "norm")
@@ -81,13 +74,7 @@ def _counts_tokens(size: int, marker: int) -> bool:
 
 
 class _Described:
-    """One operator about to be described.
-
-    Attributes:
-        nodes: what it is made of; `node` is the last, whose value is the output.
-        weight: the parameter that it multiplies with, where it has one.
-        marker: see `symbolic_shape`.
-    """
+    """One operator about to be described; `node` is the last of its nodes, with its output."""
 
     def __init__(self, nodes: Sequence[fx.Node], weight: fx.Node | None, marker: int) -> None:
         self.nodes, self.node, self.weight, self.marker = nodes, nodes[-1], weight, marker
@@ -190,34 +177,28 @@ def _function(it: _Described) -> dict[str, Value]:
     return {"function": chosen}
 
 
-_ATTRIBUTES: Mapping[str, Callable[[_Described], dict[str, Value]]] = MappingProxyType(
-    {
-        "linear": _linear,
-        "conv": _conv,
-        "attention": _attention,
-        "experts": _experts,
-        "matmul": _matmul,
-        "scan": _scan,
-        "embedding": _embedding,
-        "norm": _norm,
-        "rotary": _rotary,
-        "activation": _activation,
-        "reduce": _function,
-        "elementwise": _function,
-    }
-)
+_ATTRIBUTES: dict[str, Callable[[_Described], dict[str, Value]]] = {
+    "linear": _linear,
+    "conv": _conv,
+    "attention": _attention,
+    "experts": _experts,
+    "matmul": _matmul,
+    "scan": _scan,
+    "embedding": _embedding,
+    "norm": _norm,
+    "rotary": _rotary,
+    "activation": _activation,
+    "reduce": _function,
+    "elementwise": _function,
+}
 
 
 def attributes_of(
     kind: str, nodes: Sequence[fx.Node], weight: fx.Node | None, marker: int
 ) -> tuple[tuple[str, Value], ...]:
-    """What the kind's cost formulas need, sorted by name.
+    """What the kind's cost formulas need, sorted by name, of an operator made of some nodes.
 
-    Args:
-        kind: of the operator.
-        nodes: what it is made of, in order.
-        weight: the parameter that it multiplies with, where it has one.
-        marker: see `symbolic_shape`.
+    `weight` is the parameter that it multiplies with; for the marker see `symbolic_shape`.
     """
     if kind not in _ATTRIBUTES:
         return ()

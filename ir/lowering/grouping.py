@@ -1,7 +1,4 @@
-"""Grouping: nodes of a captured graph that together are one operator.
-
-The nodes of a norm or of an activation, of a rotation by position, of a recurrence.
-"""
+"""Grouping: nodes of a norm, an activation, a rotation or a recurrence become one operator."""
 
 from __future__ import annotations
 
@@ -20,10 +17,7 @@ _PRODUCTS = (HEAVY - ATTENTION) - {"linear", "addmm", "grouped_mm", "grouped_mm_
 class Group:
     """Nodes that become one operator, which stands where the last of them does.
 
-    Attributes:
-        kind: of the operator.
-        nodes: in order.
-        suffix: what the operator's name ends in besides its module's path, "" for the usual.
+    `suffix` is what its name ends in besides its module's path, "" for the usual.
     """
 
     kind: str
@@ -34,9 +28,7 @@ class Group:
 def group_nodes(flow: Flow, recurrences: bool) -> dict[fx.Node, Group]:
     """Node -> the group it belongs to; other nodes are operators of their own.
 
-    Args:
-        flow: of the captured module.
-        recurrences: whether to look for them (in decoders).
+    Recurrences are looked for in decoders.
     """
     by_call: dict[str, list[fx.Node]] = {}
     for node in flow.calls:
