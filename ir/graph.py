@@ -24,28 +24,19 @@ Value = int | str | Dim
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """One operator of the graph.
-
-    Attributes:
-        kind: name of its record in `planner.ir.kinds`.
-        inputs: names of the operators whose outputs this one reads, in order.
-        shape: of the output, symbolic, batch first.
-        module: path of the stock model's module that computes it ("" for none).
-        part: one of `PARTS`.
-        layer: index of the decoder (or vision) layer it belongs to, None outside the stack.
-        attributes: those of the kind's record, sorted by name.
-        narrowed_by: pairs (attribute or ``shape.i``, site name): that quantity shrinks in
-            proportion to the lanes the site keeps.
-    """
+    """One operator of the graph."""
 
     name: str
-    kind: str
-    inputs: tuple[str, ...] = ()
-    shape: tuple[Dim, ...] = ()
-    module: str = ""
-    part: str = "decoder"
+    kind: str  # name of its record in `planner.ir.kinds`
+    inputs: tuple[str, ...] = ()  # names of the operators whose outputs this one reads, in order
+    shape: tuple[Dim, ...] = ()  # of the output, symbolic, batch first
+    module: str = ""  # path of the stock model's module that computes it ("" for none)
+    part: str = "decoder"  # one of `PARTS`
+    # Index of the decoder (or vision) layer it belongs to, None outside the stack.
     layer: int | None = None
-    attributes: tuple[tuple[str, Value], ...] = ()
+    attributes: tuple[tuple[str, Value], ...] = ()  # those of the kind's record, sorted by name
+    # Pairs (attribute or ``shape.i``, site name): that quantity shrinks in proportion to the lanes
+    # the site keeps.
     narrowed_by: tuple[tuple[str, str], ...] = ()
 
     def __getitem__(self, attribute: str) -> Value:
@@ -117,26 +108,17 @@ class Binding:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A place in the graph that can be narrowed.
+    """A place in the graph that can be narrowed."""
 
-    Attributes:
-        name: ``layer.5``, ``heads.5``, ``mlp.5``, ``tokens.2``.
-        kind: one of `SITE_KINDS`.
-        layer: decoder layer; for ``tokens`` the first layer that sees the smaller set.
-        module: path of the layer, attention block or MLP ("" for tokens).
-        lanes: indivisible units that the weights have: KV groups, neurons, 1 for a layer, image
-            tokens for a token stage (0: known only with the workload).
-        switches: into how many switches the lanes are divided.
-        bindings: where the lanes lie in the weights.
-    """
-
-    name: str
-    kind: str
-    layer: int
-    module: str = ""
+    name: str  # ``layer.5``, ``heads.5``, ``mlp.5``, ``tokens.2``
+    kind: str  # one of `SITE_KINDS`
+    layer: int  # decoder layer; for ``tokens`` the first layer that sees the smaller set
+    module: str = ""  # path of the layer, attention block or MLP ("" for tokens)
+    # Indivisible units that the weights have: KV groups, neurons, 1 for a layer, image tokens for a
+    # token stage (0: known only with the workload).
     lanes: int = 1
-    switches: int = 1
-    bindings: tuple[Binding, ...] = ()
+    switches: int = 1  # into how many switches the lanes are divided
+    bindings: tuple[Binding, ...] = ()  # where the lanes lie in the weights
 
     @property
     def bounds(self) -> tuple[int, ...]:
@@ -154,18 +136,14 @@ class Site:
 
 @dataclass(frozen=True)
 class Graph:
-    """Operators in an order where every input precedes its reader, and sites in layer order.
+    """Operators in an order where every input precedes its reader, and sites in layer order."""
 
-    Attributes:
-        name: what the user called the model.
-        properties: facts about the model that costs and plans need: ``model_type``,
-            ``hidden_size``, ``decoder_layers``, ``image_tokens`` (per run of the vision encoder),
-            ``fingerprint``, ``dtype_bytes``.
-    """
-
-    name: str
+    name: str  # what the user called the model
     operators: tuple[Operator, ...]
     sites: tuple[Site, ...] = ()
+    # Facts about the model that costs and plans need: ``model_type``, ``hidden_size``,
+    # ``decoder_layers``, ``image_tokens`` (per run of the vision encoder), ``fingerprint``,
+    # ``dtype_bytes``.
     properties: Mapping[str, int | str] = field(default_factory=dict)
 
     @cached_property

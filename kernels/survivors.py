@@ -38,20 +38,17 @@ class Survivors:
     A unit is `width` consecutive lanes: features of a weight, neurons, or one KV group. Lanes come
     in units so that a kernel can read weights as whole vectors; where a plan's boundary cuts
     through a unit, `lanes` says which of its lanes count.
-
-    Attributes:
-        units: (plans, slots) int32: surviving units, ascending, then anything. One row serves the
-            whole batch, or each sample has its own.
-        counts: (plans,) int32: how many of a row are meant.
-        lanes: (plans, slots) int32, bit j set if lane j of the unit survives; None: all do.
-        kept_runs: surviving lanes of each plan, where the host knows what the tensors hold, so
-            that nobody waits for a device to learn it.
     """
 
+    # (plans, slots) int32: surviving units, ascending, then anything. One row serves the whole
+    # batch, or each sample has its own.
     units: Tensor
-    counts: Tensor
+    counts: Tensor  # (plans,) int32: how many of a row are meant
     width: int = 1
+    # (plans, slots) int32, bit j set if lane j of the unit survives; None: all do.
     lanes: Tensor | None = None
+    # Surviving lanes of each plan, where the host knows what the tensors hold, so that nobody waits
+    # for a device to learn it.
     kept_runs: tuple[Intervals, ...] | None = None
 
     @staticmethod

@@ -24,21 +24,14 @@ _ELEMENT_BYTES = 2
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of a convention's account, for one sample.
-
-    Attributes:
-        activations: elements read and written.
-        weights: elements read, whatever the number of samples.
-        cached: elements left in the KV cache.
-        layer: decoder layer, None outside the stack.
-    """
+    """One line of a convention's account, for one sample."""
 
     name: str
     operations: int
-    activations: int = 0
-    weights: int = 0
-    cached: int = 0
-    layer: int | None = None
+    activations: int = 0  # elements read and written
+    weights: int = 0  # elements read, whatever the number of samples
+    cached: int = 0  # elements left in the KV cache
+    layer: int | None = None  # decoder layer, None outside the stack
 
     def cost(self, device: Device | None = None, batch: int = 1) -> Cost:
         """Cost for a batch, with seconds where there is a device."""

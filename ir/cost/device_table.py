@@ -13,20 +13,13 @@ from planner.ir.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One device at half precision.
-
-    Attributes:
-        tflops: peak dense half-precision matrix arithmetic, 10^12 operations a second.
-        bandwidth_gb_per_s: peak memory bandwidth, 10^9 bytes a second.
-        memory_gb: 10^9 bytes.
-        source: where the figures come from.
-    """
+    """One device at half precision."""
 
     name: str
-    tflops: float
-    bandwidth_gb_per_s: float
-    memory_gb: float
-    source: str
+    tflops: float  # peak dense half-precision matrix arithmetic, 10^12 operations a second
+    bandwidth_gb_per_s: float  # peak memory bandwidth, 10^9 bytes a second
+    memory_gb: float  # 10^9 bytes
+    source: str  # where the figures come from
 
     @property
     def operations_per_second(self) -> float:

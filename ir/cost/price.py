@@ -24,23 +24,15 @@ from planner.ir.kinds import kind_of
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one operator, or many, cost.
-
-    Attributes:
-        bytes: read and written: weights, inputs, output.
-        seconds: roofline time; 0 without a device.
-        kv_bytes: what stays in the KV cache.
-        parameters: what the operator adds to the model's parameters, whether it runs or not.
-        bound: ``compute``, ``memory`` or ``-`` (takes no time, or no device was given).
-    """
+    """What one operator, or many, cost."""
 
     flops: int = 0
-    bytes: int = 0
-    seconds: float = 0.0
-    kv_bytes: int = 0
-    parameters: int = 0
+    bytes: int = 0  # read and written: weights, inputs, output
+    seconds: float = 0.0  # roofline time; 0 without a device
+    kv_bytes: int = 0  # what stays in the KV cache
+    parameters: int = 0  # what the operator adds to the model's parameters, whether it runs or not
     output_bytes: int = 0
-    bound: str = "-"
+    bound: str = "-"  # ``compute``, ``memory`` or ``-`` (takes no time, or no device was given)
 
 
 def operator_flops(operator: Operator, sizes: Sizes) -> int:

@@ -21,20 +21,13 @@ _MOST = 10**8
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Token counts of one request, per sample, and how many requests run together.
+    """Token counts of one request, per sample, and how many requests run together."""
 
-    Attributes:
-        image_tokens: visual tokens that enter the decoder.
-        text_tokens: prompt tokens besides them.
-        new_tokens: tokens generated after the first one: decode steps.
-        image_tokens_per_run: visual tokens that one run of the vision encoder yields.
-    """
-
-    image_tokens: int
-    text_tokens: int = DEFAULT_TEXT_TOKENS
-    new_tokens: int = DEFAULT_NEW_TOKENS
+    image_tokens: int  # visual tokens that enter the decoder
+    text_tokens: int = DEFAULT_TEXT_TOKENS  # prompt tokens besides them
+    new_tokens: int = DEFAULT_NEW_TOKENS  # tokens generated after the first one: decode steps
     batch: int = 1
-    image_tokens_per_run: int = 0
+    image_tokens_per_run: int = 0  # visual tokens that one run of the vision encoder yields
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():

@@ -12,19 +12,13 @@ from planner.ir.graph import Operator, Value
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """An attribute that operators of a kind have.
+    """An attribute that operators of a kind have."""
 
-    Attributes:
-        name: as the text form writes it.
-        type: ``count``, ``tokens`` (a count that may be symbolic) or ``word``.
-        least: the smallest count allowed.
-        optional: absent where it does not apply.
-    """
-
-    name: str
+    name: str  # as the text form writes it
+    # ``count``, ``tokens`` (a count that may be symbolic) or ``word``.
     type: Literal["count", "tokens", "word"] = "count"
-    least: int = 1
-    optional: bool = False
+    least: int = 1  # the smallest count allowed
+    optional: bool = False  # absent where it does not apply
 
     def read(self, text: str) -> Value:
         """The value that a text stands for; ValueError where it is none."""

@@ -50,21 +50,13 @@ class Stack:
 
 @dataclass(frozen=True)
 class Captured:
-    """The ATen graph of one module.
+    """The ATen graph of one module."""
 
-    Attributes:
-        graph: nodes with ``meta["val"]`` (shapes) and ``meta["nn_module_stack"]``.
-        parameters: placeholder name -> parameter or buffer path inside the module.
-        stacks: the module lists that were folded.
-        leaves: paths of modules without children.
-        inputs: placeholder names of the activations that enter.
-    """
-
-    graph: fx.Graph
-    parameters: dict[str, str]
-    stacks: dict[str, Stack]
-    leaves: frozenset[str]
-    inputs: tuple[str, ...]
+    graph: fx.Graph  # nodes with ``meta["val"]`` (shapes) and ``meta["nn_module_stack"]``
+    parameters: dict[str, str]  # placeholder name -> parameter or buffer path inside the module
+    stacks: dict[str, Stack]  # the module lists that were folded
+    leaves: frozenset[str]  # paths of modules without children
+    inputs: tuple[str, ...]  # placeholder names of the activations that enter
 
 
 def build_on_meta(config: Any, from_config: Callable[[Any], Any]) -> nn.Module:

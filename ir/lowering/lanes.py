@@ -27,29 +27,20 @@ _MOST_LABELS = 6
 
 @dataclass(frozen=True, eq=False)
 class Label:
-    """Where the elements of a value come from.
+    """Where the elements of a value come from."""
 
-    Attributes:
-        source: the linear (feature numbers) or attention (head numbers) they come from.
-        index: int32, shape of the value; -1 where an element does not come from the source.
-        activated: whether a non-linearity lies in between.
-    """
-
-    source: fx.Node
-    index: Tensor
-    activated: bool = False
+    source: fx.Node  # the linear (feature numbers) or attention (head numbers) they come from
+    index: Tensor  # int32, shape of the value; -1 where an element does not come from the source
+    activated: bool = False  # whether a non-linearity lies in between
 
 
 @dataclass
 class LaneTracer:
-    """Labels of every value of a captured graph, computed in one sweep.
+    """Labels of every value of a captured graph, computed in one sweep."""
 
-    Attributes:
-        labels: value -> where its elements come from.
-        mixed: (label, reduced axes) of every reduction, whose rows must each lie in one lane.
-    """
-
+    # Value -> where its elements come from.
     labels: dict[fx.Node, tuple[Label, ...]] = field(default_factory=dict)
+    # (label, reduced axes) of every reduction, whose rows must each lie in one lane.
     mixed: list[tuple[Label, tuple[int, ...]]] = field(default_factory=list)
 
     def visit(self, node: fx.Node) -> None:

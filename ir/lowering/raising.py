@@ -26,39 +26,25 @@ from planner.ir.lowering.sites import find_sites
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Where a captured module stands in the model.
+    """Where a captured module stands in the model."""
 
-    Attributes:
-        prefix: path of the module inside the model, with a trailing dot, or "".
-        part: module path -> part of the Graph.
-        samples: symbol of the leading dimension (``batch`` or ``images``).
-        marker: the token count that the module was captured with; sizes that are multiples of it
-            are token counts. 0 where every size is fixed.
-        main_stack: path of the stack whose layers can be switched.
-    """
-
-    prefix: str
-    part: Callable[[str], str]
-    samples: str
+    prefix: str  # path of the module inside the model, with a trailing dot, or ""
+    part: Callable[[str], str]  # module path -> part of the Graph
+    samples: str  # symbol of the leading dimension (``batch`` or ``images``)
+    # The token count that the module was captured with; sizes that are multiples of it are token
+    # counts. 0 where every size is fixed.
     marker: int = 0
-    main_stack: str | None = None
+    main_stack: str | None = None  # path of the stack whose layers can be switched
 
 
 @dataclass(frozen=True)
 class Raised:
-    """What a captured module became.
+    """What a captured module became."""
 
-    Attributes:
-        operators: in order.
-        sites: what can be narrowed.
-        reasons: why other layers and blocks cannot be, one sentence each.
-        outputs: names of the operators whose values leave the module.
-    """
-
-    operators: list[Operator]
-    sites: list[Site]
-    reasons: list[str]
-    outputs: tuple[str, ...]
+    operators: list[Operator]  # in order
+    sites: list[Site]  # what can be narrowed
+    reasons: list[str]  # why other layers and blocks cannot be, one sentence each
+    outputs: tuple[str, ...]  # names of the operators whose values leave the module
 
 
 class _Raiser:

@@ -15,18 +15,14 @@ from planner.ir.lowering.lanes import NoSite, TracedLayer
 
 @dataclass
 class Found:
-    """What can be narrowed in one traced layer.
+    """What can be narrowed in one traced layer."""
 
-    Attributes:
-        sites: named by their kind only.
-        narrowed: node -> pairs (attribute or ``shape.i``, kind of the site that narrows it).
-        kv_lanes: attention node -> its number of KV heads.
-        reasons: why a block cannot be narrowed, one sentence each.
-    """
-
-    sites: list[Site] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)  # named by their kind only
+    # Node -> pairs (attribute or ``shape.i``, kind of the site that narrows it).
     narrowed: dict[fx.Node, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    # Attention node -> its number of KV heads.
     kv_lanes: dict[fx.Node, int] = field(default_factory=dict)
+    # Why a block cannot be narrowed, one sentence each.
     reasons: list[str] = field(default_factory=list)
 
 

@@ -21,19 +21,13 @@ from planner.ir.lowering.raising import Raised, Surroundings, raise_operators
 
 @dataclass(frozen=True)
 class VisionSide:
-    """Operators from pixels to image features.
+    """Operators from pixels to image features."""
 
-    Attributes:
-        operators: in order; none where there is no vision side, or it could not be captured.
-        output: name of the operator whose output the decoder takes.
-        tokens: image features for each run of the encoder.
-        notes: what was left out and why, one sentence each.
-    """
-
+    # In order; none where there is no vision side, or it could not be captured.
     operators: tuple[Operator, ...] = ()
-    output: str = ""
-    tokens: int = 0
-    notes: tuple[str, ...] = ()
+    output: str = ""  # name of the operator whose output the decoder takes
+    tokens: int = 0  # image features for each run of the encoder
+    notes: tuple[str, ...] = ()  # what was left out and why, one sentence each
 
 
 class _ImageFeatures(nn.Module):

@@ -34,14 +34,11 @@ class NarrowTokens:
 
     After a stage at layer k token counts are called ``query.k`` and ``context.k``, so that one
     graph prices every keep count (`planner.ir.cost.Workload.prefill`).
-
-    Attributes:
-        stages: in layer order, each keeping fewer tokens than the one before.
-        scored: layers of those whose tokens are scored by a row of attention, which costs a product
-            of its own.
     """
 
-    stages: tuple[TokenStage, ...]
+    stages: tuple[TokenStage, ...]  # in layer order, each keeping fewer tokens than the one before
+    # Layers of those whose tokens are scored by a row of attention, which costs a product of its
+    # own.
     scored: frozenset[int] = frozenset()
     name: ClassVar[str] = "narrow-tokens"
 

@@ -39,12 +39,9 @@ class Specialise:
 
     A site that the plan narrowed is decided and leaves the graph, one that it left whole stays.
     Tokens are `planner.ir.passes.NarrowTokens`' work.
-
-    Attributes:
-        plan: made for the graph that the pass is given.
     """
 
-    plan: Choice
+    plan: Choice  # made for the graph that the pass is given
     name: ClassVar[str] = "specialise"
 
     def apply(self, graph: Graph) -> Graph:

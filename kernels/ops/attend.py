@@ -24,25 +24,19 @@ class Attend(Op, name="attend"):
 
     Gives (batch, tokens, heads, value_dim), packed by slot: heads beyond a plan's count are
     undefined. Values that are not as wide as keys go through PyTorch in any case.
-
-    Attributes:
-        query: (batch, heads, tokens, head_dim).
-        key: (batch, kv_heads, keys, head_dim), heads a multiple of kv_heads.
-        value: (batch, kv_heads, keys, value_dim).
-        mask: bool (True is seen) or added to the scores, broadcast to (batch, heads, tokens, keys).
-            A query that sees nothing gets 0.
-        survivors: surviving units of heads, of `slots` in all, which divide kv_heads; one plan, or
-            one per sample.
-        scale: factor on q k^T.
-        causal: token i sees keys 0 to i; as in ``F.scaled_dot_product_attention``, without a mask.
     """
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
+    query: Tensor  # (batch, heads, tokens, head_dim)
+    key: Tensor  # (batch, kv_heads, keys, head_dim), heads a multiple of kv_heads
+    value: Tensor  # (batch, kv_heads, keys, value_dim)
+    # Bool (True is seen) or added to the scores, broadcast to (batch, heads, tokens, keys). A query
+    # that sees nothing gets 0.
     mask: Tensor | None
+    # Surviving units of heads, of `slots` in all, which divide kv_heads; one plan, or one per
+    # sample.
     survivors: Survivors
-    scale: float
+    scale: float  # factor on q k^T
+    # Token i sees keys 0 to i; as in ``F.scaled_dot_product_attention``, without a mask.
     causal: bool = False
 
     @override

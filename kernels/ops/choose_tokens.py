@@ -30,17 +30,11 @@ def top_mask(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class ChooseTokens(Op, name="choose_tokens"):
-    """Marks the best eligible tokens of each sample: (batch, tokens) bool.
+    """Marks the best eligible tokens of each sample: (batch, tokens) bool."""
 
-    Attributes:
-        scores: (batch, tokens); of equal ones the earlier token wins.
-        eligible: (batch, tokens) bool.
-        counts: (batch,): how many to mark; all eligible ones where there are fewer.
-    """
-
-    scores: Tensor
-    eligible: Tensor
-    counts: Tensor
+    scores: Tensor  # (batch, tokens); of equal ones the earlier token wins
+    eligible: Tensor  # (batch, tokens) bool
+    counts: Tensor  # (batch,): how many to mark; all eligible ones where there are fewer
 
     @override
     def twin(self) -> Tensor:

@@ -13,15 +13,10 @@ from planner.kernels.ops.op import Gradients, Op
 
 @dataclass(frozen=True, eq=False)
 class GatherTokens(Op, name="gather_tokens"):
-    """Rows of x by index, exactly: (batch, picked, width). Differentiable in x.
+    """Rows of x by index, exactly: (batch, picked, width). Differentiable in x."""
 
-    Attributes:
-        x: (batch, tokens, width).
-        index: (batch or 1, picked): places, each sample its own.
-    """
-
-    x: Tensor
-    index: Tensor
+    x: Tensor  # (batch, tokens, width)
+    index: Tensor  # (batch or 1, picked): places, each sample its own
 
     @override
     def twin(self) -> Tensor:

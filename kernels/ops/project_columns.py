@@ -18,17 +18,12 @@ class ProjectColumns(Op, name="project_columns"):
     """``a @ weight[:, kept].T + bias``. Differentiable in a, weight and bias.
 
     Gives (batch, ..., out): the bias where nothing survives.
-
-    Attributes:
-        a: (batch, ..., slots * width), packed by slot; not read beyond a plan's count.
-        weight: (out, in), read in place.
-        bias: (out,) or None.
-        survivors: surviving units of input features, which come whole; one plan, or one per sample.
     """
 
-    a: Tensor
-    weight: Tensor
-    bias: Tensor | None
+    a: Tensor  # (batch, ..., slots * width), packed by slot; not read beyond a plan's count
+    weight: Tensor  # (out, in), read in place
+    bias: Tensor | None  # (out,) or None
+    # Surviving units of input features, which come whole; one plan, or one per sample.
     survivors: Survivors
 
     @override

@@ -46,26 +46,19 @@ class ProjectRows(Op, name="project_rows"):
     Differentiable in x, weights and biases. Gives (batch, ..., slots * width), undefined beyond a
     plan's count, where the result is packed; (batch, ..., out) otherwise. Features that do not
     survive in a unit that does are 0. Source of gates: Shazeer, arXiv 2002.05202, eq. 6.
-
-    Attributes:
-        x: (batch, ..., in).
-        weight: (out, in), read in place.
-        bias: (out,) or None.
-        survivors: of output features.
-        packed: features by slot, as many as there is room for; or each where the stock layer has
-            it, the others 0.
-        gate, gate_bias: as weight and bias, or None.
-        activation: a key of `ACTIVATIONS`; empty for none.
     """
 
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    survivors: Survivors
+    x: Tensor  # (batch, ..., in)
+    weight: Tensor  # (out, in), read in place
+    bias: Tensor | None  # (out,) or None
+    survivors: Survivors  # of output features
+    # Features by slot, as many as there is room for; or each where the stock layer has it, the
+    # others 0.
     packed: bool = True
+    # As weight and bias, or None.
     gate: Tensor | None = None
     gate_bias: Tensor | None = None
-    activation: str = ""
+    activation: str = ""  # a key of `ACTIVATIONS`; empty for none
 
     @override
     def twin(self) -> Tensor:

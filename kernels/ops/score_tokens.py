@@ -16,19 +16,12 @@ from planner.kernels.ops.op import Op
 
 @dataclass(frozen=True, eq=False)
 class ScoreTokens(Op, name="score_tokens"):
-    """Attention of one query per sample, averaged over heads: (batch, keys), float32 or wider.
+    """Attention of one query per sample, averaged over heads: (batch, keys), float32 or wider."""
 
-    Attributes:
-        query: (batch, heads, 1, head_dim), rotated.
-        key: (batch, kv_heads, keys, head_dim), heads a multiple of kv_heads.
-        visible: (batch, keys) bool: keys that the query sees; the others score 0.
-        scale: factor on q k^T.
-    """
-
-    query: Tensor
-    key: Tensor
-    visible: Tensor
-    scale: float
+    query: Tensor  # (batch, heads, 1, head_dim), rotated
+    key: Tensor  # (batch, kv_heads, keys, head_dim), heads a multiple of kv_heads
+    visible: Tensor  # (batch, keys) bool: keys that the query sees; the others score 0
+    scale: float  # factor on q k^T
 
     @override
     def twin(self) -> Tensor:

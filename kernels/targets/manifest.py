@@ -20,79 +20,59 @@ FOLDER, NAME = "kernels", "manifest.json"
 
 
 class Resources(BaseModel):
-    """What a launch of a compiled kernel takes.
+    """What a launch of a compiled kernel takes."""
 
-    Attributes:
-        registers: per thread.
-        spill_bytes: stack frame per thread; the kernels keep nothing there but spilled registers.
-        shared_bytes: shared memory per program.
-        mma, wgmma: tensor-core instructions in the code (not executed: loops count once).
-    """
-
-    registers: int = Field(ge=0)
+    registers: int = Field(ge=0)  # per thread
+    # Stack frame per thread; the kernels keep nothing there but spilled registers.
     spill_bytes: int = Field(ge=0)
-    shared_bytes: int = Field(ge=0)
+    shared_bytes: int = Field(ge=0)  # shared memory per program
+    # Tensor-core instructions in the code (not executed: loops count once).
     mma: int = Field(ge=0)
     wgmma: int = Field(ge=0)
 
 
 class CompiledKernel(Resources):
-    """One kernel for one target.
-
-    Attributes:
-        kernel: name of planner's kernel that it was made from.
-        function: in the source.
-        facts: by parameter: what of a launch is compiled in (see `planner.kernels.targets.keys`).
-        source, cubin, metadata: paths inside the folder; metadata is Triton's.
-        modules: of a layer, that run it.
-        layers: that run it, as ranges.
-        batch, tokens: of the first op that runs it; it is predicted for these.
-        predicted_us: microseconds by the cost model; nothing was timed.
-    """
+    """One kernel for one target."""
 
     model_config = ConfigDict(extra="forbid")
-    kernel: str
-    function: str
+    kernel: str  # name of planner's kernel that it was made from
+    function: str  # in the source
     target: str
+    # By parameter: what of a launch is compiled in (see `planner.kernels.targets.keys`).
     facts: dict[str, bool | int | str | None]
+    # Paths inside the folder; metadata is Triton's.
     source: str
     cubin: str
     metadata: str
-    modules: str
+    modules: str  # of a layer, that run it
     phase: str
-    layers: str
+    layers: str  # that run it, as ranges
+    # Of the first op that runs it; it is predicted for these.
     batch: int = Field(gt=0)
     tokens: int = Field(gt=0)
     warps: int = Field(gt=0)
     stages: int = Field(gt=0)
     tile: dict[str, int]
-    predicted_us: float = Field(ge=0)
+    predicted_us: float = Field(ge=0)  # microseconds by the cost model; nothing was timed
 
 
 class Manifest(BaseModel):
-    """All kernels of a plan.
-
-    Attributes:
-        graph: fingerprint of the model's Graph.
-        plan: digest of the plan that the sources hold.
-        index_driven: whether survivors are data, so that the kernels serve any plan of the model.
-        files: path inside the folder -> SHA-256.
-        tiles: of the matrix products, which launches must be given to find their kernels.
-        left_out: one sentence per block of the model without kernels.
-    """
+    """All kernels of a plan."""
 
     model_config = ConfigDict(extra="forbid")
     planner_kernels: int = FORMAT
     model: str
-    graph: str
-    plan: str
+    graph: str  # fingerprint of the model's Graph
+    plan: str  # digest of the plan that the sources hold
+    # Whether survivors are data, so that the kernels serve any plan of the model.
     index_driven: bool
     dtype: str
     versions: dict[str, str]
-    files: dict[str, str]
+    files: dict[str, str]  # path inside the folder -> SHA-256
+    # Of the matrix products, which launches must be given to find their kernels.
     tiles: list[tuple[Product, Tile]]
     kernels: list[CompiledKernel]
-    left_out: list[str]
+    left_out: list[str]  # one sentence per block of the model without kernels
 
     def dump(self) -> str:
         """The file: equal manifests give equal text."""

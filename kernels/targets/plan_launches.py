@@ -35,21 +35,14 @@ Tiles = dict[Product, Tile]
 
 @dataclass(frozen=True)
 class Call:
-    """One op that a plan calls.
+    """One op that a plan calls."""
 
-    Attributes:
-        module: whose work it does, as the layer calls it: ``mlp``, ``self_attn.q_proj``.
-        phase: ``prefill`` or ``decode``.
-        tokens: per sample.
-        run: calls the op on meta tensors.
-    """
-
-    module: str
+    module: str  # whose work it does, as the layer calls it: ``mlp``, ``self_attn.q_proj``
     layer: int
-    phase: str
+    phase: str  # ``prefill`` or ``decode``
     batch: int
-    tokens: int
-    run: Callable[[], Any]
+    tokens: int  # per sample
+    run: Callable[[], Any]  # calls the op on meta tensors
 
 
 def calls_of(

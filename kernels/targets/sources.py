@@ -30,24 +30,15 @@ _PIECES = 16
 
 @dataclass(frozen=True)
 class Source:
-    """One generated file.
+    """One generated file."""
 
-    Attributes:
-        name: of the file, without ``.py``.
-        body: its functions, the kernel named `function` behind those that it calls.
-        arguments: of the launch that the kernel still takes.
-        stages: of the software pipeline.
-        launch: as recorded, the first of those that share the source.
-        calls: the ops that make such launches, in order.
-    """
-
-    name: str
-    body: str
+    name: str  # of the file, without ``.py``
+    body: str  # its functions, the kernel named `function` behind those that it calls
     function: str
-    arguments: dict[str, Any]
-    stages: int
-    launch: Launch
-    calls: tuple[Call, ...]
+    arguments: dict[str, Any]  # of the launch that the kernel still takes
+    stages: int  # of the software pipeline
+    launch: Launch  # as recorded, the first of those that share the source
+    calls: tuple[Call, ...]  # the ops that make such launches, in order
 
     @property
     def modules(self) -> str:

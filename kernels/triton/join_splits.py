@@ -55,18 +55,13 @@ def join_splits_kernel(
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """Softmax sums over disjoint keys, to be joined: (batch, heads, head_dim).
+    """Softmax sums over disjoint keys, to be joined: (batch, heads, head_dim)."""
 
-    Attributes:
-        partial: (batch, heads, splits, head_dim) float32: each split's attention.
-        weight: (batch, heads, splits) float32: base-2 logarithms of its softmax sums, -inf for a
-            split without keys.
-        survivors: surviving units of heads.
-    """
-
-    partial: Tensor
+    partial: Tensor  # (batch, heads, splits, head_dim) float32: each split's attention
+    # (batch, heads, splits) float32: base-2 logarithms of its softmax sums, -inf for a split
+    # without keys.
     weight: Tensor
-    survivors: Survivors
+    survivors: Survivors  # surviving units of heads
 
     def twin(self) -> Tensor:
         """A softmax in base 2 over the splits."""

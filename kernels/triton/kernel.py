@@ -29,27 +29,23 @@ class Case:
 
 
 class Kernel(ABC):
-    """One Triton kernel: calling the object checks shapes, allocates the result and launches it.
+    """One Triton kernel: calling the object checks shapes, allocates the result and launches it."""
 
-    Attributes:
-        function: the ``@triton.jit`` function; it is named after the kernel.
-        computes: the op whose inputs it takes; None where it is only a step of another kernel.
-        multiplies: whether it multiplies matrices, and so must compile to tensor-core code.
-        dtypes: of its floating inputs.
-        of_model: integer parameters that the model decides: sizes and strides of weights.
-        of_plan: integer parameters that the plan decides. The input decides all others.
-        plan_axis: axis of the grid that has a program for each plan, if there is one.
-        indexed_by: parameter whose entries are loaded a step ahead of the weights they lead to:
-            they take half of the pipeline, which they need not where they are known.
-    """
-
-    function: ClassVar[JITFunction]
+    function: ClassVar[JITFunction]  # the ``@triton.jit`` function; it is named after the kernel
+    # The op whose inputs it takes; None where it is only a step of another kernel.
     computes: ClassVar[type[Op] | None] = None
+    # Integer parameters that the model decides: sizes and strides of weights.
     of_model: ClassVar[frozenset[str]] = frozenset()
+    # Integer parameters that the plan decides. The input decides all others.
     of_plan: ClassVar[frozenset[str]] = frozenset()
+    # Axis of the grid that has a program for each plan, if there is one.
     plan_axis: ClassVar[int | None] = None
+    # Parameter whose entries are loaded a step ahead of the weights they lead to: they take half of
+    # the pipeline, which they need not where they are known.
     indexed_by: ClassVar[str | None] = None
+    # Whether it multiplies matrices, and so must compile to tensor-core code.
     multiplies: ClassVar[bool] = True
+    # Of its floating inputs.
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16, torch.float16)
 
     @property

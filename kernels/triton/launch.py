@@ -26,22 +26,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch.
-
-    Attributes:
-        grid: programs along up to three axes; an empty grid runs nothing.
-        arguments: by parameter name, constexpr parameters among them.
-        warps, stages: of a program, and of its software pipeline.
-        survivors: whose tensors are among the arguments.
-        product, tile: what a kernel that multiplies matrices computes, and by what tile.
-    """
+    """One kernel launch."""
 
     kernel: Kernel
-    grid: tuple[int, ...]
-    arguments: Mapping[str, Any]
+    grid: tuple[int, ...]  # programs along up to three axes; an empty grid runs nothing
+    arguments: Mapping[str, Any]  # by parameter name, constexpr parameters among them
+    # Of a program, and of its software pipeline.
     warps: int
     stages: int
-    survivors: Survivors | None = None
+    survivors: Survivors | None = None  # whose tensors are among the arguments
+    # What a kernel that multiplies matrices computes, and by what tile.
     product: Product | None = None
     tile: Tile | None = None
 

@@ -31,23 +31,14 @@ _LATENCY = 1e-6
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU architecture, as one of its devices has it.
+    """A GPU architecture, as one of its devices has it."""
 
-    Attributes:
-        capability: compute capability, 80 for sm_80.
-        device: row of the device table, which has dense half-precision peaks and bandwidth.
-        processors: streaming multiprocessors.
-        shared_bytes: shared memory one program may use.
-        l2_gb_per_s: of the L2 cache, all processors together.
-        warpgroup: whether the tensor cores want 64 rows per four warps (wgmma).
-    """
-
-    capability: int
-    device: str
-    processors: int
-    shared_bytes: int
-    l2_gb_per_s: float
-    warpgroup: bool
+    capability: int  # compute capability, 80 for sm_80
+    device: str  # row of the device table, which has dense half-precision peaks and bandwidth
+    processors: int  # streaming multiprocessors
+    shared_bytes: int  # shared memory one program may use
+    l2_gb_per_s: float  # of the L2 cache, all processors together
+    warpgroup: bool  # whether the tensor cores want 64 rows per four warps (wgmma)
 
     def roofline(self, operations: float, moved: float) -> float:
         """Seconds of some operations and bytes moved, whichever takes longer."""
@@ -99,20 +90,15 @@ def targets_of(names: Collection[str]) -> dict[str, Target]:
 
 @dataclass(frozen=True)
 class Tile:
-    """One program's share of a matrix product.
+    """One program's share of a matrix product."""
 
-    Attributes:
-        block_m, block_n, block_k: rows, output columns and depth of a step.
-        stages: steps in flight.
-        group_rows: row tiles per band (see `primitives.tile_order`).
-    """
-
+    # Rows, output columns and depth of a step.
     block_m: int
     block_n: int
     block_k: int
     warps: int
-    stages: int
-    group_rows: int = 8
+    stages: int  # steps in flight
+    group_rows: int = 8  # row tiles per band (see `primitives.tile_order`)
 
 
 @dataclass(frozen=True)
@@ -137,26 +123,18 @@ def vector(width: int) -> int:
 
 @dataclass(frozen=True)
 class Product:
-    """What a tile is chosen for: ``(rows, depth) x (depth, columns)``, once per sample.
+    """What a tile is chosen for: ``(rows, depth) x (depth, columns)``, once per sample."""
 
-    Attributes:
-        rows: per sample.
-        samples: products with plans of their own.
-        element_bytes: of activations and weights.
-        parts: weight rows per output column (2 for gate and up).
-        accumulators: float32 per thread that the kernel's epilogue leaves registers for.
-        whole: columns, or depth, of the weight before narrowing: tells products of one weight under
-            several plans from those of another.
-    """
-
-    rows: int
+    rows: int  # per sample
     columns: int
     depth: int
     target: Target
-    samples: int = 1
-    element_bytes: int = 2
-    parts: int = 1
-    accumulators: int = 64
+    samples: int = 1  # products with plans of their own
+    element_bytes: int = 2  # of activations and weights
+    parts: int = 1  # weight rows per output column (2 for gate and up)
+    accumulators: int = 64  # float32 per thread that the kernel's epilogue leaves registers for
+    # Columns, or depth, of the weight before narrowing: tells products of one weight under several
+    # plans from those of another.
     whole: int = 0
 
 
