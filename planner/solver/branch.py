@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -27,9 +27,6 @@ FORBIDDEN = -(1 << 60)
 
 # float64 holds every integer up to 2^53.
 _UTILITY_BITS = 52
-
-# Step costs that differ by no more, and by no more than a hundredth, differ by rounding.
-_ROUNDING = 4
 
 
 @dataclass(frozen=True)
@@ -151,27 +148,6 @@ class Branch:
     def cheapest(self) -> Assignment:
         """Every optional layer off, every site of the others at its minimum."""
         return self.assign(~self.optional, self.minimum)
-
-    def levelled(self) -> Branch | None:
-        """The branch with steps whose costs differ by rounding made equal, at the lowest of them.
-
-        A roofline rounded to whole nanoseconds has steps of 6452 and 6453 in any order, which hides
-        that they are interchangeable. No cost is raised, so what fits this branch fits the other.
-        None if no step changes.
-        """
-        steps = np.diff(self.cost, axis=2)
-        level = steps.copy()
-        for metric, row in zip(steps, level):
-            lowest = 0
-            for value in np.unique(metric[metric > 0]).tolist():
-                if value > lowest + min(_ROUNDING, lowest // 100):
-                    lowest = value
-                row[metric == value] = lowest
-        if (level == steps).all():
-            return None
-        cost = self.cost.copy()
-        cost[:, :, 1:] = cost[:, :, :1] + np.cumsum(level, axis=2)
-        return replace(self, cost=cost)
 
     def fits(self, cost: Costs) -> bool:
         """Whether a cost is within the room in every metric."""

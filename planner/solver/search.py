@@ -10,13 +10,13 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from planner.solver.branch import Assignment, Branch
 from planner.solver.core import Core
-from planner.solver.cpsat import CoreAnswer, solve_core
+from planner.solver.cpsat import solve_core
 from planner.solver.relaxation import Floats, Relaxation, best_prices, relax
 from planner.solver.rounding import improve, round_down
 
@@ -129,7 +129,6 @@ class _Search:
     def settle(self, index: int, branch: Branch, relaxation: Relaxation) -> None:
         """Find the best of one branch, or prove that it does not beat the best so far."""
         losses = np.sort(np.concatenate([relaxation.loss.ravel(), np.abs(relaxation.worth)]))
-        levelled = branch.levelled()
         columns = _FIRST_COLUMNS
         covered: float = -1
         while (reach := relaxation.bound - self.target) > covered:
@@ -145,7 +144,8 @@ class _Search:
                 return
             last = depth == reach
             rounds = None if last else 1
-            answer = self.solve(branch, levelled, relaxation, depth + relaxation.margin, rounds)
+            core = Core.of(branch, relaxation, depth + relaxation.margin)
+            answer = solve_core(core, self.target, relaxation.bound, self.seconds_left, rounds)
             if answer.assignment is not None:
                 self.offer(index, answer.assignment)
             if last:
@@ -154,27 +154,3 @@ class _Search:
             if answer.finished:
                 covered = depth
         self.settled = max(self.settled, min(relaxation.bound, self.target - 1))
-
-    def solve(
-        self,
-        branch: Branch,
-        levelled: Branch | None,
-        relaxation: Relaxation,
-        depth: float,
-        rounds: int | None,
-    ) -> CoreAnswer:
-        """Solve the core of a given depth, on levelled costs first if that can settle it."""
-        ceiling = relaxation.bound
-        if levelled is not None:
-            # Its own bound: levelled costs let more fit.
-            loose_ceiling = relax(levelled, relaxation.prices).bound
-            core = Core.of(levelled, relaxation, depth)
-            answer = solve_core(core, self.target, loose_ceiling, self.seconds_left, rounds=1)
-            found = answer.assignment
-            if found is not None:
-                found = branch.assign(found.on, found.counts)
-            if answer.finished and (found is None or branch.fits(found.cost)):
-                return replace(answer, assignment=found)
-            ceiling = min(ceiling, answer.bound)
-        core = Core.of(branch, relaxation, depth)
-        return solve_core(core, self.target, ceiling, self.seconds_left, rounds)
