@@ -179,12 +179,12 @@ def _eight_bits(image: Any, path: Path) -> Any:
     return Image.fromarray((values * (255.0 / most)).astype(np.uint8))
 
 
-def noise_image(size: int = 336) -> Any:
+def noise_image() -> Any:
     """A picture of noise, always the same: for measurements that no content should influence."""
     import numpy as np
     from PIL import Image
 
-    pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (336, 336, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 

@@ -43,8 +43,6 @@ class Pricing:
     switches: SwitchSet
     device: Device  # for latency
     scope: str = "model"  # counts everything, ``llm`` the decoder and lm_head alone
-    # Image tokens to choose from at every token stage, descending; by default eighths.
-    keep: tuple[int, ...] | None = None
     _layer_memo: dict[object, npt.NDArray[np.int64]] = field(default_factory=dict)
 
     # -- tokens ------------------------------------------------------------------------------
@@ -58,15 +56,13 @@ class Pricing:
 
     @cached_property
     def token_options(self) -> tuple[tuple[int, ...], ...]:
-        """Keep counts per stage, non-increasing, the base model's first."""
+        """Keep counts per stage, in eighths, non-increasing, the base model's first."""
         if not self.stages:
             return ((),)
         of = self.workload.image_tokens
         if self.switches.token_counts is not None:
             return (self.switches.token_counts[: len(self.stages)],)
-        counts = self.keep or tuple(dict.fromkeys(max(1, int(of * f)) for f in KEEP_FRACTIONS))
-        if any(not 0 <= c <= of for c in counts):
-            raise InputError(f"image tokens to keep must lie between 0 and {of}")
+        counts = dict.fromkeys(max(1, int(of * fraction)) for fraction in KEEP_FRACTIONS)
         options: list[tuple[int, ...]] = [()]
         for _ in self.stages:
             options = [o + (c,) for o in options for c in counts if not o or c <= o[-1]]
