@@ -28,6 +28,8 @@ def train_command(
     from planner.training.requirements import require_extras
 
     require_extras()
+    from transformers.utils import logging
+
     # Imports transformers' Trainer, which fails without what training needs.
     from planner.training.recipes import load_recipe
 
@@ -36,7 +38,8 @@ def train_command(
         for key, value in parsed.model_dump().items():
             say(f"planner: {key} = {value}")
     started = time.perf_counter()
-    _quiet_logs(not console.shows_progress)
+    if not console.shows_progress:
+        logging.disable_progress_bar()
     train(parsed)
     document: dict[str, Any] = {
         "recipe": parsed.model_dump()["recipe"],
@@ -46,10 +49,3 @@ def train_command(
     }
     where = document["export_dir"] or document["output_dir"]
     console.show(document, lambda: print(f"trained in {document['seconds']:.0f} s: {where}"))
-
-
-def _quiet_logs(quiet: bool) -> None:
-    from transformers.utils import logging
-
-    if quiet:
-        logging.disable_progress_bar()

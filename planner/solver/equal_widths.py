@@ -19,7 +19,7 @@ import numpy.typing as npt
 from planner.ir.errors import InputError
 from planner.solver.branch import FORBIDDEN, Branch, Tables
 from planner.solver.problem import Problem
-from planner.solver.search import Candidate, search
+from planner.solver.search import Candidate, Search
 from planner.solver.solution import (
     Infeasible,
     Solution,
@@ -101,7 +101,7 @@ def solve_uniform(
         raise Infeasible(
             f"no choice with equal counts in all layers fits: it needs at least {needs}"
         )
-    outcome = search(candidates, deadline=deadline)
+    outcome = Search(candidates, deadline).run()
     option, column = keys[outcome.index]
     assignment = branches[option].assign(outcome.assignment.on, kept[:, column])
     seconds = time.perf_counter() - begin

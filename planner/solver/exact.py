@@ -7,7 +7,7 @@ from functools import partial
 
 from planner.solver.branch import Tables
 from planner.solver.problem import Choice, Problem
-from planner.solver.search import Candidate, search
+from planner.solver.search import Candidate, Search
 from planner.solver.solution import Solution, certify, deadline_after, feasible_options
 
 
@@ -38,7 +38,7 @@ def solve(
     start = None
     if hint is not None and problem.is_feasible(hint):
         start = options.index(hint.token_option), tables.assignment(hint)
-    outcome = search(candidates, deadline=deadline, start=start)
+    outcome = Search(candidates, deadline, start).run()
     option = options[outcome.index]
     seconds = time.perf_counter() - begin
     return certify(tables, option, outcome.assignment, outcome.bound, seconds)

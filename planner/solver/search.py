@@ -48,28 +48,13 @@ class Outcome:
     bound: int  # no assignment of any candidate has a larger utility, in integer units
 
 
-def search(
-    candidates: Sequence[Candidate],
-    *,
-    deadline: float,
-    start: tuple[int, Assignment] | None = None,
-) -> Outcome:
-    """The best assignment over all candidates, of which there is at least one.
-
-    Args:
-        deadline: on `time.perf_counter`'s clock; the search then ends with what it has.
-        start: index and assignment of an answer that is known to fit.
-    """
-    return _Search(candidates, deadline, start).run()
-
-
 @dataclass(eq=False)
-class _Search:
-    """The state of one search."""
+class Search:
+    """The state of a search for the best assignment over all candidates."""
 
-    candidates: Sequence[Candidate]
-    deadline: float
-    best: tuple[int, Assignment] | None = None
+    candidates: Sequence[Candidate]  # at least one
+    deadline: float  # on `time.perf_counter`'s clock; the search then ends with what it has
+    best: tuple[int, Assignment] | None = None  # of which candidate; at first one that is known
     # No assignment of a branch that was worked through is worth more than this, or the best one.
     settled: int = _NOTHING
 
