@@ -19,7 +19,6 @@ model folder that stock transformers loads. May import every other part of plann
     gradient_check        estimators' gradients against exact ones
     labelling             what switches are worth to each sample, measured
     question_samples      the questions that labels are about, by name
-    evaluate              accuracy per question family
-    budget_accuracy       accuracy under budgets, by a scheduler or by static plans
+    evaluate              accuracy per question family, and under budgets
     experiments/          tables of results, trained and measured
 """

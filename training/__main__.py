@@ -3,8 +3,7 @@
 torchrun --nproc-per-node 8 -m planner.training training/configs/adallava-l-llava-7b.yaml
 accelerate launch --multi_gpu --num_processes 2 -m planner.training training/configs/adallava-l.yaml
 
-Both work on CPUs too, where processes talk by gloo. ``accelerate launch --cpu`` starts a single
-process whatever ``--num_processes`` says, unless it is given hosts for MPI; that is refused here.
+Both work on CPUs too, where processes talk by gloo.
 """
 
 from __future__ import annotations
@@ -22,13 +21,10 @@ _RANKS = ("RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WO
 
 
 def check_launch(environment: Mapping[str, str]) -> None:
-    """Refuse to train alone where several processes were asked for.
+    """Raise InputError where this process trains alone, and several were asked for.
 
     ``accelerate launch --cpu --num_processes 2`` says where processes should meet and then starts
     one (accelerate 1.15, `simple_launcher`), which would train on half of the batch.
-
-    Raises:
-        InputError: that is how this process was started.
     """
     alone = not any(name in environment for name in _RANKS)
     if alone and "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -80,21 +81,10 @@ class AdaLlavaConfig(RunConfig):
 
 
 class AdaptiveModel(nn.Module):
-    """A stock model and its scheduler as one module to train.
-
-    Args:
-        model: a stock image-text model.
-        graph: its Graph.
-        scheduler: of that model.
-        estimator: draws plans, and gives them a gradient.
-    """
+    """A stock model and its scheduler as one module to train; an estimator draws the plans."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        graph: Graph,
-        scheduler: Scheduler,
-        estimator: Estimator,
+        self, model: nn.Module, graph: Graph, scheduler: Scheduler, estimator: Estimator
     ) -> None:
         super().__init__()
         if isinstance(scheduler.layout, UnitSwitches) and not isinstance(
@@ -140,22 +130,14 @@ class AdaptiveModel(nn.Module):
             gates = estimator.draw_units(layout, logits, limits, noise)
         else:
             gates = estimator.draw(logits, self._costs, limits, noise).gates
-        self._count(gates.detach() > 0.5, limits)
-        return gates
-
-    def _count(self, taken: Tensor, limits: Tensor) -> None:
-        layout = self.scheduler.layout
-        for row, limit in zip(taken, limits.tolist(), strict=True):
+        for row, limit in zip(gates.detach() > 0.5, limits.tolist(), strict=True):
             spent = layout.spent(row)
             used = layout.utilisation([spent], limit)
             self.tally += torch.tensor([1, used, spent > limit], dtype=self.tally.dtype)
+        return gates
 
     def summary(self, tally: Tensor) -> dict[str, float]:
-        """Numbers to log: mean utilisation of the plans drawn, and how many exceed their limit.
-
-        Args:
-            tally: shape (3,): plans, summed utilisation, violations.
-        """
+        """Numbers to log of a tally: mean utilisation of the plans, and how many exceed a limit."""
         plans, used, violations = tally.tolist()
         return {"utilisation": used / max(plans, 1), "violations": violations}
 
@@ -169,24 +151,27 @@ def last_answer(labels: Tensor) -> Tensor:
     return (starts * places).amax(1).clamp(min=1)
 
 
+@dataclass(frozen=True)
 class BudgetCollator:
     """Batches of conversations, each with a limit and a seed that follow from its id.
 
-    Args:
+    Attributes:
         packer: makes dialogues.
         steps: the largest limit; limits are uniform from 0 to it.
         seed: of the draws.
         turns: how many turns conversations may have; every batch draws one of these numbers.
     """
 
-    def __init__(self, packer: Packer, steps: int, seed: int, turns: Sequence[int]) -> None:
-        self.packer, self.steps, self.seed, self.turns = packer, steps, seed, tuple(turns)
+    packer: Packer
+    steps: int
+    seed: int
+    turns: Sequence[int]
 
     def __call__(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
         """One training batch, with `ids` for error messages."""
         draws = [random.Random(f"{self.seed}-{c.id}") for c in conversations]
         turns = random.Random(f"{self.seed}-turns-{conversations[0].id}").choice(self.turns)
-        cut = [Conversation(c.id, c.image, c.turns[:turns], c.scene) for c in conversations]
+        cut = [replace(c, turns=c.turns[:turns]) for c in conversations]
         return {
             **self.packer(cut),
             "limits": torch.tensor([draw.randint(0, self.steps) for draw in draws]),

@@ -149,16 +149,7 @@ class GumbelSequential(Estimator):
 
         The unit is what `UnitSwitches.next_unit` finds among the noisy logits that are left. A
         draw is relaxed to the softmax of these logits, times the switches in a unit; the paper
-        describes that for single switches and leaves units open.
-
-        Args:
-            layout: what the logits stand for.
-            logits: shape (batch, size).
-            limits: shape (batch,): units to draw.
-            noise: where random numbers come from.
-
-        Returns:
-            Shape (batch, size): 0 or 1 in value; the relaxation's gradient flows through.
+        describes that for single switches and leaves units open. Limits (batch,) are of units.
         """
         taken = torch.zeros_like(logits, dtype=torch.bool)
         soft = torch.zeros_like(logits)

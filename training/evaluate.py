@@ -1,27 +1,35 @@
-"""Accuracy per question family, through stock `generate()` in left-padded batches.
+"""Accuracy per question family, of a model as it is and under budgets.
 
-    python -m planner.training.evaluate --model models/tiny_llava --samples 3000 [--split test]
-    [--json]
-
-Works for any image-text model with a processor and chat template; `evaluate` calls nothing but
-`generate`, so a model that runs under a plan is measured as it is used.
+Questions go through stock `generate()` in left-padded batches. It works for any image-text model
+with a processor and chat template; `evaluate` calls nothing but `generate`, so a model that runs
+under a plan is measured as it is used.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 
-from planner.ir.errors import InputError
-from planner.loading import load_model
-from planner.training.data import Conversation, SceneQuestions, Turn
+from planner.ir.cost import Workload
+from planner.ir.graph import Graph
+from planner.models.running.skipping import obeying
+from planner.models.scheduling import Scheduled
+from planner.plan import TokenStage
+from planner.planning.budgets import Budget
+from planner.planning.compiler import Request, plan_graph
+from planner.planning.plan_costs import PlanCosts
+from planner.planning.selectors import stages_of
+from planner.training.data import Conversation, Turn
 
+# Of a question about a scene and what stands around it, about.
+TEXT_TOKENS = 16
 MAX_NEW_TOKENS = 128
 _OBJECT = re.compile(r"there is a (\w+) (\w+) (\w+) in the (\w+ \w+)\b")
 _COUNT = re.compile(r"shows (\d+) objects?\b")
@@ -144,35 +152,84 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Accuracy per family on rendered scenes.")
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--split", default="test", choices=["train", "val", "test"])
-    parser.add_argument("--samples", type=int, default=3000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(arguments)
-    if min(options.samples, options.batch_size) < 1:
-        parser.error("--samples and --batch-size must be at least 1")
-    samples = SceneQuestions(options.split, options.samples, options.seed)
-    try:
-        model, processor, _ = load_model(options.model)
-    except InputError as error:
-        parser.error(str(error))
-    measured = evaluate(model, processor, samples, options.batch_size)
-    prior = language_prior(SceneQuestions("train", 10 * options.samples, options.seed), samples)
-    if options.json:
-        print(json.dumps({"model": measured, "language_prior": prior}, indent=1))
-        return
-    print(f"{'':12}{'model':>8}{'prior':>8}")
-    rows = {"all": (measured["accuracy"], prior["accuracy"])}
-    for group in ("families", "difficulty"):
-        rows |= {name: (value, prior[group][name]) for name, value in measured[group].items()}
-    for name, (value, guess) in rows.items():
-        print(f"{name:12}{value:8.3f}{guess:8.3f}")
+@dataclass(frozen=True, eq=False)
+class UnderBudgets:
+    """One model to be measured under one budget after the other.
 
+    Attributes:
+        model: a stock image-text model.
+        processor: its processor.
+        graph: its Graph.
+        samples: what is asked; the first turn of each.
+        scheduled: decides sample by sample; None for static plans.
+        request: the token selector in front of everything, the workload that costs are of, and how
+            static plans are made.
+        batch_size: questions asked together.
+    """
 
-if __name__ == "__main__":
-    main()
+    model: Any
+    processor: Any
+    graph: Graph
+    samples: Sequence[Conversation]
+    scheduled: Scheduled | None = None
+    request: Request = field(default_factory=lambda: Request("model", text_tokens=TEXT_TOKENS))
+    batch_size: int = 64
+
+    @cached_property
+    def workload(self) -> Workload:
+        """Of one question."""
+        return self.request.workload(self.graph)
+
+    @cached_property
+    def stages(self) -> tuple[TokenStage, ...]:
+        """Of the token selector."""
+        load = self.workload
+        return stages_of(self.request.tokens or "", load.image_tokens, load.image_tokens_per_run)
+
+    def measure(self, budget: float) -> dict[str, Any]:
+        """What `evaluate` measures, and how the plans kept to the budget.
+
+        `cost_fraction` is the mean FLOPs of a prefill under the plans, over the base model's, the
+        language model alone. `violations` is how many plans were beyond the budget, `utilisation`
+        the mean share of it that they used, both in the unit of the scheduler's limits.
+
+        Raises:
+            InputError: the budget cannot be met.
+        """
+        measured = self._scheduled(budget) if self.scheduled else self._static(budget)
+        return {"budget": budget, **measured}
+
+    def _evaluate(self) -> dict[str, Any]:
+        return evaluate(self.model, self.processor, self.samples, self.batch_size)
+
+    def _scheduled(self, budget: float) -> dict[str, Any]:
+        assert self.scheduled is not None
+        with self.scheduled.using(budget, self.stages, self.workload):
+            measured = self._evaluate()
+            layout = self.scheduled.layout
+            decisions = [row for taken in self.scheduled.decisions for row in taken]
+        base = self.scheduled.base(self.stages)
+        costs = PlanCosts(self.graph, self.workload, "llm")
+        rows, times = torch.stack(decisions).bool().unique(dim=0, return_counts=True)
+        fractions = [costs.of(layout.plan(row, base))["flops"]["fraction"] for row in rows]
+        limit = layout.limit(Budget.of(budget))
+        spent = [layout.spent(row.bool()) for row in decisions]
+        return {
+            **measured,
+            "cost_fraction": float(np.average(fractions, weights=times)),
+            "plans": len(rows),
+            "violations": sum(used > limit for used in spent),
+            "utilisation": layout.utilisation(spent, limit),
+        }
+
+    def _static(self, budget: float) -> dict[str, Any]:
+        plan = plan_graph(self.graph, replace(self.request, budget=budget, scope="llm")).plan
+        with obeying(self.model, self.graph, plan, freeze=True):
+            measured = self._evaluate()
+        return {
+            **measured,
+            "cost_fraction": plan.cost["flops"]["fraction"],
+            "plans": 1,
+            "violations": 0,
+            "utilisation": min(plan.utilisation.values(), default=1.0),
+        }

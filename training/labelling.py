@@ -26,11 +26,10 @@ from planner.planning.switches import with_switches
 from planner.solver.problem import Flags, Problem
 from planner.training.question_samples import prompt_of
 
-#: Switches of which every plan may be tried: 4,096 plans per sample.
-MOST_SWITCHES = 12
+# Switches of which every plan may be tried: 4,096 plans per sample.
+_MOST_SWITCHES = 12
 
 Array = npt.NDArray[np.float64]
-Progress = Callable[[int, int], None]
 
 
 def label_samples(
@@ -44,7 +43,7 @@ def label_samples(
     batch: int = 16,
     scheduled: Scheduled | None = None,
     partial: Path | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Labels:
     """Measure every sample and decide its plan for every budget.
 
@@ -67,9 +66,9 @@ def label_samples(
     names = next(iter(problems.values())).switch_names
     if not samples or not names:
         raise InputError("labels need at least one sample, and a model with something to switch")
-    if tried and (len(names) > MOST_SWITCHES or any("[" in name for name in names)):
+    if tried and (len(names) > _MOST_SWITCHES or any("[" in name for name in names)):
         raise InputError(
-            f"every plan can be tried for at most {MOST_SWITCHES} layers, not for the "
+            f"every plan can be tried for at most {_MOST_SWITCHES} layers, not for the "
             f"{len(names)} switches of {terms.switches}"
         )
     executor = MaskedExecutor(model, graph)
@@ -97,23 +96,10 @@ def label_samples(
 
 
 @torch.no_grad()
-def loss_changes(
+def _loss_changes(
     executor: MaskedExecutor, replay: Replay, switches: Sequence[Switch], plans: Flags
 ) -> Array:
-    """Change of one sample's loss under plans, in nats per answer token.
-
-    Args:
-        executor: of the replayed model.
-        replay: the sample, on as many rows as plans run at once.
-        switches: what the plans are about; all else is on.
-        plans: shape (plans, switches).
-
-    Returns:
-        Shape (plans,).
-
-    Raises:
-        InputError: the model's output is not finite.
-    """
+    """Change of one sample's loss under plans (plans, switches), in nats per answer token."""
     parts = []
     for start in range(0, len(plans), replay.rows):
         some = plans[start : start + replay.rows]
@@ -161,7 +147,7 @@ def _measure(
     rows = min(batch, max(len(plans) for plans in missing.values()))
     replay = Replay(executor.model, executor.layers, sample, rows)
     for name, plans in missing.items():
-        arrays[name][index] = loss_changes(executor, replay, switches, plans)
+        arrays[name][index] = _loss_changes(executor, replay, switches, plans)
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ class Asked:
     """Samples from the names that `scene_samples` and `picture_samples` gave them.
 
     Args:
-        model: for a processor's inputs; answers itself where a picture's question has no answer.
+        model: answers itself where a picture's question has no answer.
         processor: of the model.
         names: that will be asked for.
         images: folder of the user's pictures, where names are of those.

@@ -99,10 +99,7 @@ def log_probability(order: Tensor, logits: Tensor, costs: Costs, limits: Tensor)
         order: shape (batch, draws), as in `Drawn`.
         logits: shape (batch, switches).
         costs: that the order was drawn with.
-        limits: that it was drawn with, shape (batch,).
-
-    Returns:
-        Shape (batch,), differentiable.
+        limits: shape (batch,), likewise.
     """
     scores = logits.float()
     columns = iter(order.unbind(1))

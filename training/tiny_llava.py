@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -241,11 +242,13 @@ def patch_concepts(scene: Scene, patch_size: int) -> Tensor:
     return cells[cell][:, cell].flatten(0, 1)
 
 
+@dataclass(frozen=True)
 class SceneCollator:
     """Batches of scenes: packed text (unless `tower_only`), what the patches show, and ids."""
 
-    def __init__(self, packer: Packer, patch_size: int, tower_only: bool = False):
-        self.packer, self.patch_size, self.tower_only = packer, patch_size, tower_only
+    packer: Packer
+    patch_size: int
+    tower_only: bool
 
     def __call__(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
         """One training batch."""

@@ -53,7 +53,7 @@ def warm_start(
     trainer = RunTrainer(
         model=Pupil(scheduled),
         args=arguments,
-        train_dataset=LabelledPrompts(labels, target_plans(labels, layout), layout, asked),
+        train_dataset=LabelledPrompts(labels, layout, asked),
         data_collator=_collate,
         rates={"scheduler.encoder.": encoder_rate},
     )
@@ -68,12 +68,7 @@ def warm_start(
 def set_loss(logits: Tensor, plans: Tensor) -> Tensor:
     """Negative log-likelihood of sets of switches, given how many they hold, in nats.
 
-    Args:
-        logits: shape (batch, switches).
-        plans: shape (batch, switches), bool.
-
-    Returns:
-        Shape (batch,), differentiable; 0 where nothing or everything is on.
+    Of logits and plans (batch, switches); shape (batch,), 0 where nothing or everything is on.
     """
     costs = torch.ones_like(plans, dtype=torch.int64)
     subsets = Subsets.of(logits, costs, plans.sum(-1), columns=plans.shape[1])
@@ -131,29 +126,22 @@ def _limits(labels: Labels, layout: Layout) -> Tensor:
 
 
 class LabelledPrompts(Sequence[dict[str, Any]]):
-    """One item a sample: its prompt, repeated for each of its budgets, and the plans to learn.
+    """One item a sample: its prompt, repeated for each of its budgets, and the plans to learn."""
 
-    Args:
-        labels: of a file.
-        plans: shape (labels, size), see `target_plans`.
-        layout: of the scheduler.
-        asked: finds samples by name.
-    """
-
-    def __init__(self, labels: Labels, plans: Flags, layout: Layout, asked: Asked) -> None:
+    def __init__(self, labels: Labels, layout: Layout, asked: Asked) -> None:
         self._asked = asked
-        self._plans, self._limits = torch.from_numpy(plans), _limits(labels, layout)
-        self._rows: dict[str, list[int]] = {}
+        self._plans = torch.from_numpy(target_plans(labels, layout))
+        self._limits = _limits(labels, layout)
+        rows: dict[str, list[int]] = {}
         for row, name in enumerate(labels.samples):
-            self._rows.setdefault(name, []).append(row)
-        self._names = list(self._rows)
+            rows.setdefault(name, []).append(row)
+        self._rows = list(rows.items())
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
-        name = self._names[index]
-        rows = self._rows[name]
+        name, rows = self._rows[index]
         return {
             "id": name,
             "prompt": prompt_of(self._asked(name), len(rows)),
@@ -185,11 +173,7 @@ def stop(logits: Tensor, limits: Tensor) -> Tensor:
 
 
 class Pupil(nn.Module):
-    """A scheduler to train, with a model that is not trained.
-
-    Args:
-        scheduled: the model under the scheduler, which decides by `stop`.
-    """
+    """A scheduler to train, with a model that is not trained; it decides by `stop`."""
 
     def __init__(self, scheduled: Scheduled) -> None:
         super().__init__()
@@ -199,13 +183,7 @@ class Pupil(nn.Module):
     def forward(
         self, prompts: Sequence[dict[str, Any]], limits: Sequence[Tensor], plans: Tensor
     ) -> dict[str, Tensor]:
-        """The mean loss of a batch of samples.
-
-        Args:
-            prompts: a model's inputs, the rows alike.
-            limits: of their rows.
-            plans: of all rows, shape (rows in all, size).
-        """
+        """The mean loss of samples: inputs with rows alike, their limits, and all rows' plans."""
         each = zip(prompts, limits, strict=True)
         logits = torch.cat([self._logits(prompt, limit) for prompt, limit in each])
         return {"loss": set_loss(logits, plans).mean()}
@@ -223,8 +201,8 @@ class Pupil(nn.Module):
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
     try:
-        model.requires_grad_(False)
         yield
     finally:
         for parameter in trained:

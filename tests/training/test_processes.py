@@ -1,9 +1,9 @@
 """Several processes, launched in the ways there are, train as one would; so do sharded models."""
 
+import itertools
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -110,11 +110,14 @@ def test_process_group_ends_before_the_process(monkeypatch):
 
 
 # accelerate shards over accelerators only, so it is told that these processes have some.
+# Every training runs from the start, and once more from its checkpoint at two of three steps.
 SHARDED = """
 import json, sys
+from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from torch import distributed
 from torch.distributed.tensor import DTensor
 from planner.training import adallava, trainer
 
@@ -129,13 +132,25 @@ PartialState.__init__ = pretend
 torch.accelerator.is_available = lambda *_: True
 real = trainer.TrainingArguments
 trainer.TrainingArguments = lambda **settings: real(**settings | {"use_cpu": True})
-for settings in json.loads(sys.argv[1]):
-    config = adallava.AdaLlavaConfig(**settings)
-    weights = list(adallava.train(config).parameters())
-    sharded = sum(isinstance(weight, DTensor) for weight in weights)
-    print("RESULT", sharded, len(weights), flush=True)
-torch.distributed.destroy_process_group()
+for turn in ("started", "resumed"):
+    for settings in json.loads(sys.argv[1]):
+        config = adallava.AdaLlavaConfig(**settings)
+        weights = list(adallava.train(config).parameters())
+        sharded = sum(isinstance(weight, DTensor) for weight in weights)
+        print("RESULT", sharded, len(weights), flush=True)
+        distributed.barrier()
+        if distributed.get_rank() == 0:
+            run = Path(config.output_dir)
+            aside = run.with_name(turn)
+            aside.mkdir()
+            for made in (run / "checkpoint-3", Path(config.export_dir)):
+                made.rename(aside / made.name)
+        distributed.barrier()
+distributed.destroy_process_group()
 """
+
+
+SHARDED_SWITCHES = ("adallava-l", "layers,heads,mlp")
 
 
 def test_sharded_processes_train_as_one(base, tmp_path):
@@ -143,26 +158,23 @@ def test_sharded_processes_train_as_one(base, tmp_path):
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
     sharded = {"fsdp": "full_shard auto_wrap", "fsdp_layer": "LlamaDecoderLayer"}
-    folders, ours = [], []
-    for switches in ("adallava-l", "layers,heads,mlp"):
+    ours = []
+    for switches in SHARDED_SWITCHES:
         one, two = tmp_path / switches / "one", tmp_path / switches / "two"
         common = {"switches": switches, "save_steps": 2}
         adallava.train(config(base, one, batch_size=4, export_dir=str(one / "model"), **common))
         common |= {"export_dir": str(two / "model"), **sharded}
-        folders.append((one, two))
         ours.append(settings(base, two, batch_size=2, **common))
-    for _ in range(2):  # from the start, and from the checkpoint at two of three steps
-        done = launch(LAUNCHERS["torchrun"], str(script), json.dumps(ours))
-        assert done.returncode == 0, done.stderr
-        # The main process is given back what it exported, which is whole; the other one's is not.
-        assert len(re.findall(r"RESULT (\d+) \1\b", done.stdout)) == len(ours)
-        for one, two in folders:
-            for found, expected in zip(logged(two), logged(one), strict=True):
-                assert found["loss"] == pytest.approx(expected["loss"], rel=2e-3)
-            for name in ("model.safetensors", "scheduler.safetensors"):
-                found, expected = (load_file(folder / "model" / name) for folder in (two, one))
-                assert found.keys() == expected.keys()
-                for key, value in expected.items():
-                    assert torch.allclose(found[key], value, atol=2e-4), key
-            shutil.rmtree(two / "checkpoint-3")
-            shutil.rmtree(two / "model")
+    done = launch(LAUNCHERS["torchrun"], str(script), json.dumps(ours))
+    assert done.returncode == 0, done.stderr
+    # The main process is given back what it exported, which is whole; the other one's is not.
+    assert len(re.findall(r"RESULT (\d+) \1\b", done.stdout)) == 2 * len(ours)
+    for switches, turn in itertools.product(SHARDED_SWITCHES, ("started", "resumed")):
+        one, two = tmp_path / switches / "one", tmp_path / switches / turn
+        for found, expected in zip(logged(two), logged(one), strict=True):
+            assert found["loss"] == pytest.approx(expected["loss"], rel=2e-3)
+        for name in ("model.safetensors", "scheduler.safetensors"):
+            found, expected = (load_file(folder / "model" / name) for folder in (two, one))
+            assert found.keys() == expected.keys()
+            for key, value in expected.items():
+                assert torch.allclose(found[key], value, atol=2e-4), key

@@ -9,8 +9,8 @@ from planner.models.scheduling.schedule_compiler import (
     scheduler_folder,
 )
 from planner.planning.compiler import Request
-from planner.training.budget_accuracy import UnderBudgets
 from planner.training.data import SceneQuestions
+from planner.training.evaluate import UnderBudgets
 
 
 @pytest.mark.parametrize(("name", "units"), [("adallava-l", 0), ("adallava-h", 3)])

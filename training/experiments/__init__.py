@@ -33,15 +33,9 @@ def run_experiment(
     overrides: Sequence[str] = (),
     progress: Progress = lambda text: None,
 ) -> dict[str, Any]:
-    """Train what is missing, measure what is missing, and give back the whole table.
+    """Train and measure what is missing of a table of `EXPERIMENTS`, and give it back whole.
 
-    Args:
-        name: of `EXPERIMENTS`.
-        work: where models and cells are kept.
-        seeds: training runs.
-        samples: test questions per seed.
-        overrides: of every training configuration, such as ``max_steps=10``.
-        progress: told what comes next.
+    Every seed is a training run with so many test questions; the other arguments are `Bench`'s.
 
     Raises:
         PlannerError: skipping and masking disagree; nothing is reported then.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,8 @@ from planner.planning.catalog import find_model
 from planner.planning.compiler import Request
 from planner.planning.switches import with_switches
 from planner.planning.utilities import Utilities, save_utilities
-from planner.training.budget_accuracy import TEXT_TOKENS, UnderBudgets
 from planner.training.data import SceneQuestions
-from planner.training.evaluate import predict
+from planner.training.evaluate import TEXT_TOKENS, UnderBudgets, predict
 from planner.training.experiments.definitions import Cell
 from planner.training.experiments.learning import label_file, losses_of, regret_of
 from planner.training.recipes import load_recipe
@@ -36,10 +36,11 @@ PARITY_QUESTIONS = 24
 CALIBRATION_QUESTIONS = 24
 
 
+@dataclass(frozen=True, eq=False)
 class Bench:
     """Models of one seed, trained and loaded when they are needed, and their measured cells.
 
-    Args:
+    Attributes:
         work: where models and cells are kept.
         seed: of the training runs and of the test questions.
         samples: test questions.
@@ -47,39 +48,35 @@ class Bench:
         progress: told what comes next.
     """
 
-    def __init__(
-        self,
-        work: Path,
-        seed: int,
-        samples: int,
-        overrides: tuple[str, ...],
-        progress: Progress,
-    ) -> None:
-        self.work, self.seed, self.overrides, self.progress = work, seed, overrides, progress
-        self.samples = SceneQuestions("test", samples, seed)
-        self._loaded: dict[Path, tuple[Any, Any, Any]] = {}
+    work: Path
+    seed: int
+    samples: int
+    overrides: tuple[str, ...]
+    progress: Progress
+    _loaded: dict[Path, tuple[Any, Any, Any]] = field(default_factory=dict)
 
     def measured(self, cell: Cell) -> dict[str, Any]:
         """A cell, from its file or measured now."""
-        return self._kept(cell.key, {"cell": repr(cell)}, lambda: self._measure(cell))
+        return self._kept(cell.key, cell, self._measure)
 
     def learned(self, cell: Cell) -> dict[str, Any]:
         """The regret of a cell's scheduler on validation questions, and its losses in training."""
-        kind = {"learned": cell.method, "config": cell.config, "own": list(cell.overrides)}
-        return self._kept(
-            f"{cell.method}_learned".replace(" ", "-"), kind, lambda: self._learned(cell)
-        )
+        return self._kept(f"{cell.method}_learned".replace(" ", "-"), cell, self._learned)
 
     def _kept(
-        self, name: str, kind: Mapping[str, Any], measure: Callable[[], dict[str, Any]]
+        self, name: str, cell: Cell, measure: Callable[[Cell], dict[str, Any]]
     ) -> dict[str, Any]:
-        identity = {**kind, "samples": len(self.samples), "overrides": list(self.overrides)}
+        identity = {
+            "cell": repr(cell),
+            "samples": self.samples,
+            "overrides": list(self.overrides),
+        }
         path = self.work / "cells" / f"seed-{self.seed}" / f"{name}.json"
         if path.is_file():
             known = json.loads(path.read_text())
             if known["identity"] == identity:
                 return dict(known["result"])
-        result = measure()
+        result = measure(cell)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({"identity": identity, "result": result}, indent=1) + "\n")
         return result
@@ -100,7 +97,6 @@ class Bench:
         model, processor, graph = self._load(folder)
         self.progress(f"seed {self.seed}: {cell.method} {cell.tokens} at {cell.budget:g}")
         scheduled, utilities = None, "prior"
-        switches = cell.switches or ("tokens" if cell.tokens else "layers")
         if cell.config:
             scheduler = load_scheduler(folder, graph)
             decide = _rule(cell.rule, self.seed, scheduler.layout.decide)
@@ -108,21 +104,23 @@ class Bench:
         elif cell.rule == "calibrated":
             utilities = str(calibrated(model, processor, graph, self.work))
         request = Request(
-            "tiny-llava", switches=switches, utilities=utilities, text_tokens=TEXT_TOKENS
+            "tiny-llava",
+            switches=cell.switches or ("tokens" if cell.tokens else "layers"),
+            tokens=cell.tokens or None,
+            utilities=utilities,
+            text_tokens=TEXT_TOKENS,
         )
-        bench = UnderBudgets(
-            model, processor, graph, self.samples, scheduled, request, cell.tokens or None
-        )
+        questions = SceneQuestions("test", self.samples, self.seed)
+        bench = UnderBudgets(model, processor, graph, questions, scheduled, request)
         measured = bench.measure(cell.budget)
         if scheduled is not None:
             _check_parity(scheduled, bench, cell)
-        count = measured["samples"]
         return {
             "method": cell.method,
             "tokens": cell.tokens,
             "rule": cell.rule,
             **measured,
-            "success": 1 - measured["violations"] / count,
+            "success": 1 - measured["violations"] / measured["samples"],
         }
 
     def _trained(self, cell: Cell) -> Path:
@@ -186,22 +184,16 @@ def _rule(name: str, seed: int, scheduler: Decide) -> Decide:
     """How switches are chosen from logits and limits."""
     generator = torch.Generator().manual_seed(seed)
 
-    def at_random(logits: Tensor, limits: Tensor) -> Tensor:
-        return scheduler(torch.rand(logits.shape, generator=generator), limits)
+    def decide(logits: Tensor, limits: Tensor) -> Tensor:
+        if name == "threshold":
+            return logits > 0
+        if name == "random":
+            logits = torch.rand(logits.shape, generator=generator)
+        elif name == "depth":
+            logits = -torch.arange(logits.shape[1]).float().expand_as(logits)
+        return scheduler(logits, limits)
 
-    def by_depth(logits: Tensor, limits: Tensor) -> Tensor:
-        return scheduler(-torch.arange(logits.shape[1]).float().expand_as(logits), limits)
-
-    def threshold(logits: Tensor, limits: Tensor) -> Tensor:
-        return logits > 0
-
-    rules: dict[str, Decide] = {
-        "scheduler": scheduler,
-        "random": at_random,
-        "depth": by_depth,
-        "threshold": threshold,
-    }
-    return rules[name]
+    return decide
 
 
 def _check_parity(scheduled: Scheduled, bench: UnderBudgets, cell: Cell) -> None:
@@ -215,13 +207,8 @@ def _check_parity(scheduled: Scheduled, bench: UnderBudgets, cell: Cell) -> None
     few = [bench.samples[i] for i in range(min(PARITY_QUESTIONS, len(bench.samples)))]
     answers = []
     for mask in (True, False):
-        runs = Scheduled(
-            scheduled.model,
-            scheduled.graph,
-            scheduled.scheduler,
-            mask=mask,
-            decide=scheduled.decide,
-        )
+        model, graph, decide = scheduled.model, scheduled.graph, scheduled.decide
+        runs = Scheduled(model, graph, scheduled.scheduler, mask=mask, decide=decide)
         with runs.using(cell.budget, bench.stages):
             answers.append(predict(bench.model, bench.processor, few, bench.batch_size))
     if answers[0] != answers[1]:

@@ -43,12 +43,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A table.
+    """A table with cells in the order of its rows.
 
-    Attributes:
-        title: what it is called.
-        cells: in the order of its rows.
-        learning: whether the regret of plans and the losses of training belong to it.
+    With `learning`, the regret of plans and the losses of training belong to it.
     """
 
     title: str

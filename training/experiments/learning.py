@@ -11,7 +11,7 @@ from typing import Any
 from planner.audit import Labels, Terms, audit, write_labels
 from planner.ir.graph import Graph
 from planner.models.scheduling import Scheduled
-from planner.training.budget_accuracy import TEXT_TOKENS
+from planner.training.evaluate import TEXT_TOKENS
 from planner.training.labelling import label_samples
 from planner.training.question_samples import scene_samples
 from planner.training.trainer import last_checkpoint
@@ -37,10 +37,7 @@ def label_file(model: Any, processor: Any, graph: Graph, count: int, work: Path)
 def regret_of(scheduled: Scheduled, processor: Any, seed: int) -> list[dict[str, Any]]:
     """By budget: the mean regret of the scheduler's plans, and of others', see `planner.audit`.
 
-    Args:
-        scheduled: masks; nothing attached.
-        processor: of the model.
-        seed: of the questions, which are of the validation split.
+    The scheduler masks, and the seed is that of questions of the validation split.
     """
     model, graph = scheduled.model, scheduled.graph
     samples = scene_samples(model, processor, "val", REGRET_QUESTIONS, seed)
@@ -70,14 +67,9 @@ def losses_of(run: Path) -> list[tuple[int, float]]:
 
 
 def learned(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Means over seeds: of the regret by budget, and of losses by window of steps.
+    """By method, means over seeds: of the regret by budget, and of losses by window of steps.
 
-    Args:
-        rows: `method`, `regret` and `losses` of a seed, see `regret_of` and `losses_of`.
-
-    Returns:
-        A row for each method, in their order: `regret`, a list of one entry a budget, and `loss`,
-        a list of (last step of the window, mean).
+    `loss` is a list of (last step of the window, mean).
     """
     methods: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
