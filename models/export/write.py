@@ -91,7 +91,8 @@ def export(
                 )
         except NotPlain as reason:
             why_not = str(reason)
-            _clear(temporary)
+            for path in temporary.iterdir():
+                path.unlink()
             save_planned(model, graph, program, temporary, stored_dtype, **origin)
             smaller = load(temporary)
             error = _error(smaller, inputs, expected)
@@ -142,11 +143,6 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
         raise InputError(f"cannot write '{folder}': {error.strerror or error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
 
 
 def _copy_companions(source: Path, target: Path) -> None:

@@ -20,7 +20,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from planner.kernels.choice import Kernels, attention_is_faster
 from planner.kernels.ops.attend import Attend
 from planner.kernels.survivors import Survivors
-from planner.models.running.patches import ConfigView
 
 _log = logging.getLogger("planner")
 
@@ -117,7 +116,10 @@ class Recorded:
 def _record(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> Any:
-    """An attention function that notes queries and keys, then calls another."""
+    """An attention function that has its config's view `record` what it gets, and calls another.
+
+    That is the view's `attention`, by default the one that the config names.
+    """
     view: Any = module.config
     view.record(Recorded(query, key, mask, kwargs.get("scaling")))
     attend = configured_attention(module)[1]
@@ -127,14 +129,3 @@ def _record(
 
 
 ALL_ATTENTION_FUNCTIONS.register(RECORDING, _record)
-
-
-def recording(
-    config: Any, record: Callable[[Recorded], None], attention: str | None = None, **replaced: Any
-) -> ConfigView:
-    """A view of a block's config under which it hands what it computes with to `record`.
-
-    Then it calls the function `attention`, by default the one that the config names.
-    """
-    view = {"_attn_implementation": RECORDING, "record": record, "attention": attention}
-    return ConfigView(config, **view, **replaced)

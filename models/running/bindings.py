@@ -6,8 +6,8 @@ from the Graph alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -17,11 +17,6 @@ from transformers.pytorch_utils import Conv1D
 from planner.ir.errors import InputError
 from planner.ir.graph import Binding, Graph, Site
 from planner.ir.intervals import Intervals, merged
-
-
-def _pairs(edges: Sequence[int]) -> Iterable[tuple[int, int]]:
-    """Consecutive pairs."""
-    return zip(edges[::2], edges[1::2], strict=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +132,7 @@ def _bind_linear(
             f"the graph gives {path} {edges[-2]} features and the model has "
             f"{linear.features}; lower the model that is loaded"
         )
-    return BoundLinear(path, host, module, binding, merged(_pairs(edges)))
+    return replace(linear, shared=merged(zip(edges[::2], edges[1::2], strict=True)))
 
 
 def _obstacle(model: nn.Module, site: Site) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 from planner.ir.errors import InputError
 from planner.ir.intervals import count_of
 from planner.models.running.attention_blocks import AttentionBlock, probe
-from planner.models.running.attention_calls import recording
+from planner.models.running.attention_calls import RECORDING
 from planner.models.running.bindings import BoundLayer, BoundSite
 from planner.models.running.forward_pass import Passes
 from planner.models.running.layer_results import LayerResult, result_of
@@ -314,9 +314,9 @@ class Preparing:
         evicts = any(other.kv is not None for other in program.groups)
         if (evicts or program.layer.index in recorded) and config is not None:
             record = partial(passes.record, program.layer.index)
-            attributes["config"] = recording(config, record, function, **replaced)
+            replaced |= {"_attn_implementation": RECORDING, "record": record, "attention": function}
         elif function is not None:
-            attributes["config"] = ConfigView(config, _attn_implementation=function, **replaced)
-        elif replaced:
+            replaced["_attn_implementation"] = function
+        if replaced:
             attributes["config"] = ConfigView(config, **replaced)
         return attributes

@@ -333,19 +333,22 @@ def session_on(
 
 
 @contextmanager
-def obeying(
-    model: nn.Module, graph: Graph, plans: Plan | Sequence[Plan], *, freeze: bool | None = None
-) -> Iterator[Session]:
-    """Have a model obey plans for a block; one without a session is given back as it was.
-
-    See `session_on` and `Session.under` for arguments and errors.
-    """
+def session_for(model: nn.Module, graph: Graph, *, freeze: bool | None = None) -> Iterator[Session]:
+    """As `session_on`, for a block; a model without a session is given back as it was."""
     known = Session.of(model)
     is_new = known is None or known.implementation is None
     session = session_on(model, graph, freeze=freeze)
     try:
-        with session.under(plans):
-            yield session
+        yield session
     finally:
         if is_new:
             session.close()
+
+
+@contextmanager
+def obeying(
+    model: nn.Module, graph: Graph, plans: Plan | Sequence[Plan], *, freeze: bool | None = None
+) -> Iterator[Session]:
+    """Have a model obey plans for a block; see `session_for` and `Session.under`."""
+    with session_for(model, graph, freeze=freeze) as session, session.under(plans):
+        yield session

@@ -27,8 +27,8 @@ from planner.ir.graph import Graph
 from planner.models.running.kv_cache import cache_among, cache_argument
 from planner.models.running.masked import MaskedExecutor
 from planner.models.running.ready import Ready
-from planner.models.running.session import Session, Setting
-from planner.models.running.skipping import Skipping, session_on
+from planner.models.running.session import Setting
+from planner.models.running.skipping import Skipping, session_for
 from planner.models.scheduling.insertion import Insertion, end_of_prompt
 from planner.models.scheduling.layouts import Layout, Taken
 from planner.models.scheduling.scheduler import Scheduler
@@ -170,11 +170,7 @@ class Scheduled:
         self.layout = layout or self.scheduler.layout
         self.limits = limits
         self.decisions = []
-        known = Session.of(self.model)
-        is_new = known is None or known.implementation is None
-        session = session_on(self.model, self.graph)
-        if is_new:
-            self._attached.callback(session.close)
+        session = self._attached.enter_context(session_for(self.model, self.graph))
         self._skipping: Skipping = session.implementation
         self._masked = MaskedExecutor(self.model, self.graph) if self._mask else None
         self._base = base or self.base()
