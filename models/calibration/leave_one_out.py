@@ -66,13 +66,9 @@ def measure(log_probabilities: Tensor, replay: Replay, kind: str) -> Tensor:
 def leave_one_out(
     executor: MaskedExecutor, replay: Replay, switches: Sequence[Switch], kind: str
 ) -> Array:
-    """What switching each off does to one sample; shape (switches,), positive where it is worth.
+    """What switching each off does to one sample; shape (switches,), positive where it hurts.
 
-    Args:
-        executor: of the replayed model.
-        replay: the sample, on at least as many rows as there are switches.
-        switches: in layer order.
-        kind: one of `MEASURES`.
+    Switches are in layer order, and no more than the replay has rows; `kind` is one of `MEASURES`.
     """
     columns: dict[Site, Tensor] = {}
     for row, switch in enumerate(switches):

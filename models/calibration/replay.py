@@ -9,6 +9,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,60 +24,47 @@ from planner.models.running.patches import Patches
 NOT_FINITE = "the model's output is not finite for a sample: look for broken weights or images"
 
 
+@dataclass(eq=False)
 class Replay:
     """A sample on `rows` equal rows, run by a dense stock transformers model.
 
-    Attributes:
-        base: log-probabilities of the dense model at the answer, shape (answer, vocabulary).
-
-    Raises:
-        InputError: the dense model's output is not finite.
+    `base` is what that says: log-probabilities at the answer, shape (answer, vocabulary). Raises
+    InputError where they are not finite.
     """
 
-    def __init__(
-        self, model: nn.Module, layers: Sequence[BoundLayer], sample: Sample, rows: int
-    ) -> None:
-        self.model = model
-        self.layers = layers
-        self.sample = sample
-        self.rows = rows
-        # Repeating along the first axis makes a batch of every layout of image arguments: whole
-        # images, tiles, or patches with their grids.
+    model: nn.Module
+    layers: Sequence[BoundLayer]
+    sample: Sample
+    rows: int
+
+    def __post_init__(self) -> None:
+        # Along the first axis a batch is made of every layout of image arguments: whole images,
+        # tiles, or patches with their grids.
         self._inputs = {
-            name: value.repeat(rows, *[1] * (value.ndim - 1))
-            if isinstance(value, Tensor)
-            else value
-            for name, value in sample.inputs.items()
+            name: torch.cat([value] * self.rows) if isinstance(value, Tensor) else value
+            for name, value in self.sample.inputs.items()
         }
         self._inputs["use_cache"] = False
-        if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
-            self._inputs["logits_to_keep"] = sample.answer + 1
+        if "logits_to_keep" in inspect.signature(type(self.model).forward).parameters:
+            self._inputs["logits_to_keep"] = self.sample.answer + 1
         self._features: dict[nn.Module, Any] = {}
         self._outputs: dict[int, Tensor] = {}
-        self.base = self._record()
-
-    @torch.no_grad()
-    def _record(self) -> Tensor:
-        """Run the dense model once, noting what every layer returns for one row."""
-
-        def note(index: int) -> Callable[..., None]:
-            def hook(module: nn.Module, _: Any, output: Any) -> None:
-                if not isinstance(output, Tensor):
-                    raise InputError(
-                        f"{type(module).__name__} returns a tuple, as layers did before "
-                        "transformers 5; use a newer version"
-                    )
-                self._outputs[index] = output[:1].clone()
-
-            return hook
-
-        with ExitStack() as hooks:
+        # Run the dense model once, noting what every layer returns for one row.
+        with torch.no_grad(), ExitStack() as hooks:
             for layer in self.layers:
-                hooks.enter_context(layer.module.register_forward_hook(note(layer.index)))
-            found = self.log_probabilities(0)[0].clone()
-        if not torch.isfinite(found).all():
+                note = partial(self._note, layer.index)
+                hooks.enter_context(layer.module.register_forward_hook(note))
+            self.base = self.log_probabilities(0)[0].clone()
+        if not torch.isfinite(self.base).all():
             raise InputError(NOT_FINITE)
-        return found
+
+    def _note(self, index: int, module: nn.Module, _: Any, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            raise InputError(
+                f"{type(module).__name__} returns a tuple, as layers did before transformers 5; "
+                "use a newer version"
+            )
+        self._outputs[index] = output[:1].clone()
 
     def log_probabilities(self, start: int) -> Tensor:
         """What the model says at the answer under the gates that are active now.

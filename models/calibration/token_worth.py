@@ -23,15 +23,9 @@ _SATURATION = (1e-3, 1e6)
 def token_losses(
     graph: Graph, replay: Replay, image_tokens: int, layer: int, selector: str, kind: str
 ) -> Array:
-    """What dropping image tokens before a layer does to one sample.
+    """What dropping image tokens of a sample before a layer does, by what a selector picks.
 
-    Args:
-        graph: of the replayed model.
-        replay: the sample, on as many rows as there are `FRACTIONS`.
-        image_tokens: of the sample.
-        layer: before which tokens are dropped.
-        selector: what picks them.
-        kind: one of `MEASURES`.
+    The replay has as many rows as there are `FRACTIONS`; `kind` is one of `MEASURES`.
 
     Returns:
         Shape (2, fractions): kept fractions, which are whole counts, and the loss at each.

@@ -73,11 +73,8 @@ class Passes:
     def begin(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Begin a forward pass with what the decoder hands layer 0.
 
-        Returns:
-            The hidden states, without marks of a vision selector.
-
-        Raises:
-            InputError: the inputs do not go with the plan, or hold values that are not finite.
+        Returns the hidden states without marks of a vision selector; raises InputError where the
+        inputs do not go with the plan, or hold values that are not finite.
         """
         self.serving = (None, None)
         batch, tokens = hidden.shape[:2]

@@ -305,8 +305,7 @@ def session_on(
         model: a stock transformers model, or what wraps it.
         graph: its Graph, where it is known.
         freeze: promise that weights stay as they are, see `planner.models.running.products`.
-        kernels: who computes, see `planner.kernels.choice`: at first PyTorch. None leaves this and
-            `freeze` at what was said before.
+        kernels: who computes, at first PyTorch. None leaves this and `freeze` as said before.
 
     Raises:
         InputError: there is no language model, or torch.compile's backend ``planner`` has it.

@@ -76,12 +76,9 @@ def load_scheduled(
     trust_remote_code: bool = False,
     mask: bool = False,
 ) -> tuple[Any, Any, Scheduled]:
-    """(model, processor, the model as scheduled), from the checkpoint beside the scheduler.
+    """(model, processor, the model as scheduled, not attached), as saved beside the scheduler.
 
-    Nothing is attached yet.
-
-    Raises:
-        InputError: the checkpoint or the scheduler cannot be loaded, or is of another model.
+    Raises InputError where either cannot be loaded, or is of another model.
     """
     model, processor, _ = load_model(schedule.scheduler, dtype, place, trust_remote_code)
     graph = lower_model(model, Path(schedule.model).name)

@@ -80,11 +80,8 @@ class TokenStages:
     def enter(self, call: Call, hidden: Tensor) -> Tensor:
         """Find the images of a prompt, before layer 0, and note them and padding in the call.
 
-        Returns:
-            The hidden states, without marks of a vision selector.
-
-        Raises:
-            InputError: there is no image, or no telling where.
+        Returns the hidden states without marks of a vision selector; raises InputError where there
+        is no image, or no telling where.
         """
         ids, image = self.arguments.get("input_ids"), None
         if ids is not None:

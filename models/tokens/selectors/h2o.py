@@ -70,9 +70,7 @@ class HeavyHitters:
         The first call is the prompt and sets the budgets; later calls see the cache as the last
         one left it, with new entries appended.
 
-        Args:
-            received: shape (batch, kv_heads, keys), from `attention_received`.
-            valid: shape (batch, keys), bool.
+        Takes what `attention_received` returns, and `valid` keys, shape (batch, keys), bool.
 
         Returns:
             What to gather from keys and values, each head in its order, padded on the left: shape

@@ -21,15 +21,8 @@ def merge(
     by cosine. One more token is the sum of a_j x_j over all patches not kept; with none it is left
     out. The weights a_j are CLS attention and not normalised.
 
-    Args:
-        features: shape (patches, width).
-        keys: shape (patches, key width).
-        attention: shape (patches,).
-        kept: shape (k,), int64.
-        neighbours: merged into a kept patch.
-
-    Returns:
-        Shape (k + 1, width), or (k, width) where everything is kept.
+    Of features (patches, width), keys (patches, key width), attention (patches,) and patches kept,
+    (k,), the result is (k + 1, width), or (k, width) where everything is kept.
     """
     weighted = features.to(attention.dtype) * attention[:, None]
     direction = normalize(keys.to(attention.dtype), dim=-1)

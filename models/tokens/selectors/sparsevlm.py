@@ -52,12 +52,9 @@ def cluster(tokens: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     the nearest centre. Distances are divided by sqrt(width). The reference adds random noise of
     1e-6 to break ties in density; here ties go to the lower index.
 
-    Args:
-        tokens: shape (n, width).
-        clusters: at most n.
-
     Returns:
-        Positions of the centres, shape (clusters,), and each token's centre, shape (n,); int64.
+        Positions of the centres, shape (clusters,), and the centre of each of n tokens (n, width),
+        shape (n,); int64.
     """
     distance = torch.cdist(tokens, tokens, compute_mode="donot_use_mm_for_euclid_dist")
     distance = distance / tokens.shape[-1] ** 0.5
