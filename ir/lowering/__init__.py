@@ -9,9 +9,7 @@ out. From the whole to the parts:
     attempts         candidates tried in turn, and what to say where none works
     example_inputs   shapes to capture a part with
     capture          a part as an ATen graph; of layers that are alike, one is traced
-    plain_products   a rewrite: products with weights that are stored transposed become linears
-    tensor_writes    a rewrite: writes into an empty tensor become a concatenation
-    eager_attention  a rewrite: softmax between two products becomes fused attention
+    rewrites         one form for each operation of that graph: linears, fused attention
     raising          the ATen graph -> operators and sites
     aten             what ATen operations are, by name
     flow             which nodes carry activations
@@ -22,7 +20,6 @@ out. From the whole to the parts:
     lanes            one traced layer: its nodes, and features followed through views
     assignment       which features of which linears belong to which lane
     head_lanes       the lanes of attention heads
-    sharing          layers and heads that others need whole, and so are no sites
 """
 
 from planner.ir.lowering.attempts import NotLowered

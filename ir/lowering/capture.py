@@ -15,9 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from planner.ir.lowering.eager_attention import fuse_attention
-from planner.ir.lowering.plain_products import use_linear
-from planner.ir.lowering.tensor_writes import join_writes
+from planner.ir.lowering.rewrites import fuse_attention, join_writes, use_linear
 
 # A module that wraps a model, to have one of its functions traced, keeps the model under this name;
 # paths leave it out.

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 from planner.ir.dims import Dim
 from planner.ir.graph import Value
 from planner.ir.lowering.aten import ACTIVATIONS, ATTENTION, HEAVY, NORMS, REDUCTIONS, VIEWS, opname
-from planner.ir.lowering.eager_attention import CAPPED
 from planner.ir.lowering.flow import Flow
+from planner.ir.lowering.rewrites import CAPPED
 
 _KINDS = {
     **dict.fromkeys(ATTENTION, "attention"),

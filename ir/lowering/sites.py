@@ -29,7 +29,7 @@ class Found:
 def find_sites(layer: TracedLayer) -> Found:
     """Find what can be narrowed in one traced layer.
 
-    Whether the layer can be left out is seen in the whole Graph (`planner.ir.lowering.sharing`).
+    Whether the layer can be left out is seen in the whole Graph (`whole_model`).
     """
     found = Found([Site("layer", "layer", 0, layer.path)])
     _add_heads(layer, found)

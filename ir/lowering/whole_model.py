@@ -14,13 +14,20 @@ import torch
 from torch import nn
 
 from planner.ir.dims import Dim
+from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator
 from planner.ir.graph_text import fingerprint
 from planner.ir.lowering.attempts import NotLowered, first_success, quiet, sentence
 from planner.ir.lowering.capture import build_on_meta, path_of
 from planner.ir.lowering.decoder import lower_decoder
-from planner.ir.lowering.sharing import without_shared
 from planner.ir.lowering.vision_side import lower_vision
+from planner.ir.structure import (
+    exit_of,
+    residual_entry,
+    unnarrowed_readers,
+    within,
+    without_sites,
+)
 from planner.ir.verify import verify
 
 
@@ -92,6 +99,44 @@ def lower(model: Any, name: str, dtype_bytes: int = 2) -> Lowered:
     graph = replace(graph, properties={**properties, "fingerprint": fingerprint(graph)})
     verify(graph)
     return Lowered(graph, tuple(dict.fromkeys((*vision.notes, *decoded.reasons, *shared))))
+
+
+def without_shared(graph: Graph) -> tuple[Graph, list[str]]:
+    """The graph without sites that operators outside need whole, and a sentence for each kind.
+
+    Some models let later layers attend to an earlier layer's keys and values. The heads of that
+    layer belong to all of its readers, and it cannot be left out.
+    """
+    reasons = {
+        site: f"{site}: {reader} reads {source}, which it does not narrow"
+        for reader, source, site in unnarrowed_readers(graph)
+    } | _not_left_out(graph)
+    if not reasons:
+        return graph, []
+    return without_sites(graph, reasons), _summary(reasons)
+
+
+def _summary(reasons: dict[str, str]) -> list[str]:
+    """The first reason of each kind of site, and how many sites there are besides."""
+    kinds: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        kinds.setdefault(name.partition(".")[0], []).append(reason)
+    return [
+        first + (f" (and {len(others)} layers more)" if others else "")
+        for first, *others in kinds.values()
+    ]
+
+
+def _not_left_out(graph: Graph) -> dict[str, str]:
+    """Layers that cannot be left out -> why."""
+    reasons = {}
+    for site in graph.sites_of("layer"):
+        inside = within(graph, site)
+        try:
+            residual_entry(graph, site, inside, exit_of(graph, site, inside))
+        except InputError as error:
+            reasons[site.name] = str(error)
+    return reasons
 
 
 def lower_config(config: Any, name: str) -> Lowered:

@@ -4,8 +4,7 @@ from torch import fx, nn
 from torch.nn import functional
 
 from planner.ir.lowering.aten import opname
-from planner.ir.lowering.eager_attention import fuse_attention
-from planner.ir.lowering.tensor_writes import join_writes
+from planner.ir.lowering.rewrites import fuse_attention, join_writes
 
 HEADS, WIDTH = 3, 8
 

@@ -1,6 +1,6 @@
 from dataclasses import replace
 
-from planner.ir.lowering.sharing import without_shared
+from planner.ir.lowering.whole_model import without_shared
 from planner.ir.verify import verify
 
 LAYER = "model.language_model.layers.1"

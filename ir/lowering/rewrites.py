@@ -1,7 +1,6 @@
-"""Eager attention: a softmax between two products becomes one fused attention.
+"""Rewrites of a captured graph, in place, so that what follows meets one form of each operation.
 
-Models that no fused attention fits (logits that are capped, say) compute them one by one. All
-attention looks alike from here on.
+Nodes have ``meta["val"]``.
 """
 
 from __future__ import annotations
@@ -21,11 +20,82 @@ _PRODUCTS = frozenset(["matmul", "bmm", "baddbmm"])
 _CREATIONS = frozenset(
     ["zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full"]
 )
+_EMPTY = frozenset(["empty", "empty_like", "new_empty"])
+
+
+def use_linear(graph: fx.Graph, weights: Container[str]) -> None:
+    """Products with a weight stored transposed, as GPT-2's ``Conv1D`` has it, become linears.
+
+    `weights` are the names of the placeholders that are parameters.
+    """
+    for product in [n for n in graph.nodes if opname(n) in ("mm", "addmm") and not n.kwargs]:
+        *bias, rows, weight = product.args
+        stored = [n.name for n in (weight, *bias) if isinstance(n, fx.Node)]
+        if not all(name in weights for name in stored):
+            continue
+        assert isinstance(weight, fx.Node)
+        with graph.inserting_before(product):
+            turned = graph.call_function(torch.ops.aten.t.default, (weight,))
+            linear = graph.call_function(torch.ops.aten.linear.default, (rows, turned, *bias))
+        turned.meta = {**weight.meta, "val": weight.meta["val"].t()}
+        linear.meta = dict(product.meta)
+        product.replace_all_uses_with(linear)
+
+
+def join_writes(graph: fx.Graph) -> None:
+    """A tensor created empty and then written part by part becomes a concatenation.
+
+    Latent attention assembles its keys so, which would not be seen to reach the tensor's readers.
+    """
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    for empty in [n for n in graph.nodes if n.op == "call_function" and opname(n) in _EMPTY]:
+        slices = {user for user in empty.users if _write(user) is not None}
+        axes = {_axis(part) for part in slices}
+        spans = sorted(_span(part, empty) for part in slices)
+        size = empty.meta["val"].shape[axes.copy().pop()] if len(axes) == 1 else None
+        ends = [0, *(stop for _, stop in spans)]
+        if ends[-1] != size or [start for start, _ in spans] != ends[:-1]:
+            continue
+        writes = [_write(part) for part in sorted(slices, key=lambda p: _span(p, empty))]
+        last = max((write for write in writes if write is not None), key=lambda w: order[w])
+        with graph.inserting_after(last):
+            parts = [write.args[1] for write in writes if write is not None]
+            joined = graph.call_function(torch.ops.aten.cat.default, (parts, axes.pop()))
+        joined.meta = dict(empty.meta)
+        empty.replace_all_uses_with(
+            joined, delete_user_cb=lambda user, kept=slices: user not in kept
+        )
+
+
+def _write(part: fx.Node) -> fx.Node | None:
+    """The copy into a slice, where that is all the slice is for and nothing is broadcast."""
+    if opname(part) != "slice" or len(part.users) != 1:
+        return None
+    (write,) = part.users
+    if opname(write) != "copy_" or write.args[0] is not part:
+        return None
+    value = write.args[1]
+    shapes = [n.meta["val"].shape for n in (part, value) if isinstance(n, fx.Node)]
+    return write if len(shapes) == 2 and shapes[0] == shapes[1] else None
+
+
+def _axis(part: fx.Node) -> int:
+    axis: Any = part.args[1] if len(part.args) > 1 else 0
+    return int(axis) % len(part.meta["val"].shape)
+
+
+def _span(part: fx.Node, whole: fx.Node) -> tuple[int, int]:
+    """First and last feature (exclusive) of a slice."""
+    start: Any = part.args[2] if len(part.args) > 2 else 0
+    axis = _axis(part)
+    first = int(start or 0) % max(1, int(whole.meta["val"].shape[axis]))
+    return first, first + int(part.meta["val"].shape[axis])
 
 
 def fuse_attention(graph: fx.Graph, activations: Container[str]) -> None:
-    """Replace every eager attention of a captured graph, in place.
+    """A softmax between two products becomes one fused attention.
 
+    Models that no fused attention fits (logits that are capped, say) compute them one by one.
     `activations` are the names of the placeholders that carry activations.
     """
     reached = _reached(graph, activations)
