@@ -16,10 +16,9 @@ out. From the whole to the parts:
     grouping         nodes that together are one operator
     describing       kind, shape and attributes of an operator
     folding          copies of a traced layer, for the layers that are like it
-    sites            what can be narrowed in one traced layer; its MLP's neurons
+    sites            what can be narrowed in one traced layer: its heads, its neurons
     lanes            one traced layer: its nodes, and features followed through views
     assignment       which features of which linears belong to which lane
-    head_lanes       the lanes of attention heads
 """
 
 from planner.ir.lowering.attempts import NotLowered
