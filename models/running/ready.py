@@ -310,6 +310,8 @@ class Preparing:
             replaced |= block.changes(kept, "config")
         function = self.products.attention(site)
         config = getattr(site.module, "config", None)
+        # A scheduler decides in the middle of a pass, when the block has a view already.
+        config = getattr(config, "original_config", config)
         recorded = passes.stages.recorded if passes.stages is not None else ()
         evicts = any(other.kv is not None for other in program.groups)
         if (evicts or program.layer.index in recorded) and config is not None:

@@ -43,6 +43,12 @@ def test_a_scheduled_run_says_what_an_adaptive_selector_kept(cli_json, picture):
     assert found["layers"][0]["image_tokens"].startswith(f"{stage['kept']} of 49")
 
 
+def test_a_selector_that_scores_by_attention_runs_in_front_of_a_scheduler(cli_json):
+    asked = ("--tokens", "fastv:k=2,r=0.5", "--budgets", "0.85", "--samples", "4")
+    skipped, masked = (cli_json("eval", *SCHEDULED, *asked, *how) for how in ((), ("--mask",)))
+    assert skipped["results"] == masked["results"]
+
+
 def test_a_static_plan_is_explained_too(cli_json, picture):
     found = cli_json(
         "run", "-m", "tiny-llava", "--image", picture, "--prompt", "why?", "-b", "0.6", "--explain"
