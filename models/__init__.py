@@ -7,7 +7,8 @@ and nothing else. Imports `planner.ir` and `planner.plan`; nothing in here knows
     tokens/       token stages, and the selectors that pick image tokens
     scheduling/   schedulers: a plan for every input
     checking/     what planner does with an architecture, tried on a small model of it
-    calibration/  utilities measured on a user's images
+    calibration/  utilities measured on a user's inputs
+    recovery/     weights that make up for what a plan removes; utilities by default
     export/       narrowed checkpoints
     tiny_llava/   the small model that ships with planner
 """

@@ -18,6 +18,7 @@ that need them, so that ``planner --help`` and a cached ``planner compile`` star
     cli/       the command line
     aliases/   configs of the models that have a short name
     files, documents, arrays   files, YAML and JSON, NumPy archives, read within limits
+    progress   a bar on stderr
     contained  code that comes with a model, run within limits
 """
 
@@ -27,7 +28,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from planner.api import budget, compile, plan_of, restore
+    from planner.api import budget, compile, oneshot, plan_of, restore
     from planner.plan import Plan, load_plan, save_plan
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ _EXPORTS = {
     "budget": "planner.api",
     "compile": "planner.api",
     "load_plan": "planner.plan",
+    "oneshot": "planner.api",
     "plan_of": "planner.api",
     "restore": "planner.api",
     "save_plan": "planner.plan",
@@ -49,6 +51,7 @@ __all__ = [
     "budget",
     "compile",
     "load_plan",
+    "oneshot",
     "plan_of",
     "restore",
     "save_plan",

@@ -10,18 +10,27 @@ The model is the one passed in, obeying a plan; `restore` gives it back exactly 
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.ir.structure import without_sites
 from planner.plan import Plan
-from planner.planning.compiler import Request
+from planner.planning.compiler import Request, pose
 from planner.planning.figures import check_figures
+from planner.planning.utilities import OF_WEIGHTS
+from planner.progress import Progress, progress_bar
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
+    from planner.models.recovery.oneshot import Oneshot
+    from planner.models.running.planning import Planning
     from planner.models.running.session import Override, Session
 
 Model = TypeVar("Model", bound="nn.Module")
@@ -34,9 +43,16 @@ def compile(
     plan: Plan | None = None,
     freeze: bool = False,
     kernels: str = "auto",
+    recover: str = "",
+    inputs: Any = None,
+    processor: Any = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> Model:
     """Make a stock transformers model obey a budget; returns the same model.
+
+    What switches are worth is measured, once per weights: it takes about a minute, is kept in the
+    user's cache folder, and is left out with other `utilities` than ``auto``, or with a `plan`.
 
     The plan holds in all threads and tasks, and ends what `planner.budget` has set before.
 
@@ -52,6 +68,14 @@ def compile(
         kernels: who computes: ``triton``, planner's kernels (on a CPU interpreted, for tests);
             ``torch``; or ``auto``, by operator whoever the cost model expects to be faster, and
             PyTorch on a CPU (`planner.kernels.choice`).
+        recover: ``refit`` writes weights into the model that make up for what this plan removes
+            (`planner.models.recovery.refit`); `restore` puts the old ones back. ``compensate``
+            makes up for less, under whatever plans `planner.budget` sets
+            (`planner.models.recovery.compensation`).
+        inputs: to calibrate on, as for `oneshot`; by default built-in ones.
+        processor: of an image-text model, to read and to make inputs.
+        progress: called with the number of measurements done, and of all; by default a bar on
+            stderr says, where that is a terminal.
         options: the other fields of `planner.planning.compiler.Request`: switches, utilities,
             device,
             image_tokens, text_tokens, new_tokens, batch, ...
@@ -60,8 +84,11 @@ def compile(
         InputError: for a bad budget, plan or option; the model is left as it was.
     """
     from planner.kernels.choice import Kernels
+    from planner.models.recovery.compensation import CompensatedProducts
+    from planner.models.recovery.oneshot import samples_of
+    from planner.models.recovery.recovering import Recovering
     from planner.models.running.planning import Planning
-    from planner.models.running.session import Session
+    from planner.models.running.session import Session, check_recovered
     from planner.models.running.skipping import session_on
 
     unknown = set(options) - set(Request.__dataclass_fields__) | {"model", "budget"} & set(options)
@@ -72,16 +99,59 @@ def compile(
     session = session_on(model, freeze=freeze, kernels=Kernels.of(kernels))
     try:
         graph = without_sites(session.graph, session.implementation.preparing.refused())
-        planning = Planning(graph, Request(graph.name, **options))
+        inner, request = session.model, Request(graph.name, **options)
+        wanted = budget if plan is None else plan
         if plan is not None:
-            check_figures(plan, session.graph)
-        session.obey(planning.plan(plan if plan is not None else budget))
-        session.planning = planning
+            check_figures(plan, graph)
+        bar = progress_bar("measure what switches are worth", sys.stderr.isatty())
+        with _as_before(session), nullcontext(progress) if progress else bar as shown:
+            samples = samples_of(inner, processor, inputs)
+            recovering = Recovering(inner, graph, recover, samples, processor, shown)
+            if not isinstance(wanted, Plan) and request.utilities in OF_WEIGHTS:
+                # What is wrong with the request comes up before a minute of measuring.
+                pose(graph, replace(request, budget=wanted, utilities="prior"))
+                request = replace(request, utilities=recovering.utilities(request).path)
+            planning = Planning(graph, request)
+            chosen = planning.plan(wanted)
+            weights = recovering.weights(chosen)
+            means = recovering.means() if recover == "compensate" else {}
+        if recover != "refit":
+            check_recovered([chosen])
+        _obey(session, planning, chosen, weights)
+        if means:
+            known = session.implementation
+            known.use(CompensatedProducts(known.preparing.products, means))
     except BaseException:
         if is_new:
             session.close()
         raise
     return model
+
+
+def _obey(session: Session, planning: Planning, plan: Plan, weights: Mapping[str, Tensor]) -> None:
+    """Have a plan hold, with the weights that were recovered for it."""
+    from planner.models.recovery import exchange
+
+    session.obey(plan)
+    session.planning = planning
+    exchange(session.model, session.before)
+    session.before = exchange(session.model, weights)
+
+
+@contextmanager
+def _as_before(session: Session) -> Iterator[None]:
+    """The model with everything on, its own weights and in evaluation mode, for a block."""
+    from planner.models.recovery import replaced
+
+    trained = [module for module in session.model.modules() if module.training]
+    for module in trained:
+        module.training = False
+    try:
+        with session.under(Plan.of(session.graph)), replaced(session.model, session.before):
+            yield
+    finally:
+        for module in trained:
+            module.training = True
 
 
 def budget(model: nn.Module, value: Any) -> Override:
@@ -155,6 +225,70 @@ def kept_image_tokens(model: nn.Module) -> dict[int, list[int]]:
     """
     kept: dict[int, list[int]] = _session_of(model).implementation.kept_image_tokens
     return kept
+
+
+def oneshot(
+    model: Any,
+    inputs: Any = None,
+    budget: Any = 0.65,
+    *,
+    recover: str = "refit",
+    output_dir: str | Path | None = None,
+    ignore: Sequence[str] = (),
+    processor: Any = None,
+    **options: Any,
+) -> Oneshot:
+    """From data to a running plan in one call.
+
+    Calibrates a model on data, plans it under a budget, recovers what that loses, and
+    exports it.
+
+    Args:
+        model: a transformers model with weights, or a name that `planner.loading.load_model` takes.
+        inputs: a folder of pictures, a text file, or a list of what the model is called with, one
+            row each. None for built-in ones.
+        budget: as in `planner.compile`.
+        recover: ``refit`` for least squares, "" for nothing.
+        output_dir: a new folder for the checkpoint. Without one the model itself obeys the plan, as
+            after `planner.compile`, and has the recovered weights.
+        ignore: names of layers, heads and MLPs that stay whole, such as ``layer.0``, ``heads.3``.
+        processor: of the model; loaded with it where the model is a name.
+        options: the other fields of `planner.planning.compiler.Request`.
+
+    Raises:
+        InputError: for anything wrong with the arguments.
+    """
+    from planner.loading import load_model
+    from planner.models.recovery.oneshot import oneshot_on, samples_of
+    from planner.models.recovery.recovering import Recovering
+    from planner.models.running.planning import Planning
+    from planner.models.running.session import Session
+    from planner.models.running.skipping import session_on
+
+    companions = None
+    if isinstance(model, str | Path):
+        model, processor, source = load_model(str(model))
+        companions = source.folder
+    is_new = Session.of(model) is None
+    session = session_on(model)
+    keeps = False
+    try:
+        inner = session.model
+        graph = without_sites(session.graph, session.implementation.preparing.refused())
+        request = Request(graph.name, budget, keep=tuple(ignore), **options)
+        folder = None if output_dir is None else Path(output_dir)
+        bar = progress_bar("calibrate", sys.stderr.isatty())
+        with _as_before(session), bar as shown:
+            samples = samples_of(inner, processor, inputs)
+            recovering = Recovering(inner, graph, recover, samples, processor, shown)
+            done = oneshot_on(recovering, request, folder, companions)
+        if folder is None:
+            _obey(session, Planning(graph, request), done.compiled.plan, done.weights)
+            keeps = True
+    finally:
+        if is_new and not keeps:
+            session.close()
+    return done
 
 
 def restore(model: Model) -> Model:

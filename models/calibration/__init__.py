@@ -1,4 +1,4 @@
-"""What switches are worth, measured on a user's own images: no training.
+"""What switches are worth, measured on a user's own inputs: no training.
 
 In: a stock model with its weights, its Graph with switches, samples. Out: `Calibrated`, which
 becomes a utilities file for the solver. Everything is in nats per answer token.
@@ -8,6 +8,10 @@ becomes a utilities file for the solver. Everything is in nats per answer token.
     leave_one_out  how far an output is off; every switch off by itself, one per row of a batch
     taylor         the same estimated from one backward pass
     token_worth    what image tokens are worth, and the curve through that
+    pair_losses    what two layers, or tokens and a layer, lose together
+    magnitude      worth by the size of weights, without data
+    text           passages of text as samples
+    builtin        samples for models whose user gives none
     store          partial results on disk, so that a killed run continues
     measurement    all of it in order
 """

@@ -26,9 +26,12 @@ from planner.models.calibration.taylor import DRAWS, taylor
 from planner.models.calibration.token_worth import FRACTIONS, fit, token_losses
 from planner.models.running.masked import MaskedExecutor
 from planner.planning.switches import SwitchSet
+from planner.planning.utilities import Utilities
 
 Array = npt.NDArray[np.float64]
 METHODS = ("leave-one-out", "taylor")
+# Before which image tokens are dropped.
+TOKEN_LAYER = SwitchSet.parse("tokens").token_layers[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +50,12 @@ class Calibrated:
     method: str
     measure: str
     samples: int
+
+    def utilities(self, name: str) -> Utilities:
+        """What a solver takes."""
+        if self.saturation is None:
+            return Utilities(name, self.sites, self.tokens)
+        return Utilities(name, self.sites, self.tokens, self.saturation)
 
 
 def calibrate(
@@ -116,7 +125,7 @@ class _Run:
         model, graph, samples = self.model, self.graph, self.samples
         self.masked = MaskedExecutor(model, graph)
         self.switches = switches_of(graph)
-        self.layer = SwitchSet.parse("tokens").token_layers[0]
+        self.layer = TOKEN_LAYER
         self.image_tokens = [count_image_tokens(model, dict(s.inputs)) for s in samples]
         self.has_tokens = all(self.image_tokens) and self.layer < graph.layers
         self.selector = self._selector() if self.has_tokens else ""

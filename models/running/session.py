@@ -18,7 +18,8 @@ from itertools import count
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from planner.ir.errors import InputError
@@ -91,6 +92,15 @@ def _without(settings: Sequence[Setting], block: Setting) -> tuple[Setting, ...]
     return tuple(left)
 
 
+def check_recovered(plans: Sequence[Plan]) -> None:
+    """Raise InputError for plans that count on weights which a model without recovery has not."""
+    if any(plan.provenance.get("recover") for plan in plans):
+        raise InputError(
+            "this plan counts on recovered weights: give recover='refit' (--recover refit), or "
+            "other utilities"
+        )
+
+
 class Session:
     """What planner knows of one stock transformers model, and what it does with it."""
 
@@ -105,6 +115,8 @@ class Session:
         # compiled it; None while nothing does. The obstacle says why nothing can.
         self.implementation: Any = None
         self.obstacle = ""
+        # Parameters as they were before a recovery changed them for a plan.
+        self.before: Mapping[str, Tensor] = {}
         self._graph = graph
         self._begin()
         model.__dict__[ATTRIBUTE] = self
@@ -171,10 +183,18 @@ class Session:
     def planned(self, value: Any) -> tuple[Plan, ...]:
         """The plans that a budget means, a Plan or several Plans, checked; as for `under`."""
         assert self.planning is not None
+        if self.before and value != getattr(self.default, "plan", None):
+            raise InputError(
+                "this model has weights recovered for one plan: call planner.compile(model, "
+                "budget, recover=...) for another"
+            )
         given = isinstance(value, Plan)
         if isinstance(value, list | tuple):
             given = any(isinstance(plan, Plan) for plan in value)
-        return self._accepted(value if given else self.planning.plan(value))
+        accepted = self._accepted(value if given else self.planning.plan(value))
+        if not self.before:
+            check_recovered(accepted)
+        return accepted
 
     def program_of(self, setting: Setting) -> Program:
         """Who does what in each layer under some plans."""
@@ -240,6 +260,10 @@ class Session:
     def close(self) -> None:
         """Give the model back as it was."""
         self.begin_anew(None)
+        with torch.no_grad():
+            for name, value in self.before.items():
+                self.model.get_parameter(name).copy_(value)
+        self.before = {}
         if self.implementation is not None:
             self.implementation.close()
             self.implementation = None
@@ -255,6 +279,7 @@ class Session:
             "default": None if setting is None else Setting(setting.plans, setting.asked),
             "implementation": self.implementation,
             "obstacle": self.obstacle,
+            "before": self.before,
             "_graph": self._graph,
         }
 

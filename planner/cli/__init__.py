@@ -7,7 +7,8 @@ Exit codes: 0 done, 2 the input is bad (one sentence on stderr), 1 something fai
     compile, explain, debug             a plan, what it keeps, how it was found
     inspect, models, devices, kernels   what operators cost, what is known, what was generated
     calibrate_utilities, labels, audit  what switches are worth, measured and judged
-    run, bench, measuring, export       a model under plans
+    run, bench, measuring               a model under plans
+    export, heal                        its weights under a plan, recovered, as a checkpoint
     train, eval, experiment             what is learned
 """
 

@@ -15,6 +15,7 @@ from planner.cli.devices import devices_command
 from planner.cli.eval import eval_command
 from planner.cli.experiment import experiment_command
 from planner.cli.export import export_command
+from planner.cli.heal import heal_command
 from planner.cli.inspect import inspect_command
 from planner.cli.kernels import kernels_command
 from planner.cli.labels import labels_command
@@ -55,6 +56,7 @@ app.command("run")(run_command)
 app.command("bench")(bench_command)
 app.command("calibrate-utilities")(calibrate_command)
 app.command("export")(export_command)
+app.command("heal")(heal_command)
 app.command("kernels")(kernels_command)
 app.command("train")(train_command)
 app.command("eval")(eval_command)

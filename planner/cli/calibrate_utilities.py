@@ -1,15 +1,16 @@
-"""``planner calibrate-utilities``: measure what every switch is worth on a few images."""
+"""``planner calibrate-utilities``: measure what every switch is worth on a few inputs."""
 
 from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.command_options import Dtype, Place, Request, command
+from planner.cli.command_options import Dtype, Images, Place, Request, Text, command
 from planner.cli.console import Console, say, table
 
 if TYPE_CHECKING:
@@ -22,10 +23,11 @@ _KINDS = {"all": "all switches", "layer": "layers", "heads": "heads", "mlp": "ML
 def calibrate_command(
     request: Request,
     console: Console,
-    images: Annotated[Path, typer.Option("--images", help="Folder of pictures.")],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Utilities file (.npz) for compile --utilities.")
     ],
+    images: Images = None,
+    text: Text = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -34,8 +36,16 @@ def calibrate_command(
     ] = None,
     method: Annotated[
         str,
-        typer.Option("--method", help="leave-one-out, or taylor (one backward pass a sample)."),
+        typer.Option(
+            "--method",
+            help="leave-one-out, taylor (one backward pass a sample), or refit (what --recover "
+            "refit cannot make up for).",
+        ),
     ] = "leave-one-out",
+    pairs: Annotated[
+        bool,
+        typer.Option("--pairs", help="Measure what layers, and tokens, are worth together, too."),
+    ] = False,
     measure: Annotated[
         str | None,
         typer.Option("--measure", help="loss (needs answers), or kl [default: loss with answers]."),
@@ -58,20 +68,26 @@ def calibrate_command(
         METHODS,
         calibrate,
         read_questions,
-        read_samples,
+        weights_digest,
     )
+    from planner.models.calibration.measurement import TOKEN_LAYER
+    from planner.models.calibration.pair_losses import measure_pairs
+    from planner.models.recovery import chain_of, chain_worth, site_moments
+    from planner.models.recovery.oneshot import read_inputs
+    from planner.models.running.bindings import bind
     from planner.planning.compiler import lowered_graph
     from planner.planning.switches import with_switches
-    from planner.planning.utilities import Utilities, save_utilities
+    from planner.planning.utilities import save_utilities
 
     if samples < 1 or batch < 1:
         raise InputError("--samples and --batch must be at least 1")
-    if method not in METHODS:
-        raise InputError(f"unknown method '{method}': choose from {', '.join(METHODS)}")
+    if method not in (*METHODS, "refit"):
+        raise InputError(f"unknown method '{method}': choose from {', '.join(METHODS)}, refit")
     if output.suffix != ".npz":
         raise InputError(f"the output '{output}' must be an .npz file")
-    questions = read_questions(images, prompts)
-    answered = questions[0].answer is not None
+    answered = images is not None and read_questions(images, prompts)[0].answer is not None
+    if prompts is not None and images is None:
+        raise InputError("--prompts are about --images: give that folder too")
     measure = measure or ("loss" if answered else "kl")
     if measure not in MEASURES:
         raise InputError(f"unknown measure '{measure}': choose from {', '.join(MEASURES)}")
@@ -86,8 +102,8 @@ def calibrate_command(
         )
         update("lower")
         graph = with_switches(lowered_graph(source)[0])
-        update("read the images")
-        chosen = read_samples(stock, processor, questions, samples, seed)
+        update("read the samples")
+        chosen = read_inputs(stock, processor, images, text, samples, prompts, seed)
     partial = output.with_name(output.name + ".partial")
     try:
         with console.progress_bar("measure") as progress:
@@ -96,7 +112,7 @@ def calibrate_command(
                 graph,
                 chosen,
                 measure=measure,
-                method=method,
+                method="taylor" if method == "refit" else method,
                 batch=batch,
                 seed=seed,
                 partial=partial,
@@ -106,14 +122,32 @@ def calibrate_command(
         if partial.exists():
             say(f"what was measured is in '{partial}': the same command goes on from there")
         raise
+    if method == "refit":
+        with console.progress_bar("moments") as progress:
+            layers = bind(stock, graph)
+            moments = site_moments(stock, layers, chosen, seed, progress)
+        sites = found.sites | chain_worth(
+            graph, layers, lambda site: chain_of(site, moments[site.site.name])
+        )
+        found = replace(found, sites=sites, method=method)
+    utilities = found.utilities(output.name)
+    if method == "refit":
+        utilities = replace(utilities, recover=method)
+    if pairs:
+        with console.progress_bar("pairs") as progress:
+            together = measure_pairs(
+                stock, graph, chosen, found.sites, TOKEN_LAYER, found.selector, batch, progress
+            )
+        utilities = replace(
+            utilities,
+            pairs=together.sites,
+            token_fractions=together.fractions,
+            token_losses=together.tokens,
+        )
     seconds = time.perf_counter() - started
-    facts = _facts(found)
-    utilities = Utilities(output.name, found.sites, found.tokens)
-    if found.saturation is not None:
-        utilities = Utilities(output.name, found.sites, found.tokens, found.saturation)
-    save_utilities(
-        output, utilities, graph, json.dumps({"model": request.model, **facts}, sort_keys=True)
-    )
+    facts = _facts(found) | {"pairs": len(utilities.pairs)}
+    about = {"model": request.model, "weights": weights_digest(stock), **facts}
+    save_utilities(output, utilities, graph, json.dumps(about, sort_keys=True))
     console.show(
         {"utilities": str(output), "model": request.model, **facts, "seconds": seconds},
         lambda: _print_summary(found, output, seconds),

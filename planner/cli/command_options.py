@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
@@ -62,8 +63,13 @@ class RequestOptions:
         typer.Option("--kv", help="A cache that evicts, such as h2o:heavy=0.2,recent=0.2."),
     ] = None
     utilities: Annotated[
-        str, typer.Option("--utilities", help="prior, uniform, or an .npz file of measured ones.")
-    ] = "prior"
+        str,
+        typer.Option(
+            "--utilities",
+            help="auto (measured, where weights are loaded), magnitude (weight norms), prior, "
+            "uniform, or an .npz file.",
+        ),
+    ] = "auto"
     device: Annotated[
         str | None, typer.Option("--device", help="Device of the roofline (see: planner devices).")
     ] = None
@@ -84,6 +90,9 @@ class RequestOptions:
     batch: Annotated[int, typer.Option("--batch", help="Samples that run together.")] = 1
     mlp_groups: Annotated[
         int | None, typer.Option("--mlp-groups", help="Groups an MLP is divided into.")
+    ] = None
+    keep: Annotated[
+        str | None, typer.Option("--keep", help="What stays whole, such as layer.0,heads.3.")
     ] = None
     uniform: Annotated[
         bool,
@@ -110,6 +119,17 @@ Scheduler = Annotated[
         "tiny-llava): it makes a plan for every input.",
     ),
 ]
+
+
+Recover = Annotated[
+    str,
+    typer.Option(
+        "--recover", help="Make up for what the plan removes: refit, by least squares, untrained."
+    ),
+]
+Images = Annotated[Path | None, typer.Option("--images", help="Calibrate on this folder.")]
+Text = Annotated[Path | None, typer.Option("--text", help="Calibrate on this text file.")]
+Samples = Annotated[int, typer.Option("--samples", help="Most samples to calibrate on.")]
 
 
 def command(*names: str, **helps: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

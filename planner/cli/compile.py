@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.command_options import Request, RequestOptions, Scheduler, command
+from planner.cli.command_options import (
+    Images,
+    Recover,
+    Request,
+    RequestOptions,
+    Samples,
+    Scheduler,
+    Text,
+    command,
+)
 from planner.cli.console import Console, amount, print_records, say, table
 from planner.cli.kernels import (
     Autotune,
@@ -32,6 +41,10 @@ def compile_command(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder [default: build/<model>].")
     ] = None,
+    recover: Recover = "",
+    images: Images = None,
+    text: Text = None,
+    samples: Samples = 64,
     scheduler: Scheduler = None,
     target: Targets = None,
     index_driven: IndexDriven = False,
@@ -41,7 +54,11 @@ def compile_command(
         bool, typer.Option("--print-between-passes", help="Print the graph after every pass.")
     ] = False,
 ) -> None:
-    """Decide what of a model to run under a budget, with proof; write the plan."""
+    """Decide what of a model to run under a budget, with proof; write the plan.
+
+    With --images, --text or --recover the weights are loaded: utilities are measured on that data,
+    and a checkpoint of the plan, recovered, lies beside plan.yaml.
+    """
     from planner.cli.debug import PASSES, debug_level, explain
     from planner.files import output_folder
     from planner.ir.errors import InputError
@@ -55,8 +72,15 @@ def compile_command(
     if scheduler is not None:
         _compile_schedule(request, scheduler, folder, console)
         return
+    if recover or images or text:
+        if target:
+            raise InputError("--target is for plans alone: give it without --recover or data")
+        _compile_recovered(request, recover, images, text, samples, folder, console)
+        return
     output_folder(folder)
     with console.status() as update:
+        if request.utilities == "magnitude":
+            request = _by_weight_norms(request, update)
         compiled = compile_plan(request, update)
         for line in explain(compiled, level):
             say(line)
@@ -67,7 +91,7 @@ def compile_command(
         between = print_between_passes or level >= PASSES
         path = write_outputs(compiled, folder, between, files)
 
-    def text() -> None:
+    def summary() -> None:
         _print_summary(compiled, path, console.verbose)
         if manifest is not None:
             sources = len({kernel.source for kernel in manifest.kernels})
@@ -76,7 +100,76 @@ def compile_command(
                 f"{folder / 'kernels'} (see: planner kernels {folder})"
             )
 
-    console.show(document(compiled, path, manifest), text)
+    console.show(document(compiled, path, manifest), summary)
+
+
+def _by_weight_norms(request: Request, update: Callable[[str], None]) -> Request:
+    """A request with a file of what its model's weights say."""
+    from planner.loading import load_model
+    from planner.models.recovery.recovering import Recovering
+    from planner.planning.compiler import lowered_graph
+
+    update("load")
+    model, _, source = load_model(request.model, trust_remote_code=request.trust_remote_code)
+    known = Recovering(model, lowered_graph(source)[0]).utilities(request)
+    return replace(request, utilities=known.path)
+
+
+def _compile_recovered(
+    request: Request,
+    recover: str,
+    images: Path | None,
+    text: Path | None,
+    samples: int,
+    folder: Path,
+    console: Console,
+) -> None:
+    """Calibrate a loaded model, plan it, recover, and write a checkpoint with its plan."""
+    from contextlib import contextmanager
+
+    from planner.cli.export import stored_dtype
+    from planner.ir.errors import InputError
+    from planner.loading import load_model
+    from planner.models.recovery.oneshot import oneshot_on, read_inputs
+    from planner.models.recovery.recovering import Recovering
+    from planner.planning.catalog import find_model
+    from planner.planning.compiler import lowered_graph
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"'{folder}' is there already and not empty: name a new folder")
+    trust = request.trust_remote_code
+    with console.status() as update:
+
+        @contextmanager
+        def stage(name: str) -> Iterator[None]:
+            update(name)
+            yield
+
+        update("load")
+        dtype = find_model(request.model, trust).dtype
+        stock, processor, source = load_model(request.model, dtype, "cpu", trust)
+        update("lower")
+        graph = lowered_graph(source)[0]
+        update("read")
+        known = read_inputs(stock, processor, images, text, samples) if images or text else None
+        recovering = Recovering(stock, graph, recover, known, processor)
+        stored = stored_dtype(source.folder)
+        done = oneshot_on(recovering, request, folder, source.folder, stored, stage)
+        path = write_outputs(done.compiled, folder, between=False, kernels=None)
+
+    def summary() -> None:
+        _print_summary(done.compiled, path, console.verbose)
+        if done.measured is not None:
+            print(f"utilities: {done.measured.how}")
+        print(f"{len(done.weights)} weights recovered; the checkpoint is in {folder}")
+
+    facts = {
+        "folder": str(folder),
+        "recovered": len(done.weights),
+        "plain": done.exported is not None and done.exported.plain,
+        "measured": None if done.measured is None else done.measured.how,
+    }
+    console.show(document(done.compiled, path) | facts, summary)
 
 
 def _compile_schedule(request: Request, scheduler: str, folder: Path, console: Console) -> None:

@@ -7,11 +7,13 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
+
+from planner.progress import Progress, progress_bar
 
 _SHOW_AFTER_SECONDS = 2.0
 
@@ -74,25 +76,9 @@ class Console:
             done.set()
             thread.join(timeout=1)
 
-    @contextmanager
-    def progress_bar(self, what: str) -> Iterator[Callable[[int, int], None]]:
+    def progress_bar(self, what: str) -> AbstractContextManager[Progress]:
         """A progress bar on stderr; yields a function of what is done and of all there is."""
-        if not self.shows_progress:
-            yield lambda done, total: None
-            return
-        import rich.console
-        from rich import progress
-
-        columns = (
-            progress.TextColumn(what),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TimeElapsedColumn(),
-            progress.TimeRemainingColumn(),
-        )
-        with progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
-            task = bar.add_task(what, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return progress_bar(what, self.shows_progress)
 
 
 def print_json(document: Any) -> None:

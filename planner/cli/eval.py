@@ -47,7 +47,9 @@ def eval_command(
     from planner.ir.errors import InputError
     from planner.ir.lowering import lower_model
     from planner.loading import load_model
+    from planner.models.recovery.recovering import Recovering
     from planner.models.scheduling import compile_schedule, load_scheduled
+    from planner.planning.utilities import OF_WEIGHTS
     from planner.training.data import SceneQuestions
     from planner.training.evaluate import TEXT_TOKENS, UnderBudgets, language_prior
 
@@ -69,6 +71,10 @@ def eval_command(
             update("lower")
             graph = lower_model(loaded, model)
         how = replace(request, text_tokens=TEXT_TOKENS)
+        if scheduled is None and how.utilities in OF_WEIGHTS:
+            update("measure what switches are worth")
+            known = Recovering(loaded, graph, processor=processor).utilities(how)
+            how = replace(how, utilities=known.path)
         bench = UnderBudgets(loaded, processor, graph, questions, scheduled, how, batch)
         for fraction in fractions:
             update(f"budget {fraction:g}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from planner.cli.console import Console, print_records, say
 @command()
 def experiment_command(
     console: Console,
-    name: Annotated[str, typer.Argument(help="table1, table3, baselines or warm-start.")],
+    name: Annotated[str, typer.Argument(help="table1, table3, baselines, warm-start, or smollm2.")],
     seeds: Annotated[str, typer.Option("--seeds", help="Training runs, by commas.")] = "0,1,2",
     samples: Annotated[
         int, typer.Option("--samples", min=1, help="Test questions per seed.")
@@ -32,17 +33,19 @@ def experiment_command(
     ] = None,
 ) -> None:
     """Train and measure one table of results; what is there already is not done again."""
-    from planner.files import output_folder
+    from planner.files import output_folder, write_text
     from planner.ir.errors import InputError
     from planner.training.experiments import EXPERIMENTS, run_experiment
     from planner.training.experiments.results_page import write_page
+    from planner.training.experiments.smollm2 import run_smollm2, smollm2_page
 
     try:
         numbers = [int(part) for part in seeds.split(",")]
     except ValueError:
         raise InputError(f"--seeds '{seeds}' is not a list such as 0,1,2") from None
-    if name not in EXPERIMENTS:
-        raise InputError(f"unknown experiment '{name}': choose from {', '.join(EXPERIMENTS)}")
+    if name not in (*EXPERIMENTS, "smollm2"):
+        known = ", ".join((*EXPERIMENTS, "smollm2"))
+        raise InputError(f"unknown experiment '{name}': choose from {known}")
     output_folder(work)
     if output is not None:
         output_folder(output)
@@ -51,6 +54,14 @@ def experiment_command(
         if not console.quiet and (console.verbose or not console.as_json):
             say(f"planner: {text}")
 
+    if name == "smollm2":
+        found = run_smollm2(work, progress)
+        page = smollm2_page(found)
+        if output is not None:
+            write_text(output / "smollm2.json", json.dumps(found, indent=1) + "\n")
+            write_text(output / "smollm2.md", page)
+        console.show(found, lambda: print(page))
+        return
     results = run_experiment(name, work, numbers, samples, settings or [], progress)
     if output is not None:
         write_page(results, output)

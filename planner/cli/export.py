@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.command_options import Request, command
+from planner.cli.command_options import Images, Recover, Request, Samples, Text, command
 from planner.cli.console import Console, amount
 
 if TYPE_CHECKING:
     import torch
 
+    from planner.models.export import Exported
+    from planner.plan import Plan
 
 # As safetensors names them.
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -24,6 +27,10 @@ def export_command(
     console: Console,
     plan: Annotated[Path, typer.Option("--plan", help="The plan file.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="New folder.")],
+    recover: Recover = "",
+    images: Images = None,
+    text: Text = None,
+    samples: Samples = 64,
 ) -> None:
     """Write the weights that a plan keeps as a checkpoint of their own.
 
@@ -33,6 +40,9 @@ def export_command(
     from planner.ir.errors import InputError
     from planner.loading import load_model, noise_image, prompt_inputs
     from planner.models.export import export
+    from planner.models.recovery import replaced, storable
+    from planner.models.recovery.oneshot import read_inputs
+    from planner.models.recovery.recovering import Recovering
     from planner.plan import load_plan
     from planner.planning.catalog import find_model
     from planner.planning.compiler import lowered_graph
@@ -42,6 +52,8 @@ def export_command(
     wanted = load_plan(plan)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"'{output}' is there already and not empty: name a new folder")
+    if (images or text) and not recover:
+        raise InputError("--images and --text are what --recover refit is calibrated on")
     with console.status() as update:
         update("load")
         dtype = find_model(model, trust).dtype
@@ -51,11 +63,30 @@ def export_command(
         check_figures(wanted, graph)
         picture = noise_image() if hasattr(processor, "image_processor") else None
         inputs = prompt_inputs(stock, processor, "Describe this image.", picture)
+        update("recover")
+        known = read_inputs(stock, processor, images, text, samples) if images or text else None
+        weights = Recovering(stock, graph, recover, known, processor).weights(wanted)
         update("export")
         folder = source.folder
-        done = export(stock, graph, wanted, output, inputs, folder, _stored_dtype(folder))
+        kind = stored_dtype(folder)
+        with replaced(stock, storable(weights, kind)):
+            done = export(stock, graph, wanted, output, inputs, folder, kind)
         if source.folder is None:
             processor.save_pretrained(output)
+    show_exported(console, done, wanted, {"refitted": len(weights)})
+
+
+def show_exported(
+    console: Console, done: Exported, wanted: Plan, changed: Mapping[str, Any]
+) -> None:
+    """Say what was written.
+
+    Args:
+        console: where.
+        done: what was written.
+        wanted: its plan.
+        changed: facts about changed weights, for the document and for people.
+    """
     document = {
         "folder": str(done.folder),
         "plain": done.plain,
@@ -65,14 +96,18 @@ def export_command(
         "relative_error": done.error,
         "token_stages": len(wanted.tokens),
         "kv": wanted.kv or None,
+        **changed,
     }
 
-    def text() -> None:
+    def summary() -> None:
         share = done.parameters / done.base_parameters
         print(
             f"{amount(done.parameters, 'count')} of {amount(done.base_parameters, 'count')} "
             f"parameters ({share:.1%}); logits differ from the planned model's by {done.error:.1e}"
         )
+        for what, value in changed.items():
+            if value:
+                print(f"{what.replace('_', ' ')}: {value:.4g}")
         if wanted.tokens or wanted.kv:
             print(
                 "note: token stages and KV policies are not part of weights; plan.yaml in the "
@@ -85,10 +120,10 @@ def export_command(
             print("load it with planner.models.export.load")
         print(f"wrote {done.folder}")
 
-    console.show(document, text)
+    console.show(document, summary)
 
 
-def _stored_dtype(folder: Path | None) -> torch.dtype | None:
+def stored_dtype(folder: Path | None) -> torch.dtype | None:
     """The precision of the weights in a folder's files, which the config need not name."""
     import torch
     from safetensors import safe_open

@@ -22,6 +22,7 @@ from planner.ir.errors import PlannerError
 from planner.loading import count_image_tokens
 from planner.planning.compiler import Request
 from planner.planning.plan_costs import PlanCosts
+from planner.progress import Progress
 
 
 def measure(
@@ -62,10 +63,12 @@ def measure(
     how: dict[str, Any] = {"switches": request.switches, "new_tokens": decode, "batch": batch}
     how |= {"freeze": True, "kernels": kernels, **load}
     options = {name: getattr(request, name) for name in ("tokens", "kv", "utilities")}
-    compile_model(model, 1.0, **how)
+    compile_model(model, 1.0, **how, utilities="prior")
     try:
         _check_parity(model, inputs)
-        compile_model(model, 1.0, plan=plan_of(model), **how, **options)
+        dense = plan_of(model)
+        compile_model(model, 1.0, **how, **options, progress=_saying(progress))
+        under(model, dense)
         progress("warm up")
         _time(model, inputs, decode, nullcontext())
         plans, ran = {}, {}
@@ -92,6 +95,10 @@ def measure(
     for fraction in fractions:
         rows.append(_row(f"{fraction:g}", ran[fraction], runs[fraction], runs[None], batch))
     return {**load, "batch": batch, "decode": decode, "repeat": repeat, "rows": rows}
+
+
+def _saying(progress: Callable[[str], None]) -> Progress:
+    return lambda done, total: progress(f"measure what switches are worth: {done}/{total}")
 
 
 def _row(

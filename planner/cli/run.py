@@ -109,7 +109,7 @@ def run_command(
         schedule = compile_schedule(request, scheduler)
     loaded = load_plan(plan) if plan and schedule is None else None
     decided = request.tokens or request.budget != type(request).budget
-    if plan is not None and (decided or request.utilities != "prior"):
+    if plan is not None and (decided or request.utilities != type(request).utilities):
         raise InputError("--plan is a whole plan: give it without --budget, --tokens, --utilities")
     request.limits()
     picture = load_image(image) if image else None
@@ -165,7 +165,12 @@ def _run_planned(
         request = replace(request, switches=",".join(axes))
     update("compile")
     options = {name: value for name, value in vars(request).items() if name not in _OF_THE_MODEL}
-    chosen: dict[str, Any] = {"freeze": True, "kernels": question.kernels}
+    chosen: dict[str, Any] = {
+        "freeze": True,
+        "kernels": question.kernels,
+        "processor": processor,
+        "progress": lambda done, total: update(f"measure what switches are worth: {done}/{total}"),
+    }
     compile_model(model, request.budget, plan=plan, **chosen, **options)
     made = plan_of(model)
     if question.generated is not None:

@@ -163,6 +163,12 @@ def tiny_llava_folder() -> Path:
     return Path(str(files("planner"))) / "models" / "tiny_llava"
 
 
+def utilities_beside(folder: Path | None) -> Path | None:
+    """The file of measured utilities in a model's folder."""
+    path = None if folder is None else folder / "utilities.npz"
+    return path if path is not None and path.is_file() else None
+
+
 def _from_hub(name: str, trust_remote_code: bool) -> Source:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
@@ -19,7 +19,7 @@ from planner.ir.graph import Graph
 from planner.ir.passes import NarrowTokens, Specialise, run
 from planner.plan import Plan, TokenStage
 from planner.planning.budgets import Budget
-from planner.planning.catalog import Source, find_model
+from planner.planning.catalog import Source, find_model, utilities_beside
 from planner.planning.config_sizes import head_counts
 from planner.planning.graph_cache import cached_graph
 from planner.planning.pricing import COUNTED, Pricing, compared
@@ -35,12 +35,21 @@ DEFAULT_DEVICE = "a100-40g"
 SCOPES = ("model", "llm")
 Progress = Callable[[str], None]
 # Type of an option -> what is taken for it.
-_ACCEPTED: Mapping[Any, Any] = {int: Integral, float: Real, int | None: Integral | None}
+_ACCEPTED: Mapping[Any, Any] = {
+    int: Integral,
+    float: Real,
+    int | None: Integral | None,
+    str | tuple[str, ...]: str | tuple,
+}
 
 
 @dataclass(frozen=True)
 class Request:
     """What to compile. Fields are the options of ``planner compile``.
+
+    Utilities ``auto`` are the file that lies beside a model's weights, else ``prior``; who holds
+    the weights measures instead, and knows ``magnitude`` besides (`planner.models.recovery`).
+    `keep` names what stays whole.
 
     Raises:
         InputError: an option is of another type, or out of its range whatever the model.
@@ -51,7 +60,7 @@ class Request:
     switches: str = "all"
     tokens: str | None = None
     kv: str | None = None
-    utilities: str | Path = "prior"
+    utilities: str | Path = "auto"
     device: str | None = None
     scope: str | None = None
     image_tokens: int | None = None
@@ -59,6 +68,7 @@ class Request:
     new_tokens: int = DEFAULT_NEW_TOKENS
     batch: int = 1
     mlp_groups: int | None = None
+    keep: str | tuple[str, ...] = ()
     uniform: bool = False
     time_limit_seconds: float = 60.0
     trust_remote_code: bool = False
@@ -151,6 +161,7 @@ def compile_plan(request: Request, progress: Progress = lambda stage: None) -> C
     with stage("lower"):
         graph, notes, cached = lowered_graph(source)
     counts = _plain_counts(source, graph) if request.uniform else None
+    request = replace(request, utilities=_shipped(request, source))
     compiled = plan_graph(graph, request, stage, counts)
     return replace(compiled, notes=notes, seconds=seconds, from_cache=cached)
 
@@ -177,6 +188,7 @@ def plan_graph(
     with stage("solve"):
         limit = request.time_limit_seconds
         if request.uniform:
+            problem = problem.additive()
             solution = solve_uniform(problem, counts=counts, time_limit_seconds=limit)
         else:
             solution = solve(problem, time_limit_seconds=limit)
@@ -216,7 +228,7 @@ def pose(graph: Graph, request: Request) -> tuple[Pricing, Utilities, Problem]:
     utilities = _utilities(request.utilities, graph, pricing)
     if switches.faithful:
         return pricing, utilities, faithful_problem(graph, budget, utilities, switches.faithful)
-    return pricing, utilities, pricing.problem(budget, utilities)
+    return pricing, utilities, _keeping(pricing.problem(budget, utilities), request.keep)
 
 
 def _plain_counts(source: Source, graph: Graph) -> dict[str, Collection[int]]:
@@ -227,11 +239,47 @@ def _plain_counts(source: Source, graph: Graph) -> dict[str, Collection[int]]:
     return {"heads": head_counts(source.load_config(), groups.pop())}
 
 
+def _shipped(request: Request, source: Source) -> str | Path:
+    """Utilities for a request that names none: the file beside the weights, or the prior."""
+    switches = SwitchSet.parse(request.switches)
+    if request.utilities != "auto" or request.mlp_groups or switches.faithful:
+        return request.utilities
+    return utilities_beside(source.folder) or request.utilities
+
+
+def _keeping(problem: Problem, names: str | Sequence[str]) -> Problem:
+    """The problem with some layers, heads or MLPs left whole, such as ``layer.0,heads.3``.
+
+    Raises:
+        InputError: there is nothing of that name to switch.
+    """
+    if isinstance(names, str):
+        names = [name.strip() for name in names.split(",") if name.strip()]
+    wanted, layers = set(names), []
+    known = {site.name for site in problem.sites} | {layer.name for layer in problem.layers}
+    if unknown := sorted(wanted - known):
+        raise InputError(
+            f"cannot keep '{unknown[0]}' whole: name what can be switched, such as layer.0, "
+            "heads.3 or mlp.3"
+        )
+    for layer in problem.layers:
+        whole = {s.name for s in layer.sites if layer.name in wanted or s.name in wanted}
+        sites = tuple(
+            replace(site, minimum=site.switches) if site.name in whole else site
+            for site in layer.sites
+        )
+        optional = layer.optional and layer.name not in wanted and not whole
+        layers.append(replace(layer, sites=sites, optional=optional))
+    return replace(problem, layers=tuple(layers))
+
+
 def _utilities(name: str | Path, graph: Graph, pricing: Pricing) -> Utilities:
-    if name == "prior":
+    if name in ("auto", "prior"):
         return prior(graph, pricing.work())
     if name == "uniform":
         return uniform(graph, pricing.work())
+    if name == "magnitude":
+        raise InputError("utilities 'magnitude' are of weights, which nobody loads here")
     return load_utilities(Path(name), graph)
 
 
@@ -274,6 +322,7 @@ def _plan(
             "planner": __version__,
             "switches": switches.name,
             "utilities": utilities.name,
+            **({"recover": utilities.recover} if utilities.recover else {}),
             "scope": pricing.scope,
             "device": pricing.device.name,
             "image_tokens": load.image_tokens,

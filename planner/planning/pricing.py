@@ -26,7 +26,14 @@ from planner.planning.budgets import Budget
 from planner.planning.selectors import Sizes, VisionSelector, scores_by_attention
 from planner.planning.switches import SwitchSet
 from planner.planning.utilities import Utilities
-from planner.solver.problem import COST_CEILING, LayerChoices, Problem, SiteChoices, TokenOption
+from planner.solver.problem import (
+    COST_CEILING,
+    LayerChoices,
+    Pair,
+    Problem,
+    SiteChoices,
+    TokenOption,
+)
 
 # Metric -> the whole numbers that one FLOP, second or byte is counted in: seconds in picoseconds.
 # Costs are rounded up, limits down.
@@ -369,17 +376,25 @@ class Pricing:
                 )
             )
         of = self.workload.image_tokens
+        count = self.graph.layers
+        fractions = [_mean_kept(option, self.stages, count, of) for option in options]
         tokens = tuple(
             TokenOption(
                 keep=option,
-                utility=utilities.of_tokens(_mean_kept(option, self.stages, self.graph.layers, of)),
+                utility=utilities.of_tokens(fraction),
                 costs=(self.outside(option) + self.selection(option))[rows],
+                layer_losses=utilities.with_tokens(fraction, count),
             )
-            for option in options
+            for option, fraction in zip(options, fractions, strict=True)
         )
-        return Problem(
-            tuple(limits), np.array(list(limits.values()), dtype=np.int64), tokens, tuple(layers)
+        units = {x.name for x in layers if x.optional} | {s.name for x in layers for s in x.sites}
+        pairs = tuple(
+            Pair(one, other, loss)
+            for (one, other), loss in utilities.pairs.items()
+            if {one, other} <= units
         )
+        maxima = np.array(list(limits.values()), dtype=np.int64)
+        return Problem(tuple(limits), maxima, tokens, tuple(layers), pairs)
 
     def work(self) -> dict[str, float]:
         """Site name -> FLOPs of all its switches, for utilities that follow the work."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,10 @@ Array = npt.NDArray[np.float64]
 # the tokens keep 80 % of it, an eighth 46 %. Token pruning papers report losses of that order.
 _TOKEN_SHARE = 0.5
 _TOKEN_SATURATION = 31.0
+# Values of --utilities that take a look at weights.
+OF_WEIGHTS = ("auto", "magnitude")
+# Ways to lose less without training; "" is none.
+RECOVERIES = ("", "refit", "compensate")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +41,22 @@ class Utilities:
     tokens: float  # worth of all image tokens
     # A fraction r of them is worth tokens * log(1 + saturation * r) / log(1 + saturation).
     saturation: float = _TOKEN_SATURATION
+    # (site, site) -> what both lose together besides what each loses alone. Heads and MLPs are off
+    # where they keep nothing.
+    pairs: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    # Of image tokens kept, ascending; and (fractions, layers): what a layer that is off loses
+    # besides, at each.
+    token_fractions: Array = field(default_factory=lambda: np.zeros(0))
+    token_losses: Array = field(default_factory=lambda: np.zeros((0, 0)))
+    recover: str = ""  # the recovery without which plans made of these values are worth nothing
+
+    def with_tokens(self, fraction: float, layers: int) -> Array | None:
+        """What each layer that is off loses besides at a fraction of the image tokens."""
+        if not len(self.token_fractions):
+            return None
+        known = np.append(self.token_fractions, 1.0)
+        whole = np.vstack([self.token_losses, np.zeros(layers)])
+        return np.array([np.interp(fraction, known, column) for column in whole.T])
 
     def of_tokens(self, fraction: float) -> float:
         """Worth of keeping a fraction of the image tokens."""
@@ -107,8 +127,9 @@ def uniform(graph: Graph, work: Mapping[str, float]) -> Utilities:
 
 
 # Arrays of a utilities file that are no sites.
-_TEXTS = ("fingerprint", "about")
+_TEXTS = ("fingerprint", "about", "recover")
 _SCALARS = ("tokens", "saturation")
+_TOGETHER = frozenset(("pair_losses", "token_fractions", "token_losses"))
 # Sums of utilities must stay finite.
 _LARGEST = 1e100
 
@@ -128,11 +149,25 @@ def save_utilities(path: Path, utilities: Utilities, graph: Graph, about: str = 
         stream,
         fingerprint=np.array(str(graph.properties["fingerprint"])),
         about=np.array(about),
+        recover=np.array(utilities.recover),
         tokens=np.float64(utilities.tokens),
         saturation=np.float64(utilities.saturation),
+        **_together(utilities),  # type: ignore[arg-type]
         **arrays,  # type: ignore[arg-type]
     )
     write_bytes(path, stream.getvalue())
+
+
+def _together(utilities: Utilities) -> dict[str, npt.NDArray[np.generic]]:
+    """Arrays of what is worth something together; none where nothing of it was measured."""
+    found: dict[str, npt.NDArray[np.generic]] = {}
+    if utilities.pairs:
+        found["pair_names"] = np.array([list(pair) for pair in utilities.pairs])
+        found["pair_losses"] = np.array(list(utilities.pairs.values()))
+    if len(utilities.token_fractions):
+        found["token_fractions"] = utilities.token_fractions
+        found["token_losses"] = utilities.token_losses
+    return found
 
 
 def load_utilities(path: Path, graph: Graph) -> Utilities:
@@ -146,7 +181,12 @@ def load_utilities(path: Path, graph: Graph) -> Utilities:
     """
     arrays = read_arrays(path, "utilities file", ".npz with one array per site")
     texts = {name: str(arrays.pop(name)) for name in _TEXTS if name in arrays}
+    names = arrays.pop("pair_names", np.zeros((0, 2)))
+    together = {name: _numbers(path, name, arrays.pop(name)) for name in _TOGETHER & set(arrays)}
     sites = {name: _numbers(path, name, values) for name, values in arrays.items()}
+    recover = texts.get("recover", "")
+    if recover not in RECOVERIES:
+        raise InputError(f"the utilities in '{path}' count on '{recover}', which is no recovery")
     expected = str(graph.properties.get("fingerprint", ""))
     if texts.get("fingerprint", expected) != expected:
         raise InputError(
@@ -162,7 +202,19 @@ def load_utilities(path: Path, graph: Graph) -> Utilities:
     saturation = float(sites.pop("saturation", np.float64(_TOKEN_SATURATION)))
     if saturation <= 0:
         raise InputError(f"the saturation in '{path}' must be more than 0")
-    return Utilities(path.name, sites, tokens, saturation)
+    losses = together.get("pair_losses", np.zeros(0))
+    fractions = together.get("token_fractions", np.zeros(0))
+    by_layer = together.get("token_losses", np.zeros((0, 0)))
+    if names.shape != (len(losses), 2) or len(by_layer) != len(fractions):
+        raise InputError(f"the pairs in '{path}' do not have one loss each")
+    if len(fractions) and by_layer.shape[1:] != (graph.layers,):
+        raise InputError(f"the token losses in '{path}' are not of {graph.layers} layers")
+    pairs = {(str(a), str(b)): float(x) for (a, b), x in zip(names, losses, strict=True)}
+    if unknown := sorted({name for pair in pairs for name in pair} - set(graph.sites_by_name)):
+        raise InputError(
+            f"the utilities in '{path}' pair {unknown[0]}, which '{graph.name}' does not have"
+        )
+    return Utilities(path.name, sites, tokens, saturation, pairs, fractions, by_layer, recover)
 
 
 def _numbers(path: Path, name: str, values: npt.NDArray[np.generic]) -> Array:

@@ -6,6 +6,7 @@ or a bare `Choice` from the rule. Nothing here knows of graphs, models or device
     problem        what is to be solved, and answers to it
     solution       an answer with its certificate
     reach          what fits no limit is worth nothing
+    pairs          what is lost together, and its additive bounds
     branch         the integer tables of one token option
     relaxation     bounds of a branch
     rounding       first answers

@@ -16,6 +16,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from planner.solver.pairs import Pairs
 from planner.solver.problem import Choice, Costs, Problem, top
 from planner.solver.reach import within_reach
 
@@ -47,7 +48,10 @@ class Scale:
         `problem`: as `within_reach` leaves it.
         """
         layers = np.array([layer.utility for layer in problem.layers], dtype=np.float64)
-        summed = np.concatenate([layers, *(site.utilities for site in problem.sites)])
+        pairs = np.array([pair.loss for pair in problem.pairs], dtype=np.float64)
+        losses = [t.layer_losses for t in problem.tokens if t.layer_losses is not None]
+        sites = [site.utilities for site in problem.sites]
+        summed = np.concatenate([layers, pairs, *losses, *sites])
         tokens = np.array([token.utility for token in problem.tokens], dtype=np.float64)
         most = math.fsum(np.abs(summed).tolist()) + float(np.abs(tokens).max())
         exponent = _UTILITY_BITS - math.frexp(most)[1] if most else 0
@@ -90,6 +94,7 @@ class Branch:
     site_layer: npt.NDArray[np.intp]  # (sites,): the layer of each site
     gain: Ints  # (sites, most switches + 1): utility of the best n switches, or `FORBIDDEN`
     cost: Costs  # (metrics, sites, most switches + 1); past a site's last switch it stays
+    pairs: Pairs | None = None  # what is lost when two units are off
 
     @property
     def layers(self) -> int:
@@ -143,7 +148,10 @@ class Branch:
         utility += int(self.gain[self.site_index, counts][running].sum())
         cost = self.layer_cost[:, on].sum(axis=1)
         cost = cost + self.cost[:, self.site_index, counts][:, running].sum(axis=1)
-        return Assignment(on, np.where(running, counts, 0), utility, cost)
+        counts = np.where(running, counts, 0)
+        if self.pairs is not None:
+            utility -= self.pairs.lost(on, counts > 0)
+        return Assignment(on, counts, utility, cost)
 
     def cheapest(self) -> Assignment:
         """Every optional layer off, every site of the others at its minimum."""
@@ -180,11 +188,31 @@ class Tables:
             row[site.minimum : site.switches + 1] = sums[site.minimum :]
         worth = self._layer_utility.copy()
         np.add.at(worth, self._site_layer, self._gain.max(axis=1))
-        self._most = int(np.where(self._optional, np.maximum(worth, 0), worth).sum())
+        self._worth = worth
+        self._layer_losses = self.scale.integers(
+            [
+                np.zeros(len(layers)) if token.layer_losses is None else token.layer_losses
+                for token in problem.tokens
+            ]
+        )
+        self._pairs = self._paired() if problem.pairs else None
+
+    def _paired(self) -> Pairs:
+        names = [layer.name for layer in self.problem.layers]
+        units = {name: n for n, name in enumerate(names + [s.name for s in self.problem.sites])}
+        pairs = self.problem.pairs
+        return Pairs(
+            np.array([units[pair.first] for pair in pairs]),
+            np.array([units[pair.second] for pair in pairs]),
+            self.scale.integers([pair.loss for pair in pairs]),
+        )
 
     def optimistic(self, option: int) -> int:
         """Utility of the best assignment of a branch, were there no limits."""
-        return int(self._token_utility[option]) + self._most
+        off = -self._layer_losses[option]
+        best = np.where(self._optional, np.maximum(self._worth, off), self._worth)
+        most = int(self._token_utility[option] + best.sum())
+        return most if self._pairs is None else most + int(np.maximum(-self._pairs.loss, 0).sum())
 
     def branch(self, option: int) -> Branch:
         """The branch of one token option."""
@@ -198,14 +226,15 @@ class Tables:
         for column, layer in enumerate(problem.layers):
             layer_cost[:, column] = layer.costs[option]
         return Branch(
-            utility=int(self._token_utility[option]),
+            utility=int(self._token_utility[option] - self._layer_losses[option].sum()),
             room=problem.limits - problem.tokens[option].costs,
             optional=self._optional,
-            layer_utility=self._layer_utility,
+            layer_utility=self._layer_utility + self._layer_losses[option],
             layer_cost=layer_cost,
             site_layer=self._site_layer,
             gain=self._gain,
             cost=cost,
+            pairs=self._pairs,
         )
 
     def choice(self, option: int, assignment: Assignment) -> Choice:

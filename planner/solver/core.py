@@ -18,7 +18,7 @@ on with its sites at their first open counts. Needless choices are taken out:
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
 
 import numpy as np
@@ -37,6 +37,9 @@ class Step:
 
 
 Steps = tuple[Step, ...]
+
+#: A unit that is off whatever the columns say.
+ALWAYS_OFF = -1
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,9 @@ class Core:
     upper: Ints  # (columns,): largest value; the smallest is 0
     order: list[tuple[int, int]]  # columns a, b: value a / upper a is at most value b / upper b
     room: Costs  # (binding metrics,): what `base` leaves; other metrics cannot be exceeded
+    # (unit, unit, loss when both are off), where neither is always on. A unit is `ALWAYS_OFF`, or
+    # a column, which is off at 0 and on at 1.
+    pairs: list[tuple[int, int, int]]
     _branch: Branch
     _open: list[Ints]
     _members: list[list[int]]
@@ -135,9 +141,11 @@ class Core:
         most = branch.assign(settled_on | undecided, final)
         binding = most.cost > branch.room
         columns = Columns()
-        _add_layers(columns, branch, np.flatnonzero(undecided).tolist(), open_counts, binding)
+        paired = _paired_units(branch)
+        undecided_layers = np.flatnonzero(undecided).tolist()
+        _add_layers(columns, branch, undecided_layers, open_counts, binding, paired)
         settled_sites = np.flatnonzero(settled_on[branch.site_layer]).tolist()
-        _add_sites(columns, branch, settled_sites, open_counts, binding)
+        _add_sites(columns, branch, settled_sites, open_counts, binding, paired)
         cost = np.array([step.cost for step in columns.steps], dtype=np.int64)
         return Core(
             base=base,
@@ -146,6 +154,7 @@ class Core:
             upper=np.array([len(members) for members in columns.members], dtype=np.int64),
             order=columns.order,
             room=(branch.room - base.cost)[binding],
+            pairs=_pairs(columns, branch, settled_on, undecided, first),
             _branch=branch,
             _open=open_counts,
             _members=columns.members,
@@ -162,19 +171,66 @@ class Core:
         return self._branch.assign(on, np.array(counts, dtype=np.int64))
 
 
+def _paired_units(branch: Branch) -> Flags:
+    """Which units are in a pair, so that no other can stand for them."""
+    found = np.zeros(branch.layers + branch.sites, dtype=bool)
+    if branch.pairs is not None:
+        found[branch.pairs.first] = found[branch.pairs.second] = True
+    return found
+
+
+def _pairs(
+    columns: Columns, branch: Branch, on: Flags, undecided: Flags, first: Ints
+) -> list[tuple[int, int, int]]:
+    """The pairs that can fall due in the core."""
+    if branch.pairs is None:
+        return []
+    column_of: dict[int, int] = {}
+    for column, members in enumerate(columns.members):
+        for member in members:
+            column_of.setdefault(member, column)
+
+    def unit(number: int) -> int | None:
+        """None where the unit is never off."""
+        if number < branch.layers:
+            fixed = None if on[number] else ALWAYS_OFF
+            return column_of[branch.sites + number] if undecided[number] else fixed
+        site = number - branch.layers
+        layer = int(branch.site_layer[site])
+        if undecided[layer] and first[site]:
+            return column_of[branch.sites + layer]
+        if on[layer] and first[site]:
+            return None
+        return column_of.get(site, ALWAYS_OFF)
+
+    found = []
+    for a, b, loss in zip(*(x.tolist() for x in vars(branch.pairs).values())):
+        one, other = unit(a), unit(b)
+        if one is not None and other is not None:
+            found.append((one, other, loss))
+    return found
+
+
 def _add_layers(
-    columns: Columns, branch: Branch, layers: list[int], open_counts: list[Ints], binding: Flags
+    columns: Columns,
+    branch: Branch,
+    layers: list[int],
+    open_counts: list[Ints],
+    binding: Flags,
+    paired: Flags,
 ) -> None:
     """Undecided layers, those with equal tables together."""
+    branch = replace(branch, pairs=None)
     first = np.array([counts[0] for counts in open_counts], dtype=np.int64)
-    twins: dict[tuple[Step, tuple[Steps, ...]], list[int]] = defaultdict(list)
+    twins: dict[tuple[Step, tuple[Steps, ...], int | None], list[int]] = defaultdict(list)
     for layer in layers:
         alone = branch.assign(np.arange(branch.layers) == layer, first)
         entry = Step(alone.utility - branch.utility, tuple(alone.cost[binding].tolist()))
         sites = np.flatnonzero(branch.site_layer == layer).tolist()
         chains = tuple(_steps(branch, site, open_counts[site], binding) for site in sites)
-        twins[entry, chains].append(layer)
-    for (entry, chains), equal in twins.items():
+        units = [layer, *(branch.layers + site for site in sites)]
+        twins[entry, chains, layer if paired[units].any() else None].append(layer)
+    for (entry, chains, _), equal in twins.items():
         on = columns.add(entry, [branch.sites + layer for layer in equal])
         sites_of = [np.flatnonzero(branch.site_layer == layer).tolist() for layer in equal]
         for chain, members in zip(chains, zip(*sites_of)):
@@ -182,14 +238,21 @@ def _add_layers(
 
 
 def _add_sites(
-    columns: Columns, branch: Branch, sites: list[int], open_counts: list[Ints], binding: Flags
+    columns: Columns,
+    branch: Branch,
+    sites: list[int],
+    open_counts: list[Ints],
+    binding: Flags,
+    paired: Flags,
 ) -> None:
     """Sites of layers that are on: loose steps by themselves, others in chains."""
     loose: list[tuple[Step, int]] = []
     twins: dict[Steps, list[int]] = defaultdict(list)
     for site in sites:
         chain = _steps(branch, site, open_counts[site], binding)
-        if are_loose(chain):
+        if paired[branch.layers + site]:
+            columns.add_chain(chain, [site])
+        elif are_loose(chain):
             loose += [(step, site) for step in chain]
         else:
             twins[chain].append(site)

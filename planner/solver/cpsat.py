@@ -16,7 +16,7 @@ import numpy as np
 from ortools.sat.python import cp_model
 
 from planner.solver.branch import Assignment, Ints
-from planner.solver.core import Core
+from planner.solver.core import ALWAYS_OFF, Core
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,11 @@ def solve_core(
     deadline = time.perf_counter() + seconds
     if (core.room < 0).any():
         return CoreAnswer(None, target - 1, True)
-    unit = _common_divisor(core.utility)
+    losses = np.array([loss for *_, loss in core.pairs], dtype=np.int64)
+    unit = _common_divisor(np.concatenate([core.utility, losses]))
     base = core.base.utility
     most = int(core.upper @ np.maximum(core.utility, 0))
+    most += int(np.abs(losses).sum())
     low, high = -((base - target) // unit), min(ceiling - base, most) // unit
     if low > high:
         return CoreAnswer(None, target - 1, True)
@@ -95,8 +97,28 @@ def _model(
         weights = (cost // divisor).tolist()
         model.add(cp_model.LinearExpr.weighted_sum(columns, weights) <= room // divisor)
     worth = cp_model.LinearExpr.weighted_sum(columns, (core.utility // unit).tolist())
+    # All columns are off in `base`, so every pair falls due there.
+    for one, other, loss in core.pairs:
+        both = _both_off(model, columns, one, other, loss)
+        worth = worth + (loss // unit) * (1 - both)
     model.maximize(worth)
     return model, columns, worth
+
+
+def _both_off(
+    model: cp_model.CpModel, columns: list[cp_model.IntVar], one: int, other: int, loss: int
+) -> cp_model.LinearExprT:
+    """1 where two units are off; constrained only on the side that the objective would exceed."""
+    off = [1 - columns[unit] for unit in sorted({one, other} - {ALWAYS_OFF})]
+    if len(off) < 2:
+        return off[0] if off else 1
+    both = model.new_bool_var("")
+    if loss > 0:
+        model.add(both >= off[0] + off[1] - 1)
+    else:
+        for unit in off:
+            model.add(both <= unit)
+    return both
 
 
 def _solver(strategy: dict[str, Any], seconds: float, effort: float) -> cp_model.CpSolver:

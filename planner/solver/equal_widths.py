@@ -64,6 +64,8 @@ def solve_uniform(
     begin = time.perf_counter()
     deadline = deadline_after(begin, time_limit_seconds)
     problem.check()
+    if not problem.is_additive:
+        raise InputError("the problem counts pairs, which plans of equal widths do not")
     options = feasible_options(problem)
     widths = _widths(problem)
     choices = _choices(problem, widths, counts or {})

@@ -35,6 +35,8 @@ class Frontier:
 
     def __init__(self, problem: Problem, metric: str) -> None:
         problem.check()
+        if not problem.is_additive:
+            raise InputError("the problem counts pairs, which a frontier does not")
         if metric not in problem.metrics:
             known = ", ".join(problem.metrics)
             raise InputError(f"the problem has no metric {metric!r}, only {known}")

@@ -72,6 +72,19 @@ class TokenOption:
     keep: tuple[int, ...]  # image tokens kept after each stage, non-increasing
     utility: float
     costs: Costs  # (metrics,), non-negative
+    # (layers,): what a layer that is off loses with this option besides what it loses by itself
+    layer_losses: npt.NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two layers or sites that are worth together what neither is worth alone."""
+
+    first: str  # name of a layer, or of a site, which is off if it keeps no switch
+    second: str
+    # Utility lost when both are off, besides what each loses by itself; below 0 where one makes up
+    # for the other's loss.
+    loss: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +95,17 @@ class Problem:
     limits: Costs  # (metrics,)
     tokens: tuple[TokenOption, ...]  # at least one
     layers: tuple[LayerChoices, ...]  # in model order
+    pairs: tuple[Pair, ...] = ()  # of layers and sites
+
+    @property
+    def is_additive(self) -> bool:
+        """Whether nothing is worth more together than alone."""
+        return not self.pairs and all(token.layer_losses is None for token in self.tokens)
+
+    def additive(self) -> Problem:
+        """The problem without what things are worth together."""
+        tokens = tuple(replace(token, layer_losses=None) for token in self.tokens)
+        return replace(self, tokens=tokens, pairs=())
 
     @property
     def sites(self) -> tuple[SiteChoices, ...]:
@@ -107,12 +131,21 @@ class Problem:
 
     def utility(self, choice: Choice) -> float:
         """Utility of a choice, recomputed from the tables; the correctly rounded sum."""
-        terms = [self.tokens[choice.token_option].utility]
+        token = self.tokens[choice.token_option]
+        terms = [token.utility]
         for layer, on in zip(self.layers, choice.layers_on, strict=True):
             if on:
                 terms.append(layer.utility)
                 for site in layer.sites:
                     terms += site.utilities[list(choice.kept[site.name])].tolist()
+        layers_off = {
+            layer.name for layer, on in zip(self.layers, choice.layers_on, strict=True) if not on
+        }
+        off = layers_off | {site.name for site in self.sites if not choice.kept[site.name]}
+        terms += [-pair.loss for pair in self.pairs if {pair.first, pair.second} <= off]
+        if token.layer_losses is not None:
+            losses = zip(self.layers, token.layer_losses.tolist(), strict=True)
+            terms += [-loss for layer, loss in losses if layer.name in layers_off]
         return math.fsum(terms)
 
     def is_feasible(self, choice: Choice) -> bool:
@@ -210,11 +243,26 @@ class Problem:
         for token in self.tokens:
             _check_table(f"the costs of token option {token.keep}", token.costs, (metrics,))
             _check_finite(f"the utility of token option {token.keep}", token.utility)
+            losses = token.layer_losses
+            if losses is None:
+                continue
+            if losses.shape != (len(self.layers),) or not np.isfinite(losses).all():
+                raise InputError(
+                    f"the layer losses of token option {token.keep} are not "
+                    f"{len(self.layers)} finite numbers"
+                )
         for layer in self.layers:
             _check_table(f"the costs of layer {layer.name}", layer.costs, (options, metrics))
             _check_finite(f"the utility of layer {layer.name}", layer.utility)
             for site in layer.sites:
                 _check_site(site, options, metrics)
+        units = {*names, *(layer.name for layer in self.layers)}
+        for pair in self.pairs:
+            _check_finite(f"the loss of {pair.first} with {pair.second}", pair.loss)
+            if pair.first == pair.second or not {pair.first, pair.second} <= units:
+                raise InputError(f"{pair.first} and {pair.second} are no two layers or sites")
+        if len(units) < len(names) + len(self.layers) and self.pairs:
+            raise InputError("pairs need layers and sites of different names")
         tables = [np.stack([token.costs for token in self.tokens])]
         tables += [layer.costs for layer in self.layers]
         tables += [site.costs[:, :, -1] for site in self.sites]

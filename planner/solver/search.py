@@ -17,6 +17,7 @@ import numpy as np
 from planner.solver.branch import Assignment, Branch
 from planner.solver.core import Core
 from planner.solver.cpsat import solve_core
+from planner.solver.pairs import additive_bound
 from planner.solver.relaxation import Floats, Relaxation, best_prices, relax
 from planner.solver.rounding import improve, round_down
 
@@ -83,6 +84,8 @@ class Search:
         waiting = [(-c.bound, index, _UNSEEN) for index, c in enumerate(self.candidates)]
         heapq.heapify(waiting)
         branches: dict[int, Branch] = {}
+        # What bounds are taken of.
+        additive: dict[int, Branch] = {}
         relaxations: dict[int, Relaxation] = {}
         prices: Floats | None = None
         while waiting and -waiting[0][0] >= self.target:
@@ -92,19 +95,21 @@ class Search:
             bound = -negative
             if stage == _UNSEEN:
                 branches[index] = self.candidates[index].build()
-            branch = branches[index]
+                additive[index] = additive_bound(branches[index])
+            branch, above = branches[index], additive[index]
             if stage == _REFINED:
                 self.settle(index, branch, relaxations[index])
                 continue
             if stage == _UNSEEN and prices is not None:
-                relaxation, stage = relax(branch, prices), _SCREENED
+                relaxation, stage = relax(above, prices), _SCREENED
             else:
                 # Half of what is left: rounding and improving take time as well.
-                prices = best_prices(branch, self.seconds_left / 2)
-                relaxation, stage = relax(branch, prices), _REFINED
+                prices = best_prices(above, self.seconds_left / 2)
+                relaxation, stage = relax(above, prices), _REFINED
                 relaxations[index] = relaxation
-                rounded = round_down(branch, relaxation)
-                self.offer(index, improve(branch, rounded, relaxation, self.deadline))
+                rounded = round_down(above, relaxation)
+                rounded = improve(above, rounded, relaxation, self.deadline)
+                self.offer(index, branch.assign(rounded.on, rounded.counts))
             heapq.heappush(waiting, (-min(bound, relaxation.bound), index, stage))
         assert self.best is not None
         open_bound = -waiting[0][0] if waiting else _NOTHING

@@ -102,7 +102,7 @@ def test_a_budget_holds_with_selectors_and_policies(model, inputs, options):
     """0.6 is 0.6 of the base model, whatever else is asked for; the cache is as large as priced."""
     prompt = inputs["input_ids"].shape[1]
     load = {"image_tokens": 49, "text_tokens": prompt - 49, "new_tokens": 7}
-    planner.compile(model, budget=0.6, **load, **options)
+    planner.compile(model, budget=0.6, utilities="prior", **load, **options)
     plan = planner.plan_of(model)
     assert 0.55 < plan.cost["flops"]["fraction"] <= 0.6
     run = model.generate(
@@ -173,7 +173,7 @@ def test_a_compiled_model_is_not_kept_alive():
     import weakref
 
     model = AutoModelForCausalLM.from_config(config).eval()
-    planner.compile(model, budget=0.7)
+    planner.compile(model, budget=0.7, utilities="prior")
     seen = weakref.ref(model)
     planner.restore(model)
     del model

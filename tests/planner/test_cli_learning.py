@@ -51,7 +51,18 @@ def test_a_selector_that_scores_by_attention_runs_in_front_of_a_scheduler(cli_js
 
 def test_a_static_plan_is_explained_too(cli_json, picture):
     found = cli_json(
-        "run", "-m", "tiny-llava", "--image", picture, "--prompt", "why?", "-b", "0.6", "--explain"
+        "run",
+        "-m",
+        "tiny-llava",
+        "--image",
+        picture,
+        "--prompt",
+        "why?",
+        "-b",
+        "0.6",
+        "--utilities",
+        "prior",
+        "--explain",
     )
     assert len(found["layers"]) == 8
     assert found["layers"][2]["image_tokens"].endswith("(fastv)")

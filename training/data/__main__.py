@@ -6,9 +6,18 @@ python -m planner.training.data --split train --scenes 1000 --output build/scene
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
-from planner.training.data import SPLITS, SceneConversations, SceneQuestions, write_llava
+from planner.files import write_text
+from planner.training.data import (
+    SPLITS,
+    Conversation,
+    SceneConversations,
+    SceneQuestions,
+    write_llava,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,6 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kind = SceneQuestions if options.one_question else SceneConversations
     scenes = kind(options.split, options.scenes, options.seed)
     print(write_llava((scenes[i] for i in range(len(scenes))), options.output))
+    if options.one_question:
+        lines = [_prompt(scenes[i]) for i in range(len(scenes))]
+        write_text(Path(options.output) / "prompts.jsonl", "".join(lines))
+
+
+def _prompt(scene: Conversation) -> str:
+    """A line of what ``planner calibrate-utilities --prompts`` reads; the model answers itself."""
+    return json.dumps({"image": f"{scene.id}.png", "prompt": scene.turns[0].question}) + "\n"
 
 
 if __name__ == "__main__":

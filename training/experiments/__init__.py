@@ -9,6 +9,7 @@ seed stands for the training run and for the test questions, so the base model h
     cells         training and measuring them
     learning      labels to start from, the regret of plans, the losses of training
     results_page  tables as text and pictures
+    smollm2       utilities, recovery and healing on a real language model
 """
 
 from __future__ import annotations

@@ -1,0 +1,151 @@
+"""Pairs: what two things lose together besides what each loses alone.
+
+With l(S) the divergence of the output when S is off, a pair is worth l(i, j) - l(i) - l(j). It is
+measured where it matters: layers with layers, token keep counts with layers, and heads with the MLP
+of one layer, whose absence together is that of the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from planner.ir.graph import Graph, Site
+from planner.loading import count_image_tokens
+from planner.models.calibration.leave_one_out import as_gates, measure
+from planner.models.calibration.replay import Replay
+from planner.models.calibration.samples import Sample
+from planner.models.calibration.token_worth import FRACTIONS
+from planner.models.running.masked import MaskedExecutor
+from planner.models.running.skipping import obeying
+from planner.plan import Plan, TokenStage
+
+Array = npt.NDArray[np.float64]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class PairLosses:
+    """Means over samples, in nats per answer token.
+
+    Attributes:
+        sites: (site, site) -> what both lose together besides what each loses alone.
+        fractions: of image tokens kept, ascending; empty where there are none.
+        tokens: shape (fractions, layers): what a layer that is off loses besides, at each.
+    """
+
+    sites: Mapping[tuple[str, str], float]
+    fractions: Array
+    tokens: Array
+
+
+def measure_pairs(
+    model: torch.nn.Module,
+    graph: Graph,
+    samples: Sequence[Sample],
+    worth: Mapping[str, Array],
+    token_layer: int,
+    selector: str = "",
+    batch: int = 16,
+    progress: Progress = lambda done, total: None,
+) -> PairLosses:
+    """Measure pairs of layers, of tokens with layers, and of what is inside a layer.
+
+    Args:
+        model: dense, in evaluation mode.
+        graph: with switches assigned.
+        samples: at least one.
+        worth: additive utilities by site, which pairs inside a layer correct.
+        token_layer: before which image tokens are dropped.
+        selector: what picks image tokens; "" where there are none.
+        batch: pairs measured at once.
+        progress: called with the number of samples done, and of all.
+    """
+    sites = list(graph.sites_of("layer"))
+    pairs = list(combinations(range(len(sites)), 2))
+    single, double = np.zeros(len(sites)), np.zeros(len(pairs))
+    tokens = np.zeros((len(FRACTIONS), graph.layers))
+    masked = MaskedExecutor(model, graph)
+    for done, sample in enumerate(samples, 1):
+        replay = Replay(model, masked.layers, sample, batch)
+        alone = layer_losses(masked, replay, sites, [(n,) for n in range(len(sites))])
+        single += alone / len(samples)
+        double += layer_losses(masked, replay, sites, pairs) / len(samples)
+        if selector:
+            stage = (token_layer, selector)
+            tokens += _with_tokens(masked, sample, sites, alone, stage) / len(samples)
+        progress(done, len(samples))
+    found = {
+        (sites[a].name, sites[b].name): float(both - single[a] - single[b])
+        for (a, b), both in zip(pairs, double, strict=True)
+    }
+    for site, loss in zip(sites, single, strict=True):
+        inside = [s.name for s in graph.sites_at(site.layer) if s.kind != "layer"]
+        if len(inside) == 2:
+            additive = sum(float(worth[name].sum()) for name in inside)
+            found[inside[0], inside[1]] = float(loss) - additive
+    return PairLosses(found, np.array(FRACTIONS if selector else ()), tokens)
+
+
+@torch.no_grad()
+def layer_losses(
+    executor: MaskedExecutor,
+    replay: Replay,
+    sites: Sequence[Site],
+    sets: Sequence[Sequence[int]],
+) -> Array:
+    """KL divergence of one sample with sets of layers off.
+
+    Args:
+        executor: of the replayed model.
+        replay: the sample; its rows are measured at once.
+        sites: of layers.
+        sets: numbers of `sites`, none empty; neighbours should begin with the same layer.
+    """
+    found: list[float] = []
+    for start in range(0, len(sets), replay.rows):
+        some = sets[start : start + replay.rows]
+        columns: dict[Site, Tensor] = {}
+        for row, off in enumerate(some):
+            for number in off:
+                gates = columns.setdefault(sites[number], torch.ones(replay.rows, 1))
+                gates[row] = 0
+        with executor.using(as_gates(columns)):
+            outputs = replay.log_probabilities(min(site.layer for site in columns))
+        found += measure(outputs, replay, "kl")[: len(some)].tolist()
+    return np.array(found)
+
+
+@torch.no_grad()
+def _with_tokens(
+    executor: MaskedExecutor,
+    sample: Sample,
+    sites: Sequence[Site],
+    alone: Array,
+    stage: tuple[int, str],
+) -> Array:
+    """What each layer loses besides when tokens are dropped as well; shape (fractions, layers)."""
+    graph = executor.graph
+    of = count_image_tokens(executor.model, dict(sample.inputs))
+    replay = Replay(executor.model, executor.layers, sample, len(FRACTIONS))
+
+    def losses(off: tuple[int, ...]) -> Array:
+        stages = [TokenStage(stage[0], max(1, int(of * kept)), of, stage[1]) for kept in FRACTIONS]
+        plans = [Plan.of(graph, layers_off=off, tokens=(dropped,)) for dropped in stages]
+        with obeying(executor.model, graph, plans):
+            found = measure(replay.log_probabilities(0), replay, "kl")
+        return found.double().cpu().numpy()
+
+    result = np.zeros((len(FRACTIONS), graph.layers))
+    dropped = losses(())
+    for site, loss in zip(sites, alone, strict=True):
+        # A layer that scores the tokens cannot be off while they are picked.
+        if site.layer != stage[0] - 1:
+            result[:, site.layer] = losses((site.layer,)) - dropped - loss
+    return result

@@ -1,0 +1,186 @@
+"""Healing: a short training under a plan towards what the base model says.
+
+The student is the model with the plan's switches masked and the recovered weights of its sites,
+which computes what the narrowed model does; the teacher is the same model without plan and changes.
+The loss is KL(teacher || student) at every token (Hinton et al., arXiv 1503.02531). Trained are
+either low-rank changes of the decoder's linears (LoRA, arXiv 2106.09685), added to the weights at
+the end, or the weights themselves.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph
+from planner.models.calibration.samples import Sample
+from planner.models.recovery.moments import faster_products
+from planner.models.recovery.refit import replaced
+from planner.models.running.masked import Gates, MaskedExecutor
+from planner.plan import Plan
+
+
+@dataclass(frozen=True)
+class Healing:
+    """How to train.
+
+    Attributes:
+        steps: of the optimiser.
+        batch: samples a step.
+        rank: of the low-rank changes; 0 trains the weights themselves.
+        learning_rate: at its highest; it rises over a tenth of the steps, and falls to 0.
+        seed: which samples come when, and how changes begin.
+    """
+
+    steps: int = 100
+    batch: int = 4
+    rank: int = 32
+    learning_rate: float = 2e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("batch", 1), ("rank", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise InputError(f"the learning rate must be above 0, not {self.learning_rate}")
+
+
+@dataclass(frozen=True)
+class Healed:
+    """What came out.
+
+    Attributes:
+        weights: parameter name -> value, recovered and healed; for `exchange` and `replaced`.
+        losses: KL divergence from the base model in nats per token, one a step.
+    """
+
+    weights: Mapping[str, Tensor]
+    losses: tuple[float, ...]
+
+
+class _LowRank(nn.Module):
+    """A weight plus a product of two thin matrices; nothing at the start."""
+
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        outputs, inputs = weight.shape
+        thin = torch.randn(rank, inputs, generator=generator) * inputs**-0.5
+        self.down = nn.Parameter(thin.to(weight))
+        self.up = nn.Parameter(weight.new_zeros(outputs, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.up @ self.down
+
+
+def heal(
+    model: Any,
+    graph: Graph,
+    plan: Plan,
+    weights: Mapping[str, Tensor],
+    samples: Sequence[Sample],
+    settings: Healing | None = None,
+    progress: Callable[[int, float], None] = lambda step, loss: None,
+) -> Healed:
+    """Train under a plan against the base model's outputs.
+
+    Args:
+        model: dense, in evaluation mode; left as it was.
+        graph: of the model.
+        plan: layers, heads and MLP groups count; token stages do not.
+        weights: recovered ones to start from (`planner.models.recovery.refitted`).
+        samples: what to train on.
+        settings: how.
+        progress: called with the step and its loss.
+
+    Raises:
+        InputError: there are no samples.
+    """
+    settings = settings or Healing()
+    if not samples:
+        raise InputError("healing needs samples to train on")
+    # Its weights stay as they are while the student's change.
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    masked, gates = MaskedExecutor(model, graph), Gates.of([plan], graph)
+    linears = _linears(masked, plan)
+    order = torch.Generator().manual_seed(settings.seed)
+    own = {name: model.get_parameter(name) for name in linears}
+    losses = []
+    with replaced(model, {**own, **weights}), _trained(model, linears, settings) as parameters:
+        optimiser = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimiser, settings.learning_rate, settings.steps + 1, pct_start=0.1
+        )
+        for step in range(settings.steps):
+            drawn = torch.randint(len(samples), (settings.batch,), generator=order).tolist()
+            total = 0.0
+            for index in drawn:
+                inputs = samples[index].inputs
+                with faster_products(model), masked.using(gates):
+                    loss = _distance(model, teacher, inputs) / settings.batch
+                loss.backward()
+                total += float(loss.detach())
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+            schedule.step()
+            losses.append(total)
+            progress(step + 1, total)
+        healed = {name: linear.weight.detach().clone() for name, linear in linears.items()}
+    return Healed({**weights, **healed}, tuple(losses))
+
+
+def _distance(student: Any, teacher: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """KL(teacher || student), mean over tokens."""
+    with torch.no_grad():
+        base = teacher(**inputs, use_cache=False).logits.float().log_softmax(-1)
+    found = student(**inputs, use_cache=False).logits.float().log_softmax(-1)
+    lost: Tensor = (base.exp() * (base - found)).sum(-1).mean()
+    return lost
+
+
+def _linears(masked: MaskedExecutor, plan: Plan) -> dict[str, Any]:
+    """Parameter name -> linear, of all sites in layers that are on."""
+    return {
+        f"{linear.path}.weight": linear.module
+        for layer in masked.layers
+        if layer.index not in plan.layers_off
+        for site in (layer.heads, layer.mlp)
+        if site is not None
+        for linear in site.linears
+    }
+
+
+@contextmanager
+def _trained(
+    model: nn.Module, linears: Mapping[str, Any], settings: Healing
+) -> Iterator[list[nn.Parameter]]:
+    """What is trained, for a block; gradients of nothing else are asked for."""
+    asked = {p: p.requires_grad for p in model.parameters()}
+    generator = torch.Generator().manual_seed(settings.seed)
+    model.requires_grad_(False)
+    found: list[nn.Parameter] = []
+    try:
+        for linear in linears.values():
+            if settings.rank:
+                change = _LowRank(linear.weight, settings.rank, generator)
+                parametrize.register_parametrization(linear, "weight", change)
+                found += change.parameters()
+            else:
+                found.append(linear.weight.requires_grad_(True))
+        with torch.enable_grad():
+            yield found
+    finally:
+        for linear in linears.values():
+            if parametrize.is_parametrized(linear, "weight"):
+                parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
+        for parameter, wanted in asked.items():
+            parameter.requires_grad_(wanted)

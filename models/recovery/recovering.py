@@ -1,0 +1,203 @@
+"""One model, its samples and a way to recover: plans made, and weights made for them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from planner.arrays import read_arrays
+from planner.files import output_folder
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph
+from planner.models.calibration.builtin import builtin_samples, folder_of
+from planner.models.calibration.magnitude import magnitude_worth
+from planner.models.calibration.measurement import calibrate, weights_digest
+from planner.models.calibration.samples import Sample
+from planner.models.recovery.arranging import can_move
+from planner.models.recovery.moments import Moments, narrowable, site_moments
+from planner.models.recovery.refit import refitted
+from planner.models.recovery.removal import Chain, chain_of, chain_worth
+from planner.models.running.bindings import BoundLayer, BoundSite, bind
+from planner.models.running.program import Program
+from planner.plan import Plan
+from planner.planning.catalog import utilities_beside
+from planner.planning.compiler import Request
+from planner.planning.graph_cache import cache_folder
+from planner.planning.switches import SwitchSet, with_switches
+from planner.planning.utilities import RECOVERIES, Utilities, save_utilities
+
+# Least squares of a site want some ten tokens a feature; built-in text is cheap to write.
+REFIT_SAMPLES = 64
+# Changes of what is measured make files in the cache unreachable.
+_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A utilities file, and how it came about.
+
+    Attributes:
+        path: of the file.
+        how: one phrase for people, such as ``first-order KL on 8 built-in samples``.
+    """
+
+    path: Path
+    how: str
+
+
+@dataclass(eq=False)
+class Recovering:
+    """What utilities and weights under plans are made from.
+
+    Args:
+        model: dense, in evaluation mode.
+        graph: of the model.
+        recover: one of `RECOVERIES`.
+        samples: the user's; by default built-in ones.
+        processor: of an image-text model, for built-in samples.
+        progress: called with the number of measurements done, and of all.
+
+    Raises:
+        InputError: there is no such recovery.
+    """
+
+    model: Any
+    graph: Graph
+    recover: str = ""
+    samples: Sequence[Sample] | None = None
+    processor: Any | None = None
+    progress: Callable[[int, int], None] = field(default=lambda done, total: None)
+    _chains: dict[tuple[str, int], Chain] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.recover not in RECOVERIES:
+            known = ", ".join(name for name in RECOVERIES if name)
+            raise InputError(f"unknown recovery '{self.recover}': choose from {known}")
+
+    @cached_property
+    def layers(self) -> tuple[BoundLayer, ...]:
+        """The model's decoder layers."""
+        return bind(self.model, self.graph)
+
+    @cached_property
+    def moments(self) -> dict[str, Moments]:
+        """Of all sites of the dense model."""
+        samples = self.samples
+        if samples is None:
+            samples = builtin_samples(self.model, self.processor, REFIT_SAMPLES)
+        return site_moments(self.model, self.layers, samples, progress=self.progress)
+
+    def chain(self, site: BoundSite) -> Chain:
+        """The removal chain of a site."""
+        # Where neurons move, it does not depend on how they are divided.
+        key = (site.site.name, 0 if can_move(site) else site.site.switches)
+        if key not in self._chains:
+            self._chains[key] = chain_of(site, self.moments[site.site.name])
+        return self._chains[key]
+
+    def weights(self, plan: Plan) -> Mapping[str, Tensor]:
+        """Parameters to replace for a plan; none without a recovery."""
+        if self.recover != "refit":
+            return {}
+        narrowed = replace(plan, tokens=(), kv="")
+        program = Program.build([narrowed], self.graph, self.layers)
+        return refitted(program, self.moments, self.chain)
+
+    def means(self) -> dict[str, Tensor]:
+        """Path of a sink -> mean of its input features."""
+        sites = {site.site.name: site for site in narrowable(self.layers)}
+        return {sites[name].sink.path: found.mean for name, found in self.moments.items()}
+
+    def utilities(self, request: Request) -> Measured:
+        """What switches are worth under this recovery: as known already, or measured now.
+
+        A file ``utilities.npz`` beside the weights counts where it was measured on them and the
+        user gives no samples; then what is in the cache. Without a recovery half the Fisher
+        information of every switch is measured (`planner.models.calibration.taylor`), under
+        ``refit`` heads and MLP groups by the removal chain of their site. Where built-in samples
+        cannot be made or run, and where a backward pass does not fit in memory, weight norms say,
+        as they do where the request asks for ``magnitude``.
+        """
+        asked = request.utilities == "magnitude"
+        if asked and self.recover == "refit":
+            raise InputError("recovery by refit measures what counts on it: give no utilities")
+        beside = utilities_beside(folder_of(self.model))
+        like_heads = SwitchSet.parse(request.switches).faithful == "adallava-h"
+        plain = not (self.recover == "refit" or self.samples or request.mlp_groups or like_heads)
+        if (
+            beside is not None
+            and plain
+            and not asked
+            and _about(beside).get("weights") == self._digest
+        ):
+            return Measured(beside, "the file beside the weights")
+        graph = with_switches(self.graph, request.mlp_groups, like_heads)
+        name = "removal-chains" if self.recover == "refit" else "first-order-kl"
+        path = output_folder(cache_folder() / "utilities") / f"{name}-{self._key(graph)}.npz"
+        if asked:
+            return self._magnitude(graph, "as asked for")
+        if path.is_file():
+            return Measured(path, f"{_about(path).get('how')}, measured before")
+        try:
+            return self._measured(graph, path)
+        except (torch.OutOfMemoryError, MemoryError):
+            if self.recover == "refit":
+                raise
+            return self._magnitude(graph, "a backward pass does not fit in memory")
+        except InputError as error:
+            if self.recover == "refit" or self.samples:
+                raise
+            return self._magnitude(graph, str(error))
+
+    def _measured(self, graph: Graph, path: Path) -> Measured:
+        samples = self.samples or builtin_samples(self.model, self.processor)
+        found = calibrate(
+            self.model, graph, samples, measure="kl", method="taylor", progress=self.progress
+        )
+        own = "" if self.samples else "built-in "
+        if self.recover != "refit":
+            how = f"first-order KL on {len(samples)} {own}samples"
+            return _saved(path, found.utilities(path.name), graph, how)
+        sites = found.sites | chain_worth(graph, bind(self.model, graph), self.chain)
+        utilities = replace(found, sites=sites).utilities(path.name)
+        utilities = replace(utilities, recover=self.recover)
+        return _saved(path, utilities, graph, f"removal chains on {own}samples")
+
+    def _magnitude(self, graph: Graph, why: str) -> Measured:
+        worth = magnitude_worth(graph, bind(self.model, graph))
+        path = output_folder(cache_folder() / "utilities") / f"magnitude-{self._key(graph)}.npz"
+        return _saved(path, Utilities(path.name, worth, 0.0), graph, f"weight norms ({why})")
+
+    @cached_property
+    def _digest(self) -> str:
+        return weights_digest(self.model)
+
+    def _key(self, graph: Graph) -> str:
+        facts = {
+            "version": _VERSION,
+            "fingerprint": graph.properties["fingerprint"],
+            "weights": self._digest,
+            "sites": {site.name: site.switches for site in graph.sites},
+            "samples": [sample.digest() for sample in self.samples or ()],
+        }
+        text = json.dumps(facts, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _saved(path: Path, utilities: Utilities, graph: Graph, how: str) -> Measured:
+    save_utilities(path, utilities, graph, json.dumps({"how": how}))
+    return Measured(path, how)
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """What is written in a utilities file about itself."""
+    found: dict[str, Any] = json.loads(str(read_arrays(path, "utilities file", ".npz")["about"]))
+    return found

@@ -1,0 +1,71 @@
+"""``planner heal``: a short training under a plan, towards what the base model says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from planner.cli.command_options import Images, Request, Samples, Text, command
+from planner.cli.console import Console
+
+
+@command("model", "trust_remote_code")
+def heal_command(
+    request: Request,
+    console: Console,
+    plan: Annotated[Path, typer.Option("--plan", help="The plan file.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="New folder.")],
+    images: Images = None,
+    text: Text = None,
+    samples: Samples = 64,
+    steps: Annotated[int, typer.Option("--steps", help="Steps of the optimiser.")] = 100,
+    batch: Annotated[int, typer.Option("--batch", help="Samples a step.")] = 4,
+    rank: Annotated[
+        int, typer.Option("--rank", help="Of LoRA's matrices; 0 trains the weights themselves.")
+    ] = 32,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="At its highest.")] = 2e-3,
+    seed: Annotated[int, typer.Option("--seed", help="Which samples come when.")] = 0,
+) -> None:
+    """Refit a plan's weights, train them on the base model's outputs, and export the result."""
+    from planner.cli.export import show_exported, stored_dtype
+    from planner.ir.errors import InputError
+    from planner.loading import load_model
+    from planner.models.export import export
+    from planner.models.recovery import replaced, storable
+    from planner.models.recovery.healing import Healing, heal
+    from planner.models.recovery.oneshot import read_inputs
+    from planner.models.recovery.recovering import Recovering
+    from planner.plan import load_plan
+    from planner.planning.compiler import lowered_graph
+    from planner.planning.figures import check_figures
+
+    wanted = load_plan(plan)
+    settings = Healing(steps, batch, rank, learning_rate, seed)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"'{output}' is there already and not empty: name a new folder")
+    with console.status() as update:
+        update("load")
+        stock, processor, source = load_model(
+            request.model, "float32", "cpu", request.trust_remote_code
+        )
+        update("lower")
+        graph = lowered_graph(source)[0]
+        check_figures(wanted, graph)
+        update("read the samples")
+        known = read_inputs(stock, processor, images, text, samples)
+        update("refit")
+        weights = Recovering(stock, graph, "refit", known, processor).weights(wanted)
+    with console.progress_bar("heal") as progress:
+        healed = heal(
+            stock, graph, wanted, weights, known, settings, lambda done, _: progress(done, steps)
+        )
+    folder = source.folder
+    kind = stored_dtype(folder)
+    with console.status(), replaced(stock, storable(healed.weights, kind)):
+        done = export(stock, graph, wanted, output, dict(known[0].inputs), folder, kind)
+    first, last = healed.losses[0], sum(healed.losses[-10:]) / len(healed.losses[-10:])
+    show_exported(
+        console, done, wanted, {"refitted": len(weights), "kl_before": first, "kl_after": last}
+    )

