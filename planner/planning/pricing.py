@@ -119,12 +119,16 @@ class Pricing:
             weights + kv,
         ]
         # A layer and its sites are priced apart; all of them together must not overflow.
-        if max(vector) > COST_CEILING // (4 * (self.graph.layers + 2)):
+        self._check(max(vector))
+        return np.array(vector, dtype=np.int64)
+
+    def _check(self, cost: int) -> None:
+        """Refuse a cost of which a few would overflow."""
+        if cost > COST_CEILING // (4 * (self.graph.layers + 2)):
             raise InputError(
                 f"the workload is too large to be priced: {self.workload.prompt_tokens} tokens a "
                 f"prompt, {self.workload.new_tokens} new ones, batch {self.workload.batch}"
             )
-        return np.array(vector, dtype=np.int64)
 
     @cached_property
     def _working_bytes(self) -> int:
@@ -132,7 +136,9 @@ class Pricing:
         sizes = self.workload.prefill()
         costs = [price(operator, self.graph, sizes) for operator in self.graph]
         weights = sum(cost.parameters for cost in costs) * int(self.graph.properties["dtype_bytes"])
-        return peak_bytes(self.graph, sizes) - weights - sum(cost.kv_bytes for cost in costs)
+        found = peak_bytes(self.graph, sizes) - weights - sum(cost.kv_bytes for cost in costs)
+        self._check(found)
+        return found
 
     # -- tables ------------------------------------------------------------------------------
 
