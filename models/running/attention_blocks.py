@@ -25,7 +25,7 @@ from planner.ir.intervals import Intervals, count_of
 from planner.ir.lowering.example_inputs import decoder_inputs
 from planner.models.running.bindings import BoundSite
 from planner.models.running.patches import ConfigView, Patches
-from planner.models.running.products import KeptProduct
+from planner.models.running.products import KeptProduct, evaluating, is_close
 
 PROBE_TOKENS = 5
 # Named arguments of a module's ``forward``; the hidden states are the first.
@@ -34,23 +34,17 @@ Given = dict[str, Any]
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """What was found out about one attention block.
+    """What was found out about one attention block."""
 
-    Attributes:
-        lanes: KV groups of the base model.
-        integers: (owner, name, value): integers that count heads or their features; the owner is
-            ``module`` or ``config``.
-        output: what stands in each place of the block's result: True for the hidden states, False
-            for anything else; None where the result is the hidden states alone.
-        arguments: (name, dimension, size): arguments with an entry for every head, by samples.
-        added: name of the argument that the block adds to its result, "" where there is none.
-    """
-
-    lanes: int
+    lanes: int  # KV groups of the base model
+    # (owner, name, value) of integers that count heads or their features; the owner is ``module``
+    # or ``config``.
     integers: tuple[tuple[str, str, int], ...]
+    # For each place of the result whether it is the hidden states; None where it is these alone.
     output: tuple[bool, ...] | None
+    # (name, dimension, size) of arguments with an entry for every head, by samples.
     arguments: tuple[tuple[str, int, int], ...] = ()
-    added: str = ""
+    added: str = ""  # the argument that the block adds to its result, "" where there is none
 
     def changes(self, kept: int, owner: str) -> dict[str, int]:
         """The integers of one owner with `kept` groups left."""
@@ -77,13 +71,9 @@ def headless(
     output: Sequence[bool] | None,
     added: Tensor | None = None,
 ) -> Any:
-    """A block's result with no head left: its last linear's bias, laid out as `output` says.
+    """A block's result with no head left: its last linear's bias and what it adds by itself.
 
-    Args:
-        hidden: the block's input.
-        bias: of its last linear.
-        output: see `AttentionBlock`.
-        added: what the block adds to its result by itself.
+    It is laid out as `AttentionBlock.output` says.
     """
     result = torch.zeros_like(hidden) if added is None else added
     result = result if bias is None else result + bias.to(hidden.dtype)
@@ -110,14 +100,9 @@ def named(module: nn.Module, args: tuple[Any, ...], kwargs: Given) -> Given:
 
 
 def arguments_of(decoder: nn.Module, module: nn.Module, width: int) -> Given:
-    """How the decoder calls a module of its own, given a few tokens.
-
-    Raises:
-        InputError: it does not.
-    """
-    handle = module.register_forward_pre_hook(_stop, with_kwargs=True)
+    """How the decoder calls a module of its own, given a few tokens; InputError if it does not."""
     failure = ""
-    try:
+    with module.register_forward_pre_hook(_stop, with_kwargs=True):
         for inputs, _ in decoder_inputs(decoder, width, PROBE_TOKENS):
             try:
                 decoder(**_drawn(inputs, next(module.parameters())))
@@ -125,8 +110,6 @@ def arguments_of(decoder: nn.Module, module: nn.Module, width: int) -> Given:
                 return named(module, *reached.args)
             except Exception as error:
                 failure = failure or f": {error}"
-    finally:
-        handle.remove()
     raise InputError(f"{type(decoder).__name__} does not call its {type(module).__name__}{failure}")
 
 
@@ -206,18 +189,11 @@ def _hidden(output: Any) -> Tensor:
 def probe(decoder: nn.Module, site: BoundSite, width: int) -> AttentionBlock:
     """Find out how to narrow one attention block, and that the result is right.
 
-    Args:
-        decoder: the text model; nothing of it may be narrowed at the time.
-        site: the heads of one layer.
-        width: hidden size.
-
-    Raises:
-        InputError: no choice of integers makes the narrowed block agree with the masked one.
+    Nothing of the decoder, the text model of this width, may be narrowed at the time. Raises
+    InputError where nothing makes the narrowed block agree with the masked one.
     """
     given = arguments_of(decoder, site.module, width)
-    was_training = site.module.training
-    site.module.eval()
-    try:
+    with evaluating(site.module):
         output = site.module(**given)
         shape = None
         if isinstance(output, tuple):
@@ -238,8 +214,6 @@ def probe(decoder: nn.Module, site: BoundSite, width: int) -> AttentionBlock:
                 for runs, right in zip(kept, expected, strict=True)
             ):
                 return block
-    finally:
-        site.module.train(was_training)
     raise InputError(
         f"the heads of {site.site.module} ({type(site.module).__name__}) cannot be narrowed: it "
         f"does not give the same result as with masked heads; plan without head switches"
@@ -272,19 +246,12 @@ def _masked(site: BoundSite, lanes: Intervals, given: Given) -> Tensor:
     def hide(_: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
         return inputs[0] * mask
 
-    handle = sink.host.register_forward_pre_hook(hide)
-    try:
+    with sink.host.register_forward_pre_hook(hide):
         return _hidden(site.module(**given))
-    finally:
-        handle.remove()
 
 
 def _agrees(
-    block: AttentionBlock,
-    site: BoundSite,
-    lanes: Intervals,
-    given: Given,
-    expected: Tensor,
+    block: AttentionBlock, site: BoundSite, lanes: Intervals, given: Given, expected: Tensor
 ) -> bool:
     count = count_of(lanes)
     with Patches() as patches:
@@ -299,8 +266,4 @@ def _agrees(
             result = _hidden(site.module(**block.narrowed(given, lanes)))
         except (RuntimeError, ValueError, TypeError, IndexError):
             return False
-    if result.shape != expected.shape:
-        return False
-    error = (result.double() - expected.double()).norm()
-    precision = torch.finfo(expected.dtype).eps ** 0.5
-    return bool(error <= precision * expected.double().norm())
+    return is_close(result, expected)

@@ -42,33 +42,20 @@ _STATIC = (StaticLayer, StaticSlidingWindowLayer)
 
 @dataclass
 class Part:
-    """Keys and values of the samples of one group.
+    """Keys and values of the samples of one group."""
 
-    Attributes:
-        rows: batch rows of the group, ascending, shape (rows,); None for the whole batch.
-        store: the stock cache layer that holds them; None where the layer is off.
-        keys: which tokens are stored; None while nothing was dropped. Where heads hold different
-            tokens it shows those of the first one: as many, and all of them earlier than any query.
-        hitters: what evicts from the store; None where nothing does.
-    """
-
-    rows: Tensor | None
-    store: CacheLayerMixin | None
+    rows: Tensor | None  # of the batch, ascending, shape (rows,); None for all
+    store: CacheLayerMixin | None  # the stock layer that holds them; None where the layer is off
+    # Which tokens are stored; None while nothing was dropped. Where heads hold different tokens it
+    # shows those of the first one: as many, and all of them earlier than any query.
     keys: Keys | None = None
-    hitters: HeavyHitters | None = None
+    hitters: HeavyHitters | None = None  # what evicts from the store
 
 
 class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer of a cache filled under a plan.
+    """One layer of a cache filled under a plan, in the place of an empty stock layer.
 
-    Args:
-        stock: the empty stock layer that this one replaces.
-        key: of the program; a plan is fixed for the life of a cache.
-        parts: one per group of the layer.
-
-    Attributes:
-        total: tokens that have passed, stored or not.
-        ends_in_image: whether the last token of the last prompt, of some sample, was of an image.
+    It has a part for each group, and the program's key: a plan is fixed for the life of a cache.
     """
 
     def __init__(self, stock: CacheLayerMixin, key: PlanKey, parts: Sequence[Part]) -> None:
@@ -76,8 +63,8 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.stock = stock
         self.key = key
         self.parts = list(parts)
-        self.total = 0
-        self.ends_in_image = False
+        self.total = 0  # tokens that have passed, stored or not
+        self.ends_in_image = False  # whether the last token of some sample's last prompt was
         self.is_sliding = stock.is_sliding
         self.is_compileable = stock.is_compileable
         self._writing: Part | None = None
@@ -279,10 +266,6 @@ class StatefulLayer:
 
     The stock layer stays in its cache, since what it keeps does not depend on a plan: a layer that
     is off keeps nothing.
-
-    Args:
-        stock: the stock layer.
-        is_off: whether the plan leaves the layer out.
     """
 
     def __init__(self, stock: Any, is_off: bool) -> None:
@@ -304,6 +287,9 @@ class StatefulLayer:
     def remember(self, group: int, positions: Tensor, padded: bool) -> Keys:
         """Tokens of this pass alone: no others are stored."""
         return Keys(positions, padded)
+
+
+Cached = PlannedLayer | StatefulLayer
 
 
 def _take(part: Part, rows: Tensor) -> None:
@@ -330,17 +316,11 @@ def _visible(seen: Recorded, keys: Keys) -> Tensor:
 
 def plan_cache(
     cache: Cache, program: Program, rows: Sequence[Sequence[Tensor | None]]
-) -> list[PlannedLayer | StatefulLayer]:
-    """The cache's layers, made to obey the program.
+) -> list[Cached]:
+    """The layers of a stock cache, empty or seen here before, made to obey the program.
 
-    Args:
-        cache: a stock cache, empty, or one that this function has seen before.
-        program: the plans.
-        rows: for each layer and group the batch rows it serves, None for the whole batch.
-
-    Raises:
-        InputError: the cache was filled under another plan or by the base model, or it is of a
-            kind that cannot hold the plan.
+    `rows` are those of the batch, for each layer and group; None for all. Raises InputError where
+    the cache was filled under another plan or by the base model, or cannot hold the plan.
     """
     layers: list[Any] = cache.layers
     first = first_keyed(layers)
@@ -378,12 +358,12 @@ def first_keyed(layers: Iterable[Any]) -> PlannedLayer | None:
     return None
 
 
-def _told_apart(layers: Sequence[Any], program: Program) -> list[PlannedLayer | StatefulLayer]:
+def _told_apart(layers: Sequence[Any], program: Program) -> list[Cached]:
     """Layers with keys as they are, the others told whether they are off.
 
     Layers that attend to the keys of earlier ones may have no place in the cache.
     """
-    found: list[PlannedLayer | StatefulLayer] = []
+    found: list[Cached] = []
     for index, layer in enumerate(program.layers):
         stock = layers[index] if index < len(layers) else None
         if not isinstance(stock, PlannedLayer):
@@ -401,7 +381,7 @@ def _is_filled(layers: Sequence[Any]) -> bool:
 
 
 def redirect_cache(
-    layers: Sequence[PlannedLayer | StatefulLayer],
+    layers: Sequence[Cached],
     program: Program,
     rows: Sequence[Sequence[Tensor | None]],
 ) -> None:

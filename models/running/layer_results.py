@@ -19,16 +19,12 @@ from planner.models.running.attention_blocks import arguments_of
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What a layer returns when it is left out.
+    """What a layer returns when it is left out."""
 
-    Attributes:
-        others: for each place behind the hidden states the argument that is handed on there; ''
-            where the layer computes what stands there, and None takes its place. None where the
-            result is the hidden states alone.
-        leading: first dimension of the layer's other arguments where there is one sample.
-    """
-
+    # For each place behind the hidden states the argument that is handed on there; '' where the
+    # layer computes what stands there, and None takes its place. None where there is no tuple.
     others: tuple[str, ...] | None = None
+    # First dimension of the layer's other arguments where there is one sample.
     leading: Mapping[str, int] = field(default_factory=dict)
 
     def left_out(self, hidden: Tensor, kwargs: dict[str, Any]) -> Any:
@@ -42,10 +38,7 @@ class LayerResult:
 def result_of(decoder: nn.Module, layer: nn.Module, width: int) -> LayerResult:
     """Find out what a layer takes and returns, by running the decoder on a few tokens.
 
-    Args:
-        decoder: the text model; nothing of it may be narrowed at the time.
-        layer: one of its layers.
-        width: hidden size.
+    Nothing of the decoder, the text model of this width, may be narrowed at the time.
     """
     try:
         arguments = arguments_of(decoder, layer, width)
@@ -73,10 +66,7 @@ def result_of(decoder: nn.Module, layer: nn.Module, width: int) -> LayerResult:
 def with_hidden(output: Any, hidden: Tensor, *, whole: bool) -> Any:
     """A layer's result with other hidden states.
 
-    Args:
-        output: what the layer returned.
-        hidden: what it is to return.
-        whole: whether the other places are of the whole batch; None takes their place otherwise.
+    Unless its other places are of the whole batch, None takes their place.
     """
     if isinstance(output, Tensor):
         return hidden
@@ -84,11 +74,7 @@ def with_hidden(output: Any, hidden: Tensor, *, whole: bool) -> Any:
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden states of a layer's result.
-
-    Raises:
-        InputError: there are none.
-    """
+    """The hidden states of a layer's result; raises InputError where there are none."""
     first = output[0] if isinstance(output, tuple) and output else output
     if not isinstance(first, Tensor):
         raise InputError(f"a layer returned a {type(first).__name__} instead of hidden states")

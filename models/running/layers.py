@@ -13,7 +13,7 @@ from planner.ir.intervals import Intervals
 from planner.models.running.attention_blocks import AttentionBlock, headless, named, names_of
 from planner.models.running.bindings import BoundSite
 from planner.models.running.forward_pass import Call, Passes
-from planner.models.running.kv_cache import PlannedLayer, StatefulLayer
+from planner.models.running.kv_cache import Cached
 from planner.models.running.layer_results import LayerResult, hidden_of, with_hidden
 from planner.models.running.patches import Shadow
 from planner.models.running.products import BlockForward, Product
@@ -53,21 +53,13 @@ class AttentionForward(Shadow):
 
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """How to run a layer for one group.
-
-    Attributes:
-        group: who, and what is kept.
-        products: what linears and MLP blocks compute with.
-        heads: the attention block.
-        attributes: the attention block's own attributes for this group: head counts, config.
-        attention: stands in for the attention block, where its arguments are by head, or some group
-            has no head left.
-    """
+    """How to run a layer for one group."""
 
     group: LayerGroup
     products: tuple[tuple[BlockForward, Product | None], ...]
     heads: BoundSite | None
-    attributes: dict[str, Any]
+    attributes: dict[str, Any]  # the attention block's own for this group: head counts, config
+    # Stands in for the block where its arguments are by head, or some group has no head left.
     attention: AttentionForward | None
 
     def compute(self) -> None:
@@ -88,11 +80,7 @@ class LayerForward(Shadow):
     """Stands in for one decoder layer: runs the stock layer once per group, on what is left."""
 
     def __init__(
-        self,
-        passes: Passes,
-        program: LayerProgram,
-        setups: tuple[Setup, ...],
-        result: LayerResult,
+        self, passes: Passes, program: LayerProgram, setups: tuple[Setup, ...], result: LayerResult
     ) -> None:
         self.passes = passes
         self.result = result
@@ -124,11 +112,7 @@ class LayerForward(Shadow):
         return output
 
     def _run_simple(
-        self,
-        call: Call,
-        hidden: Tensor,
-        kwargs: dict[str, Any],
-        cached: PlannedLayer | StatefulLayer | None,
+        self, call: Call, hidden: Tensor, kwargs: dict[str, Any], cached: Cached | None
     ) -> Any:
         """One group, no token dropped."""
         if cached is not None:
@@ -139,11 +123,7 @@ class LayerForward(Shadow):
         return self.stock(hidden, **kwargs)
 
     def _run_groups(
-        self,
-        call: Call,
-        hidden: Tensor,
-        kwargs: dict[str, Any],
-        cached: PlannedLayer | StatefulLayer | None,
+        self, call: Call, hidden: Tensor, kwargs: dict[str, Any], cached: Cached | None
     ) -> Any:
         """Every group on its own rows and on the tokens that are left of them."""
         rows_of = call.rows[self.index]
@@ -212,11 +192,7 @@ class LayerForward(Shadow):
 
 
 def _keys(
-    call: Call,
-    group: int,
-    inputs: Tensor,
-    kept: Kept | None,
-    cached: PlannedLayer | StatefulLayer | None,
+    call: Call, group: int, inputs: Tensor, kept: Kept | None, cached: Cached | None
 ) -> Keys | None:
     """What the tokens of a group can attend to in a layer that has keys for some only."""
     if kept is not None:

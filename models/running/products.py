@@ -11,7 +11,8 @@ as they are, and the kept features of plans that run again are copied together, 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 from weakref import ref
@@ -42,9 +43,9 @@ class Product:
 class BlockForward(Shadow):
     """Stands in for a linear or a whole MLP block; `active` None is the module's own code."""
 
-    def __init__(self, narrows: bool, active: Product | None = None) -> None:
+    def __init__(self, narrows: bool) -> None:
         self.narrows = narrows
-        self.active = active
+        self.active: Product | None = None
 
     def __call__(self, features: Tensor) -> Tensor:
         """As `Product`."""
@@ -260,3 +261,22 @@ class _Source:
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """A module in evaluation mode, for a block."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
+def is_close(found: Tensor, wanted: Tensor) -> bool:
+    """Whether two results of one computation differ by rounding alone."""
+    if found.shape != wanted.shape:
+        return False
+    error = (found.double() - wanted.double()).norm()
+    return bool(error <= torch.finfo(wanted.dtype).eps ** 0.5 * wanted.double().norm())

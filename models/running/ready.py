@@ -14,7 +14,7 @@ from planner.ir.errors import InputError
 from planner.ir.intervals import count_of
 from planner.models.running.attention_blocks import AttentionBlock, probe
 from planner.models.running.attention_calls import RECORDING
-from planner.models.running.bindings import BoundLayer, BoundSite
+from planner.models.running.bindings import BoundSite
 from planner.models.running.forward_pass import Passes
 from planner.models.running.layer_results import LayerResult, result_of
 from planner.models.running.layers import AttentionForward, LayerForward, Setup
@@ -199,11 +199,6 @@ class Preparing:
             setups = self._setups(layer, ready)
             forward = LayerForward(ready.passes, layer, setups, self._result(layer))
             ready.shadows.append((layer.layer.module, forward))
-        if not program.is_dense:
-            touched = {layer.layer.index for layer in program.layers}
-            for bound in self.session.layers:
-                if bound.index not in touched:
-                    self._multiply(bound, ready)
         return ready
 
     def _result(self, layer: LayerProgram) -> LayerResult:
@@ -216,14 +211,6 @@ class Preparing:
             with self._trying() as (decoder, width):
                 self._results[kind] = result_of(decoder, module, width)
         return self._results[kind]
-
-    def _multiply(self, layer: BoundLayer, ready: Ready) -> None:
-        """Have a layer that stays as it is multiply as the others do."""
-        for site in (layer.heads, layer.mlp):
-            for linear in () if site is None else site.linears:
-                product = self.products.linear(linear, None)
-                if product is not None:
-                    ready.shadows.append((linear.module, BlockForward(False, product)))
 
     def _setups(self, layer: LayerProgram, ready: Ready) -> tuple[Setup, ...]:
         """How the layer runs for each of its groups; what that takes is noted to be shadowed."""

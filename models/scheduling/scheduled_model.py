@@ -10,7 +10,6 @@ the rest of the decoder obeys. The token stays in the KV cache, and so does the 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from planner.ir.cost import Workload
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
+from planner.models.running.attention_blocks import named
 from planner.models.running.kv_cache import cache_among, cache_argument
 from planner.models.running.masked import MaskedExecutor
 from planner.models.running.ready import Ready
@@ -181,7 +181,6 @@ class Scheduled:
             self._skipping.preparing.prepare()
         self._attached.callback(self._gates.close)
         self._decoder: Any = cast(Any, session.model).get_decoder()
-        self._names = list(inspect.signature(type(self._decoder).forward).parameters)[1:]
         self._cache_argument = cache_argument(type(self._decoder).forward)
         last = session.layers[self.layout.first - 1].module
         self._attached.callback(last.register_forward_hook(self._after_last).remove)
@@ -231,7 +230,7 @@ class Scheduled:
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The decoder's arguments, on one token more."""
-        kwargs = kwargs | dict(zip(self._names, args))
+        kwargs = named(self._decoder, args, kwargs)
         if kwargs.get("inputs_embeds") is None:
             kwargs["inputs_embeds"] = self._decoder.get_input_embeddings()(kwargs["input_ids"])
         kwargs["input_ids"] = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from planner.ir.errors import InputError
 from planner.kernels.choice import Kernels, with_triton
 from planner.kernels.ops.gather_tokens import GatherTokens
+from planner.models.running.attention_blocks import named
 from planner.models.running.attention_calls import Recorded
 from planner.models.running.forward_pass import Call
 from planner.models.running.program import LayerGroup, Program
@@ -73,8 +73,7 @@ class TokenStages:
 
     def remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the model was called with, or the part of it that a pass began with."""
-        names = list(inspect.signature(type(module).forward).parameters)[1:] if args else ()
-        self.arguments = dict(zip(names, args)) | kwargs
+        self.arguments = named(module, args, kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter(self, call: Call, hidden: Tensor) -> Tensor:
