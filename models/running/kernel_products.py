@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
-from planner.ir.graph import Graph, Operator
+from planner.ir.graph import Graph
 from planner.ir.intervals import Intervals, count_of
 from planner.kernels.choice import (
     Kernels,
@@ -92,18 +92,15 @@ class KernelProducts(Products):
         return block
 
     def _by_kernel(self, site: BoundSite, block: MLPBlock, lanes: Intervals | None) -> MLPByKernel:
-        linears = {linear.path: linear for linear in site.linears}
-
-        def part(operator: Operator) -> LinearByKernel:
-            linear = linears[operator.module]
-            stock = Products.linear(self, linear, lanes)
-            return LinearByKernel(linear, lanes, self.kernels, stock)
-
-        gate = None if block.gate is None else part(block.gate)
+        parts = {
+            part.path: LinearByKernel(part, lanes, self.kernels, Products.linear(self, part, lanes))
+            for part in site.linears
+        }
+        gate = None if block.gate is None else parts[block.gate.module]
         every = ((0, site.site.lanes),)
         return MLPByKernel(
-            part(block.up),
-            part(block.down),
+            parts[block.up.module],
+            parts[block.down.module],
             gate,
             block.activation,
             every if lanes is None else lanes,
