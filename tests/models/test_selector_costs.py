@@ -108,7 +108,8 @@ def test_ragged_counts_are_those_of_samples_alone(text, side):
 def test_counts_stay_those_of_the_prompt_while_tokens_are_decoded():
     family, graph, session = prepared()
     inputs = family.inputs(2, 5)
-    with session.under(planned(graph, "prumerge+:max=0.9", 1.0, 1, 11, 2)):
+    # A plan of its own: what others have run has counts of theirs.
+    with session.under(planned(graph, "prumerge+:max=0.8", 1.0, 1, 11, 2)):
         assert session.implementation.kept_image_tokens == {}
         family.model(**inputs)
         counts = session.implementation.kept_image_tokens[0]
