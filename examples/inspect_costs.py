@@ -26,7 +26,7 @@ from planner.ir.cost import Cost, Workload, price, total
 from planner.ir.cost.device_table import Device, device
 from planner.ir.graph import Graph, Operator
 from planner.planning.catalog import find_model
-from planner.planning.compiler import lowered_graph
+from planner.planning.graph_cache import lowered_graph
 
 # Groups of operators, in the order of the model, and their colours.
 COLOURS = {

@@ -14,7 +14,8 @@ from planner.models.scheduling.scheduled_model import Scheduled
 from planner.models.scheduling.scheduler import load_scheduler
 from planner.planning.budgets import Budget
 from planner.planning.catalog import find_model, tiny_llava_folder
-from planner.planning.compiler import Request, lowered_graph
+from planner.planning.compiler import Request
+from planner.planning.graph_cache import lowered_graph
 from planner.planning.plan_costs import PlanCosts
 from planner.planning.selectors import stages_of
 from planner.schedule import Schedule

@@ -36,7 +36,7 @@ def audit_command(
     from planner.files import output_folder, write_text
     from planner.ir.errors import InputError
     from planner.planning.catalog import find_model
-    from planner.planning.compiler import lowered_graph
+    from planner.planning.graph_cache import lowered_graph
 
     if output is not None and output.suffix != ".html":
         raise InputError(f"the output '{output}' must be an .html file")

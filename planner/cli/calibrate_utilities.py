@@ -75,7 +75,7 @@ def calibrate_command(
     from planner.models.recovery import chain_of, chain_worth, site_moments
     from planner.models.recovery.oneshot import read_inputs
     from planner.models.running.bindings import bind
-    from planner.planning.compiler import lowered_graph
+    from planner.planning.graph_cache import lowered_graph
     from planner.planning.switches import with_switches
     from planner.planning.utilities import save_utilities
 

@@ -107,7 +107,7 @@ def _by_weight_norms(request: Request, update: Callable[[str], None]) -> Request
     """A request with a file of what its model's weights say."""
     from planner.loading import load_model
     from planner.models.recovery.recovering import Recovering
-    from planner.planning.compiler import lowered_graph
+    from planner.planning.graph_cache import lowered_graph
 
     update("load")
     model, _, source = load_model(request.model, trust_remote_code=request.trust_remote_code)
@@ -133,7 +133,7 @@ def _compile_recovered(
     from planner.models.recovery.oneshot import oneshot_on, read_inputs
     from planner.models.recovery.recovering import Recovering
     from planner.planning.catalog import find_model
-    from planner.planning.compiler import lowered_graph
+    from planner.planning.graph_cache import lowered_graph
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"'{folder}' is there already and not empty: name a new folder")

@@ -45,8 +45,8 @@ def export_command(
     from planner.models.recovery.recovering import Recovering
     from planner.plan import load_plan
     from planner.planning.catalog import find_model
-    from planner.planning.compiler import lowered_graph
     from planner.planning.figures import check_figures
+    from planner.planning.graph_cache import lowered_graph
 
     model, trust = request.model, request.trust_remote_code
     wanted = load_plan(plan)

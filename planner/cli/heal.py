@@ -38,8 +38,8 @@ def heal_command(
     from planner.models.recovery.oneshot import read_inputs
     from planner.models.recovery.recovering import Recovering
     from planner.plan import load_plan
-    from planner.planning.compiler import lowered_graph
     from planner.planning.figures import check_figures
+    from planner.planning.graph_cache import lowered_graph
 
     wanted = load_plan(plan)
     settings = Healing(steps, batch, rank, learning_rate, seed)

@@ -43,8 +43,9 @@ def inspect_command(
     from planner.ir.passes import find_passes, run
     from planner.plan import load_plan
     from planner.planning.catalog import find_model
-    from planner.planning.compiler import DEFAULT_DEVICE, lowered_graph, specialised
+    from planner.planning.compiler import DEFAULT_DEVICE, specialised
     from planner.planning.figures import check_figures
+    from planner.planning.graph_cache import lowered_graph
 
     chip = find_device(request.device or DEFAULT_DEVICE)
     loaded = load_plan(plan) if plan else None

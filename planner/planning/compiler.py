@@ -21,7 +21,7 @@ from planner.plan import Plan, TokenStage
 from planner.planning.budgets import Budget
 from planner.planning.catalog import Source, find_model, utilities_beside
 from planner.planning.config_sizes import head_counts
-from planner.planning.graph_cache import cached_graph
+from planner.planning.graph_cache import lowered_graph
 from planner.planning.pricing import COUNTED, Pricing, compared
 from planner.planning.selectors import scores_by_attention
 from planner.planning.switches import SwitchSet, with_switches
@@ -123,19 +123,6 @@ class Compiled:
     notes: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     from_cache: bool = False
-
-
-def lowered_graph(source: Source) -> tuple[Graph, tuple[str, ...], bool]:
-    """The Graph of a model, from the cache or lowered now; (graph, notes, from cache)."""
-
-    def build() -> tuple[Graph, tuple[str, ...]]:
-        from planner.ir.lowering import lower_config
-
-        lowered = lower_config(source.load_config(), source.name)
-        return lowered.graph, lowered.notes
-
-    graph, notes, cached = cached_graph(source, build)
-    return replace(graph, name=source.name), notes, cached
 
 
 def compile_plan(request: Request, progress: Progress = lambda stage: None) -> Compiled:

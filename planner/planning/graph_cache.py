@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
@@ -72,19 +72,20 @@ def _read(path: Path) -> tuple[Graph, tuple[str, ...]] | None:
         return None
 
 
-def cached_graph(
-    source: Source, build: Callable[[], tuple[Graph, tuple[str, ...]]]
-) -> tuple[Graph, tuple[str, ...], bool]:
-    """(graph, notes, whether it came from the cache); built and stored where it is not there."""
+def lowered_graph(source: Source) -> tuple[Graph, tuple[str, ...], bool]:
+    """The Graph of a model, from the cache or lowered now; (graph, notes, from cache)."""
     path = cache_folder() / "graphs" / f"{graph_key(source)}.txt"
     found = _read(path)
     if found is not None:
-        return *found, True
-    graph, notes = build()
-    body = print_graph(graph)
-    facts = {"digest": hashlib.sha256(body.encode()).hexdigest(), "notes": list(notes)}
+        graph, notes = found
+        return replace(graph, name=source.name), notes, True
+    from planner.ir.lowering import lower_config
+
+    lowered = lower_config(source.load_config(), source.name)
+    body = print_graph(lowered.graph)
+    facts = {"digest": hashlib.sha256(body.encode()).hexdigest(), "notes": list(lowered.notes)}
     # A cache that cannot be written costs time, nothing else.
     with contextlib.suppress(OSError, InputError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(facts) + "\n" + body)
-    return graph, notes, False
+    return lowered.graph, lowered.notes, False

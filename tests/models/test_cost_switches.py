@@ -22,7 +22,7 @@ from planner.models.scheduling import (
 from planner.plan import Plan, TokenStage
 from planner.planning.budgets import Budget
 from planner.planning.catalog import find_model
-from planner.planning.compiler import lowered_graph
+from planner.planning.graph_cache import lowered_graph
 from planner.planning.plan_costs import PlanCosts
 from planner.planning.selectors import stages_of
 from planner.training.estimators import parse

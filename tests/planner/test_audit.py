@@ -16,7 +16,7 @@ from planner.audit.crosscheck import best_utility
 from planner.audit.surrogate import all_plans, predictions
 from planner.ir.errors import InputError
 from planner.planning.catalog import find_model
-from planner.planning.compiler import lowered_graph
+from planner.planning.graph_cache import lowered_graph
 from planner.solver import solve
 from tests.problems import best_by_enumeration, problems
 
