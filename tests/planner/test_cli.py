@@ -86,10 +86,10 @@ def test_every_alias_compiles(cli_json, alias):
 def test_models_check_reports_why_not(cli_json):
     arguments = ["--only", "paligemma", "--only", "evolla"]
     found = {m["model_type"]: m for m in cli_json("models", "--check", *arguments)["models"]}
-    assert found["paligemma"]["lowered"]
-    assert found["paligemma"]["sites"] == 3 * 18
-    assert not found["evolla"]["lowered"]
-    assert found["evolla"]["reason"]
+    assert set(found["paligemma"]["answers"].values()) == {"yes"}
+    assert found["paligemma"]["sites"] == {"layer": 18, "heads": 18, "mlp": 18}
+    assert found["evolla"]["answers"]["lowered"] == "no"
+    assert found["evolla"]["remarks"]
 
 
 BAD = [
