@@ -10,6 +10,7 @@ The model is the one passed in, obeying a plan; `restore` gives it back exactly 
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -27,13 +28,17 @@ from planner.planning.utilities import OF_WEIGHTS
 from planner.progress import Progress, progress_bar
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
     from planner.models.recovery.oneshot import Oneshot
     from planner.models.running.planning import Planning
     from planner.models.running.session import Override, Session
 
 Model = TypeVar("Model", bound="nn.Module")
+
+_log = logging.getLogger("planner")
 
 
 def compile(
@@ -88,6 +93,7 @@ def compile(
     from planner.models.recovery.oneshot import samples_of
     from planner.models.recovery.recovering import Recovering
     from planner.models.running.planning import Planning
+    from planner.models.running.saving import save_plans_of
     from planner.models.running.session import Session, check_recovered
     from planner.models.running.skipping import session_on
 
@@ -98,11 +104,14 @@ def compile(
     is_new = Session.of(model) is None
     session = session_on(model, freeze=freeze, kernels=Kernels.of(kernels))
     try:
-        graph = without_sites(session.graph, session.implementation.preparing.refused())
+        refused = session.implementation.preparing.refused()
+        if refused:
+            _log.warning("some heads and MLPs stay whole: %s", next(iter(refused.values())))
+        graph = without_sites(session.graph, refused)
         inner, request = session.model, Request(graph.name, **options)
         wanted = budget if plan is None else plan
         if plan is not None:
-            check_figures(plan, graph)
+            check_figures(plan, session.graph)
         bar = progress_bar("measure what switches are worth", sys.stderr.isatty())
         with _as_before(session), nullcontext(progress) if progress else bar as shown:
             samples = samples_of(inner, processor, inputs)
@@ -125,6 +134,38 @@ def compile(
         if is_new:
             session.close()
         raise
+    save_plans_of(model)
+    return model
+
+
+def load(
+    folder: str | Path, *, device: str = "cpu", trust_remote_code: bool = False
+) -> PreTrainedModel | PeftModel:
+    """Load what `save_pretrained` of a planned model wrote: the model, obeying its plan again.
+
+    Utilities come with it, so `budget` makes the plans that it made before. Where adapters (peft)
+    were saved, their base model is loaded first, from where their config says.
+
+    Args:
+        folder: local, with the weights and what is beside them
+            (`planner.models.running.saving`).
+        device: a torch device; weights have the precision of the file.
+        trust_remote_code: as for transformers.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        InputError: no plan was saved there, it is broken, or it is of another model.
+    """
+    from planner.loading import load_weights
+    from planner.models.running.saving import read_saved
+
+    saved = read_saved(Path(folder))
+    model = load_weights(Path(folder), device, trust_remote_code)
+    compile(model, plan=saved.plans[0], **saved.options)
+    if len(saved.plans) > 1:
+        _session_of(model).obey(saved.plans)
     return model
 
 
@@ -293,7 +334,10 @@ def oneshot(
 
 def restore(model: Model) -> Model:
     """Give the model back exactly as it was before `compile`, for all threads and tasks."""
+    from planner.models.running.saving import save_no_plans_of
+
     _session_of(model).close()
+    save_no_plans_of(model)
     return model
 
 

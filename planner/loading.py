@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from planner.contained import contained
+from planner.documents import read_json
 from planner.files import MEBIBYTE, read_bytes
 from planner.ir.errors import InputError, PlannerError, first_line
 from planner.planning.catalog import Source, find_model
@@ -41,37 +43,85 @@ def load_model(
         InputError: one sentence; no weights is the usual one. Weights that are missing, unexpected,
             of another shape or not finite are named.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
-    from transformers.utils import logging
+    from transformers import AutoProcessor
 
     source = find_model(name, trust_remote_code)
-    where = str(source.folder or source.hub_id)
-    if source.folder is None and source.hub_id is None:
-        raise InputError(f"'{name}' has no weights here: give a local folder with weights")
     if dtype == "auto" and device == "cpu":
         dtype = "float32"
+    model = _loaded(source, dtype)
+    where = str(source.folder or source.hub_id)
+    with _one_sentence(name):
+        processor = AutoProcessor.from_pretrained(where, trust_remote_code=trust_remote_code)
+    return _placed(model, device), processor, source
+
+
+def load_weights(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> Any:
+    """A model in evaluation mode, in the precision of its file; adapters (peft) on their base.
+
+    Raises:
+        InputError: as `load_model`.
+    """
+    adapters = folder / "adapter_config.json"
+    if not adapters.exists() or (folder / "config.json").exists():
+        return _placed(_loaded(find_model(str(folder), trust_remote_code), "auto"), device)
+    base = read_json(adapters, "adapters' config")
+    name = base.get("base_model_name_or_path") if isinstance(base, dict) else None
+    if not isinstance(name, str):
+        raise InputError(f"the adapters in '{folder}' do not name their base model")
+    model = _loaded(find_model(name, trust_remote_code), "auto")
+    with _one_sentence(str(folder)):
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(folder))
+    return _placed(model, device)
+
+
+def _loaded(source: Source, dtype: str) -> Any:
+    """The model of a source with its weights, checked."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.utils import logging
+
+    name = source.name
+    if source.folder is None and source.hub_id is None:
+        raise InputError(f"'{name}' has no weights here: give a local folder with weights")
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise InputError(f"unknown dtype '{dtype}': choose auto, float32, bfloat16 or float16")
-    options = {"trust_remote_code": trust_remote_code}
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     logging.disable_progress_bar()
     image_text = source.config["model_type"] in _image_text_types()
     auto = AutoModelForImageTextToText if image_text else AutoModelForCausalLM
-    try:
+    with _one_sentence(name):
         model, found = auto.from_pretrained(
-            where, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            str(source.folder or source.hub_id),
+            dtype=wanted,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=source.trust_remote_code,
         )
-        processor = AutoProcessor.from_pretrained(where, **options)
-    except Exception as error:
-        reason = first_line(error)
-        raise InputError(f"the weights of '{name}' cannot be loaded: {reason}") from None
     _check_weights(model, found, name)
+    return model
+
+
+def _placed(model: Any, device: str) -> Any:
+    """A model on a device, in evaluation mode."""
+    import torch
+
     try:
         model = model.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"there is no device '{device}': {first_line(error)}") from None
-    return model.eval(), processor, source
+    return model.eval()
+
+
+@contextmanager
+def _one_sentence(name: str) -> Iterator[None]:
+    """Whatever libraries raise when they load a model becomes an InputError."""
+    try:
+        yield
+    except Exception as error:
+        reason = first_line(error)
+        raise InputError(f"the weights of '{name}' cannot be loaded: {reason}") from None
 
 
 def _image_text_types() -> set[str]:

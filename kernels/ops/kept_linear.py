@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
@@ -24,6 +24,8 @@ def suits(weight: Tensor) -> bool:
         and weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and weight.numel() >= SMALL
+        # Tensors of other classes, such as quantised ones, multiply in a way of their own.
+        and type(weight) in (Tensor, nn.Parameter)
         # Of any other layout oneDNN makes a copy, very slowly.
         and weight.is_contiguous()
     )

@@ -4,6 +4,7 @@ Imports `planner.ir`, `planner.plan`, `planner.kernels` and `planner.models.toke
 
     session            a model's session: what is known of it, and which plans hold where
     planning           plans of one model, by budget
+    saving             the plan beside the weights that `save_pretrained` writes
     program            a plan (or one per sample) as what every layer does
     skipping           passes that run a program, and nothing else
     traced             whether what torch.compile has traced is what its caller wants

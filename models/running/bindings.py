@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -35,8 +36,18 @@ class BoundLinear:
 
     @property
     def weight(self) -> Tensor:
-        """Shape (out features, in features); a view of the module's own parameter."""
-        return self.parameter.t() if isinstance(self.module, Conv1D) else self.parameter
+        """Shape (out features, in features); a view of the module's own parameter.
+
+        Raises:
+            InputError: it was a matrix when the plan was made, and is none any more.
+        """
+        weight = self.parameter
+        if (type(weight) is not nn.Parameter or weight.is_meta) and not _is_matrix(weight):
+            raise InputError(
+                f"the weights of {self.path} were a plain matrix when the plan was made, and are "
+                "quantised or offloaded now: restore the model and compile it again"
+            )
+        return weight.t() if isinstance(self.module, Conv1D) else weight
 
     @property
     def parameter(self) -> Tensor:
@@ -142,6 +153,8 @@ def _obstacle(model: nn.Module, site: Site) -> str:
         linear = getattr(host, "base_layer", host)
         if not isinstance(linear, nn.Linear | Conv1D) or not _is_matrix(linear.weight):
             return f"the weights of {binding.module} are no plain matrix in memory"
+        if not _multiplies(linear):
+            return f"{binding.module} computes more than a product with its weights"
         # Adapters with a weight of another form, such as DoRA's magnitudes, know all rows.
         if linear is not host and not (
             {"lora_A", "lora_B"} <= host._modules.keys()
@@ -154,11 +167,28 @@ def _obstacle(model: nn.Module, site: Site) -> str:
 def _is_matrix(weight: Any) -> bool:
     """Whether this is a whole weight: not packed by quantisation, not left on disk."""
     return (
-        isinstance(weight, Tensor)
+        type(weight) in (Tensor, nn.Parameter)
         and weight.ndim == 2
         and weight.is_floating_point()
+        and weight.itemsize > 1
         and not weight.is_meta
     )
+
+
+@torch.no_grad()
+def _multiplies(linear: Any) -> bool:
+    """Whether a linear multiplies with its weight, and no more; classes of their own are tried."""
+    if type(linear).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    tokens = torch.randn(3, linear.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    tokens = tokens.to(linear.weight)
+    try:
+        found = type(linear).forward(linear, tokens)
+    except Exception:  # whatever it raises, it is not called with one tensor
+        return False
+    expected = nn.functional.linear(tokens, linear.weight, linear.bias)
+    error = (found.double() - expected.double()).norm()
+    return bool(error <= torch.finfo(expected.dtype).eps ** 0.5 * expected.double().norm())
 
 
 def bind_site(model: nn.Module, site: Site) -> BoundSite:

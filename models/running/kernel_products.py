@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
+from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.ir.intervals import Intervals, count_of
 from planner.kernels.choice import (
@@ -67,6 +68,8 @@ class KernelProducts(Products):
     @override
     def mlp(self, site: BoundSite, lanes: Intervals | None) -> Product | None:
         name = site.site.name
+        if any(_has_hooks(linear) for linear in site.linears):
+            return None
         if name not in self._blocks:
             self._blocks[name] = self._block(site)
         block = self._blocks[name]
@@ -165,6 +168,11 @@ class MLPByKernel(Product):
     def refresh(self) -> None:
         for part in (self.up, self.down, self.gate):
             if part is not None:
+                if _has_hooks(part.linear):
+                    raise InputError(
+                        f"{part.linear.path} has hooks since the plan was made, and its block runs "
+                        "as one kernel: compile the model again, or with kernels='torch'"
+                    )
                 part.refresh()
 
     @cached_property
@@ -191,6 +199,12 @@ class MLPByKernel(Product):
         kept, parts = count_of(self.neurons), 1 + (self.gate is not None)
         product = linear_product(hidden, kept, hidden.shape[-1], parts)
         return kept > 0 and mlp_is_faster(product, max(len(self.neurons), 1))
+
+
+def _has_hooks(linear: BoundLinear) -> bool:
+    """Whether more happens when a linear is called than its product, such as a weight's norm."""
+    module = linear.module
+    return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
 @torch.no_grad()

@@ -20,13 +20,12 @@ class Planning:
     plans: dict[str, Plan] = field(default_factory=dict)
 
     def plan(self, value: Any) -> Plan:
-        """The plan for a budget; a Plan is taken as it is.
+        """The plan for a budget; a Plan is taken as it is, for the session to check.
 
         Raises:
-            InputError: for a bad budget, one that cannot be met, or a plan of another model.
+            InputError: for a bad budget, or one that cannot be met.
         """
         if isinstance(value, Plan):
-            value.check(self.graph)
             return value
         wanted = Budget.of(value)
         key = str(wanted.describe())

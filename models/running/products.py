@@ -70,7 +70,7 @@ class Products:
         if lanes is not None:
             return KeptProduct(linear, lanes, self.copies)
         module = linear.module
-        is_plain = type(module).forward is nn.Linear.forward and suits(linear.weight)
+        is_plain = type(module).forward is nn.Linear.forward and suits(linear.parameter)
         return _Whole(module) if is_plain else None
 
     def mlp(self, site: BoundSite, lanes: Intervals | None) -> Product | None:
@@ -108,11 +108,15 @@ class KeptProduct(Product):
 
     @override
     def refresh(self) -> None:
-        if self.copies is not None:
-            copy = self._copy()
-            if copy is None or not copy.is_of(self.linear):
-                copy = self.copies.get(self.linear, self.lanes, self.runs)
-                self._copy = (lambda: None) if copy is None else ref(copy)
+        if self.copies is None:
+            return
+        copy, linear = self._copy(), self.linear
+        if not isinstance(linear.parameter, nn.Parameter):
+            # A hook or a parametrisation computes it, in the pass.
+            self._copy = lambda: None
+        elif copy is None or not copy.is_of(linear):
+            copy = self.copies.get(linear, self.lanes, self.runs)
+            self._copy = (lambda: None) if copy is None else ref(copy)
 
     @override
     def __call__(self, features: Tensor) -> Tensor:

@@ -167,23 +167,24 @@ class Preparing:
             if layer.mlp is not None and not layer.mlp.obstacle:
                 self.products.mlp(layer.mlp, None)
 
-    def refused(self) -> frozenset[str]:
-        """Names of the sites that cannot be narrowed in this model, whatever its Graph says."""
-        return frozenset(
-            site.site.name
+    def refused(self) -> dict[str, str]:
+        """Sites that cannot be narrowed in this model, whatever its Graph says: name -> why."""
+        obstacles = {
+            site.site.name: self._obstacle(site)
             for layer in self.session.layers
             for site in (layer.heads, layer.mlp)
-            if site is not None and not self._can_narrow(site)
-        )
+            if site is not None
+        }
+        return {name: obstacle for name, obstacle in obstacles.items() if obstacle}
 
-    def _can_narrow(self, site: BoundSite) -> bool:
+    def _obstacle(self, site: BoundSite) -> str:
         if site.obstacle or site.site.kind != "heads":
-            return not site.obstacle
+            return site.obstacle
         try:
             self._probed(site)
-        except InputError:
-            return False
-        return True
+        except InputError as error:
+            return str(error)
+        return ""
 
     def _vision(self, selector: VisionSelector) -> VisionStage:
         """The stage of a selector in front of the projector, which works where it is active."""

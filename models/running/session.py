@@ -134,8 +134,12 @@ class Session:
         """The session of a model, or of the model inside what wraps it; None without one."""
         known = language_model(model)
         session: Session | None = None if known is None else known.__dict__.get(ATTRIBUTE)
-        known = None if session is None else session.implementation
-        if session is not None and known is not None and known.is_over:
+        if session is None:
+            return None
+        if session.implementation is None:
+            # A shallow copy may still have that of a model that was restored.
+            return session if session.model is known else None
+        if session.implementation.is_over:
             session.begin_anew(None)
             session.implementation = session.planning = None
         return session

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
@@ -145,6 +146,12 @@ class Skipping:
         ready = self._ready()
         return {} if ready is None else ready.kept_image_tokens
 
+    @property
+    def compile_options(self) -> dict[str, Any]:
+        """As `planner.compile` takes them."""
+        products = self.preparing.products
+        return {"freeze": products.frozen_bytes > 0, "kernels": str(products.kernels)}
+
     def begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Arguments | None:
         """Before the model runs, or a part of it that its decoder is in."""
         if torch.compiler.is_dynamo_compiling():
@@ -153,10 +160,13 @@ class Skipping:
                 self._held.begin(module, args, kwargs)
             return asked(args, kwargs, shown) if module is self._decoder else None
         if all(module is not entry for entry in self._entries):
-            raise InputError(
-                "DataParallel copies the model for every pass, and a plan is of one model; use "
-                "DistributedDataParallel"
-            )
+            if getattr(module, "_is_replica", False):
+                raise InputError(
+                    "DataParallel copies the model for every pass, and a plan is of one model; use "
+                    "DistributedDataParallel"
+                )
+            # A shallow copy has the same parts, where the pass will begin.
+            return None
         if not self._lock.is_mine:
             self._open(module, args, kwargs)
         if self.decider is not None and module is self._decoder and self._running is not None:
@@ -174,6 +184,8 @@ class Skipping:
                 ready = self.decider.ready_for(kwargs)
             else:
                 ready = self._ready()
+            if ready is not None:
+                _check_gradients_come(ready.program)
             self._place(ready)
             self._running = module
             if ready is not None:
@@ -280,6 +292,29 @@ class Skipping:
         decider = self.decider
         ready = decider.prompts if decider is not None else self._ready()
         return ready is not None and ready.stages is not None and ready.stages.vision is vision
+
+
+def _check_gradients_come(program: Program) -> None:
+    """Raise InputError where DistributedDataParallel would wait for gradients that never come.
+
+    It says so itself, but in the next step, when weights have been changed without an average.
+    """
+    ddp = DistributedDataParallel._get_active_ddp_module()
+    if ddp is None or not torch.is_grad_enabled() or not ddp.require_backward_grad_sync:
+        return
+    if ddp.find_unused_parameters or ddp.static_graph:
+        return
+    for layer in program.layers:
+        for group in layer.groups:
+            left_out = layer.layer.module if not group.on else None
+            if group.heads == () and layer.layer.heads is not None:
+                left_out = layer.layer.heads.module
+            if left_out is not None and any(p.requires_grad for p in left_out.parameters()):
+                raise InputError(
+                    f"the plan leaves {layer.layer.path} out, at least in part, and "
+                    "DistributedDataParallel waits for its gradients: wrap the model with "
+                    "find_unused_parameters=True"
+                )
 
 
 def _way(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:

@@ -77,6 +77,11 @@ class PlanTensors:
         """None is dropped."""
         return {}
 
+    @property
+    def compile_options(self) -> dict[str, Any]:
+        """As `planner.compile` takes them."""
+        return {"kernels": str(self.options.kernels)}
+
     def accept(self, plans: tuple[Plan, ...]) -> Program:
         """Check plans; raise InputError where they cannot be carried out."""
         check_budget(plans)

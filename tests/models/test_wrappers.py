@@ -1,0 +1,266 @@
+"""What wraps, shares or quantises a planned model: looked through and right, or one sentence."""
+
+import copy
+
+import pytest
+import torch
+from plans import plan_of
+from torch import nn
+from torch.distributed import destroy_process_group, init_process_group
+from torch.multiprocessing import start_processes
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.testing._internal.two_tensor import TwoTensor
+
+import planner
+from planner.ir.errors import InputError
+from planner.models.running.masked import Gates, MaskedExecutor
+from planner.models.running.session import Session
+
+IDS = torch.arange(3, 25).view(2, 11)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS).logits
+
+
+def masked(model, graph, plan):
+    with MaskedExecutor(model, graph).using(Gates.of([plan], graph)):
+        return logits(model)
+
+
+@pytest.fixture
+def model(qwen3):
+    return copy.deepcopy(qwen3[0].model)
+
+
+@pytest.fixture
+def graph(qwen3):
+    return qwen3[1]
+
+
+@pytest.fixture
+def plan(graph):
+    return plan_of(graph, layers_off=(0,), heads={1: (1,)}, mlp={1: (0, 3, 5), 2: (2, 6)})
+
+
+def near(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+# -- copies and wrappers ---------------------------------------------------------------------------
+
+
+class Holder(nn.Module):
+    """A module of somebody's own around a model."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **inputs):
+        return self.inner(**inputs)
+
+
+WRAPPERS = {
+    "holder": Holder,
+    "DataParallel": DataParallel,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "several": lambda model: DataParallel(Holder(torch.compile(Holder(model), backend="eager"))),
+}
+
+
+@pytest.mark.parametrize("first", ["wrapper", "plan"])
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_wrappers_are_looked_through(model, graph, plan, name, first):
+    torch.compiler.reset()
+    right = masked(model, graph, plan)
+    stock = logits(model)
+    if first == "plan":
+        planner.compile(model, plan=plan)
+    wrapped = WRAPPERS[name](model)
+    if first == "wrapper":
+        near(logits(wrapped), stock)
+        assert planner.compile(wrapped, plan=plan) is wrapped
+    near(logits(wrapped), right)
+    with planner.budget(wrapped, 1.0):
+        near(logits(wrapped), stock)
+    assert planner.plan_of(wrapped) is plan
+    near(logits(wrapped), right)
+    planner.restore(wrapped)
+    near(logits(wrapped), stock)
+    assert Session.of(model) is None
+    torch.compiler.reset()
+
+
+def test_a_shallow_copy_has_the_parts_of_its_model_and_their_plan(model, plan):
+    stock = logits(model)
+    planner.compile(model, plan=plan)
+    right = logits(model)
+    twin = copy.copy(model)
+    assert torch.equal(logits(twin), right)
+    with planner.budget(model, 1.0):
+        assert torch.equal(logits(twin), stock)
+    planner.restore(model)
+    assert torch.equal(logits(twin), stock)
+    with pytest.raises(InputError, match="not compiled"):
+        planner.plan_of(twin)
+    planner.compile(twin, plan=plan)
+    assert torch.equal(logits(twin), right)
+    planner.restore(twin)
+    assert torch.equal(logits(model), stock)
+
+
+def gradients(model, ids):
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _train(rank, model, plan, first, store):
+    torch.set_num_threads(1)
+    init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    right = [gradients(planner.compile(copy.deepcopy(model), plan=plan), ids[None]) for ids in IDS]
+    if first == "plan":
+        planner.compile(model, plan=plan)
+    parallel = DistributedDataParallel(model, find_unused_parameters=True)
+    if first == "wrapper":
+        planner.compile(parallel, plan=plan)
+    for _ in range(2):
+        found = gradients(parallel, IDS[rank : rank + 1])
+        for name, gradient in right[0].items():
+            near(found[f"module.{name}"], (gradient + right[1][name]) / 2)
+    waiting = DistributedDataParallel(copy.deepcopy(model))
+    with torch.no_grad():
+        waiting(input_ids=IDS)
+    with pytest.raises(InputError, match=r"layers\.0 out.*find_unused_parameters=True"):
+        waiting(input_ids=IDS)
+    # Nothing is missing where what the plan leaves out does not learn.
+    waiting.module.model.layers[0].requires_grad_(False)
+    gradients(DistributedDataParallel(waiting.module), IDS)
+    destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("first", ["wrapper", "plan"])
+def test_two_processes_average_the_gradients_of_what_the_plan_keeps(model, plan, first, tmp_path):
+    start_processes(_train, (model, plan, first, tmp_path / "store"), 2, start_method="fork")
+
+
+# -- weights that are no plain matrix --------------------------------------------------------------
+
+
+class Scaled(nn.Linear):
+    """Computes more than its product, though its weight is a matrix."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Written(nn.Linear):
+    """Another way to write a product, as Falcon's."""
+
+    def forward(self, x):
+        return x @ self.weight.T + (0 if self.bias is None else self.bias)
+
+
+def exchanged(linear_class):
+    def exchange(model):
+        for layer in model.model.layers:
+            linear = linear_class(64, 96, bias=False)
+            linear.weight = layer.mlp.up_proj.weight
+            layer.mlp.up_proj = linear
+        return model
+
+    return exchange
+
+
+def packed(model):
+    """A weight that is a tensor of another class, as torchao's are."""
+    for layer in model.model.layers:
+        weight = layer.mlp.down_proj.weight.detach()
+        layer.mlp.down_proj.weight = nn.Parameter(TwoTensor(weight, weight))
+    return model
+
+
+def in_bytes(model):
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+
+
+def by_torchao(name):
+    def quantise(model):
+        torchao = pytest.importorskip("torchao.quantization")
+        torchao.quantize_(model.model, getattr(torchao, name)())
+        return model
+
+    return quantise
+
+
+def by_bitsandbytes(name):
+    def quantise(model):
+        modules = pytest.importorskip("bitsandbytes").nn
+        for layer in model.model.layers:
+            linear = getattr(modules, name)(64, 96, bias=False)
+            linear.load_state_dict(layer.mlp.up_proj.state_dict())
+            layer.mlp.up_proj = linear.to("cpu")
+        return model
+
+    return quantise
+
+
+def offloaded(model):
+    return pytest.importorskip("accelerate").cpu_offload(model, torch.device("cpu"))
+
+
+QUANTISED = {
+    "a linear of its own": exchanged(Scaled),
+    "a tensor of its own": packed,
+    "torch.ao, dynamic": in_bytes,
+    "torchao int8": by_torchao("Int8WeightOnlyConfig"),
+    "torchao float8": by_torchao("Float8WeightOnlyConfig"),
+    "bitsandbytes int8": by_bitsandbytes("Linear8bitLt"),
+    "bitsandbytes 4 bits": by_bitsandbytes("Linear4bit"),
+    "offloaded": offloaded,
+}
+quantised = pytest.mark.parametrize("change", QUANTISED.values(), ids=QUANTISED)
+other_s_warnings = pytest.mark.filterwarnings("ignore")
+
+
+@other_s_warnings
+@quantised
+def test_what_cannot_be_narrowed_stays_whole(model, graph, change, caplog):
+    """A budget is met by what is left to switch, and a plan that wants more is refused at once."""
+    model = change(model)
+    stock = logits(model)
+    planner.compile(model, 0.6)
+    plan = planner.plan_of(model)
+    assert plan.cost["flops"]["fraction"] <= 0.6
+    assert "some heads and MLPs stay whole: " in caplog.text
+    assert not torch.equal(logits(model), stock)
+    off = plan_of(graph, layers_off=(1,))
+    with planner.budget(model, off):
+        got = logits(model)
+    with pytest.raises(InputError, match=r"the plan narrows mlp\.1, but .*"):
+        planner.budget(model, plan_of(graph, mlp={1: (0, 3)}))
+    planner.restore(model)
+    assert torch.equal(logits(model), stock)
+    near(got, masked(model, graph, off))
+
+
+@other_s_warnings
+@quantised
+def test_what_is_quantised_under_a_plan_is_one_sentence(model, plan, change):
+    planner.compile(model, plan=plan)
+    logits(model)
+    model = change(model)
+    with pytest.raises(InputError, match=r"plain matrix|more than a product"):
+        logits(model)
+    with planner.budget(model, plan_of(planner.api.graph_of(model), layers_off=(1,))):
+        assert logits(model).isfinite().all()
+
+
+def test_a_product_written_in_another_way_is_narrowed(model, graph, plan):
+    model = exchanged(Written)(model)
+    right = masked(model, graph, plan)
+    planner.compile(model, plan=plan)
+    near(logits(model), right)
