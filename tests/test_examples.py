@@ -1,6 +1,7 @@
 """The examples, on tiny-llava."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,3 +71,13 @@ def test_torch_compile(script, tmp_path):
     assert first.startswith("budget 0.9: ")
     assert not first.endswith(" 0 graphs compiled")
     assert second.endswith(" 0 graphs compiled")
+
+
+def test_train_lora(script, tmp_path):
+    """What the plan costs is made up for by training, in part; the folder gives it back."""
+    arguments = ["--steps", "30", "--rank", "4", "--gradient-checkpointing", "-o", "lora"]
+    out = script("examples/train_lora.py", *arguments, folder=tmp_path)
+    whole, planned, trained, loaded = map(float, re.findall(r"loss ([\d.]+)$", out, re.MULTILINE))
+    assert planned > 2 * whole
+    assert trained < 0.8 * planned
+    assert loaded == trained

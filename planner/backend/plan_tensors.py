@@ -22,7 +22,7 @@ from planner.ir.graph import Graph, Site
 from planner.ir.intervals import Intervals, count_of, numbers_of
 from planner.ir.lowering import NotLowered
 from planner.kernels.survivors import Survivors, neuron_width
-from planner.models.running.bindings import BoundLayer, BoundSite
+from planner.models.running.bindings import BoundLayer, BoundSite, without_obstacles
 from planner.models.running.planning import Planning
 from planner.models.running.program import LayerGroup, Program, check_plan
 from planner.models.running.session import Session, Setting
@@ -184,6 +184,9 @@ def adopted(model: nn.Module, options: Options) -> Session:
     with unset_fake_temporarily(), tracing(None):
         try:
             tensors = PlanTensors(session, options)
+            if not tensors.graph.sites:
+                obstacle = without_obstacles(session.graph, session.layers)[1]
+                raise NotLowered(f"it has no block to narrow: {obstacle or 'they have adapters'}")
         except Exception as error:
             why = str(error)
             if not isinstance(error, NotLowered):

@@ -5,6 +5,7 @@ import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import peft
 import pytest
 import torch
 from families import FAMILIES, cached
@@ -532,3 +533,53 @@ def test_models_that_cannot_obey_get_no_budget():
     assert_near(logits(run, inputs), logits(model, inputs))
     with pytest.raises(InputError, match="no one last product"):
         planner.budget(run, 0.5)
+
+
+# -- what the backend cannot rewrite ---------------------------------------------------------------
+
+
+def quantised(model):
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+
+
+def with_adapters(model, targets=("up_proj", "q_proj")):
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=list(targets))).eval()
+
+
+def of_another_class(model):
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    for layer in model.model.layers:
+        layer.mlp.down_proj = Scaled(96, 64, bias=False)
+        layer.self_attn.o_proj = Scaled(64, 64, bias=False)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("change", [quantised, of_another_class, with_adapters])
+def test_a_model_without_a_block_to_rewrite_gets_no_budget(change, logged):
+    (model,), graph, inputs = twins("qwen3", 1)
+    model = change(model)
+    right = logits(model, inputs)
+    run = compiled(model)
+    assert_near(logits(run, inputs), right)
+    assert any("runs dense" in message for message in logged())
+    for value in (0.5, plan_of(graph, heads={0: (0,)})):
+        with pytest.raises(InputError, match="no plan can be obeyed"):
+            planner.budget(run, value)
+    assert_near(logits(run, inputs), right)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_blocks_with_adapters_stay_whole():
+    (model,), graph, inputs = twins("qwen3", 1)
+    run = compiled(with_adapters(model, ["q_proj"]), budget=0.8)
+    got = logits(run, inputs)
+    plan = planner.plan_of(run)
+    assert plan.mlp
+    assert not plan.heads
+    assert_near(got, masked(model, graph, plan, inputs))
+    with pytest.raises(InputError, match=r"narrows heads\.0"):
+        planner.budget(run, plan_of(graph, heads={0: (0,)}))
