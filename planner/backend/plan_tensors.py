@@ -22,7 +22,7 @@ from planner.ir.graph import Graph, Site
 from planner.ir.intervals import Intervals, count_of, numbers_of
 from planner.ir.lowering import NotLowered
 from planner.kernels.survivors import Survivors, neuron_width
-from planner.models.running.bindings import BoundLayer, BoundSite, without_obstacles
+from planner.models.running.bindings import BoundLayer, BoundSite
 from planner.models.running.planning import Planning
 from planner.models.running.program import LayerGroup, Program, check_plan
 from planner.models.running.session import Session, Setting
@@ -185,8 +185,7 @@ def adopted(model: nn.Module, options: Options) -> Session:
         try:
             tensors = PlanTensors(session, options)
             if not tensors.graph.sites:
-                obstacle = without_obstacles(session.graph, session.layers)[1]
-                raise NotLowered(f"it has no block to narrow: {obstacle or 'they have adapters'}")
+                raise NotLowered(_why_nothing_runs(session.layers))
         except Exception as error:
             why = str(error)
             if not isinstance(error, NotLowered):
@@ -255,3 +254,9 @@ def _vanishes(graph: Graph, site: BoundSite) -> bool:
         if shifts or (reader is not None and reader.kind not in ("norm", "multiply", "add")):
             return False
     return reader is not None
+
+
+def _why_nothing_runs(layers: Sequence[BoundLayer]) -> str:
+    sites = [site for layer in layers for site in (layer.heads, layer.mlp) if site is not None]
+    obstacles = [site.obstacle for site in sites if site.obstacle]
+    return obstacles[0] if obstacles else "the linears of all its blocks have adapters"
