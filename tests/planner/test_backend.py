@@ -557,7 +557,7 @@ def of_another_class(model):
     return model
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("change", [quantised, of_another_class, with_adapters])
 def test_a_model_without_a_block_to_rewrite_gets_no_budget(change, logged):
     (model,), graph, inputs = twins("qwen3", 1)
