@@ -140,7 +140,7 @@ def test_weights_that_are_moved(model, graph, plan, move, frozen):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_another_type_inside_a_block(model, plan, frozen):
-    planner.compile(model, 1.0, freeze=frozen)
+    planner.compile(model, 1.0, freeze=frozen, utilities="prior")
     with planner.budget(model, plan):
         before = logits(model)
         logits(model)
