@@ -109,6 +109,9 @@ def compile(
             _log.warning("some heads and MLPs stay whole: %s", next(iter(refused.values())))
         graph = without_sites(session.graph, refused)
         inner, request = session.model, Request(graph.name, **options)
+        if request.utilities == "auto" and session.has_obstacles:
+            # Weights that are packed, or elsewhere, are not measured.
+            request = replace(request, utilities="prior")
         wanted = budget if plan is None else plan
         if plan is not None:
             check_figures(plan, session.graph)
@@ -163,10 +166,16 @@ def load(
 
     saved = read_saved(Path(folder))
     model = load_weights(Path(folder), device, trust_remote_code)
-    compile(model, plan=saved.plans[0], **saved.options)
+    # Weights that were refitted for the plan are in the file.
+    plans = [replace(plan, provenance=_without_refit(plan.provenance)) for plan in saved.plans]
+    compile(model, plan=plans[0], **saved.options)
     if len(saved.plans) > 1:
-        _session_of(model).obey(saved.plans)
+        _session_of(model).obey(plans)
     return model
+
+
+def _without_refit(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: v for name, v in provenance.items() if (name, v) != ("recover", "refit")}
 
 
 def _obey(session: Session, planning: Planning, plan: Plan, weights: Mapping[str, Tensor]) -> None:

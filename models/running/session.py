@@ -167,6 +167,12 @@ class Session:
         return self._layers
 
     @property
+    def has_obstacles(self) -> bool:
+        """Whether weights of some heads or MLPs are packed, elsewhere, or adapted in other ways."""
+        sites = [site for layer in self.layers for site in (layer.heads, layer.mlp)]
+        return any(site is not None and site.obstacle for site in sites)
+
+    @property
     def setting(self) -> Setting | None:
         """What holds in this context; None is the base model."""
         for setting in reversed(_settings.get().get(self.key, ())):

@@ -212,3 +212,11 @@ def test_a_wrapper_without_a_method_of_its_own(model, plan, tmp_path):
     wrapped.inner.save_pretrained(tmp_path)
     assert torch.equal(logits(planner.load(tmp_path)), logits(wrapped))
     assert "save_pretrained" not in vars(wrapped)
+
+
+def test_weights_that_were_refitted_are_in_the_file(model, tmp_path):
+    planner.compile(model, 0.6, utilities="prior", recover="refit")
+    model.save_pretrained(tmp_path)
+    read = planner.load(tmp_path)
+    assert planner.plan_of(read).key == planner.plan_of(model).key
+    assert torch.equal(logits(read), logits(model))

@@ -206,7 +206,7 @@ def test_what_cannot_be_narrowed_stays_whole(model, graph, change, caplog):
     """A budget is met by what is left to switch, and a plan that wants more is refused at once."""
     model = change(model)
     stock = logits(model)
-    planner.compile(model, 0.6, utilities="prior")
+    planner.compile(model, 0.6)
     plan = planner.plan_of(model)
     assert plan.cost["flops"]["fraction"] <= 0.6
     assert "some heads and MLPs stay whole: " in caplog.text
