@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from planner.kernels.ops.product_probe import by_onednn, fastest, onednn_is_faster
+
 # oneDNN takes longer to begin than MKL does: weights of fewer elements are left to `F.linear`.
 SMALL = 2**17
 
@@ -20,7 +22,7 @@ def suits(weight: Tensor) -> bool:
     """Whether `kept_linear` multiplies with a weight, shape (out, in), in its own way."""
     return (
         ONEDNN
-        and _is_enabled()
+        and _is_wanted()
         and weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and weight.numel() >= SMALL
@@ -32,39 +34,38 @@ def suits(weight: Tensor) -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _is_enabled() -> bool:
-    """Whether PyTorch may use oneDNN."""
-    return bool(torch.backends.mkldnn.enabled)
+def _is_wanted() -> bool:
+    """Whether PyTorch may use oneDNN, and it is faster than MKL at anything."""
+    return bool(torch.backends.mkldnn.enabled) and any(fastest(torch.get_num_threads()))
 
 
 def kept_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`; up to rounding, its result.
 
-    In float32 on an x86 CPU, `F.linear` calls MKL, which loses time where plans lead to: on few
-    rows (packing the weight takes as long for 274 as for 640), on a single one (a matrix-vector
-    product on one thread), and on output features that are no multiple of 8 (up to 4/3 of the
-    time). oneDNN does not, and PyTorch brings it along for compiled models.
+    In float32 on an x86 CPU, `F.linear` calls MKL, which on some CPUs loses time where plans lead
+    to: on few rows (packing the weight takes as long for 274 as for 640), on a single one (a
+    matrix-vector product on one thread), and on output features that are no multiple of 8 (up to
+    4/3 of the time). oneDNN, which PyTorch brings along for compiled models, does not, and is
+    slower elsewhere: who multiplies is measured.
     """
     differentiable = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     plain = differentiable or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
     if plain or not suits(weight) or x.numel() == 0:
         return F.linear(x, weight, bias)
     # Inductor takes oneDNN's operator with frozen weights only.
-    multiply = torch.ops.planner.kept_linear if torch.compiler.is_compiling() else _by_onednn
+    multiply = torch.ops.planner.kept_linear if torch.compiler.is_compiling() else _by_fastest
     product: Tensor = multiply(x, weight, bias)
     return product
 
 
-def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(
-        x.contiguous(), weight, bias, "none", [], ""
-    )
-    return product
+def _by_fastest(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.numel() // x.shape[-1]
+    return (by_onednn if onednn_is_faster(rows) else F.linear)(x, weight, bias)
 
 
 # Not by `custom_op`, whose checks take longer than a product of a decoded token.
 torch.library.define("planner::kept_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-torch.library.impl("planner::kept_linear", "cpu", _by_onednn)
+torch.library.impl("planner::kept_linear", "cpu", _by_fastest)
 
 
 @torch.library.register_fake("planner::kept_linear")  # type: ignore[untyped-decorator]

@@ -73,7 +73,8 @@ class TokenStages:
 
     def remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the model was called with, or the part of it that a pass began with."""
-        self.arguments = named(module, args, kwargs)
+        # Compiled, `named` would read a signature in every pass.
+        self.arguments = named(module, args, kwargs) if args else dict(kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter(self, call: Call, hidden: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 from families import cached
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from onednn import by_onednn_everywhere
 from plans import MLP_SWITCHES, dense_plan, plan_of, plans
 from restored import same_state, snapshot
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,7 +14,6 @@ from transformers import DynamicCache
 from planner.ir.cost import Workload
 from planner.ir.cost.device_table import device
 from planner.ir.errors import InputError
-from planner.kernels.ops import kept_linear as products
 from planner.kernels.ops.kept_linear import ONEDNN
 from planner.models.running.kv_cache import kv_bytes
 from planner.models.running.products import Products
@@ -76,10 +76,10 @@ class CountedProducts(TorchDispatchMode):
 
 
 @pytest.mark.skipif(not ONEDNN, reason="products are oneDNN's only beside MKL")
+@by_onednn_everywhere()
 @torch.no_grad()
 def test_under_a_plan_all_linears_of_the_decoder_multiply_alike(llava, monkeypatch):
     """Narrowed or not; the base model's own code runs for the base model, and where others said."""
-    monkeypatch.setattr(products, "SMALL", 1)
     family, graph = llava
     inputs = family.inputs()
     session = session_on(family.model, graph)
@@ -227,9 +227,9 @@ def one_sample(family, inputs, row, batch, images):
     return alone
 
 
+@by_onednn_everywhere()
 @torch.no_grad()
-def test_plans_without_token_stages_compile_to_one_graph(qwen3, monkeypatch):
-    monkeypatch.setattr(products, "SMALL", 1)
+def test_plans_without_token_stages_compile_to_one_graph(qwen3):
     family, graph = qwen3
     ids = family.inputs()["input_ids"]
     session = session_on(family.model, graph)
@@ -261,10 +261,10 @@ def test_compiled_graphs_can_freeze_narrowed_weights(qwen3):
     assert len(inputs) == 1
 
 
+@by_onednn_everywhere()
 @torch.no_grad()
-def test_decoding_behind_a_token_stage_compiles_to_one_graph(llava, monkeypatch):
+def test_decoding_behind_a_token_stage_compiles_to_one_graph(llava):
     """Stages choose by value, which breaks graphs; only prompts with images need that."""
-    monkeypatch.setattr(products, "SMALL", 1)
     family, graph = llava
     inputs, word = family.inputs(), torch.tensor([[5]])
     plan = plan_of(graph, heads={1: (0,)}, tokens=(TokenStage(1, 2, family.image_tokens),))

@@ -1,14 +1,12 @@
 """A narrowed run equals the masked one: prefill and decoding, every family, random plans."""
 
-from unittest import mock
-
 import torch
 from families import IMAGE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from onednn import by_onednn_everywhere
 from plans import dense_plan, plan_of, plans
 
-from planner.kernels.ops import kept_linear as products
 from planner.models.running.masked import Gates, MaskedExecutor
 from planner.models.running.skipping import obeying
 from planner.models.tokens.selectors import DecoderInputs, select_tokens
@@ -68,7 +66,7 @@ def compare_runs(family, graph, plan, inputs, steps=STEPS):
     gates = Gates.of([plan], graph, uniform_gates(plan, inputs))
     with MaskedExecutor(family.model, graph).using(gates):
         expected = generate(family.model, inputs, steps)
-    with mock.patch.object(products, "SMALL", 1), obeying(family.model, graph, plan):
+    with by_onednn_everywhere(), obeying(family.model, graph, plan):
         actual = generate(family.model, inputs, steps)
     assert_same_run(actual, expected)
 

@@ -5,6 +5,7 @@ import torch
 from families import TEXT, cached, randomise
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from onednn import by_onednn_everywhere
 from plans import plan_of, plans
 from torch import nn
 from torch.nn import functional as F
@@ -296,7 +297,7 @@ def narrowed_columns(kept):
 
 
 @pytest.fixture
-def by_onednn(monkeypatch):
+def by_onednn():
     """Small weights are multiplied as large ones are; counts how often."""
     calls = []
 
@@ -306,8 +307,7 @@ def by_onednn(monkeypatch):
                 calls.append(args[0].shape)
             return func(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(products, "SMALL", 1)
-    with Calls():
+    with by_onednn_everywhere(), Calls():
         yield calls
 
 

@@ -1,0 +1,100 @@
+"""Whether oneDNN or MKL multiplies faster on this CPU, by the number of rows: measured, once.
+
+Which of the two wins depends on the CPU, its libraries and the number of rows; vendors do not tell.
+A fifth of a second of products answers it, and the answer is kept in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import platform
+import time
+from bisect import bisect_right
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from planner.documents import read_json
+from planner.files import write_text
+from planner.ir.errors import InputError
+from planner.planning.graph_cache import cache_folder
+
+# Products are of four kinds, by their rows: from so many on, and measured at so many.
+_FROM = (1, 4, 24, 128)
+_MEASURED = (1, 8, 50, 274)
+# Weights as plans narrow them: (out, in) features that are no round numbers.
+_WEIGHTS = ((652, 1024), (1024, 644))
+_ROUNDS = 9
+# A library is only changed for what noise does not explain.
+_CLEARLY = 0.95
+
+
+def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` by oneDNN, for a contiguous weight of float32 on an x86 CPU."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(
+        x.contiguous(), weight, bias, "none", [], ""
+    )
+    return product
+
+
+def onednn_is_faster(rows: int) -> bool:
+    """Whether oneDNN multiplies so many rows, at least one, clearly faster than MKL here."""
+    return fastest(torch.get_num_threads())[bisect_right(_FROM, rows) - 1]
+
+
+@cache
+def fastest(threads: int) -> tuple[bool, ...]:
+    """For each kind of products, whether it is oneDNN, with so many threads."""
+    facts = [_cpu(), torch.__version__, threads, _MEASURED, _WEIGHTS]
+    name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    path = cache_folder() / "products" / f"{name}.json"
+    with contextlib.suppress(InputError):
+        found = read_json(path, "measured products") if path.is_file() else None
+        if isinstance(found, list) and list(map(type, found)) == [bool] * len(_FROM):
+            return tuple(found)
+    # Modes that watch or change a thread's operators are not to see these.
+    with ThreadPoolExecutor(1) as pool:
+        faster = pool.submit(_measured).result()
+    with contextlib.suppress(OSError, InputError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(faster))
+    return faster
+
+
+def _cpu() -> str:
+    """What tells one kind of CPU from another."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        told = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")
+        return "\n".join(line for line in lines if line.split("\t")[0].strip() in told)
+    return f"{platform.machine()} {platform.processor()}"
+
+
+@torch.no_grad()
+def _measured() -> tuple[bool, ...]:
+    weights = [torch.randn(shape) for shape in _WEIGHTS]
+    return tuple(
+        math.prod(_ratio(torch.randn(rows, weight.shape[1]), weight) for weight in weights)
+        < _CLEARLY ** len(weights)
+        for rows in _MEASURED
+    )
+
+
+def _ratio(x: Tensor, weight: Tensor) -> float:
+    """Time by oneDNN over time by MKL: the least of interleaved rounds, as others may run too."""
+    libraries: tuple[Callable[[Tensor, Tensor, None], Tensor], ...] = (by_onednn, F.linear)
+    seconds = [math.inf, math.inf]
+    for _ in range(_ROUNDS):
+        for index, multiply in enumerate(libraries):
+            begin = time.perf_counter()
+            multiply(x, weight, None)
+            seconds[index] = min(seconds[index], time.perf_counter() - begin)
+    return seconds[0] / seconds[1]
