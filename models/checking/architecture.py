@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -146,15 +146,19 @@ class _Trial:
 
     def plan(self) -> None:
         """Make a plan."""
-        images, words = self.prompts.image_tokens, _LENGTHS[0]
         request = Request(
             self.row.model_type,
-            image_tokens=images,
-            text_tokens=words,
+            image_tokens=self.prompts.image_tokens,
+            text_tokens=_LENGTHS[0],
             new_tokens=0,
             switches="layers,heads,mlp",
         )
-        self.made = Planning(self.graph, request).plan(BUDGET)
+        try:
+            self.made = Planning(self.graph, request).plan(BUDGET)
+        except InputError:
+            # Small images weigh more than few words.
+            self.made = Planning(self.graph, replace(request, scope="llm")).plan(BUDGET)
+            self.row.remarks.append(f"small: {BUDGET} is of the language model")
 
     @torch.no_grad()
     def run(self) -> None:

@@ -7,13 +7,17 @@ transformers spell it; whatever is not known stays as it is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import cycle, islice
+from types import MappingProxyType
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 WIDTH, HEAD_DIM, LAYERS, VOCABULARY = 64, 16, 4, 512
 _PATCH, _IMAGE = 8, 32
+# Codes of an image tokenizer, and the tokens that stand for them.
+_CODES, _FIRST_CODE = 16, 410
 # Special tokens that lie beyond the small vocabulary move to its end.
 _FIRST_SPECIAL = 400
 
@@ -62,7 +66,7 @@ _MOST = (
         "num_experts_per_tok num_experts_per_token moe_k moe_topk moe_top_k top_k_experts "
         "num_selected_experts n_group n_groups_moe topk_group num_shared_experts n_shared_experts "
         "attn_layer_period expert_layer_period first_k_dense_replace "
-        "mamba_n_groups",
+        "mamba_n_groups num_kv_shared_layers",
     )
     | _names(1, "attn_layer_offset expert_layer_offset")
     | _names(
@@ -71,10 +75,12 @@ _MOST = (
         linear_key_head_dim linear_value_head_dim mamba_d_head mamba_head_dim kv_channels
         ssm_state_size state_size mamba_d_state""",
     )
+    | _names(32, "base_channels")
+    | _names(_CODES, "codebook_size num_embeddings")
     | _names(8, "qk_rope_head_dim rotary_dim index_head_dim")
     | _names(24, "kv_lora_rank o_lora_rank")
     | _names(40, "q_lora_rank")
-    | _names(VOCABULARY, "vocab_size vocab_size_per_layer_input text_vocab_size num_embeddings")
+    | _names(VOCABULARY, "vocab_size vocab_size_per_layer_input text_vocab_size")
     | _names(_PATCH, "patch_size")
     | _names(_IMAGE, "image_size")
     | _names(
@@ -90,6 +96,56 @@ _MOST = (
 )
 
 
+_TOKEN = {"image_token_index": 400}
+_CODE_NAMES = {
+    "chameleon": [f"IMGIMG{''.join(chr(65 + int(d)) for d in str(n))}Z" for n in range(_CODES)],
+    "emu3": [f"<|visual token {n:06}|>" for n in range(_CODES)],
+}
+# What default configs leave open and transformers cannot build a model without; every checkpoint
+# says it.
+_LACKING: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "blip-2": _TOKEN,
+        "instructblip": _TOKEN,
+        **{
+            model_type: {
+                "vocabulary_map": {
+                    "<image>": 400,
+                    "<|extra_200|>": 401,
+                    **{name: _FIRST_CODE + n for n, name in enumerate(names)},
+                }
+            }
+            for model_type, names in _CODE_NAMES.items()
+        },
+        "cohere_compass": {
+            "text_config": {
+                "rope_parameters": {
+                    kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
+                    for kind in ("full_attention", "sliding_attention")
+                }
+            }
+        },
+        "deepseek_ocr2": {
+            "text_config": {
+                "mlp_layer_types": ["dense", *["sparse"] * (LAYERS - 1)],
+                "num_experts_per_tok": 2,
+            }
+        },
+        "diffusion_gemma": {
+            "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+        },
+        "granite4_vision": {
+            "downsample_rate": "1/2",
+            "deepstack_layer_map": [(-1, 0)],
+            "spatial_target_layers": [0, 1, 2, 3],
+        },
+        "hunyuan_vl": {"text_config": {"head_dim": HEAD_DIM}},
+        "nemotron": {"num_key_value_heads": 2},
+        "qwen4_exp": {"text_config": {"indexer_compress_ratio": 2, "indexer_budget": 8}},
+    }
+)
+
+
 def default(model_type: str) -> Any:
     """The config that transformers has for a model type where nothing is said."""
     from transformers import CONFIG_MAPPING
@@ -98,8 +154,19 @@ def default(model_type: str) -> Any:
 
 
 def small_default(model_type: str) -> Any:
-    """The default config, small; see `small`."""
-    return small(default(model_type))
+    """The default config, small and with what it lacks; see `small`."""
+    config = small(default(model_type))
+    _set(config, _LACKING.get(model_type, {}))
+    return config
+
+
+def _set(config: Any, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        known = getattr(config, name, None)
+        if isinstance(known, PreTrainedConfig):
+            _set(known, value)
+        else:
+            object.__setattr__(config, name, value)
 
 
 def small(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -119,7 +186,12 @@ def small(config: PreTrainedConfig) -> PreTrainedConfig:
         is_vision = part is not config and "vision" in str(part.model_type)
         before = dict(vars(part))
         for name, value in before.items():
-            _cut(part, name, value, is_vision, before)
+            _cut(part, name, value, before)
+        rope = getattr(part, "rope_parameters", None)
+        if len(parts) > 1 and not is_vision and rope and not _is_sectioned(rope):
+            half = int(HEAD_DIM * rope.get("partial_rotary_factor", 1.0)) // 2
+            # Time, height and width share a head; what has another default reads this.
+            rope["mrope_section"] = [(half + 1) // 3, (half + 1) // 3, half - (half + 1) // 3 * 2]
         for name, value in before.items():
             if name.endswith(("_token_id", "_token_index", "_token_ids", "_idx")):
                 object.__setattr__(part, name, _moved(value, moved))
@@ -134,7 +206,12 @@ def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
             yield from _parts(value)
 
 
-def _cut(part: Any, name: str, value: Any, is_vision: bool, before: dict[str, Any]) -> None:
+def _is_sectioned(rope: dict[str, Any]) -> bool:
+    """Whether it says how positions share a head, or differs by kind of layer."""
+    return "mrope_section" in rope or any(isinstance(entry, dict) for entry in rope.values())
+
+
+def _cut(part: Any, name: str, value: Any, before: dict[str, Any]) -> None:
     if isinstance(value, bool):
         return
     most = _MOST.get(name)
@@ -155,15 +232,10 @@ def _cut(part: Any, name: str, value: Any, is_vision: bool, before: dict[str, An
 
 
 def _some_of_each(kinds: Any) -> Any:
-    """As many kinds of layers as there are places for, in their order."""
+    """Kinds of layers in turn, for as many layers as there are."""
     if not isinstance(kinds, list | tuple) or len(kinds) <= LAYERS:
         return kinds
-    chosen = {kinds.index(kind) for kind in dict.fromkeys(kinds)}
-    for index in range(len(kinds)):
-        if len(chosen) >= LAYERS:
-            break
-        chosen.add(index)
-    return type(kinds)(kinds[index] for index in sorted(chosen)[:LAYERS])
+    return type(kinds)(islice(cycle(dict.fromkeys(kinds)), LAYERS))
 
 
 def _rope(value: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
