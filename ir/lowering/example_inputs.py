@@ -19,6 +19,8 @@ from planner.ir.cost.workload import DEFAULT_TEXT_TOKENS
 
 _PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101)
 _DEFAULT_IMAGE = 336
+# Image features that layers attend to beside the prompt: about four tiles of 40 x 40 patches.
+_CROSS_TOKENS = 6400
 
 
 def token_marker(module: nn.Module) -> int:
@@ -38,6 +40,13 @@ def decoder_inputs(
     hidden = torch.zeros(1, tokens, width, device="meta")
     accepted = inspect.signature(decoder.forward).parameters
     base = {"inputs_embeds": hidden, "use_cache": False}
+    if "cross_attention_states" in accepted:
+        # An image beside the prompt; its size is no multiple of the token count.
+        image = torch.zeros(1, _CROSS_TOKENS // tokens * tokens + 1, width, device="meta")
+        yield (
+            {**base, "cross_attention_states": image},
+            ("inputs_embeds", "cross_attention_states"),
+        )
     yield base, ("inputs_embeds",)
     encoded = torch.zeros(1, 2 * tokens, width, device="meta")
     if "encoder_hidden_states" in accepted:
@@ -116,6 +125,13 @@ def vision_inputs(config: Any, function: Callable[..., Any]) -> Iterator[dict[st
             name: zeros(1, rows * columns, channels * patch * patch),
             "spatial_shapes": torch.tensor([[rows, columns]]),
             "pixel_attention_mask": torch.ones(1, rows * columns, dtype=torch.long),
+        }
+    if "aspect_ratio_ids" in accepted:
+        tiles = int(_first(config, "max_num_tiles", default=4))
+        yield {
+            name: zeros(1, 1, tiles, channels, height, width),
+            "aspect_ratio_ids": zeros(1, 1, dtype=torch.long),
+            "aspect_ratio_mask": zeros(1, 1, tiles, dtype=torch.long),
         }
     if "image_sizes" in accepted:
         sizes = torch.tensor([[height, width]])

@@ -15,6 +15,7 @@ TEXT_TYPES = (
     "deepseek_v3",
     "exaone4",
     "falcon",
+    "falcon_h1",
     "falcon_mamba",
     "gemma",
     "gemma2",

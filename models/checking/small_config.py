@@ -34,7 +34,8 @@ _MOST = (
         out_hidden_size output_hidden_size output_size projection_dim proj_dim projector_dim
         word_embed_proj_dim embedding_size text_hidden_size mm_hidden_size vision_hidden_size
         decoder_hidden_size qformer_hidden_size encoder_hidden_size vision_output_dim output_dim
-        projection_hidden_size projector_hidden_size hidden_size_per_layer_input lru_width
+        projection_hidden_size projector_hidden_size hidden_size_per_layer_input
+        mamba_d_ssm lru_width
         vision_feature_dim image_embed_dim latent_dim out_dim lm_hidden_size conv_dim""",
     )
     | _names(
@@ -67,6 +68,11 @@ _MOST = (
         "num_selected_experts n_group n_groups_moe topk_group num_shared_experts n_shared_experts "
         "attn_layer_period expert_layer_period first_k_dense_replace "
         "mamba_n_groups num_kv_shared_layers",
+    )
+    | _names(
+        LAYERS - 1,
+        "intermediate_layers_indices deepstack_visual_indexes fullatt_block_indexes "
+        "global_attn_indexes",
     )
     | _names(1, "attn_layer_offset expert_layer_offset")
     | _names(
@@ -101,9 +107,9 @@ _CODE_NAMES = {
     "chameleon": [f"IMGIMG{''.join(chr(65 + int(d)) for d in str(n))}Z" for n in range(_CODES)],
     "emu3": [f"<|visual token {n:06}|>" for n in range(_CODES)],
 }
-# What default configs leave open and transformers cannot build a model without; every checkpoint
-# says it.
-_LACKING: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+# What default configs leave open and transformers cannot build a model without, as every checkpoint
+# says it; and what is out of step once sizes are cut.
+_PARTICULAR: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "blip-2": _TOKEN,
         "instructblip": _TOKEN,
@@ -134,14 +140,24 @@ _LACKING: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "diffusion_gemma": {
             "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
         },
+        "falcon_h1": {"mamba_d_head": HEAD_DIM},
         "granite4_vision": {
             "downsample_rate": "1/2",
             "deepstack_layer_map": [(-1, 0)],
             "spatial_target_layers": [0, 1, 2, 3],
         },
         "hunyuan_vl": {"text_config": {"head_dim": HEAD_DIM}},
+        "mllama": {"vision_config": {"vision_output_dim": 6 * WIDTH}},
         "nemotron": {"num_key_value_heads": 2},
-        "qwen4_exp": {"text_config": {"indexer_compress_ratio": 2, "indexer_budget": 8}},
+        "qwen4_exp": {
+            "text_config": {
+                "indexer_n_heads": 2,
+                "indexer_kv_heads": 1,
+                "indexer_head_dim": 8,
+                "indexer_compress_ratio": 2,
+                "indexer_budget": 8,
+            }
+        },
     }
 )
 
@@ -156,7 +172,7 @@ def default(model_type: str) -> Any:
 def small_default(model_type: str) -> Any:
     """The default config, small and with what it lacks; see `small`."""
     config = small(default(model_type))
-    _set(config, _LACKING.get(model_type, {}))
+    _set(config, _PARTICULAR.get(model_type, {}))
     return config
 
 

@@ -20,6 +20,9 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
@@ -38,6 +41,7 @@ _DYNAMIC = (DynamicLayer, DynamicSlidingWindowLayer)
 # Where a cache without keys notes under which plan it was filled.
 _KEY = "_planner_key"
 _STATIC = (StaticLayer, StaticSlidingWindowLayer)
+_HYBRID = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
 
 
 @dataclass
@@ -261,6 +265,57 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
                 part.rows = mine.nonzero().flatten()
 
 
+class PlannedHybridLayer(PlannedLayer, LinearAttentionLayer):  # type: ignore[misc]
+    """A layer that keeps a state beside its keys (Bamba, Falcon-H1); the state is kept as in stock.
+
+    All samples share a state, so a layer of several groups cannot have one.
+    """
+
+    def __init__(self, stock: Any, key: PlanKey, parts: Sequence[Part]) -> None:
+        LinearAttentionLayer.__init__(self, stock.number_of_states)
+        PlannedLayer.__init__(self, stock, key, parts)
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens; where the layer is off nothing else would note that a prompt was read."""
+        super().advance(tokens)
+        if all(part.store is None for part in self.parts):
+            self.has_previous_state = dict.fromkeys(self.has_previous_state, self.total > 0)
+
+    def lazy_initialization(self, *args: Tensor, **kwargs: Any) -> None:
+        """States begin with the first of their own; keys as in every planned layer."""
+        if not args:
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    def offload(self) -> None:
+        """Move keys and state to the CPU."""
+        PlannedLayer.offload(self)
+        LinearAttentionLayer.offload(self)
+
+    def prefetch(self) -> None:
+        """Move them back to the device."""
+        PlannedLayer.prefetch(self)
+        LinearAttentionLayer.prefetch(self)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        LinearAttentionLayer.reset(self)
+        PlannedLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row r continues row ``beam_idx[r]``."""
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        PlannedLayer.reorder_cache(self, beam_idx)
+
+    @property
+    def is_croppable(self) -> bool:
+        """Never: a state cannot go back."""
+        return False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused."""
+        raise InputError("a cache that keeps states cannot be cropped")
+
+
 class StatefulLayer:
     """A layer that keeps no keys: a state (linear attention, a convolution), or nothing at all.
 
@@ -344,7 +399,8 @@ def plan_cache(
         _check_kind(stock, layer, program)
     for index, (layer, stock) in enumerate(zip(program.layers, layers, strict=False)):
         if isinstance(stock, CacheLayerMixin):
-            layers[index] = PlannedLayer(stock, program.key, _parts(layer, stock, rows[index]))
+            kind = PlannedHybridLayer if isinstance(stock, _HYBRID) else PlannedLayer
+            layers[index] = kind(stock, program.key, _parts(layer, stock, rows[index]))
     if first_keyed(layers) is None:
         setattr(cache, _KEY, program.key)
     return _told_apart(layers, program)
@@ -412,9 +468,9 @@ def _parts(
 
 def _like(layer: CacheLayerMixin) -> CacheLayerMixin:
     """Another empty layer; by its constructor, which torch.compile can see through."""
-    if type(layer) is DynamicLayer:
+    if type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
         return GrowingLayer()
-    if type(layer) is DynamicSlidingWindowLayer:
+    if isinstance(layer, DynamicSlidingWindowLayer):
         return DynamicSlidingWindowLayer(layer.sliding_window)
     if type(layer) is StaticLayer:
         return StaticLayer(layer.max_cache_len)
@@ -427,19 +483,19 @@ def _check_kind(layer: Any, planned: LayerProgram, program: Program) -> None:
             "a static cache is as long as the whole prompt in every layer, so it cannot hold a "
             "plan that drops tokens; leave cache_implementation at its default"
         )
+    if len(planned.groups) > 1 and hasattr(layer, "has_previous_state"):
+        raise InputError(
+            f"layer {planned.layer.index} keeps one state for all samples of a batch, so all "
+            f"of them must run it alike; give one plan, or a batch of one"
+        )
+    if not isinstance(layer, CacheLayerMixin):
+        return
     if program.evicts and type(layer) is not DynamicLayer:
         raise InputError(
             f"nothing can be evicted from a cache of {type(layer).__name__}; leave "
             f"cache_implementation at its default"
         )
-    if not isinstance(layer, CacheLayerMixin):
-        if len(planned.groups) > 1 and hasattr(layer, "has_previous_state"):
-            raise InputError(
-                f"layer {planned.layer.index} keeps one state for all samples of a batch, so all "
-                f"of them must run it alike; give one plan, or a batch of one"
-            )
-        return
-    if type(layer) not in (*_DYNAMIC, *_STATIC):
+    if type(layer) not in (*_DYNAMIC, *_STATIC, *_HYBRID):
         raise InputError(
             f"a plan cannot be held by a cache of {type(layer).__name__}; use the default "
             f"(dynamic) or a static cache"

@@ -1,27 +1,39 @@
 """Decoder layers that return tuples, or keep a state instead of keys: left out, beside masks.
 
-A Graph of layers alone says which modules they are, so nothing has to be lowered here.
+A Graph of layers alone says which modules they are, so most of this lowers nothing. What else makes
+layers differ - weights stored transposed, biases by head, a residual inside attention - is narrowed
+behind a real lowering.
 """
+
+import copy
+from unittest import mock
 
 import pytest
 import torch
 from families import cached
 from plans import plan_of
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
+import planner
+from planner.ir.cost import Workload
+from planner.ir.cost.price import operator_flops
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Site
+from planner.ir.lowering import lower_model
+from planner.ir.passes import Specialise
 from planner.models.checking.architecture import randomised
 from planner.models.checking.small_config import LAYERS, WIDTH, small_default
 from planner.models.running.masked import Gates, MaskedExecutor
+from planner.models.running.session import Session
 from planner.models.running.skipping import obeying
 
 # Tuples of hidden states and attention weights (Falcon, Bloom, GPT-Neo), or of these and a position
-# bias that is handed on (MPT); a state beside keys (Qwen3.5), a convolution's (LFM2), or no keys at
-# all (Mamba).
+# bias that is handed on (MPT); layers with a state among those with keys (Qwen3.5), a
+# convolution's (LFM2), none with keys (Mamba), keys and a state in one (Falcon-H1).
 TUPLES = ("falcon", "bloom", "gpt_neo", "mpt")
-STATES = ("qwen3_5_text", "lfm2", "mamba")
+STATES = ("qwen3_5_text", "lfm2", "mamba", "falcon_h1")
 
 
 def small_model(model_type):
@@ -37,6 +49,25 @@ def small_model(model_type):
     sites = tuple(Site(f"layer.{n}", "layer", n, f"{path}.{n}") for n in range(count))
     facts = {"hidden_size": WIDTH, "decoder_layers": count, "fingerprint": "0" * 16}
     return randomised(model), Graph(model_type, (), sites, facts)
+
+
+# Weights stored transposed (GPT-2), biases by head and a residual inside the attention block
+# (Bloom), biases by head that are three-dimensional (MPT).
+BLOCKS = ("gpt2", "bloom", "mpt")
+
+
+@pytest.fixture(scope="module")
+def lowered():
+    """Small models by type, each with its own Graph."""
+    known = {}
+
+    def get(model_type):
+        if model_type not in known:
+            model, _ = small_model(model_type)
+            known[model_type] = model, lower_model(model, model_type)
+        return known[model_type]
+
+    return get
 
 
 def prompt():
@@ -115,3 +146,81 @@ def test_samples_share_a_state_so_they_share_a_plan():
     both = [plan_of(graph, layers_off=(0,)), plan_of(graph, layers_off=(1,))]
     with obeying(model, graph, both), pytest.raises(InputError, match="one state for all samples"):
         generate(model)
+
+
+def narrowing(graph, heads):
+    """A plan that keeps some heads and neurons of every layer but the last, and no head of one."""
+    kept = {
+        site.layer: heads if site.lanes > 1 else (0,)
+        for site in graph.sites_of("heads")
+        if site.layer < graph.layers - 1
+    }
+    mlp = {site.layer: (0, 3, 5) for site in graph.sites_of("mlp") if site.layer > 0}
+    return plan_of(graph, heads=kept | {graph.layers - 1: ()}, mlp=mlp)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", BLOCKS)
+def test_heads_and_neurons_left_out_equal_masked(model_type, lowered):
+    model, graph = lowered(model_type)
+    assert len(list(graph.sites_of("heads"))) == len(list(graph.sites_of("mlp"))) == graph.layers
+    plan = narrowing(graph, (1,))
+    with MaskedExecutor(model, graph).using(Gates.of([plan], graph)):
+        expected = model(**prompt()).logits
+    with obeying(model, graph, plan):
+        actual = model(**prompt()).logits
+        cached, uncached = generate(model), generate(model, use_cache=False)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.stack(cached), torch.stack(uncached), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["bloom", "mpt"])
+def test_samples_may_keep_different_heads_of_blocks_with_biases_by_head(model_type, lowered):
+    model, graph = lowered(model_type)
+    both = [narrowing(graph, (0,)), narrowing(graph, (1, 3))]
+    with MaskedExecutor(model, graph).using(Gates.of(both, graph)):
+        expected = model(**prompt()).logits
+    with obeying(model, graph, both):
+        actual = model(**prompt()).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["gpt2", "bloom"])
+def test_what_runs_is_what_was_priced(model_type, lowered):
+    model, graph = lowered(model_type)
+    model.set_attn_implementation("eager")
+    plan = narrowing(graph, (1,))
+    sizes = Workload(0, 9, 0).prefill()
+    narrowed = Specialise(plan).apply(graph)
+    ids = prompt()["input_ids"][:1]
+    with obeying(model, graph, plan), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, logits_to_keep=1)
+    assert counter.get_total_flops() == sum(operator_flops(o, sizes) for o in narrowed)
+
+
+@torch.no_grad()
+def test_what_a_model_cannot_narrow_is_not_planned(lowered):
+    """Here since a block multiplies its result by what no argument says."""
+    model, graph = lowered("gpt2")
+    model = copy.deepcopy(model)
+    block = model.transformer.h[0].attn
+    stock = type(block).forward
+
+    class Odd(type(block)):
+        """Its heads cannot be told apart from outside."""
+
+        def forward(self, hidden_states, *args, **kwargs):
+            output, *others = stock(self, hidden_states, *args, **kwargs)
+            return output + hidden_states.sin(), *others
+
+    for layer in model.transformer.h:
+        layer.attn.__class__ = Odd
+    with mock.patch.object(Session, "graph", graph):
+        planner.compile(model, 0.7, new_tokens=0)
+        plan = planner.plan_of(model)
+        assert not plan.heads
+        assert plan.mlp or plan.layers_off
+        model(**prompt())
+        planner.restore(model)
