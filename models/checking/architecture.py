@@ -202,7 +202,7 @@ class _Trial:
         else:
             ratios = ", ".join(f"{c / p:.3f}" for c, p in zip(counted, priced, strict=True))
             self.row.remarks.append(f"small: runs {ratios} of the FLOPs priced, stock and planned")
-        if counted[1] > BUDGET * counted[0]:
+        if counted[1] > BUDGET * counted[0] and self.made.provenance["scope"] == "model":
             part = counted[1] / counted[0]
             self.row.remarks.append(f"small: the plan for {BUDGET} runs {part:.3f} of the FLOPs")
 

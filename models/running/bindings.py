@@ -227,9 +227,10 @@ def bind(model: nn.Module, graph: Graph) -> tuple[BoundLayer, ...]:
 
 
 def _layer_path(graph: Graph, sites: dict[tuple[str, int], Site], index: int) -> str:
-    """Path of a layer that cannot be switched off: beside that of any layer that can be."""
-    for (kind, other), site in sites.items():
-        parent, _, number = site.module.rpartition(".")
-        if kind == "layer" and number == str(other):
-            return f"{parent}.{index}"
+    """Path of a layer that cannot be switched off: paths of its sites say where layers count."""
+    for kind in ("layer", "heads", "mlp"):
+        paths = [(n, site.module.split(".")) for (k, n), site in sites.items() if k == kind]
+        for place in range(min((len(parts) for _, parts in paths), default=0)):
+            if all(parts[place] == str(layer) for layer, parts in paths):
+                return ".".join((*paths[0][1][:place], str(index)))
     raise InputError(f"the graph '{graph.name}' does not say which module is decoder layer {index}")

@@ -153,7 +153,8 @@ def _mask_features(
     features = inputs[0]
     rows = _rows(gates, features)
     mask = torch.where(switch < 0, 1, rows[:, switch.clamp(min=0)])
-    return features * mask[:, None, :]
+    # Some layers compute on the tokens of all samples in one row after another.
+    return features * (mask if features.ndim == 2 else mask[:, None, :])
 
 
 def _mask_layer(

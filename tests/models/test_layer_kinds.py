@@ -23,8 +23,10 @@ from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Site
 from planner.ir.lowering import lower_model
 from planner.ir.passes import Specialise
+from planner.ir.structure import without_sites
 from planner.models.checking.architecture import randomised
 from planner.models.checking.small_config import LAYERS, WIDTH, small_default
+from planner.models.running.bindings import bind
 from planner.models.running.masked import Gates, MaskedExecutor
 from planner.models.running.session import Session
 from planner.models.running.skipping import obeying
@@ -52,8 +54,9 @@ def small_model(model_type):
 
 
 # Weights stored transposed (GPT-2), biases by head and a residual inside the attention block
-# (Bloom), biases by head that are three-dimensional (MPT).
-BLOCKS = ("gpt2", "bloom", "mpt")
+# (Bloom), biases by head that are three-dimensional (MPT), MLPs on all samples' tokens in one
+# dimension (OPT).
+BLOCKS = ("gpt2", "bloom", "mpt", "opt")
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +201,14 @@ def test_what_runs_is_what_was_priced(model_type, lowered):
     with obeying(model, graph, plan), FlopCounterMode(display=False) as counter:
         model(input_ids=ids, logits_to_keep=1)
     assert counter.get_total_flops() == sum(operator_flops(o, sizes) for o in narrowed)
+
+
+def test_layers_that_cannot_be_left_out_are_found_by_their_heads(lowered):
+    model, graph = lowered("gpt2")
+    without = without_sites(graph, [f"layer.{n}" for n in range(graph.layers)])
+    assert [layer.path for layer in bind(model, without)] == [
+        f"transformer.h.{n}" for n in range(4)
+    ]
 
 
 @torch.no_grad()
