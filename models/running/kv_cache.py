@@ -279,7 +279,8 @@ class PlannedHybridLayer(PlannedLayer, LinearAttentionLayer):  # type: ignore[mi
         """Count tokens; where the layer is off nothing else would note that a prompt was read."""
         super().advance(tokens)
         if all(part.store is None for part in self.parts):
-            self.has_previous_state = dict.fromkeys(self.has_previous_state, self.total > 0)
+            states: Any = self
+            states.has_previous_state.update(dict.fromkeys(self.conv_states, self.total > 0))
 
     def lazy_initialization(self, *args: Tensor, **kwargs: Any) -> None:
         """States begin with the first of their own; keys as in every planned layer."""
