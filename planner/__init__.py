@@ -28,7 +28,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from planner.api import budget, compile, load, oneshot, plan_of, restore
+    from planner.api import budget, compile, cost_of, load, oneshot, plan_of, restore
     from planner.plan import Plan, load_plan, save_plan
 
 __version__ = "0.1.0"
@@ -38,6 +38,7 @@ _EXPORTS = {
     "Plan": "planner.plan",
     "budget": "planner.api",
     "compile": "planner.api",
+    "cost_of": "planner.api",
     "load": "planner.api",
     "load_plan": "planner.plan",
     "oneshot": "planner.api",
@@ -51,6 +52,7 @@ __all__ = [
     "__version__",
     "budget",
     "compile",
+    "cost_of",
     "load",
     "load_plan",
     "oneshot",

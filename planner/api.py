@@ -22,6 +22,7 @@ from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.ir.structure import without_sites
 from planner.plan import Plan
+from planner.planning.budgets import Budget
 from planner.planning.compiler import Request, pose
 from planner.planning.figures import check_figures
 from planner.planning.utilities import OF_WEIGHTS
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from planner.ir.cost import Workload
     from planner.models.recovery.oneshot import Oneshot
     from planner.models.running.planning import Planning
     from planner.models.running.session import Override, Session
@@ -129,7 +131,8 @@ def compile(
             means = recovering.means() if recover == "compensate" else {}
         if recover != "refit":
             check_recovered([chosen])
-        _obey(session, planning, chosen, weights)
+        asked = None if isinstance(wanted, Plan) or weights else Budget.of(wanted)
+        _obey(session, planning, chosen, weights, asked)
         if means:
             known = session.implementation
             known.use(CompensatedProducts(known.preparing.products, means))
@@ -178,12 +181,20 @@ def _without_refit(provenance: Mapping[str, Any]) -> dict[str, Any]:
     return {name: v for name, v in provenance.items() if (name, v) != ("recover", "refit")}
 
 
-def _obey(session: Session, planning: Planning, plan: Plan, weights: Mapping[str, Tensor]) -> None:
-    """Have a plan hold, with the weights that were recovered for it."""
+def _obey(
+    session: Session,
+    planning: Planning,
+    plan: Plan,
+    weights: Mapping[str, Tensor],
+    asked: Budget | None = None,
+) -> None:
+    """Have a plan, or the budget that it is for, hold, with weights that were recovered for it."""
     from planner.models.recovery import exchange
 
-    session.obey(plan)
+    session.obey(plan, asked)
     session.planning = planning
+    if asked is not None:
+        session.implementation.prepare(planning.graph)
     exchange(session.model, session.before)
     session.before = exchange(session.model, weights)
 
@@ -236,7 +247,7 @@ def budget(model: nn.Module, value: Any) -> Override:
         check_budget(value)
         return Override(session or Session(known), Setting((), asked=value))
     session = _session_of(model)
-    return Override(session, Setting(session.planned(value)))
+    return Override(session, session.asking(value))
 
 
 def _awaits(model: nn.Module) -> bool:
@@ -253,12 +264,41 @@ def _awaits(model: nn.Module) -> bool:
 
 
 def plan_of(model: nn.Module) -> Any:
-    """The plan that a compiled model's next call obeys here; a tuple where samples have their own.
+    """The plan that a compiled model obeys here; a tuple where samples have their own.
 
-    Other threads and tasks may have other plans.
+    Other threads and tasks may have other plans. Under a budget it is the plan of the last prompt
+    that was read here, and before the first the plan for the workload that `compile` was told of.
     """
-    setting = _session_of(model).setting
-    return None if setting is None else setting.plan
+    plans = _session_of(model).plans
+    return plans[0] if len(plans) == 1 else plans or None
+
+
+def cost_of(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """What a compiled model's next call on some inputs costs.
+
+    Args:
+        model: that `compile` was given.
+        inputs: keyword arguments of its ``forward``, as a processor gives them. What runs in front
+            of the decoder is run, to count what it costs.
+
+    Returns:
+        ``flops`` (of the prompt's pass) and ``kv`` (bytes once the tokens are generated that
+        `compile` was told of) -> ``{"plan", "base", "fraction"}``. Where samples have plans of
+        their own, it is their sum.
+
+    Raises:
+        InputError: the budget cannot be met on this prompt.
+    """
+    from planner.planning.plan_costs import PlanCosts
+
+    session, prompt = _session_of(model), prompt_of(model, inputs)
+    return PlanCosts(session.graph, prompt).of_all(session.plans_on(prompt))
+
+
+def prompt_of(model: nn.Module, inputs: Mapping[str, Any]) -> Workload:
+    """The sizes of a prompt, as `cost_of` takes it."""
+    prompt: Workload = _session_of(model).implementation.prompt_of(inputs)
+    return prompt
 
 
 def graph_of(model: nn.Module) -> Graph:

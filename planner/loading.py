@@ -238,12 +238,22 @@ def noise_image() -> Any:
     return Image.fromarray(pixels)
 
 
-def prompt_inputs(model: Any, processor: Any, prompt: str, image: Any | None) -> dict[str, Any]:
-    """Model inputs for one question, through the model's own chat template where it has one."""
-    content: Any = [{"type": "text", "text": prompt}]
-    if image is not None:
-        content.insert(0, {"type": "image"})
-    elif not hasattr(processor, "image_processor"):
+def prompt_inputs(
+    model: Any, processor: Any, prompt: str, image: Any | None = None, *more: Any
+) -> dict[str, Any]:
+    """Model inputs for one question, through the model's own chat template where it has one.
+
+    Args:
+        model: the model.
+        processor: of the model.
+        prompt: the question.
+        image: what it is about, if anything.
+        more: further images.
+    """
+    images = [picture for picture in (image, *more) if picture is not None]
+    content: Any = [{"type": "image"} for _ in images]
+    content.append({"type": "text", "text": prompt})
+    if not images and not hasattr(processor, "image_processor"):
         content = prompt
     text = prompt
     if getattr(processor, "chat_template", None):
@@ -254,12 +264,12 @@ def prompt_inputs(model: Any, processor: Any, prompt: str, image: Any | None) ->
             ),
             "the model's chat template",
         )
-    elif image is not None:
-        token = getattr(processor, "image_token", "<image>")
-        text = f"USER: {token}\n{prompt} ASSISTANT:"
-    arguments = {"text": text, "return_tensors": "pt"}
-    if image is not None:
-        arguments["images"] = image
+    elif images:
+        tokens = getattr(processor, "image_token", "<image>") * len(images)
+        text = f"USER: {tokens}\n{prompt} ASSISTANT:"
+    arguments: dict[str, Any] = {"text": text, "return_tensors": "pt"}
+    if images:
+        arguments["images"] = images
     try:
         inputs = processor(**arguments)
     except Exception as error:
@@ -279,10 +289,21 @@ def refuse_nan(ids: Any, scores: Any) -> Any:
     return scores
 
 
+def visual_tokens(config: Any, *kinds: str) -> tuple[int, ...]:
+    """The tokens that stand for parts of images and videos, or of one kind, in a model's prompts.
+
+    Args:
+        config: of the model.
+        kinds: ``image``, ``video``; both by default.
+    """
+    names = (
+        f"{kind}_token_{end}" for kind in kinds or ("image", "video") for end in ("id", "index")
+    )
+    known = dict.fromkeys(getattr(config, name, None) for name in names)
+    return tuple(token for token in known if isinstance(token, int))
+
+
 def count_image_tokens(model: Any, inputs: dict[str, Any]) -> int:
-    """Placeholders of images in the first sample of a batch."""
-    for name in ("image_token_id", "image_token_index"):
-        token = getattr(model.config, name, None)
-        if isinstance(token, int):
-            return int((inputs["input_ids"][0] == token).sum())
-    return 0
+    """Placeholders of images and videos in the first sample of a batch."""
+    first = inputs["input_ids"][0]
+    return sum(int((first == token).sum()) for token in visual_tokens(model.config))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import combinations, product
 
@@ -10,13 +10,21 @@ import numpy as np
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from planner.solver.problem import LayerChoices, Problem, SiteChoices, TokenOption
+from planner.solver import Frontier, Prices, Solution
+from planner.solver.problem import (
+    COST_CEILING,
+    LayerChoices,
+    Problem,
+    SiteChoices,
+    TokenOption,
+)
 
 __all__ = [
     "best_by_enumeration",
     "best_by_mixed_integer_program",
     "best_by_table",
     "best_uniform_by_enumeration",
+    "frontier_of",
     "medium_problem",
     "problems",
 ]
@@ -291,3 +299,26 @@ def medium_problem(
     limits = (most * rng.uniform(0.35, 0.7, metrics)).astype(np.int64)
     names = tuple(f"metric{metric}" for metric in range(metrics))
     return Problem(names, limits, tuple(tokens), tuple(layers))
+
+
+def frontier_of(problem: Problem, metric: str) -> Callable[[int], Solution]:
+    """Answers for any limit of one metric, with the problem's own limits of the others.
+
+    Its terms are the metrics themselves.
+    """
+    outside = np.stack([token.costs for token in problem.tokens])
+    ceilings = np.full(len(problem.metrics), COST_CEILING, dtype=np.int64)
+    tokens = tuple(replace(token, costs=np.zeros_like(token.costs)) for token in problem.tokens)
+    one = np.eye(len(problem.metrics), dtype=np.int64)
+    row = problem.metrics.index(metric)
+    frontier = Frontier(
+        replace(problem, limits=ceilings, tokens=tokens), np.tile(one[row], (len(tokens), 1))
+    )
+
+    def at(limit: int) -> Solution:
+        limits = problem.limits.copy()
+        limits[row] = limit
+        weights = np.tile(one, (len(tokens), 1, 1))
+        return frontier.at(Prices(problem.metrics, limits, weights, outside))
+
+    return at

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import Any
 
@@ -15,6 +15,8 @@ DEFAULT_TEXT_TOKENS = 64
 DEFAULT_NEW_TOKENS = 64
 
 _LEAST = {"image_tokens": 0, "text_tokens": 0, "new_tokens": 0, "batch": 1}
+# What is known of a prompt at hand besides.
+_COUNTED = ("logits", "encoder_flops")
 # Of each count; what they come to together is for pricing to judge.
 _MOST = 10**8
 
@@ -28,18 +30,16 @@ class Workload:
     new_tokens: int = DEFAULT_NEW_TOKENS  # tokens generated after the first one: decode steps
     batch: int = 1
     image_tokens_per_run: int = 0  # visual tokens that one run of the vision encoder yields
+    logits: int = 1  # tokens of a sample that the output embedding is computed for
+    # FLOPs of what runs in front of the decoder, where they were counted; None leaves them to the
+    # Graph.
+    encoder_flops: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            value: Any = getattr(self, name)
-            said = name.replace("_", "-")
-            whole = isinstance(value, Integral) and not isinstance(value, bool)
-            if not whole:
-                raise InputError(f"{said} must be a whole number, not {value!r:.40}")
-            if value < least:
-                raise InputError(f"{said} must be at least {least}, not {value}")
-            if value > _MOST:
-                raise InputError(f"{said} must be at most {_MOST}, and it is larger")
+        for name, least in {**_LEAST, "logits": 0}.items():
+            _check(name, getattr(self, name), least, _MOST)
+        if self.encoder_flops is not None:
+            _check("encoder_flops", self.encoder_flops, 0, _MOST**2)
         if self.prompt_tokens == 0:
             raise InputError("the prompt has no tokens: give --text-tokens or --image-tokens")
 
@@ -55,6 +55,25 @@ class Workload:
         per_run = int(graph.properties.get("image_tokens", 0))
         images = per_run if image_tokens is None else image_tokens
         return Workload(images, text_tokens, new_tokens, batch, per_run)
+
+    @staticmethod
+    def stated(graph: Graph, facts: Mapping[str, Any]) -> Workload | None:
+        """The workload whose `facts` these are, among others; None where some are missing."""
+        if not all(name in facts for name in _LEAST):
+            return None
+        load = Workload.default(graph, *(facts[name] for name in _LEAST))
+        counted = {name: facts[name] for name in _COUNTED if name in facts}
+        return replace(load, **counted)
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """What a plan's file states of it."""
+        stated = {name: getattr(self, name) for name in _LEAST}
+        return stated | {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name in _COUNTED and getattr(self, field.name) != field.default
+        }
 
     @property
     def prompt_tokens(self) -> int:
@@ -85,3 +104,14 @@ class Workload:
             sizes[f"query.{layer}"] = 1
             sizes[f"context.{layer}"] = self.text_tokens + tokens + step
         return sizes
+
+
+def _check(name: str, value: Any, least: int, most: int) -> None:
+    said = name.replace("_", "-")
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole:
+        raise InputError(f"{said} must be a whole number, not {value!r:.40}")
+    if value < least:
+        raise InputError(f"{said} must be at least {least}, not {value}")
+    if value > most:
+        raise InputError(f"{said} must be at most {most}, and it is larger")

@@ -15,7 +15,7 @@ from planner.ir.errors import InputError
 from planner.ir.lowering.attempts import first_success
 from planner.ir.lowering.example_inputs import vision_inputs
 from planner.ir.lowering.vision_side import features_of
-from planner.models.tokens.token_stages import image_token
+from planner.loading import visual_tokens
 
 _FIRST_WORD, _LAST_WORD = 3, 300
 
@@ -84,9 +84,8 @@ def prompts_of(model: Any) -> Prompts:
 
 def _with_image(model: Any) -> Iterator[Prompts]:
     function = features_of(model)
-    try:
-        placeholder = image_token(model)
-    except InputError:
+    placeholder = next(iter(visual_tokens(model.config, "image")), None)
+    if placeholder is None:
         return
     accepted = inspect.signature(model.forward).parameters
     kinds = next((name for name in accepted if name.endswith("token_type_ids")), "")

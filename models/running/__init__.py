@@ -3,7 +3,8 @@
 Imports `planner.ir`, `planner.plan`, `planner.kernels` and `planner.models.tokens`.
 
     session            a model's session: what is known of it, and which plans hold where
-    planning           plans of one model, by budget
+    planning           plans of one model, by budget and by prompt
+    prompts            how large a prompt is, and what its encoders cost
     saving             the plan beside the weights that `save_pretrained` writes
     program            a plan (or one per sample) as what every layer does
     skipping           passes that run a program, and nothing else

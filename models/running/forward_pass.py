@@ -34,6 +34,7 @@ class Call:
     tokens: int  # of this pass, before any is dropped
     device: torch.device
     past: int  # tokens before them
+    drafts: int = field(default=0, kw_only=True)  # how many of the last an assistant has guessed
     cache: list[PlannedLayer | StatefulLayer] | None
     rows: list[list[Tensor | None]]  # of the batch, for each layer and group; None for all
     image: Tensor | None = None  # None where no image token is among them
@@ -55,6 +56,12 @@ class Call:
         if self.valid is None:
             return torch.ones_like(self.image)
         return self.valid[:, -self.tokens :].clone()
+
+    def prompt(self) -> Tensor:
+        """Which of them are the prompt's own."""
+        own = self.new_valid()
+        own[:, self.tokens - self.drafts :] = False
+        return own
 
 
 class Passes:

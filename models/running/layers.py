@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils.output_capturing import _active_collector
 
 from planner.ir.errors import InputError
 from planner.ir.intervals import Intervals
@@ -106,10 +107,34 @@ class LayerForward(Shadow):
             raise InputError("a layer was called by itself; under a plan call the whole model")
         cached = None if call.cache is None else call.cache[self.index]
         run = self._run_simple if self.is_simple else self._run_groups
+        attentions = _attentions_asked()
+        known = len(attentions)
         output = run(call, hidden, kwargs, cached)
+        self._keep_one(attentions, known, call, hidden)
         if self.is_last:
             self.passes.end()
         return output
+
+    def _keep_one(self, attentions: list[Tensor], known: int, call: Call, hidden: Tensor) -> None:
+        """Have attention weights that are asked for hold one entry of this layer: of no head, too.
+
+        Where attention is computed without weights, stock code leaves all entries out.
+        """
+        if len(attentions) > known + 1:
+            raise InputError(
+                "output_attentions cannot put together what the plans of several samples attend "
+                "to; ask for one sample at a time"
+            )
+        if self._attention == "eager" and known == len(attentions) == self.index:
+            keys = call.past + call.tokens
+            attentions.append(hidden.new_zeros(call.batch, 0, call.tokens, keys))
+
+    @property
+    def _attention(self) -> str:
+        """The name of the function that attention is configured to be computed by."""
+        config = getattr(self.block, "config", None)
+        config = getattr(config, "original_config", config)
+        return str(getattr(config, "_attn_implementation", ""))
 
     def _run_simple(
         self, call: Call, hidden: Tensor, kwargs: dict[str, Any], cached: Cached | None
@@ -171,9 +196,7 @@ class LayerForward(Shadow):
         """The layer's other arguments, for the rows and tokens of a group."""
         index = None if kept is None else kept.index
         seen = call.past + call.tokens
-        config = getattr(self.block, "config", None)
-        config = getattr(config, "original_config", config)
-        flash = "flash" in str(getattr(config, "_attn_implementation", ""))
+        flash = "flash" in self._attention
         narrowed = {
             name: narrow_argument(
                 value, call.batch, call.tokens, rows, index, self.result.leading.get(name)
@@ -189,6 +212,15 @@ class LayerForward(Shadow):
             # Gaps in position ids would be taken for borders between packed sequences.
             narrowed["position_ids"] = None
         return narrowed
+
+
+def _attentions_asked() -> list[Tensor]:
+    """The attention weights of the layers so far, which stock code collects; its own list."""
+    if torch.compiler.is_compiling():
+        return []
+    collected = _active_collector.get() or {}
+    found: list[Tensor] = collected.get("attentions", [])
+    return found
 
 
 def _keys(

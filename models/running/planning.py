@@ -1,26 +1,36 @@
-"""Plans of one loaded model, by budget."""
+"""Plans of one loaded model, by budget and by prompt."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from planner.ir.cost import Workload
 from planner.ir.graph import Graph
 from planner.plan import Plan
 from planner.planning.budgets import Budget
-from planner.planning.compiler import Request, plan_graph
+from planner.planning.compiler import Request, plan_graph, pose
+from planner.planning.prompt_costs import WEIGHED, PromptCosts
 
 
 @dataclass
 class Planning:
     """Makes plans for budgets as a request says, each once."""
 
+    # Plans for prompts of so many sizes are kept.
+    KEPT = 1024
+
     graph: Graph
     request: Request
     plans: dict[str, Plan] = field(default_factory=dict)
+    _on_prompts: OrderedDict[object, Plan] = field(default_factory=OrderedDict)
+    _costs: dict[str, PromptCosts] = field(default_factory=dict)
 
     def plan(self, value: Any) -> Plan:
-        """The plan for a budget; a Plan is taken as it is, for the session to check.
+        """The plan for a budget on the workload of the request.
+
+        A Plan is taken as it is, for the session to check.
 
         Raises:
             InputError: for a bad budget, or one that cannot be met.
@@ -32,3 +42,49 @@ class Planning:
         if key not in self.plans:
             self.plans[key] = plan_graph(self.graph, replace(self.request, budget=wanted)).plan
         return self.plans[key]
+
+    def plan_on(self, budget: Budget, prompt: Workload) -> Plan:
+        """The plan for a budget on a prompt.
+
+        Limits on FLOPs and KV bytes are kept by the best plan that milliseconds find, and by the
+        optimal one on the workload of the request. Other limits take a search for every size.
+
+        Raises:
+            InputError: the budget cannot be met on this prompt.
+        """
+        key = str(budget.describe()), prompt
+        if key not in self._on_prompts:
+            self._on_prompts[key] = self._made(budget, prompt)
+            if len(self._on_prompts) > self.KEPT:
+                self._on_prompts.popitem(last=False)
+        return self._on_prompts[key]
+
+    def _made(self, budget: Budget, prompt: Workload) -> Plan:
+        usual, load = self.plan(budget), self.request.workload(self.graph)
+        sizes = ("image_tokens", "text_tokens", "batch")
+        as_usual = all(getattr(load, name) == getattr(prompt, name) for name in sizes)
+        metrics = [limit.metric for limit in budget.limits]
+        # Units are counted whatever the prompt is.
+        if "units" in usual.utilisation or (as_usual and self.request.uniform):
+            return usual
+        if self.request.uniform or not set(metrics) <= set(WEIGHED):
+            if as_usual:
+                return usual
+            request = replace(self.request, budget=budget, **{n: getattr(prompt, n) for n in sizes})
+            return plan_graph(self.graph, request).plan
+        prompt = replace(prompt, image_tokens_per_run=load.image_tokens_per_run)
+        on_prompt = self._costs_in(metrics[0]).on(prompt)
+        fits = as_usual or usual.is_dense
+        return usual if fits and on_prompt.allows(usual, budget) else on_prompt.plan(budget)
+
+    def _costs_in(self, metric: str) -> PromptCosts:
+        """Costs on any prompt, where a metric is mostly limited."""
+        if metric not in self._costs:
+            request = replace(self.request, budget={metric: 1})
+            if not request.image_tokens:
+                # Of a prompt without images nobody could say what dropping their tokens saves.
+                per_run = int(self.graph.properties.get("image_tokens", 0))
+                request = replace(request, image_tokens=per_run)
+            pricing, utilities, _ = pose(self.graph, request)
+            self._costs[metric] = PromptCosts(pricing, utilities, metric)
+        return self._costs[metric]

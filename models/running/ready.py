@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from planner.ir.errors import InputError
+from planner.ir.graph import Graph
 from planner.ir.intervals import count_of
 from planner.models.running.attention_blocks import AttentionBlock, probe
 from planner.models.running.attention_calls import RECORDING
@@ -158,14 +159,17 @@ class Preparing:
             stages = TokenStages(self.session.model, program, self._vision, places, kernels)
         return self.redirected(program, stages)
 
-    def prepare(self) -> None:
-        """Learn ahead what narrowing heads takes: it runs blocks, which no pass may."""
+    def prepare(self, graph: Graph) -> None:
+        """Learn ahead what narrowing a graph's sites takes: it runs blocks, which no pass may."""
         for layer in self.session.layers:
             self._result(LayerProgram(layer, (LayerGroup((), on=False),)))
-            if layer.heads is not None and not layer.heads.obstacle:
-                self._probed(layer.heads)
-            if layer.mlp is not None and not layer.mlp.obstacle:
-                self.products.mlp(layer.mlp, None)
+            for site in (layer.heads, layer.mlp):
+                if site is None or site.obstacle or site.site.name not in graph.sites_by_name:
+                    continue
+                if site.site.kind == "heads":
+                    self._probed(site)
+                else:
+                    self.products.mlp(site, None)
 
     def refused(self) -> dict[str, str]:
         """Sites that cannot be narrowed in this model, whatever its Graph says: name -> why."""

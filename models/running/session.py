@@ -22,12 +22,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from planner.ir.cost import Workload
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
 from planner.models.running.bindings import BoundLayer, bind
 from planner.models.running.program import Program
 from planner.plan import Plan
+from planner.planning.budgets import Budget
 
 if TYPE_CHECKING:
     from planner.models.running.planning import Planning
@@ -40,7 +42,9 @@ _keys = count()
 class Setting:
     """Plans set for an execution context: one for all samples, or one per sample of a batch.
 
-    There are none while a budget, `asked`, waits for options that only a model's first call knows.
+    Of a budget, `asked`, they are those for the workload that the model was compiled for: prompts
+    are planned for one by one. There are none while it waits for options that only a model's first
+    call knows.
     """
 
     plans: tuple[Plan, ...]
@@ -72,6 +76,10 @@ class Setting:
 # Session key -> what was set for it, the innermost last. Nothing here refers to a model.
 _settings: ContextVar[Mapping[int, tuple[Setting, ...]]] = ContextVar(
     "planner_settings", default=MappingProxyType({})
+)
+# Session key -> what holds there, and the plans that the last prompt was run under.
+_ran: ContextVar[Mapping[int, tuple[Setting | None, tuple[Plan, ...]]]] = ContextVar(
+    "planner_ran", default=MappingProxyType({})
 )
 
 
@@ -175,23 +183,21 @@ class Session:
     @property
     def setting(self) -> Setting | None:
         """What holds in this context; None is the base model."""
-        for setting in reversed(_settings.get().get(self.key, ())):
-            if setting.holds:
-                return setting
-        return self.default
+        mine = reversed(_settings.get().get(self.key, ()))
+        found = next((setting for setting in mine if setting.holds), self.default)
+        if found is not None and not found.plans and self.planning is not None:
+            made = self.asking(found.asked)
+            found.plans, found.asked = made.plans, made.asked
+        return found
 
     @property
     def program(self) -> Program | None:
         """What this context runs; None is the base model."""
         setting = self.setting
-        if setting is None or (not setting.plans and self.planning is None):
-            return None
-        if not setting.plans:
-            setting.plans = self.planned(setting.asked)
-        return self.program_of(setting)
+        return None if setting is None or not setting.plans else self.program_of(setting)
 
-    def planned(self, value: Any) -> tuple[Plan, ...]:
-        """The plans that a budget means, a Plan or several Plans, checked; as for `under`."""
+    def asking(self, value: Any) -> Setting:
+        """What a budget means, a Plan or several Plans, checked; as for `under`."""
         assert self.planning is not None
         if self.before and value != getattr(self.default, "plan", None):
             raise InputError(
@@ -201,10 +207,40 @@ class Session:
         given = isinstance(value, Plan)
         if isinstance(value, list | tuple):
             given = any(isinstance(plan, Plan) for plan in value)
-        accepted = self._accepted(value if given else self.planning.plan(value))
+        asked = None if given else Budget.of(value)
+        accepted = self._accepted(value if given else self.planning.plan(asked))
         if not self.before:
             check_recovered(accepted)
-        return accepted
+        if asked is not None:
+            self.implementation.prepare(self.planning.graph)
+        return Setting(accepted, asked)
+
+    # -- prompts ---------------------------------------------------------------------------------
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """What this context runs: of a budget the plan of the last prompt that was read here."""
+        setting, ran = self.setting, _ran.get().get(self.key)
+        if setting is None:
+            return ()
+        return ran[1] if ran is not None and ran[0] is setting else setting.plans
+
+    def plans_on(self, prompt: Workload) -> tuple[Plan, ...]:
+        """What this context runs on a prompt.
+
+        Raises:
+            InputError: the budget cannot be met on it.
+        """
+        setting = self.setting
+        if setting is None:
+            return (Plan.of(self.graph),)
+        if setting.asked is None or self.planning is None:
+            return setting.plans
+        return (self.planning.plan_on(setting.asked, prompt),)
+
+    def note(self, plans: tuple[Plan, ...]) -> None:
+        """Note what a prompt is run under in this context."""
+        _ran.set(MappingProxyType({**_ran.get(), self.key: (self.setting, plans)}))
 
     def program_of(self, setting: Setting) -> Program:
         """Who does what in each layer under some plans."""
@@ -225,10 +261,12 @@ class Session:
         """
         return Override(self, Setting(self._accepted(plans)))
 
-    def obey(self, plans: Plan | Sequence[Plan]) -> None:
-        """Have plans hold in all contexts; what was set before is void. As for `under`."""
-        accepted = self._accepted(plans)
-        self.begin_anew(Setting(accepted))
+    def obey(self, plans: Plan | Sequence[Plan], asked: Budget | None = None) -> None:
+        """Have plans, or the budget that they are for, hold in all contexts; as for `under`.
+
+        What was set before is void.
+        """
+        self.begin_anew(Setting(self._accepted(plans), asked))
 
     def _accepted(self, plans: Plan | Sequence[Plan]) -> tuple[Plan, ...]:
         accepted = (plans,) if isinstance(plans, Plan) else tuple(plans)

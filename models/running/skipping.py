@@ -11,7 +11,7 @@ What torch.compile traces reads shadows whenever it is called, so behind a first
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -19,15 +19,20 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from planner.ir.cost import Workload
+from planner.ir.cost.workload import DEFAULT_NEW_TOKENS
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.kernels.choice import Kernels
+from planner.models.running.attention_blocks import named
 from planner.models.running.forward_pass import Call
 from planner.models.running.kernel_products import products_of
+from planner.models.running.kv_cache import cache_among
 from planner.models.running.layers import Setup
 from planner.models.running.pass_lock import PassLock
 from planner.models.running.products import Products
 from planner.models.running.program import Program
+from planner.models.running.prompts import Prompts
 from planner.models.running.ready import Preparing, Ready
 from planner.models.running.session import Session, Setting, language_model
 from planner.models.running.traced import asked, ticket
@@ -36,6 +41,12 @@ from planner.plan import Plan
 
 # Arguments of a module's forward: by place and by name.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+# A module with its arguments.
+Called = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+# Method of stock models that continuous batching begins with.
+BATCHING = "init_continuous_batching"
+# Attribute of a KV cache: the plans that it was filled under, where a budget has chosen them.
+PLANS = "_planner_plans"
 
 
 class Decider(Protocol):
@@ -81,8 +92,11 @@ class Skipping:
                 module.register_forward_hook(self.end, always_call=True),
             )
         ]
+        self.prompts = Prompts(self._entries)
         # A graph that was compiled before does not look for hooks, but at `forward` it does.
         model.__dict__.setdefault("forward", model.forward)
+        if hasattr(model, BATCHING):
+            model.__dict__.setdefault(BATCHING, _Batching(session))
 
     def _begin_anew(self) -> None:
         self._lock = PassLock()
@@ -92,10 +106,13 @@ class Skipping:
         # What stands between passes, since torch.compile has traced the model.
         self._is_traced = False
         self._held: Ready | None = None
+        # Of a pass under a budget: its call, and then the plans that the decoder runs.
+        self._call: Called | None = None
+        self._planned: tuple[Plan, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is made anew, of the modules of a copy."""
-        kept = ("session", "preparing", "_decoder", "_entries", "_handles")
+        kept = ("session", "preparing", "prompts", "_decoder", "_entries", "_handles")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -112,6 +129,11 @@ class Skipping:
         program = self.session.program_of(Setting(plans))
         self.preparing.ready(program)
         return program
+
+    def prepare(self, graph: Graph) -> None:
+        """For prompts that decide what is narrowed: learn ahead what that takes."""
+        self.preparing.prepare(graph)
+        self.prompts.watch()
 
     def changed(self) -> None:
         """Other plans are active in this context: what torch.compile has traced runs them next."""
@@ -135,6 +157,9 @@ class Skipping:
         with self.alone():
             for handle in self._handles:
                 handle.remove()
+            self.prompts.close()
+            if isinstance(self.session.model.__dict__.get(BATCHING), _Batching):
+                del self.session.model.__dict__[BATCHING]
             self.preparing.close()
         own: Any = self.session.model.__dict__.get("forward")
         if getattr(own, "__func__", None) is type(self.session.model).forward:
@@ -143,7 +168,7 @@ class Skipping:
     @property
     def kept_image_tokens(self) -> dict[int, list[int]]:
         """See `Ready`, for the plans of this context."""
-        ready = self._ready()
+        ready = self.preparing.ready(self.session.program_of(Setting(self.session.plans)))
         return {} if ready is None else ready.kept_image_tokens
 
     @property
@@ -169,8 +194,12 @@ class Skipping:
             return None
         if not self._lock.is_mine:
             self._open(module, args, kwargs)
-        if self.decider is not None and module is self._decoder and self._running is not None:
+        if module is not self._decoder or self._running is None:
+            return None
+        if self.decider is not None:
             return self.decider.enter(args, kwargs)
+        if self._call is not None:
+            self._plan(args, kwargs)
         return None
 
     def _open(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -178,21 +207,45 @@ class Skipping:
         self._lock.acquire(sys._getframe(3))
         try:
             # A pass that was cut short may have left something.
-            self._running = None
+            self._running = self._call = None
             self._place(None)
-            if self.decider is not None:
-                ready = self.decider.ready_for(kwargs)
+            setting = self.session.setting
+            if self.decider is None and setting is not None and setting.asked is not None:
+                self._call = module, args, kwargs
             else:
-                ready = self._ready()
-            if ready is not None:
-                _check_gradients_come(ready.program)
-            self._place(ready)
+                self._run(
+                    self._ready() if self.decider is None else self.decider.ready_for(kwargs),
+                    (module, args, kwargs),
+                )
             self._running = module
-            if ready is not None:
-                ready.begin(module, args, kwargs)
         except BaseException:
             self._close()
             raise
+
+    def _run(self, ready: Ready | None, call: Called) -> None:
+        """Have a pass run what is ready, from here on."""
+        if ready is not None:
+            _check_gradients_come(ready.program)
+        self._place(ready)
+        if ready is not None:
+            ready.begin(*call)
+
+    def _plan(self, args: Any, kwargs: dict[str, Any]) -> None:
+        """Plan for the prompt that the decoder is given, or go on as its cache was filled."""
+        session, setting = self.session, self.session.setting
+        assert self._call is not None
+        assert setting is not None
+        given = named(self._decoder, args, kwargs)
+        cache = cache_among(given)
+        plans: tuple[Plan, ...] = getattr(cache, PLANS, setting.plans)
+        if cache is None or not cache.get_seq_length():
+            plans = session.plans_on(self.prompts.read(self._call, given, self._new_tokens))
+            session.note(plans)
+        elif plans[0].budget != setting.plans[0].budget:
+            plans = setting.plans
+        ready = self.preparing.ready(session.program_of(Setting(plans)))
+        self._run(ready, self._call)
+        self._planned = plans
 
     def end(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Behind it, whether it failed or not."""
@@ -200,14 +253,19 @@ class Skipping:
             return output
         if self._running is None or not self._lock.is_mine:
             return output
-        if self.decider is not None and module is self._decoder:
-            output = self.decider.leave(output)
+        if module is self._decoder:
+            if self.decider is not None:
+                output = self.decider.leave(output)
+            elif self._call is not None and isinstance(output, Mapping):
+                cache: Any = cache_among(output)
+                if cache is not None:
+                    setattr(cache, PLANS, self._planned)
         if self._running is module:
             self._close()
         return output
 
     def _close(self) -> None:
-        self._running = None
+        self._running = self._call = None
         try:
             if self._standing is not None:
                 self._standing.end()
@@ -226,6 +284,31 @@ class Skipping:
         self._standing = ready
         if ready is not None:
             ready.put_in_place()
+
+    @property
+    def _new_tokens(self) -> int:
+        """Tokens that a prompt is planned to be followed by."""
+        planning = self.session.planning
+        return DEFAULT_NEW_TOKENS if planning is None else planning.request.new_tokens
+
+    def prompt_of(self, inputs: Mapping[str, Any]) -> Workload:
+        """The prompt that the decoder would be given; what comes before it runs."""
+        model, decoder = self.session.model, self._decoder
+
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = named(decoder, args, kwargs)
+            raise _Read(self.prompts.read((model, (), inputs), given, self._new_tokens))
+
+        with self.alone(), torch.no_grad():
+            self.prompts.watch()
+            handle = decoder.register_forward_pre_hook(stop, with_kwargs=True)
+            try:
+                model(**inputs)
+            except _Read as read:
+                return read.prompt
+            finally:
+                handle.remove()
+        raise InputError("the model has not called its decoder: there is no prompt")
 
     def again(
         self, ready: Ready, setup: Setup, call: Call | None, run: Callable[..., Any], *args: Any
@@ -315,6 +398,34 @@ def _check_gradients_come(program: Program) -> None:
                     "DistributedDataParallel waits for its gradients: wrap the model with "
                     "find_unused_parameters=True"
                 )
+
+
+class _Batching:
+    """Stands for the method that continuous batching begins with, and refuses it under a plan.
+
+    It runs the model in a thread of its own, on a cache in pages that no plan can fill, and what is
+    raised there is lost.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock method."""
+        program, model = self.session.program, self.session.model
+        if program is not None and not program.is_dense:
+            raise InputError(
+                "continuous batching keeps keys and values in pages, which no plan can fill: call "
+                "generate, or planner.restore the model before"
+            )
+        return getattr(type(model), BATCHING)(model, *args, **kwargs)
+
+
+class _Read(Exception):
+    """Ends a pass whose prompt is known."""
+
+    def __init__(self, prompt: Workload) -> None:
+        self.prompt = prompt
 
 
 def _way(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:

@@ -178,7 +178,7 @@ class Scheduled:
             program = session.program_of(Setting((self._base,)))
             self.prompts = self._skipping.preparing.ready_always(program, self._places)
         if self._masked is None:
-            self._skipping.preparing.prepare()
+            self._skipping.preparing.prepare(session.graph)
         self._attached.callback(self._gates.close)
         self._decoder: Any = cast(Any, session.model).get_decoder()
         self._cache_argument = cache_argument(type(self._decoder).forward)

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from planner.ir.errors import InputError
 from planner.kernels.choice import Kernels, with_triton
 from planner.kernels.ops.gather_tokens import GatherTokens
+from planner.loading import visual_tokens
 from planner.models.running.attention_blocks import named
 from planner.models.running.attention_calls import Recorded
 from planner.models.running.forward_pass import Call
 from planner.models.running.program import LayerGroup, Program
+from planner.models.running.prompts import is_visual
 from planner.models.tokens.kept_tokens import Kept, gather, scatter
 from planner.models.tokens.selectors import DecoderInputs, mark_tokens, select_tokens
 from planner.models.tokens.vision_stage import VisionStage
@@ -53,7 +55,11 @@ class TokenStages:
         self.recorded: set[int] = set()  # layers whose attention some selector scores tokens by
         # Layer of a stage -> image tokens of the last prompt that were left behind it, (batch,).
         self.kept: dict[int, Tensor] = {}
-        self._image_token = image_token(model)
+        self.model = model
+        if not visual_tokens(model.config):
+            raise InputError(
+                f"{type(model).__name__} takes no images, so a plan cannot drop image tokens"
+            )
         vision = None
         for stage in {stage for plan in program.plans for stage in plan.tokens}:
             selector = selector_of(stage)
@@ -81,11 +87,11 @@ class TokenStages:
         """Find the images of a prompt, before layer 0, and note them and padding in the call.
 
         Returns the hidden states without marks of a vision selector; raises InputError where there
-        is no image, or no telling where.
+        is no telling where images are.
         """
         ids, image = self.arguments.get("input_ids"), None
         if ids is not None:
-            image = ids.to(hidden.device) == self._image_token
+            image = is_visual(ids.to(hidden.device), self.model)
             # Masks cover all tokens from the first on, ids just those of this pass.
             image = image if call.past else self._places(image, False)
         if image is None or tuple(image.shape[:2]) != (call.batch, call.tokens):
@@ -95,12 +101,9 @@ class TokenStages:
             )
         if image.any():
             call.image = image
+        if call.image is not None or not call.past:
             self.kept = {}
-        elif not call.past:
-            raise InputError(
-                "the plan drops image tokens and the prompt has no image; pass one, or use a plan "
-                "without token stages"
-            )
+        self._note_drafts(call)
         cached = call.first_cached
         if cached is not None:
             if cached.ends_in_image and image[:, 0].any():
@@ -113,12 +116,26 @@ class TokenStages:
         if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():
             call.valid = self._places(mask.to(hidden.device).bool(), True)
         if self.vision is not None and call.image is not None:
+            if ids is not None and is_visual(ids, self.model, "video").any():
+                raise InputError(
+                    f"{self.vision.selector} picks patches of images, and the prompt has a video; "
+                    f"use a selector that works in the decoder, such as fastv"
+                )
             call.unwanted = image & (hidden == torch.inf).all(-1)
             hidden = hidden.masked_fill(call.unwanted[:, :, None], 0)
         for selector in self.selectors.values():
             if Needs.MARKS in selector.needs and call.image is not None:
-                call.marks[selector] = mark_tokens(selector, hidden, image, call.new_valid())
+                call.marks[selector] = mark_tokens(selector, hidden, image, call.prompt())
         return hidden
+
+    def _note_drafts(self, call: Call) -> None:
+        """An assistant's guesses stand behind the prompt: it wants logits for its end and for them.
+
+        What is dropped must not depend on them, or it would be other tokens than without them.
+        """
+        wanted = self.arguments.get("logits_to_keep")
+        if isinstance(wanted, int) and 1 < wanted < call.tokens:
+            call.drafts = wanted - 1
 
     # How many tokens go on follows from values, which torch.compile does not look at.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -191,10 +208,12 @@ class TokenStages:
         triton = with_triton(self.kernels, hidden.device)
         valid = call.new_valid()[rows]
         marks = call.marks[selector][rows] if selector in call.marks else None
+        prompt = call.prompt()[rows]
         if kept is not None:
             image, valid = gather(image, kept.index, -1) & kept.valid, kept.valid
             states = self.gather(states, kept.index)
             marks = None if marks is None else gather(marks, kept.index, -1) & valid
+            prompt = gather(prompt, kept.index, -1) & valid
         if record is None:
             return DecoderInputs(image, valid, marks=marks, hidden_states=states, triton=triton)
         own, key = rows, record.key
@@ -212,20 +231,10 @@ class TokenStages:
             # Flash attention's masks say what is padding, which `valid` does too.
             mask = None if mask.ndim == 2 else mask[own] if mask.shape[0] > 1 else mask
         query, key, scaling = record.query[own], key[own], record.scaling
-        return DecoderInputs(image, valid, query, key, scaling, mask, marks, states, triton)
+        return DecoderInputs(image, valid, query, key, scaling, mask, marks, prompt, states, triton)
 
     def gather(self, hidden: Tensor, index: Tensor) -> Tensor:
         """The hidden states of the tokens that are left: `Kept.index` of (rows, tokens, width)."""
         if with_triton(self.kernels, hidden.device):
             return GatherTokens(hidden, index).run(triton=True)
         return gather(hidden, index, -2)
-
-
-def image_token(model: nn.Module) -> int:
-    """The placeholder of an image in the prompt; raises InputError where the model has none."""
-    config = model.config
-    for name in ("image_token_id", "image_token_index"):
-        token = getattr(config, name, None)
-        if isinstance(token, int):
-            return token
-    raise InputError(f"{type(model).__name__} takes no images, so a plan cannot drop image tokens")

@@ -10,11 +10,12 @@ plan that holds where the call is made (`plan_tensors`). What is left goes to in
 the graph as it was: that one runs while plans leave nothing out. Graphs without a block that
 planner knows are inductor's alone.
 
-    compile_options  what torch.compile's ``options`` may hold
-    owner            whose parameters a graph reads
-    blocks           attention blocks and MLPs of a captured graph
-    rewriting        blocks -> planner's ops
-    plan_tensors     plans as tensors
+    compile_options   what torch.compile's ``options`` may hold
+    owner             whose parameters a graph reads
+    blocks            attention blocks and MLPs of a captured graph
+    rewriting         blocks -> planner's ops
+    captured_prompts  prompts among the inputs of a captured graph
+    plan_tensors      plans as tensors
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import fx, nn
 from torch._guards import detect_fake_mode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from planner.backend.captured_prompts import Places, begin, places_of, program_of
 from planner.backend.compile_options import Options
 from planner.backend.owner import owner_of
 from planner.backend.plan_tensors import PlanTensors, adopted, forget
@@ -64,12 +66,14 @@ def compile_graph(
     compiler: Callable[..., Callable[..., Any]] = chosen.inner_compiler()
     parameters = {n: v for n, v in enumerate(example_inputs) if isinstance(v, nn.Parameter)}
     model = owner_of([*parameters.values(), *graph_module.parameters()])
-    session = None
+    session, places = None, places_of(graph_module)
     if model is not None:
         session = _adopted(model, chosen)
     elif parameters:
         _tell_once("a graph belongs to no language model of transformers; inductor compiles it")
     if session is not None:
+        owned = {id(parameter) for parameter in session.model.parameters()}
+        place = next((n for n, value in parameters.items() if id(value) in owned), None)
         found, masked, dense = rewritten(graph_module, example_inputs, session.implementation)
         for note in (*masked, *dense):
             _tell_once(note)
@@ -81,10 +85,12 @@ def compile_graph(
             compiled = compiler(graph_module, example_inputs)
             tensors = _examples(found, session, example_inputs)
             narrowed = compiler(found.graph, [*example_inputs, *tensors])
-            owned = {id(parameter) for parameter in session.model.parameters()}
-            place = next((n for n, value in parameters.items() if id(value) in owned), None)
-            return _by_plan(session, chosen, compiled, narrowed, found, place)
-    return compiler(graph_module, example_inputs)
+            mine = _Owner(session, chosen, place)
+            return _by_plan(mine, places, compiled, narrowed, found)
+    compiled = compiler(graph_module, example_inputs)
+    if session is None or places is None:
+        return compiled
+    return _beginning(_Owner(session, chosen, place), places, compiled)
 
 
 def _examples(found: Rewritten, session: Session, example_inputs: Sequence[Any]) -> list[Any]:
@@ -102,34 +108,66 @@ def _examples(found: Rewritten, session: Session, example_inputs: Sequence[Any])
     return examples
 
 
-def _by_plan(
-    session: Session,
-    options: Options,
-    dense: Callable[..., Any],
-    narrowed: Callable[..., Any],
-    found: Rewritten,
-    place: int | None,
-) -> Callable[..., Any]:
-    """What runs instead of a captured graph: which of two graphs is known without a device.
+class _Owner:
+    """Says whose call of a captured graph this is.
 
     Args:
         session: of the model that the graph was captured from.
         options: that other models of its class are adopted with, when they share the graph.
+        place: where among its inputs a parameter says so; None where the graph holds the parameters
+            of one model.
+    """
+
+    def __init__(self, session: Session, options: Options, place: int | None) -> None:
+        self._first, self._options, self._place = weakref.ref(session), options, place
+        self._sessions: Any = WeakIdKeyDictionary()
+
+    def of(self, inputs: Sequence[Any]) -> Session | None:
+        """The session of the model that calls; None where it obeys nothing."""
+        if self._place is None:
+            session = self._first()
+        else:
+            session = _session_of(inputs[self._place], self._sessions, self._options)
+        obeys = session is not None and isinstance(session.implementation, PlanTensors)
+        return session if obeys else None
+
+
+def _beginning(owner: _Owner, places: Places, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """What runs instead of a graph that begins prompts and has nothing to obey."""
+
+    def run(*inputs: Any) -> Any:
+        mine = owner.of(inputs)
+        if mine is not None:
+            begin(mine, places, inputs)
+        return compiled(*inputs)
+
+    return run
+
+
+def _by_plan(
+    owner: _Owner,
+    places: Places | None,
+    dense: Callable[..., Any],
+    narrowed: Callable[..., Any],
+    found: Rewritten,
+) -> Callable[..., Any]:
+    """What runs instead of a captured graph: which of two graphs is known without a device.
+
+    Args:
+        owner: says whose call it is.
+        places: of the prompt, where it begins one.
         dense: the graph as it was.
         narrowed: the one that obeys plans.
         found: says which tensors that one is given.
-        place: where among its inputs a parameter says whose call this is; None where the graph
-            holds the parameters of one model.
     """
-    first = weakref.ref(session)
-    sessions: Any = WeakIdKeyDictionary()
 
     def run(*inputs: Any) -> Any:
-        mine = first() if place is None else _session_of(inputs[place], sessions, options)
-        plans = None if mine is None else mine.implementation
-        if mine is None or not isinstance(plans, PlanTensors):
+        mine = owner.of(inputs)
+        if mine is None:
             return dense(*inputs)
-        program = mine.program
+        if places is not None:
+            begin(mine, places, inputs)
+        program, plans = program_of(mine), mine.implementation
         if program is None or plans.is_dense(program):
             return dense(*inputs)
         return narrowed(*inputs, *plans.of(program, found.tensors))

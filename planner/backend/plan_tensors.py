@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch._guards import tracing
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from planner.backend.captured_prompts import prompt_of
 from planner.backend.compile_options import Options, check_budget
+from planner.ir.cost import Workload
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Site
 from planner.ir.intervals import Intervals, count_of, numbers_of
@@ -94,6 +96,14 @@ class PlanTensors:
         for plan in plans:
             check_plan(plan, self.graph)
         return self.session.program_of(Setting(plans))
+
+    def prepare(self, graph: Graph) -> None:
+        """Tensors are made as they are asked for."""
+
+    def prompt_of(self, inputs: Mapping[str, Any]) -> Workload:
+        """The prompt that these inputs of the model are, by their sizes."""
+        known = (inputs["input_ids"], inputs.get("pixel_values"))
+        return prompt_of(self.session, *known, self.options.request.new_tokens)
 
     def changed(self) -> None:
         """The next call looks for itself."""
@@ -193,15 +203,13 @@ def adopted(model: nn.Module, options: Options) -> Session:
             session.obstacle = f"{type(model).__name__} runs dense: {why}"
             raise NotLowered(why) from error
     planning = Planning(tensors.graph, replace(options.request, model=session.graph.name))
-    before, session.implementation = known, tensors
+    before = known, session.planning
+    session.implementation, session.planning = tensors, planning
     try:
-        value = options.request.budget
-        default = tuple(value) if isinstance(value, list | tuple) else (planning.plan(value),)
-        tensors.accept(default)
+        session.default = session.asking(options.request.budget)
     except BaseException:
-        session.implementation = before
+        session.implementation, session.planning = before
         raise
-    session.planning, session.default = planning, Setting(default)
     return session
 
 

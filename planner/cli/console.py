@@ -44,20 +44,22 @@ class Console:
     def status(self) -> Iterator[Callable[[str], None]]:
         """Say on stderr what is being done once it takes longer than two seconds.
 
-        Yields a function that takes the name of the stage. With --verbose every stage is a line.
+        Yields a function that takes the name of the stage, "" once there is something to see. With
+        --verbose every stage is a line.
         """
-        current = {"stage": ""}
+        current, done = {"stage": ""}, threading.Event()
 
         def update(stage: str) -> None:
             current["stage"] = stage
-            if self.shows_progress and self.verbose:
+            if not stage:
+                done.set()
+            elif self.shows_progress and self.verbose:
                 say(f"planner: {stage}")
 
         # In a log, a spinner is noise: there, progress is what --verbose says.
         if not self.shows_progress or self.verbose or not sys.stderr.isatty():
             yield update
             return
-        done = threading.Event()
 
         def spin() -> None:
             if done.wait(_SHOW_AFTER_SECONDS):

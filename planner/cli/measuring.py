@@ -12,12 +12,12 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from planner.api import budget as under
 from planner.api import compile as compile_model
-from planner.api import graph_of, kept_image_tokens, plan_of, restore
-from planner.ir.cost import Workload
+from planner.api import graph_of, kept_image_tokens, plan_of, prompt_of, restore
 from planner.ir.errors import PlannerError
 from planner.loading import count_image_tokens
 from planner.planning.compiler import Request
@@ -72,15 +72,15 @@ def measure(
         progress("warm up")
         _time(model, inputs, decode, nullcontext())
         plans, ran = {}, {}
-        workload = Workload.default(graph_of(model), **load, new_tokens=decode, batch=batch)
+        workload = replace(prompt_of(model, inputs), new_tokens=decode, logits=1)
         costs = PlanCosts(graph_of(model), workload)
         for fraction in fractions:
-            with under(model, fraction) as plan:
-                plans[fraction] = plan
+            with under(model, fraction):
                 _time(model, inputs, decode, nullcontext())
+                plans[fraction] = plan_of(model)
                 # An adaptive selector may have kept less than the plan counts with.
                 kept = {k: max(counts) for k, counts in kept_image_tokens(model).items()}
-                ran[fraction] = costs.of(plan, kept)["flops"]["fraction"]
+                ran[fraction] = costs.of(plans[fraction], kept)["flops"]["fraction"]
         whom: tuple[float | None, ...] = (None, *plans)
         runs: dict[float | None, list[tuple[float, float, int]]] = {which: [] for which in whom}
         for index in range(repeat):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ from planner.cli.explain import layer_rows, print_layers, skipped
 from planner.cli.kernels import KernelsToRun, kernels_to_run
 
 if TYPE_CHECKING:
+    from planner.ir.cost import Workload
     from planner.ir.graph import Graph
     from planner.kernels.choice import Kernels
     from planner.kernels.targets.loaded_kernels import Loaded
@@ -31,11 +33,13 @@ class _Question:
     """What is asked, and where it is answered."""
 
     prompt: str
-    picture: Any
+    pictures: Sequence[Any]
     dtype: str
     place: str
     kernels: Kernels
     generated: Loaded | None
+    # What is told the answer while it is made; None where nobody reads along.
+    say: Callable[[str], None] | None = None
 
     def kernels_used(self) -> AbstractContextManager[Any]:
         """Inside, launches are served by generated kernels, if the user named some."""
@@ -51,7 +55,7 @@ class _Answer:
         plan: that was followed.
         cost: that it was made with.
         graph: of the model.
-        image_tokens, text_tokens: of the prompt.
+        prompt: its sizes.
         kept: layer of a token stage -> image tokens that were left.
         scheduled: what decided, where that was a scheduler.
     """
@@ -60,8 +64,7 @@ class _Answer:
     plan: Plan
     cost: Any
     graph: Graph
-    image_tokens: int
-    text_tokens: int
+    prompt: Workload
     kept: dict[int, int]
     scheduled: Scheduled | None = None
 
@@ -75,7 +78,9 @@ def run_command(
     request: Request,
     console: Console,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
-    image: Annotated[Path | None, typer.Option("--image", "-i", help="A picture.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", "-i", help="A picture; may be given again.")
+    ] = None,
     plan: Annotated[
         Path | None, typer.Option("--plan", help="A plan or schedule, instead of a budget.")
     ] = None,
@@ -88,7 +93,6 @@ def run_command(
     kernels: KernelsToRun = "auto",
 ) -> None:
     """Answer one question, running only what the plan keeps."""
-    from planner.ir.cost import Workload
     from planner.ir.errors import InputError
     from planner.loading import load_image
     from planner.models.scheduling import compile_schedule
@@ -100,7 +104,7 @@ def run_command(
         raise InputError("--new-tokens must be at least 1")
     if request.kv is not None and (plan is not None or scheduler is not None):
         raise InputError("--kv is part of a plan: give it with --budget, not beside another plan")
-    if request.tokens is not None and image is None:
+    if request.tokens is not None and not image:
         raise InputError(f"--tokens {request.tokens} picks image tokens: give an --image too")
     schedule = None
     if plan is not None and is_schedule(plan):
@@ -112,23 +116,26 @@ def run_command(
     if plan is not None and (decided or request.utilities != type(request).utilities):
         raise InputError("--plan is a whole plan: give it without --budget, --tokens, --utilities")
     request.limits()
-    picture = load_image(image) if image else None
-    question = _Question(prompt, picture, dtype, place, *kernels_to_run(kernels, place))
+    pictures = [load_image(path) for path in image or ()]
     with console.status() as update:
+        say = None if console.as_json else partial(_say, update)
+        on = kernels_to_run(kernels, place)
+        question = _Question(prompt, pictures, dtype, place, *on, say)
         if schedule is not None:
             ran = _run_scheduled(schedule, request, question, update)
         else:
             ran = _run_planned(loaded, request, question, update)
-    load = Workload.default(ran.graph, ran.image_tokens, ran.text_tokens, ran.facts["tokens"] - 1)
+    # The output embedding is computed for the last token alone.
+    prompt_ran = replace(ran.prompt, new_tokens=ran.facts["tokens"] - 1, logits=1)
+    of = prompt_ran.image_tokens
     document = {
         **ran.facts,
         "cost": ran.cost,
-        "cost_of_this_prompt": PlanCosts(ran.graph, load).of(ran.plan, ran.kept),
+        "cost_of_this_prompt": PlanCosts(ran.graph, prompt_ran).of(ran.plan, ran.kept),
         "image_tokens": [
-            {"layer": layer, "of": ran.image_tokens, "kept": left}
-            for layer, left in ran.kept.items()
+            {"layer": layer, "of": of, "kept": left} for layer, left in ran.kept.items()
         ],
-        "skipped": skipped(ran.plan, ran.graph, ran.image_tokens, ran.kept),
+        "skipped": skipped(ran.plan, ran.graph, of, ran.kept),
         "scope": ran.plan.provenance.get("scope"),
         "utilities": ran.plan.provenance.get("utilities"),
     }
@@ -139,7 +146,6 @@ def run_command(
     if console.as_json:
         print_json(document)
         return
-    print(document["answer"])
     if not console.quiet:
         _print_facts(document)
 
@@ -149,18 +155,18 @@ def _run_planned(
 ) -> _Answer:
     """Answer under one plan, made for this prompt where none is given."""
     from planner.api import compile as compile_model
-    from planner.api import graph_of, kept_image_tokens, plan_of
+    from planner.api import graph_of, kept_image_tokens, plan_of, prompt_of
     from planner.loading import count_image_tokens, load_model, prompt_inputs
 
     update("load")
     model, processor, _ = load_model(
         request.model, question.dtype, question.place, request.trust_remote_code
     )
-    inputs = prompt_inputs(model, processor, question.prompt, question.picture)
+    inputs = prompt_inputs(model, processor, question.prompt, *question.pictures)
     image_tokens = count_image_tokens(model, inputs)
     text_tokens = int(inputs["input_ids"].shape[1]) - image_tokens
     request = replace(request, image_tokens=image_tokens, text_tokens=text_tokens)
-    if question.picture is None and image_tokens == 0:
+    if not question.pictures and image_tokens == 0:
         axes = [axis for axis in request.switches.split(",") if axis != "tokens"]
         request = replace(request, switches=",".join(axes))
     update("compile")
@@ -172,13 +178,14 @@ def _run_planned(
         "progress": lambda done, total: update(f"measure what switches are worth: {done}/{total}"),
     }
     compile_model(model, request.budget, plan=plan, **chosen, **options)
-    made = plan_of(model)
+    prompt = prompt_of(model, inputs)
     if question.generated is not None:
-        question.generated.check(graph_of(model), made, model.dtype)
+        question.generated.check(graph_of(model), plan_of(model), model.dtype)
     update("generate")
     facts = _generate(model, processor, inputs, request.new_tokens, question)
     kept = {layer: counts[0] for layer, counts in kept_image_tokens(model).items()}
-    return _Answer(facts, made, made.cost, graph_of(model), image_tokens, text_tokens, kept)
+    made = plan_of(model)
+    return _Answer(facts, made, made.cost, graph_of(model), prompt, kept)
 
 
 # Fields of a Request that `planner.compile` is given otherwise.
@@ -201,12 +208,13 @@ def _run_scheduled(
         schedule, question.dtype, question.place, request.trust_remote_code
     )
     graph = scheduled.graph
-    inputs = prompt_inputs(model, processor, question.prompt, question.picture)
+    inputs = prompt_inputs(model, processor, question.prompt, *question.pictures)
     image_tokens = count_image_tokens(model, inputs)
     text_tokens = int(inputs["input_ids"].shape[1]) - image_tokens
     stages = stages_of(schedule.tokens, image_tokens, int(graph.properties["image_tokens"]))
     workload = Workload.default(graph, image_tokens, text_tokens, request.new_tokens)
-    session_on(model, graph, kernels=question.kernels)
+    session = session_on(model, graph, kernels=question.kernels)
+    prompt = session.implementation.prompt_of(inputs)
     if question.generated is not None:
         question.generated.check(graph, None, model.dtype)
     update("generate")
@@ -217,7 +225,14 @@ def _run_scheduled(
     # Schedulers budget the language model alone.
     plan = replace(plan, provenance={**plan.provenance, "scope": "llm"})
     cost = PlanCosts(graph, workload).of(plan)
-    return _Answer(facts, plan, cost, graph, image_tokens, text_tokens, kept, scheduled)
+    return _Answer(facts, plan, cost, graph, prompt, kept, scheduled)
+
+
+def _say(update: Callable[[str], None], text: str) -> None:
+    """Print a piece of the answer, and stop saying what is being done."""
+    if text:
+        update("")
+        print(text, end="", flush=True)
 
 
 def _print_facts(document: dict[str, Any]) -> None:
@@ -252,23 +267,31 @@ def _generate(
     model: Any, processor: Any, inputs: dict[str, Any], new_tokens: int, question: _Question
 ) -> dict[str, Any]:
     """The answer, its tokens, seconds of the prefill, tokens a second of the rest, cache bytes."""
-    from transformers.generation.streamers import BaseStreamer
+    from transformers.generation.streamers import TextStreamer
 
     from planner.loading import refuse_nan
     from planner.models.running.kv_cache import cache_among, kv_bytes
 
-    class Clock(BaseStreamer):  # type: ignore[misc]
-        """Notes when each token comes: first the prompt, then one at a time."""
+    class Clock(TextStreamer):  # type: ignore[misc]
+        """Notes when each token comes - first the prompt, then one at a time - and hands it on."""
 
-        def __init__(self) -> None:
+        def __init__(self, tokenizer: Any) -> None:
+            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
             self.times: list[float] = []
+            self.begun = False
 
         def put(self, value: Any) -> None:
             self.times.append(time.perf_counter())
+            super().put(value)
 
-        def end(self) -> None: ...
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            text = text if self.begun else text.lstrip()
+            self.begun = self.begun or bool(text)
+            if question.say is not None:
+                question.say(text + "\n" * stream_end)
 
-    clock = Clock()
+    tokenizer = getattr(processor, "tokenizer", processor)
+    clock = Clock(tokenizer)
     with _counted() as launches, question.kernels_used():
         run = model.generate(
             **inputs,
@@ -279,7 +302,6 @@ def _generate(
             return_dict_in_generate=True,
         )
     length = int(inputs["input_ids"].shape[1])
-    tokenizer = getattr(processor, "tokenizer", processor)
     answer = tokenizer.decode(run.sequences[0, length:], skip_special_tokens=True).strip()
     prompt, first, *rest = clock.times
     spent = (rest[-1] - first) if rest else 0.0

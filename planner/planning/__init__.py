@@ -14,5 +14,6 @@ Enters: a model's config or Graph, a budget. Leaves: a `planner.plan.Plan`. Impo
     config_sizes   what a stock config can say of a plan
     compiler       all of it, in order
     plan_costs     what a plan costs on another prompt
+    prompt_costs   plans for any prompt, from a frontier that is computed once
     figures        what a plan's file states, computed again
 """

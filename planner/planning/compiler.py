@@ -28,7 +28,7 @@ from planner.planning.switches import SwitchSet, with_switches
 from planner.planning.unit_counting import faithful_problem, unfold
 from planner.planning.utilities import Utilities, load_utilities, prior, uniform
 from planner.solver import Solution, solve, solve_uniform
-from planner.solver.problem import Problem
+from planner.solver.problem import Choice, Problem
 
 DEFAULT_DEVICE = "a100-40g"
 # What a fraction is of: everything, or the decoder and lm_head alone.
@@ -274,9 +274,33 @@ def _plan(
     pricing: Pricing, problem: Problem, solution: Solution, budget: Budget, utilities: Utilities
 ) -> Plan:
     """Write a solution down as a Plan, and price the plan afresh."""
+    choice, switches = solution.choice, pricing.switches
+    keep = pricing.token_options[choice.token_option]
+    if switches.faithful:
+        choice = unfold(choice, pricing.graph, utilities)
+    plan = written(pricing, choice, keep, budget, utilities)
+    costs, base = pricing.cost_of(plan), pricing.base
+    if switches.faithful:
+        limit = int(problem.limits[0])
+        used = {"units": solution.cost["units"] / limit if limit else 1.0}
+    else:
+        used = _utilisation(costs, pricing.limits(budget))
+    return replace(plan, cost=compared(costs, base, base), utilisation=used, solver=solution.facts)
+
+
+def written(
+    pricing: Pricing, choice: Choice, keep: Sequence[int], budget: Budget, utilities: Utilities
+) -> Plan:
+    """A choice as a Plan that says what it was made for, but not what it costs.
+
+    Args:
+        pricing: for the workload.
+        choice: what stays on.
+        keep: image tokens left behind each token stage; () where none is dropped.
+        budget: what was asked for.
+        utilities: what everything was worth.
+    """
     graph, switches, load = pricing.graph, pricing.switches, pricing.workload
-    choice = unfold(solution.choice, graph, utilities) if switches.faithful else solution.choice
-    keep = pricing.token_options[choice.token_option] if pricing.stages else ()
     stages: list[TokenStage] = []
     for layer, count in zip(pricing.stages, keep, strict=True):
         before = stages[-1].keep if stages else load.image_tokens
@@ -288,23 +312,6 @@ def _plan(
         tokens=tuple(stages),
         kv="" if switches.kv is None else str(switches.kv),
         budget=budget.describe(),
-    ).keeping((s, choice.kept[s.name]) for s in graph.sites if s.name in choice.kept)
-    costs, base = pricing.cost_of(plan), pricing.base
-    if switches.faithful:
-        limit = int(problem.limits[0])
-        used = {"units": solution.cost["units"] / limit if limit else 1.0}
-    else:
-        used = _utilisation(costs, pricing.limits(budget))
-    return replace(
-        plan,
-        cost=compared(costs, base, base),
-        utilisation=used,
-        solver={
-            "status": solution.status,
-            "utility": solution.utility,
-            "bound": solution.bound,
-            "gap": solution.gap,
-        },
         provenance={
             "planner": __version__,
             "switches": switches.name,
@@ -312,12 +319,10 @@ def _plan(
             **({"recover": utilities.recover} if utilities.recover else {}),
             "scope": pricing.scope,
             "device": pricing.device.name,
-            "image_tokens": load.image_tokens,
-            "text_tokens": load.text_tokens,
-            "new_tokens": load.new_tokens,
-            "batch": load.batch,
+            **load.facts,
         },
     )
+    return plan.keeping((s, choice.kept[s.name]) for s in graph.sites if s.name in choice.kept)
 
 
 def _utilisation(costs: Mapping[str, float], limits: Mapping[str, int]) -> dict[str, float]:

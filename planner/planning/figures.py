@@ -34,9 +34,8 @@ def check_figures(plan: Plan, graph: Graph) -> None:
     """
     plan.check(graph)
     facts = plan.provenance
-    names = ("image_tokens", "text_tokens", "new_tokens", "batch")
-    if plan.cost and all(name in facts for name in names):
-        workload = Workload.default(graph, *(facts[name] for name in names))
+    workload = Workload.stated(graph, facts)
+    if plan.cost and workload is not None:
         as_planned, dense = _pricings(graph, plan, workload)
         costs = as_planned.cost_of(plan)
         known = compared(costs, dense.base, costs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from planner.ir.cost import Workload
@@ -48,6 +48,20 @@ class PlanCosts:
         pricing = pricing_for(plan, self.graph, self.workload, scope, chip)
         costs = pricing.cost_of(replace(plan, tokens=tuple(stages)))
         return compared(costs, self._base[scope], ("flops", "kv"))
+
+    def of_all(self, plans: Sequence[Plan]) -> dict[str, dict[str, float]]:
+        """What plans cost that each serve as many samples of the workload's batch."""
+        if len(plans) == 1:
+            return self.of(plans[0])
+        load = replace(self.workload, batch=self.workload.batch // len(plans))
+        if load.encoder_flops is not None:
+            load = replace(load, encoder_flops=load.encoder_flops // len(plans))
+        each = [replace(self, workload=load, _base={}).of(plan) for plan in plans]
+        sums = [
+            {metric: sum(cost[metric][which] for cost in each) for metric in each[0]}
+            for which in ("plan", "base")
+        ]
+        return compared(sums[0], sums[1], each[0])
 
 
 def pricing_for(plan: Plan, graph: Graph, workload: Workload, scope: str, chip: Device) -> Pricing:

@@ -7,7 +7,7 @@ adds up is what the narrowed Graph costs. Layers that are alike are priced once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -28,6 +28,7 @@ from planner.planning.switches import SwitchSet
 from planner.planning.utilities import Utilities
 from planner.solver.problem import (
     COST_CEILING,
+    Costs,
     LayerChoices,
     Pair,
     Problem,
@@ -98,9 +99,14 @@ class Pricing:
         graph: Graph,
         layer: int | None,
         option: tuple[int, ...],
+        rows: int = 1,
     ) -> npt.NDArray[np.int64]:
-        """(flops, latency in ps, KV bytes, memory bytes) of operators; shape (4,)."""
+        """(flops, latency in ps, KV bytes, memory bytes) of operators; shape (4,).
+
+        `rows`: of every sample, where operators run on so many rather than on one.
+        """
         prefill = self._sizes(layer, option, context=False)
+        prefill["batch"] *= rows
         costs = [price(operator, graph, prefill, self.device) for operator in operators]
         if self.switches.kv is not None and layer is not None:
             # A cache that evicts computes the scores of all queries once more: one product of two.
@@ -155,15 +161,33 @@ class Pricing:
             grouped.setdefault(key, []).append(operator)
         return grouped
 
-    def outside(self, option: tuple[int, ...]) -> npt.NDArray[np.int64]:
-        """Cost of everything outside the decoder layers; shape (4,)."""
-        operators = self._by_layer[None]
-        before = [o for o in operators if o.part in ("vision", "projector") or not o.inputs]
-        after = [o for o in operators if o not in before]
-        cost = self._vector(before, self.graph, None, option)
-        cost = cost + self._vector(after, self.graph, self.graph.layers, option)
+    @cached_property
+    def encoder(self) -> npt.NDArray[np.int64]:
+        """Cost of what runs in front of the decoder; shape (4,)."""
+        operators = [o for o in self._by_layer[None] if o.part in ("vision", "projector")]
+        cost = self._vector(operators, self.graph, None, ())
+        if self.workload.encoder_flops is not None and self.scope == "model":
+            cost[0] = self.workload.encoder_flops
+        return cost
+
+    @cached_property
+    def outside(self) -> npt.NDArray[np.int64]:
+        """Cost of everything outside the decoder layers; shape (4,).
+
+        Tokens that a stage drops are back in their places behind the last layer.
+        """
+        cost = self.encoder + self.ends
         cost[3] += self._working_bytes
         return cost
+
+    @cached_property
+    def ends(self) -> npt.NDArray[np.int64]:
+        """Cost of the decoder besides its layers, output embedding included; shape (4,)."""
+        found = [o for o in self._by_layer[None] if o.part not in ("vision", "projector")]
+        head = [o for o in found if o.part == "head"]
+        others = [o for o in found if o.part != "head"]
+        cost = self._vector(others, self.graph, None, ())
+        return cost + self._vector(head, self.graph, None, (), self.workload.logits)
 
     def selection(self, option: tuple[int, ...], plan: Plan | None = None) -> npt.NDArray[np.int64]:
         """Cost of scoring and gathering tokens at every stage that drops any; shape (4,).
@@ -299,7 +323,7 @@ class Pricing:
         if self.switches.kv is not None:
             return replace(self, switches=replace(self.switches, kv=None), _layer_memo={}).base
         option = (self.workload.image_tokens,) * len(self.stages)
-        cost = self.outside(option)
+        cost = self.outside
         for layer in range(self.graph.layers):
             sites = [s for s in self.graph.sites_at(layer) if s.kind != "layer"]
             cost = cost + self.fixed(layer, option, sites)
@@ -315,7 +339,7 @@ class Pricing:
             keep = by_layer.get(stage, keep)
             option.append(keep)
         kept = tuple(option)
-        cost = self.outside(kept) + self.selection(kept, plan)
+        cost = self.outside + self.selection(kept, plan)
         for layer in range(self.graph.layers):
             if layer not in plan.layers_off:
                 cost = cost + self._layer_cost(plan, layer, kept)
@@ -344,54 +368,28 @@ class Pricing:
 
     def limits(self, budget: Budget) -> dict[str, int]:
         """Metric -> limit in the integer units of the tables, rounded down."""
-        limits = {}
-        for limit in budget.limits:
-            scale = COUNTED[limit.metric]
-            of = round(self.base[limit.metric] * scale) if limit.of_base else scale
-            # No plan costs more, and tables are of 64 bits.
-            limits[limit.metric] = min(math.floor(limit.value * of), COST_CEILING)
-        return limits
+        return limits_of(budget, self.base)
 
     def problem(self, budget: Budget, utilities: Utilities) -> Problem:
         """The Problem: every switch's worth and cost, and the limits."""
         limits = self.limits(budget)
         rows = [list(COUNTED).index(metric) for metric in limits]
-        usable = {site.name for site in self.switches.usable(self.graph)}
         options = self.token_options
-        layers = []
-        for layer in range(self.graph.layers):
-            here = self.graph.sites_at(layer)
-            sites = [s for s in here if s.kind != "layer" and s.name in usable]
-            optional = any(s.kind == "layer" and s.name in usable for s in here)
-            fixed = np.stack([self.fixed(layer, option, sites)[rows] for option in options])
-            worth = utilities.of_layer(here) if optional and not sites else 0.0
-            layers.append(
-                LayerChoices(
-                    name=f"layer.{layer}",
-                    utility=worth,
-                    costs=fixed,
-                    optional=optional,
-                    sites=tuple(
-                        SiteChoices(
-                            name=site.name,
-                            utilities=utilities.of_site(site),
-                            costs=np.stack([self.table(site, option)[rows] for option in options]),
-                        )
-                        for site in sites
-                    ),
-                )
-            )
-        of = self.workload.image_tokens
+        layers = self.choices(
+            utilities,
+            lambda layer, sites: np.stack([self.fixed(layer, o, sites)[rows] for o in options]),
+            lambda site: np.stack([self.table(site, option)[rows] for option in options]),
+        )
         count = self.graph.layers
-        fractions = [_mean_kept(option, self.stages, count, of) for option in options]
+        shares = [self.share_kept(option) for option in options]
         tokens = tuple(
             TokenOption(
                 keep=option,
-                utility=utilities.of_tokens(fraction),
-                costs=(self.outside(option) + self.selection(option))[rows],
-                layer_losses=utilities.with_tokens(fraction, count),
+                utility=utilities.of_tokens(share),
+                costs=(self.outside + self.selection(option))[rows],
+                layer_losses=utilities.with_tokens(share, count),
             )
-            for option, fraction in zip(options, fractions, strict=True)
+            for option, share in zip(options, shares, strict=True)
         )
         units = {x.name for x in layers if x.optional} | {s.name for x in layers for s in x.sites}
         pairs = tuple(
@@ -400,7 +398,49 @@ class Pricing:
             if {one, other} <= units
         )
         maxima = np.array(list(limits.values()), dtype=np.int64)
-        return Problem(tuple(limits), maxima, tokens, tuple(layers), pairs)
+        return Problem(tuple(limits), maxima, tokens, layers, pairs)
+
+    def choices(
+        self,
+        utilities: Utilities,
+        fixed: Callable[[int, Sequence[Site]], Costs],
+        table: Callable[[Site], Costs],
+    ) -> tuple[LayerChoices, ...]:
+        """Every layer's switches.
+
+        Args:
+            utilities: what they are worth.
+            fixed: costs of a layer besides its sites, shape (token options, metrics).
+            table: costs of a site, shape (token options, metrics, switches + 1).
+        """
+        usable = {site.name for site in self.switches.usable(self.graph)}
+        layers = []
+        for layer in range(self.graph.layers):
+            here = self.graph.sites_at(layer)
+            sites = [s for s in here if s.kind != "layer" and s.name in usable]
+            optional = any(s.kind == "layer" and s.name in usable for s in here)
+            layers.append(
+                LayerChoices(
+                    name=f"layer.{layer}",
+                    utility=utilities.of_layer(here) if optional and not sites else 0.0,
+                    costs=fixed(layer, sites),
+                    optional=optional,
+                    sites=tuple(
+                        SiteChoices(site.name, utilities.of_site(site), table(site))
+                        for site in sites
+                    ),
+                )
+            )
+        return tuple(layers)
+
+    def share_kept(self, option: tuple[int, ...]) -> float:
+        """Share of image tokens that an option keeps, averaged over the layers behind a stage."""
+        of = self.workload.image_tokens
+        if not option or not of:
+            return 1.0
+        ends = [*self.stages[1:], self.graph.layers]
+        covered = [end - start for start, end in zip(self.stages, ends, strict=True)]
+        return sum(k / of * c for k, c in zip(option, covered, strict=True)) / sum(covered)
 
     def work(self) -> dict[str, float]:
         """Site name -> FLOPs of all its switches, for utilities that follow the work."""
@@ -416,6 +456,22 @@ class Pricing:
         return work
 
 
+def limits_of(budget: Budget, base: Mapping[str, float]) -> dict[str, int]:
+    """Metric -> limit in the integer units of the tables, rounded down.
+
+    Args:
+        budget: what is limited.
+        base: what the base model costs in these metrics.
+    """
+    limits = {}
+    for limit in budget.limits:
+        scale = COUNTED[limit.metric]
+        of = round(base[limit.metric] * scale) if limit.of_base else scale
+        # No plan costs more, and tables are of 64 bits.
+        limits[limit.metric] = min(math.floor(limit.value * of), COST_CEILING)
+    return limits
+
+
 def compared(
     costs: Mapping[str, float], base: Mapping[str, float], metrics: Iterable[str]
 ) -> dict[str, dict[str, float]]:
@@ -428,11 +484,3 @@ def compared(
         }
         for metric in metrics
     }
-
-
-def _mean_kept(option: tuple[int, ...], stages: Sequence[int], layers: int, of: int) -> float:
-    """Fraction of image tokens kept, averaged over the layers that a stage covers."""
-    if not option or not of:
-        return 1.0
-    covered: list[int] = np.diff([*stages, layers]).tolist()
-    return sum(k / of * c for k, c in zip(option, covered, strict=True)) / sum(covered)

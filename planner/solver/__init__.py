@@ -15,14 +15,14 @@ or a bare `Choice` from the rule. Nothing here knows of graphs, models or device
     search         branches in the order of their bounds
     exact          the exact solver, of all of these
     equal_widths   the best choice with equal counts in every layer
-    hull           all limits of one metric at once
-    frontier       answers for any of them in milliseconds
+    hull           the best choices along one metric
+    frontier       answers for any prompt and any limits in milliseconds, read off hulls
     greedy         the rule: take switches while they fit
 """
 
 from planner.solver.equal_widths import solve_uniform
 from planner.solver.exact import solve
-from planner.solver.frontier import Frontier
+from planner.solver.frontier import Frontier, Prices
 from planner.solver.greedy import Scores, take_while_fits
 from planner.solver.solution import TOLERANCE, Infeasible, Solution
 
@@ -30,6 +30,7 @@ __all__ = [
     "TOLERANCE",
     "Frontier",
     "Infeasible",
+    "Prices",
     "Scores",
     "Solution",
     "solve",

@@ -10,7 +10,7 @@ import numpy as np
 
 from planner.ir.errors import InputError
 from planner.solver.branch import Assignment, Scale, Tables
-from planner.solver.problem import Choice, Costs, Problem
+from planner.solver.problem import Choice, Costs, Problem, TokenOption
 from planner.solver.reach import within_reach
 
 #: An answer is called optimal if its gap, rounding of utilities included, is at most this.
@@ -28,6 +28,11 @@ class Solution:
     status: Literal["optimal", "feasible"]  # optimal where the gap is at most `TOLERANCE`
     cost: Mapping[str, int]  # metric -> cost of the choice, recomputed from the problem
     seconds: float = field(compare=False)  # of the search
+
+    @property
+    def facts(self) -> dict[str, float | str]:
+        """What a plan says of it."""
+        return {name: getattr(self, name) for name in ("status", "utility", "bound", "gap")}
 
 
 class Infeasible(InputError):
@@ -56,23 +61,40 @@ def feasible_options(problem: Problem) -> list[int]:
     Raises:
         Infeasible: if there is none.
     """
-    costs, limits = problem.smallest_costs(), problem.limits
+    costs = problem.smallest_costs()
+    return within_limits(problem.metrics, problem.limits, costs, problem.tokens)
+
+
+def within_limits(
+    metrics: Sequence[str], limits: Costs, costs: Costs, tokens: Sequence[TokenOption]
+) -> list[int]:
+    """The token options whose cheapest choice respects all limits.
+
+    Args:
+        metrics: names.
+        limits: shape (metrics,).
+        costs: of the cheapest choices, shape (token options, metrics).
+        tokens: the token options.
+
+    Raises:
+        Infeasible: if there is none.
+    """
     options: list[int] = np.flatnonzero((costs <= limits).all(axis=1)).tolist()
     if options:
         return options
     smallest = costs.min(axis=0).tolist()
     parts = [
         f"{metric} is limited to {limit}, and the smallest possible is {least}"
-        for metric, limit, least in zip(problem.metrics, limits.tolist(), smallest)
+        for metric, limit, least in zip(metrics, limits.tolist(), smallest)
         if least > limit
     ]
     if parts:
         raise Infeasible("the limits cannot be met: " + "; ".join(parts))
     closest = int((costs / np.maximum(limits, 1)).max(axis=1).argmin())
     raise Infeasible(
-        f"each limit can be met alone but not all together ({listed(problem.metrics, limits)}): "
-        f"the closest is to keep {problem.tokens[closest].keep} image tokens, which needs at least "
-        f"{listed(problem.metrics, costs[closest])}"
+        f"each limit can be met alone but not all together ({listed(metrics, limits)}): "
+        f"the closest is to keep {tokens[closest].keep} image tokens, which needs at least "
+        f"{listed(metrics, costs[closest])}"
     )
 
 
@@ -88,21 +110,40 @@ def certify(
         bound: in the integer units of `tables`, an upper bound on every feasible assignment.
         seconds: what the search took.
     """
-    problem, scale = tables.problem, tables.scale
+    problem = tables.problem
     choice = tables.choice(option, assignment)
     if not problem.is_feasible(choice):
         raise AssertionError("the solver made a choice that breaks a limit: this is a bug")
-    utility = problem.utility(choice)
-    certified = max(scale.real(bound + scale.slack), utility)
+    cost = dict(zip(problem.metrics, problem.cost(choice).tolist()))
     # Of what fits the problem's own limits, which may be lower than those of the tables.
     negligible = Scale.of(within_reach(problem)).negligible
-    gap = (certified - utility) / max(abs(utility), negligible)
+    return certified(tables, option, assignment, bound, cost, negligible, seconds)
+
+
+def certified(
+    tables: Tables,
+    option: int,
+    assignment: Assignment,
+    bound: int,
+    cost: Mapping[str, int],
+    negligible: float,
+    seconds: float,
+) -> Solution:
+    """The same for an assignment that is known to fit, and to cost so much by metric.
+
+    `negligible`: see `Scale`.
+    """
+    problem, scale = tables.problem, tables.scale
+    choice = tables.choice(option, assignment)
+    utility = problem.utility(choice)
+    upper = max(scale.real(bound + scale.slack), utility)
+    gap = (upper - utility) / max(abs(utility), negligible)
     return Solution(
         choice=choice,
         utility=utility,
-        bound=certified,
+        bound=upper,
         gap=gap,
         status="optimal" if gap <= TOLERANCE else "feasible",
-        cost=dict(zip(problem.metrics, problem.cost(choice).tolist())),
+        cost=cost,
         seconds=seconds,
     )

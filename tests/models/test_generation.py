@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from families import IMAGE, cached
+from families import IMAGE, IMAGE_END, IMAGE_START, VIDEO, cached
 from plans import dense_plan, plan_of
 from restored import same_state, snapshot
 from transformers import DynamicCache
@@ -281,10 +281,7 @@ def test_bad_input_is_refused_in_one_sentence_and_the_model_stays_good(llava):
     inputs = family.inputs()
     stock = family.model(**inputs).logits
     before = snapshot(family.model)
-    text = {name: inputs[name][:, -5:] for name in ("input_ids", "attention_mask")}
     plan, tokens = planned(graph), planned(graph, tokens=STAGES)
-    with session.under(tokens), refused("the prompt has no image"):
-        family.model(**text)
     with session.under(tokens), refused("input_ids rather than inputs_embeds"):
         family.model(inputs_embeds=torch.randn(1, 5, 64))
     for bad in (float("nan"), float("inf")):
@@ -345,3 +342,137 @@ def test_gradients_reach_gates(llava):
     for name, gate in gates.items():
         assert gate[1].grad.isfinite().all(), name
         assert gate[1].grad.abs().sum() > 0, name
+
+
+# -- assistants, texts, videos, attention weights, batching ----------------------------------------
+
+
+def with_repetition(family):
+    """A prompt whose end has been there before, so that a look-up drafts in the first pass."""
+    inputs = family.inputs(before=(30,), after=(12,))
+    inputs["input_ids"][0, -8:] = inputs["input_ids"][0, 2:10]
+    return inputs
+
+
+@pytest.mark.parametrize("selector", ["fastv", "sparsevlm", "uniform", "random"])
+def test_an_assistant_changes_nothing(llava, selector):
+    """Drafts stand behind the prompt when its image tokens are chosen, and have no say in that."""
+    family, graph = llava
+    inputs = with_repetition(family)
+    stages = (TokenStage(2, 9, 16, selector), TokenStage(3, 4, 16, selector))
+    assistant = copy.deepcopy(family.model)
+    greedy = {"do_sample": False, "max_new_tokens": 12}
+    with session_on(family.model, graph).under(planned(graph, tokens=stages)):
+        expected = family.model.generate(**inputs, **greedy)
+        for more in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": assistant}):
+            assert torch.equal(family.model.generate(**inputs, **greedy, **more), expected)
+
+
+@torch.no_grad()
+def test_fastv_scores_by_the_end_of_the_prompt_and_not_by_drafts(llava):
+    family, graph = llava
+    inputs = family.inputs(after=(12,))
+    session = session_on(family.model, graph)
+    with session.under(plan_of(graph, tokens=(TokenStage(2, 5, 16, "fastv"),))):
+        cache = DynamicCache()
+        family.model(**inputs, **cached(family.model, cache))
+        for drafts in (1, 4):
+            longer = {
+                name: torch.cat([inputs[name], torch.full((1, drafts), fill)], 1)
+                for name, fill in (("input_ids", 77), ("attention_mask", 1))
+            }
+            other = DynamicCache()
+            pixels = {"pixel_values": inputs["pixel_values"]}
+            family.model(
+                **longer, **pixels, **cached(family.model, other), logits_to_keep=1 + drafts
+            )
+            kept, known = (c.layers[2].parts[0].keys.positions for c in (other, cache))
+            assert torch.equal(kept[:, :-drafts], known)
+
+
+@pytest.mark.parametrize(
+    "options", [{"assistant_early_exit": 1}, {"assistant_early_exit": 2}], ids=["one", "two"]
+)
+def test_the_first_layers_as_an_assistant(qwen3, options):
+    family, graph = qwen3
+    inputs = family.inputs(before=(9,))
+    greedy = {"do_sample": False, "max_new_tokens": 8}
+    for plan in (
+        plan_of(graph, layers_off=(1,), heads={2: (1,)}),
+        plan_of(graph, layers_off=(0,), mlp={1: (0, 3, 4)}),
+    ):
+        with session_on(family.model, graph).under(plan):
+            expected = family.model.generate(**inputs, **greedy)
+            assert torch.equal(family.model.generate(**inputs, **greedy, **options), expected)
+
+
+@pytest.mark.parametrize("selector", ["fastv", "uniform", "visionzip:dominant=4,contextual=2"])
+@torch.no_grad()
+def test_a_prompt_of_text_under_a_plan_that_drops_image_tokens(llava, selector):
+    family, graph = llava
+    text = family.inputs(2, images=0, before=(3, 9))
+    stages = (TokenStage(0 if ":" in selector else 2, 6, 16, selector),)
+    session = session_on(family.model, graph)
+    runs = []
+    for tokens in (stages, ()):
+        with session.under(planned(graph, heads={}, tokens=tokens)):
+            runs.append(family.model.generate(**text, max_new_tokens=5, do_sample=False))
+            assert session.implementation.kept_image_tokens == {}
+    assert torch.equal(*runs)
+
+
+@torch.no_grad()
+def test_tokens_of_a_video_are_dropped_as_those_of_images(lowered_family):
+    family, graph = lowered_family("qwen2_5_vl")
+    ids = torch.tensor([[1, 5, IMAGE_START, *[VIDEO] * 16, IMAGE_END, 8, 9, 10]])
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values_videos": torch.randn(64, 96, generator=torch.Generator().manual_seed(0)),
+        "video_grid_thw": torch.tensor([[1, 8, 8]]),
+        "mm_token_type_ids": (ids == VIDEO).long() * 2,
+    }
+    session = session_on(family.model, graph)
+    with session.under(plan_of(graph, tokens=(TokenStage(2, 6, 16, "fastv"),))):
+        cache = family.model(**inputs, use_cache=True)
+        cache = next(value for value in cache.values() if hasattr(value, "layers"))
+        assert session.implementation.kept_image_tokens == {2: [6]}
+    assert [layer.keys.shape[2] for layer in cache.layers] == [23, 23, 13, 13]
+
+
+@torch.no_grad()
+def test_attention_weights_have_one_entry_a_layer(llava):
+    family, graph = llava
+    inputs = family.inputs(2)
+    prompt = inputs["input_ids"].shape[1]
+    family.model.set_attn_implementation("eager")
+    session = session_on(family.model, graph)
+    try:
+        for tokens, left in (((), prompt), ((TokenStage(3, 4, 16),), prompt - 12)):
+            with session.under(planned(graph, tokens=tokens)):
+                weights = family.model(**inputs, output_attentions=True).attentions
+                step = family.model.generate(
+                    **inputs, max_new_tokens=2, do_sample=False, output_attentions=True,
+                    return_dict_in_generate=True,
+                ).attentions[1]  # fmt: skip
+            # Two heads a group; layer 0 is off, layer 2 has no head left, layer 1 one group.
+            shapes = [(2, heads, prompt, prompt) for heads in (0, 2, 0)] + [(2, 4, left, left)]
+            assert [tuple(entry.shape) for entry in weights] == shapes
+            keys = [prompt + 1] * 3 + [left + 1]
+            assert [tuple(entry.shape[2:]) for entry in step] == [(1, length) for length in keys]
+        both = [planned(graph), plan_of(graph, heads={3: (0,)})]
+        with session.under(both), refused("one sample at a time"):
+            family.model(**inputs, output_attentions=True)
+    finally:
+        family.model.set_attn_implementation("sdpa")
+
+
+def test_continuous_batching_is_refused(qwen3):
+    family, graph = qwen3
+    session = session_on(family.model, graph)
+    with session.under(planned(graph)), refused("continuous batching"):
+        family.model.generate_batch([[5, 6, 7]])
+    with session.under(dense_plan(graph)):
+        assert family.model.init_continuous_batching() is not None
+    session.close()
+    assert "init_continuous_batching" not in vars(family.model)

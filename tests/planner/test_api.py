@@ -231,6 +231,33 @@ def test_run_on_kernels(cli, cli_json):
     assert "launches of planner's kernels: attend" in out
 
 
+def test_run_streams_what_it_answers(cli, cli_json, picture):
+    """Word by word, and all of it: the first line is the answer that --json has."""
+    asked = ["run", "--model", "tiny-llava", "--image", picture, "--prompt", "how many ?"]
+    asked += ["--new-tokens", "6", "--utilities", "prior", "-b", "0.9"]
+    document = cli_json(*asked)
+    code, out, err = cli(*asked)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == document["answer"]
+    assert cli(*asked, "--quiet")[1] == document["answer"] + "\n"
+
+
+def test_run_takes_several_pictures(cli_json, picture):
+    asked = ["run", "--model", "tiny-llava", "--prompt", "how many ?", "--utilities", "prior"]
+    one, two = (cli_json(*asked, *["--image", picture] * n) for n in (1, 2))
+    bases = [document["cost_of_this_prompt"]["kv"]["base"] for document in (one, two)]
+    assert two["image_tokens"][0]["of"] == 98
+    assert bases[1] > 1.5 * bases[0]
+
+
+def test_run_keeps_to_its_budget_on_the_prompt(cli_json, picture):
+    asked = ["run", "--model", "tiny-llava", "--utilities", "prior", "--prompt"]
+    for question in ("how many ?", "how many red circles and blue squares are there in all ?"):
+        for more in ([], ["--image", picture]):
+            document = cli_json(*asked, question, *more, "--budget", "0.65")
+            assert 0.6 < document["cost_of_this_prompt"]["flops"]["fraction"] <= 0.65
+
+
 def test_run_without_an_image(cli):
     code, out, _ = cli("run", "--model", "tiny-llava", "--prompt", "hello", "-b", "0.7")
     assert code == 0

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import best_by_enumeration, best_by_table, medium_problem, problems
+from problems import best_by_enumeration, best_by_table, frontier_of, medium_problem, problems
 
-from planner.ir.errors import InputError
-from planner.solver import Frontier, Infeasible, solve
+from planner.solver import Infeasible, solve
 from planner.solver.branch import Tables
 from planner.solver.problem import Choice
 from planner.solver.relaxation import best_prices, relax
@@ -27,12 +26,12 @@ def test_every_limit_has_a_feasible_choice_and_a_bound_that_holds(problem, which
     limits[metric] = int(most * share)
     limited = replace(problem, limits=limits)
     best = best_by_enumeration(limited)
-    frontier = Frontier(problem, problem.metrics[metric])
+    frontier = frontier_of(problem, problem.metrics[metric])
     if best is None:
         with pytest.raises(Infeasible):
-            frontier.at(int(limits[metric]))
+            frontier(int(limits[metric]))
         return
-    solution = frontier.at(int(limits[metric]))
+    solution = frontier(int(limits[metric]))
     assert limited.is_feasible(solution.choice)
     assert solution.utility <= best + 1e-9 * max(1.0, abs(best))
     assert solution.bound >= best - 1e-12 * abs(best)
@@ -50,11 +49,11 @@ def linear_program_bound(problem):
 @pytest.mark.parametrize("tables", ["equal", "rounded", "stairs", "random"])
 def test_the_gap_is_small_and_the_bound_is_that_of_the_linear_program(tables):
     problem = medium_problem(5, tables, "gamma", alike=False)
-    frontier = Frontier(problem, "metric0")
+    frontier = frontier_of(problem, "metric0")
     base = int(problem.cost(Choice.everything(problem))[0])
     for share in np.linspace(0.2, 1.0, 17):
         limit = int(base * share)
-        solution = frontier.at(limit)
+        solution = frontier(limit)
         limited = replace(problem, limits=np.array([limit]))
         best = best_by_table(limited)
         assert solution.bound == pytest.approx(linear_program_bound(limited), rel=1e-6)
@@ -66,26 +65,21 @@ def test_the_gap_is_small_and_the_bound_is_that_of_the_linear_program(tables):
 
 def test_more_is_never_worse_in_the_bound():
     problem = medium_problem(6, "random", "gamma", alike=False)
-    frontier = Frontier(problem, "metric0")
+    frontier = frontier_of(problem, "metric0")
     base = int(problem.cost(Choice.everything(problem))[0])
-    bounds = [frontier.at(int(base * share)).bound for share in np.linspace(0.1, 1.2, 23)]
+    bounds = [frontier(int(base * share)).bound for share in np.linspace(0.1, 1.2, 23)]
     assert bounds == sorted(bounds)
-    everything = frontier.at(base)
+    everything = frontier(base)
     assert everything.choice == Choice.everything(problem)
     assert everything.status == "optimal"
 
 
 def test_an_answer_is_the_same_every_time_and_leaves_the_problem_alone():
     problem = medium_problem(7, "random", "uniform", alike=True)
-    frontier = Frontier(problem, "metric0")
+    frontier = frontier_of(problem, "metric0")
     limit = int(problem.limits[0])
-    first = frontier.at(limit)
-    frontier.at(limit * 2)
-    assert frontier.at(limit) == first
+    first = frontier(limit)
+    frontier(limit * 2)
+    assert frontier(limit) == first
     assert problem.limits.tolist() == [limit]
     assert first.bound >= solve(problem).utility
-
-
-def test_an_unknown_metric_is_refused():
-    with pytest.raises(InputError, match="no metric 'watts', only metric0"):
-        Frontier(medium_problem(0, "equal", "gamma", alike=True), "watts")

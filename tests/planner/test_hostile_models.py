@@ -1,5 +1,6 @@
 """Models from anywhere: weights of another model, templates without an end, pictures too large."""
 
+import copy
 import io
 import json
 import math
@@ -171,6 +172,18 @@ def test_a_template_is_rendered_as_transformers_does(loaded):
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     ids = prompt_inputs(model, processor, "what is this?", None)["input_ids"]
     assert ids.tolist() == processor(text=text, return_tensors="pt")["input_ids"].tolist()
+
+
+def test_templates_of_text_models_take_plain_strings(loaded):
+    """As SmolLM2-Instruct's, which adds the content to a string."""
+    model, processor = loaded
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ ' assistant' }}{% endif %}"
+    )
+    ids = prompt_inputs(model, tokenizer, "what is this ?")["input_ids"]
+    assert ids.tolist() == [tokenizer("user : what is this ? assistant")["input_ids"]]
 
 
 def test_what_is_contained_leaves_nothing_behind():

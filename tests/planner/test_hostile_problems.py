@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import best_by_enumeration, problems
+from problems import best_by_enumeration, frontier_of, problems
 
 from planner.ir.errors import InputError
-from planner.solver import Frontier, solve, solve_uniform
+from planner.solver import solve, solve_uniform
 from planner.solver.problem import LayerChoices, Problem, SiteChoices, TokenOption
 from planner.solver.reach import within_reach
 
@@ -103,7 +103,7 @@ def test_a_frontier_never_calls_optimal_what_its_scale_cannot_tell():
     problem = Problem(("flops",), _costs(3), tokens, layers)
     best = solve(problem)
     assert (best.status, best.utility) == ("optimal", 1.0)
-    found = Frontier(problem, "flops").at(3)
+    found = frontier_of(problem, "flops")(3)
     assert found.bound >= best.utility
     assert found.status == "feasible" or found.utility == best.utility
 

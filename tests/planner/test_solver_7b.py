@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from problems import frontier_of
 
-from planner.solver import Frontier, Infeasible, Scores, solve, solve_uniform, take_while_fits
+from planner.solver import Infeasible, Scores, solve, solve_uniform, take_while_fits
 from planner.solver.problem import Choice
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "solver.py"
@@ -68,8 +69,8 @@ def test_thirteen_b_with_wide_mlps(benchmark):
 def test_the_budget_is_used(benchmark, budget):
     problem = benchmark.build(benchmark.SEVEN_B, {"flops": budget}, 1, (576,))
     limit = int(problem.limits[0])
-    frontier = Frontier(problem, "flops")
-    for solution in (solve(problem), frontier.at(limit)):
+    frontier = frontier_of(problem, "flops")
+    for solution in (solve(problem), frontier(limit)):
         assert 0.999 * limit <= solution.cost["flops"] <= limit
         assert solution.gap <= 1e-4
     rule = take_while_fits(problem, Scores.of_utilities(problem))
@@ -77,16 +78,16 @@ def test_the_budget_is_used(benchmark, budget):
     assert problem.is_feasible(rule)
     if budget == 1.0:
         everything = Choice.everything(problem)
-        assert solve(problem).choice == frontier.at(limit).choice == rule == everything
+        assert solve(problem).choice == frontier(limit).choice == rule == everything
 
 
 def test_the_frontier_is_close_to_the_optimum_for_any_limit(benchmark):
     problem = benchmark.build(benchmark.SEVEN_B, {"flops": 1.0})
     base = int(problem.limits[0])
-    frontier = Frontier(problem, "flops")
+    frontier = frontier_of(problem, "flops")
     for share in np.linspace(0.1, 1.0, 19):
         limits = np.array([int(base * share)])
-        quick, exact = frontier.at(int(limits[0])), solve(replace(problem, limits=limits))
+        quick, exact = frontier(int(limits[0])), solve(replace(problem, limits=limits))
         assert quick.utility <= exact.utility * (1 + 1e-12)
         assert quick.bound >= exact.utility
         assert quick.gap <= 5e-4

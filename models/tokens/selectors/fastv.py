@@ -18,10 +18,11 @@ from planner.planning.selectors import FastV
 
 @select_tokens.register(FastV)
 def fastv(selector: FastV, inputs: DecoderInputs, layer: int) -> DecoderSelection:
-    """Rank each sample's image tokens by its last query row."""
+    """Rank each sample's image tokens by the query row of its last prompt token."""
     query, key = supplied(inputs.query, "query"), supplied(inputs.key, "key")
     image, seq = inputs.image, inputs.image.shape[1]
-    tokens = inputs.valid[:, -seq:] * torch.arange(1, seq + 1, device=image.device)
+    prompt = inputs.valid[:, -seq:] if inputs.prompt is None else inputs.prompt
+    tokens = prompt * torch.arange(1, seq + 1, device=image.device)
     last = tokens.argmax(1, keepdim=True)
     row = query.take_along_dim(last[:, None, :, None], 2)
     visible = visible_keys(last, inputs.valid, inputs.attention_mask, seq)[:, 0]

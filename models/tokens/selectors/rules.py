@@ -123,6 +123,9 @@ class DecoderInputs:
     # Of layer k - 1: (batch or 1, 1, seq, keys), bool (True: visible) or additive; None is causal.
     attention_mask: Tensor | None = None
     marks: Tensor | None = None  # (batch, seq), bool: of `mark_tokens`, at the tokens left
+    # (batch, seq), bool: the prompt's own tokens, where others follow them that an assistant has
+    # drafted; None: all that are valid.
+    prompt: Tensor | None = None
     hidden_states: Tensor | None = None  # (batch, seq, width): what is about to enter layer k
     triton: bool = False  # whether Triton scores and ranks tokens, where a kernel can
 

@@ -1,0 +1,263 @@
+"""Plans for the prompt at hand, from a frontier that is computed once.
+
+A layer's FLOPs are a polynomial of the tokens that it computes, and its keys and values a multiple
+of those that stay cached. Both add up over the layers that compute and cache as many. So all that
+can be switched is priced once, by term, and what it costs on any prompt is a weighted sum of a few
+terms - to the last FLOP and byte what `Pricing` says of that prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.ir.cost import Workload
+from planner.ir.graph import Site
+from planner.plan import Plan
+from planner.planning.budgets import Budget
+from planner.planning.compiler import written
+from planner.planning.pricing import Pricing, compared, limits_of
+from planner.planning.selectors import counted
+from planner.planning.utilities import Utilities
+from planner.solver.frontier import Frontier, Prices
+from planner.solver.problem import COST_CEILING, Costs, Problem, TokenOption
+
+# Metrics that are weighted sums of terms. Seconds are not: a roofline is no polynomial.
+WEIGHED = ("flops", "kv")
+# FLOPs of a layer whatever the prompt, per token and per pair of tokens; bytes per cached token.
+_TERMS = ("each", "token", "pair", "cached")
+# Where Pricing has both, see `COUNTED`.
+_FLOPS, _KV = 0, 2
+
+
+@dataclass(frozen=True, order=True)
+class _Span:
+    """Layers that compute as many tokens, and cache as many of them.
+
+    Attributes:
+        stages: token stages before them.
+        window: the most tokens that they cache; 0 is no limit.
+    """
+
+    stages: int
+    window: int
+
+
+class PromptCosts:
+    """What the choices for one model cost on any prompt.
+
+    Args:
+        pricing: for a typical prompt.
+        utilities: what everything is worth.
+        metric: one of `WEIGHED`: which of them is mostly limited.
+    """
+
+    def __init__(self, pricing: Pricing, utilities: Utilities, metric: str) -> None:
+        self.pricing, self.utilities = pricing, utilities
+        graph, options = pricing.graph, pricing.token_options
+        self._span_of = [_span(pricing, layer) for layer in range(graph.layers)]
+        self._spans = sorted(set(self._span_of))
+        self._units = [_unit(pricing, tokens) for tokens in (1, 2, 3)]
+        names = [f"{term}.{s.stages}.{s.window}" for s in self._spans for term in _TERMS]
+        self.problem = Problem(
+            metrics=tuple(names),
+            limits=np.full(len(names), COST_CEILING, dtype=np.int64),
+            tokens=tuple(
+                TokenOption(
+                    keep=option,
+                    utility=utilities.of_tokens(pricing.share_kept(option)),
+                    costs=np.zeros(len(names), dtype=np.int64),
+                )
+                for option in options
+            ),
+            layers=pricing.choices(
+                utilities,
+                lambda layer, sites: _repeated(self._fixed(layer, sites), len(options)),
+                lambda site: _repeated(self._table(site), len(options)),
+            ),
+        )
+        row = WEIGHED.index(metric)
+        typical = [self.weights(pricing.workload, option)[row] for option in options]
+        self.frontier = Frontier(self.problem, np.stack(typical))
+        plain = replace(pricing, switches=replace(pricing.switches, kv=None))
+        units = [_unit(plain, tokens) for tokens in (1, 2, 3)]
+        self.base = np.sum([self._fixed(n, (), units) for n in range(graph.layers)], axis=0)
+
+    # -- terms -------------------------------------------------------------------------------
+
+    def _fixed(self, layer: int, sites: Sequence[Site], units: Sequence[Pricing] = ()) -> Costs:
+        """Terms of a layer besides its sites, shape (terms,)."""
+        costs = [unit.fixed(layer, (), sites) for unit in units or self._units]
+        return self._terms(layer, costs)
+
+    def _table(self, site: Site) -> Costs:
+        """Terms of keeping 0, 1, ... switches of a site, shape (terms, switches + 1)."""
+        return self._terms(site.layer, [unit.table(site, ()) for unit in self._units])
+
+    def _terms(self, layer: int, costs: Sequence[Costs]) -> Costs:
+        """Terms of a layer from what it costs with one, two and three tokens."""
+        one, two, three = (cost[_FLOPS] for cost in costs)
+        pair = (three - 2 * two + one) // 2
+        token = two - one - 3 * pair
+        terms = np.zeros((len(self._spans), len(_TERMS), *one.shape), dtype=np.int64)
+        terms[self._spans.index(self._span_of[layer])] = [
+            one - token - pair,
+            token,
+            pair,
+            costs[0][_KV],
+        ]
+        return terms.reshape(-1, *one.shape)
+
+    def weights(self, load: Workload, option: Sequence[int], evicts: bool = True) -> Costs:
+        """Weights of the terms on a prompt, shape (metrics, terms); see `WEIGHED`.
+
+        Args:
+            load: the prompt.
+            option: image tokens left behind each stage; () where none is dropped.
+            evicts: whether the cache does, if it may.
+        """
+        weights = np.zeros((len(WEIGHED), len(self._spans), len(_TERMS)), dtype=np.int64)
+        policy = self.pricing.switches.kv if evicts else None
+        for row, span in enumerate(self._spans):
+            kept = option[span.stages - 1] if span.stages and option else load.image_tokens
+            seen = load.text_tokens + kept
+            cached = seen + load.new_tokens
+            if policy is not None:
+                cached = policy.kept(seen, load.new_tokens)
+            elif span.window:
+                cached = min(cached, span.window)
+            weights[0, row, :3] = load.batch, load.batch * seen, load.batch * seen**2
+            weights[1, row, 3] = load.batch * cached
+        return weights.reshape(len(WEIGHED), -1)
+
+    def on(self, load: Workload) -> OnPrompt:
+        """The same on one prompt."""
+        switches = self.pricing.switches
+        if not self.pricing.stages:
+            switches = replace(switches, axes=tuple(a for a in switches.axes if a != "tokens"))
+        elif switches.selector is not None:
+            counts = counted(switches.selector, load.image_tokens, load.image_tokens_per_run)
+            switches = replace(switches, token_counts=counts)
+        at = replace(self.pricing, workload=load, switches=switches, _layer_memo={})
+        return OnPrompt(self, at)
+
+
+@dataclass(frozen=True, eq=False)
+class OnPrompt:
+    """What choices cost on one prompt.
+
+    Attributes:
+        costs: of the model's choices on any prompt.
+        pricing: for this one.
+    """
+
+    costs: PromptCosts
+    pricing: Pricing
+
+    @cached_property
+    def outside(self) -> int:
+        """FLOPs outside the layers."""
+        encoder = self.pricing.workload.encoder_flops
+        if self.pricing.scope == "llm":
+            encoder = 0
+        elif encoder is None:
+            encoder = int(self.pricing.encoder[_FLOPS])
+        return encoder + int(self.pricing.ends[_FLOPS])
+
+    @cached_property
+    def base(self) -> dict[str, int]:
+        """FLOPs and KV bytes of the base model."""
+        weights = self.costs.weights(self.pricing.workload, (), evicts=False)
+        flops, kv = (weights @ self.costs.base).tolist()
+        return {"flops": flops + self.outside, "kv": kv}
+
+    def cost(self, plan: Plan) -> dict[str, int]:
+        """FLOPs and KV bytes of a plan that was made of these choices for so many image tokens."""
+        by_layer = {stage.layer: stage.keep for stage in plan.tokens}
+        option, keep = [], self.pricing.workload.image_tokens
+        for stage in self.pricing.stages:
+            keep = by_layer.get(stage, keep)
+            option.append(keep)
+        total = np.zeros_like(self.costs.base)
+        for index, layer in enumerate(self.costs.problem.layers):
+            if index not in plan.layers_off:
+                total += layer.costs[0]
+                for choices in layer.sites:
+                    site = self.pricing.graph.sites_by_name[choices.name]
+                    total += choices.costs[0, :, -1] // site.lanes * plan.kept(site).count
+        flops, kv = (self.costs.weights(self.pricing.workload, option) @ total).tolist()
+        selection = int(self.pricing.selection(tuple(option), plan)[_FLOPS])
+        return {"flops": flops + self.outside + selection, "kv": kv}
+
+    def allows(self, plan: Plan, budget: Budget) -> bool:
+        """Whether a plan keeps to a budget; plan as for `cost`."""
+        costs = self.cost(plan)
+        return all(costs[metric] <= most for metric, most in limits_of(budget, self.base).items())
+
+    def plan(self, budget: Budget) -> Plan:
+        """The best plan that is found in milliseconds.
+
+        Raises:
+            Infeasible: the budget cannot be met on this prompt.
+        """
+        limits, options = limits_of(budget, self.base), self._options
+        solution = self.costs.frontier.at(self._prices(limits))
+        keep = options[solution.choice.token_option]
+        plan = written(self.pricing, solution.choice, keep, budget, self.costs.utilities)
+        costs = self.cost(plan)
+        return replace(
+            plan,
+            cost=compared(costs, self.base, WEIGHED),
+            utilisation={metric: costs[metric] / limit for metric, limit in limits.items()},
+            solver=solution.facts,
+        )
+
+    @cached_property
+    def _options(self) -> list[tuple[int, ...]]:
+        """Image tokens that each token option leaves behind each stage.
+
+        Without any there is one option, the first.
+        """
+        if not self.pricing.stages:
+            return [()]
+        if self.pricing.switches.token_counts is not None:
+            return list(self.pricing.token_options)
+        of, typical = (p.workload.image_tokens for p in (self.pricing, self.costs.pricing))
+        return [
+            tuple(max(1, of * keep // typical) for keep in option)
+            for option in self.costs.pricing.token_options
+        ]
+
+    def _prices(self, limits: Mapping[str, int]) -> Prices:
+        rows = [WEIGHED.index(metric) for metric in limits]
+        shape = len(self.costs.problem.tokens), len(rows)
+        weights = np.zeros((*shape, self.costs.base.size), dtype=np.int64)
+        outside = np.full(shape, COST_CEILING, dtype=np.int64)
+        for index, option in enumerate(self._options):
+            weights[index] = self.costs.weights(self.pricing.workload, option)[rows]
+            selection = int(self.pricing.selection(option)[_FLOPS])
+            outside[index] = np.array([self.outside + selection, 0])[rows]
+        return Prices(tuple(limits), np.array(list(limits.values())), weights, outside)
+
+
+def _unit(pricing: Pricing, tokens: int) -> Pricing:
+    """Pricing of one sample of a few tokens of text, none of them generated."""
+    return replace(pricing, workload=Workload(0, tokens, 0), _layer_memo={})
+
+
+def _span(pricing: Pricing, layer: int) -> _Span:
+    windows = [
+        operator.integer("window") - 1
+        for operator in pricing.graph
+        if operator.part == "decoder" and operator.layer == layer and operator.get("window")
+    ]
+    return _Span(sum(stage <= layer for stage in pricing.stages), max(windows, default=0))
+
+
+def _repeated(terms: Costs, options: int) -> npt.NDArray[np.int64]:
+    """The same terms for every token option."""
+    return np.broadcast_to(terms, (options, *terms.shape))

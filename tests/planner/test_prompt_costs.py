@@ -1,0 +1,100 @@
+"""Costs on any prompt by a few terms: what `Pricing` says of that prompt, and plans that fit it."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+from families import FAMILIES
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from planner.ir.cost import Workload
+from planner.ir.lowering import lower_model
+from planner.planning.budgets import Budget
+from planner.planning.compiler import Request, pose
+from planner.planning.figures import check_figures
+from planner.planning.prompt_costs import WEIGHED, PromptCosts
+from planner.solver import Infeasible, solve
+
+# Sliding windows; a selector with rows of its own; a cache that evicts; half of the model alone.
+REQUESTS = [
+    ("gemma3", {}),
+    ("llava", {}),
+    ("llava", {"tokens": "sparsevlm:after=0/2,keep=9/3"}),
+    ("llava", {"tokens": "prumerge+:ratio=0.25"}),
+    ("llava", {"kv": "h2o:heavy=0.2,recent=0.2"}),
+    ("llava", {"scope": "llm", "switches": "tokens,heads"}),
+    ("qwen3", {}),
+]
+
+
+@functools.cache
+def graph_of(name):
+    return lower_model(FAMILIES[name]().model, name)
+
+
+@functools.cache
+def costs_of(number):
+    name, options = REQUESTS[number]
+    pricing, utilities, _ = pose(
+        graph_of(name), Request(name, 1.0, utilities="prior", mlp_groups=8, **options)
+    )
+    return PromptCosts(pricing, utilities, "flops"), pricing, utilities
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    number=st.integers(0, len(REQUESTS) - 1),
+    images=st.integers(0, 3),
+    text=st.integers(1, 300),
+    new=st.integers(0, 80),
+    batch=st.integers(1, 3),
+    logits=st.integers(0, 9),
+    encoder=st.one_of(st.none(), st.integers(0, 10**8)),
+    budget=st.sampled_from([1.0, 0.8, ["flops=0.9", "kv=0.7"], "kv=3kB"]),
+)
+def test_terms_are_the_costs_and_plans_keep_to_budgets(
+    number, images, text, new, batch, logits, encoder, budget
+):
+    costs, pricing, utilities = costs_of(number)
+    images = 0 if REQUESTS[number][0] == "qwen3" else 16 * images
+    load = replace(
+        pricing.workload, image_tokens=images, text_tokens=text, new_tokens=new, batch=batch,
+        logits=logits, encoder_flops=encoder,
+    )  # fmt: skip
+    on_prompt, budget = costs.on(load), Budget.of(budget)
+    at = on_prompt.pricing
+    assert on_prompt.base == {metric: at.base[metric] for metric in WEIGHED}
+    try:
+        plan = on_prompt.plan(budget)
+    except Infeasible:
+        with pytest.raises(Infeasible):
+            solve(at.problem(budget, utilities))
+        return
+    known = at.cost_of(plan)
+    assert {m: plan.cost[m]["plan"] for m in WEIGHED} == {m: known[m] for m in WEIGHED}
+    for metric, limit in at.limits(budget).items():
+        assert known[metric] <= limit
+    assert on_prompt.allows(plan, budget)
+    assert plan.solver["utility"] <= plan.solver["bound"]
+    # What is stated in a file is held against what is computed again.
+    check_figures(plan, pricing.graph)
+
+
+def test_a_plan_for_another_prompt_is_as_good_as_the_frontier_says():
+    costs, pricing, utilities = costs_of(1)
+    for text in (8, 64, 400):
+        load = replace(pricing.workload, text_tokens=text)
+        plan = costs.on(load).plan(Budget.of(0.8))
+        best = solve(costs.on(load).pricing.problem(Budget.of(0.8), utilities))
+        assert plan.solver["utility"] <= best.utility <= plan.solver["bound"]
+        assert plan.solver["utility"] >= 0.95 * best.utility
+
+
+def test_a_workload_is_stated_whole():
+    graph = graph_of("llava")
+    load = Workload.default(graph, 16, 9, 3, 2)
+    for stated in (load, replace(load, logits=0), replace(load, encoder_flops=7)):
+        assert Workload.stated(graph, stated.facts) == stated
+    assert load.facts.keys() == {"image_tokens", "text_tokens", "new_tokens", "batch"}
+    assert Workload.stated(graph, {"batch": 1}) is None
