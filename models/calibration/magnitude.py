@@ -50,5 +50,5 @@ def _norm(site: BoundSite, lanes: tuple[int, int]) -> float:
 def _square(linear: BoundLinear, lanes: tuple[int, int]) -> float:
     axis = 0 if linear.binding.axis == "out" else 1
     runs = linear.runs((lanes,)) if lanes[1] > lanes[0] else ()
-    parts = [linear.weight.narrow(axis, a, b - a).float().square().sum() for a, b in runs]
+    parts = [linear.weight.narrow(axis, a, b - a).double().square().sum() for a, b in runs]
     return float(sum(parts))

@@ -242,6 +242,8 @@ def _keeping(problem: Problem, names: str | Sequence[str]) -> Problem:
     """
     if isinstance(names, str):
         names = [name.strip() for name in names.split(",") if name.strip()]
+    if not names:
+        return problem
     wanted, layers = set(names), []
     known = {site.name for site in problem.sites} | {layer.name for layer in problem.layers}
     if unknown := sorted(wanted - known):

@@ -7,6 +7,7 @@ or a bare `Choice` from the rule. Nothing here knows of graphs, models or device
     solution       an answer with its certificate
     reach          what fits no limit is worth nothing
     pairs          what is lost together, and its additive bounds
+    layer_sets     which layers are on, where pairs of layers are lost together
     branch         the integer tables of one token option
     relaxation     bounds of a branch
     rounding       first answers

@@ -54,6 +54,15 @@ class Pairs:
         return int(self.loss[off[self.first] & off[self.second]].sum())
 
 
+def without_layer_pairs(branch: Branch) -> Branch:
+    """The branch without its pairs of two layers."""
+    pairs = branch.pairs
+    if pairs is None:
+        return branch
+    left = np.maximum(pairs.first, pairs.second) >= branch.layers
+    return replace(branch, pairs=Pairs(pairs.first[left], pairs.second[left], pairs.loss[left]))
+
+
 def additive_bound(branch: Branch) -> Branch:
     """A branch without pairs in which every assignment is worth at least as much; tight on the LP.
 

@@ -222,7 +222,7 @@ def test_a_model_writes_its_own_samples_alike_each_time():
     assert np.isfinite(one[0].answer)
 
 
-@pytest.mark.parametrize("rank", [4, 0])
+@pytest.mark.parametrize("rank", [8, 0])
 def test_healing_comes_closer_to_the_base_model_and_gives_the_model_back(rank):
     family, graph, layers, samples, moments = measured()
     before = {n: v.clone() for n, v in family.model.state_dict().items()}
@@ -236,7 +236,7 @@ def test_healing_comes_closer_to_the_base_model_and_gives_the_model_back(rank):
     )
     weights = refitted(Program.build([plan], graph, layers), moments, chains(moments))
     rate = 1e-2 if rank else 2e-3
-    settings = Healing(steps=60, batch=2, rank=rank, learning_rate=rate)
+    settings = Healing(steps=100, batch=2, rank=rank, learning_rate=rate)
     healed = heal(family.model, graph, plan, weights, samples, settings)
     assert all(torch.equal(before[n], v) for n, v in family.model.state_dict().items())
     assert all(p.requires_grad for p in family.model.parameters())
@@ -249,7 +249,7 @@ def test_healing_comes_closer_to_the_base_model_and_gives_the_model_back(rank):
             found = [family.model(**s.inputs).logits.log_softmax(-1) for s in samples]
         return sum(float((b.exp() * (b - f)).sum(-1).mean()) for b, f in zip(base, found))
 
-    assert distance(healed.weights) < 0.6 * distance(weights)
+    assert distance(healed.weights) < 0.4 * distance(weights)
     assert sum(healed.losses[-5:]) < sum(healed.losses[:5])
 
 

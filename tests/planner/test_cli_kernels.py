@@ -177,6 +177,7 @@ def test_run_by_generated_kernels(cli, cli_json, monkeypatch, tmp_path):
     target = ("--target", "sm_90", "--dtype", "float32")
     for name, budget in (("out", "0.65"), ("other", "0.5")):
         asked = ["compile", "--model", "tiny-llava", "--budget", budget, *shape, *target]
+        asked += ["--utilities", "prior"]
         assert cli(*asked, "-o", name)[0] == 0
     planned = (*RUN, "--plan", tmp_path / "out" / "plan.yaml")
     by_torch = cli_json(*planned, "--kernels", "torch")

@@ -14,7 +14,9 @@ from planner.planning.figures import check_figures
 
 @pytest.fixture(scope="module")
 def compiled():
-    return compile_plan(Request("tiny-llava", budget=0.5, tokens="fastv:k=2,r=0.5"))
+    return compile_plan(
+        Request("tiny-llava", budget=0.5, tokens="fastv:k=2,r=0.5", utilities="prior")
+    )
 
 
 def _file(plan, change):
