@@ -55,12 +55,11 @@ def experiment_command(
             say(f"planner: {text}")
 
     if name == "smollm2":
-        found = run_smollm2(work, progress)
-        page = smollm2_page(found)
-        if output is not None:
-            write_text(output / "smollm2.json", json.dumps(found, indent=1) + "\n")
-            write_text(output / "smollm2.md", page)
-        console.show(found, lambda: print(page))
+        for found in run_smollm2(work, progress):
+            if output is not None:
+                write_text(output / "smollm2.json", json.dumps(found, indent=1) + "\n")
+                write_text(output / "smollm2.md", smollm2_page(found))
+        console.show(found, lambda: print(smollm2_page(found)))
         return
     results = run_experiment(name, work, numbers, samples, settings or [], progress)
     if output is not None:

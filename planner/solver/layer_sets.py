@@ -113,9 +113,9 @@ def _search(
             kept += len(value)
             if kept > most:
                 complete = False
-                whole = np.concatenate(values)
-                best = np.argsort(-whole, kind="stable")[:most]
-                sets, values = [np.concatenate(sets)[best]], [whole[best]]
+                known = np.concatenate(values)
+                best = np.argsort(-known, kind="stable")[:most]
+                sets, values = [np.concatenate(sets)[best]], [known[best]]
                 kept, floor = most, float(values[0][-1])
             continue
         # `lost`: (sets, layers), what a layer loses with those that are off already.
