@@ -86,15 +86,21 @@ class _Reached(Exception):
     """Carries the arguments of a module out of a forward pass that need not go on."""
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def names_of(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Names of what the ``forward`` of a class of modules takes."""
+    return _names_of(kind.forward)
+
+
+# Reading a signature takes longer than running a layer.
 @lru_cache(maxsize=128)
-def names_of(forward: Any) -> tuple[str, ...]:
-    """Names of what a method takes; reading a signature takes longer than running a layer."""
+def _names_of(forward: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def named(module: nn.Module, args: tuple[Any, ...], kwargs: Given) -> Given:
     """Arguments of a module by name, in the order of its ``forward``."""
-    names = names_of(type(module).forward)
+    names = names_of(type(module))
     given = dict(zip(names, args)) | kwargs
     return {name: given.pop(name) for name in names if name in given} | given
 

@@ -89,7 +89,7 @@ class LayerForward(Shadow):
         self.is_last = program is passes.program.layers[-1]
         self.setups = setups
         self.layer_class = type(program.layer.module)
-        self.names = names_of(self.layer_class.forward)
+        self.names = names_of(self.layer_class)
         # How the layer runs now.
         self.setup = setups[0]
         self.is_simple = len(setups) == 1 and not setups[0].group.has_keys

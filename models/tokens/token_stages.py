@@ -79,8 +79,7 @@ class TokenStages:
 
     def remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the model was called with, or the part of it that a pass began with."""
-        # Compiled, `named` would read a signature in every pass.
-        self.arguments = named(module, args, kwargs) if args else dict(kwargs)
+        self.arguments = named(module, args, kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter(self, call: Call, hidden: Tensor) -> Tensor:
