@@ -14,6 +14,7 @@ that need them, so that ``planner --help`` and a cached ``planner compile`` star
     models/    stock models that obey plans, or a scheduler
     training/  what is learned
     api        models under budgets, from Python
+    serving/   the same over HTTP
     backend/   the same inside torch.compile
     cli/       the command line
     aliases/   configs of the models that have a short name

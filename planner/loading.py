@@ -154,44 +154,54 @@ def _check_weights(model: Any, found: Mapping[str, Any], name: str) -> None:
 
 
 def load_image(path: Path) -> Any:
-    """Read a picture as RGB, the right way up, as transformers does.
+    """Read a picture from a file; see `decode_image`."""
+    return decode_image(read_bytes(Path(path), "image", _MOST_BYTES), path)
+
+
+def decode_image(contents: bytes, name: Path | str, most_pixels: int = MOST_PIXELS) -> Any:
+    """A picture as RGB, the right way up, as transformers does.
 
     Pictures of more than 16 megapixels are made smaller.
+
+    Args:
+        contents: of an image file.
+        name: what the user called it.
+        most_pixels: larger ones are refused.
 
     Raises:
         InputError: it is missing, broken, far too large, or holds what is no level of brightness.
     """
     from PIL import Image
 
-    contents = io.BytesIO(read_bytes(Path(path), "image", _MOST_BYTES))
     Image.init()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(contents, formats=sorted(_FORMATS & Image.OPEN.keys())) as image:
-                return _picture(image, path)
+            known = sorted(_FORMATS & Image.OPEN.keys())
+            with Image.open(io.BytesIO(contents), formats=known) as image:
+                return _picture(image, name, most_pixels)
     except Image.DecompressionBombError:
-        raise InputError(f"the image '{path}' has too many pixels") from None
+        raise InputError(f"the image '{name}' has too many pixels") from None
     except InputError:
         raise
     # Decoders raise errors of all kinds.
     except Exception:
-        raise InputError(f"the image '{path}' is broken or of an unknown format") from None
+        raise InputError(f"the image '{name}' is broken or of an unknown format") from None
 
 
-def _picture(image: Any, path: Path) -> Any:
+def _picture(image: Any, name: Path | str, most_pixels: int) -> Any:
     """An opened image as RGB, of no more pixels than are seen."""
     from PIL import Image, ImageOps
 
     width, height = image.size
-    if width * height > MOST_PIXELS:
+    if width * height > most_pixels:
         raise InputError(
-            f"the image '{path}' has {width} x {height} pixels, "
-            f"more than {MOST_PIXELS // 10**6} million"
+            f"the image '{name}' has {width} x {height} pixels, "
+            f"more than {most_pixels / 1e6:g} million"
         )
     if max(width, height) > _MOST_ELONGATED * min(width, height):
         raise InputError(
-            f"the image '{path}' has {width} x {height} pixels, and one side is more than "
+            f"the image '{name}' has {width} x {height} pixels, and one side is more than "
             f"{_MOST_ELONGATED} times the other"
         )
     if width * height > _SEEN_PIXELS:
@@ -203,10 +213,10 @@ def _picture(image: Any, path: Path) -> Any:
         if image.mode in ("P", "1"):
             image = image.convert("RGBA" if "transparency" in image.info else "RGB")
         image = image.resize(smaller, Image.Resampling.BOX)
-    return _eight_bits(ImageOps.exif_transpose(image), path).convert("RGB")
+    return _eight_bits(ImageOps.exif_transpose(image), name).convert("RGB")
 
 
-def _eight_bits(image: Any, path: Path) -> Any:
+def _eight_bits(image: Any, name: Path | str) -> Any:
     """The picture in levels from 0 to 255; Pillow by itself would cut off whatever is above."""
     import numpy as np
     from PIL import Image
@@ -217,13 +227,13 @@ def _eight_bits(image: Any, path: Path) -> Any:
         return image
     values = np.asarray(image, dtype=np.float32)
     if not np.isfinite(values).all():
-        raise InputError(f"the image '{path}' holds pixels that are no finite numbers")
+        raise InputError(f"the image '{name}' holds pixels that are no finite numbers")
     low, high = float(values.min()), float(values.max())
     # Integers count from 0 to 255 or 65535; floating-point numbers run from 0 to 1, or to 255.
     most = 1.0 if image.mode == "F" and high <= 1 else 255.0 if high <= 255 else 65535.0
     if low < 0 or high > most or (image.mode == "F" and most > 255):
         raise InputError(
-            f"the image '{path}' holds pixels from {low:g} to {high:g}, "
+            f"the image '{name}' holds pixels from {low:g} to {high:g}, "
             "which are no levels of brightness"
         )
     return Image.fromarray((values * (255.0 / most)).astype(np.uint8))

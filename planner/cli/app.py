@@ -21,6 +21,7 @@ from planner.cli.kernels import kernels_command
 from planner.cli.labels import labels_command
 from planner.cli.models import models_command
 from planner.cli.run import run_command
+from planner.cli.serve import serve_command
 from planner.cli.train import train_command
 
 app = typer.Typer(
@@ -53,6 +54,7 @@ app.command("inspect")(inspect_command)
 app.command("models")(models_command)
 app.command("devices")(devices_command)
 app.command("run")(run_command)
+app.command("serve")(serve_command)
 app.command("bench")(bench_command)
 app.command("calibrate-utilities")(calibrate_command)
 app.command("export")(export_command)

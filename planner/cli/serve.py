@@ -1,0 +1,138 @@
+"""``planner serve``: a model over HTTP, each request under a budget or a deadline of its own."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from planner.cli.command_options import (
+    Budgets,
+    Dtype,
+    KernelChoice,
+    Place,
+    Request,
+    command,
+    parse_fractions,
+)
+from planner.cli.console import Console, print_json, say
+
+_MOST_KEY_BYTES = 1 << 16
+
+
+@command("model", "switches", "tokens", "utilities")
+def serve_command(
+    request: Request,
+    console: Console,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="0 takes one that is free.")
+    ] = 8000,
+    budgets: Budgets = "0.5,0.65,0.85,1",
+    answers: Annotated[
+        int, typer.Option("--batch", min=1, help="Most answers that are generated together.")
+    ] = 32,
+    waiting: Annotated[
+        int, typer.Option("--queue", min=1, help="Most requests that wait; others get 429.")
+    ] = 256,
+    seconds: Annotated[
+        float, typer.Option("--timeout", min=0.001, help="Seconds that a request may take.")
+    ] = 120.0,
+    most_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--most-tokens",
+            min=2,
+            help="Of a prompt with its answer [default: the model's places, 4096 at most].",
+        ),
+    ] = None,
+    images: Annotated[int, typer.Option("--images", min=0, help="Most images of a request.")] = 8,
+    remote_images: Annotated[
+        bool, typer.Option("--remote-images", help="Fetch images from public addresses.")
+    ] = False,
+    api_keys: Annotated[
+        Path | None, typer.Option("--api-keys", help="File of keys, one a line: others get 401.")
+    ] = None,
+    grace: Annotated[
+        int, typer.Option("--grace", min=0, help="Seconds to finish answers when stopped.")
+    ] = 30,
+    dtype: Dtype = "auto",
+    place: Place = "cpu",
+    kernels: KernelChoice = "auto",
+) -> None:
+    """Serve a model by OpenAI's chat completions, each request under its own budget or deadline."""
+    from planner.ir.errors import InputError
+
+    try:
+        import uvicorn
+
+        from planner.serving.http_app import http_app
+    except ImportError:
+        raise InputError("serving needs FastAPI: pip install 'planner[serve]'") from None
+    from planner.loading import load_model
+    from planner.serving.engine import EngineLimits
+    from planner.serving.opening import open_service, prompt_limits
+
+    fractions = parse_fractions(budgets)
+    keys = [] if api_keys is None else _keys_in(api_keys)
+    with _listening(host, port) as listener, console.status() as update:
+        update("load")
+        model, processor, source = load_model(request.model, dtype, place)
+        service = open_service(
+            source.name,
+            model,
+            processor,
+            fractions,
+            prompts=prompt_limits(model, most_tokens, images, remote_images),
+            limits=EngineLimits(answers, waiting, seconds),
+            kernels=kernels,
+            progress=update,
+            switches=request.switches,
+            tokens=request.tokens,
+            utilities=request.utilities,
+        )
+        config = uvicorn.Config(
+            http_app(service, keys),
+            log_level="warning",
+            access_log=False,
+            ws="none",
+            server_header=False,
+            timeout_graceful_shutdown=grace,
+        )
+        bound, number = listener.getsockname()[:2]
+        name = f"[{bound}]" if ":" in bound else bound
+        if not keys and not ipaddress.ip_address(bound).is_loopback and not console.quiet:
+            say("planner: everyone who reaches this address can use it: give --api-keys")
+        url = f"http://{name}:{number}/v1"
+        if console.as_json:
+            print_json({"model": source.name, "url": url})
+            sys.stdout.flush()
+        elif not console.quiet:
+            say(f"planner: {source.name} is served on {url}")
+        uvicorn.Server(config).run([listener])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    from planner.ir.errors import InputError
+
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot listen on {host} port {port}: {reason}") from None
+
+
+def _keys_in(path: Path) -> list[str]:
+    from planner.files import read_text
+    from planner.ir.errors import InputError
+
+    lines = read_text(path, "file of API keys", _MOST_KEY_BYTES).splitlines()
+    keys = [line.strip() for line in lines if line.strip()]
+    if not keys:
+        raise InputError(f"the file of API keys '{path}' has none: everyone would be let in")
+    return keys

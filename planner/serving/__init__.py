@@ -1,0 +1,21 @@
+"""Serving a model over HTTP, by OpenAI's protocol, each request under a plan of its own.
+
+In: a stock model with weights, and the budgets of a ladder. Out: an ASGI application. Imports
+`planner.api` and all below it; FastAPI, uvicorn and prometheus-client come with
+``pip install planner[serve]``. A request goes through the files in this order:
+
+    http_limits    its size, its pace, its API key
+    http_app       routes, status codes, streaming, clients that go away
+    chat_format    what requests and answers look like
+    service        what a request means: budget, deadline, tokens, usage
+    chat_prompts   messages become inputs of the model
+    pictures       data URLs, and remote images from public addresses alone
+    engine         one thread: the queue, admission, steps, timeouts
+    governor       predicts seconds, picks a rung for a deadline, learns
+    ladder         the plans there are
+    running_batch  prompts read one by one, answers under different plans decoded together
+    answer_text    tokens become text; stop texts
+    metrics        what Prometheus is told
+    warm_up        before all of them: plans made, run, and timed
+    opening        a model's service put together
+"""

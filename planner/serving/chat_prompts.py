@@ -1,0 +1,122 @@
+"""Messages and pictures of a request become inputs of the model, within limits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from planner.ir.errors import InputError, first_line
+from planner.loading import count_image_tokens
+from planner.serving.chat_format import ImagePart, Message
+from planner.serving.pictures import picture
+
+# No tokenizer makes fewer tokens of this many letters than one, spaces aside.
+_LETTERS_PER_TOKEN = 32
+
+
+@dataclass(frozen=True)
+class PromptLimits:
+    """What a prompt may hold.
+
+    Attributes:
+        tokens: of prompt and answer together.
+        images: of a request.
+        pixels: of an image.
+        image_bytes: of a remote image.
+        remote_images: whether images are fetched from the open internet.
+    """
+
+    tokens: int
+    images: int = 8
+    pixels: int = 16_000_000
+    image_bytes: int = 16 * 2**20
+    remote_images: bool = False
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the model takes it."""
+
+    inputs: dict[str, Any]  # a batch of one, on the CPU
+    tokens: int  # of images too
+    image_tokens: int
+
+
+class PromptReader:
+    """Makes prompts of messages by the model's own chat template and processor.
+
+    Not for several threads at once: fast tokenizers are not.
+
+    Raises:
+        InputError: the model has no chat template.
+    """
+
+    def __init__(self, model: Any, processor: Any, limits: PromptLimits) -> None:
+        if not getattr(processor, "chat_template", None):
+            raise InputError("the model has no chat template, so it cannot be chatted with")
+        self.limits = limits
+        self._model, self._processor = model, copy.deepcopy(processor)
+        self.takes_images = hasattr(processor, "image_processor")
+
+    def read(self, messages: Sequence[Message]) -> Prompt:
+        """The prompt of some messages.
+
+        Raises:
+            InputError: it is beyond the limits, or not what the model takes.
+        """
+        letters = sum(len(text) for message in messages for text in _texts(message))
+        if letters > self.limits.tokens * _LETTERS_PER_TOKEN:
+            raise InputError(f"a prompt of {letters} letters has too many tokens")
+        pictures = self._pictures(messages)
+        arguments: dict[str, Any] = {"images": pictures} if pictures else {}
+        spoken = [self._spoken(message) for message in messages]
+        try:
+            text = self._processor.apply_chat_template(
+                spoken, add_generation_prompt=True, tokenize=False
+            )
+            inputs = dict(self._processor(text=text, return_tensors="pt", **arguments))
+        except Exception as error:
+            raise InputError(f"the model refuses the messages: {first_line(error)}") from None
+        tokens = int(inputs["input_ids"].shape[1])
+        if not tokens:
+            raise InputError("the prompt is empty")
+        return Prompt(inputs, tokens, count_image_tokens(self._model, inputs))
+
+    def _pictures(self, messages: Sequence[Message]) -> list[Any]:
+        urls = [
+            part.image_url.url
+            for message in messages
+            if not isinstance(message.content, str)
+            for part in message.content
+            if isinstance(part, ImagePart)
+        ]
+        if urls and not self.takes_images:
+            raise InputError("the model takes no images")
+        if len(urls) > self.limits.images:
+            raise InputError(f"{len(urls)} images are more than {self.limits.images}")
+        limits = self.limits
+        return [
+            picture(url, f"number {n}", limits.pixels, limits.image_bytes, limits.remote_images)
+            for n, url in enumerate(urls, 1)
+        ]
+
+    def _spoken(self, message: Message) -> dict[str, Any]:
+        """A message as chat templates take it; those of text models want one text."""
+        if not self.takes_images:
+            return {"role": message.role, "content": "\n".join(_texts(message))}
+        parts = [message.content] if isinstance(message.content, str) else message.content
+        content = [
+            {"type": "image"}
+            if isinstance(part, ImagePart)
+            else {"type": "text", "text": part if isinstance(part, str) else part.text}
+            for part in parts
+        ]
+        return {"role": message.role, "content": content}
+
+
+def _texts(message: Message) -> list[str]:
+    if isinstance(message.content, str):
+        return [message.content]
+    return [part.text for part in message.content if not isinstance(part, ImagePart)]

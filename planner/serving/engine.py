@@ -1,0 +1,382 @@
+"""The engine: one thread that admits requests to the running batch and has it make tokens.
+
+Between two steps of the batch a prompt or two is read, under the plan that the governor picks for
+it; its answer joins the batch at once, whatever plans the others have.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from planner.ir.errors import InputError, PlannerError
+from planner.serving.answer_text import AnswerText
+from planner.serving.chat_prompts import Prompt
+from planner.serving.governor import Deadline, Governor
+from planner.serving.ladder import Ladder
+from planner.serving.metrics import Metrics
+from planner.serving.running_batch import Answer, RunningBatch, Sampler
+
+
+class Busy(PlannerError):
+    """A request is turned away before work is done on it.
+
+    Attributes:
+        reason: ``queue``, ``deadline``, ``stopping`` or ``timeout``.
+        retry_after: seconds, at least 1.
+    """
+
+    def __init__(self, sentence: str, reason: str, seconds: float) -> None:
+        super().__init__(sentence)
+        self.reason = reason
+        self.retry_after = max(1, math.ceil(seconds))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some text of an answer; it may be empty."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """An answer is complete."""
+
+    reason: Literal["stop", "length"]
+    tokens: int
+    rung: int
+    kept: Mapping[int, int]  # layer of a token stage -> image tokens left
+
+
+@dataclass(frozen=True)
+class Failed:
+    """There will be no more of an answer."""
+
+    error: PlannerError
+
+
+Event = Piece | Done | Failed
+
+
+@dataclass(eq=False)
+class Job:
+    """A request.
+
+    Attributes:
+        prompt: of it.
+        new_tokens: the most to generate.
+        dearest: the rung that its budget allows.
+        sampler: picks tokens.
+        stops: texts that end the answer.
+        emit: called with events, in the engine's thread.
+        deadline: of it, by `arrived`.
+        arrived: when, by `time.monotonic`.
+    """
+
+    prompt: Prompt
+    new_tokens: int
+    dearest: int
+    sampler: Sampler
+    emit: Callable[[Event], None]
+    stops: tuple[str, ...] = ()
+    deadline: Deadline = field(default_factory=Deadline)
+    arrived: float = field(default_factory=time.monotonic)
+    is_cancelled: bool = False
+
+
+@dataclass(eq=False)
+class _Running:
+    """A job whose answer is in the batch."""
+
+    job: Job
+    rung: int
+    answer: Answer
+    text: AnswerText
+    first_token: float  # when it came
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """How much goes on at once.
+
+    Attributes:
+        answers: in the running batch.
+        waiting: requests that wait for a place in it.
+        seconds: from a request's arrival to its last token.
+        prompts: read between two steps of the batch.
+    """
+
+    answers: int = 32
+    waiting: int = 256
+    seconds: float = 120.0
+    prompts: int = 2
+
+
+class Engine:
+    """Runs jobs; see the module.
+
+    Args:
+        batch: of the model.
+        tokenizer: of the model.
+        ladder: plans, the cheapest first.
+        governor: of the same rungs.
+        most_tokens: of a prompt with its answer.
+        metrics: to be told.
+        limits: of the batch and its queue.
+    """
+
+    def __init__(
+        self,
+        batch: RunningBatch,
+        tokenizer: Any,
+        ladder: Ladder,
+        governor: Governor,
+        most_tokens: int,
+        metrics: Metrics,
+        limits: EngineLimits,
+    ) -> None:
+        self.ladder, self.limits, self.metrics = ladder, limits, metrics
+        self._batch, self._governor = batch, governor
+        # Threads that read prompts have theirs.
+        self._tokenizer = copy.deepcopy(tokenizer)
+        self._most_answers = limits.answers if batch.can_join else 1
+        self._most_cached = self._most_answers * most_tokens
+        config = batch.model.generation_config
+        ends = config.eos_token_id
+        self._ends = frozenset(ends if isinstance(ends, list) else [ends])
+        self._changed = threading.Condition()
+        self._waiting: deque[Job] = deque()
+        self._reserved = 0
+        self._running: list[_Running] = []
+        self._is_stopping = False
+        self._last_step = 0.0
+        self._thread = threading.Thread(target=self._loop, name="planner-engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Take no more requests, finish those there are, and end."""
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether it works, and takes requests."""
+        return self._thread.is_alive() and not self._is_stopping
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold a place in the queue while a prompt is read, and until its job is submitted.
+
+        Raises:
+            Busy: there is none.
+        """
+        with self._changed:
+            self._check_open()
+            if len(self._waiting) + self._reserved >= self.limits.waiting:
+                raise self._refusal("too many requests are waiting", "queue")
+            self._reserved += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._reserved -= 1
+
+    def submit(self, job: Job) -> None:
+        """Have a job done.
+
+        Raises:
+            InputError: its deadline is too short for the cheapest plan on the idle machine.
+            Busy: its deadline cannot be kept now.
+        """
+        with self._changed:
+            self._check_open()
+            if job.deadline.is_set:
+                self._check_deadline(job)
+            self._waiting.append(job)
+            self.metrics.waiting.set(len(self._waiting))
+            self._changed.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Nobody waits for a job any more."""
+        job.is_cancelled = True
+
+    def _check_open(self) -> None:
+        if self._is_stopping:
+            raise self._refusal("the server is stopping", "stopping")
+
+    def _refusal(self, sentence: str, reason: str) -> Busy:
+        self.metrics.refused(reason)
+        return Busy(sentence, reason, self._seconds_to_begin())
+
+    def _check_deadline(self, job: Job) -> None:
+        if not self._governor.is_possible(job.deadline, job.prompt.tokens, job.new_tokens):
+            self.metrics.refused("deadline")
+            raise InputError(
+                "the deadline is too short: not even the cheapest plan on the idle machine keeps "
+                f"it for {job.prompt.tokens} tokens of prompt and {job.new_tokens} of answer"
+            )
+        if self._rung_for(job, self._seconds_to_begin()) is None:
+            raise self._refusal("the deadline cannot be kept with what runs now", "deadline")
+
+    def _rung_for(self, job: Job, until_begin: float) -> int | None:
+        return self._governor.choose(
+            job.deadline,
+            job.prompt.tokens,
+            job.new_tokens,
+            dearest=job.dearest,
+            waited=time.monotonic() - job.arrived + until_begin,
+            running=[running.rung for running in self._running],
+        )
+
+    def _seconds_to_begin(self) -> float:
+        """Until a request that came now would be read."""
+        waiting, running = list(self._waiting), list(self._running)
+        seconds = sum(self._governor.prompt_seconds(j.dearest, j.prompt.tokens) for j in waiting)
+        if running and len(running) + len(waiting) >= self._most_answers:
+            left = min(r.job.new_tokens - len(r.answer.tokens) for r in running)
+            step = self._governor.step_seconds([r.rung for r in running])
+            # Places become free one by one.
+            seconds += left * step * math.ceil((len(waiting) + 1) / self._most_answers)
+        return seconds
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                while not self._waiting and not self._running:
+                    if self._is_stopping:
+                        return
+                    self._changed.wait()
+            self._let_go()
+            for _ in range(self.limits.prompts):
+                if not self._waiting or len(self._running) >= self._most_answers:
+                    break
+                self._admit()
+            if self._running:
+                self._step()
+            self._tell()
+
+    def _let_go(self) -> None:
+        """Of jobs that nobody waits for, or that have taken too long."""
+        latest = time.monotonic() - self.limits.seconds
+        late = Busy(f"no answer within {self.limits.seconds:g} seconds", "timeout", 1)
+        with self._changed:
+            gone = [job for job in self._waiting if job.is_cancelled or job.arrived < latest]
+            for job in gone:
+                self._waiting.remove(job)
+        for job in gone:
+            self._fail(job, late)
+        for running in list(self._running):
+            if running.job.is_cancelled or running.job.arrived < latest:
+                self._leave(running)
+                self._fail(running.job, late)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        if job.is_cancelled:
+            self.metrics.aborted()
+            return
+        if isinstance(error, Busy):
+            self.metrics.refused(error.reason)
+        known = error if isinstance(error, PlannerError) else None
+        job.emit(Failed(known or PlannerError(f"the model failed: {type(error).__name__}")))
+
+    def _admit(self) -> None:
+        """Read the prompt of the job that has waited longest."""
+        with self._changed:
+            job = self._waiting.popleft()
+        rung = job.dearest
+        if job.deadline.is_set:
+            # It was accepted; where things have become worse since, the cheapest plan is best.
+            rung = self._rung_for(job, 0.0) or 0
+        begun = time.monotonic()
+        self.metrics.queued.observe(begun - job.arrived)
+        device = self._batch.model.device
+        inputs = {name: value.to(device) for name, value in job.prompt.inputs.items()}
+        try:
+            answer = self._batch.read(inputs, self.ladder.rungs[rung].plan, job.sampler)
+        except Exception as error:
+            self._fail(job, error)
+            return
+        now = time.monotonic()
+        self._governor.read(rung, job.prompt.tokens, now - begun)
+        self.metrics.first_token.observe(now - job.arrived)
+        self.metrics.prompt_tokens.inc(job.prompt.tokens)
+        running = _Running(job, rung, answer, AnswerText(self._tokenizer, job.stops), now)
+        if not self._running:
+            self._last_step = now
+        self._running.append(running)
+        self._say(running)
+
+    def _step(self) -> None:
+        rungs = [running.rung for running in self._running]
+        try:
+            self._batch.step()
+        except Exception as error:
+            for running in list(self._running):
+                self._leave(running)
+                self._fail(running.job, error)
+            return
+        now = time.monotonic()
+        self._governor.stepped(rungs, now - self._last_step)
+        self._last_step = now
+        for running in list(self._running):
+            if running.answer.failure is not None:
+                self._leave(running)
+                self._fail(running.job, running.answer.failure)
+            else:
+                self._say(running)
+
+    def _say(self, running: _Running) -> None:
+        """Pass on the last token of an answer, and its end where it is the end."""
+        job, answer, text = running.job, running.answer, running.text
+        is_end = answer.tokens[-1] in self._ends
+        piece = "" if is_end else text.add(answer.tokens[-1])
+        is_last = is_end or text.is_stopped or len(answer.tokens) >= job.new_tokens
+        if is_last and not text.is_stopped:
+            piece += text.end()
+        job.emit(Piece(piece))
+        if is_last:
+            self._leave(running)
+            reason: Literal["stop", "length"] = "stop" if is_end or text.is_stopped else "length"
+            self._note(running, reason)
+            job.emit(Done(reason, len(answer.tokens), running.rung, answer.kept))
+
+    def _note(self, running: _Running, reason: str) -> None:
+        """An answer is complete."""
+        job, count = running.job, len(running.answer.tokens)
+        now = time.monotonic()
+        first, whole = running.first_token - job.arrived, now - job.arrived
+        per_token = (now - running.first_token) / (count - 1) if count > 1 else 0.0
+        self.metrics.finished(reason, self.ladder.rungs[running.rung].budget)
+        self.metrics.new_tokens.inc(count)
+        self.metrics.whole.observe(whole)
+        if count > 1:
+            self.metrics.per_token.observe(per_token)
+        if job.deadline.is_set:
+            due = job.deadline
+            kept = whole <= due.whole and first <= due.first_token and per_token <= due.per_token
+            self.metrics.deadline(kept)
+
+    def _leave(self, running: _Running) -> None:
+        self._batch.drop(running.answer)
+        self._running.remove(running)
+
+    def _tell(self) -> None:
+        cached = sum(running.answer.cached.length for running in self._running)
+        self.metrics.running.set(len(self._running))
+        self.metrics.waiting.set(len(self._waiting))
+        self.metrics.kv_use.set(cached / self._most_cached)
+        self.metrics.slow_down.set(self._governor.prompts.factor(0))

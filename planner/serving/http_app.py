@@ -1,0 +1,209 @@
+"""The HTTP face of a service: OpenAI's chat completions, models, health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, FastAPI, Header, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from planner.ir.errors import InputError, PlannerError, one_sentence
+from planner.serving.chat_format import (
+    AnswerMessage,
+    ChatChunk,
+    ChatCompletion,
+    ChatRequest,
+    Choice,
+    ChunkChoice,
+    Failure,
+    FailureBody,
+    ServedModel,
+    ServedModels,
+)
+from planner.serving.engine import Busy, Done, Event, Failed, Piece
+from planner.serving.http_limits import BodyLimit, KeyCheck
+from planner.serving.service import Asked, Objectives, Service
+
+MOST_BODY_BYTES = 32 * 2**20
+_FAILURES: dict[int | str, dict[str, Any]] = {
+    status: {"model": FailureBody} for status in (400, 401, 404, 408, 413, 429, 500, 503)
+}
+T = TypeVar("T")
+Milliseconds = Annotated[float | None, Header(gt=0)]
+
+
+def http_app(
+    service: Service, keys: Sequence[str] = (), most_body_bytes: int = MOST_BODY_BYTES
+) -> FastAPI:
+    """An ASGI application, to be served or mounted in another.
+
+    Args:
+        service: that answers. It starts and stops with the application.
+        keys: API keys; any of them opens ``/v1``. Without one it is open.
+        most_body_bytes: of a request.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.engine.start()
+        yield
+        await asyncio.to_thread(service.engine.stop)
+
+    app = FastAPI(title="planner", lifespan=lifespan, responses=_FAILURES)
+    app.add_middleware(BodyLimit, most_bytes=most_body_bytes)
+    app.add_exception_handler(PlannerError, _planner_failure)
+    app.add_exception_handler(StarletteHTTPException, _http_failure)
+    app.add_exception_handler(RequestValidationError, _malformed)
+    for kind in (InputError, Busy):
+        app.add_exception_handler(kind, _planner_failure)
+    guarded = [Depends(KeyCheck(keys))]
+
+    @app.post(
+        "/v1/chat/completions", dependencies=guarded, response_model=ChatCompletion,
+        response_model_exclude_none=True,
+    )  # fmt: skip
+    async def chat(
+        body: ChatRequest,
+        request: Request,
+        x_llm_d_slo_ttft_ms: Milliseconds = None,
+        x_llm_d_slo_tpot_ms: Milliseconds = None,
+    ) -> Any:
+        """Answer a conversation; with `stream`, piece by piece as server-sent events."""
+        if body.model != service.name:
+            raise HTTPException(404, f"there is no model '{body.model}' here: '{service.name}' is")
+        objectives = Objectives(x_llm_d_slo_ttft_ms, x_llm_d_slo_tpot_ms)
+        async with AsyncExitStack() as stack:
+            asked = await stack.enter_async_context(service.asked(body, objectives))
+            # Until there is something to say, it can still be said that there is nothing.
+            first = await _while_connected(request, asked.events.get())
+            if isinstance(first, Failed):
+                raise first.error
+            if body.stream:
+                usage = body.stream_options is not None and body.stream_options.include_usage
+                chunks = _chunks(service, asked, first, usage, stack.pop_all())
+                return StreamingResponse(chunks, media_type="text/event-stream")
+            return await _while_connected(request, _whole(service, asked, first))
+
+    @app.get("/v1/models", dependencies=guarded)
+    def models() -> ServedModels:
+        """The model that is served."""
+        return ServedModels(data=[ServedModel(id=service.name, created=service.created)])
+
+    @app.get("/health", response_class=Response)
+    def health() -> Response:
+        """Status 200 while requests are taken, 503 before and after."""
+        return Response(status_code=200 if service.engine.is_healthy else 503)
+
+    @app.get("/metrics", response_class=Response)
+    def metrics() -> Response:
+        """For Prometheus."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    return app
+
+
+async def _whole(service: Service, asked: Asked, event: Event) -> ChatCompletion:
+    """The answer, once it is complete."""
+    pieces: list[str] = []
+    while isinstance(event, Piece):
+        pieces.append(event.text)
+        event = await asked.events.get()
+    if isinstance(event, Failed):
+        raise event.error
+    message = AnswerMessage(role="assistant", content="".join(pieces))
+    return ChatCompletion(
+        id=asked.id,
+        created=asked.created,
+        model=service.name,
+        choices=[Choice(message=message, finish_reason=event.reason)],
+        usage=await asyncio.to_thread(service.usage, asked, event),
+    )
+
+
+async def _chunks(
+    service: Service, asked: Asked, event: Event, with_usage: bool, stack: AsyncExitStack
+) -> AsyncIterator[str]:
+    """The answer as server-sent events; whoever stops reading ends it."""
+
+    def chunk(**fields: Any) -> str:
+        made = ChatChunk(id=asked.id, created=asked.created, model=service.name, **fields)
+        return f"data: {made.model_dump_json(exclude_none=True)}\n\n"
+
+    def added(message: AnswerMessage, done: Done | None = None) -> str:
+        reason = None if done is None else done.reason
+        return chunk(choices=[ChunkChoice(delta=message, finish_reason=reason)])
+
+    async with stack:
+        yield added(AnswerMessage(role="assistant", content=""))
+        while isinstance(event, Piece):
+            if event.text:
+                yield added(AnswerMessage(content=event.text))
+            event = await asked.events.get()
+        if isinstance(event, Failed):
+            body = _body(str(event.error), _status(event.error))
+            yield f"data: {body.model_dump_json()}\n\n"
+            return
+        yield added(AnswerMessage(), event)
+        if with_usage:
+            usage = await asyncio.to_thread(service.usage, asked, event)
+            yield chunk(choices=[], usage=usage)
+        yield "data: [DONE]\n\n"
+
+
+async def _while_connected(request: Request, waiting: Awaitable[T]) -> T:
+    """What is waited for, unless the client goes away before."""
+    wanted = asyncio.ensure_future(waiting)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((wanted, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not wanted.done():
+            # Nobody reads this; 499 is what nginx notes for it.
+            raise HTTPException(499, "the client went away")
+        return wanted.result()
+    finally:
+        for task in (wanted, gone):
+            task.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _status(error: Exception) -> int:
+    if isinstance(error, Busy):
+        return 429 if error.reason == "queue" else 503
+    return 400 if isinstance(error, InputError) else 500
+
+
+def _body(sentence: str, status: int) -> FailureBody:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return FailureBody(error=Failure(message=sentence, type=kind, code=str(status)))
+
+
+def _failure(sentence: str, status: int, headers: Any = None) -> JSONResponse:
+    content = _body(one_sentence(sentence), status).model_dump()
+    return JSONResponse(content, status, headers)
+
+
+async def _planner_failure(_: Request, error: Exception) -> Response:
+    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Busy) else None
+    return _failure(str(error), _status(error), headers)
+
+
+async def _http_failure(_: Request, error: Exception) -> Response:
+    assert isinstance(error, StarletteHTTPException)
+    return _failure(error.detail, error.status_code, error.headers)
+
+
+async def _malformed(_: Request, error: Exception) -> Response:
+    """What is wrong with a body first: the place, and what pydantic says; never the value."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return _failure(f"{place}: {first['msg']}", 400)

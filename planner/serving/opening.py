@@ -1,0 +1,82 @@
+"""A service put together: the model loaded, its ladder made, everything warmed up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from planner.ir.errors import InputError
+from planner.serving.chat_prompts import PromptLimits, PromptReader
+from planner.serving.engine import Engine, EngineLimits
+from planner.serving.governor import Governor
+from planner.serving.metrics import Metrics
+from planner.serving.running_batch import RunningBatch
+from planner.serving.service import Service
+from planner.serving.warm_up import make_ladder, measure_rungs
+
+_MOST_TOKENS = 4096
+
+
+def open_service(
+    name: str,
+    model: Any,
+    processor: Any,
+    budgets: Sequence[float],
+    *,
+    prompts: PromptLimits | None = None,
+    limits: EngineLimits | None = None,
+    kernels: str = "auto",
+    progress: Callable[[str], None] = lambda stage: None,
+    **options: Any,
+) -> Service:
+    """A service for a model with weights.
+
+    Args:
+        name: by which requests ask for it.
+        model: a stock transformers model; it is compiled, and nobody else may run it.
+        processor: of the model, with a chat template.
+        budgets: of the ladder, fractions of the base model's FLOPs.
+        prompts: what a prompt may hold; `prompt_limits` says what by default.
+        limits: of the batch and its queue.
+        kernels: who computes, as for `planner.compile`.
+        progress: told what is being done.
+        options: how plans are made, as for `planner.compile`.
+
+    Raises:
+        InputError: the model cannot be served so.
+    """
+    from planner.api import graph_of
+
+    if options.get("kv") is not None:
+        raise InputError("a cache that evicts cannot be served: serve without a KV policy")
+    prompts = prompts or prompt_limits(model)
+    reader = PromptReader(model, processor, prompts)
+    ladder = make_ladder(model, processor, budgets, kernels, options, progress)
+    batch = RunningBatch(model)
+    governor = Governor(measure_rungs(batch, ladder, reader, progress))
+    metrics = Metrics(name)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    engine = Engine(
+        batch, tokenizer, ladder, governor, prompts.tokens, metrics, limits or EngineLimits()
+    )
+    config = model.generation_config
+    temperature = float(config.temperature or 1.0) if config.do_sample else 0.0
+    return Service(name, graph_of(model), engine, reader, metrics, temperature)
+
+
+def prompt_limits(
+    model: Any, tokens: int | None = None, images: int = 8, remote_images: bool = False
+) -> PromptLimits:
+    """What a prompt of a model may hold.
+
+    `tokens` are of a prompt with its answer: at most as many as the model knows places for, which
+    are the default up to 4096.
+
+    Raises:
+        InputError: there are fewer places than tokens.
+    """
+    places = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if places is not None and tokens is not None and tokens > places:
+        raise InputError(f"the model knows {places} places, which is less than {tokens} tokens")
+    most = tokens or min(places or _MOST_TOKENS, _MOST_TOKENS)
+    return PromptLimits(most, images, remote_images=remote_images)

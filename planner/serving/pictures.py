@@ -1,0 +1,135 @@
+"""Pictures of requests: data URLs, and remote ones where the server allows them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import ipaddress
+import re
+import socket
+from collections.abc import Iterable
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import httpcore
+from typing_extensions import override
+
+from planner.ir.errors import InputError
+from planner.loading import decode_image
+
+_DATA = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII)
+_MOST_REDIRECTS = 3
+_SECONDS = 10.0
+
+
+def picture(url: str, name: str, most_pixels: int, most_bytes: int, remote: bool = False) -> Any:
+    """The picture at a URL, as RGB.
+
+    Args:
+        url: ``data:image/...;base64,...``, or ``http(s)://...``.
+        name: of the picture, for messages.
+        most_pixels: of the picture.
+        most_bytes: that a remote picture may have.
+        remote: whether remote pictures are fetched.
+
+    Raises:
+        InputError: it cannot be had, or may not.
+    """
+    head = _DATA.match(url)
+    if head is not None:
+        try:
+            contents = base64.b64decode(url[head.end() :], validate=True)
+        except (binascii.Error, ValueError):
+            raise InputError(f"the image '{name}' is no base64") from None
+    elif url.startswith(("http://", "https://")):
+        if not remote:
+            raise InputError(
+                "this server fetches no images: send them as data URLs (data:image/png;base64,...)"
+            )
+        contents = fetch(url, most_bytes)
+    else:
+        raise InputError(f"the image '{name}' is no URL that starts with data:image/...;base64,")
+    return decode_image(contents, name, most_pixels)
+
+
+class _PublicOnly(httpcore.NetworkBackend):
+    """Connects to addresses of the open internet alone.
+
+    What a name resolves to is looked at and connected to in one go, so that no second answer of a
+    name server, and no redirect, leads anywhere else.
+    """
+
+    def __init__(self) -> None:
+        self._backend = httpcore.SyncBackend()
+
+    @override
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.NetworkStream:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            raise InputError("the host of an image's URL has no address") from None
+        addresses = [str(entry[4][0]) for entry in found]
+        if not all(is_public(address) for address in addresses):
+            raise InputError("an image's URL leads to an address that is not public")
+        return self._backend.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the open internet, also by the IPv4 address it stands for."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    if isinstance(parsed, ipaddress.IPv6Address):
+        teredo = parsed.teredo
+        inner = parsed.ipv4_mapped or parsed.sixtofour or (teredo[1] if teredo else None)
+        # NAT64 (RFC 6052), too, carries the address in its last four bytes.
+        if parsed in ipaddress.ip_network("64:ff9b::/96"):
+            inner = ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)
+        if inner is not None:
+            parsed = inner
+    return parsed.is_global and not parsed.is_multicast
+
+
+def fetch(url: str, most_bytes: int, backend: httpcore.NetworkBackend | None = None) -> bytes:
+    """What is at a URL of the open internet.
+
+    Raises:
+        InputError: it is nowhere, somewhere private, too large, or too slow.
+    """
+    timeouts = dict.fromkeys(("connect", "read", "write", "pool"), _SECONDS)
+    with httpcore.ConnectionPool(network_backend=backend or _PublicOnly()) as pool:
+        for _ in range(_MOST_REDIRECTS + 1):
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise InputError("an image's URL leads to something that is not http or https")
+            try:
+                with pool.stream("GET", url, extensions={"timeout": timeouts}) as response:
+                    headers = {name.lower(): value for name, value in response.headers}
+                    if response.status in (301, 302, 303, 307, 308) and b"location" in headers:
+                        url = urljoin(url, headers[b"location"].decode("latin-1"))
+                        continue
+                    if response.status != 200:
+                        raise InputError(f"an image's URL answers with status {response.status}")
+                    return _all_of(response, most_bytes)
+            except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError):
+                raise InputError("an image's URL cannot be read") from None
+            except (ValueError, TypeError, UnicodeError, httpcore.UnsupportedProtocol):
+                raise InputError("an image's URL is none") from None
+    raise InputError(f"an image's URL redirects more than {_MOST_REDIRECTS} times")
+
+
+def _all_of(response: httpcore.Response, most_bytes: int) -> bytes:
+    contents = bytearray()
+    for piece in response.iter_stream():
+        contents += piece
+        if len(contents) > most_bytes:
+            raise InputError(f"an image has more than {most_bytes} bytes")
+    return bytes(contents)

@@ -1,0 +1,169 @@
+"""The running batch: answers under different plans, each of which gets one token a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.cache_utils import DynamicCache
+
+from planner.loading import refuse_nan
+from planner.models.running.joined_cache import CachedAnswer, can_be_joined, join
+from planner.models.running.kv_cache import cache_argument
+from planner.models.running.session import Setting
+from planner.models.running.skipping import session_on
+from planner.plan import Plan
+
+
+class Sampler:
+    """Picks tokens.
+
+    Args:
+        temperature: of the distribution that is drawn from; 0 takes the likeliest token.
+        top_p: share of the distribution that may be drawn.
+        seed: equal seeds draw equally.
+    """
+
+    def __init__(self, temperature: float, top_p: float = 1.0, seed: int | None = None) -> None:
+        self._temperature = temperature
+        self._warpers = []
+        if temperature > 0:
+            self._warpers.append(TemperatureLogitsWarper(temperature))
+            if top_p < 1:
+                self._warpers.append(TopPLogitsWarper(top_p))
+        self._generator = torch.Generator()
+        if seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(seed)
+
+    def pick(self, logits: Tensor) -> int:
+        """A token by its logits, shape (1, vocabulary).
+
+        Raises:
+            PlannerError: the logits are no numbers.
+        """
+        scores = refuse_nan(None, logits.float().cpu())
+        if not self._temperature:
+            return int(scores.argmax())
+        for warper in self._warpers:
+            scores = warper(None, scores)
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+
+
+@dataclass(eq=False)
+class Answer:
+    """An answer that is being generated.
+
+    Attributes:
+        plan: that it is made under.
+        sampler: picks its tokens.
+        cached: its prompt, and its tokens but for the last.
+        tokens: so far.
+        failure: what went wrong with it alone.
+        kept: layer of a token stage -> image tokens left of its prompt.
+    """
+
+    plan: Plan
+    sampler: Sampler
+    cached: CachedAnswer
+    tokens: list[int]
+    kept: Mapping[int, int] = field(default_factory=dict)
+    failure: Exception | None = None
+
+
+class RunningBatch:
+    """Reads prompts one by one and decodes all answers together.
+
+    Args:
+        model: that `planner.compile` was given.
+
+    Attributes:
+        answers: that run now.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.answers: list[Answer] = []
+        self.can_join = can_be_joined(model)
+        self._session = session_on(model)
+        self._cache_argument = cache_argument(model.forward)
+        self._joined: list[Answer] = []
+        self._cache: Any = None
+
+    @torch.no_grad()
+    def read(self, inputs: Mapping[str, Tensor], plan: Plan, sampler: Sampler) -> Answer:
+        """Read a prompt, whose answer joins the batch with its first token.
+
+        Args:
+            inputs: of the model, a batch of one.
+            plan: for the prompt and all of its answer.
+            sampler: picks the answer's tokens.
+
+        Raises:
+            PlannerError: there is no answer.
+        """
+        cache = DynamicCache(config=self.model.config)
+        with self._session.under(plan):
+            output = self._run(cache, inputs)
+            kept = self._session.implementation.kept_image_tokens
+        length = inputs["input_ids"].shape[1]
+        answer = Answer(
+            plan,
+            sampler,
+            CachedAnswer(cache, 0, length),
+            [sampler.pick(output.logits[:, -1])],
+            {layer: counts[0] for layer, counts in kept.items()} if plan.tokens else {},
+        )
+        self.answers.append(answer)
+        return answer
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One more token for every answer; one that cannot go on notes why."""
+        if not self.can_join:
+            assert len(self.answers) == 1
+            (answer,) = self._joined = self.answers
+            self._cache = answer.cached.cache
+        elif self._joined != self.answers:
+            self._join()
+        plans = [answer.plan for answer in self._joined]
+        lengths = [answer.cached.length for answer in self._joined]
+        device = self.model.device
+        last = torch.tensor([[answer.tokens[-1]] for answer in self._joined], device=device)
+        inputs = {"input_ids": last}
+        if self.can_join:
+            total = max(lengths) + 1
+            begins = total - 1 - torch.tensor(lengths, device=device)[:, None]
+            inputs["attention_mask"] = (torch.arange(total, device=device) >= begins).long()
+            inputs["position_ids"] = torch.tensor(lengths, device=device)[:, None]
+        with self._session.under(plans):
+            logits = self._run(self._cache, inputs).logits
+        for row, answer in enumerate(self._joined):
+            answer.cached = CachedAnswer(self._cache, row, lengths[row] + 1)
+            try:
+                answer.tokens.append(answer.sampler.pick(logits[row : row + 1, -1]))
+            except Exception as error:
+                answer.failure = error
+
+    def drop(self, answer: Answer) -> None:
+        """Let go of an answer, whether it is complete or not."""
+        self.answers = [other for other in self.answers if other is not answer]
+        if not self.answers:
+            self._joined, self._cache = [], None
+
+    def _join(self) -> None:
+        """Put the answers that run now into one cache; those under equal plans side by side."""
+        self.answers.sort(key=lambda answer: repr(answer.plan.key))
+        program = self._session.program_of(Setting(tuple(answer.plan for answer in self.answers)))
+        self._cache = join([answer.cached for answer in self.answers], program)
+        self._joined = list(self.answers)
+
+    def _run(self, cache: Any, inputs: Mapping[str, Tensor]) -> Any:
+        return self.model(
+            **inputs, **{self._cache_argument: cache}, use_cache=True, logits_to_keep=1
+        )

@@ -1,0 +1,153 @@
+"""What a server serves: one model behind an engine, and what requests for it mean."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from planner.ir.cost import Workload
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph
+from planner.planning.plan_costs import PlanCosts
+from planner.serving.chat_format import ChatRequest, PlanUsed, Usage
+from planner.serving.chat_prompts import PromptReader
+from planner.serving.engine import Done, Engine, Event, Job
+from planner.serving.governor import Deadline
+from planner.serving.metrics import Metrics
+from planner.serving.running_batch import Sampler
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """What the headers of a request ask for, in milliseconds; None where they do not.
+
+    They are the names under which llm-d's gateway passes service level objectives on.
+    """
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+
+
+@dataclass(eq=False)
+class Asked:
+    """A request that was accepted: what comes of it, in this event loop."""
+
+    job: Job
+    events: asyncio.Queue[Event]
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+class Service:
+    """One model, served.
+
+    Args:
+        name: by which requests ask for the model.
+        graph: of the model.
+        engine: that runs it.
+        reader: of its prompts.
+        metrics: of the engine.
+        temperature: for requests that give none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        graph: Graph,
+        engine: Engine,
+        reader: PromptReader,
+        metrics: Metrics,
+        temperature: float,
+    ) -> None:
+        self.name, self.engine, self.metrics = name, engine, metrics
+        self.created = int(time.time())
+        self._graph, self._reader, self._temperature = graph, reader, temperature
+        # One thread: tokenizers are not for several.
+        self._reading = ThreadPoolExecutor(1, thread_name_prefix="planner-prompts")
+        self._cost = lru_cache(maxsize=1024)(self._cost_of)
+
+    @asynccontextmanager
+    async def asked(self, request: ChatRequest, objectives: Objectives) -> AsyncIterator[Asked]:
+        """Have a request answered; when the block is left, it is not wanted any more.
+
+        Raises:
+            InputError: it asks for what there is not.
+            Busy: it cannot be served now.
+        """
+        arrived = time.monotonic()
+        dearest = self.engine.ladder.within(request.budget)
+        temperature = self._temperature if request.temperature is None else request.temperature
+        deadline = Deadline(*(_seconds(ms) for ms in (
+            request.deadline_ms, objectives.ttft_ms, objectives.tpot_ms)
+        ))  # fmt: skip
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event] = asyncio.Queue()
+
+        def emit(event: Event) -> None:
+            # A server that is killed closes its loop first.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        with self.engine.place():
+            prompt = await loop.run_in_executor(self._reading, self._reader.read, request.messages)
+            job = Job(
+                prompt,
+                self._new_tokens(request, prompt.tokens),
+                dearest,
+                Sampler(temperature, request.top_p, request.seed),
+                emit,
+                request.stops,
+                deadline,
+                arrived,
+            )
+            self.engine.submit(job)
+        try:
+            yield Asked(job, events)
+        finally:
+            self.engine.cancel(job)
+
+    def usage(self, asked: Asked, done: Done) -> Usage:
+        """What an answer took, beside the base model's cost of it."""
+        prompt, rung = asked.job.prompt, self.engine.ladder.rungs[done.rung]
+        kept = tuple(sorted(done.kept.items()))
+        return Usage(
+            prompt_tokens=prompt.tokens,
+            completion_tokens=done.tokens,
+            total_tokens=prompt.tokens + done.tokens,
+            cost=self._cost(done.rung, prompt.image_tokens, prompt.tokens, done.tokens, kept),
+            plan=PlanUsed(
+                budget=rung.budget,
+                layers_off=list(rung.plan.layers_off),
+                image_tokens=dict(kept),
+            ),
+        )
+
+    def _cost_of(
+        self, rung: int, image_tokens: int, tokens: int, new_tokens: int, kept: tuple[Any, ...]
+    ) -> dict[str, dict[str, float]]:
+        text_tokens = tokens - image_tokens
+        load = Workload.default(self._graph, image_tokens, text_tokens, new_tokens - 1)
+        plan = self.engine.ladder.rungs[rung].plan
+        return PlanCosts(self._graph, load).of(plan, dict(kept))
+
+    def _new_tokens(self, request: ChatRequest, prompt_tokens: int) -> int:
+        """The most tokens of an answer: what is asked for, or what there is room for."""
+        room = self._reader.limits.tokens - prompt_tokens
+        asked = request.max_completion_tokens or request.max_tokens
+        if room < (asked or 1):
+            raise InputError(
+                f"the prompt's {prompt_tokens} tokens and {asked or 1} of answer are more than "
+                f"the {self._reader.limits.tokens} that there is room for"
+            )
+        return asked or room
+
+
+def _seconds(milliseconds: float | None) -> float:
+    return float("inf") if milliseconds is None else milliseconds / 1000

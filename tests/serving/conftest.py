@@ -1,0 +1,55 @@
+"""tiny-llava behind a server of its own, on loopback."""
+
+import contextlib
+import socket
+import threading
+
+import openai
+import pytest
+import uvicorn
+
+from planner.loading import load_model
+from planner.serving.chat_prompts import PromptLimits
+from planner.serving.engine import EngineLimits
+from planner.serving.http_app import http_app
+from planner.serving.opening import open_service
+
+
+@contextlib.contextmanager
+def running(app):
+    """The address of a server that runs an application."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none"))
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    model, processor, _ = load_model("tiny-llava")
+    return model, processor
+
+
+@pytest.fixture(scope="session")
+def service(tiny):
+    return open_service(
+        "tiny-llava", *tiny, [0.6, 1.0],
+        prompts=PromptLimits(256, images=3, pixels=10**6), limits=EngineLimits(answers=4),
+        utilities="prior",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def address(service):
+    with running(http_app(service, ["first-key", "second-key"], 2**20)) as address:
+        yield address
+
+
+@pytest.fixture
+def client(address):
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="second-key", max_retries=0) as client:
+        yield client

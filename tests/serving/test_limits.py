@@ -1,0 +1,215 @@
+"""What a server refuses, and what it lets go of."""
+
+import http.client
+import json
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing, contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+import httpcore
+import openai
+import pytest
+from chats import COLOURS, ask, data_url, messages
+
+from planner.ir.errors import InputError
+from planner.serving.engine import EngineLimits
+from planner.serving.pictures import fetch, is_public
+
+
+@contextmanager
+def posted(address, body):
+    """A connection on which a request was made."""
+    parts = urlsplit(address)
+    headers = {"Authorization": "Bearer first-key", "Content-Type": "application/json"}
+    with closing(http.client.HTTPConnection(parts.hostname, parts.port, timeout=60)) as connection:
+        connection.request("POST", "/v1/chat/completions", body, headers)
+        yield connection
+
+
+def value_of(address, name, **labels):
+    with urlopen(f"{address}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    for line in lines:
+        if line.startswith(name + "{") and all(f'{k}="{v}"' in line for k, v in labels.items()):
+            return float(line.rpartition(" ")[2])
+    return 0.0
+
+
+def eventually(condition):
+    for _ in range(600):
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def question(**own):
+    return json.dumps({"model": "tiny-llava", "messages": messages(COLOURS[0]), **own})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_its_place(address, service, monkeypatch, stream):
+    """The answer would have taken half a minute."""
+    batch = service.engine._batch
+    step = batch.step
+    monkeypatch.setattr(service.engine, "_ends", frozenset())
+    monkeypatch.setattr(batch, "step", lambda: (time.sleep(0.2), step()))
+
+    def aborted():
+        return value_of(address, "vllm:request_success_total", finished_reason="abort")
+
+    before = aborted()
+    with posted(address, question(stream=stream)) as connection:
+        assert eventually(lambda: value_of(address, "vllm:num_requests_running") == 1)
+        if stream:
+            connection.getresponse().close()
+    assert eventually(lambda: aborted() == before + 1)
+    assert eventually(lambda: value_of(address, "vllm:num_requests_running") == 0)
+
+
+def test_a_full_queue_says_when_to_come_again(client, service, monkeypatch):
+    monkeypatch.setattr(service.engine, "limits", EngineLimits(answers=4, waiting=0))
+    with pytest.raises(openai.RateLimitError) as caught:
+        ask(client)
+    assert int(caught.value.response.headers["retry-after"]) >= 1
+
+
+def test_a_deadline_that_is_too_late_by_now_is_refused_at_once(client, service, monkeypatch):
+    """One that the idle machine would keep, behind a minute of work."""
+    monkeypatch.setattr(service.engine, "_seconds_to_begin", lambda: 60.0)
+    with pytest.raises(openai.InternalServerError) as caught:
+        ask(client, deadline_ms=30_000)
+    assert caught.value.status_code == 503
+    assert caught.value.response.headers["retry-after"] == "60"
+    assert ask(client, deadline_ms=90_000).usage.plan["budget"] == 1
+
+
+def test_a_request_out_of_time_is_ended(client, service, monkeypatch):
+    monkeypatch.setattr(service.engine, "limits", EngineLimits(answers=4, seconds=1e-6))
+    with pytest.raises(openai.InternalServerError, match="no answer within"):
+        ask(client)
+
+
+def test_a_schema_s_requests_crash_nothing(address, tmp_path):
+    """Schemathesis makes requests of the published schema, good and bad."""
+    with urlopen(f"{address}/openapi.json") as answer:
+        schema = json.load(answer)
+    # Else hardly any request would come as far as the model, or soon be answered.
+    fields = schema["components"]["schemas"]["ChatRequest"]["properties"]
+    fields["model"]["const"] = "tiny-llava"
+    for name in ("max_tokens", "max_completion_tokens"):
+        fields[name]["anyOf"][0]["maximum"] = 3
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    done = subprocess.run(
+        [
+            Path(sys.executable).with_name("schemathesis"), "run", "schema.json",
+            "--url", address, "--header", "Authorization: Bearer first-key", "--seed", "1",
+            "--checks", "not_a_server_error,content_type_conformance,response_schema_conformance",
+            "--max-examples", "5", "--request-timeout", "20", "--phases", "coverage,fuzzing",
+        ],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_the_command_serves_and_finishes_answers_when_it_is_stopped(tmp_path):
+    """SIGTERM comes in the middle of an answer."""
+    command = [sys.executable, "-m", "planner", "serve", "-m", "tiny-llava", "--port", "0"]
+    server = subprocess.Popen(
+        [*command, "--budgets", "1", "--utilities", "prior"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        said = server.stderr.readline()
+        base = said.rpartition(" ")[2].strip()
+        assert base.startswith("http://127.0.0.1:"), said
+        client = openai.OpenAI(base_url=base, api_key="none", max_retries=0)
+        with client, client.chat.completions.create(
+            model="tiny-llava", messages=messages(COLOURS[0]), stream=True
+        ) as stream:  # fmt: skip
+            first = next(stream)
+            server.send_signal(signal.SIGTERM)
+            rest = list(stream)
+        assert first.choices[0].delta.role == "assistant"
+        assert rest[-1].choices[0].finish_reason == "stop"
+        server.wait(60)
+    finally:
+        server.kill()
+        server.stderr.close()
+        server.wait()
+
+
+def test_bodies_are_bounded(address):
+    with posted(address, b'"' + b"x" * 2**20 + b'"') as connection:
+        answer = connection.getresponse()
+        assert answer.status == 413
+        assert b"more than 1048576 bytes" in answer.read()
+    for body in (b"", b"{", b"[]", b'{"model": "tiny-llava"}', b"\xff"):
+        with posted(address, body) as connection:
+            answer = connection.getresponse()
+            assert answer.status == 400
+            assert json.loads(answer.read())["error"]["message"]
+
+
+def test_pictures_are_bounded(client):
+    def send(url):
+        client.chat.completions.create(
+            model="tiny-llava",
+            messages=[
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
+            ],
+        )
+
+    for url, said in (
+        (data_url((0, 0, 0), 1100), "pixels"),
+        ("data:image/png;base64,AAAA", "broken"),
+        ("data:image/png;base64,!", "base64"),
+        ("http://127.0.0.1/x.png", "fetches no images"),
+        ("file:///etc/passwd", "no URL"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=said):
+            send(url)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1", "10.1.2.3", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1", "::1",
+     "::ffff:10.0.0.1", "fe80::1%eth0", "fd00::1", "64:ff9b::a00:1", "2002:0a00:0001::", "none"],
+)  # fmt: skip
+def test_private_addresses_are_not_public(address):
+    assert not is_public(address)
+
+
+def test_public_addresses_are():
+    assert is_public("93.184.215.14")
+    assert is_public("2606:2800:21f:cb07:6820:80da:af6b:8b2c")
+    assert is_public("64:ff9b::5db8:d70e")
+
+
+def test_no_private_address_is_fetched_from_by_name_or_redirect(address):
+    for url in (f"{address}/health", address.replace("127.0.0.1", "localhost") + "/health"):
+        with pytest.raises(InputError, match="not public"):
+            fetch(url, 1000)
+    # Redirects go through the same connections: here one that leads to no web address at all.
+    answer = b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\nContent-Length: 0\r\n\r\n"
+    with pytest.raises(InputError, match="not http"):
+        fetch("http://public.example/", 1000, httpcore.MockBackend([answer]))
+    long = b"HTTP/1.1 200 OK\r\nContent-Length: 2000\r\n\r\n" + b"x" * 2000
+    with pytest.raises(InputError, match="more than 1000 bytes"):
+        fetch("http://public.example/", 1000, httpcore.MockBackend([long]))
+
+
+def test_metrics_count(client, address):
+    before = value_of(address, "planner:answers_total", budget="0.6")
+    tokens = value_of(address, "vllm:generation_tokens_total")
+    spent = ask(client, COLOURS[0], budget=0.6, deadline_ms=60_000).usage.completion_tokens
+    assert value_of(address, "planner:answers_total", budget="0.6") == before + 1
+    assert value_of(address, "vllm:generation_tokens_total") == tokens + spent
+    assert value_of(address, "planner:deadlines_total", kept="true") >= 1
