@@ -6,7 +6,8 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from planner.ir.errors import InputError
@@ -86,6 +87,34 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     finally:
         if made is not None:
             shutil.rmtree(made, ignore_errors=True)
+
+
+def check_new(folder: Path) -> None:
+    """Raise InputError where a folder to be made is there already, and not empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"'{folder}' is there already and not empty: name a new folder")
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes its name when all went well, and else is gone."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write to '{folder}': {_reason(error)}") from None
+    try:
+        yield temporary
+        umask = _umask()
+        temporary.chmod(0o777 & ~umask)
+        for path in temporary.iterdir():
+            path.chmod(0o666 & ~umask)
+        # An empty folder of that name gives way.
+        temporary.replace(folder)
+    except OSError as error:
+        raise InputError(f"cannot write '{folder}': {_reason(error)}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _reason(error: OSError | ValueError) -> str:

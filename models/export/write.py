@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from planner.ir.errors import InputError, PlannerError
+from planner.files import check_new, whole_folder
+from planner.ir.errors import PlannerError
 from planner.ir.graph import Graph
 from planner.models.export.planned_export import RECORD, load, save_planned
 from planner.models.export.uniform_export import NotPlain, save_plain
@@ -71,8 +69,7 @@ def export(
         PlannerError: what was written does not compute what the plan says.
     """
     plan.check(graph)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"'{folder}' is there already and not empty: name a new folder")
+    check_new(folder)
     narrowed = replace(plan, tokens=(), kv="")
     with torch.no_grad(), obeying(model, graph, narrowed):
         expected = model(**inputs).logits
@@ -80,7 +77,7 @@ def export(
     text = dump_plan(plan)
     origin = {"planner_plan": f"plan.yaml, sha256 {sha256(text.encode()).hexdigest()[:16]}"}
     why_not = ""
-    with _whole_folder(folder) as temporary:
+    with whole_folder(folder) as temporary:
         try:
             smaller = save_plain(model, program, temporary, stored_dtype, **origin)
             error = _error(smaller, inputs, expected)
@@ -120,29 +117,6 @@ def _error(model: Any, inputs: Mapping[str, Any], expected: Tensor) -> float:
     logits = model.to(expected.device)(**inputs).logits.double()
     expected = expected.double()
     return float(((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
-
-
-@contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes its name when all went well, and else is gone."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    except OSError as error:
-        raise InputError(f"cannot write to '{folder}': {error.strerror or error}") from None
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        for path in temporary.iterdir():
-            path.chmod(0o666 & ~umask)
-        # An empty folder of that name gives way.
-        temporary.replace(folder)
-    except OSError as error:
-        raise InputError(f"cannot write '{folder}': {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _copy_companions(source: Path, target: Path) -> None:

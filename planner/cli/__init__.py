@@ -10,6 +10,7 @@ Exit codes: 0 done, 2 the input is bad (one sentence on stderr), 1 something fai
     run, bench, measuring               a model under plans
     serve                               the same over HTTP
     export, heal                        its weights under a plan, recovered, as a checkpoint
+    convert                             an authors' checkpoint as a stock one
     train, eval, experiment             what is learned
 """
 

@@ -11,6 +11,7 @@ from planner.cli.audit import audit_command
 from planner.cli.bench import bench_command
 from planner.cli.calibrate_utilities import calibrate_command
 from planner.cli.compile import compile_command
+from planner.cli.convert import convert_command
 from planner.cli.devices import devices_command
 from planner.cli.eval import eval_command
 from planner.cli.experiment import experiment_command
@@ -58,6 +59,7 @@ app.command("serve")(serve_command)
 app.command("bench")(bench_command)
 app.command("calibrate-utilities")(calibrate_command)
 app.command("export")(export_command)
+app.command("convert")(convert_command)
 app.command("heal")(heal_command)
 app.command("kernels")(kernels_command)
 app.command("train")(train_command)

@@ -37,6 +37,7 @@ def export_command(
     Where a stock config can say the plan's sizes, stock transformers loads the folder; otherwise
     planner.models.export.load does.
     """
+    from planner.files import check_new
     from planner.ir.errors import InputError
     from planner.loading import load_model, noise_image, prompt_inputs
     from planner.models.export import export
@@ -50,8 +51,7 @@ def export_command(
 
     model, trust = request.model, request.trust_remote_code
     wanted = load_plan(plan)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"'{output}' is there already and not empty: name a new folder")
+    check_new(output)
     if (images or text) and not recover:
         raise InputError("--images and --text are what --recover refit is calibrated on")
     with console.status() as update:

@@ -30,7 +30,7 @@ def heal_command(
 ) -> None:
     """Refit a plan's weights, train them on the base model's outputs, and export the result."""
     from planner.cli.export import show_exported, stored_dtype
-    from planner.ir.errors import InputError
+    from planner.files import check_new
     from planner.loading import load_model
     from planner.models.export import export
     from planner.models.recovery import replaced, storable
@@ -43,8 +43,7 @@ def heal_command(
 
     wanted = load_plan(plan)
     settings = Healing(steps, batch, rank, learning_rate, seed)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"'{output}' is there already and not empty: name a new folder")
+    check_new(output)
     with console.status() as update:
         update("load")
         stock, processor, source = load_model(

@@ -1,0 +1,67 @@
+"""Tokenizer, image processor and prompt as the authors have them, as one stock processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, LlavaConfig, LlavaProcessor
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from planner.documents import read_json
+from planner.ir.errors import InputError, first_line
+
+IMAGE, PAD = "<image>", "<pad>"
+# The conversation "v1" of LLaVA-1.5's code, which AdaLLaVA and Dynamic-LLaVA use as well.
+_PROMPT = (
+    "{% if messages[0]['role'] != 'system' %}A chat between a curious user and an artificial "
+    "intelligence assistant. The assistant gives helpful, detailed, and polite answers to the "
+    "user's questions. {% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}USER: {% elif message['role'] == 'assistant' %}ASSISTANT: "
+    "{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}"
+    "{{ eos_token if message['role'] == 'assistant' else ' ' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def stock_processor(folder: Path, config: LlavaConfig, tower: str, pads: bool) -> LlavaProcessor:
+    """The processor of a checkpoint, whose tokenizer knows ``<image>`` and ``<pad>``.
+
+    Args:
+        folder: the authors', with a tokenizer.
+        config: the stock config.
+        tower: folder of the vision tower, whose picture statistics are taken if it is there.
+        pads: whether pictures are padded to a square with the mean colour, or else cut to one.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config.text_config)
+    # Tokenizers raise errors of all kinds.
+    except Exception as error:
+        raise InputError(f"'{folder}' has no usable tokenizer: {first_line(error)}") from None
+    tokenizer.add_tokens([IMAGE], special_tokens=True)
+    tokenizer.add_special_tokens({"pad_token": PAD})
+    tokenizer.padding_side = "left"
+    size = config.vision_config.image_size
+    pictures: dict[str, Any] = {
+        "size": {"shortest_edge": size},
+        "crop_size": {"height": size, "width": size},
+        "do_pad": pads,
+    }
+    statistics = Path(tower) / "preprocessor_config.json"
+    if statistics.is_file():
+        known = read_json(statistics, "vision tower's preprocessor config")
+        pictures |= {k: known[k] for k in ("image_mean", "image_std") if k in known}
+    return LlavaProcessor(
+        LlavaImageProcessorPil(**pictures),
+        tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,
+        chat_template=_PROMPT,
+    )
