@@ -156,7 +156,8 @@ class Preparing:
         stages = None
         if program.has_tokens:
             kernels = self.products.kernels
-            stages = TokenStages(self.session.model, program, self._vision, places, kernels)
+            norm = self._final_norm()
+            stages = TokenStages(self.session.model, program, self._vision, places, kernels, norm)
         return self.redirected(program, stages)
 
     def prepare(self, graph: Graph) -> None:
@@ -196,6 +197,13 @@ class Preparing:
             model, graph = self.session.model, self.session.graph
             self._visions[selector] = VisionStage(model, graph, selector, self.runs.is_active)
         return self._visions[selector]
+
+    def _final_norm(self) -> nn.Module | None:
+        """What the decoder does behind its last layer."""
+        for operator in reversed(self.session.graph.operators):
+            if (operator.part, operator.kind, operator.layer) == ("decoder", "norm", None):
+                return self.session.model.get_submodule(operator.module)
+        return None
 
     def redirected(self, program: Program, stages: TokenStages | None) -> Ready:
         """As `ready_always`, for a pass whose token stages go on."""

@@ -35,6 +35,7 @@ class TokenStages:
         places: carries what is known of the model's tokens, shape (batch, tokens), over to the
             tokens that the decoder gets, with the given value for those in addition.
         kernels: who scores, ranks and gathers tokens.
+        norm: the decoder's last; None where it has none.
 
     Raises:
         InputError: a stage cannot be carried out on this model.
@@ -47,6 +48,7 @@ class TokenStages:
         visions: Callable[[VisionSelector], VisionStage],
         places: Places | None = None,
         kernels: Kernels = Kernels.TORCH,
+        norm: nn.Module | None = None,
     ) -> None:
         self.program = program
         self.kernels = kernels
@@ -56,6 +58,7 @@ class TokenStages:
         # Layer of a stage -> image tokens of the last prompt that were left behind it, (batch,).
         self.kept: dict[int, Tensor] = {}
         self.model = model
+        self._norm = norm
         if not visual_tokens(model.config):
             raise InputError(
                 f"{type(model).__name__} takes no images, so a plan cannot drop image tokens"
@@ -213,8 +216,13 @@ class TokenStages:
             states = self.gather(states, kept.index)
             marks = None if marks is None else gather(marks, kept.index, -1) & valid
             prompt = gather(prompt, kept.index, -1) & valid
+        normed = None
+        if Needs.NORMED_STATES in selector.needs:
+            normed = states if self._norm is None else self._norm(states)
         if record is None:
-            return DecoderInputs(image, valid, marks=marks, hidden_states=states, triton=triton)
+            return DecoderInputs(
+                image, valid, marks=marks, hidden_states=states, normed_states=normed, triton=triton
+            )
         own, key = rows, record.key
         if record.rows is not None:
             own = torch.searchsorted(record.rows, rows)
@@ -230,7 +238,9 @@ class TokenStages:
             # Flash attention's masks say what is padding, which `valid` does too.
             mask = None if mask.ndim == 2 else mask[own] if mask.shape[0] > 1 else mask
         query, key, scaling = record.query[own], key[own], record.scaling
-        return DecoderInputs(image, valid, query, key, scaling, mask, marks, prompt, states, triton)
+        return DecoderInputs(
+            image, valid, query, key, scaling, mask, marks, prompt, states, normed, triton
+        )
 
     def gather(self, hidden: Tensor, index: Tensor) -> Tensor:
         """The hidden states of the tokens that are left: `Kept.index` of (rows, tokens, width)."""

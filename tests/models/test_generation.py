@@ -14,7 +14,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from planner.ir.errors import InputError
 from planner.models.running.masked import Gates, MaskedExecutor
 from planner.models.running.skipping import obeying, session_on
+from planner.models.tokens.selectors import DecoderInputs, select_tokens
 from planner.plan import TokenStage
+from planner.planning.selectors import DART
 
 
 def planned(graph, **more):
@@ -157,7 +159,7 @@ def test_static_cache(llava):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("selector", ["fastv", "uniform", "sparsevlm", "random"])
+@pytest.mark.parametrize("selector", ["fastv", "uniform", "sparsevlm", "random", "divprune"])
 @torch.no_grad()
 def test_attention_implementations_and_selectors(llava, implementation, selector):
     """In a padded batch of two plans every sample chooses the tokens that it chooses alone."""
@@ -187,6 +189,27 @@ def test_attention_implementations_and_selectors(llava, implementation, selector
             assert close(logits[row], alone.logits[0, -1])
     finally:
         family.model.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_dart_sees_the_keys_and_normed_states_of_the_stock_model(llava, side):
+    family, graph = llava
+    inputs = family.inputs(3, before=(3, 6, 1), after=(5, 2), padding_side=side)
+    stock = family.model(**inputs, output_hidden_states=True, use_cache=True)
+    seen = DecoderInputs(
+        image=inputs["input_ids"] == IMAGE,
+        valid=inputs["attention_mask"].bool(),
+        key=stock.past_key_values.layers[1].keys,
+        normed_states=family.model.model.language_model.norm(stock.hidden_states[2]),
+    )
+    keep = select_tokens(DART(keep=8), seen, 2).keep & seen.valid
+    plan = plan_of(graph, tokens=(TokenStage(2, 12, 16, "dart:keep=8"),))
+    with obeying(family.model, graph, plan):
+        cache = family.model(**inputs, use_cache=True).past_key_values
+    for row, places in enumerate(cache.layers[2].parts[0].keys.positions):
+        assert places[places >= 0].tolist() == keep[row].nonzero().flatten().tolist()
+        assert int((keep & seen.image)[row].sum()) == 12
 
 
 def _flash_like(module, query, key, value, attention_mask, scaling=None, **kwargs):

@@ -23,7 +23,8 @@ ADAPTIVE = ["prumerge:max=0.2", "prumerge:max=0.7", "prumerge+:max=0.3", "prumer
 FIXED = [
     "fastv:k=1,r=0.4", "sparsevlm:after=0/2,keep=9/3", "sparsevlm:after=1,keep=0,recycle=false",
     "random:keep=5", "uniform:keep=7,k=2", "prumerge+:ratio=0.25",
-    "visionzip:dominant=4,contextual=2", "hired:ratio=0.3",
+    "visionzip:dominant=4,contextual=2", "hired:ratio=0.3", "dart:keep=8,k=1", "divprune:ratio=0.3",
+    "divprune:ratio=0.5,k=2", "fastervlm:keep=5", "vispruner:keep=5", "downsample:side=3",
 ]  # fmt: skip
 
 
@@ -55,6 +56,9 @@ def planned(graph, text, budget, images, words, batch, switches="all"):
 )
 @example(text="prumerge+:max=0.9", seed=0, images=2, batch=3, budget=1.0)
 @example(text="prumerge:max=0.7", seed=1, images=1, batch=1, budget=1.0)
+@example(text="dart:keep=8,k=1", seed=0, images=2, batch=2, budget=1.0)
+@example(text="divprune:ratio=0.3", seed=0, images=1, batch=2, budget=1.0)
+@example(text="vispruner:keep=5", seed=0, images=2, batch=1, budget=1.0)
 def test_a_prompt_never_costs_more_than_its_plan_says(text, seed, images, batch, budget):
     family, graph, session = prepared()
     inputs = family.inputs(batch, seed, images=images)

@@ -32,13 +32,15 @@ from planner.planning.selectors import (
 DECODER = [
     "fastv:r=0.3", "fastv:r=0", "fastv:r=1", "sparsevlm:after=2,keep=5", "sparsevlm:after=2,keep=0",
     "sparsevlm:after=2,keep=9,recycle=false", "random:keep=5", "random:keep=99,seed=3",
-    "uniform:keep=7", "uniform:keep=0",
+    "uniform:keep=7", "uniform:keep=0", "dart:keep=6,image_pivots=2,text_pivots=1", "dart:keep=99",
+    "divprune:ratio=0.3", "divprune:ratio=1",
 ]  # fmt: skip
 VISION = [
     "prumerge", "prumerge:neighbours=0", "prumerge+", "prumerge+:ratio=0.125", "prumerge+:ratio=1",
     "prumerge:max=0.1", "prumerge+:max=0.3", "prumerge+:max=0.99", "trim:max=0.05", "trim:max=0.5",
     "visionzip:dominant=6,contextual=3", "visionzip", "visionzip:dominant=1,contextual=0",
     "hired", "hired:ratio=0", "hired:ratio=1", "trim", "trim:ratio=0.25", "trim:ratio=1",
+    "fastervlm:keep=5", "vispruner:keep=9", "vispruner:keep=2,important=0", "downsample:side=1",
 ]  # fmt: skip
 
 
@@ -83,7 +85,7 @@ def test_text_form_of_lists_flags_and_defaults():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fastvv", "There is no token selector 'fastvv'; known: fastv, sparsevlm, random"),
+        ("fastvv", "There is no token selector 'fastvv'; known: fastv, sparsevlm, "),
         ("h2o", "There is no token selector 'h2o'"),
         ("fastv:keep=3", "fastv has no field 'keep'; its fields: k, r."),
         ("fastv:k=two", "fastv:k=two cannot be read: k is a whole number."),
@@ -112,6 +114,13 @@ def test_text_form_of_lists_flags_and_defaults():
         ("trim:max=0.5,ratio=0.1", "give one of the two"),
         ("hired:max=0.5", "hired has no field 'max'"),
         ("visionzip:dominant=0", "dominant is a count from 1 on"),
+        ("dart", "dart needs keep, as in dart:keep=144."),
+        ("dart:keep=8,image_pivots=0", "image_pivots is a count from 1 on"),
+        ("dart:keep=8,k=0", "k is a layer from 1 on"),
+        ("divprune:ratio=2", "ratio is a share from 0 to 1"),
+        ("vispruner:keep=9,important=2", "important is a share from 0 to 1"),
+        ("fastervlm:keep=-1", "keep is a count from 0 on"),
+        ("downsample:side=0", "side is a count from 1 on"),
         ("hired:alpha=2", "alpha is a share from 0 to 1"),
         ("trim:ratio=-0.1", "ratio is a share from 0 to 1"),
         ("", "There is no token selector ''"),
@@ -149,7 +158,7 @@ def decoder_inputs(side):
 
     return DecoderInputs(
         image=image, valid=valid, query=draw(3, 4, seq, 8), key=draw(3, 2, seq, 8),
-        hidden_states=draw(3, seq, 12),
+        hidden_states=draw(3, seq, 12), normed_states=draw(3, seq, 12),
     )  # fmt: skip
 
 
@@ -162,6 +171,7 @@ def alone(inputs, sample):
         query=inputs.query[sample : sample + 1, :, tokens],
         key=inputs.key[sample : sample + 1, :, tokens],
         hidden_states=inputs.hidden_states[sample : sample + 1, tokens],
+        normed_states=inputs.normed_states[sample : sample + 1, tokens],
     )
 
 
@@ -224,7 +234,7 @@ def one_run(inputs, i):
     )
 
 
-@pytest.mark.parametrize("patches", [1, 35, 36])
+@pytest.mark.parametrize("patches", [1, 36, 49])
 @pytest.mark.parametrize("text", VISION)
 def test_a_batch_of_pictures_gets_what_they_get_alone(text, patches):
     selector, inputs = parse(text), vision_inputs(patches=patches)
@@ -240,7 +250,7 @@ def test_a_batch_of_pictures_gets_what_they_get_alone(text, patches):
         count = selector.counts(patches)[0]
         left = len(selection.features[i])
         assert count is None or left == count or ("max" in text and left < count)
-        if "prumerge" not in text:  # which alone changes the patches it keeps
+        if "prumerge" not in text and "downsample" not in text:  # which change what they keep
             at = selection.indices[i] >= 0
             kept_features = inputs.features[i, selection.indices[i][at]]
             changed = kept_features != selection.features[i][at]
@@ -254,7 +264,9 @@ def test_half_precision_features_keep_their_type(text):
     assert all(f.isfinite().all() for f in selection.features)
 
 
-@pytest.mark.parametrize("text", [t for t in VISION if "trim" not in t])
+@pytest.mark.parametrize(
+    "text", [t for t in VISION if t.split(":")[0] not in ("trim", "downsample")]
+)
 def test_a_tower_without_cls_is_refused(text):
     inputs = replace(vision_inputs(), tower={})
     with pytest.raises(InputError, match="CLS token, which this vision tower does not have"):

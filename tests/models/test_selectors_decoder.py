@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from planner.models.tokens.selectors import DecoderInputs, mark_tokens, select_tokens
 from planner.models.tokens.selectors.sparsevlm import cluster
 from planner.models.tokens.selectors.uniform import evenly_spaced, grid_points
-from planner.planning.selectors import FastV, Random, SparseVLM, Uniform
+from planner.planning.selectors import (
+    DART,
+    DivPrune,
+    FastV,
+    Random,
+    Sizes,
+    SparseVLM,
+    Uniform,
+)
 
 few = settings(max_examples=20, deadline=None)
 HEADS, KV_HEADS, HEAD_DIM, WIDTH = 4, 2, 4, 6
@@ -37,6 +45,7 @@ def random_inputs(rng, batch=3, side=None, images=None):
         query=torch.from_numpy(rng.normal(size=(batch, HEADS, seq, HEAD_DIM))),
         key=torch.from_numpy(rng.normal(size=(batch, KV_HEADS, seq, HEAD_DIM))),
         hidden_states=torch.from_numpy(rng.normal(size=(batch, seq, WIDTH))),
+        normed_states=torch.from_numpy(rng.normal(size=(batch, seq, WIDTH))),
     )
 
 
@@ -97,6 +106,65 @@ def test_fastv_sees_only_the_new_turn_of_a_cached_chat():
     at_once = DecoderInputs(image, whole.valid, query, whole.key)
     kept = select_tokens(FastV(), cached, 2).keep
     assert torch.equal(kept, select_tokens(FastV(), at_once, 2).keep[:, past:])
+
+
+def cosine(a, b):
+    return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+
+@few
+@given(st.integers(0, 2**32 - 1), st.integers(0, 20), st.integers(1, 5), st.integers(0, 4))
+@example(seed=3, keep=8, image_pivots=2, text_pivots=2)
+def test_dart(seed, keep, image_pivots, text_pivots):
+    inputs = random_inputs(np.random.default_rng(seed))
+    selector = DART(keep, image_pivots=image_pivots, text_pivots=text_pivots)
+    selection = select_tokens(selector, inputs, 2)
+    for sample, kept in enumerate(kept_places(selection, inputs.image)):
+        states = inputs.normed_states[sample].numpy()
+        norms = np.abs(inputs.key[sample].numpy()).sum((0, 2))
+        tokens = inputs.image[sample].nonzero().flatten().tolist()
+        valid = inputs.valid[sample].nonzero().flatten().tolist()
+        behind = [t for t in valid if t > max(tokens, default=99)]
+        expected = sorted(tokens, key=lambda t: -norms[t])[:image_pivots]
+        pivots = expected + sorted(behind, key=lambda t: -norms[t])[:text_pivots]
+        pivots.sort(key=lambda t: -norms[t])
+        share = keep // (image_pivots + text_pivots)
+        for pivot in pivots + pivots[-1:] * (image_pivots + text_pivots - len(pivots)):
+            left = [t for t in tokens if t not in expected]
+            expected += sorted(left, key=lambda t: cosine(states[t], states[pivot]))[:share]
+        assert kept.tolist() == sorted(expected)
+        assert len(kept) == selector.counts(len(tokens))[0]
+
+
+def test_dart_keeps_the_132_tokens_of_the_reference():
+    assert DART(keep=128).counts(576) == (132,)
+    assert DART(keep=128).products(2, Sizes(576, hidden=4096)) == ((8, 576, 4096),)
+
+
+@few
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.1, 0.5, 1.0]), st.booleans())
+def test_divprune(seed, ratio, twins):
+    rng = np.random.default_rng(seed)
+    inputs = random_inputs(rng)
+    if twins:
+        inputs.hidden_states[:] = inputs.hidden_states[:, rng.integers(0, 2, inputs.image.shape[1])]
+    selection = select_tokens(DivPrune(ratio=ratio), inputs, 0)
+    for sample, kept in enumerate(kept_places(selection, inputs.image)):
+        tokens = inputs.image[sample].nonzero().flatten().tolist()
+        states = inputs.hidden_states[sample].numpy()
+        apart = {(a, b): 1 - cosine(states[a], states[b]) for a in tokens for b in tokens}
+        picked = []
+        for _ in range(round(len(tokens) * ratio)):
+            left = [t for t in tokens if t not in picked]
+            others = {t: [o for o in picked or tokens if o != t] for t in left}
+            picked.append(max(left, key=lambda t: min((apart[t, o] for o in others[t]), default=0)))
+        if not twins:  # of duplicates rounding decides
+            assert kept.tolist() == sorted(picked)
+        assert len(kept) == len(picked)
+
+
+def test_divprune_keeps_the_56_tokens_of_the_reference():
+    assert DivPrune().counts(576) == (56,)
 
 
 @few
@@ -257,7 +325,7 @@ def test_raters_fall_back_to_the_last_token_without_a_question():
     assert marks.tolist() == [[False, False, True], [False, False, True]]
 
 
-@pytest.mark.parametrize("kind", [FastV, Random, Uniform, SparseVLM])
+@pytest.mark.parametrize("kind", [FastV, Random, Uniform, SparseVLM, DivPrune])
 def test_at_keeps_exactly_what_a_plan_says(kind):
     for of in (576, 577, 49, 1):
         for keep in range(of + 1):

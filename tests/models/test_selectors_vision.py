@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from planner.ir.errors import InputError
 from planner.models.tokens.selectors import TowerAttention, VisionInputs, select_features
 from planner.models.tokens.selectors.hired import tile_counts
-from planner.planning.selectors import TRIM, HiRED, PruMerge, PruMergePlus, VisionZip
+from planner.planning.selectors import (
+    TRIM,
+    Downsample,
+    FasterVLM,
+    HiRED,
+    PruMerge,
+    PruMergePlus,
+    VisionZip,
+    VisPruner,
+)
 
 few = settings(max_examples=15, deadline=None)
 HEADS, WIDTH = 2, 8
@@ -311,3 +320,56 @@ def test_trim(seed, patches, ratio, cap):
         expected = [*x[kept], *([x[others].mean(0)] if others else [])]
         assert selection.indices[run].tolist() == kept + [-1] * bool(others)
         np.testing.assert_allclose(selection.features[run].numpy(), np.array(expected), atol=1e-12)
+
+
+def naive_vispruner(x, attention, keep, important):
+    order, chosen = falling(attention), int(keep * important)
+    picked, left = order[:chosen], order[chosen:]
+    while keep > chosen and len(left) > keep - chosen:
+        even, odd = left[::2], left[1::2]
+        unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+        alike = np.array([max(unit[e] @ unit[o] for o in odd) for e in even])
+        left = [even[i] for i in falling(alike)[min(8, len(left) - (keep - chosen)) :]] + odd
+    return sorted(picked + left[: keep - chosen])
+
+
+@few
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    patches=st.integers(1, 60),
+    keep=st.integers(0, 40),
+    important=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
+)
+@example(seed=0, patches=60, keep=9, important=0.5)
+@example(seed=0, patches=57, keep=3, important=0.5)
+def test_vispruner(seed, patches, keep, important):
+    inputs = random_inputs(np.random.default_rng(seed), 2, patches)
+    for selector in (VisPruner(keep, important), FasterVLM(keep)):
+        selection = select_features(selector, inputs)
+        for run in range(2):
+            attention, x = cls_row(inputs, -2, run, HEADS), inputs.features[run].numpy()
+            share = important if isinstance(selector, VisPruner) else 1
+            kept = naive_vispruner(x, attention, keep, share)
+            assert selection.indices[run].tolist() == kept
+            assert torch.equal(selection.features[run], inputs.features[run, kept])
+            assert len(kept) == selector.counts(patches)[0]
+
+
+@pytest.mark.parametrize(("before", "side"), [(6, 3), (7, 3), (5, 5), (24, 12)])
+def test_downsample(before, side):
+    inputs = random_inputs(np.random.default_rng(before), 2, before**2)
+    selection = select_features(Downsample(side), inputs)
+    for run in range(2):
+        x = inputs.features[run].numpy().reshape(before, before, -1)
+        cells = [(i * before // side, -(-(i + 1) * before // side)) for i in range(side)]
+        expected = [x[a:b, c:d].mean((0, 1)) for a, b in cells for c, d in cells]
+        np.testing.assert_allclose(selection.features[run].numpy(), expected, atol=1e-12)
+        rows, columns = np.divmod(selection.indices[run].numpy(), before)
+        assert all(a <= row < b for row, (a, b) in zip(rows[::side], cells, strict=True))
+        assert all(a <= column < b for column, (a, b) in zip(columns[:side], cells, strict=True))
+
+
+@pytest.mark.parametrize(("side", "patches"), [(3, 10), (4, 9)])
+def test_a_picture_without_such_a_grid_is_refused(side, patches):
+    with pytest.raises(InputError, match=f"at least {side} a side, and a picture has {patches} pa"):
+        Downsample(side).counts(patches)

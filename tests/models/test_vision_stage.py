@@ -21,6 +21,8 @@ SELECTORS = [
     "prumerge+:max=0.4",
     "visionzip:dominant=4,contextual=2",
     "hired:ratio=0.3",
+    "vispruner:keep=5",
+    "downsample:side=2",
 ]
 
 

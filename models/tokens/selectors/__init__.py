@@ -5,8 +5,11 @@ In: tensors that an executor took from a stock model. Out: `DecoderSelection` or
 
     rules                               what a rule is given and what it returns
     scoring                             rows of attention to score with; from scores to choices
-    fastv, sparsevlm, random, uniform   rules in the decoder
-    prumerge, visionzip, hired, trim    rules before the projector; prumerge+ is in prumerge
+    fastv, sparsevlm, dart, divprune, random, uniform
+                                        rules in the decoder
+    prumerge, visionzip, hired, trim, vispruner, downsample
+                                        rules before the projector; prumerge+ is in prumerge,
+                                        fastervlm in vispruner
     h2o                                 the cache that evicts
 """
 

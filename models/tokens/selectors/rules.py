@@ -127,6 +127,8 @@ class DecoderInputs:
     # drafted; None: all that are valid.
     prompt: Tensor | None = None
     hidden_states: Tensor | None = None  # (batch, seq, width): what is about to enter layer k
+    # (batch, seq, width): the same through the decoder's final norm
+    normed_states: Tensor | None = None
     triton: bool = False  # whether Triton scores and ranks tokens, where a kernel can
 
 

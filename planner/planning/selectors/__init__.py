@@ -4,6 +4,8 @@
 |-----------|-------------------|-------------------------------------------|------------------|
 | fastv     | before layer k    | last query's attention, layer k - 1       | arXiv 2403.06764 |
 | sparsevlm | after some layers | attention of rating text, hidden states   | arXiv 2410.04417 |
+| dart      | before layer k    | norms of keys, cosines of hidden states   | arXiv 2502.11494 |
+| divprune  | before layer k    | cosines of projected features             | arXiv 2503.02175 |
 | random    | before layer k    | nothing                                   |                  |
 | uniform   | before layer k    | nothing                                   |                  |
 | prumerge  | before projector  | CLS attention and keys, last layer        | arXiv 2403.15388 |
@@ -11,6 +13,9 @@
 | visionzip | before projector  | CLS attention and keys, second last layer | arXiv 2412.04467 |
 | hired     | before projector  | CLS attention, first and second last layer| arXiv 2408.10945 |
 | trim      | before projector  | CLIP's patch and prompt embeddings        | arXiv 2409.10994 |
+| fastervlm | before projector  | CLS attention, second last layer          | arXiv 2412.01818 |
+| vispruner | before projector  | CLS attention, cosines of features        | arXiv 2412.01818 |
+| downsample| before projector  | nothing: patches are averaged             |                  |
 
 And one policy that evicts from the KV cache instead: h2o, by attention received per head (arXiv
 2306.14048). All of them are rules, none is trained; some were also published with a model
@@ -44,8 +49,24 @@ from planner.ir.errors import InputError
 from planner.plan import TokenStage
 from planner.planning.selectors.arguments import read_named
 from planner.planning.selectors.eviction import H2O
-from planner.planning.selectors.in_decoder import FastV, Random, SparseVLM, Uniform
-from planner.planning.selectors.in_vision import TRIM, HiRED, PruMerge, PruMergePlus, VisionZip
+from planner.planning.selectors.in_decoder import (
+    DART,
+    DivPrune,
+    FastV,
+    Random,
+    SparseVLM,
+    Uniform,
+)
+from planner.planning.selectors.in_vision import (
+    TRIM,
+    Downsample,
+    FasterVLM,
+    HiRED,
+    PruMerge,
+    PruMergePlus,
+    VisionZip,
+    VisPruner,
+)
 from planner.planning.selectors.selector import (
     DecoderSelector,
     Needs,
@@ -56,12 +77,16 @@ from planner.planning.selectors.selector import (
 )
 
 __all__ = [
+    "DART",
     "H2O",
     "KV_POLICIES",
     "SELECTORS",
     "TRIM",
     "DecoderSelector",
+    "DivPrune",
+    "Downsample",
     "FastV",
+    "FasterVLM",
     "HiRED",
     "Needs",
     "Product",
@@ -72,6 +97,7 @@ __all__ = [
     "Sizes",
     "SparseVLM",
     "Uniform",
+    "VisPruner",
     "VisionSelector",
     "VisionZip",
     "counted",
@@ -85,6 +111,8 @@ __all__ = [
 SELECTORS: Mapping[str, type[DecoderSelector] | type[VisionSelector]] = {
     "fastv": FastV,
     "sparsevlm": SparseVLM,
+    "dart": DART,
+    "divprune": DivPrune,
     "random": Random,
     "uniform": Uniform,
     "prumerge": PruMerge,
@@ -92,6 +120,9 @@ SELECTORS: Mapping[str, type[DecoderSelector] | type[VisionSelector]] = {
     "visionzip": VisionZip,
     "hired": HiRED,
     "trim": TRIM,
+    "fastervlm": FasterVLM,
+    "vispruner": VisPruner,
+    "downsample": Downsample,
 }
 
 KV_POLICIES: Mapping[str, type[H2O]] = {"h2o": H2O}

@@ -121,6 +121,93 @@ _TOKENS_PER_CLUSTER = 10
 
 
 @dataclass(frozen=True)
+class DART(DecoderSelector):
+    """Keep image tokens that differ most from a few pivots, from layer k on.
+
+    Pivots are the image tokens, and the tokens behind the last of them, whose keys in layer k - 1
+    have the largest L1 norm over all heads. In turn, by falling norm, each pivot takes its share of
+    `keep`, rounded down: the image tokens left whose features have the lowest cosine to its own.
+    Features are what enters layer k, through the decoder's final norm. Image pivots are kept too,
+    so 132 tokens stay at the default of 4 + 4 pivots and ``keep=128``. Order and position ids stay.
+    Wen et al., "Stop Looking for Important Tokens in Multimodal Language Models: Duplication
+    Matters More" (arXiv 2502.11494), after the released code, whose pivots take their turns in the
+    order of a Python set, and which handles one sample. Where there are fewer pivots than asked
+    for, the last one takes the shares of those that lack.
+    """
+
+    name = "dart"
+    needs = Needs.QUERY_KEY | Needs.NORMED_STATES
+    keep: int  # per sample, image pivots not counted
+    k: int = 2  # the first layer that sees fewer tokens
+    image_pivots: int = 4
+    text_pivots: int = 4
+
+    def __post_init__(self) -> None:
+        self.check("keep", self.keep >= 0, "a count from 0 on")
+        self.check("k", self.k >= 1, "a layer from 1 on, because it looks at keys before it")
+        self.check("image_pivots", self.image_pivots >= 1, "a count from 1 on")
+        self.check("text_pivots", self.text_pivots >= 0, "a count from 0 on")
+
+    @property
+    def pivots(self) -> int:
+        """Of image and text, where there are enough tokens."""
+        return self.image_pivots + self.text_pivots
+
+    @property
+    @override
+    def layers(self) -> tuple[int, ...]:
+        return (self.k,)
+
+    @override
+    def counts(self, tokens: int) -> tuple[int | None, ...]:
+        return (min(tokens, self.image_pivots + self.pivots * (self.keep // self.pivots)),)
+
+    @override
+    def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
+        """Cosines of the pivots to all image tokens."""
+        return ((self.pivots, sizes.image_tokens, sizes.hidden),)
+
+
+@dataclass(frozen=True)
+class DivPrune(DecoderSelector):
+    """Keep round(n ratio) image tokens that are as different from each other as can be.
+
+    Greedy max-min diversity on 1 - cosine of what enters layer k, by default the projected
+    features: first the token whose nearest neighbour is farthest, then again and again the token
+    farthest from all that are kept. Alvar et al., "DivPrune" (arXiv 2503.02175), Algorithm 1; the
+    released code may pick a token twice where tokens are duplicates, this never.
+    """
+
+    name = "divprune"
+    needs = Needs.HIDDEN_STATES
+    ratio: float = 0.098  # share of image tokens kept
+    k: int = 0  # the first layer that sees fewer tokens; 0 is the whole decoder
+
+    def __post_init__(self) -> None:
+        self.check("ratio", 0 <= self.ratio <= 1, "a share from 0 to 1")
+        self.check("k", self.k >= 0, "a layer from 0 on")
+
+    @classmethod
+    @override
+    def at(cls, layer: int, keep: int, of: int) -> Self:
+        return cls(ratio=keep / of, k=layer)
+
+    @property
+    @override
+    def layers(self) -> tuple[int, ...]:
+        return (self.k,)
+
+    @override
+    def counts(self, tokens: int) -> tuple[int | None, ...]:
+        return (round(tokens * self.ratio),)
+
+    @override
+    def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
+        """Cosines of all image tokens to each other."""
+        return ((sizes.image_tokens, sizes.image_tokens, sizes.hidden),)
+
+
+@dataclass(frozen=True)
 class _Count(DecoderSelector):
     """Keeps a number of image tokens from one layer on, without a look at the model."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isqrt
 from typing import ClassVar
 
 from typing_extensions import override
@@ -230,3 +231,105 @@ class TRIM(_Adaptive):
     def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
         """The scores, in a joint space no wider than the tower."""
         return ((1, sizes.image_tokens, sizes.tower),)
+
+
+@dataclass(frozen=True)
+class FasterVLM(VisionSelector):
+    """Keep the patches that CLS attends to most, in raster order.
+
+    CLS attention is that of the tower's second last layer, which feeds the projector, averaged
+    over heads. Zhang et al., "[CLS] Attention is All You Need for Training-Free Visual Token
+    Pruning" (arXiv 2412.01818).
+    """
+
+    name = "fastervlm"
+    needs = Needs.TOWER_ATTENTION
+    tower_layers: ClassVar[tuple[int, ...]] = (-2,)
+    keep: int  # of each picture or tile
+
+    def __post_init__(self) -> None:
+        self.check("keep", self.keep >= 0, "a count from 0 on")
+
+    @override
+    def counts(self, tokens: int) -> tuple[int | None, ...]:
+        return (min(self.keep, tokens),)
+
+    @override
+    def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
+        """CLS attention."""
+        return ((1, sizes.image_tokens + 1, sizes.tower),)
+
+
+@dataclass(frozen=True)
+class VisPruner(FasterVLM):
+    """Some patches by CLS attention, the others because they are no duplicates; in raster order.
+
+    int(keep important) patches are those that CLS attends to most, as in FasterVLM. What is left,
+    ordered by falling attention, is thinned out in rounds until the rest of `keep` remains: places
+    count 0, 1, ...; of the patches at even places the 8 most like some patch at an odd place (or
+    as many as are too many) are dropped; the others come first in the next round, the most like
+    first, then those at odd places. Zhang et al., "Beyond Text-Visual Attention: Exploiting Visual
+    Cues for Effective Token Pruning in VLMs" (arXiv 2412.01818), after the released code, which
+    fails where an odd number is left.
+    """
+
+    name = "vispruner"
+    important: float = 0.5  # share of `keep` that attention picks
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("important", 0 <= self.important <= 1, "a share from 0 to 1")
+
+    def split(self, patches: int) -> tuple[int, int]:
+        """How many of so many patches attention picks, and how many are kept besides."""
+        chosen = min(int(self.keep * self.important), patches)
+        return chosen, min(self.keep - chosen, patches - chosen)
+
+    def rounds(self, patches: int) -> tuple[tuple[int, int], ...]:
+        """Of every round the number of patches that it begins with, and how many it drops."""
+        chosen, wanted = self.split(patches)
+        left, rounds = patches - chosen, []
+        while wanted and left > wanted:
+            dropped = min(_DROPPED_AT_ONCE, left - wanted, left - left // 2)
+            rounds.append((left, dropped))
+            left -= dropped
+        return tuple(rounds)
+
+    @override
+    def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
+        """CLS attention, and cosines of even to odd places in every round."""
+        rounds = self.rounds(sizes.image_tokens)
+        return (
+            *super().products(layer, sizes),
+            *((left - left // 2, left // 2, sizes.tower) for left, _ in rounds),
+        )
+
+
+_DROPPED_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Downsample(VisionSelector):
+    """Average patches into a grid of side x side: the picture at a lower resolution, a baseline.
+
+    It beats many selectors on common benchmarks: Liao et al., "Are We Using the Right Benchmark: An
+    Evaluation Framework for Visual Token Compression Methods" (arXiv 2510.07143). There pictures
+    are made smaller; a tower of one resolution takes none, so here what it makes of a picture is.
+    Cells are those of adaptive average pooling: they overlap where the sides do not divide.
+    """
+
+    name = "downsample"
+    side: int
+
+    def __post_init__(self) -> None:
+        self.check("side", self.side >= 1, "a count from 1 on")
+
+    @override
+    def counts(self, tokens: int) -> tuple[int | None, ...]:
+        """side * side; a picture of fewer patches, or of no square number, is an InputError."""
+        if self.side > isqrt(tokens) or isqrt(tokens) ** 2 != tokens:
+            raise InputError(
+                f"{self} averages squares of patches with at least {self.side} a side, and a "
+                f"picture has {tokens} patches here."
+            )
+        return (self.side**2,)

@@ -35,6 +35,7 @@ class Needs(Flag):
     QUERY_KEY = auto()  # DecoderInputs.query, .key, .scaling and .attention_mask of layer k - 1
     MARKS = auto()  # DecoderInputs.marks, which the rule makes before layer 0
     HIDDEN_STATES = auto()  # DecoderInputs.hidden_states
+    NORMED_STATES = auto()  # DecoderInputs.normed_states
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,9 @@ class DecoderSelector(Selector):
     """A selector that works inside the decoder."""
 
     @classmethod
-    @abstractmethod
     def at(cls, layer: int, keep: int, of: int) -> Self:
-        """The selector of this kind that keeps `keep` of `of` tokens from `layer` on."""
+        """The selector of this kind that keeps `keep` of `of` tokens from `layer` on.
+
+        A kind that cannot keep any number is taken at its defaults; InputError where it has none.
+        """
+        return cls.read({})
