@@ -10,6 +10,7 @@ and nothing else. Imports `planner.ir` and `planner.plan`; nothing in here knows
     calibration/  utilities measured on a user's inputs
     recovery/     weights that make up for what a plan removes; utilities by default
     export/       narrowed checkpoints
+    projectors/   fewer image tokens by another projector on a stock LLaVA
     conversion/   checkpoints in their authors' layouts, made stock ones
     tiny_llava/   the small model that ships with planner
 """

@@ -122,7 +122,7 @@ def _shapes(state: Mapping[str, Tensor]) -> Shapes:
 def _add_words(config: LlavaConfig, tokenizer: Any) -> int:
     """Give the config the tokenizer's two new words; the size of the vocabulary with them."""
     text = config.text_config
-    size = max(text.vocab_size, len(tokenizer))
+    size: int = max(text.vocab_size, len(tokenizer))
     if size > text.vocab_size:
         size += -size % _VOCABULARY_MULTIPLE
     text.vocab_size = size

@@ -32,6 +32,10 @@ def inspect_command(
         Literal["prefill", "decode"],
         typer.Option("--step", help="What runs: prefill, or decode (the last token)."),
     ] = "prefill",
+    projector: Annotated[
+        str,
+        typer.Option("--projector", help="Another projector on a LLaVA, such as token-packer:2."),
+    ] = "",
     graph_text: Annotated[
         bool, typer.Option("--graph", help="Print the graph's text form instead.")
     ] = False,
@@ -52,7 +56,12 @@ def inspect_command(
     rewrites = find_passes(passes)
     with console.status() as update:
         update("lower")
-        graph, _, _ = lowered_graph(find_model(request.model, request.trust_remote_code))
+        source = find_model(request.model, request.trust_remote_code)
+        if projector:
+            from planner.models.projectors import projected_source
+
+            source = projected_source(source, projector)
+        graph, _, _ = lowered_graph(source)
     load = request.workload(graph)
     kept: dict[int, int] = {}
     if loaded is not None:
@@ -68,6 +77,7 @@ def inspect_command(
         "model": graph.name,
         "device": chip.name,
         "step": step,
+        "image_tokens": load.image_tokens,
         "totals": {name: getattr(whole, name) for name in _COSTS},
         "operators": [
             {name: getattr(operator, name) for name in ("name", "kind", "part", "layer")}

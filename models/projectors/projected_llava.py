@@ -1,0 +1,160 @@
+"""The projectors by name, and LLaVA with one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from planner.ir.errors import InputError
+from planner.models.projectors.c_abstractor import CAbstractor
+from planner.models.projectors.ldp import LdpV2
+from planner.models.projectors.pixel_shuffle import PixelShuffle
+from planner.models.projectors.qwen_resampler import QwenResampler
+from planner.models.projectors.resampler import Resampler
+from planner.models.projectors.token_packer import TokenPacker
+from planner.planning.catalog import Source
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What a projector is built for."""
+
+    width: int  # of the vision tower
+    grid: int  # patches along a side
+    text_width: int
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One projector: how it is made, and how its argument counts tokens."""
+
+    build: Callable[[_Sizes, int], nn.Module]
+    default: int
+    # "scale": patches along the side of a token's square; "side": tokens along a side; "tokens".
+    counts: str
+
+
+#: TokenPacker reads layers 12, 16, 22 and 23 of a tower of 24.
+_PACKED_LAYERS = 4
+_KINDS: Mapping[str, _Kind] = {
+    "token-packer": _Kind(
+        lambda s, n: TokenPacker(s.width, _PACKED_LAYERS, s.grid, s.text_width, n), 2, "scale"
+    ),
+    "c-abstractor": _Kind(lambda s, n: CAbstractor(s.width, s.grid, s.text_width, n), 12, "side"),
+    "resampler": _Kind(lambda s, n: Resampler(s.width, s.text_width, n), 144, "tokens"),
+    "qwen-resampler": _Kind(
+        lambda s, n: QwenResampler(s.width, s.grid, s.text_width, n), 16, "side"
+    ),
+    "pixel-shuffle": _Kind(lambda s, n: PixelShuffle(s.width, s.grid, s.text_width, n), 2, "scale"),
+    "ldp-v2": _Kind(lambda s, n: LdpV2(s.width, s.grid, s.text_width, n), 12, "side"),
+}
+
+
+class ProjectedLlavaConfig(LlavaConfig):  # type: ignore[misc]
+    """LLaVA's config, and a projector's name with its argument: ``token-packer:2``."""
+
+    model_type = "projected_llava"
+    projector: str = "token-packer:2"
+
+
+class ProjectedLlavaForConditionalGeneration(LlavaForConditionalGeneration):  # type: ignore[misc]
+    """Stock LLaVA, but for its projector."""
+
+    config_class = ProjectedLlavaConfig
+
+    def __init__(self, config: ProjectedLlavaConfig) -> None:
+        super().__init__(config)
+        kind, argument = _parse(config.projector, config)
+        self.model.multi_modal_projector = kind.build(_sizes(config), argument)
+
+
+AutoConfig.register(ProjectedLlavaConfig.model_type, ProjectedLlavaConfig)
+AutoModelForImageTextToText.register(ProjectedLlavaConfig, ProjectedLlavaForConditionalGeneration)
+
+
+def projected_config(config: Any, projector: str) -> ProjectedLlavaConfig:
+    """The config of a LLaVA with another projector.
+
+    Args:
+        config: a LLaVA's, with a square tower.
+        projector: ``token-packer:2`` or ``:3``, ``:4``; ``c-abstractor:12``, ``ldp-v2:12``,
+            ``qwen-resampler:16``: tokens along a side; ``resampler:144``; ``pixel-shuffle:2``.
+
+    Raises:
+        InputError: there is no such projector, it does not fit the grid, or the model is no LLaVA.
+    """
+    if getattr(config, "model_type", "") != "llava":
+        raise InputError("--projector is for LLaVA's architecture (llava-7b, llava-13b)")
+    kind, argument = _parse(projector, config)
+    sizes = _sizes(config)
+    values = {key: value for key, value in config.to_dict().items() if key != "model_type"}
+    values |= {"projector": projector, "architectures": ["ProjectedLlavaForConditionalGeneration"]}
+    side = sizes.grid // argument if kind.counts == "scale" else argument
+    values["image_seq_length"] = argument if kind.counts == "tokens" else side * side
+    if projector.partition(":")[0] == "token-packer":
+        depth = config.vision_config.num_hidden_layers
+        values["vision_feature_layer"] = [depth // 2, 2 * depth // 3, depth - 2, depth - 1]
+    made: ProjectedLlavaConfig = ProjectedLlavaConfig.from_dict(values)
+    return made
+
+
+def projected_source(source: Source, projector: str) -> Source:
+    """The catalogue's entry of a LLaVA with another projector, without weights; as above."""
+    config = projected_config(source.load_config(), projector).to_dict()
+    return replace(
+        source, name=f"{source.name}+{projector}", config=config, folder=None, hub_id=None
+    )
+
+
+def with_projector(
+    model: LlavaForConditionalGeneration, projector: str
+) -> ProjectedLlavaForConditionalGeneration:
+    """A stock LLaVA's tower, decoder and lm_head, shared, with a new projector between them.
+
+    The projector has random weights, for training; `projector` as for `projected_config`.
+    """
+    config = projected_config(model.config, projector)
+    with torch.device("meta"):
+        made = ProjectedLlavaForConditionalGeneration(config)
+    kind, argument = _parse(projector, config)
+    fresh = kind.build(_sizes(config), argument)
+    made.model.vision_tower = model.model.vision_tower
+    made.model.language_model = model.model.language_model
+    made.model.multi_modal_projector = fresh.to(device=model.device, dtype=model.dtype)
+    made.lm_head = model.lm_head
+    made.train(model.training)
+    return made
+
+
+def _sizes(config: LlavaConfig) -> _Sizes:
+    vision = config.vision_config
+    return _Sizes(
+        vision.hidden_size, vision.image_size // vision.patch_size, config.text_config.hidden_size
+    )
+
+
+def _parse(projector: str, config: LlavaConfig) -> tuple[_Kind, int]:
+    """(kind, argument) of ``name:argument``, checked against the tower's grid."""
+    name, _, text = projector.partition(":")
+    if name not in _KINDS:
+        raise InputError(f"unknown projector '{name}': choose from {', '.join(_KINDS)}")
+    kind = _KINDS[name]
+    argument = int(text) if text.isdecimal() else 0 if text else kind.default
+    grid = _sizes(config).grid
+    most = 1024 if kind.counts == "tokens" else grid
+    if not 0 < argument <= most or (kind.counts == "scale" and grid % argument):
+        raise InputError(
+            f"projector '{projector}': {kind.counts} must be from 1 to {most}"
+            + (f" and divide {grid} patches" if kind.counts == "scale" else "")
+        )
+    return kind, argument
