@@ -62,7 +62,7 @@ class Governed:
 
     def learn(self, rung: int, prompt: float, token: float, late: float) -> None:
         """As the engine does."""
-        self.governor.read(rung, PROMPT, prompt)
+        self.governor.read([rung], [PROMPT], prompt)
         for _ in range(NEW - 1):
             self.governor.stepped([rung], token)
 

@@ -6,7 +6,7 @@ query sees. Every answer keeps its own plan, and a layer holds of each what its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from planner.models.running.growing_cache import GrowingLayer
-from planner.models.running.kv_cache import Part, PlannedLayer, plan_cache
+from planner.models.running.kv_cache import PlannedLayer, plan_cache
 from planner.models.running.program import Program
 from planner.models.tokens.kept_tokens import Keys
 
@@ -38,11 +38,11 @@ class CachedAnswer:
 
 @dataclass(frozen=True, eq=False)
 class _Stored:
-    """What a layer holds of one answer."""
+    """What a layer holds of some answers; what stands in front of an answer's own is padding."""
 
-    keys: Tensor  # (kv heads, tokens, head_dim)
+    keys: Tensor  # (answers, kv heads, tokens, head_dim)
     values: Tensor
-    places: Tensor  # (tokens,): of those stored, among all that have passed
+    places: Tensor | None  # (answers, tokens): as in `Keys`; None where nothing was dropped
 
 
 def can_be_joined(model: Any) -> bool:
@@ -67,8 +67,8 @@ def join(answers: Sequence[CachedAnswer], program: Program) -> DynamicCache:
     if program.is_dense:
         for index in range(len(program.layers)):
             layer = GrowingLayer()
-            stored = [_stored(answer, index) for answer in answers]
-            layer.update(*_padded([one for one in stored if one is not None], total))
+            stored = _stored(answers, index, total, has_keys=False)
+            layer.update(stored.keys, stored.values)
             cache.layers.append(layer)
         return cache
     device = _device(answers[0].cache)
@@ -82,58 +82,78 @@ def join(answers: Sequence[CachedAnswer], program: Program) -> DynamicCache:
     for index, planned in enumerate(plan_cache(cache, program, rows)):
         assert isinstance(planned, PlannedLayer)
         for group, part in zip(program.layers[index].groups, planned.parts, strict=True):
+            if part.store is None:
+                continue
             members = range(len(answers)) if part.rows is None else group.samples
-            if part.store is not None:
-                _fill(part, [answers[row] for row in members], index, total, group.has_keys)
+            chosen = [answers[row] for row in members]
+            stored = _stored(chosen, index, total, group.has_keys)
+            part.store.update(stored.keys, stored.values)
+            if stored.places is not None:
+                part.keys = Keys(stored.places, bool((stored.places < 0).any()))
         planned.advance(total)
     return cache
 
 
-def _fill(
-    part: Part, answers: Sequence[CachedAnswer], layer: int, total: int, has_keys: bool
-) -> None:
-    """Give a part what a layer holds of its answers."""
-    assert part.store is not None
-    stored = [one for answer in answers if (one := _stored(answer, layer)) is not None]
-    longest = max(len(one.places) for one in stored) if has_keys else total
-    part.store.update(*_padded(stored, longest))
-    if has_keys:
-        # Among all tokens of the batch, an answer's stand behind its padding.
-        places = [
-            pad(one.places + total - answer.length, (longest - len(one.places), 0), value=-1)
-            for one, answer in zip(stored, answers, strict=True)
+def _stored(answers: Sequence[CachedAnswer], layer: int, total: int, has_keys: bool) -> _Stored:
+    """What a layer holds of answers for which it does the same."""
+    by_cache: dict[int, list[int]] = {}
+    for number, answer in enumerate(answers):
+        by_cache.setdefault(id(answer.cache), []).append(number)
+    pieces = [
+        _taken([answers[number] for number in numbers], layer, total, has_keys)
+        for numbers in by_cache.values()
+    ]
+    longest = max(piece.keys.shape[-2] for piece in pieces)
+    order = [number for numbers in by_cache.values() for number in numbers]
+    back = torch.tensor(order, device=pieces[0].keys.device).argsort()
+
+    def joined(tensors: Sequence[Tensor], value: int = 0) -> Tensor:
+        # Padding goes in front of the tokens: those of keys are the last dimension but one.
+        after = (0, 0) if tensors[0].ndim == 4 else ()
+        token_axis = -2 if after else -1
+        padded = [
+            pad(tensor, (*after, longest - tensor.shape[token_axis], 0), value=value)
+            for tensor in tensors
         ]
-        positions = torch.stack(places)
-        part.keys = Keys(positions, bool((positions < 0).any()))
+        return torch.cat(padded)[back]
+
+    places = [piece.places for piece in pieces if piece.places is not None]
+    return _Stored(
+        joined([piece.keys for piece in pieces]),
+        joined([piece.values for piece in pieces]),
+        joined(places, -1) if has_keys else None,
+    )
 
 
-def _padded(stored: Sequence[_Stored], longest: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of several answers, shape (answers, kv heads, longest, head_dim)."""
-
-    def stacked(tensors: Iterable[Tensor]) -> Tensor:
-        return torch.stack([pad(t, (0, 0, longest - t.shape[-2], 0)) for t in tensors])
-
-    return stacked(one.keys for one in stored), stacked(one.values for one in stored)
-
-
-def _stored(answer: CachedAnswer, layer: int) -> _Stored | None:
-    """What a layer holds of an answer; None where its plan leaves the layer out."""
-    cached = answer.cache.layers[layer]
-    store, row, places = cached, answer.row, None
+def _taken(answers: Sequence[CachedAnswer], layer: int, total: int, has_keys: bool) -> _Stored:
+    """What a layer of one cache holds of some answers, for a batch of so many tokens."""
+    cached = answers[0].cache.layers[layer]
+    numbers = [answer.row for answer in answers]
+    store, known = cached, None
+    rows = torch.tensor(numbers, device=_device(answers[0].cache))
     if isinstance(cached, PlannedLayer):
-        part = next(p for p in cached.parts if p.rows is None or bool((p.rows == row).any()))
-        if part.store is None:
-            return None
-        store = part.store
-        row = row if part.rows is None else int(torch.searchsorted(part.rows, row))
-        places = None if part.keys is None else part.keys.positions[row]
-    total = cached.get_seq_length()
-    keys, values = store.keys[row], store.values[row]
-    if places is None:
-        places = torch.arange(total, device=keys.device)
-    places = places - (total - answer.length)
-    real = places >= 0
-    return _Stored(keys[:, real], values[:, real], places[real])
+        part = next(p for p in cached.parts if p.rows is None or numbers[0] in p.rows.tolist())
+        store, known = part.store, part.keys
+        rows = rows if part.rows is None else torch.searchsorted(part.rows, rows)
+    keys, values = store.keys[rows], store.values[rows]
+    seen = cached.get_seq_length()
+    if not has_keys:
+        # The longest answer has left: what goes was its own, or padding.
+        gone = max(0, seen - total)
+        keys, values = keys[..., gone:, :], values[..., gone:, :]
+        short = (0, 0, max(0, total - seen), 0)
+        return _Stored(pad(keys, short), pad(values, short), None)
+    if known is None:
+        begins = torch.tensor([[seen - answer.length] for answer in answers], device=keys.device)
+        places = torch.arange(seen, device=keys.device).expand(len(answers), -1)
+        places = places.masked_fill(places < begins, -1)
+    else:
+        places = known.positions[rows]
+    # Padding that all of them share goes.
+    gone = int((places >= 0).any(0).long().argmax())
+    places = places[:, gone:]
+    places = (places + total - seen).masked_fill(places < 0, -1)
+    return _Stored(keys[..., gone:, :], values[..., gone:, :], places)
 
 
 def _device(cache: Cache) -> torch.device:

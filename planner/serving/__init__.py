@@ -13,7 +13,7 @@ In: a stock model with weights, and the budgets of a ladder. Out: an ASGI applic
     engine         one thread: the queue, admission, steps, timeouts
     governor       predicts seconds, picks a rung for a deadline, learns
     ladder         the plans there are
-    running_batch  prompts read one by one, answers under different plans decoded together
+    running_batch  prompts and answers under different plans, read and decoded together
     answer_text    tokens become text; stop texts
     metrics        what Prometheus is told
     warm_up        before all of them: plans made, run, and timed

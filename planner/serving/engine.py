@@ -1,7 +1,7 @@
 """The engine: one thread that admits requests to the running batch and has it make tokens.
 
-Between two steps of the batch a prompt or two is read, under the plan that the governor picks for
-it; its answer joins the batch at once, whatever plans the others have.
+Between two steps of the batch a few prompts are read, each under the plan that the governor picks
+for it; their answers join the batch at once, whatever plans the others have.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,7 +22,10 @@ from planner.serving.chat_prompts import Prompt
 from planner.serving.governor import Deadline, Governor
 from planner.serving.ladder import Ladder
 from planner.serving.metrics import Metrics
-from planner.serving.running_batch import Answer, RunningBatch, Sampler
+from planner.serving.running_batch import Answer, RunningBatch, Sampler, alike
+
+# Tokens of prompts that are read together: the running answers wait meanwhile.
+_TOGETHER_TOKENS = 2048
 
 
 class Busy(PlannerError):
@@ -111,13 +114,13 @@ class EngineLimits:
         answers: in the running batch.
         waiting: requests that wait for a place in it.
         seconds: from a request's arrival to its last token.
-        prompts: read between two steps of the batch.
+        prompts: read together, between two steps of the batch.
     """
 
     answers: int = 32
     waiting: int = 256
     seconds: float = 120.0
-    prompts: int = 2
+    prompts: int = 8
 
 
 class Engine:
@@ -261,10 +264,8 @@ class Engine:
                         return
                     self._changed.wait()
             self._let_go()
-            for _ in range(self.limits.prompts):
-                if not self._waiting or len(self._running) >= self._most_answers:
-                    break
-                self._admit()
+            if self._waiting and len(self._running) < self._most_answers:
+                self._read(self._next_jobs())
             if self._running:
                 self._step()
             self._tell()
@@ -293,32 +294,58 @@ class Engine:
         known = error if isinstance(error, PlannerError) else None
         job.emit(Failed(known or PlannerError(f"the model failed: {type(error).__name__}")))
 
-    def _admit(self) -> None:
-        """Read the prompt of the job that has waited longest."""
-        with self._changed:
-            job = self._waiting.popleft()
-        rung = job.dearest
-        if job.deadline.is_set:
-            # It was accepted; where things have become worse since, the cheapest plan is best.
-            rung = self._rung_for(job, 0.0) or 0
+    def _read(self, jobs: Sequence[Job]) -> None:
+        """Read prompts that go together."""
+        rungs = [self._rung_of(job) for job in jobs]
         begun = time.monotonic()
-        self.metrics.queued.observe(begun - job.arrived)
-        device = self._batch.model.device
-        inputs = {name: value.to(device) for name, value in job.prompt.inputs.items()}
         try:
-            answer = self._batch.read(inputs, self.ladder.rungs[rung].plan, job.sampler)
+            answers = self._batch.read(
+                [job.prompt.inputs for job in jobs],
+                [self.ladder.rungs[rung].plan for rung in rungs],
+                [job.sampler for job in jobs],
+            )
         except Exception as error:
-            self._fail(job, error)
+            if len(jobs) == 1:
+                self._fail(jobs[0], error)
+                return
+            # One of them was it; the others have done nothing.
+            for job in jobs:
+                self._read([job])
             return
         now = time.monotonic()
-        self._governor.read(rung, job.prompt.tokens, now - begun)
-        self.metrics.first_token.observe(now - job.arrived)
-        self.metrics.prompt_tokens.inc(job.prompt.tokens)
-        running = _Running(job, rung, answer, AnswerText(self._tokenizer, job.stops), now)
+        tokens = [job.prompt.tokens for job in jobs]
+        self._governor.read(rungs, tokens, now - begun)
+        self.metrics.prompt_tokens.inc(sum(tokens))
         if not self._running:
             self._last_step = now
-        self._running.append(running)
-        self._say(running)
+        for job, rung, answer in zip(jobs, rungs, answers, strict=True):
+            self.metrics.queued.observe(begun - job.arrived)
+            self.metrics.first_token.observe(now - job.arrived)
+            text = AnswerText(self._tokenizer, job.stops)
+            self._running.append(_Running(job, rung, answer, text, now))
+        for running in self._running[-len(jobs) :]:
+            self._say(running)
+
+    def _next_jobs(self) -> list[Job]:
+        """The first of the queue, and those behind it that can be read with it."""
+        room = min(self._most_answers - len(self._running), self.limits.prompts)
+        with self._changed:
+            jobs = [self._waiting.popleft()]
+            kind, tokens = alike(jobs[0].prompt.inputs), jobs[0].prompt.tokens
+            while self._waiting and len(jobs) < room:
+                following = self._waiting[0].prompt
+                tokens += following.tokens
+                if tokens > _TOGETHER_TOKENS or alike(following.inputs) != kind:
+                    break
+                jobs.append(self._waiting.popleft())
+        return jobs
+
+    def _rung_of(self, job: Job) -> int:
+        """The rung for a job that is read now."""
+        if not job.deadline.is_set:
+            return job.dearest
+        # It was accepted; where things have become worse since, the cheapest plan is best.
+        return self._rung_for(job, 0.0) or 0
 
     def _step(self) -> None:
         rungs = [running.rung for running in self._running]

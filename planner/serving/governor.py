@@ -105,9 +105,11 @@ class Governor:
     # (predicted, took) of the last steps: one alone may have waited for a prompt.
     _window: list[tuple[float, float]] = field(default_factory=list)
 
-    def read(self, rung: int, tokens: int, seconds: float) -> None:
-        """A prompt of so many tokens was read."""
-        self.prompts.learn(self.rungs[rung].prompt(tokens), seconds)
+    def read(self, rungs: Sequence[int], tokens: Sequence[int], seconds: float) -> None:
+        """Prompts of so many tokens, each under its rung, were read together."""
+        fixed = sum(self.rungs[rung].prompt_fixed for rung in set(rungs))
+        own = sum(self.rungs[r].per_prompt_token * n for r, n in zip(rungs, tokens, strict=True))
+        self.prompts.learn(fixed + own, seconds)
 
     def stepped(self, rungs: Sequence[int], seconds: float) -> None:
         """The running answers, of these rungs, have each got a token, others' prompts included."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import DynamicCache
 
@@ -76,8 +77,33 @@ class Answer:
     failure: Exception | None = None
 
 
+def alike(prompt: Mapping[str, Tensor]) -> object:
+    """Prompts of which this is equal can be read together: they differ in their tokens alone."""
+    by_token = prompt["input_ids"].shape
+    return tuple(
+        (name, value.dtype, None if value.shape == by_token else value.shape)
+        for name, value in sorted(prompt.items())
+    )
+
+
+def _padded(
+    prompts: Sequence[Mapping[str, Tensor]], longest: int, device: torch.device
+) -> dict[str, Tensor]:
+    """One batch of prompts; in front of shorter ones stands padding, which the mask hides."""
+    joined = {}
+    for name in prompts[0]:
+        tensors = [
+            pad(prompt[name], (longest - prompt[name].shape[1], 0))
+            if prompt[name].shape == prompt["input_ids"].shape
+            else prompt[name]
+            for prompt in prompts
+        ]
+        joined[name] = torch.cat(tensors).to(device)
+    return joined
+
+
 class RunningBatch:
-    """Reads prompts one by one and decodes all answers together.
+    """Reads prompts and decodes all answers together.
 
     Args:
         model: that `planner.compile` was given.
@@ -96,31 +122,44 @@ class RunningBatch:
         self._cache: Any = None
 
     @torch.no_grad()
-    def read(self, inputs: Mapping[str, Tensor], plan: Plan, sampler: Sampler) -> Answer:
-        """Read a prompt, whose answer joins the batch with its first token.
+    def read(
+        self,
+        prompts: Sequence[Mapping[str, Tensor]],
+        plans: Sequence[Plan],
+        samplers: Sequence[Sampler],
+    ) -> list[Answer]:
+        """Read prompts, whose answers join the batch with their first tokens.
 
         Args:
-            inputs: of the model, a batch of one.
-            plan: for the prompt and all of its answer.
-            sampler: picks the answer's tokens.
+            prompts: inputs of the model, a batch of one each, that `alike` says go together.
+            plans: for each prompt and all of its answer.
+            samplers: pick the answers' tokens.
 
         Raises:
-            PlannerError: there is no answer.
+            PlannerError: there is no answer to some prompt.
         """
         cache = DynamicCache(config=self.model.config)
-        with self._session.under(plan):
+        lengths = [prompt["input_ids"].shape[1] for prompt in prompts]
+        inputs = _padded(prompts, max(lengths), self.model.device)
+        if len(prompts) > 1:
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        with self._session.under(plans):
             output = self._run(cache, inputs)
             kept = self._session.implementation.kept_image_tokens
-        length = inputs["input_ids"].shape[1]
-        answer = Answer(
-            plan,
-            sampler,
-            CachedAnswer(cache, 0, length),
-            [sampler.pick(output.logits[:, -1])],
-            {layer: counts[0] for layer, counts in kept.items()} if plan.tokens else {},
-        )
-        self.answers.append(answer)
-        return answer
+        answers = [
+            Answer(
+                plan,
+                sampler,
+                CachedAnswer(cache, row, length),
+                [sampler.pick(output.logits[row : row + 1, -1])],
+                {stage.layer: kept[stage.layer][row] for stage in plan.tokens if kept},
+            )
+            for row, (plan, sampler, length) in enumerate(
+                zip(plans, samplers, lengths, strict=True)
+            )
+        ]
+        self.answers += answers
+        return answers
 
     @torch.no_grad()
     def step(self) -> None:

@@ -115,8 +115,7 @@ def _step_seconds(batch: RunningBatch, prompts: Sequence[Prompt], plan: Plan) ->
 
 
 def _read(batch: RunningBatch, prompt: Prompt, plan: Plan) -> None:
-    inputs = {name: value.to(batch.model.device) for name, value in prompt.inputs.items()}
-    batch.read(inputs, plan, Sampler(0.0))
+    batch.read([prompt.inputs], [plan], [Sampler(0.0)])
 
 
 def _clear(batch: RunningBatch) -> None:

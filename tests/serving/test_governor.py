@@ -22,7 +22,7 @@ def serve(governor, slow_downs, deadline):
     for slow in slow_downs:
         rung = governor.choose(deadline, PROMPT, NEW, dearest=2) or 0
         prompt, token = took(rung, slow)
-        governor.read(rung, PROMPT, prompt)
+        governor.read([rung], [PROMPT], prompt)
         for _ in range(NEW - 1):
             governor.stepped([rung], token)
         yield rung, prompt + token * (NEW - 1)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -16,7 +17,7 @@ import openai
 import pytest
 from chats import COLOURS, ask, data_url, messages
 
-from planner.ir.errors import InputError
+from planner.ir.errors import InputError, PlannerError
 from planner.serving.engine import EngineLimits
 from planner.serving.pictures import fetch, is_public
 
@@ -213,3 +214,25 @@ def test_metrics_count(client, address):
     assert value_of(address, "planner:answers_total", budget="0.6") == before + 1
     assert value_of(address, "vllm:generation_tokens_total") == tokens + spent
     assert value_of(address, "planner:deadlines_total", kept="true") >= 1
+
+
+def test_a_prompt_that_fails_fails_alone(client, service, monkeypatch):
+    """Though it was read together with others."""
+    batch = service.engine._batch
+    read, sizes = batch.read, []
+
+    def failing(prompts, plans, samplers):
+        sizes.append(len(prompts))
+        time.sleep(0.3)
+        if any(prompt["input_ids"].shape[1] > 75 for prompt in prompts):
+            raise PlannerError("this one")
+        return read(prompts, plans, samplers)
+
+    monkeypatch.setattr(batch, "read", failing)
+    with ThreadPoolExecutor(4) as pool:
+        good = [pool.submit(ask, client, COLOURS[0]) for _ in range(3)]
+        bad = pool.submit(ask, client, COLOURS[0], text=" ".join(["how"] * 40))
+        assert all(future.result().choices for future in good)
+        with pytest.raises(openai.InternalServerError, match="this one"):
+            bad.result()
+    assert max(sizes) > 1
