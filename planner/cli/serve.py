@@ -22,6 +22,8 @@ from planner.cli.command_options import (
 from planner.cli.console import Console, print_json, say
 
 _MOST_KEY_BYTES = 1 << 16
+# Seconds. Clients keep connections for five; a server that does too closes some that are in use.
+_KEEP_ALIVE = 65
 
 
 @command("model", "switches", "tokens", "utilities")
@@ -71,8 +73,8 @@ def serve_command(
         import uvicorn
 
         from planner.serving.http_app import http_app
-    except ImportError:
-        raise InputError("serving needs FastAPI: pip install 'planner[serve]'") from None
+    except ModuleNotFoundError as error:
+        raise InputError(f"serving needs {error.name}: pip install 'planner[serve]'") from None
     from planner.loading import load_model
     from planner.serving.engine import EngineLimits
     from planner.serving.opening import open_service, prompt_limits
@@ -102,6 +104,7 @@ def serve_command(
             ws="none",
             server_header=False,
             timeout_graceful_shutdown=grace,
+            timeout_keep_alive=_KEEP_ALIVE,
         )
         bound, number = listener.getsockname()[:2]
         name = f"[{bound}]" if ":" in bound else bound
