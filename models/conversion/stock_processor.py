@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, LlavaConfig, LlavaProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.utils import is_sentencepiece_available
 
 from planner.documents import read_json
 from planner.ir.errors import InputError, first_line
@@ -39,6 +40,9 @@ def stock_processor(folder: Path, config: LlavaConfig, tower: str, pads: bool) -
         tower: folder of the vision tower, whose picture statistics are taken if it is there.
         pads: whether pictures are padded to a square with the mean colour, or else cut to one.
     """
+    own_file = folder / "tokenizer.model"
+    if own_file.exists() and not (folder / "tokenizer.json").exists():
+        _require_sentencepiece(own_file)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config.text_config)
     # Tokenizers raise errors of all kinds.
@@ -63,5 +67,26 @@ def stock_processor(folder: Path, config: LlavaConfig, tower: str, pads: bool) -
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=1,
-        chat_template=_PROMPT,
+        chat_template=_PROMPT.replace(IMAGE, _image_with_prefix(tokenizer)),
     )
+
+
+def _image_with_prefix(tokenizer: Any) -> str:
+    """``<image>``, and a space if the tokens behind it then are those of the authors.
+
+    They tokenise what is before and behind a picture apart, and SentencePiece begins each text with
+    a space of its own. Inside one text it does so at the very beginning alone.
+    """
+    apart, behind, spaced = (
+        tokenizer.encode(text, add_special_tokens=False)
+        for text in ("\n", "<image>\n", "<image> \n")
+    )
+    return f"{IMAGE} " if apart != behind[1:] and apart == spaced[1:] else IMAGE
+
+
+def _require_sentencepiece(path: Path) -> None:
+    """Without it transformers takes the file for one of another format, and says that."""
+    if not is_sentencepiece_available():
+        raise InputError(
+            f"reading '{path}' takes the package sentencepiece: pip install 'planner[convert]'"
+        )

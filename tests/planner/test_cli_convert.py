@@ -13,6 +13,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from planner.ir.lowering import lower_model
 from planner.loading import load_image, load_weights, noise_image
+from planner.models.conversion.stock_processor import stock_processor
 from planner.models.scheduling import load_scheduler
 from planner.models.scheduling.scheduler import sinusoid
 
@@ -301,6 +302,42 @@ def test_the_processor_asks_as_the_authors_do(write, cli, tmp_path):
     # Above and below the picture there is its mean colour, which is about 0 when normalised.
     assert inputs["pixel_values"][0, :, :8].abs().max() < 0.02
     assert (inputs["input_ids"] == processor.image_token_id).sum() == 16
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_questions_have_the_authors_token_ids(tmp_path, scheme):
+    """Theirs: texts before and behind a picture are tokenised apart, the picture's id between."""
+    (tmp_path / "source").mkdir()
+    letters = ["<unk>", "<s>", "</s>", "▁", "\n", *"ABCEINORSTUacdefghilmnoprstuvwyW?:.,'"]
+    pieces = {letter: n for n, letter in enumerate(dict.fromkeys(letters))}
+    tokenizer = Tokenizer(models.BPE(pieces, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme)
+    tokenizer.save(str(tmp_path / "source/tokenizer.json"))
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    (tmp_path / "source/tokenizer_config.json").write_text(json.dumps(named))
+    config = LlavaConfig(text_config={"model_type": "llama", **LLAMA}, vision_config=CLIP)
+    processor = stock_processor(tmp_path / "source", config, "", pads=True)
+    ours = processor.tokenizer
+    start = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions. USER: "
+    )
+    content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    turns = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": "Where?"},
+    ]
+    one, many = (
+        "\nWhat is it? ASSISTANT:",
+        "\nWhat is it? ASSISTANT: A cat.</s>USER: Where? ASSISTANT:",
+    )
+    for messages, behind in ((turns[:1], one), (turns, many)):
+        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        image = ours.convert_tokens_to_ids("<image>")
+        before, after = (ours.encode(part, add_special_tokens=False) for part in (start, behind))
+        assert ours.encode(text, add_special_tokens=False) == [*before, image, *after]
 
 
 def without(name):
