@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from planner.ir.errors import InputError
 from planner.models.running.attention_calls import Recorded
@@ -23,6 +23,7 @@ from planner.models.tokens.kept_tokens import Kept
 from planner.planning.selectors import Selector
 
 if TYPE_CHECKING:
+    from planner.models.running.layers import LayerForward
     from planner.models.tokens.token_stages import TokenStages
 
 
@@ -42,6 +43,8 @@ class Call:
     unwanted: Tensor | None = None  # what a vision selector dropped; None without one
     left: Tensor | None = None  # tokens not dropped; None before the first stage
     kept: Kept | None = None  # the same as indices
+    # int64: tokens up to each that position ids no longer count; None where they count all.
+    gaps: Tensor | None = None
     marks: dict[Selector, Tensor] = field(default_factory=dict)  # before layer 0
     records: dict[int, list[Recorded]] = field(default_factory=dict)  # of attention, by layer
 
@@ -64,6 +67,10 @@ class Call:
         return own
 
 
+class Enough(Exception):
+    """Ends the run of an attention block that is only asked what it computes with."""
+
+
 class Passes:
     """Begins a `Call` at the first layer, shows it to all layers and ends it at the last."""
 
@@ -73,6 +80,11 @@ class Passes:
         self.current: Call | None = None
         # Batch rows that a layer is running for, and which keys are no padding; None for all.
         self.serving: tuple[Tensor | None, Tensor | None] = (None, None)
+        # Whether attention blocks run no further than to what they compute with.
+        self.only_records = False
+        # What stands in for the layers, in model order; the decoder's rotary embedding.
+        self.layers: list[LayerForward] = []
+        self.rotary: nn.Module | None = None
         # What the attention block computed with that ran last, where somebody asks.
         self.seen: Recorded | None = None
         self._rows: dict[tuple[int, torch.device], list[list[Tensor | None]]] = {}
@@ -133,6 +145,12 @@ class Passes:
     def record(self, layer: int, seen: Recorded) -> None:
         """Note what a layer's attention block computes with, for its cache or a later selector."""
         self.seen = seen
+        if self.only_records:
+            rows, valid = self.serving
+            assert self.current is not None
+            record = replace(seen, rows=rows, valid=valid)
+            self.current.records.setdefault(layer, []).append(record)
+            raise Enough
         scored = self.stages is not None and layer in self.stages.recorded
         if scored and self.current is not None and self.current.image is not None:
             rows, valid = self.serving

@@ -43,6 +43,7 @@ class _Stored:
     keys: Tensor  # (answers, kv heads, tokens, head_dim)
     values: Tensor
     places: Tensor | None  # (answers, tokens): as in `Keys`; None where nothing was dropped
+    shift: Tensor | None = None  # (answers,): as in `Part`
 
 
 def can_be_joined(model: Any) -> bool:
@@ -90,6 +91,7 @@ def join(answers: Sequence[CachedAnswer], program: Program) -> DynamicCache:
             part.store.update(stored.keys, stored.values)
             if stored.places is not None:
                 part.keys = Keys(stored.places, bool((stored.places < 0).any()))
+            part.shift = stored.shift
         planned.advance(total)
     return cache
 
@@ -118,10 +120,16 @@ def _stored(answers: Sequence[CachedAnswer], layer: int, total: int, has_keys: b
         return torch.cat(padded)[back]
 
     places = [piece.places for piece in pieces if piece.places is not None]
+    shift = None
+    if any(piece.shift is not None for piece in pieces):
+        none = back.new_zeros
+        parts = [none(len(p.keys)) if p.shift is None else p.shift for p in pieces]
+        shift = torch.cat(parts)[back]
     return _Stored(
         joined([piece.keys for piece in pieces]),
         joined([piece.values for piece in pieces]),
         joined(places, -1) if has_keys else None,
+        shift,
     )
 
 
@@ -129,12 +137,13 @@ def _taken(answers: Sequence[CachedAnswer], layer: int, total: int, has_keys: bo
     """What a layer of one cache holds of some answers, for a batch of so many tokens."""
     cached = answers[0].cache.layers[layer]
     numbers = [answer.row for answer in answers]
-    store, known = cached, None
+    store, known, shift = cached, None, None
     rows = torch.tensor(numbers, device=_device(answers[0].cache))
     if isinstance(cached, PlannedLayer):
         part = next(p for p in cached.parts if p.rows is None or numbers[0] in p.rows.tolist())
         store, known = part.store, part.keys
         rows = rows if part.rows is None else torch.searchsorted(part.rows, rows)
+        shift = None if part.shift is None else part.shift[rows]
     keys, values = store.keys[rows], store.values[rows]
     seen = cached.get_seq_length()
     if not has_keys:
@@ -153,7 +162,7 @@ def _taken(answers: Sequence[CachedAnswer], layer: int, total: int, has_keys: bo
     gone = int((places >= 0).any(0).long().argmax())
     places = places[:, gone:]
     places = (places + total - seen).masked_fill(places < 0, -1)
-    return _Stored(keys[..., gone:, :], values[..., gone:, :], places)
+    return _Stored(keys[..., gone:, :], values[..., gone:, :], places, shift)
 
 
 def _device(cache: Cache) -> torch.device:

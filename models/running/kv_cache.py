@@ -54,6 +54,9 @@ class Part:
     # shows those of the first one: as many, and all of them earlier than any query.
     keys: Keys | None = None
     hitters: HeavyHitters | None = None  # what evicts from the store
+    # How far the position ids of new tokens lie before those that stock code gives, shape (rows,);
+    # None while they are the same.
+    shift: Tensor | None = None
 
 
 class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -99,6 +102,14 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
         padded |= part.keys.padded
         part.keys = Keys(torch.cat([part.keys.positions, positions], 1), padded)
         return part.keys
+
+    def shift(self, group: int, more: Tensor | None = None) -> Tensor | None:
+        """See `Part.shift`, as it is before `more` are added, shape (rows,)."""
+        part = self.parts[group]
+        before = part.shift
+        if more is not None:
+            part.shift = more if before is None else before + more
+        return before
 
     def _forget(self, part: Part, keys: Keys) -> None:
         """Free tokens that no later token can see, because the window has passed them."""
@@ -198,7 +209,7 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget all tokens."""
         for part in self.parts:
-            part.keys = None
+            part.keys = part.shift = None
             if part.hitters is not None:
                 part.hitters = HeavyHitters(part.hitters.policy)
             if part.store is not None:
@@ -248,6 +259,8 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
             if part.keys is not None:
                 positions = part.keys.positions.repeat_interleave(repeats, 0)
                 part.keys = Keys(positions, part.keys.padded)
+            if part.shift is not None:
+                part.shift = part.shift.repeat_interleave(repeats, 0)
             if part.hitters is not None:
                 part.hitters.repeat(repeats)
             if part.rows is not None:
@@ -344,6 +357,10 @@ class StatefulLayer:
         """Tokens of this pass alone: no others are stored."""
         return Keys(positions, padded)
 
+    def shift(self, group: int, more: Tensor | None = None) -> Tensor | None:
+        """None: no tokens but those of this pass are known."""
+        return None
+
 
 Cached = PlannedLayer | StatefulLayer
 
@@ -354,6 +371,8 @@ def _take(part: Part, rows: Tensor) -> None:
         part.store.reorder_cache(rows)
     if part.keys is not None:
         part.keys = Keys(part.keys.positions[rows], part.keys.padded)
+    if part.shift is not None:
+        part.shift = part.shift[rows]
     if part.hitters is not None:
         part.hitters.reorder(rows)
 

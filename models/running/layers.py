@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 from transformers.utils.output_capturing import _active_collector
 
 from planner.ir.errors import InputError
 from planner.ir.intervals import Intervals
 from planner.models.running.attention_blocks import AttentionBlock, headless, named, names_of
 from planner.models.running.bindings import BoundSite
-from planner.models.running.forward_pass import Call, Passes
+from planner.models.running.forward_pass import Call, Enough, Passes
 from planner.models.running.kv_cache import Cached
 from planner.models.running.layer_results import LayerResult, hidden_of, with_hidden
 from planner.models.running.patches import Shadow
@@ -22,6 +25,7 @@ from planner.models.running.program import LayerGroup, LayerProgram
 from planner.models.tokens.kept_tokens import (
     Kept,
     Keys,
+    gather,
     narrow_argument,
     narrow_mask,
     scatter,
@@ -157,6 +161,7 @@ class LayerForward(Shadow):
             # Decoded tokens pass by a stage: what is compiled for them need not break here.
             if call.image is not None and stages and stages[-1].layer == self.index:
                 assert self.passes.stages is not None
+                self._look_ahead(call, setup.group, rows, hidden, kwargs)
                 hidden = self.passes.stages.select(call, setup.group, rows, hidden)
         output, returned = hidden.clone(), self.result.left_out(hidden, kwargs)
         for number, (setup, rows) in enumerate(zip(self.setups, rows_of, strict=True)):
@@ -177,13 +182,95 @@ class LayerForward(Shadow):
             if cached is not None:
                 cached.begin(number)
             self.passes.serving = (rows, None if keys is None else keys.positions >= 0)
-            returned = self.stock(inputs, **self._narrowed(call, kwargs, rows, kept, keys))
+            arguments = self._narrowed(call, kwargs, rows, kept, keys)
+            if setup.group.renumbered:
+                gaps, dropped = _gaps(call, rows, kept)
+                before = None if cached is None else cached.shift(number, dropped)
+                self._renumber(arguments, inputs, gaps, before)
+            returned = self.stock(inputs, **arguments)
             output = scatter(output, rows, kept, hidden_of(returned))
             if setup.group.kv is not None:
                 self.passes.evict(self.index, number)
         if cached is not None:
             cached.advance(call.tokens)
         return with_hidden(returned, output, whole=len(self.setups) == 1)
+
+    def _look_ahead(
+        self,
+        call: Call,
+        group: LayerGroup,
+        rows: Tensor | None,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Have the next layer that attends record what it would score a group's tokens with."""
+        stage, stages = group.stages[-1], self.passes.stages
+        if stages is None or stage not in stages.look_ahead:
+            return
+        for index in self.passes.program.scored_by(stage):
+            layer = self.passes.layers[index]
+            for number, theirs in enumerate(call.rows[index]):
+                part = theirs
+                if rows is not None:
+                    part = rows if theirs is None else rows[torch.isin(rows, theirs)]
+                if part is None or len(part):
+                    earlier = len(group.stages) > 1
+                    layer.record(call, number, part, earlier, hidden, kwargs)
+
+    def record(
+        self,
+        call: Call,
+        number: int,
+        rows: Tensor | None,
+        earlier: bool,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Run a group as far as its attention, on rows of it, and note what that is given.
+
+        `earlier`: whether a stage has dropped tokens of these rows before.
+        """
+        kept = call.kept.rows(rows) if earlier and call.kept is not None else None
+        inputs = select_rows(hidden, rows, 0)
+        if kept is not None:
+            inputs = gather(inputs, kept.index, -2)
+        keys = _keys(call, number, inputs, kept, None)
+        given = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
+        arguments = self._narrowed(call, given, rows, kept, keys)
+        if call.gaps is not None:
+            self._renumber(arguments, inputs, _gaps(call, rows, kept)[0], None)
+        self.setups[number].activate()
+        self.passes.serving = (rows, None if keys is None else keys.positions >= 0)
+        self.passes.only_records = True
+        try:
+            with suppress(Enough):
+                self.stock(inputs, **arguments)
+        finally:
+            self.passes.only_records = False
+
+    def _renumber(
+        self, arguments: dict[str, Any], inputs: Tensor, gaps: Tensor | None, before: Tensor | None
+    ) -> None:
+        """Change position ids among a layer's arguments, and what was made of them.
+
+        `gaps`, shape (rows, tokens), were dropped in this pass, `before`, shape (rows,), in earlier
+        ones; None for none.
+        """
+        ids, rotary = arguments.get("position_ids"), self.passes.rotary
+        sections = getattr(getattr(rotary, "config", None), "rope_parameters", None) or {}
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or "mrope_section" in sections:
+            raise InputError(
+                "this model's tokens have no position ids that could be made contiguous; give the "
+                "selector positions=original"
+            )
+        for shift in (gaps, None if before is None else before[:, None]):
+            ids = ids if shift is None else ids - shift
+        arguments["position_ids"] = ids
+        if "position_embeddings" in arguments and rotary is not None:
+            kinds = {"layer_type": getattr(self.block, "layer_type", None)}
+            taken = inspect.signature(rotary.forward).parameters
+            kinds = {name: kind for name, kind in kinds.items() if name in taken}
+            arguments["position_embeddings"] = rotary(inputs, ids, **kinds)
 
     def _narrowed(
         self,
@@ -221,6 +308,16 @@ def _attentions_asked() -> list[Tensor]:
     collected = _active_collector.get() or {}
     found: list[Tensor] = collected.get("attentions", [])
     return found
+
+
+def _gaps(
+    call: Call, rows: Tensor | None, kept: Kept | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """What position ids no longer count: up to each token left, shape (rows, left), and in all."""
+    if call.gaps is None:
+        return None, None
+    own = select_rows(call.gaps, rows, 0)
+    return own if kept is None else gather(own, kept.index, -1), own[:, -1]
 
 
 def _keys(

@@ -14,7 +14,7 @@ from planner.ir.graph import Graph
 from planner.ir.intervals import Intervals
 from planner.models.running.bindings import BoundLayer, BoundSite
 from planner.plan import Plan, TokenStage
-from planner.planning.selectors import H2O, parse_kv_policy
+from planner.planning.selectors import H2O, Needs, parse_kv_policy, selector_of
 
 
 def check_plan(plan: Plan, graph: Graph) -> None:
@@ -45,6 +45,7 @@ class LayerGroup:
     mlp: Intervals | None = None  # kept neurons; None for all of them
     stages: tuple[TokenStage, ...] = ()  # up to and including this layer
     kv: H2O | None = None  # by what the cache evicts; None where nothing is evicted
+    renumbered: bool = False  # whether some stage gives tokens contiguous position ids
 
     @property
     def has_keys(self) -> bool:
@@ -94,13 +95,17 @@ class Program:
     def scored_by(self, stage: TokenStage) -> dict[int, tuple[int, ...]]:
         """Which layer's attention scores the tokens of a stage, and for which plans.
 
-        It is the last layer before the stage that attends; raises InputError where there is none.
+        It is the last layer before the stage that attends, or the next one where the selector asks
+        for that; raises InputError where there is none.
         """
         found: dict[int, tuple[int, ...]] = {}
+        layers, where = self.layers[: stage.layer][::-1], "an earlier layer"
+        if Needs.NEXT_QUERY_KEY in selector_of(stage).needs:
+            layers, where = self.layers[stage.layer :], "a later layer"
         for index, plan in enumerate(self.plans):
             if stage not in plan.tokens:
                 continue
-            for layer in reversed(self.layers[: stage.layer]):
+            for layer in layers:
                 group = next(group for group in layer.groups if index in group.samples)
                 if layer.layer.heads is not None and group.on and group.heads != ():
                     found[layer.layer.index] = (*found.get(layer.layer.index, ()), index)
@@ -108,7 +113,7 @@ class Program:
             else:
                 raise InputError(
                     f"{stage.selector} at layer {stage.layer} scores tokens by the attention of "
-                    f"an earlier layer, and the plan leaves none on"
+                    f"{where}, and the plan leaves none on"
                 )
         return found
 
@@ -146,6 +151,7 @@ def _act(layer: BoundLayer, plan: Plan) -> LayerGroup:
     stages = tuple(stage for stage in plan.tokens if stage.layer <= index)
     if index in plan.layers_off:
         return LayerGroup((), on=False, stages=stages)
+    renumbered = any(selector_of(stage).renumbers for stage in stages)
     heads = _lanes(plan, layer.heads)
     return LayerGroup(
         (),
@@ -153,6 +159,7 @@ def _act(layer: BoundLayer, plan: Plan) -> LayerGroup:
         mlp=_lanes(plan, layer.mlp),
         stages=stages,
         kv=parse_kv_policy(plan.kv) if plan.kv and heads != () else None,
+        renumbered=renumbered,
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -198,6 +199,14 @@ class Preparing:
             self._visions[selector] = VisionStage(model, graph, selector, self.runs.is_active)
         return self._visions[selector]
 
+    def _rotary(self) -> nn.Module | None:
+        """What makes position ids into arguments of the decoder's layers."""
+        model: Any = self.session.model
+        for module in model.get_decoder().children():
+            if list(inspect.signature(module.forward).parameters)[:2] == ["x", "position_ids"]:
+                return cast(nn.Module, module)
+        return None
+
     def _final_norm(self) -> nn.Module | None:
         """What the decoder does behind its last layer."""
         for operator in reversed(self.session.graph.operators):
@@ -208,9 +217,11 @@ class Preparing:
     def redirected(self, program: Program, stages: TokenStages | None) -> Ready:
         """As `ready_always`, for a pass whose token stages go on."""
         ready = Ready(program, stages, self.runs.again)
+        ready.passes.rotary = self._rotary()
         for layer in program.layers:
             setups = self._setups(layer, ready)
             forward = LayerForward(ready.passes, layer, setups, self._result(layer))
+            ready.passes.layers.append(forward)
             ready.shadows.append((layer.layer.module, forward))
         return ready
 
@@ -312,7 +323,7 @@ class Preparing:
         config = getattr(site.module, "config", None)
         # A scheduler decides in the middle of a pass, when the block has a view already.
         config = getattr(config, "original_config", config)
-        recorded = passes.stages.recorded if passes.stages is not None else ()
+        recorded = passes.stages.asked if passes.stages is not None else ()
         evicts = any(other.kv is not None for other in program.groups)
         if (evicts or program.layer.index in recorded) and config is not None:
             record = partial(passes.record, program.layer.index)

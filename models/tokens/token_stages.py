@@ -21,7 +21,13 @@ from planner.models.tokens.kept_tokens import Kept, gather, scatter
 from planner.models.tokens.selectors import DecoderInputs, mark_tokens, select_tokens
 from planner.models.tokens.vision_stage import VisionStage
 from planner.plan import TokenStage
-from planner.planning.selectors import DecoderSelector, Needs, VisionSelector, selector_of
+from planner.planning.selectors import (
+    DecoderSelector,
+    Needs,
+    Selector,
+    VisionSelector,
+    selector_of,
+)
 
 Places = Callable[[Tensor, bool], Tensor]
 
@@ -55,6 +61,8 @@ class TokenStages:
         self._places = places or (lambda known, value: known)
         self.selectors: dict[TokenStage, DecoderSelector] = {}
         self.recorded: set[int] = set()  # layers whose attention some selector scores tokens by
+        # Stages that score by a layer that has not run yet, and those layers.
+        self.look_ahead: dict[TokenStage, tuple[int, ...]] = {}
         # Layer of a stage -> image tokens of the last prompt that were left behind it, (batch,).
         self.kept: dict[int, Tensor] = {}
         self.model = model
@@ -77,8 +85,12 @@ class TokenStages:
                 self.selectors[stage] = selector
                 if Needs.QUERY_KEY in selector.needs:
                     self.recorded.update(program.scored_by(stage))
+                if Needs.NEXT_QUERY_KEY in selector.needs:
+                    self.look_ahead[stage] = tuple(program.scored_by(stage))
         self.vision = None if vision is None else visions(vision)
         self.arguments: dict[str, Any] = {}  # of the model in this pass
+        # Layers whose attention has to be seen.
+        self.asked = self.recorded.union(*self.look_ahead.values())
 
     def remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the model was called with, or the part of it that a pass began with."""
@@ -171,14 +183,27 @@ class TokenStages:
             call.left[part] &= keep
         assert call.image is not None
         call.kept = Kept.of(call.left)
+        for layer in self.look_ahead.get(stage, ()):
+            call.records.pop(layer, None)
+        if self._renumbers(stage):
+            gone = (call.new_valid() & ~call.left).cumsum(1)
+            call.gaps = torch.zeros_like(gone) if call.gaps is None else call.gaps
+            # A new tensor: layers remember parts of the one before.
+            call.gaps = call.gaps.index_copy(0, everyone, gone[everyone])
         self.kept[stage.layer] = (call.left & call.image).sum(1)
         return hidden
+
+    def _renumbers(self, stage: TokenStage) -> bool:
+        selector: Selector | None = self.selectors.get(stage)
+        if selector is None and self.vision is not None:
+            selector = self.vision.selector
+        return selector is not None and selector.renumbers
 
     def _pieces(
         self, call: Call, stage: TokenStage, rows: Tensor
     ) -> list[tuple[Tensor, Recorded | None]]:
         """Rows that can be scored together: those that one run of an attention block served."""
-        if Needs.QUERY_KEY not in self.selectors[stage].needs:
+        if not self.selectors[stage].needs & (Needs.QUERY_KEY | Needs.NEXT_QUERY_KEY):
             return [(rows, None)]
         copies = call.batch // len(self.program.plans)
         pieces: list[tuple[Tensor, Recorded | None]] = []
@@ -219,6 +244,8 @@ class TokenStages:
         normed = None
         if Needs.NORMED_STATES in selector.needs:
             normed = states if self._norm is None else self._norm(states)
+        total = call.image if call.unwanted is None else call.image & ~call.unwanted
+        total = total[rows].sum(1)
         if record is None:
             return DecoderInputs(
                 image, valid, marks=marks, hidden_states=states, normed_states=normed, triton=triton
@@ -239,7 +266,7 @@ class TokenStages:
             mask = None if mask.ndim == 2 else mask[own] if mask.shape[0] > 1 else mask
         query, key, scaling = record.query[own], key[own], record.scaling
         return DecoderInputs(
-            image, valid, query, key, scaling, mask, marks, prompt, states, normed, triton
+            image, valid, query, key, scaling, mask, marks, prompt, states, normed, total, triton
         )
 
     def gather(self, hidden: Tensor, index: Tensor) -> Tensor:

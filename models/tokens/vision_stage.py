@@ -147,7 +147,10 @@ class VisionStage:
             )
         output = projected.new_full((len(counts), patches, projected.shape[-1]), torch.inf)
         for run, (indices, part) in enumerate(zip(selection.indices, projected[0].split(counts))):
-            output[run, places(indices, patches)] = part
+            slots = places(indices, patches)
+            # In the selector's order, or each at its own patch.
+            slots = slots.sort().values if self.selector.renumbers else slots
+            output[run, slots] = part
         return output
 
     def _inputs(self, features: Tensor) -> VisionInputs:

@@ -23,7 +23,7 @@ from planner.ir.graph import Graph, Operator, Site
 from planner.ir.structure import narrowed
 from planner.plan import Plan
 from planner.planning.budgets import Budget
-from planner.planning.selectors import Sizes, VisionSelector, scores_by_attention
+from planner.planning.selectors import Needs, Sizes, VisionSelector, scores_by_attention
 from planner.planning.switches import SwitchSet
 from planner.planning.utilities import Utilities
 from planner.solver.problem import (
@@ -200,11 +200,19 @@ class Pricing:
             if keep < previous:
                 scored = scores_by_attention(self.switches.token_selector)
                 width = self._query_width(stage, plan) if scored else 0
+                if scored and self._looks_ahead:
+                    # Heads that a plan leaves are those of another layer.
+                    width = self._widths_near(stage)[0]
                 cost = cost + self._selection(stage, option, width)
                 if self.switches.selector is not None:
                     cost = cost + self._products(stage, previous, option)
             previous = keep
         return cost
+
+    @property
+    def _looks_ahead(self) -> bool:
+        selector = self.switches.selector
+        return selector is not None and Needs.NEXT_QUERY_KEY in selector.needs
 
     def _products(
         self, stage: int, image_tokens: int, option: tuple[int, ...]
@@ -219,7 +227,7 @@ class Pricing:
             load.image_tokens_per_run if in_vision else image_tokens,
             load.text_tokens,
             # Of all heads: a plan with fewer costs less.
-            self._query_width(stage, None),
+            *self._widths_near(stage),
             int(self.graph.properties["hidden_size"]),
             *self._tower,
         )
@@ -253,6 +261,15 @@ class Pricing:
                 heads = operator.integer("heads")
                 return heads * operator.integer("head_dim"), heads
         return 0, 1
+
+    def _widths_near(self, stage: int) -> tuple[int, int]:
+        """(query, key) features of the attention nearest to a stage; (0, 0) without one."""
+        for layer in (*range(stage - 1, -1, -1), *range(stage, self.graph.layers)):
+            for operator in self._by_layer.get(layer, []):
+                if operator.kind == "attention":
+                    width = operator.integer("head_dim")
+                    return operator.integer("heads") * width, operator.integer("kv_heads") * width
+        return 0, 0
 
     def _query_width(self, stage: int, plan: Plan | None) -> int:
         """Query features of the last attention before a stage; 0 without one."""

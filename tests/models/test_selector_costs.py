@@ -21,6 +21,7 @@ from planner.planning.selectors import stages_of
 
 ADAPTIVE = ["prumerge:max=0.2", "prumerge:max=0.7", "prumerge+:max=0.3", "prumerge+:max=0.9"]
 FIXED = [
+    "pyramiddrop:k=1/3,ratio=0.5/0.25",
     "fastv:k=1,r=0.4", "sparsevlm:after=0/2,keep=9/3", "sparsevlm:after=1,keep=0,recycle=false",
     "random:keep=5", "uniform:keep=7,k=2", "prumerge+:ratio=0.25",
     "visionzip:dominant=4,contextual=2", "hired:ratio=0.3", "dart:keep=8,k=1", "divprune:ratio=0.3",
@@ -56,6 +57,8 @@ def planned(graph, text, budget, images, words, batch, switches="all"):
 )
 @example(text="prumerge+:max=0.9", seed=0, images=2, batch=3, budget=1.0)
 @example(text="prumerge:max=0.7", seed=1, images=1, batch=1, budget=1.0)
+@example(text="pyramiddrop:k=1/3,ratio=0.5/0.25", seed=0, images=2, batch=2, budget=1.0)
+@example(text="pyramiddrop:k=1/3,ratio=0.5/0.25", seed=0, images=1, batch=1, budget=0.85)
 @example(text="dart:keep=8,k=1", seed=0, images=2, batch=2, budget=1.0)
 @example(text="divprune:ratio=0.3", seed=0, images=1, batch=2, budget=1.0)
 @example(text="vispruner:keep=5", seed=0, images=2, batch=1, budget=1.0)

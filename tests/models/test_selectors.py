@@ -33,7 +33,7 @@ DECODER = [
     "fastv:r=0.3", "fastv:r=0", "fastv:r=1", "sparsevlm:after=2,keep=5", "sparsevlm:after=2,keep=0",
     "sparsevlm:after=2,keep=9,recycle=false", "random:keep=5", "random:keep=99,seed=3",
     "uniform:keep=7", "uniform:keep=0", "dart:keep=6,image_pivots=2,text_pivots=1", "dart:keep=99",
-    "divprune:ratio=0.3", "divprune:ratio=1",
+    "divprune:ratio=0.3", "divprune:ratio=1", "pyramiddrop:k=2,ratio=0.4,positions=original",
 ]  # fmt: skip
 VISION = [
     "prumerge", "prumerge:neighbours=0", "prumerge+", "prumerge+:ratio=0.125", "prumerge+:ratio=1",
@@ -41,6 +41,7 @@ VISION = [
     "visionzip:dominant=6,contextual=3", "visionzip", "visionzip:dominant=1,contextual=0",
     "hired", "hired:ratio=0", "hired:ratio=1", "trim", "trim:ratio=0.25", "trim:ratio=1",
     "fastervlm:keep=5", "vispruner:keep=9", "vispruner:keep=2,important=0", "downsample:side=1",
+    "hired:positions=original",
 ]  # fmt: skip
 
 
@@ -105,7 +106,7 @@ def test_text_form_of_lists_flags_and_defaults():
         ("sparsevlm:after=2/x", "after is whole numbers such as 300/200/110"),
         ("sparsevlm:recycle=yes", "recycle is true or false"),
         ("prumerge+:ratio=0", "ratio is a share above 0, up to 1"),
-        ("prumerge:ratio=0.1", "prumerge has no field 'ratio'; its fields: neighbours, max."),
+        ("prumerge:ratio=0.1", "no field 'ratio'; its fields: positions, neighbours, max."),
         ("prumerge:max=1", "prumerge:max=1.0 is out of range: max is a share above 0 and below 1."),
         ("prumerge+:max=0", "max is a share above 0 and below 1"),
         ("prumerge+:max=nan", "max is a share above 0 and below 1"),
@@ -121,6 +122,10 @@ def test_text_form_of_lists_flags_and_defaults():
         ("vispruner:keep=9,important=2", "important is a share from 0 to 1"),
         ("fastervlm:keep=-1", "keep is a count from 0 on"),
         ("downsample:side=0", "side is a count from 1 on"),
+        ("visionzip:positions=none", "positions is contiguous or original"),
+        ("pyramiddrop:k=8/16", "ratio is one share from 1 to 0, falling, for each of 2 layers"),
+        ("pyramiddrop:k=8/4/16", "k is layers from 0 on, ascending"),
+        ("pyramiddrop:ratio=.5/.6/.1", "ratio is one share from 1 to 0, falling"),
         ("hired:alpha=2", "alpha is a share from 0 to 1"),
         ("trim:ratio=-0.1", "ratio is a share from 0 to 1"),
         ("", "There is no token selector ''"),
@@ -158,7 +163,7 @@ def decoder_inputs(side):
 
     return DecoderInputs(
         image=image, valid=valid, query=draw(3, 4, seq, 8), key=draw(3, 2, seq, 8),
-        hidden_states=draw(3, seq, 12), normed_states=draw(3, seq, 12),
+        hidden_states=draw(3, seq, 12), normed_states=draw(3, seq, 12), image_tokens=image.sum(1),
     )  # fmt: skip
 
 
@@ -172,6 +177,7 @@ def alone(inputs, sample):
         key=inputs.key[sample : sample + 1, :, tokens],
         hidden_states=inputs.hidden_states[sample : sample + 1, tokens],
         normed_states=inputs.normed_states[sample : sample + 1, tokens],
+        image_tokens=inputs.image_tokens[sample : sample + 1],
     )
 
 

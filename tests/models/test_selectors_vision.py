@@ -233,7 +233,7 @@ def naive_hired(inputs, run, ratio, alpha, rows, columns, side):
     late = [cls_row(inputs, -2, run + i, HEADS) for i in range(1 + tiles)]
     total = int((1 + tiles) * n * ratio)
     overview = min(int(total * alpha), n) if tiles else min(total, n)
-    kept = [sorted(falling(late[0])[:overview])]
+    kept = [falling(late[0])[:overview]]
     marked = falling(cls_row(inputs, 0, run, HEADS))[: int(n * (1 - alpha))]
     for tile in range(tiles):
         inside = 0
@@ -242,7 +242,7 @@ def naive_hired(inputs, run, ratio, alpha, rows, columns, side):
             inside += int(y * rows) == tile // columns and int(x * columns) == tile % columns
         spend = min(total - overview, tiles * n)
         budget = min(n, inside * spend // max(len(marked), 1))
-        kept.append(sorted(falling(late[1 + tile])[:budget]))
+        kept.append(falling(late[1 + tile])[:budget])
     return kept
 
 

@@ -21,6 +21,8 @@ SELECTORS = [
     "prumerge+:max=0.4",
     "visionzip:dominant=4,contextual=2",
     "hired:ratio=0.3",
+    "hired:ratio=0.3,positions=original",
+    "prumerge+:ratio=0.25,positions=original",
     "vispruner:keep=5",
     "downsample:side=2",
 ]
@@ -48,11 +50,14 @@ def by_hand(model, inputs, text):
     chosen, new = [], words.clone()
     for run, (part, indices) in enumerate(zip(selection.features, selection.indices, strict=True)):
         slots = image[run * 16 : (run + 1) * 16][places(indices, 16)]
+        if selector.renumbers:
+            slots = slots.sort().values
         new[slots] = model.model.multi_modal_projector(part)
         chosen += slots.tolist()
     left = sorted({*range(len(words))} - {*image.tolist()} | {*chosen})
     out = model.model.language_model(
-        inputs_embeds=new[left][None], position_ids=torch.tensor([left])
+        inputs_embeds=new[left][None],
+        position_ids=torch.tensor([[*range(len(left))] if selector.renumbers else left]),
     )
     return model.lm_head(out.last_hidden_state)[0, -1]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from planner.kernels.ops.choose_tokens import ChooseTokens
@@ -19,6 +21,11 @@ from planner.planning.selectors import FastV
 @select_tokens.register(FastV)
 def fastv(selector: FastV, inputs: DecoderInputs, layer: int) -> DecoderSelection:
     """Rank each sample's image tokens by the query row of its last prompt token."""
+    return best_attended(inputs, [selector.counts(n)[0] for n in inputs.image.sum(1).tolist()])
+
+
+def best_attended(inputs: DecoderInputs, counts: Sequence[int | None]) -> DecoderSelection:
+    """So many image tokens of each sample, those that its last prompt token attends to most."""
     query, key = supplied(inputs.query, "query"), supplied(inputs.key, "key")
     image, seq = inputs.image, inputs.image.shape[1]
     prompt = inputs.valid[:, -seq:] if inputs.prompt is None else inputs.prompt
@@ -28,8 +35,5 @@ def fastv(selector: FastV, inputs: DecoderInputs, layer: int) -> DecoderSelectio
     visible = visible_keys(last, inputs.valid, inputs.attention_mask, seq)[:, 0]
     scale = query.shape[-1] ** -0.5 if inputs.scaling is None else inputs.scaling
     scores = ScoreTokens(row, key, visible, scale).run(triton=inputs.triton)[:, -seq:]
-    counts = image.new_tensor(
-        [selector.counts(n)[0] for n in image.sum(1).tolist()], dtype=torch.int64
-    )
-    chosen = ChooseTokens(scores, image, counts).run(triton=inputs.triton)
-    return DecoderSelection(~image | chosen)
+    wanted = image.new_tensor(counts, dtype=torch.int64)
+    return DecoderSelection(~image | ChooseTokens(scores, image, wanted).run(triton=inputs.triton))

@@ -10,6 +10,7 @@ from torch import Tensor
 from planner.ir.errors import InputError
 from planner.kernels.ops.choose_tokens import top_mask
 from planner.models.tokens.selectors.rules import VisionInputs, VisionSelection, select_features
+from planner.models.tokens.selectors.scoring import descending
 from planner.planning.selectors import HiRED
 
 
@@ -32,8 +33,9 @@ def hired(selector: HiRED, inputs: VisionInputs) -> VisionSelection:
     content = early.of_cls().sum(1)
     scores = late.of_cls().sum(1)
     budgets = _budgets(selector, content, inputs.tiles or ((0, 0),) * len(scores))
-    kept = top_mask(scores, torch.ones_like(scores, dtype=torch.bool), budgets)
-    indices = tuple(row.nonzero().flatten() for row in kept)
+    indices = tuple(
+        row[:budget] for row, budget in zip(descending(scores), budgets.tolist(), strict=True)
+    )
     features = tuple(run[index] for run, index in zip(inputs.features, indices, strict=True))
     return VisionSelection(features, indices)
 

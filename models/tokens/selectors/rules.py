@@ -129,6 +129,8 @@ class DecoderInputs:
     hidden_states: Tensor | None = None  # (batch, seq, width): what is about to enter layer k
     # (batch, seq, width): the same through the decoder's final norm
     normed_states: Tensor | None = None
+    # (batch,), int64: image tokens of each sample before any decoder selector dropped some
+    image_tokens: Tensor | None = None
     triton: bool = False  # whether Triton scores and ranks tokens, where a kernel can
 
 

@@ -1,25 +1,31 @@
 """Token selectors as plans know them: names, arguments, how many tokens they leave, what they cost.
 
-| selector  | works             | scores by                                 | paper            |
-|-----------|-------------------|-------------------------------------------|------------------|
-| fastv     | before layer k    | last query's attention, layer k - 1       | arXiv 2403.06764 |
-| sparsevlm | after some layers | attention of rating text, hidden states   | arXiv 2410.04417 |
-| dart      | before layer k    | norms of keys, cosines of hidden states   | arXiv 2502.11494 |
-| divprune  | before layer k    | cosines of projected features             | arXiv 2503.02175 |
-| random    | before layer k    | nothing                                   |                  |
-| uniform   | before layer k    | nothing                                   |                  |
-| prumerge  | before projector  | CLS attention and keys, last layer        | arXiv 2403.15388 |
-| prumerge+ | before projector  | CLS attention and keys, last layer        | arXiv 2403.15388 |
-| visionzip | before projector  | CLS attention and keys, second last layer | arXiv 2412.04467 |
-| hired     | before projector  | CLS attention, first and second last layer| arXiv 2408.10945 |
-| trim      | before projector  | CLIP's patch and prompt embeddings        | arXiv 2409.10994 |
-| fastervlm | before projector  | CLS attention, second last layer          | arXiv 2412.01818 |
-| vispruner | before projector  | CLS attention, cosines of features        | arXiv 2412.01818 |
-| downsample| before projector  | nothing: patches are averaged             |                  |
+| selector    | works              | scores by                                  | paper            |
+|-------------|--------------------|--------------------------------------------|------------------|
+| fastv       | before layer k     | last query's attention, layer k - 1        | arXiv 2403.06764 |
+| sparsevlm   | after some layers  | attention of rating text, hidden states    | arXiv 2410.04417 |
+| pyramiddrop | before some layers | last query's attention, next layer         | arXiv 2410.17247 |
+| dart        | before layer k     | norms of keys, cosines of hidden states    | arXiv 2502.11494 |
+| divprune    | before layer k     | cosines of projected features              | arXiv 2503.02175 |
+| random      | before layer k     | nothing                                    |                  |
+| uniform     | before layer k     | nothing                                    |                  |
+| prumerge    | before projector   | CLS attention and keys, last layer         | arXiv 2403.15388 |
+| prumerge+   | before projector   | CLS attention and keys, last layer         | arXiv 2403.15388 |
+| visionzip   | before projector   | CLS attention and keys, second last layer  | arXiv 2412.04467 |
+| hired       | before projector   | CLS attention, first and second last layer | arXiv 2408.10945 |
+| trim        | before projector   | CLIP's patch and prompt embeddings         | arXiv 2409.10994 |
+| fastervlm   | before projector   | CLS attention, second last layer           | arXiv 2412.01818 |
+| vispruner   | before projector   | CLS attention, cosines of features         | arXiv 2412.01818 |
+| downsample  | before projector   | nothing: patches are averaged              |                  |
 
 And one policy that evicts from the KV cache instead: h2o, by attention received per head (arXiv
 2306.14048). All of them are rules, none is trained; some were also published with a model
 fine-tuned under the rule (prumerge, prumerge+, visionzip).
+
+Behind rules before the projector, and behind sparsevlm, pyramiddrop and divprune, tokens have
+position ids without gaps, in decoding too, as in their authors' code; features before the projector
+come in the rule's order. With ``positions=original`` tokens keep the position ids of the prompt,
+and features the place of their patch. Ties go to the lowest index.
 
 How many tokens a rule leaves is fixed by its arguments, or depends on the picture (adaptive). An
 adaptive rule may leave all of them, so a plan wants a cap, the largest share of each picture's
@@ -53,6 +59,7 @@ from planner.planning.selectors.in_decoder import (
     DART,
     DivPrune,
     FastV,
+    PyramidDrop,
     Random,
     SparseVLM,
     Uniform,
@@ -92,6 +99,7 @@ __all__ = [
     "Product",
     "PruMerge",
     "PruMergePlus",
+    "PyramidDrop",
     "Random",
     "Selector",
     "Sizes",
@@ -111,6 +119,7 @@ __all__ = [
 SELECTORS: Mapping[str, type[DecoderSelector] | type[VisionSelector]] = {
     "fastv": FastV,
     "sparsevlm": SparseVLM,
+    "pyramiddrop": PyramidDrop,
     "dart": DART,
     "divprune": DivPrune,
     "random": Random,

@@ -13,6 +13,10 @@ def _read_flag(text: str) -> bool:
     return {"true": True, "false": False}[text]
 
 
+def _read_numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split("/"))
+
+
 def _read_integers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("/"))
 
@@ -22,6 +26,8 @@ _READERS: Mapping[Any, tuple[Callable[[str], Any], str]] = {
     int: (int, "a whole number"),
     float: (float, "a number"),
     bool: (_read_flag, "true or false"),
+    str: (str, "a word"),
+    tuple[float, ...]: (_read_numbers, "numbers such as 0.5/0.25"),
     tuple[int, ...]: (_read_integers, "whole numbers such as 300/200/110"),
 }
 
@@ -38,8 +44,8 @@ def _write(value: Any) -> str:
 class Arguments:
     """A frozen dataclass that is read from, and written as, ``name:field=value,...``.
 
-    Its fields are of the types int, float, bool or tuple[int, ...] (written ``300/200/110``), or of
-    one of these and None, where None is the default.
+    Its fields are of the types int, float, bool, str or a tuple of int or of float (written
+    ``300/200/110``), or of one of these and None, where None is the default.
     """
 
     name: ClassVar[str]

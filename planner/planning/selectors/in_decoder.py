@@ -8,7 +8,13 @@ from typing import Self
 
 from typing_extensions import override
 
-from planner.planning.selectors.selector import DecoderSelector, Needs, Product, Sizes
+from planner.planning.selectors.selector import (
+    DecoderSelector,
+    Needs,
+    Positioned,
+    Product,
+    Sizes,
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class FastV(DecoderSelector):
 
 
 @dataclass(frozen=True)
-class SparseVLM(DecoderSelector):
+class SparseVLM(Positioned, DecoderSelector):
     """Keep the image tokens that selected text attends to, fewer after each of some layers.
 
     The score is the attention that rating text tokens (`raters` of the rule) pay an image token in
@@ -59,9 +65,10 @@ class SparseVLM(DecoderSelector):
     tables instead, and so have we: the default is the table for 192 tokens on average, 300/200/110
     and the recycled ones, after layers 2, 6 and 15. In the code, which handles one sample, scores
     come from the same layer's attention and the layers after it see the smaller set. Recycled
-    tokens go behind the image there, with renumbered positions; here they take the place and
-    position id of their cluster's centre, so what is left stays in its original order. The
-    reference drops at least one token at every step, this none where there are few enough.
+    tokens go behind the image there; here they take the place of their cluster's centre, so what is
+    left stays in its original order. Position ids are contiguous behind every step, as in version
+    1.0 of the code. The reference drops at least one token at every step, this none where there are
+    few enough.
     """
 
     name = "sparsevlm"
@@ -71,6 +78,7 @@ class SparseVLM(DecoderSelector):
     recycle: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         ascending = all(a < b for a, b in pairwise((-1, *self.after)))
         self.check("after", ascending and len(self.after) > 0, "layers from 0 on, ascending")
         good = len(self.keep) == len(self.after) and min(self.keep) >= 0
@@ -118,6 +126,53 @@ class SparseVLM(DecoderSelector):
 
 _RECYCLED_SHARE = 0.3
 _TOKENS_PER_CLUSTER = 10
+
+
+@dataclass(frozen=True)
+class PyramidDrop(Positioned, DecoderSelector):
+    """Keep a smaller share of the image tokens from each of some layers on.
+
+    The score is the attention that the last prompt token would pay an image token in the layer that
+    comes next, averaged over heads: its norm, queries and keys are computed for all tokens, and
+    again behind the choice. int(n ratio) of a sample's n image tokens are left, in their order, at
+    contiguous position ids. Xing et al., "PyramidDrop" (arXiv 2410.17247), after the released code.
+    That has layers 8, 16 and 24 for 40 layers as for 32; scale them for other depths.
+    """
+
+    name = "pyramiddrop"
+    needs = Needs.NEXT_QUERY_KEY | Needs.IMAGE_TOKENS
+    scores_by_attention = True
+    k: tuple[int, ...] = (8, 16, 24)  # the first layers that see fewer tokens
+    ratio: tuple[float, ...] = (0.5, 0.25, 0.125)  # shares of all image tokens kept from each on
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ascending = all(a < b for a, b in pairwise((-1, *self.k)))
+        self.check("k", ascending, "layers from 0 on, ascending")
+        falling = all(a >= b for a, b in pairwise((1, *self.ratio, 0)))
+        good = len(self.ratio) == len(self.k) and falling
+        self.check(
+            "ratio", good, f"one share from 1 to 0, falling, for each of {len(self.k)} layers"
+        )
+
+    @property
+    @override
+    def layers(self) -> tuple[int, ...]:
+        return self.k
+
+    @override
+    def counts(self, tokens: int) -> tuple[int | None, ...]:
+        return tuple(int(tokens * ratio) for ratio in self.ratio)
+
+    @override
+    def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
+        """Queries, keys and values of the next layer, for all tokens that are there."""
+        tokens = sizes.text_tokens + sizes.image_tokens
+        return (
+            (tokens, sizes.query, sizes.hidden),
+            (tokens, sizes.key, sizes.hidden),
+            (tokens, sizes.key, sizes.hidden),
+        )
 
 
 @dataclass(frozen=True)
@@ -169,13 +224,14 @@ class DART(DecoderSelector):
 
 
 @dataclass(frozen=True)
-class DivPrune(DecoderSelector):
+class DivPrune(Positioned, DecoderSelector):
     """Keep round(n ratio) image tokens that are as different from each other as can be.
 
     Greedy max-min diversity on 1 - cosine of what enters layer k, by default the projected
     features: first the token whose nearest neighbour is farthest, then again and again the token
     farthest from all that are kept. Alvar et al., "DivPrune" (arXiv 2503.02175), Algorithm 1; the
-    released code may pick a token twice where tokens are duplicates, this never.
+    released code may pick a token twice where tokens are duplicates, this never. Order stays, and
+    position ids are contiguous, as there.
     """
 
     name = "divprune"
@@ -184,6 +240,7 @@ class DivPrune(DecoderSelector):
     k: int = 0  # the first layer that sees fewer tokens; 0 is the whole decoder
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check("ratio", 0 <= self.ratio <= 1, "a share from 0 to 1")
         self.check("k", self.k >= 0, "a layer from 0 on")
 

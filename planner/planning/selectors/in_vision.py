@@ -67,6 +67,7 @@ class PruMerge(_Adaptive):
     max: float | None = None  # largest share of tokens that is left; None is no cap
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check("neighbours", self.neighbours >= 0, "a count from 0 on")
         self.check_cap()
 
@@ -137,6 +138,7 @@ class VisionZip(VisionSelector):
     contextual: int = 10  # tokens merged from the rest
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check("dominant", self.dominant >= 1, "a count from 1 on, the CLS token included")
         self.check("contextual", self.contextual >= 0, "a count from 0 on")
 
@@ -172,6 +174,7 @@ class HiRED(VisionSelector):
     run just keeps int(n ratio). Arif et al., "HiRED" (arXiv 2408.10945), after the released code;
     that splits the overview's raster order into equal stretches, which are not the tiles, so here
     patches are counted where they lie. Shares are rounded down, so a few tokens may stay unspent.
+    Patches of a run come by falling attention.
     """
 
     name = "hired"
@@ -181,6 +184,7 @@ class HiRED(VisionSelector):
     alpha: float = 0.5  # share of the budget that goes to the overview
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check("ratio", 0 <= self.ratio <= 1, "a share from 0 to 1")
         self.check("alpha", 0 <= self.alpha <= 1, "a share from 0 to 1")
 
@@ -216,6 +220,7 @@ class TRIM(_Adaptive):
     max: float | None = None  # largest share that the adaptive rule leaves; None is no cap
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check("ratio", self.ratio is None or 0 <= self.ratio <= 1, "a share from 0 to 1")
         self.check_cap()
 
@@ -248,6 +253,7 @@ class FasterVLM(VisionSelector):
     keep: int  # of each picture or tile
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check("keep", self.keep >= 0, "a count from 0 on")
 
     @override
@@ -322,6 +328,7 @@ class Downsample(VisionSelector):
     side: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check("side", self.side >= 1, "a count from 1 on")
 
     @override

@@ -9,7 +9,7 @@ each sample go on. What they compute is in `planner.models.tokens.selectors`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Flag, auto
 from typing import ClassVar, Self
 
@@ -33,6 +33,9 @@ class Needs(Flag):
     CLS_FEATURE = auto()  # VisionInputs.cls_feature
     TEXT_EMBEDDING = auto()  # VisionInputs.patch_embeddings and .text_embeddings
     QUERY_KEY = auto()  # DecoderInputs.query, .key, .scaling and .attention_mask of layer k - 1
+    # The same of the next layer that attends, from k on.
+    NEXT_QUERY_KEY = auto()
+    IMAGE_TOKENS = auto()  # DecoderInputs.image_tokens
     MARKS = auto()  # DecoderInputs.marks, which the rule makes before layer 0
     HIDDEN_STATES = auto()  # DecoderInputs.hidden_states
     NORMED_STATES = auto()  # DecoderInputs.normed_states
@@ -45,6 +48,7 @@ class Sizes:
     image_tokens: int  # that enter: of one run (vision) or of one sample (decoder)
     text_tokens: int = 0  # of one sample
     query: int = 0  # features of the queries that tokens are scored by, heads * head_dim
+    key: int = 0  # features of the keys beside them, kv_heads * head_dim
     hidden: int = 0  # width of the hidden states
     tower: int = 0  # width of the vision tower
     tower_heads: int = 1
@@ -62,6 +66,11 @@ class Selector(Arguments, ABC):
 
     needs: ClassVar[Needs] = Needs.NOTHING
     scores_by_attention: ClassVar[bool] = False
+
+    @property
+    def renumbers(self) -> bool:
+        """Whether tokens that are left get new position ids, without gaps, in decoding too."""
+        return False
 
     @property
     def is_adaptive(self) -> bool:
@@ -100,10 +109,30 @@ class Selector(Arguments, ABC):
         return ()
 
 
-class VisionSelector(Selector):
+@dataclass(frozen=True)
+class Positioned(Selector):
+    """A selector behind which the authors' code numbers tokens anew."""
+
+    # ``contiguous``: position ids without gaps. ``original``: those of the prompt as it was.
+    positions: str = field(default="contiguous", kw_only=True)
+
+    def __post_init__(self) -> None:
+        good = self.positions in ("contiguous", "original")
+        self.check("positions", good, "contiguous or original")
+
+    @property
+    @override
+    def renumbers(self) -> bool:
+        return self.positions == "contiguous"
+
+
+@dataclass(frozen=True)
+class VisionSelector(Positioned):
     """A selector that works between the vision tower and the projector.
 
-    It needs the attention of the tower's layers `tower_layers`.
+    It needs the attention of the tower's layers `tower_layers`. Features go into the prompt in the
+    selector's order, at contiguous positions, as all authors' code has it; with
+    ``positions=original`` each goes back to the place and position of its patch.
     """
 
     tower_layers: ClassVar[tuple[int, ...]] = ()
