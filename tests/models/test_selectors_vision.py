@@ -231,6 +231,8 @@ def naive_hired(inputs, run, ratio, alpha, rows, columns, side):
     """Patches kept in each run of one image that begins at `run`."""
     n, tiles = side * side, rows * columns
     late = [cls_row(inputs, -2, run + i, HEADS) for i in range(1 + tiles)]
+    if ratio == 1:
+        return [falling(scores) for scores in late]
     total = int((1 + tiles) * n * ratio)
     overview = min(int(total * alpha), n) if tiles else min(total, n)
     kept = [falling(late[0])[:overview]]
@@ -278,6 +280,12 @@ def test_hired_keeps_the_tables_number_and_never_overspends():
     left = [len(index) for index in select_features(HiRED(ratio=0.2), inputs).indices]
     assert left[0] == 288
     assert 576 - 4 <= sum(left) <= 576
+
+
+def test_hired_keeps_everything_at_a_ratio_of_1():
+    inputs = random_inputs(np.random.default_rng(3), 1 + 6, 16, tiles=((2, 3),))
+    selection = select_features(HiRED(ratio=1), inputs)
+    assert [len(indices) for indices in selection.indices] == [16] * 7
 
 
 def test_hired_counts_patches_where_they_lie():

@@ -47,6 +47,8 @@ def _budgets(selector: HiRED, content: Tensor, tiles: tuple[tuple[int, int], ...
         raise InputError(
             f"{selector.name} got {runs} runs, which its tiles {tiles} do not add up to."
         )
+    if selector.ratio == 1:
+        return torch.full((runs,), patches, device=content.device)
     marks = content.new_full((runs,), int(patches * (1 - selector.alpha)), dtype=torch.int64)
     marked = top_mask(content, torch.ones_like(content, dtype=torch.bool), marks)
     budgets = torch.zeros_like(marks)

@@ -174,7 +174,7 @@ class HiRED(VisionSelector):
     run just keeps int(n ratio). Arif et al., "HiRED" (arXiv 2408.10945), after the released code;
     that splits the overview's raster order into equal stretches, which are not the tiles, so here
     patches are counted where they lie. Shares are rounded down, so a few tokens may stay unspent.
-    Patches of a run come by falling attention.
+    Patches of a run come by falling attention. At a ratio of 1 all stay.
     """
 
     name = "hired"
