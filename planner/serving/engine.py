@@ -248,7 +248,10 @@ class Engine:
     def _seconds_to_begin(self) -> float:
         """Until a request that came now would be read."""
         waiting, running = list(self._waiting), list(self._running)
-        seconds = sum(self._governor.prompt_seconds(j.dearest, j.prompt.tokens) for j in waiting)
+        seconds = sum(
+            self._governor.prompt_seconds(0 if j.deadline.is_set else j.dearest, j.prompt.tokens)
+            for j in waiting
+        )
         if running and len(running) + len(waiting) >= self._most_answers:
             left = min(r.job.new_tokens - len(r.answer.tokens) for r in running)
             step = self._governor.step_seconds([r.rung for r in running])
@@ -345,7 +348,9 @@ class Engine:
         if not job.deadline.is_set:
             return job.dearest
         # It was accepted; where things have become worse since, the cheapest plan is best.
-        return self._rung_for(job, 0.0) or 0
+        fitting = self._rung_for(job, 0.0) or 0
+        # One rung less for every batch that waits: better a cheaper plan than a refusal.
+        return max(0, fitting - math.ceil(len(self._waiting) / self._most_answers))
 
     def _step(self) -> None:
         rungs = [running.rung for running in self._running]

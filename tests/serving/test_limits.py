@@ -236,3 +236,15 @@ def test_a_prompt_that_fails_fails_alone(client, service, monkeypatch):
         with pytest.raises(openai.InternalServerError, match="this one"):
             bad.result()
     assert max(sizes) > 1
+
+
+def test_under_load_deadlines_are_kept_by_cheaper_plans(client, service, monkeypatch):
+    """Many at once, with time enough for the base model: those that come late get less of it."""
+    batch = service.engine._batch
+    step = batch.step
+    monkeypatch.setattr(batch, "step", lambda: (time.sleep(0.01), step()))
+    monkeypatch.setattr(service.engine, "_seconds_to_begin", lambda: 0.0)
+    with ThreadPoolExecutor(16) as pool:
+        asked = [pool.submit(ask, client, COLOURS[0], deadline_ms=60_000) for _ in range(16)]
+        budgets = [future.result().usage.plan["budget"] for future in asked]
+    assert set(budgets) == {0.6, 1.0}
