@@ -27,6 +27,8 @@ from planner.planning.selectors import (
     VisionSelector,
     parse,
     parse_kv_policy,
+    selector_of,
+    stages_of,
 )
 
 DECODER = [
@@ -67,6 +69,12 @@ def test_text_form_round_trips(text):
     assert isinstance(selector, DecoderSelector if text in DECODER else VisionSelector)
 
 
+@pytest.mark.parametrize("name", ["fastv", "sparsevlm", "pyramiddrop"])
+def test_a_plan_runs_all_of_a_selector_named_alone(name):
+    """In a plan, a name alone would keep what its stage says, in one step."""
+    assert {selector_of(stage) for stage in stages_of(name, 576)} == {parse(name)}
+
+
 @given(st.integers(1, 99), st.floats(0, 1))
 def test_fastv_round_trips_at_any_value(k, r):
     assert parse(str(FastV(k, r))) == FastV(k, r)
@@ -77,7 +85,7 @@ def test_text_form_of_lists_flags_and_defaults():
         str(parse("sparsevlm:keep=66/30/17,recycle=false"))
         == "sparsevlm:keep=66/30/17,recycle=false"
     )
-    assert str(SparseVLM()) == "sparsevlm"
+    assert str(SparseVLM()) == "sparsevlm:after=2/6/15"
     assert parse(" fastv : k=3, r=0.75 ".replace(" :", ":")) == FastV(k=3, r=0.75)
     assert parse("prumerge+") == PruMergePlus(ratio=None)
     assert str(parse_kv_policy("h2o:heavy=0.25")) == "h2o:heavy=0.25"

@@ -49,6 +49,8 @@ class Arguments:
     """
 
     name: ClassVar[str]
+    # Arguments that the text form has at least.
+    shown: ClassVar[int] = 0
 
     @classmethod
     def read(cls, arguments: Mapping[str, str]) -> Self:
@@ -75,12 +77,13 @@ class Arguments:
 
     def __str__(self) -> str:
         """The text form without fields at their defaults; it reads back as an equal object."""
-        changed = [
-            f"{entry.name}={_write(getattr(self, entry.name))}"
-            for entry in fields(self)
-            if getattr(self, entry.name) != entry.default
-        ]
-        return ":".join([self.name, ",".join(changed)] if changed else [self.name])
+        known = {entry: getattr(self, entry.name) for entry in fields(self)}
+        shown = [entry for entry, value in known.items() if value != entry.default]
+        if not shown:
+            first = sorted(known, key=lambda entry: entry.kw_only is True)
+            shown = [entry for entry in first if known[entry] is not None][: self.shown]
+        texts = [f"{entry.name}={_write(known[entry])}" for entry in shown]
+        return ":".join([self.name, ",".join(texts)] if texts else [self.name])
 
     def check(self, field: str, good: bool, wanted: str) -> None:
         """Raise InputError unless the field's value is good; for ``__post_init__``."""

@@ -157,6 +157,9 @@ class VisionSelector(Positioned):
 class DecoderSelector(Selector):
     """A selector that works inside the decoder."""
 
+    # In a plan, a name alone keeps what its stage says.
+    shown = 1
+
     @classmethod
     def at(cls, layer: int, keep: int, of: int) -> Self:
         """The selector of this kind that keeps `keep` of `of` tokens from `layer` on.
