@@ -172,8 +172,11 @@ def load(
     # Weights that were refitted for the plan are in the file.
     plans = [replace(plan, provenance=_without_refit(plan.provenance)) for plan in saved.plans]
     compile(model, plan=plans[0], **saved.options)
+    session = _session_of(model)
     if len(saved.plans) > 1:
-        _session_of(model).obey(plans)
+        session.obey(plans)
+    elif saved.budget is not None and session.planning is not None:
+        _obey(session, session.planning, plans[0], {}, saved.budget)
     return model
 
 

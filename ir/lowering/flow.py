@@ -31,7 +31,10 @@ class Flow:
 
     @cached_property
     def live(self) -> frozenset[fx.Node]:
-        """Nodes that activations flow through on their way to the output."""
+        """Nodes that activations flow through on their way to the output or to any linear.
+
+        Stock code computes some for nothing, such as a vision tower's pooling head.
+        """
         graph = self.captured.graph
         reached: set[fx.Node] = set()
         for node in graph.nodes:
@@ -45,7 +48,8 @@ class Flow:
                 reached.add(node)
         needed: set[fx.Node] = set()
         for node in reversed(list(graph.nodes)):
-            if node.op == "output" or any(user in needed for user in node.users):
+            is_used = node.op == "output" or any(user in needed for user in node.users)
+            if is_used or (node in reached and opname(node) == "linear"):
                 needed.add(node)
         positions = {n for n in needed if n.op == "call_function" and opname(n) in HEAVY}
         return frozenset((reached & needed) | positions)

@@ -71,8 +71,9 @@ class BoundLinear:
 
     @cached_property
     def features(self) -> int:
-        """Size of the narrowed axis in the base model."""
-        return self.weight.shape[self.dim]
+        """Size of the narrowed axis in the base model, also while weights are sharded."""
+        is_turned = isinstance(self.module, Conv1D)
+        return self.parameter.shape[1 - self.dim if is_turned else self.dim]
 
     def runs(self, lanes: Intervals) -> Intervals:
         """Features kept with the given lanes, in the order that the weight stores them."""

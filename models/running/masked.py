@@ -129,7 +129,7 @@ def _switch_of(site: BoundSite, gates: Tensor) -> Tensor:
     """For each input feature of the site's last linear its switch, -1 where it has none."""
     sink = site.sink
     divided = replace(site.site, switches=gates.shape[-1])
-    switch = torch.full((sink.features,), -1, device=sink.weight.device)
+    switch = torch.full((sink.features,), -1, device=sink.parameter.device)
     for number in range(divided.switches):
         start, stop = divided.bounds[number : number + 2]
         for first, last in sink.runs(((start, stop),) if stop > start else ()):

@@ -24,6 +24,7 @@ from planner.files import MEBIBYTE, output_folder, read_bytes, write_bytes
 from planner.ir.errors import InputError
 from planner.models.running.session import Session, language_model
 from planner.plan import Plan, dump_plan, load_plan
+from planner.planning.budgets import Budget
 from planner.planning.compiler import Request
 
 _log = logging.getLogger("planner")
@@ -44,6 +45,7 @@ class _Settings(BaseModel):
     plans: int = Field(ge=1, le=4096)
     freeze: bool = False
     kernels: str = "auto"
+    budget: dict[str, str] | None = None
     request: dict[str, Any]
 
 
@@ -53,10 +55,12 @@ class Saved:
 
     Attributes:
         plans: one for all samples, or one per sample.
+        budget: that holds for every prompt; None where the plans do.
         options: of `planner.compile`.
     """
 
     plans: tuple[Plan, ...]
+    budget: Budget | None
     options: dict[str, Any]
 
 
@@ -88,14 +92,17 @@ def saved_files(session: Session) -> dict[str, bytes]:
         request["utilities"] = _UTILITIES
     elif "utilities" in request:
         request["utilities"] = str(utilities)
+    asked = session.setting.asked
+    limits = () if asked is None else asked.describe().items()
     settings = _Settings(
         planner_settings=1,
         plans=len(plans),
+        budget={metric: text.removesuffix(" of base") for metric, text in limits} or None,
         **session.implementation.compile_options,
         request=request,
     )
     # Last, since it says which others belong to it.
-    files[SETTINGS] = dump_yaml(settings.model_dump()).encode()
+    files[SETTINGS] = dump_yaml(settings.model_dump(exclude_none=True)).encode()
     return files
 
 
@@ -126,7 +133,8 @@ def read_saved(folder: Path) -> Saved:
         request = request | {"utilities": folder / _UTILITIES}
     of = settings.plans
     plans = tuple(load_plan(folder / _plan_name(number, of)) for number in range(of))
-    return Saved(plans, {"freeze": settings.freeze, "kernels": settings.kernels, **request})
+    budget = Budget.of(settings.budget) if settings.budget else None
+    return Saved(plans, budget, {"freeze": settings.freeze, "kernels": settings.kernels, **request})
 
 
 class SavePretrained:

@@ -93,6 +93,20 @@ def test_utilities_and_options_come_along(model, qwen3, tmp_path):
         assert third.key == half.key
 
 
+@torch.no_grad()
+def test_a_budget_holds_for_every_prompt_again(model, tmp_path):
+    planner.compile(model, 0.6, utilities="prior")
+    model.save_pretrained(tmp_path)
+    read = planner.load(tmp_path)
+    for tokens in (5, 40, 11):
+        ids = torch.arange(3, 3 + tokens)[None]
+        assert torch.equal(read(input_ids=ids).logits, model(input_ids=ids).logits)
+        assert planner.plan_of(read).cost == planner.plan_of(model).cost
+    (tmp_path / SETTINGS).write_text((tmp_path / SETTINGS).read_text().replace("'0.6'", "'6'"))
+    with pytest.raises(InputError, match="at most 1 of the base model"):
+        planner.load(tmp_path)
+
+
 def test_samples_with_plans_of_their_own(model, plan, qwen3, tmp_path):
     planner.compile(model, plan=plan)
     both = (plan, plan_of(qwen3[1], layers_off=(1,)))
