@@ -310,7 +310,7 @@ FAMILIES: dict[str, Callable[[], Family]] = {
                 "full_attention",
             ],
         },
-        SIGLIP | TOWER_ONLY,
+        SIGLIP,
         _plain(32),
         16,
         "token_type_ids",

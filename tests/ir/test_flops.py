@@ -120,7 +120,8 @@ def test_under_a_plan_to_the_last_flop(name, batch):
 @pytest.mark.parametrize("name", DENSE)
 def test_parameters_but_those_added_to_activations(name):
     family, graph = prepared(name)
-    added = ("position_embedding", "class_embedding", "cls_token", "lambda_")
+    # A pooling head asks with one learned query.
+    added = ("position_embedding", "class_embedding", "cls_token", "lambda_", "head.probe")
     # LLaVA reads CLIP before its last norm.
     unused = ("vision_tower.post_layernorm",) if name == "llava" else ()
     names = (*added, *unused)
