@@ -10,6 +10,7 @@ as they are, and the kept features of plans that run again are copied together, 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,15 +30,15 @@ from planner.models.running.bindings import BoundLinear, BoundSite
 from planner.models.running.patches import Shadow
 
 
-class Product:
+class Product(ABC):
     """Computes features of shape (..., in features) to (..., out features), either narrowed."""
 
-    def refresh(self) -> None:
+    def refresh(self) -> None:  # noqa: B027 - most look at their weights as they multiply
         """Before a pass: look what weights are now."""
 
+    @abstractmethod
     def __call__(self, features: Tensor) -> Tensor:
         """Multiply."""
-        raise NotImplementedError
 
 
 class BlockForward(Shadow):
