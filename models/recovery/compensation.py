@@ -26,6 +26,8 @@ class CompensatedProducts(Products):
         means: path of a sink -> mean of its input features, shape (features,).
     """
 
+    corrects = True
+
     def __init__(self, products: Products, means: Mapping[str, Tensor]) -> None:
         super().__init__(products.frozen_bytes, products.kernels)
         self.products, self.means = products, means

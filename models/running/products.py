@@ -62,6 +62,9 @@ class Products:
         kernels: what was asked for; token stages, which are no module, ask this.
     """
 
+    # Whether more is computed than the kept weights say, which files of weights do not hold.
+    corrects = False
+
     def __init__(self, frozen_bytes: int = 0, kernels: Kernels = Kernels.TORCH) -> None:
         self.frozen_bytes, self.kernels = frozen_bytes, kernels
         self.copies = Copies(frozen_bytes) if frozen_bytes else None

@@ -73,6 +73,9 @@ def saved_files(session: Session) -> dict[str, bytes]:
     # A budget that waited for options is a plan from here on.
     if session.implementation is None or session.program is None or session.setting is None:
         return {}
+    if session.implementation.preparing.products.corrects:
+        _log.warning("no plan is written: what recover='compensate' adds to it cannot be saved")
+        return {}
     plans = session.setting.plans
     files = {
         _plan_name(number, len(plans)): dump_plan(plan).encode()

@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import planner
 from planner.ir.errors import InputError
+from planner.models.recovery.compensation import CompensatedProducts
 from planner.models.running.saving import SETTINGS, read_saved
+from planner.models.running.skipping import session_on
 from planner.planning.switches import with_switches
 from planner.planning.utilities import Utilities, save_utilities
 
@@ -105,6 +107,15 @@ def test_a_budget_holds_for_every_prompt_again(model, tmp_path):
     (tmp_path / SETTINGS).write_text((tmp_path / SETTINGS).read_text().replace("'0.6'", "'6'"))
     with pytest.raises(InputError, match="at most 1 of the base model"):
         planner.load(tmp_path)
+
+
+def test_a_plan_is_not_saved_without_what_makes_up_for_it(model, plan, qwen3, tmp_path, said):
+    planner.compile(model, plan=plan)
+    known = session_on(model, qwen3[1]).implementation
+    known.use(CompensatedProducts(known.preparing.products, {}))
+    model.save_pretrained(tmp_path)
+    assert any("cannot be saved" in message for message in said())
+    assert own_files(tmp_path) == []
 
 
 def test_samples_with_plans_of_their_own(model, plan, qwen3, tmp_path):
