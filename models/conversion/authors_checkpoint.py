@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from planner.documents import validated
 from planner.files import check_new, whole_folder
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_config
@@ -25,15 +26,15 @@ from planner.models.conversion.authors_weights import (
     Shapes,
     authors_names,
     check,
-    predictor_shapes,
     without_unused,
 )
 from planner.models.conversion.stock_processor import IMAGE, stock_processor
 from planner.models.conversion.tensor_files import read_tensors
 from planner.models.scheduling import Scheduler, save_scheduler
+from planner.models.tokens.predictors import Predictors
+from planner.planning.selectors import PredictorSettings
+from planner.planning.selectors.trained_predictors import SETTINGS, WEIGHTS
 
-#: Dynamic-LLaVA's predictors, as `planner convert` writes them beside the checkpoint.
-PREDICTOR_FILE, PREDICTOR_SETTINGS = "predictors.safetensors", "predictors.json"
 _TOWER = "model.vision_tower."
 # Stock LLaVA's vocabulary is a multiple of it, <image> and <pad> included: 32064 of 32000 words.
 _VOCABULARY_MULTIPLE = 64
@@ -102,9 +103,9 @@ def convert(
             scheduler.load_state_dict(beside)
             save_scheduler(scheduler, folder)
         elif beside:
-            save_file(beside, folder / PREDICTOR_FILE, metadata={"format": "pt"})
+            save_file(beside, folder / WEIGHTS, metadata={"format": "pt"})
             settings = {"format": 1, **authors.values["sparse_config"]}
-            (folder / PREDICTOR_SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
+            (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
     selector = authors.values.get("token_selecting")
     return Converted(
         output,
@@ -177,11 +178,9 @@ def _added(
     sparse = authors.values.get("sparse_config")
     if not isinstance(sparse, dict):
         return {}, {}
-    shapes = predictor_shapes(
-        config.text_config.hidden_size,
-        image=sparse.get("use_vision_predictor", True),
-        output=sparse.get("use_output_text_predictor", True),
-    )
+    settings = validated(PredictorSettings, sparse, f"sparse_config of '{authors.folder}'")
+    with torch.device("meta"):
+        shapes = _shapes(Predictors(config.text_config.hidden_size, settings).state_dict())
     return authors_names(PREDICTORS, shapes), shapes
 
 

@@ -35,6 +35,7 @@ from planner.models.tokens.kept_tokens import Keys
 from planner.models.tokens.selectors import HeavyHitters
 from planner.models.tokens.selectors.h2o import attention_received
 from planner.models.tokens.selectors.scoring import visible_keys
+from planner.planning.selectors import H2O
 
 PlanKey = tuple[object, ...]
 _DYNAMIC = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -481,7 +482,7 @@ def _parts(
         if group.on and group.heads != ():
             # Behind a token stage a sliding window counts dropped tokens too: see `_forget`.
             store = GrowingLayer() if group.has_keys else _like(stock)
-        hitters = None if group.kv is None else HeavyHitters(group.kv)
+        hitters = HeavyHitters(group.kv) if isinstance(group.kv, H2O) else None
         parts.append(Part(members, store, hitters=hitters))
     return parts
 

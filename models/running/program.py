@@ -14,7 +14,7 @@ from planner.ir.graph import Graph
 from planner.ir.intervals import Intervals
 from planner.models.running.bindings import BoundLayer, BoundSite
 from planner.plan import Plan, TokenStage
-from planner.planning.selectors import H2O, Needs, parse_kv_policy, selector_of
+from planner.planning.selectors import KVPolicy, Needs, parse_kv_policy, selector_of
 
 
 def check_plan(plan: Plan, graph: Graph) -> None:
@@ -44,7 +44,7 @@ class LayerGroup:
     heads: Intervals | None = None  # kept KV groups; None for all of them
     mlp: Intervals | None = None  # kept neurons; None for all of them
     stages: tuple[TokenStage, ...] = ()  # up to and including this layer
-    kv: H2O | None = None  # by what the cache evicts; None where nothing is evicted
+    kv: KVPolicy | None = None  # what the cache holds; None where it holds everything
     renumbered: bool = False  # whether some stage gives tokens contiguous position ids
 
     @property

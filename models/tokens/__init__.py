@@ -3,6 +3,7 @@
 In: token stages of a plan, and what a stock model computes. Out: a batch of the tokens that stay.
 
     selectors/      rules that pick image tokens
+    predictors      Dynamic-LLaVA's trained predictors
     kept_tokens     what is left of a batch, and arguments narrowed to it
     token_stages    stages carried out: images found, selectors run
     vision_stage    selectors between vision tower and projector

@@ -18,11 +18,13 @@ from planner.models.running.forward_pass import Call
 from planner.models.running.program import LayerGroup, Program
 from planner.models.running.prompts import is_visual
 from planner.models.tokens.kept_tokens import Kept, gather, scatter
+from planner.models.tokens.predictors import ImagePredictor, load_predictors
 from planner.models.tokens.selectors import DecoderInputs, mark_tokens, select_tokens
 from planner.models.tokens.vision_stage import VisionStage
 from planner.plan import TokenStage
 from planner.planning.selectors import (
     DecoderSelector,
+    DynamicLLaVA,
     Needs,
     Selector,
     VisionSelector,
@@ -72,6 +74,7 @@ class TokenStages:
                 f"{type(model).__name__} takes no images, so a plan cannot drop image tokens"
             )
         vision = None
+        self._predictors: dict[DecoderSelector, ImagePredictor] = {}
         for stage in {stage for plan in program.plans for stage in plan.tokens}:
             selector = selector_of(stage)
             if isinstance(selector, VisionSelector):
@@ -83,6 +86,8 @@ class TokenStages:
                 vision = selector
             else:
                 self.selectors[stage] = selector
+                if isinstance(selector, DynamicLLaVA):
+                    self._predictors[selector] = _image_predictor(selector, model)
                 if Needs.QUERY_KEY in selector.needs:
                     self.recorded.update(program.scored_by(stage))
                 if Needs.NEXT_QUERY_KEY in selector.needs:
@@ -248,7 +253,13 @@ class TokenStages:
         total = total[rows].sum(1)
         if record is None:
             return DecoderInputs(
-                image, valid, marks=marks, hidden_states=states, normed_states=normed, triton=triton
+                image,
+                valid,
+                marks=marks,
+                hidden_states=states,
+                normed_states=normed,
+                image_predictor=self._predictor(selector, hidden),
+                triton=triton,
             )
         own, key = rows, record.key
         if record.rows is not None:
@@ -266,11 +277,36 @@ class TokenStages:
             mask = None if mask.ndim == 2 else mask[own] if mask.shape[0] > 1 else mask
         query, key, scaling = record.query[own], key[own], record.scaling
         return DecoderInputs(
-            image, valid, query, key, scaling, mask, marks, prompt, states, normed, total, triton
+            image,
+            valid,
+            query,
+            key,
+            scaling,
+            mask,
+            marks,
+            prompt,
+            states,
+            normed,
+            total,
+            triton=triton,
         )
+
+    def _predictor(self, selector: DecoderSelector, hidden: Tensor) -> ImagePredictor | None:
+        """What a selector predicts with, where the hidden states are and in their type."""
+        known = self._predictors.get(selector)
+        return None if known is None else known.to(hidden.device, hidden.dtype)
 
     def gather(self, hidden: Tensor, index: Tensor) -> Tensor:
         """The hidden states of the tokens that are left: `Kept.index` of (rows, tokens, width)."""
         if with_triton(self.kernels, hidden.device):
             return GatherTokens(hidden, index).run(triton=True)
         return gather(hidden, index, -2)
+
+
+def _image_predictor(selector: DynamicLLaVA, model: nn.Module) -> ImagePredictor:
+    config: Any = model.config
+    width = config.get_text_config(decoder=True).hidden_size
+    predictor = load_predictors(selector.folder, width).image
+    if predictor is None:
+        raise InputError(f"the predictors in '{selector.folder}' have none of image tokens")
+    return predictor

@@ -23,7 +23,14 @@ from planner.ir.graph import Graph, Operator, Site
 from planner.ir.structure import narrowed
 from planner.plan import Plan
 from planner.planning.budgets import Budget
-from planner.planning.selectors import Needs, Sizes, VisionSelector, scores_by_attention
+from planner.planning.selectors import (
+    KVPolicy,
+    Needs,
+    Selector,
+    Sizes,
+    VisionSelector,
+    scores_by_attention,
+)
 from planner.planning.switches import SwitchSet
 from planner.planning.utilities import Utilities
 from planner.solver.problem import (
@@ -86,10 +93,15 @@ class Pricing:
             sizes["context"] -= dropped
             if not context:
                 sizes["query"] -= dropped
-        if layer is not None and context and self.switches.kv is not None:
+        policy = self.switches.kv
+        if layer is not None and context and policy is not None and layer >= policy.layer:
             prompt = self._sizes(layer, option, context=False)["query"]
-            sizes["context"] = self.switches.kv.kept(prompt, load.new_tokens)
+            sizes["context"] = policy.kept(prompt, load.new_tokens)
         return sizes
+
+    def _all_sizes(self, layer: int, option: tuple[int, ...]) -> tuple[object, ...]:
+        """Equal for layers that see as many tokens, in the prefill and at the end."""
+        return tuple(tuple(self._sizes(layer, option, end).items()) for end in (False, True))
 
     # -- cost of a set of operators ----------------------------------------------------------
 
@@ -108,8 +120,9 @@ class Pricing:
         prefill = self._sizes(layer, option, context=False)
         prefill["batch"] *= rows
         costs = [price(operator, graph, prefill, self.device) for operator in operators]
-        if self.switches.kv is not None and layer is not None:
-            # A cache that evicts computes the scores of all queries once more: one product of two.
+        policy = self.switches.kv
+        if policy is not None and policy.scores_by_attention and layer is not None:
+            # The scores of all queries once more: one product of two.
             twice = [c for o, c in zip(operators, costs, strict=True) if o.kind == "attention"]
             costs += [
                 replace(cost, flops=cost.flops // 2, seconds=cost.seconds / 2, parameters=0)
@@ -178,7 +191,14 @@ class Pricing:
         """
         cost = self.encoder + self.ends
         cost[3] += self._working_bytes
+        if self.switches.kv is not None:
+            cost[3] += self._weight_bytes(self.switches.kv)
         return cost
+
+    def _weight_bytes(self, decides: Selector | KVPolicy) -> int:
+        """Bytes of the weights that decide, beside the model's own."""
+        properties = self.graph.properties
+        return decides.parameters(int(properties["hidden_size"])) * int(properties["dtype_bytes"])
 
     @cached_property
     def ends(self) -> npt.NDArray[np.int64]:
@@ -238,7 +258,9 @@ class Pricing:
             )
             for i, (rows, columns, inner) in enumerate(selector.products(stage, sizes))
         ]
-        return self._vector(products, self._of(products), None, option)
+        cost = self._vector(products, self._of(products), None, option)
+        cost[3] += self._weight_bytes(selector) if stage == self.stages[0] else 0
+        return cost
 
     def _selection(self, stage: int, option: tuple[int, ...], width: int) -> npt.NDArray[np.int64]:
         hidden = (Dim.of("batch"), Dim.of("query"), Dim(int(self.graph.properties["hidden_size"])))
@@ -294,7 +316,7 @@ class Pricing:
         names = {site.name for site in sites}
         here = self._by_layer.get(layer, [])
         operators = [o for o in here if not any(s in names for _, s in o.narrowed_by)]
-        key = (self._alike(operators), tuple(self._sizes(layer, option, False).items()))
+        key = (self._alike(operators), *self._all_sizes(layer, option))
         if key not in self._layer_memo:
             self._layer_memo[key] = self._vector(operators, self.graph, layer, option)
         return self._layer_memo[key]
@@ -307,8 +329,8 @@ class Pricing:
         """
         here = self._by_layer.get(site.layer, [])
         operators = [o for o in here if any(name == site.name for _, name in o.narrowed_by)]
-        sizes = self._sizes(site.layer, option, False)
-        key = (self._alike(operators), site.lanes, site.switches, tuple(sizes.items()))
+        sizes = self._all_sizes(site.layer, option)
+        key = (self._alike(operators), site.lanes, site.switches, *sizes)
         if key not in self._layer_memo:
             bounds = site.bounds
             columns = [np.zeros(4, dtype=np.int64)]

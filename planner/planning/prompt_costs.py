@@ -41,10 +41,12 @@ class _Span:
     Attributes:
         stages: token stages before them.
         window: the most tokens that they cache; 0 is no limit.
+        has_policy: whether a KV policy, where there is one, says what they cache.
     """
 
     stages: int
     window: int
+    has_policy: bool
 
 
 class PromptCosts:
@@ -62,7 +64,7 @@ class PromptCosts:
         self._span_of = [_span(pricing, layer) for layer in range(graph.layers)]
         self._spans = sorted(set(self._span_of))
         self._units = [_unit(pricing, tokens) for tokens in (1, 2, 3)]
-        names = [f"{term}.{s.stages}.{s.window}" for s in self._spans for term in _TERMS]
+        names = [f"{term}.{number}" for number in range(len(self._spans)) for term in _TERMS]
         self.problem = Problem(
             metrics=tuple(names),
             limits=np.full(len(names), COST_CEILING, dtype=np.int64),
@@ -126,7 +128,7 @@ class PromptCosts:
             kept = option[span.stages - 1] if span.stages and option else load.image_tokens
             seen = load.text_tokens + kept
             cached = seen + load.new_tokens
-            if policy is not None:
+            if policy is not None and span.has_policy:
                 cached = policy.kept(seen, load.new_tokens)
             elif span.window:
                 cached = min(cached, span.window)
@@ -255,7 +257,12 @@ def _span(pricing: Pricing, layer: int) -> _Span:
         for operator in pricing.graph
         if operator.part == "decoder" and operator.layer == layer and operator.get("window")
     ]
-    return _Span(sum(stage <= layer for stage in pricing.stages), max(windows, default=0))
+    policy = pricing.switches.kv
+    return _Span(
+        sum(stage <= layer for stage in pricing.stages),
+        max(windows, default=0),
+        policy is not None and layer >= policy.layer,
+    )
 
 
 def _repeated(terms: Costs, options: int) -> npt.NDArray[np.int64]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Site
-from planner.planning.selectors import H2O, Selector, counted, parse, parse_kv_policy
+from planner.planning.selectors import KVPolicy, Selector, counted, parse, parse_kv_policy
 
 AXES = ("tokens", "layers", "heads", "mlp")
 _SITE_KIND = {"layers": "layer", "heads": "heads", "mlp": "mlp"}
@@ -31,7 +31,7 @@ class SwitchSet:
     # Image tokens kept at each of `token_layers`, where a selector fixes them, or at most.
     token_counts: tuple[int, ...] | None = None
     selector: Selector | None = None  # `token_selector` itself, where the user gave one
-    kv: H2O | None = None  # evicts from the cache of every layer; None keeps everything
+    kv: KVPolicy | None = None  # what the cache holds; None keeps everything
 
     @staticmethod
     def parse(text: str) -> SwitchSet:
@@ -68,7 +68,7 @@ class SwitchSet:
         )
 
     def with_kv_policy(self, text: str) -> SwitchSet:
-        """The same switches with a cache that evicts, such as ``h2o:heavy=0.2,recent=0.2``."""
+        """The same switches with a KV policy, such as ``h2o:heavy=0.2,recent=0.2``."""
         return replace(self, kv=parse_kv_policy(text))
 
     def usable(self, graph: Graph) -> tuple[Site, ...]:

@@ -1,6 +1,7 @@
 """What selectors cost: a plan's price is never below what runs, and reports say what really ran."""
 
 import functools
+import tempfile
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from families import FAMILIES
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from plans import plan_of
+from predictors import write_predictors
 from torch.utils.flop_counter import FlopCounterMode
 
 from planner.ir.cost import Workload
@@ -25,7 +27,8 @@ FIXED = [
     "fastv:k=1,r=0.4", "sparsevlm:after=0/2,keep=9/3", "sparsevlm:after=1,keep=0,recycle=false",
     "random:keep=5", "uniform:keep=7,k=2", "prumerge+:ratio=0.25",
     "visionzip:dominant=4,contextual=2", "hired:ratio=0.3", "dart:keep=8,k=1", "divprune:ratio=0.3",
-    "divprune:ratio=0.5,k=2", "fastervlm:keep=5", "vispruner:keep=5", "downsample:side=3",
+    "divprune:ratio=0.5,k=2", "dynamic-llava:FOLDER,ratio=0.3", "fastervlm:keep=5",
+    "vispruner:keep=5", "downsample:side=3",
 ]  # fmt: skip
 
 
@@ -39,7 +42,16 @@ def prepared():
     return family, graph, session_on(family.model, graph)
 
 
+@functools.cache
+def predictors():
+    """A folder that stays for the session."""
+    folder = tempfile.TemporaryDirectory()
+    write_predictors(folder.name, 64)
+    return folder
+
+
 def planned(graph, text, budget, images, words, batch, switches="all"):
+    text = text.replace("FOLDER", predictors().name)
     request = Request(
         "llava", budget, switches=switches, tokens=text, image_tokens=16 * images,
         text_tokens=words, new_tokens=2, batch=batch,
@@ -61,6 +73,7 @@ def planned(graph, text, budget, images, words, batch, switches="all"):
 @example(text="pyramiddrop:k=1/3,ratio=0.5/0.25", seed=0, images=1, batch=1, budget=0.85)
 @example(text="dart:keep=8,k=1", seed=0, images=2, batch=2, budget=1.0)
 @example(text="divprune:ratio=0.3", seed=0, images=1, batch=2, budget=1.0)
+@example(text="dynamic-llava:FOLDER,ratio=0.3", seed=0, images=2, batch=2, budget=0.85)
 @example(text="vispruner:keep=5", seed=0, images=2, batch=1, budget=1.0)
 def test_a_prompt_never_costs_more_than_its_plan_says(text, seed, images, batch, budget):
     family, graph, session = prepared()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from predictors import random_predictors
 
 from planner.ir.errors import InputError
 from planner.models.tokens.selectors import (
@@ -36,6 +37,7 @@ DECODER = [
     "sparsevlm:after=2,keep=9,recycle=false", "random:keep=5", "random:keep=99,seed=3",
     "uniform:keep=7", "uniform:keep=0", "dart:keep=6,image_pivots=2,text_pivots=1", "dart:keep=99",
     "divprune:ratio=0.3", "divprune:ratio=1", "pyramiddrop:k=2,ratio=0.4,positions=original",
+    "dynamic-llava:/predictors,k=2,ratio=0.3", "dynamic-llava:folder=/a=b,k=0,ratio=0",
 ]  # fmt: skip
 VISION = [
     "prumerge", "prumerge:neighbours=0", "prumerge+", "prumerge+:ratio=0.125", "prumerge+:ratio=1",
@@ -134,6 +136,7 @@ def test_text_form_of_lists_flags_and_defaults():
         ("pyramiddrop:k=8/16", "ratio is one share from 1 to 0, falling, for each of 2 layers"),
         ("pyramiddrop:k=8/4/16", "k is layers from 0 on, ascending"),
         ("pyramiddrop:ratio=.5/.6/.1", "ratio is one share from 1 to 0, falling"),
+        ("dynamic-llava:k=2", "needs the folder of its predictors, as in dynamic-llava:FOLDER."),
         ("hired:alpha=2", "alpha is a share from 0 to 1"),
         ("trim:ratio=-0.1", "ratio is a share from 0 to 1"),
         ("", "There is no token selector ''"),
@@ -172,6 +175,7 @@ def decoder_inputs(side):
     return DecoderInputs(
         image=image, valid=valid, query=draw(3, 4, seq, 8), key=draw(3, 2, seq, 8),
         hidden_states=draw(3, seq, 12), normed_states=draw(3, seq, 12), image_tokens=image.sum(1),
+        image_predictor=random_predictors(12).image,
     )  # fmt: skip
 
 
@@ -186,6 +190,7 @@ def alone(inputs, sample):
         hidden_states=inputs.hidden_states[sample : sample + 1, tokens],
         normed_states=inputs.normed_states[sample : sample + 1, tokens],
         image_tokens=inputs.image_tokens[sample : sample + 1],
+        image_predictor=inputs.image_predictor,
     )
 
 

@@ -137,14 +137,6 @@ def predictors(width):
     return {name: tuple(value.shape) for name, value in modules.state_dict().items()}
 
 
-def test_predictors_have_the_published_sizes():
-    from planner.models.conversion.authors_weights import predictor_shapes
-
-    for image, output, count in ((True, False, 8_572_034), (False, True, 2_270_338)):
-        shapes = predictor_shapes(4096, image, output)
-        assert sum(torch.Size(shape).numel() for shape in shapes.values()) == count
-
-
 @pytest.fixture
 def write(stock, tmp_path):
     """Write a checkpoint of a layout: its folder."""

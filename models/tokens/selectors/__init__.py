@@ -5,7 +5,7 @@ In: tensors that an executor took from a stock model. Out: `DecoderSelection` or
 
     rules                               what a rule is given and what it returns
     scoring                             rows of attention to score with; from scores to choices
-    fastv, sparsevlm, pyramiddrop, dart, divprune, random, uniform
+    fastv, sparsevlm, pyramiddrop, dart, divprune, dynamic_llava, random, uniform
                                         rules in the decoder
     prumerge, visionzip, hired, trim, vispruner, downsample
                                         rules before the projector; prumerge+ is in prumerge,

@@ -6,7 +6,7 @@ Rules never touch a model. Each is registered for the type of its selector, see
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import singledispatch
 from typing import TypeVar
@@ -131,6 +131,9 @@ class DecoderInputs:
     normed_states: Tensor | None = None
     # (batch,), int64: image tokens of each sample before any decoder selector dropped some
     image_tokens: Tensor | None = None
+    # Logits (batch, n, 2), "keep" first, of image tokens' hidden states (batch, n, width), of which
+    # (batch, n), bool, are no padding.
+    image_predictor: Callable[[Tensor, Tensor], Tensor] | None = None
     triton: bool = False  # whether Triton scores and ranks tokens, where a kernel can
 
 

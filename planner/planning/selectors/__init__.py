@@ -1,26 +1,28 @@
 """Token selectors as plans know them: names, arguments, how many tokens they leave, what they cost.
 
-| selector    | works              | scores by                                  | paper            |
-|-------------|--------------------|--------------------------------------------|------------------|
-| fastv       | before layer k     | last query's attention, layer k - 1        | arXiv 2403.06764 |
-| sparsevlm   | after some layers  | attention of rating text, hidden states    | arXiv 2410.04417 |
-| pyramiddrop | before some layers | last query's attention, next layer         | arXiv 2410.17247 |
-| dart        | before layer k     | norms of keys, cosines of hidden states    | arXiv 2502.11494 |
-| divprune    | before layer k     | cosines of projected features              | arXiv 2503.02175 |
-| random      | before layer k     | nothing                                    |                  |
-| uniform     | before layer k     | nothing                                    |                  |
-| prumerge    | before projector   | CLS attention and keys, last layer         | arXiv 2403.15388 |
-| prumerge+   | before projector   | CLS attention and keys, last layer         | arXiv 2403.15388 |
-| visionzip   | before projector   | CLS attention and keys, second last layer  | arXiv 2412.04467 |
-| hired       | before projector   | CLS attention, first and second last layer | arXiv 2408.10945 |
-| trim        | before projector   | CLIP's patch and prompt embeddings         | arXiv 2409.10994 |
-| fastervlm   | before projector   | CLS attention, second last layer           | arXiv 2412.01818 |
-| vispruner   | before projector   | CLS attention, cosines of features         | arXiv 2412.01818 |
-| downsample  | before projector   | nothing: patches are averaged              |                  |
+| selector      | works              | scores by                                  | arXiv      |
+|---------------|--------------------|--------------------------------------------|------------|
+| fastv         | before layer k     | last query's attention, layer k - 1        | 2403.06764 |
+| sparsevlm     | after some layers  | attention of rating text, hidden states    | 2410.04417 |
+| pyramiddrop   | before some layers | last query's attention, next layer         | 2410.17247 |
+| dart          | before layer k     | norms of keys, cosines of hidden states    | 2502.11494 |
+| divprune      | before layer k     | cosines of projected features              | 2503.02175 |
+| random        | before layer k     | nothing                                    |            |
+| uniform       | before layer k     | nothing                                    |            |
+| dynamic-llava | before layer k     | a trained predictor                        | 2412.00876 |
+| prumerge      | before projector   | CLS attention and keys, last layer         | 2403.15388 |
+| prumerge+     | before projector   | CLS attention and keys, last layer         | 2403.15388 |
+| visionzip     | before projector   | CLS attention and keys, second last layer  | 2412.04467 |
+| hired         | before projector   | CLS attention, first and second last layer | 2408.10945 |
+| trim          | before projector   | CLIP's patch and prompt embeddings         | 2409.10994 |
+| fastervlm     | before projector   | CLS attention, second last layer           | 2412.01818 |
+| vispruner     | before projector   | CLS attention, cosines of features         | 2412.01818 |
+| downsample    | before projector   | nothing: patches are averaged              |            |
 
-And one policy that evicts from the KV cache instead: h2o, by attention received per head (arXiv
-2306.14048). All of them are rules, none is trained; some were also published with a model
-fine-tuned under the rule (prumerge, prumerge+, visionzip).
+And two policies of the KV cache: h2o evicts by attention received per head (arXiv 2306.14048),
+dynamic-llava stores of an answer what a trained predictor says (arXiv 2412.00876). All others are
+rules; some were also published with a model fine-tuned under the rule (prumerge, prumerge+,
+visionzip).
 
 Behind rules before the projector, and behind sparsevlm, pyramiddrop and divprune, tokens have
 position ids without gaps, in decoding too, as in their authors' code; features before the projector
@@ -40,11 +42,12 @@ tokens that it may leave. The plan is priced at the cap, and runs what the rule 
 `parse("fastv:k=2,r=0.5")` reads a selector as users write it, ``str`` writes it. Nothing here
 imports torch; what a rule computes is `planner.models.tokens.selectors`.
 
-    arguments   methods with parameters as text
-    selector    what is known of every selector
-    in_decoder  selectors that work in the decoder
-    in_vision   selectors that work before the projector
-    eviction    the policy of the KV cache
+    arguments           methods with parameters as text
+    selector            what is known of every selector
+    in_decoder          selectors that work in the decoder
+    in_vision           selectors that work before the projector
+    eviction            policies of the KV cache
+    trained_predictors  Dynamic-LLaVA: a selector and a policy of the KV cache
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ from collections.abc import Mapping
 from planner.ir.errors import InputError
 from planner.plan import TokenStage
 from planner.planning.selectors.arguments import read_named
-from planner.planning.selectors.eviction import H2O
+from planner.planning.selectors.eviction import H2O, KVPolicy
 from planner.planning.selectors.in_decoder import (
     DART,
     DivPrune,
@@ -82,6 +85,11 @@ from planner.planning.selectors.selector import (
     Sizes,
     VisionSelector,
 )
+from planner.planning.selectors.trained_predictors import (
+    AnswerTokens,
+    DynamicLLaVA,
+    PredictorSettings,
+)
 
 __all__ = [
     "DART",
@@ -89,13 +97,17 @@ __all__ = [
     "KV_POLICIES",
     "SELECTORS",
     "TRIM",
+    "AnswerTokens",
     "DecoderSelector",
     "DivPrune",
     "Downsample",
+    "DynamicLLaVA",
     "FastV",
     "FasterVLM",
     "HiRED",
+    "KVPolicy",
     "Needs",
+    "PredictorSettings",
     "Product",
     "PruMerge",
     "PruMergePlus",
@@ -124,6 +136,7 @@ SELECTORS: Mapping[str, type[DecoderSelector] | type[VisionSelector]] = {
     "divprune": DivPrune,
     "random": Random,
     "uniform": Uniform,
+    "dynamic-llava": DynamicLLaVA,
     "prumerge": PruMerge,
     "prumerge+": PruMergePlus,
     "visionzip": VisionZip,
@@ -134,7 +147,7 @@ SELECTORS: Mapping[str, type[DecoderSelector] | type[VisionSelector]] = {
     "downsample": Downsample,
 }
 
-KV_POLICIES: Mapping[str, type[H2O]] = {"h2o": H2O}
+KV_POLICIES: Mapping[str, type[KVPolicy]] = {"h2o": H2O}
 
 
 def parse(text: str) -> DecoderSelector | VisionSelector:
@@ -142,7 +155,7 @@ def parse(text: str) -> DecoderSelector | VisionSelector:
     return read_named(text, SELECTORS, "token selector")
 
 
-def parse_kv_policy(text: str) -> H2O:
+def parse_kv_policy(text: str) -> KVPolicy:
     """Read a KV cache policy, for example ``h2o:heavy=0.25,recent=0.25``."""
     return read_named(text, KV_POLICIES, "KV cache policy")
 

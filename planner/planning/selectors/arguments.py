@@ -51,6 +51,8 @@ class Arguments:
     name: ClassVar[str]
     # Arguments that the text form has at least.
     shown: ClassVar[int] = 0
+    # The argument whose name may be left out, "" for none.
+    leading: ClassVar[str] = ""
 
     @classmethod
     def read(cls, arguments: Mapping[str, str]) -> Self:
@@ -103,6 +105,8 @@ def read_named(text: str, registry: Mapping[str, type[T]], what: str) -> T:
     arguments: dict[str, str] = {}
     for part in rest.split(",") if rest else ():
         field, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals and not arguments and registry[name].leading:
+            field, equals, value = registry[name].leading, "=", field
         if not equals or not field or not value:
             raise InputError(f"'{text}' is not of the form {name}:field=value,field=value.")
         if field in arguments:

@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
+
+from typing_extensions import override
 
 from planner.planning.selectors.arguments import Arguments
 
 
+class KVPolicy(Arguments, ABC):
+    """Which entries a KV cache holds; a frozen dataclass whose fields are its arguments.
+
+    Attributes:
+        name: how users call it.
+        scores_by_attention: whether it computes the attention of all queries once more.
+    """
+
+    scores_by_attention: ClassVar[bool] = False
+
+    @property
+    def layer(self) -> int:
+        """The first layer whose cache it governs."""
+        return 0
+
+    @abstractmethod
+    def kept(self, prompt: int, new: int = 0) -> int:
+        """Entries in the cache of each head after the prompt and `new` decoded tokens, at most."""
+
+    def parameters(self, width: int) -> int:
+        """Of what decides, beside a decoder of this width."""
+        return 0
+
+
 @dataclass(frozen=True)
-class H2O(Arguments):
+class H2O(KVPolicy):
     """Heavy-hitter oracle: per head, keep what received most attention and what came last.
 
     Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language
@@ -19,6 +47,7 @@ class H2O(Arguments):
     """
 
     name = "h2o"
+    scores_by_attention = True
     heavy: float = 0.1  # share of the prompt kept as heavy hitters
     recent: float = 0.1  # share of the prompt kept as most recent; at least the newest token
 
@@ -30,6 +59,6 @@ class H2O(Arguments):
         """Heavy hitters and recent tokens kept after a prompt of that many tokens."""
         return int(prompt * self.heavy), max(1, int(prompt * self.recent))
 
+    @override
     def kept(self, prompt: int, new: int = 0) -> int:
-        """Entries in the cache of each head after the prompt and `new` decoded tokens."""
         return min(prompt + new, sum(self.budgets(prompt)))

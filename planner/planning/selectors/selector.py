@@ -39,6 +39,7 @@ class Needs(Flag):
     MARKS = auto()  # DecoderInputs.marks, which the rule makes before layer 0
     HIDDEN_STATES = auto()  # DecoderInputs.hidden_states
     NORMED_STATES = auto()  # DecoderInputs.normed_states
+    IMAGE_PREDICTOR = auto()  # DecoderInputs.image_predictor
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,10 @@ class Selector(Arguments, ABC):
             sizes: of what is chosen from.
         """
         return ()
+
+    def parameters(self, width: int) -> int:
+        """Of what is trained to choose, beside a decoder of this width."""
+        return 0
 
 
 @dataclass(frozen=True)
