@@ -127,7 +127,7 @@ class AdaptiveModel(nn.Module):
         noise = [torch.Generator().manual_seed(int(seed)) for seed in self._seeds]
         if isinstance(layout, UnitSwitches):
             assert isinstance(estimator, GumbelSequential)
-            gates = estimator.draw_units(layout, logits, limits, noise)
+            gates = estimator.draw_units(logits, limits, layout.heads, layout.rank, noise)
         else:
             gates = estimator.draw(logits, self._costs, limits, noise).gates
         for row, limit in zip(gates.detach() > 0.5, limits.tolist(), strict=True):

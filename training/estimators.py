@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from planner.ir.errors import InputError
-from planner.models.scheduling import UnitSwitches
 from planner.planning.selectors.arguments import Arguments, read_named
 from planner.training.sequential_draws import (
     best_draws,
@@ -143,24 +142,48 @@ class GumbelSequential(Estimator):
         return Drawn(_straight_through(taken, soft), total, order)
 
     def draw_units(
-        self, layout: UnitSwitches, logits: Tensor, limits: Tensor, noise: Noise = None
+        self, logits: Tensor, limits: Tensor, heads: int, unit: int, noise: Noise = None
     ) -> Tensor:
-        """Gates of AdaLLaVA-H: at every draw a layer's best heads with its best MLP groups.
+        """Gates of AdaLLaVA-H: at every draw a layer, and some of its heads and MLP groups.
 
-        The unit is what `UnitSwitches.next_unit` finds among the noisy logits that are left. A
-        draw is relaxed to the softmax of these logits, times the switches in a unit; the paper
-        describes that for single switches and leaves units open. Limits (batch,) are of units.
+        As the authors' code has it; the paper leaves it open. The layer is that of the best noisy
+        logit that is left. Then, with fresh noise, the best heads and the best groups of that layer
+        that are left are drawn. The layer and what is drawn inside are straight-through each by
+        itself, and a gate is their product; through the layer, so are the logits inside.
+
+        Args:
+            logits: shape (batch, layers * 2 * heads), by layer, heads before groups.
+            limits: shape (batch,), of units.
+            heads: of a layer, which are as many as groups.
+            unit: heads, and groups, that a draw takes.
+            noise: where random numbers come from.
         """
-        taken = torch.zeros_like(logits, dtype=torch.bool)
-        soft = torch.zeros_like(logits)
-        for step in range(int(limits.max())):
-            noisy = (logits + _gumbel(logits, noise)) / self.temperature
-            active = (step < limits)[:, None]
+        shape = len(logits), -1, 2, heads
+        scores = logits.float().view(shape)
+        gates = 0 * scores  # a function of the logits even where nothing is drawn
+
+        def noisy(values: Tensor, out: Tensor) -> Tensor:
+            """Shape (batch, switches)."""
+            flat = values.flatten(1)
+            noised = (flat + _gumbel(flat.detach(), noise)) / self.temperature
+            return noised.masked_fill(out.flatten(1), -torch.inf)
+
+        for step in range(int(limits.max()) if len(limits) else 0):
+            active = (step < limits.to(logits.device))[:, None, None, None]
             # Rows that are through keep something finite for the softmax; it counts nothing.
-            left = noisy.masked_fill(taken & active, -torch.inf)
-            soft = soft + active * 2 * layout.rank * left.softmax(-1)
-            taken = taken | (layout.next_unit(noisy, taken & active) & active)
-        return _straight_through(taken, soft)
+            taken = (gates.detach() > 0.5) & active
+            left = noisy(scores, taken)
+            drawn = left.argmax(-1) // (2 * heads)
+            chosen = nn.functional.one_hot(drawn, scores.shape[1]).bool()
+            layer = _straight_through(chosen, left.softmax(-1).view(shape).sum((2, 3)))
+            here = (taken & chosen[:, :, None, None]).any(1)
+            members = (layer[:, :, None, None] * scores).sum(1)
+            left = noisy(members, here).view_as(members)
+            best = left.topk(unit, -1).indices
+            kept = torch.zeros_like(here).scatter(-1, best, True)
+            inside = _straight_through(kept, left.softmax(-1))
+            gates = gates + active * layer[:, :, None, None] * inside[:, None]
+        return gates.flatten(1)
 
 
 def _softmax(scores: Tensor, among: Tensor) -> Tensor:

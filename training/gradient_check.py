@@ -3,8 +3,8 @@
     python -m planner.training.gradient_check [--draws N] [--seed N] [--json]
 
 The objective is the mean of f over an estimator's own samples, where f is a linear or a pairwise
-function of six switches. Score functions (REINFORCE), which are unbiased, are there to compare: the
-gradient of (f - mean f) times the log-probability.
+function of six switches, or of AdaLLaVA-H's units. Score functions (REINFORCE), which are unbiased,
+are there to compare: the gradient of (f - mean f) times the log-probability.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from itertools import combinations, permutations
 import torch
 from torch import Tensor
 
-from planner.training.estimators import parse
+from planner.training.estimators import Drawn, GumbelSequential, parse
 from planner.training.sequential_draws import log_probability
 from planner.training.switch_costs import AdditiveCosts
 
@@ -34,6 +34,7 @@ class Case:
         limit: of the cost.
         linear: shape (switches,): what f adds for a gate.
         pairs: shape (switches, switches): what f adds for two gates.
+        units: (heads of a layer, heads of a unit) where switches are drawn in units.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Case:
     limit: int
     linear: Tensor
     pairs: Tensor
+    units: tuple[int, int] | None = None
 
     def f(self, gates: Tensor) -> Tensor:
         """Of gates (batch, switches); shape (batch,)."""
@@ -74,10 +76,14 @@ def _cases() -> tuple[Case, ...]:
     logits, linear = torch.randn(2, 6, generator=generator)
     pairs = torch.randn(6, 6, generator=generator).triu(1)
     equal, unequal = torch.tensor([[1, 1, 1, 1, 1, 1], [3, 1, 2, 5, 2, 4]])
+    many, worth = torch.randn(2, 16, generator=generator)
+    both = torch.randn(16, 16, generator=generator).triu(1)
+    ones = torch.ones(16, dtype=torch.int64)
     return (
         Case("3 of 6, linear", logits, equal, 3, linear, torch.zeros_like(pairs)),
         Case("3 of 6, pairwise", logits, equal, 3, linear, pairs),
         Case("unequal costs, pairwise", logits, unequal, 8, linear, pairs),
+        Case("2 of 4 units, pairwise", many, ones, 2, worth, both, units=(4, 2)),
     )
 
 
@@ -95,6 +101,11 @@ METHODS = (
 _SCORE = "score of "
 
 
+def methods_of(case: Case) -> tuple[str, ...]:
+    """Those of `METHODS` that a case can have: units are drawn by ``gumbel``."""
+    return METHODS if case.units is None else METHODS[:3]
+
+
 def fillings(costs: Sequence[int], limit: int) -> list[tuple[int, ...]]:
     """All subsets that fit a limit and leave no room for another item, by enumeration."""
     items = range(len(costs))
@@ -107,9 +118,52 @@ def fillings(costs: Sequence[int], limit: int) -> list[tuple[int, ...]]:
     return found
 
 
+def _mean_of_units(case: Case, heads: int, unit: int, logits: Tensor) -> Tensor:
+    """The mean of f over draws of units, by enumeration; differentiable in logits (switches,)."""
+    layers = len(logits) // (2 * heads)
+
+    def chance(places: Sequence[int], members: tuple[int, ...]) -> Tensor:
+        """Of the best members under Gumbel noise, in whatever order, among places."""
+        total = logits.new_zeros(())
+        for order in permutations(members):
+            left, each = [*places], logits.new_ones(())
+            for place in order:
+                each = each * logits[left].softmax(0)[left.index(place)]
+                left.remove(place)
+            total = total + each
+        return total
+
+    def mean(taken: frozenset[int], draws: int) -> Tensor:
+        if not draws:
+            gates = torch.zeros(1, len(logits), dtype=logits.dtype)
+            gates[0, list(taken)] = 1
+            return case.f(gates)[0]
+        left = [place for place in range(len(logits)) if place not in taken]
+        shares, total = logits[left].softmax(0), logits.new_zeros(())
+        for layer in range(layers):
+            first = 2 * heads * layer
+            sites = [
+                [p for p in left if first + heads * s <= p < first + heads * (s + 1)]
+                for s in (0, 1)
+            ]
+            inside = [number for number, p in enumerate(left) if p in sites[0] + sites[1]]
+            for some in combinations(sites[0], unit):
+                for others in combinations(sites[1], unit):
+                    likely = (
+                        shares[inside].sum() * chance(sites[0], some) * chance(sites[1], others)
+                    )
+                    total = total + likely * mean(taken | {*some, *others}, draws - 1)
+        return total
+
+    return mean(frozenset(), case.limit)
+
+
 def exact_gradient(case: Case, method: str) -> Tensor:
     """Gradient of the mean of f over a method's samples, by enumeration; shape (switches,)."""
     logits = case.logits.clone().requires_grad_()
+    if case.units:
+        (gradient,) = torch.autograd.grad(_mean_of_units(case, *case.units, logits), logits)
+        return gradient
     subsets = fillings(case.costs.tolist(), case.limit)
     if method.removeprefix(_SCORE).startswith("simple"):
         chances = torch.stack([logits[list(subset)].sum() for subset in subsets]).softmax(0)
@@ -136,7 +190,11 @@ def check(case: Case, method: str, draws: int = 50_000, seed: int = 0) -> Check:
     logits = case.logits.repeat(draws, 1).requires_grad_()
     limits = torch.full((draws,), case.limit)
     generator = torch.Generator().manual_seed(seed)
-    drawn = estimator.draw(logits, AdditiveCosts(case.costs[None]), limits, generator)
+    if case.units:
+        assert isinstance(estimator, GumbelSequential)
+        drawn = Drawn(estimator.draw_units(logits, limits, *case.units, generator))
+    else:
+        drawn = estimator.draw(logits, AdditiveCosts(case.costs[None]), limits, generator)
     values = case.f(drawn.gates)
     if method.startswith(_SCORE):
         assert drawn.log_probability is not None
@@ -166,7 +224,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.draws < 2:
         parser.error("--draws must be at least 2")
-    found = [check(case, name, options.draws, options.seed) for case in CASES for name in METHODS]
+    found = [
+        check(case, name, options.draws, options.seed)
+        for case in CASES
+        for name in methods_of(case)
+    ]
     if options.json:
         print(json.dumps([asdict(row) for row in found], indent=1))
         return

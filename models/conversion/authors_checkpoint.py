@@ -152,20 +152,18 @@ def _scheduler(authors: AuthorsConfig, config: LlavaConfig, name: str) -> Schedu
     """AdaLLaVA's scheduler without its weights, if the checkpoint has one."""
     if not authors.layout.startswith("adallava"):
         return None
-    graph = lower_config(config, name).graph
-    scheduler = Scheduler.of(graph, authors.layout, {"converted_from": authors.folder.name})
-    layout = scheduler.layout
-    own = {"num_prefix_layers": layout.first, "scheduler_rank": getattr(layout, "rank", None)}
-    for key, known in own.items():
-        given = authors.values.get(key)
-        # A stray comma of the authors' makes the rank a list of one.
-        given = given[0] if isinstance(given, list) and len(given) == 1 else given
-        if known is not None and given not in (None, known):
-            raise InputError(
-                f"the config.json in '{authors.folder}' says {key} = {given}, and {layout.name} "
-                f"has {known} on a model of {graph.layers} layers"
-            )
-    return scheduler
+    # A stray comma of the authors' makes the rank a list of one.
+    rank = authors.values.get("scheduler_rank")
+    rank = rank[0] if isinstance(rank, list) and len(rank) == 1 else rank
+    options = {"first": authors.values.get("num_prefix_layers")}
+    options |= {"unit": rank} if authors.layout == "adallava-h" else {}
+    given = ",".join(f"{key}={value}" for key, value in options.items() if value is not None)
+    switches = f"{authors.layout}:{given}" if given else authors.layout
+    provenance = {"converted_from": authors.folder.name}
+    try:
+        return Scheduler.of(lower_config(config, name).graph, switches, provenance)
+    except InputError as error:
+        raise InputError(f"the config.json in '{authors.folder}': {error}") from None
 
 
 def _added(

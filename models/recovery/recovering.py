@@ -130,7 +130,7 @@ class Recovering:
         if asked and self.recover == "refit":
             raise InputError("recovery by refit measures what counts on it: give no utilities")
         beside = utilities_beside(folder_of(self.model))
-        like_heads = SwitchSet.parse(request.switches).faithful == "adallava-h"
+        like_heads = SwitchSet.parse(request.switches).like_heads
         plain = not (self.recover == "refit" or self.samples or request.mlp_groups or like_heads)
         if (
             beside is not None

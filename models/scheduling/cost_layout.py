@@ -8,6 +8,7 @@ cheapest switch that could still be on.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -23,13 +24,14 @@ from planner.ir.cost import Workload
 from planner.ir.cost.device_table import device
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.models.scheduling.layouts import Columns, Layout, Taken, columns_of, upper_half
+from planner.models.scheduling.layouts import Columns, Layout, Taken, columns_of
 from planner.plan import TokenStage
 from planner.planning.budgets import Budget, Limit
 from planner.planning.compiler import DEFAULT_DEVICE
 from planner.planning.pricing import Pricing
 from planner.planning.selectors import selector_of
 from planner.planning.switches import AXES, SwitchSet, with_switches
+from planner.planning.unit_counting import first_switched
 from planner.planning.utilities import uniform
 from planner.solver import Infeasible, Scores, take_while_fits
 from planner.solver.problem import Choice, Problem
@@ -46,8 +48,9 @@ class CostSwitches(Layout):
     """Layers, heads (KV groups) and MLP groups of the upper half, each at its own cost.
 
     Its name is that of its axes, such as ``layers,heads,mlp``, and ends in ``:groups=16`` if an MLP
-    does not have one group per head, as in the papers. Logits go by layer: first the layer's own,
-    then its heads', then its groups'. If a layer is off, so are its heads and groups.
+    does not have one group per head, as in the papers, in ``:first=5`` or ``:groups=16,first=5`` if
+    switches do not begin in the middle. Logits go by layer: first the layer's own, then its heads',
+    then its groups'. If a layer is off, so are its heads and groups.
 
     A limit is in FLOPs or bytes, and counts only what can be switched. A budget is a share of the
     base model's language model, without the latency token. Token stages in front of the switches
@@ -56,6 +59,7 @@ class CostSwitches(Layout):
 
     axes: tuple[str, ...]  # some of layers, heads and mlp
     groups: int | None = None  # of every MLP; None for one per head
+    first_layer: int | None = None  # with switches; None for that of the upper half
     metric: str = "flops"  # of budgets
     # That costs are for; None for one image, 64 text tokens and nothing generated.
     workload: Workload | None = None
@@ -67,23 +71,36 @@ class CostSwitches(Layout):
         """Read ``layers,heads,mlp`` or ``heads,mlp:groups=16``."""
         axes, colon, arguments = text.partition(":")
         switches = SwitchSet.parse(axes)
-        if switches.faithful or "tokens" in switches.axes:
+        if switches.counting or "tokens" in switches.axes:
             raise InputError(
                 f"a scheduler cannot have the switches '{axes}': "
                 f"choose some of {', '.join(AXES[1:])}"
             )
-        groups = None
-        if colon:
-            key, _, value = arguments.partition("=")
-            if key != "groups" or not value.isdecimal() or not int(value):
-                raise InputError(f"the switches '{text}' should end in :groups=16 or alike")
-            groups = int(value)
-        return CostSwitches(graph, switches.axes, groups)
+        found: dict[str, int] = {}
+        for argument in arguments.split(",") if colon else ():
+            key, _, value = argument.partition("=")
+            if (
+                key not in ("groups", "first")
+                or key in found
+                or not re.fullmatch("[1-9][0-9]*", value)
+            ):
+                raise InputError(
+                    f"the switches '{text}' should end in :groups=16,first=5, or one of both"
+                )
+            found[key] = int(value)
+        return CostSwitches(graph, switches.axes, found.get("groups"), found.get("first"))
 
     @property
     @override
     def name(self) -> str:
-        return ",".join(self.axes) + (f":groups={self.groups}" if self.groups else "")
+        own = {"groups": self.groups, "first": self.first_layer}
+        shown = ",".join(f"{key}={value}" for key, value in own.items() if value is not None)
+        return ",".join(self.axes) + (f":{shown}" if shown else "")
+
+    @property
+    @override
+    def first(self) -> int:
+        return first_switched(self.graph, self.first_layer)
 
     @property
     @override
@@ -127,7 +144,7 @@ class CostSwitches(Layout):
     @cached_property
     def problem(self) -> Problem:
         """The switches with their costs, in the order of logits; the limit is the base model's."""
-        lower = upper_half(self.graph)[0]
+        lower = self.first
         pricing = self.pricing
         everything = Budget((Limit(self.metric, Fraction(1), of_base=True),))
         problem = pricing.problem(everything, uniform(pricing.graph, pricing.work()))

@@ -2,7 +2,7 @@
 
 AdaLLaVA (arXiv 2503.10905), section 3.5: switches sit on the upper half of the decoder; the lower
 half always runs and carries the latency token to the scheduler. A budget is a number of switches
-(``adallava-l``: layers; ``adallava-h``: units of a quarter of a layer's heads and MLP groups).
+(``adallava-l``: layers; ``adallava-h``: units of heads and MLP groups).
 """
 
 from __future__ import annotations
@@ -22,12 +22,7 @@ from planner.ir.graph import Graph, Site
 from planner.models.running.masked import Gates
 from planner.plan import Plan, TokenStage
 from planner.planning.budgets import Budget
-from planner.planning.unit_counting import (
-    UNITS_PER_LAYER,
-    counted_fraction,
-    first_counted,
-    unit_count,
-)
+from planner.planning.unit_counting import Counting, HeadCounting, first_switched
 
 # Which switches are on, (batch, size), one column per logit: bool, or 0 and 1 with a gradient.
 Taken = Tensor
@@ -85,7 +80,12 @@ class Layout(ABC):
     @property
     def first(self) -> int:
         """The decoder layer where the switches begin; layers before it always run."""
-        return first_counted(self.graph.layers)
+        return first_switched(self.graph)
+
+    @property
+    def switched(self) -> list[int]:
+        """The layers with switches; raises InputError where there are none, or no others."""
+        return list(range(self.first, self.graph.layers))
 
     @property
     def size(self) -> int:
@@ -191,41 +191,43 @@ class Layout(ABC):
         return self.plan(self.decide(order, torch.tensor([limit]))[0], base)
 
 
-def upper_half(graph: Graph) -> list[int]:
-    """The layers with switches; raises InputError where there is no lower half."""
-    first = first_counted(graph.layers)
-    if not first:
-        raise InputError(f"'{graph.name}' has {graph.layers} layers, too few for a scheduler")
-    return list(range(first, graph.layers))
-
-
 @dataclass(frozen=True)
-class LayerSwitches(Layout):
-    """AdaLLaVA-L: one switch for each layer of the upper half."""
+class CountedSwitches(Layout):
+    """Switches that are counted, see `planner.planning.unit_counting`."""
+
+    counting: Counting
 
     @property
     @override
     def name(self) -> str:
-        return "adallava-l"
+        return str(self.counting)
+
+    @property
+    @override
+    def first(self) -> int:
+        return first_switched(self.graph, self.counting.first)
+
+    @override
+    def limit(self, budget: Budget) -> int:
+        return self.counting.count(self.graph, budget)
+
+
+@dataclass(frozen=True)
+class LayerSwitches(CountedSwitches):
+    """AdaLLaVA-L: one switch for each layer of the upper half."""
 
     @cached_property
     @override
     def columns(self) -> dict[int, Columns]:
-        layers = upper_half(self.graph)
-        missing = [n for n in layers if f"layer.{n}" not in self.graph.sites_by_name]
+        missing = [n for n in self.switched if f"layer.{n}" not in self.graph.sites_by_name]
         if missing:
             raise InputError(f"'{self.graph.name}' cannot do without layer {missing[0]}")
-        return columns_of((layer, True, (), False) for layer in layers)
+        return columns_of((layer, True, (), False) for layer in self.switched)
 
     @property
     @override
     def steps(self) -> int:
         return self.size
-
-    @override
-    def limit(self, budget: Budget) -> int:
-        """Floor(L b) - L/2 layers of the upper half."""
-        return unit_count(self.graph.layers, counted_fraction(budget, self.name))
 
     @override
     def decide(self, logits: Tensor, limits: Tensor) -> Taken:
@@ -238,63 +240,43 @@ class LayerSwitches(Layout):
 
 
 @dataclass(frozen=True)
-class UnitSwitches(Layout):
+class UnitSwitches(CountedSwitches):
     """AdaLLaVA-H: a logit per head and per MLP group of the upper half, taken in units.
 
-    A unit is a quarter of a layer's heads with a quarter of its groups (8 and 8 of 32 on the 7B
-    model): the layer of the best logit that is left gives its best heads and, independently, its
-    best groups that are left. Under grouped-query attention a switch is a KV group. There are as
-    many MLP groups as heads. Logits go by layer, heads before groups.
+    The layer of the best logit that is left gives its best heads and, independently, its best
+    groups that are left, as many as a unit has (8 and 8 on the 7B model). Under grouped-query
+    attention a switch is a KV group. There are as many MLP groups as heads. Logits go by layer,
+    heads before groups.
     """
 
-    @property
-    @override
-    def name(self) -> str:
-        return "adallava-h"
+    counting: HeadCounting
 
     @cached_property
     @override
     def columns(self) -> dict[int, Columns]:
         """A layer with nothing left is off, with its biases too."""
-        known, layers = self.graph.sites_by_name, upper_half(self.graph)
-        for layer in layers:
-            for kind in ("heads", "mlp"):
-                if f"{kind}.{layer}" not in known:
-                    raise InputError(
-                        f"'{self.graph.name}' has no {kind} to switch in layer {layer}"
-                    )
-        counts = sorted({known[f"heads.{layer}"].switches for layer in layers})
-        if len(counts) > 1 or counts[0] % UNITS_PER_LAYER:
-            raise InputError(
-                f"adallava-h takes a quarter of a layer's heads at a time, and '{self.graph.name}' "
-                f"has {', '.join(map(str, counts))} KV groups in a layer; use adallava-l"
-            )
+        known, heads = self.graph.sites_by_name, self.heads
+        _ = self.rank
         sites = (
-            [replace(known[f"{kind}.{n}"], switches=counts[0]) for kind in ("heads", "mlp")]
-            for n in layers
+            [replace(known[f"{kind}.{n}"], switches=heads) for kind in ("heads", "mlp")]
+            for n in self.switched
         )
-        return columns_of((n, False, own, True) for n, own in zip(layers, sites, strict=True))
+        return columns_of((n, False, own, True) for n, own in zip(self.switched, sites))
 
-    @property
+    @cached_property
     def heads(self) -> int:
         """Switches of an attention block, and of an MLP."""
-        return int(next(iter(self.columns.values())).all.stop) // 2
+        return self.counting.heads(self.graph)
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """Heads, and groups, in a unit."""
-        return self.heads // UNITS_PER_LAYER
+        return self.counting.size(self.graph)
 
     @property
     @override
     def steps(self) -> int:
-        return len(self.columns) * UNITS_PER_LAYER
-
-    @override
-    def limit(self, budget: Budget) -> int:
-        """Floor(4 L b) - 2 L units."""
-        fraction = counted_fraction(budget, self.name)
-        return unit_count(self.graph.layers, fraction, UNITS_PER_LAYER)
+        return len(self.columns) * self.counting.per_layer(self.graph)
 
     @override
     def decide(self, logits: Tensor, limits: Tensor) -> Taken:

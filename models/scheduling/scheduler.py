@@ -24,6 +24,7 @@ from planner.ir.graph import Graph
 from planner.models.scheduling.cost_layout import CostSwitches
 from planner.models.scheduling.layouts import LayerSwitches, Layout, UnitSwitches
 from planner.planning.switches import AXES
+from planner.planning.unit_counting import COUNTINGS, HeadCounting, counting_of
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS = "scheduler.json", "scheduler.safetensors"
@@ -31,24 +32,26 @@ DESCRIPTION, WEIGHTS = "scheduler.json", "scheduler.safetensors"
 _MOST_BYTES = 512 * MEBIBYTE
 FREQUENCIES = 128
 BASE = 10000
-#: Layouts that count as the paper does; all others budget in cost.
-COUNTED: Mapping[str, type[Layout]] = {"adallava-l": LayerSwitches, "adallava-h": UnitSwitches}
 
 
 def layout_of(name: str, graph: Graph) -> Layout:
-    """The layout that users call `name`, such as ``adallava-l`` or ``layers,heads,mlp``.
+    """The layout that users call `name`, such as ``adallava-h:unit=8`` or ``layers,heads,mlp``.
 
     Raises:
         InputError: there is none, or the model cannot have it.
     """
-    if name in COUNTED:
-        layout = COUNTED[name](graph)
+    counting = counting_of(name)
+    layout: Layout
+    if isinstance(counting, HeadCounting):
+        layout = UnitSwitches(graph, counting)
+    elif counting:
+        layout = LayerSwitches(graph, counting)
     elif set(name.partition(":")[0].split(",")) <= {*AXES, "all"}:
         layout = CostSwitches.parse(name, graph)
     else:
         raise InputError(
-            f"unknown switches '{name}' of a scheduler: choose from {', '.join(COUNTED)}, or some "
-            f"of {', '.join(AXES[1:])} with :groups=16 or alike"
+            f"unknown switches '{name}' of a scheduler: choose from {', '.join(COUNTINGS)}, or "
+            f"some of {', '.join(AXES[1:])} with :groups=16 or alike"
         )
     _ = layout.columns
     return layout

@@ -69,7 +69,7 @@ class Terms:
                 f"({graph.properties['fingerprint']})"
             )
         switches = SwitchSet.parse(self.switches)
-        if "tokens" in switches.axes or switches.faithful == "adallava-h":
+        if "tokens" in switches.axes or switches.like_heads:
             raise InputError(
                 f"there are no labels for the switches {self.switches}: choose adallava-l, or some "
                 "of layers,heads,mlp"

@@ -191,7 +191,7 @@ def pose(graph: Graph, request: Request) -> tuple[Pricing, Utilities, Problem]:
         InputError: the request does not fit the model.
     """
     budget, switches = request.limits(), SwitchSet.parse(request.switches)
-    graph = with_switches(graph, request.mlp_groups, switches.faithful == "adallava-h")
+    graph = with_switches(graph, request.mlp_groups, switches.like_heads)
     if not switches.usable(graph) and switches.axes != ("tokens",):
         raise InputError(
             f"'{graph.name}' has nothing to switch on the axes {', '.join(switches.axes)}"
@@ -209,12 +209,12 @@ def pose(graph: Graph, request: Request) -> tuple[Pricing, Utilities, Problem]:
             )
     if request.kv is not None:
         switches = switches.with_kv_policy(request.kv)
-    scope = request.scope or ("llm" if switches.faithful else "model")
+    scope = request.scope or ("llm" if switches.counting else "model")
     device = find_device(request.device or DEFAULT_DEVICE)
     pricing = Pricing(graph, load, switches, device, scope)
     utilities = _utilities(request.utilities, graph, pricing)
-    if switches.faithful:
-        return pricing, utilities, faithful_problem(graph, budget, utilities, switches.faithful)
+    if switches.counting:
+        return pricing, utilities, faithful_problem(graph, budget, utilities, switches.counting)
     return pricing, utilities, _keeping(pricing.problem(budget, utilities), request.keep)
 
 
@@ -229,7 +229,7 @@ def _plain_counts(source: Source, graph: Graph) -> dict[str, Collection[int]]:
 def _shipped(request: Request, source: Source) -> str | Path:
     """Utilities for a request that names none: the file beside the weights, or the prior."""
     switches = SwitchSet.parse(request.switches)
-    if request.utilities != "auto" or request.mlp_groups or switches.faithful:
+    if request.utilities != "auto" or request.mlp_groups or switches.counting:
         return request.utilities
     return utilities_beside(source.folder) or request.utilities
 
@@ -278,11 +278,11 @@ def _plan(
     """Write a solution down as a Plan, and price the plan afresh."""
     choice, switches = solution.choice, pricing.switches
     keep = pricing.token_options[choice.token_option]
-    if switches.faithful:
-        choice = unfold(choice, pricing.graph, utilities)
+    if switches.counting:
+        choice = unfold(choice, pricing.graph, utilities, switches.counting)
     plan = written(pricing, choice, keep, budget, utilities)
     costs, base = pricing.cost_of(plan), pricing.base
-    if switches.faithful:
+    if switches.counting:
         limit = int(problem.limits[0])
         used = {"units": solution.cost["units"] / limit if limit else 1.0}
     else:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Site
 from planner.planning.selectors import KVPolicy, Selector, counted, parse, parse_kv_policy
+from planner.planning.unit_counting import Counting, HeadCounting, counting_of
 
 AXES = ("tokens", "layers", "heads", "mlp")
 _SITE_KIND = {"layers": "layer", "heads": "heads", "mlp": "mlp"}
@@ -23,9 +24,7 @@ class SwitchSet:
 
     name: str  # as the user writes it
     axes: tuple[str, ...]  # some of `AXES`
-    # ``adallava-l`` or ``adallava-h`` where switches are counted as in the paper
-    # (`planner.planning.unit_counting`), else "".
-    faithful: str = ""
+    counting: Counting | None = None  # where switches are counted, as AdaLLaVA does
     token_layers: tuple[int, ...] = (_TOKEN_LAYER,)  # before which image tokens may be dropped
     token_selector: str = "fastv"  # the rule that picks them
     # Image tokens kept at each of `token_layers`, where a selector fixes them, or at most.
@@ -35,13 +34,12 @@ class SwitchSet:
 
     @staticmethod
     def parse(text: str) -> SwitchSet:
-        """Read ``all``, ``adallava-l``, ``adallava-h`` or axes joined by commas."""
+        """Read ``all``, ``adallava-l``, ``adallava-h:unit=8`` or axes joined by commas."""
         if text == "all":
             return SwitchSet("all", AXES)
-        if text == "adallava-l":
-            return SwitchSet(text, ("layers",), faithful=text)
-        if text == "adallava-h":
-            return SwitchSet(text, ("heads", "mlp"), faithful=text)
+        if counting := counting_of(text):
+            in_units = isinstance(counting, HeadCounting)
+            return SwitchSet(text, ("heads", "mlp") if in_units else ("layers",), counting)
         axes = tuple(part.strip() for part in text.split(",") if part.strip())
         unknown = [axis for axis in axes if axis not in AXES]
         if unknown or not axes:
@@ -70,6 +68,11 @@ class SwitchSet:
     def with_kv_policy(self, text: str) -> SwitchSet:
         """The same switches with a KV policy, such as ``h2o:heavy=0.2,recent=0.2``."""
         return replace(self, kv=parse_kv_policy(text))
+
+    @property
+    def like_heads(self) -> bool:
+        """Whether MLPs are divided into as many groups as there are heads."""
+        return isinstance(self.counting, HeadCounting)
 
     def usable(self, graph: Graph) -> tuple[Site, ...]:
         """The graph's sites on these axes."""

@@ -23,6 +23,9 @@ from planner.models.scheduling import (
 from planner.models.scheduling.insertion import Insertion, end_of_prompt
 from planner.models.scheduling.scheduler import LatencyEncoder, sinusoid
 from planner.plan import TokenStage
+from planner.planning.budgets import Budget
+from planner.planning.catalog import find_model
+from planner.planning.graph_cache import lowered_graph
 
 RELATIVE = 1e-5
 
@@ -170,12 +173,45 @@ def test_units_are_the_best_of_the_layer_that_has_the_best(wide):
     assert layout.example(8).is_dense
 
 
+def test_units_of_published_sizes_are_the_authors():
+    """8 heads and 8 groups at 7B and at 13B, where a layer has 40."""
+    for name, units, levels in (("llava-7b", 64, 128), ("llava-13b", 100, 200)):
+        graph = lowered_graph(find_model(name))[0]
+        layout = layout_of("adallava-h", graph)
+        assert (layout.rank, layout.steps) == (8, units)
+        for budget in (0.5, 0.6, 0.77, 0.85, 1):
+            assert layout.limit(Budget.of(budget)) == int(levels * budget) - levels + units
+        sites = [*layout.columns[layout.first].sites]
+        assert sites[1].bounds[-1] == graph.sites_by_name["mlp.0"].lanes
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "steps", "limit"),
+    [
+        ("adallava-l:first=1", 1, 3, 2),
+        ("adallava-h:unit=4,first=1", 1, 3, 2),
+        ("adallava-h:unit=2", 2, 4, 2),
+        ("layers,mlp:groups=3,first=3", 3, None, None),
+        ("layers:first=1", 1, None, None),
+    ],
+)
+def test_switches_begin_where_they_are_told_to(wide, tmp_path, name, first, steps, limit):
+    _, graph = wide
+    layout = layout_of(name, graph)
+    assert sorted(layout.columns) == [*range(first, 4)]
+    if steps is not None:
+        assert (layout.steps, layout.limit(Budget.of(0.75))) == (steps, limit)
+    save_scheduler(scheduler_of(graph, name), tmp_path)
+    again = load_scheduler(tmp_path, graph).layout
+    assert (again.name, again.first) == (layout.name, first)
+
+
 # -- running ---------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "phi"])
-@pytest.mark.parametrize("switches", ["adallava-l", "adallava-h"])
+@pytest.mark.parametrize("switches", ["adallava-l", "adallava-h", "adallava-h:unit=2,first=1"])
 def test_skipping_answers_as_masking_does(name, switches):
     family, graph = _with_groups(name, 4)
     scheduler = scheduler_of(graph, switches)
@@ -360,8 +396,21 @@ def test_what_cannot_be_done_is_refused(tiny):
     cache = family.model(**family.inputs(), use_cache=True).past_key_values
     with scheduled.using(0.75), pytest.raises(InputError, match="without the scheduler"):
         family.model(input_ids=torch.tensor([[5]]), **cached(family, cache))
-    with pytest.raises(InputError, match="a quarter of a layer's heads"):
-        layout_of("adallava-h", graph)
+    for name, words in (
+        ("adallava-h:unit=3", "units of 3 heads do not divide the 2 KV groups"),
+        ("adallava-h:unit=0", "units of 0 heads"),
+        ("adallava-l:unit=2", "no field 'unit'"),
+        ("adallava-l:first=0", "cannot begin at layer 0"),
+        ("heads,mlp:first=4", "cannot begin at layer 4"),
+        ("heads,mlp:first=1,first=1", "should end in"),
+    ):
+        with pytest.raises(InputError, match=words):
+            layout_of(name, graph)
+    for switches in ("adallava-l", "adallava-h"):
+        layout = layout_of(switches, graph)
+        assert layout.limit(Budget.of(0.5)) == 0
+        with pytest.raises(InputError, match=r"cannot keep to less than 0\.5$"):
+            layout.limit(Budget.of(0.49))
     with pytest.raises(InputError, match="unknown switches"):
         layout_of("adallava-x", graph)
 

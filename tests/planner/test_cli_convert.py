@@ -61,7 +61,7 @@ CONFIGS = {
         "model_type": "ada_llava_llama",
         "scheduler_type": "H",
         "num_prefix_layers": 2,
-        "scheduler_rank": [1],
+        "scheduler_rank": [2],
     },
     "dynamic-llava": {"model_type": "llava_llama", "sparse_config": SPARSE},
 }
@@ -358,7 +358,8 @@ def grown(name):
         (None, {"mm_vision_tower": None}, "no mm_vision_tower"),
         (None, {"model_type": "llava_mistral"}, "is no LLaMA"),
         (None, {"mm_hidden_size": 48}, "mm_hidden_size = 48"),
-        (None, {"num_prefix_layers": 3}, "num_prefix_layers = 3"),
+        (None, {"num_prefix_layers": 4}, "cannot begin at layer 4"),
+        (None, {"scheduler_type": "H", "scheduler_rank": 3}, "units of 3 heads"),
     ],
 )
 def test_what_does_not_fit_is_named_and_nothing_written(

@@ -77,6 +77,17 @@ def test_adallava_h_counts_units_of_heads_and_groups(budget):
     assert result.graph.sites_by_name["mlp.0"].bounds == tuple(range(0, 11009, 344))
 
 
+def test_counted_switches_begin_and_come_in_units_as_told():
+    request = Request("llava-7b", budget=0.75, switches="adallava-h:unit=16,first=8")
+    plan, graph = (result := compile_plan(request)).plan, result.graph
+    kept = [len(plan.kept(site).switches) for site in graph.sites_of("heads")]
+    assert kept[:8] == [32] * 8
+    assert {count % 16 for count in kept} == {0}
+    assert sum(kept) == int(64 * 0.75) * 16
+    with pytest.raises(InputError, match=r"16 of 32: adallava-l cannot keep to less than 0\.5$"):
+        compile_plan(Request("llava-7b", budget=0.3, switches="adallava-l"))
+
+
 def test_several_limits_hold_together():
     budget = ["0.65", "kv=200MiB", "latency=60ms", "memory=10GiB"]
     result = compile_plan(Request("llava-7b", budget=budget, device="v100"))

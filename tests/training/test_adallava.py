@@ -87,7 +87,7 @@ def test_units_are_drawn_exactly_and_their_gradient_reaches_what_is_left(loaded)
     torch.manual_seed(0)
     logits = torch.randn(5, layout.size, requires_grad=True)
     limits = torch.tensor([0, 1, 3, 5, layout.steps])
-    gates = GumbelSequential().draw_units(layout, logits, limits)
+    gates = GumbelSequential().draw_units(logits, limits, layout.heads, layout.rank)
     assert set(gates.unique().tolist()) <= {0.0, 1.0}
     assert [layout.spent(row.bool()) for row in gates] == limits.tolist()
     worth = torch.randn(layout.size)
@@ -100,8 +100,76 @@ def test_units_that_noise_cannot_change_are_those_of_inference(loaded):
     layout = layout_of("adallava-h", loaded[1])
     torch.manual_seed(1)
     logits, limits = 1e6 * torch.randn(4, layout.size), torch.tensor([1, 2, 4, 7])
-    drawn = GumbelSequential().draw_units(layout, logits, limits)
+    drawn = GumbelSequential().draw_units(logits, limits, layout.heads, layout.rank)
     assert torch.equal(drawn.bool(), layout.decide(logits, limits))
+
+
+def naive_units(logits, count, unit, tau, noise):
+    """AdaLLaVA-H's draws for one sample, logits (layers, 2, heads), one scalar after the other."""
+    layers, _, heads = logits.shape
+    gates = [
+        [[logits.new_zeros(()) for _ in range(heads)] for _ in range(2)] for _ in range(layers)
+    ]
+
+    def gumbel(number):
+        return [-x.log() for x in torch.empty(number).exponential_(generator=noise)]
+
+    def softmax(values):
+        total = sum(value.exp() for value in values.values())
+        return {key: value.exp() / total for key, value in values.items()}
+
+    def straight_through(on, share):
+        return on - share.detach() + share
+
+    places = [(i, s, h) for i in range(layers) for s in range(2) for h in range(heads)]
+    for _ in range(count):
+        fresh = dict(zip(places, gumbel(len(places))))
+        left = {
+            p: (logits[p] + fresh[p]) / tau for p in places if not gates[p[0]][p[1]][p[2]] > 0.5
+        }
+        shares = softmax(left)
+        best = max(left, key=left.get)[0]
+        of_layer = [
+            straight_through(float(i == best), sum(s for p, s in shares.items() if p[0] == i))
+            for i in range(layers)
+        ]
+        fresh = gumbel(2 * heads)
+        for s in range(2):
+            inner = {}
+            for h in range(heads):
+                score = sum(of_layer[i] * logits[i, s, h] for i in range(layers))
+                if not gates[best][s][h] > 0.5:
+                    inner[h] = (score + fresh[s * heads + h]) / tau
+            shares = softmax(inner)
+            kept = sorted(inner, key=inner.get)[-unit:]
+            for h in inner:
+                member = straight_through(float(h in kept), shares[h])
+                for i in range(layers):
+                    gates[i][s][h] = gates[i][s][h] + of_layer[i] * member
+    return torch.stack([torch.stack([torch.stack(site) for site in layer]) for layer in gates])
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "unit", "counts"), [(3, 4, 2, [1, 4]), (2, 6, 3, [3, 0])]
+)
+def test_units_and_their_gradient_are_the_authors(layers, heads, unit, counts):
+    torch.manual_seed(2)
+    logits = torch.randn(len(counts), layers * 2 * heads, requires_grad=True)
+    worth = torch.randn(layers * 2 * heads)
+    noise = [torch.Generator().manual_seed(row) for row in range(len(counts))]
+    estimator = GumbelSequential(temperature=1.5)
+    gates = estimator.draw_units(logits, torch.tensor(counts), heads, unit, noise)
+    (found,) = torch.autograd.grad((gates * worth).sum(), logits)
+    for row, count in enumerate(counts):
+        own = logits[row].detach().clone().requires_grad_()
+        naive = naive_units(
+            own.view(layers, 2, heads), count, unit, 1.5, torch.Generator().manual_seed(row)
+        )
+        assert torch.equal(gates[row].detach(), naive.detach().flatten().round())
+        expected = torch.zeros_like(own)
+        if count:
+            (expected,) = torch.autograd.grad((naive.flatten() * worth).sum(), own)
+        torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
