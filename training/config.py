@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -39,6 +39,9 @@ class RunConfig(BaseModel):
     dataloader_workers: int = 0
 
 
+C = TypeVar("C", bound=RunConfig)
+
+
 def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """Read a YAML file and apply overrides such as ``"learning_rate=1e-3"`` (values are YAML).
 
@@ -57,7 +60,7 @@ def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, 
     return values
 
 
-def parse_config(schema: type[RunConfig], values: Mapping[str, Any], source: str) -> RunConfig:
+def parse_config(schema: type[C], values: Mapping[str, Any], source: str) -> C:
     """Check values against a schema; the first thing wrong becomes one sentence."""
     try:
         return schema.model_validate(values)

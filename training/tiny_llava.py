@@ -32,7 +32,8 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
-from planner.training.config import RunConfig
+from planner.ir.errors import InputError
+from planner.training.config import RunConfig, parse_config
 from planner.training.data import Conversation, Packer, Scene, SceneConversations
 from planner.training.data.render import IMAGE_SIZE
 from planner.training.data.scenes import COLORS, COLUMNS, ROWS, SHAPES, SIZES
@@ -77,6 +78,26 @@ class TinyLlavaConfig(RunConfig):
     warmup_steps: int = 200
     decay_steps: int = 1000
     concept_loss_weight: float = 1.0
+    muon: bool = False
+
+    # What follows the joint stage, in order; every stage changes the configuration as it then is.
+    later_stages: dict[str, dict[str, Any]] = {}
+
+
+def stages(config: TinyLlavaConfig) -> dict[str, TinyLlavaConfig]:
+    """The stages of a run by name, each with its configuration: the tower, joint, later ones.
+
+    Every stage draws scenes of its own. A later stage may have more layers than the one before it.
+    """
+    found = {
+        "tower": config.model_copy(update={"data_seed": config.data_seed + 1}),
+        "joint": config,
+    }
+    for number, (name, changes) in enumerate(config.later_stages.items(), start=2):
+        values = config.model_dump() | {"later_stages": {}} | changes
+        config = parse_config(TinyLlavaConfig, values, f'stage "{name}"')
+        found[name] = config.model_copy(update={"data_seed": config.data_seed + number})
+    return found
 
 
 def build_processor(patch_size: int = 8) -> LlavaProcessor:
@@ -179,6 +200,30 @@ def build_model(config: TinyLlavaConfig, processor: LlavaProcessor) -> TinyLlava
     return model
 
 
+def deepened(
+    model: TinyLlavaForTraining, config: TinyLlavaConfig, processor: LlavaProcessor
+) -> TinyLlavaForTraining:
+    """A model of `config.layers` layers that computes what `model` does, with fewer of them.
+
+    Every layer is followed by equally many copies of it that add nothing as yet: their last
+    projections are zero, as LLaMA Pro (arXiv 2401.02415) expands blocks.
+    """
+    old = model.model.language_model.layers
+    times, rest = divmod(config.layers, len(old))
+    if rest:
+        raise InputError(f"{len(old)} layers grow to a multiple of them, not to {config.layers}.")
+    grown = build_model(config, processor)
+    new = grown.model.language_model.layers
+    state = {k: v for k, v in model.state_dict().items() if ".language_model.layers." not in k}
+    grown.load_state_dict(state, strict=False)
+    for number, layer in enumerate(new):
+        layer.load_state_dict(old[number // times].state_dict())
+        if number % times:
+            nn.init.zeros_(layer.self_attn.o_proj.weight)
+            nn.init.zeros_(layer.mlp.down_proj.weight)
+    return grown
+
+
 class TinyLlavaForTraining(LlavaForConditionalGeneration):  # type: ignore[misc]
     """LLaVA with two linear layers on the vision tower that name what the picture shows.
 
@@ -263,12 +308,13 @@ class SceneCollator:
 def build_trainer(
     config: TinyLlavaConfig, model: TinyLlavaForTraining, processor: LlavaProcessor, stage: str
 ) -> RunTrainer:
-    """A stage's data and schedule as a trainer, ready to start or to resume: `tower` or `joint`."""
+    """The data and schedule of one of the `stages` as a trainer, ready to start or to resume."""
+    config = stages(config)[stage]
     tower = stage == "tower"
     dataset = SceneConversations(
         "train",
         config.scenes,
-        config.data_seed + tower,
+        config.data_seed,
         1 if tower else config.questions,
         0 if tower else config.questions_beside_description,
         config.description_share,
@@ -279,7 +325,6 @@ def build_trainer(
         config,
         output_dir=str(Path(config.output_dir) / stage),
         max_steps=steps,
-        data_seed=config.data_seed,
         lr_scheduler_type="warmup_stable_decay",
         warmup_steps=config.warmup_steps,
         lr_scheduler_kwargs={
@@ -295,17 +340,20 @@ def build_trainer(
         train_dataset=dataset,
         data_collator=SceneCollator(packer, config.patch_size, tower_only=tower),
         processing_class=processor,
+        muon=config.muon,
     )
 
 
 def train(config: TinyLlavaConfig) -> LlavaForConditionalGeneration:
-    """Train (or resume) tiny-llava: the vision tower alone, then everything jointly.
+    """Train (or resume) tiny-llava: the vision tower alone, everything jointly, later stages.
 
     Exports the model folder when `export_dir` is set.
     """
     processor = build_processor(config.patch_size)
     model = build_model(config, processor)
-    for stage in ("tower", "joint"):
+    for stage, changed in stages(config).items():
+        if changed.layers != len(model.model.language_model.layers):
+            model = deepened(model, changed, processor)
         build_trainer(config, model, processor, stage).run()
     plain = plain_model(model)
     if config.export_dir is not None:

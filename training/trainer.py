@@ -7,14 +7,14 @@ not a number stops the run and names the batch.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, Muon, Optimizer
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 from transformers.trainer_callback import TrainerState
@@ -51,6 +51,55 @@ def training_arguments(config: RunConfig, **options: Any) -> TrainingArguments:
     return TrainingArguments(**common | options)
 
 
+class MuonAdamW(Optimizer):
+    """Muon for the matrices inside of layers, AdamW for all other parameters, as one optimizer.
+
+    Both move a weight by about the learning rate (`adjust_lr_fn`), so they share it. Muon is
+    Keller Jordan's, as `torch.optim.Muon` computes it.
+
+    Args:
+        parameters: by name; Muon's are the matrices with ``.layers.`` in their names.
+        lr: learning rate.
+        weight_decay: decoupled, of both.
+        betas: AdamW's.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+    ) -> None:
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, parameter in parameters:
+            inside = ".layers." in name and name.endswith(".weight") and parameter.ndim == 2
+            (matrices if inside else others).append(parameter)
+        self.parts: tuple[Optimizer, ...] = (
+            Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw"),
+            AdamW(others, lr, betas, weight_decay=weight_decay),
+        )
+        super().__init__([*matrices, *others], {})
+        # The parts' own groups, which schedules change in place.
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    @override
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
 class RunTrainer(Trainer):  # type: ignore[misc]
     """A Trainer whose batches may carry `ids` (list of str), which name them in errors.
 
@@ -59,15 +108,21 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
     Args:
         rates: learning rates of parameters by what their names begin with.
+        muon: train the matrices inside of layers by Muon.
     """
 
     _staging = False
+    optimizer: Optimizer | None
 
     def __init__(
-        self, *args: Any, rates: Mapping[str, float] = MappingProxyType({}), **kwargs: Any
+        self,
+        *args: Any,
+        rates: Mapping[str, float] = MappingProxyType({}),
+        muon: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._rates = rates
+        self._rates, self._muon = rates, muon
 
     @override
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
@@ -85,6 +140,11 @@ class RunTrainer(Trainer):  # type: ignore[misc]
                 weight_decay=self.args.weight_decay,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
             )
+        if self._muon:
+            trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            rate, decay = self.args.learning_rate, self.args.weight_decay
+            betas = (self.args.adam_beta1, self.args.adam_beta2)
+            self.optimizer = MuonAdamW(trained, rate, decay, betas)
         optimizer: Optimizer = super().create_optimizer(*args, **kwargs)
         return optimizer
 

@@ -9,7 +9,7 @@ from planner.ir.errors import InputError, PlannerError
 from planner.training import tiny_llava
 from planner.training.data import SceneQuestions
 from planner.training.recipes import load_recipe
-from planner.training.trainer import RunTrainer, last_checkpoint
+from planner.training.trainer import MuonAdamW, RunTrainer, last_checkpoint
 
 CONFIG = Path(tiny_llava.__file__).parent / "configs" / "tiny-llava.yaml"
 SMALL = {
@@ -173,3 +173,74 @@ def test_an_exported_folder_is_what_stock_classes_load(tmp_path):
     theirs = processor(images=sample.image, text="<image>\nwhy?")
     assert theirs["input_ids"] == ours["input_ids"]
     assert (theirs["pixel_values"][0] == ours["pixel_values"][0]).all()
+
+
+def test_muon_resumes_bit_exactly_and_trains_the_matrices_of_layers(tmp_path, monkeypatch):
+    whole = weights(train(tmp_path / "whole", muon=True))
+    original, calls = RunTrainer.training_step, []
+
+    def killing(self, *args):
+        calls.append(1)
+        if len(calls) == 6:
+            raise Killed
+        return original(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunTrainer, "training_step", killing)
+        with pytest.raises(Killed):
+            train(tmp_path / "killed", muon=True)
+    resumed = weights(train(tmp_path / "killed", muon=True))
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+    named = [("a.layers.0.q.weight", torch.nn.Parameter(torch.eye(3))),
+             ("lm_head.weight", torch.nn.Parameter(torch.eye(3)))]  # fmt: skip
+    optimizer = MuonAdamW(named, lr=0.1, weight_decay=0.0, betas=(0.9, 0.98))
+    gradient = torch.tensor([[5.0, 0, 0], [0, 1.0, 0], [0, 0, 0.2]])
+    for _, parameter in named:
+        parameter.grad = gradient.clone()
+    optimizer.step()
+    # Muon moves equally far along all of a gradient's directions, AdamW along all its elements.
+    moved = (torch.eye(3) - named[0][1]).diagonal()
+    assert moved.max() < 1.6 * moved.min()
+    torch.testing.assert_close((torch.eye(3) - named[1][1]).diagonal(), torch.full((3,), 0.1))
+
+
+def test_a_model_grows_without_another_answer_and_then_learns(tmp_path):
+    config = tiny_llava.TinyLlavaConfig(**{**SMALL, "output_dir": str(tmp_path)})
+    processor = tiny_llava.build_processor()
+    model = tiny_llava.build_model(config, processor)
+    grown = tiny_llava.deepened(model, config.model_copy(update={"layers": 6}), processor)
+    assert len(grown.model.language_model.layers) == 6
+    conversations = [tiny_llava.SceneConversations("train", 4)[i] for i in range(4)]
+    batch = tiny_llava.SceneCollator(tiny_llava.Packer(processor, 60), 8, False)(conversations)
+    batch.pop("ids")
+    assert torch.equal(grown(**batch).loss, model(**batch).loss)
+    grown(**batch).loss.backward()
+    layer = grown.model.language_model.layers[1]
+    assert layer.self_attn.o_proj.weight.grad.abs().max() > 0
+    assert layer.mlp.down_proj.weight.grad.abs().max() > 0
+    with pytest.raises(InputError, match="2 layers grow to a multiple of them, not to 3"):
+        tiny_llava.deepened(model, config.model_copy(update={"layers": 3}), processor)
+
+
+def test_later_stages_change_what_they_name_and_see_other_scenes(tmp_path):
+    later = {"spatial": {"family_weights": {"spatial": 1}}, "deep": {"layers": 4, "max_steps": 2}}
+    values = {**SMALL, "later_stages": later, "output_dir": str(tmp_path / "run")}
+    config = tiny_llava.TinyLlavaConfig(**values)
+    found = tiny_llava.stages(config)
+    assert list(found) == ["tower", "joint", "spatial", "deep"]
+    assert found["deep"].family_weights == {"spatial": 1}
+    assert [found[s].layers for s in ("spatial", "deep")] == [2, 4]
+    assert len({stage.data_seed for stage in found.values()}) == 4
+    model = tiny_llava.train(config)
+    assert model.config.text_config.num_hidden_layers == 4
+    again = weights(tiny_llava.train(config))
+    assert all(torch.equal(again[name], value) for name, value in weights(model).items())
+    with pytest.raises(InputError, match='stage "deep": unknown key "layer"; did you mean'):
+        tiny_llava.stages(config.model_copy(update={"later_stages": {"deep": {"layer": 4}}}))
+
+
+def test_the_deep_configuration_loads():
+    _, config = load_recipe(CONFIG.with_name("deep-llava.yaml"))
+    assert list(tiny_llava.stages(config))[-1] == "deep"
+    assert tiny_llava.stages(config)["deep"].layers == 16
