@@ -18,12 +18,13 @@ from planner.models.running.kv_cache import (
     plan_cache,
     redirect_cache,
 )
-from planner.models.running.program import Program
-from planner.models.tokens.kept_tokens import Kept
+from planner.models.running.program import LayerGroup, Program
+from planner.models.tokens.kept_tokens import Kept, gather
 from planner.planning.selectors import Selector
 
 if TYPE_CHECKING:
     from planner.models.running.layers import LayerForward
+    from planner.models.tokens.answer_stage import AnswerStage
     from planner.models.tokens.token_stages import TokenStages
 
 
@@ -43,6 +44,9 @@ class Call:
     unwanted: Tensor | None = None  # what a vision selector dropped; None without one
     left: Tensor | None = None  # tokens not dropped; None before the first stage
     kept: Kept | None = None  # the same as indices
+    # (batch, tokens): the answer so far that a pass without a cache repeats, but its last token.
+    answer: Tensor | None = None
+    stored: Tensor | None = None  # (batch,): whether the one token is cached; None: it is
     # int64: tokens up to each that position ids no longer count; None where they count all.
     gaps: Tensor | None = None
     marks: dict[Selector, Tensor] = field(default_factory=dict)  # before layer 0
@@ -53,11 +57,14 @@ class Call:
         """The first layer of the cache that has keys, None where there is none."""
         return first_keyed(self.cache or ())
 
+    def has_dropped(self, group: LayerGroup) -> bool:
+        """Whether tokens are gone that a group's last stage is to choose from."""
+        return self.kept is not None and (len(group.stages) > 1 or self.answer is not None)
+
     def new_valid(self) -> Tensor:
         """Which of this pass's tokens are no padding, shape (batch, tokens), bool."""
-        assert self.image is not None
         if self.valid is None:
-            return torch.ones_like(self.image)
+            return torch.ones(self.batch, self.tokens, dtype=torch.bool, device=self.device)
         return self.valid[:, -self.tokens :].clone()
 
     def prompt(self) -> Tensor:
@@ -77,6 +84,7 @@ class Passes:
     def __init__(self, program: Program, stages: TokenStages | None) -> None:
         self.program = program
         self.stages = stages
+        self.answers: AnswerStage | None = None
         self.current: Call | None = None
         # Batch rows that a layer is running for, and which keys are no padding; None for all.
         self.serving: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -106,6 +114,8 @@ class Passes:
         if tokens > 1 or not call.past:
             if self.stages is not None:
                 hidden = self.stages.enter(call, hidden)
+            if self.answers is not None:
+                self.answers.enter(call)
             # Under torch.compile the look at values would break the graph.
             if not torch.compiler.is_compiling() and not torch.isfinite(hidden).all():
                 raise InputError(
@@ -124,6 +134,12 @@ class Passes:
             redirect_cache(call.cache, self.program, call.rows)
         self.current = call
 
+    def gather(self, hidden: Tensor, index: Tensor) -> Tensor:
+        """The hidden states of the tokens that are left: `Kept.index` of (rows, tokens, width)."""
+        if self.stages is not None:
+            return self.stages.gather(hidden, index)
+        return gather(hidden, index, -2)
+
     def evict(self, layer: int, group: int) -> None:
         """Let a layer's cache evict, once its attention block has run for a group."""
         seen, self.seen = self.seen, None
@@ -131,12 +147,7 @@ class Passes:
         cached = None if self.current.cache is None else self.current.cache[layer]
         if not isinstance(cached, PlannedLayer):
             return
-        if seen is None:
-            raise InputError(
-                f"the cache of layer {layer} evicts by attention, and this model's attention "
-                f"cannot be seen from outside; plan without a KV policy"
-            )
-        cached.evict(group, seen)
+        cached.evict(layer, group, seen, self.current.stored)
 
     def end(self) -> None:
         """Let go of the pass, and with it of the cache."""

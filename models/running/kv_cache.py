@@ -31,11 +31,12 @@ from planner.ir.errors import InputError
 from planner.models.running.attention_calls import Recorded
 from planner.models.running.growing_cache import GrowingLayer
 from planner.models.running.program import LayerProgram, Program
+from planner.models.tokens.answer_cache import AnswerTally, forget_last
 from planner.models.tokens.kept_tokens import Keys
 from planner.models.tokens.selectors import HeavyHitters
 from planner.models.tokens.selectors.h2o import attention_received
 from planner.models.tokens.selectors.scoring import visible_keys
-from planner.planning.selectors import H2O
+from planner.planning.selectors import H2O, AnswerTokens, KVPolicy
 
 PlanKey = tuple[object, ...]
 _DYNAMIC = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -54,7 +55,7 @@ class Part:
     # Which tokens are stored; None while nothing was dropped. Where heads hold different tokens it
     # shows those of the first one: as many, and all of them earlier than any query.
     keys: Keys | None = None
-    hitters: HeavyHitters | None = None  # what evicts from the store
+    keeper: HeavyHitters | AnswerTally | None = None  # what is left out of the store
     # How far the position ids of new tokens lie before those that stock code gives, shape (rows,);
     # None while they are the same.
     shift: Tensor | None = None
@@ -124,15 +125,34 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
             part.store.keys = part.store.keys[..., count:, :]
             part.store.values = part.store.values[..., count:, :]
 
-    def evict(self, group: int, seen: Recorded) -> None:
-        """Keep of a group's store what its policy keeps, after its attention block has run."""
+    def evict(self, layer: int, group: int, seen: Recorded | None, stored: Tensor | None) -> None:
+        """Keep of a group's store what its policy keeps, after its attention block has run.
+
+        Args:
+            layer: that this is, for errors.
+            group: of the layer.
+            seen: what the block computed with, where the policy asks for it.
+            stored: shape (batch,), whether the token that was decoded is; None: all are.
+        """
         part = self.parts[group]
-        if part.store is None or part.hitters is None or part.keys is None:
+        if part.store is None or part.keys is None:
             return
+        if isinstance(part.keeper, AnswerTally):
+            if stored is not None:
+                mine = stored if part.rows is None else stored[part.rows]
+                part.keys = forget_last(part.store, part.keys, mine)
+            return
+        if part.keeper is None:
+            return
+        if seen is None:
+            raise InputError(
+                f"the cache of layer {layer} evicts by attention, and this model's attention "
+                f"cannot be seen from outside; plan without a KV policy"
+            )
         valid = _visible(seen, part.keys)
         mask = None if seen.mask is None or seen.mask.ndim == 2 else seen.mask
         received = attention_received(seen.query, seen.key, valid, mask, seen.scaling)
-        index, left = part.hitters.observe(received, valid)
+        index, left = part.keeper.observe(received, valid)
         places = index[..., None]
         part.store.keys = part.store.keys.take_along_dim(places, -2)
         part.store.values = part.store.values.take_along_dim(places, -2)
@@ -211,8 +231,8 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Forget all tokens."""
         for part in self.parts:
             part.keys = part.shift = None
-            if part.hitters is not None:
-                part.hitters = HeavyHitters(part.hitters.policy)
+            if part.keeper is not None:
+                part.keeper = part.keeper.fresh()
             if part.store is not None:
                 part.store.reset()
         self.total = 0
@@ -222,7 +242,7 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
     def is_croppable(self) -> bool:
         """Whether `crop` can take back tokens behind a prompt; asked since transformers 5.24."""
         stores = [part.store for part in self.parts if part.store is not None]
-        evicts = any(part.hitters is not None for part in self.parts)
+        evicts = any(part.keeper is not None for part in self.parts)
         return not evicts and all(getattr(store, "is_croppable", True) for store in stores)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -231,7 +251,7 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
         if not count:
             return
         for part in self.parts:
-            if part.hitters is not None:
+            if part.keeper is not None:
                 raise InputError("a cache that evicts cannot be cropped: what it evicted is gone")
             if part.keys is not None:
                 positions = part.keys.positions
@@ -262,8 +282,8 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
                 part.keys = Keys(positions, part.keys.padded)
             if part.shift is not None:
                 part.shift = part.shift.repeat_interleave(repeats, 0)
-            if part.hitters is not None:
-                part.hitters.repeat(repeats)
+            if part.keeper is not None:
+                part.keeper.repeat(repeats)
             if part.rows is not None:
                 copies = torch.arange(repeats, device=part.rows.device)
                 part.rows = (part.rows[:, None] * repeats + copies).flatten()
@@ -374,8 +394,8 @@ def _take(part: Part, rows: Tensor) -> None:
         part.keys = Keys(part.keys.positions[rows], part.keys.padded)
     if part.shift is not None:
         part.shift = part.shift[rows]
-    if part.hitters is not None:
-        part.hitters.reorder(rows)
+    if part.keeper is not None:
+        part.keeper.reorder(rows)
 
 
 def _visible(seen: Recorded, keys: Keys) -> Tensor:
@@ -482,9 +502,14 @@ def _parts(
         if group.on and group.heads != ():
             # Behind a token stage a sliding window counts dropped tokens too: see `_forget`.
             store = GrowingLayer() if group.has_keys else _like(stock)
-        hitters = HeavyHitters(group.kv) if isinstance(group.kv, H2O) else None
-        parts.append(Part(members, store, hitters=hitters))
+        parts.append(Part(members, store, keeper=_keeper(group.kv)))
     return parts
+
+
+def _keeper(policy: KVPolicy | None) -> HeavyHitters | AnswerTally | None:
+    if isinstance(policy, AnswerTokens):
+        return AnswerTally(policy)
+    return HeavyHitters(policy) if isinstance(policy, H2O) else None
 
 
 def _like(layer: CacheLayerMixin) -> CacheLayerMixin:
@@ -531,6 +556,17 @@ def cache_argument(forward: Callable[..., Any]) -> str:
 def cache_among(kwargs: Mapping[str, Any]) -> Cache | None:
     """The KV cache among the arguments of a stock ``forward``, whatever it is called there."""
     return next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+
+
+def answers_stored(cache: Cache) -> list[int] | None:
+    """How many tokens of each sample's answer a cache stores behind a policy's first layer.
+
+    None where no policy decides about them.
+    """
+    parts = (p for layer in cache.layers if isinstance(layer, PlannedLayer) for p in layer.parts)
+    keepers = (part.keeper for part in parts)
+    tallies = (keeper for keeper in keepers if isinstance(keeper, AnswerTally))
+    return next((tally.stored.tolist() for tally in tallies if tally.stored is not None), None)
 
 
 def kv_bytes(cache: Cache) -> int:

@@ -22,6 +22,7 @@ from planner.models.running.layer_results import LayerResult, hidden_of, with_hi
 from planner.models.running.patches import Shadow
 from planner.models.running.products import BlockForward, Product
 from planner.models.running.program import LayerGroup, LayerProgram
+from planner.models.tokens.answer_stage import tally_of
 from planner.models.tokens.kept_tokens import (
     Kept,
     Keys,
@@ -31,6 +32,7 @@ from planner.models.tokens.kept_tokens import (
     scatter,
     select_rows,
 )
+from planner.planning.selectors import AnswerTokens
 
 
 class AttentionForward(Shadow):
@@ -156,24 +158,28 @@ class LayerForward(Shadow):
     ) -> Any:
         """Every group on its own rows and on the tokens that are left of them."""
         rows_of = call.rows[self.index]
-        for setup, rows in zip(self.setups, rows_of, strict=True):
+        for number, (setup, rows) in enumerate(zip(self.setups, rows_of, strict=True)):
             stages = setup.group.stages
             # Decoded tokens pass by a stage: what is compiled for them need not break here.
             if call.image is not None and stages and stages[-1].layer == self.index:
                 assert self.passes.stages is not None
                 self._look_ahead(call, setup.group, rows, hidden, kwargs)
                 hidden = self.passes.stages.select(call, setup.group, rows, hidden)
+            policy = setup.group.kv
+            if isinstance(policy, AnswerTokens) and policy.layer == self.index:
+                assert self.passes.answers is not None
+                tally = tally_of(cached, number)
+                self.passes.answers.decide(call, policy, rows, hidden, tally)
         output, returned = hidden.clone(), self.result.left_out(hidden, kwargs)
         for number, (setup, rows) in enumerate(zip(self.setups, rows_of, strict=True)):
             if not setup.group.on:
                 continue
             kept = None
-            if setup.group.stages and call.kept is not None:
+            if setup.group.drops and call.kept is not None:
                 kept = call.kept.rows(rows)
             inputs = select_rows(hidden, rows, 0) if call.batch > 1 else hidden
             if kept is not None:
-                assert self.passes.stages is not None
-                inputs = self.passes.stages.gather(inputs, kept.index)
+                inputs = self.passes.gather(inputs, kept.index)
             keys = None
             if setup.group.has_keys:
                 keys = _keys(call, number, inputs, kept, cached)
@@ -214,8 +220,7 @@ class LayerForward(Shadow):
                 if rows is not None:
                     part = rows if theirs is None else rows[torch.isin(rows, theirs)]
                 if part is None or len(part):
-                    earlier = len(group.stages) > 1
-                    layer.record(call, number, part, earlier, hidden, kwargs)
+                    layer.record(call, number, part, call.has_dropped(group), hidden, kwargs)
 
     def record(
         self,

@@ -14,7 +14,7 @@ from planner.ir.graph import Graph
 from planner.ir.intervals import Intervals
 from planner.models.running.bindings import BoundLayer, BoundSite
 from planner.plan import Plan, TokenStage
-from planner.planning.selectors import KVPolicy, Needs, parse_kv_policy, selector_of
+from planner.planning.selectors import AnswerTokens, KVPolicy, Needs, parse_kv_policy, selector_of
 
 
 def check_plan(plan: Plan, graph: Graph) -> None:
@@ -51,6 +51,11 @@ class LayerGroup:
     def has_keys(self) -> bool:
         """Whether this layer has keys for some tokens only, so must know which."""
         return bool(self.stages) or self.kv is not None
+
+    @property
+    def drops(self) -> bool:
+        """Whether tokens of a pass may be dropped before this layer."""
+        return bool(self.stages) or isinstance(self.kv, AnswerTokens)
 
 
 @dataclass(frozen=True)
@@ -118,13 +123,19 @@ class Program:
         return found
 
     @property
+    def answer_policies(self) -> set[AnswerTokens]:
+        """Those by which some tokens of an answer are kept."""
+        groups = (group for layer in self.layers for group in layer.groups)
+        return {group.kv for group in groups if isinstance(group.kv, AnswerTokens)}
+
+    @property
     def has_tokens(self) -> bool:
         """Whether tokens are dropped somewhere, for some sample."""
         return any(plan.tokens for plan in self.plans)
 
     @property
     def evicts(self) -> bool:
-        """Whether the cache evicts, for some sample."""
+        """Whether the cache leaves tokens out, for some sample."""
         return any(plan.kv for plan in self.plans)
 
 
@@ -149,8 +160,12 @@ def _act(layer: BoundLayer, plan: Plan) -> LayerGroup:
     """What a layer does under one plan, for nobody yet."""
     index = layer.index
     stages = tuple(stage for stage in plan.tokens if stage.layer <= index)
+    policy = parse_kv_policy(plan.kv) if plan.kv else None
+    if policy is not None and index < policy.layer:
+        policy = None
+    scoreless = None if policy is not None and policy.scores_by_attention else policy
     if index in plan.layers_off:
-        return LayerGroup((), on=False, stages=stages)
+        return LayerGroup((), on=False, stages=stages, kv=scoreless)
     renumbered = any(selector_of(stage).renumbers for stage in stages)
     heads = _lanes(plan, layer.heads)
     return LayerGroup(
@@ -158,7 +173,7 @@ def _act(layer: BoundLayer, plan: Plan) -> LayerGroup:
         heads=heads,
         mlp=_lanes(plan, layer.mlp),
         stages=stages,
-        kv=parse_kv_policy(plan.kv) if plan.kv and heads != () else None,
+        kv=scoreless if heads == () else policy,
         renumbered=renumbered,
     )
 

@@ -24,6 +24,7 @@ from planner.models.running.patches import ConfigView, Patches, Shadow
 from planner.models.running.products import BlockForward, Product, Products
 from planner.models.running.program import LayerGroup, LayerProgram, Program
 from planner.models.running.session import Session
+from planner.models.tokens.answer_stage import AnswerStage
 from planner.models.tokens.token_stages import Places, TokenStages
 from planner.models.tokens.vision_stage import VisionStage
 from planner.planning.selectors import VisionSelector
@@ -80,8 +81,9 @@ class Ready:
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pass begins with the call of a module, and these arguments."""
-        if self.stages is not None:
-            self.stages.remember(module, args, kwargs)
+        for stage in (self.stages, self.passes.answers):
+            if stage is not None:
+                stage.remember(module, args, kwargs)
 
     def refresh(self) -> None:
         """Look what weights are now."""
@@ -91,8 +93,9 @@ class Ready:
     def end(self) -> None:
         """Let go of a pass, and of its arguments."""
         self.passes.end()
-        if self.stages is not None:
-            self.stages.arguments = {}
+        for stage in (self.stages, self.passes.answers):
+            if stage is not None:
+                stage.arguments = {}
 
     def _checkpoint(self, layer: LayerForward, stock: Any, run: Any, *args: Any) -> Any:
         """Stands in for a layer's function for gradient checkpointing."""
@@ -159,7 +162,11 @@ class Preparing:
             kernels = self.products.kernels
             norm = self._final_norm()
             stages = TokenStages(self.session.model, program, self._vision, places, kernels, norm)
-        return self.redirected(program, stages)
+        ready = self.redirected(program, stages)
+        if program.answer_policies:
+            model, policies = self.session.model, program.answer_policies
+            ready.passes.answers = AnswerStage(model, policies, places)
+        return ready
 
     def prepare(self, graph: Graph) -> None:
         """Learn ahead what narrowing a graph's sites takes: it runs blocks, which no pass may."""
@@ -324,7 +331,8 @@ class Preparing:
         # A scheduler decides in the middle of a pass, when the block has a view already.
         config = getattr(config, "original_config", config)
         recorded = passes.stages.asked if passes.stages is not None else ()
-        evicts = any(other.kv is not None for other in program.groups)
+        policies = [other.kv for other in program.groups if other.kv is not None]
+        evicts = any(policy.scores_by_attention for policy in policies)
         if (evicts or program.layer.index in recorded) and config is not None:
             record = partial(passes.record, program.layer.index)
             replaced |= {"_attn_implementation": RECORDING, "record": record, "attention": function}

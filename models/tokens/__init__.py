@@ -5,6 +5,8 @@ In: token stages of a plan, and what a stock model computes. Out: a batch of the
     selectors/      rules that pick image tokens
     predictors      Dynamic-LLaVA's trained predictors
     kept_tokens     what is left of a batch, and arguments narrowed to it
+    answer_cache    caches that store some tokens of an answer
+    answer_stage    which tokens of an answer are worth keeping
     token_stages    stages carried out: images found, selectors run
     vision_stage    selectors between vision tower and projector
 """

@@ -166,7 +166,7 @@ class TokenStages:
         Returns:
             What is about to enter the stage's layer: a copy where the selector changed some.
         """
-        stage, earlier = group.stages[-1], len(group.stages) > 1
+        stage, earlier = group.stages[-1], call.has_dropped(group)
         if call.left is None:
             call.left = call.new_valid()
         if stage not in self.selectors:

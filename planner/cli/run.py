@@ -131,7 +131,9 @@ def run_command(
     document = {
         **ran.facts,
         "cost": ran.cost,
-        "cost_of_this_prompt": PlanCosts(ran.graph, prompt_ran).of(ran.plan, ran.kept),
+        "cost_of_this_prompt": PlanCosts(ran.graph, prompt_ran).of(
+            ran.plan, ran.kept, ran.facts.get("answer_tokens_stored")
+        ),
         "image_tokens": [
             {"layer": layer, "of": of, "kept": left} for layer, left in ran.kept.items()
         ],
@@ -256,6 +258,8 @@ def _print_facts(document: dict[str, Any]) -> None:
         + ("" if rate is None else f", {rate:.1f} tokens/s")
         + f", KV cache {amount(document['kv_bytes'], 'bytes')}"
     )
+    if "answer_tokens_stored" in document:
+        print(f"of {count - 1} decoded tokens {document['answer_tokens_stored']} were stored")
     planned = document["cost"].get("flops")
     ran = document["cost_of_this_prompt"]["flops"]
     said = "" if planned in (None, ran) else f" (the plan says {planned['fraction']:.4f})"
@@ -270,7 +274,7 @@ def _generate(
     from transformers.generation.streamers import TextStreamer
 
     from planner.loading import refuse_nan
-    from planner.models.running.kv_cache import cache_among, kv_bytes
+    from planner.models.running.kv_cache import answers_stored, cache_among, kv_bytes
 
     class Clock(TextStreamer):  # type: ignore[misc]
         """Notes when each token comes - first the prompt, then one at a time - and hands it on."""
@@ -306,13 +310,16 @@ def _generate(
     prompt, first, *rest = clock.times
     spent = (rest[-1] - first) if rest else 0.0
     generated = question.generated
+    cache = cache_among(run)
+    stored = answers_stored(cache)
     served = {} if generated is None else {"generated": dict(sorted(generated.served.items()))}
     return served | {
         "answer": answer,
         "tokens": int(run.sequences.shape[1]) - length,
         "prefill_seconds": first - prompt,
         "tokens_per_second": len(rest) / spent if spent else None,
-        "kv_bytes": kv_bytes(cache_among(run)),
+        "kv_bytes": kv_bytes(cache),
+        **({} if stored is None else {"answer_tokens_stored": stored[0]}),
         "launches": dict(sorted(launches.items())),
     }
 

@@ -11,7 +11,7 @@ from planner.ir.graph import Graph
 from planner.plan import Plan
 from planner.planning.compiler import DEFAULT_DEVICE
 from planner.planning.pricing import Pricing, compared
-from planner.planning.selectors import selector_of
+from planner.planning.selectors import AnswerTokens, parse_kv_policy, selector_of
 from planner.planning.switches import AXES, SwitchSet, with_switches
 
 
@@ -24,14 +24,22 @@ class PlanCosts:
     scope: str | None = None  # ``model`` or ``llm``; None for what each plan was made for
     _base: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def of(self, plan: Plan, kept: Mapping[int, int] | None = None) -> dict[str, dict[str, float]]:
+    def of(
+        self, plan: Plan, kept: Mapping[int, int] | None = None, answers: int | None = None
+    ) -> dict[str, dict[str, float]]:
         """What a plan costs, as a plan's own ``cost`` has it.
 
         Args:
             plan: any of the model.
             kept: layer of a token stage -> image tokens that were really left, per sample. By
                 default what the plan says, scaled to the image tokens there are.
+            answers: tokens of the answer that a KV policy which decides about them has stored. By
+                default the most that it may.
         """
+        policy = parse_kv_policy(plan.kv) if plan.kv else None
+        if isinstance(policy, AnswerTokens) and answers is not None:
+            share = answers / max(self.workload.new_tokens, 1)
+            plan = replace(plan, kv=str(replace(policy, max=share)))
         image_tokens = self.workload.image_tokens
         stages = []
         for stage in plan.tokens:

@@ -1,19 +1,33 @@
 """Dynamic-LLaVA against naive twins: predictors token by token, pruning sample by sample."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from families import cached
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import plan_of
 from predictors import random_predictors, write_predictors
 
+from planner.ir.cost import Workload
 from planner.ir.errors import InputError
+from planner.models.running.kv_cache import answers_stored, kv_bytes
 from planner.models.running.masked import Gates, MaskedExecutor
 from planner.models.running.skipping import obeying
+from planner.models.tokens.answer_cache import forget_last
+from planner.models.tokens.kept_tokens import Keys
 from planner.models.tokens.predictors import Predictors, load_predictors
 from planner.models.tokens.selectors import DecoderInputs, select_tokens
 from planner.plan import TokenStage
-from planner.planning.selectors import DynamicLLaVA, PredictorSettings, parse
+from planner.planning.compiler import Request, plan_graph
+from planner.planning.plan_costs import PlanCosts
+from planner.planning.selectors import (
+    DynamicLLaVA,
+    PredictorSettings,
+    parse,
+    parse_kv_policy,
+)
 
 WIDTH = 6
 few = settings(max_examples=20, deadline=None)
@@ -180,3 +194,163 @@ def test_pruning_a_prompt_equals_masking_what_is_dropped(llava, folder, side):
         text = where & ~image[row]
         torch.testing.assert_close(found[row, text], masked[row, text], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found[row, where], alone[row], rtol=1e-4, atol=1e-4)
+
+
+def greedy(model, inputs, steps, **options):
+    """(ids of the answer, logits of every step, the run) of greedy decoding."""
+    run = model.generate(
+        **inputs, max_new_tokens=steps, do_sample=False, output_logits=True,
+        return_dict_in_generate=True, **options,
+    )  # fmt: skip
+    return run.sequences[:, -steps:], torch.stack(run.logits, 1), run
+
+
+def answer_gates(folder, inputs, answer):
+    """Gates of a prompt and its answer as keys, by the output predictor, token by token."""
+    prompt = inputs["input_ids"].shape[1]
+    weights = load_predictors(folder, 64).output.state_dict()
+
+    def gates(hidden):
+        keep = torch.ones(hidden.shape[:2])
+        for row, states in enumerate(hidden):
+            for place in range(prompt, prompt + answer.shape[1]):
+                first, second = output_logits(weights, states[place])
+                keep[row, place] = float(first > second)
+        return keep
+
+    return gates
+
+
+@pytest.mark.parametrize("switches", ["", "layers, heads and groups", "image tokens"])
+@torch.no_grad()
+def test_decoding_equals_masking_what_is_not_stored(llava, folder, switches):
+    """Ragged, with a cache and without one; the KV bytes are those of what is worth keeping."""
+    family, graph = llava
+    inputs = family.inputs(2, before=(3, 6))
+    stages = (TokenStage(1, 6, 16, "uniform:keep=6,k=1"),) if switches == "image tokens" else ()
+    parts = {"layers_off": (1,), "heads": {2: (0,), 3: ()}, "mlp": {2: (0, 2)}}
+    parts = parts if switches.startswith("layers") else {}
+    plan = plan_of(graph, kv=f"dynamic-llava:{folder}", tokens=stages, **parts)
+    with obeying(family.model, graph, plan):
+        answer, logits, run = greedy(family.model, inputs, 9)
+        again, without, _ = greedy(family.model, inputs, 9, use_cache=False)
+        beams = [
+            family.model.generate(
+                **inputs, num_beams=2, max_new_tokens=6, do_sample=False, use_cache=use
+            )
+            for use in (True, False)
+        ]
+    assert torch.equal(answer, again)
+    torch.testing.assert_close(logits, without, rtol=1e-4, atol=1e-4)
+    assert torch.equal(*beams)
+    if switches == "image tokens":
+        return
+    whole = {
+        "input_ids": torch.cat([inputs["input_ids"], answer], 1),
+        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(answer)], 1),
+        "pixel_values": inputs["pixel_values"],
+    }
+    gates = answer_gates(folder, inputs, answer)
+    seen = []
+
+    def watched(hidden):
+        seen.append(gates(hidden))
+        return seen[-1]
+
+    with MaskedExecutor(family.model, graph).using(Gates.of([plan] * 2, graph, {1: watched})):
+        masked = family.model(**whole).logits[:, -10:-1]
+    torch.testing.assert_close(logits, masked, rtol=1e-4, atol=1e-4)
+    stored = seen[0][:, inputs["input_ids"].shape[1] : -1].sum(1)
+    assert 0 < stored.min() < 8, "all or nothing was stored"
+    lengths = [
+        layer.keys.shape[-2] for layer in run.past_key_values.layers if layer.keys is not None
+    ]
+    prompt = inputs["input_ids"].shape[1]
+    behind = [prompt + int(stored.max())] * (len(lengths) - 1)
+    assert lengths == [prompt + 8, *behind]
+
+
+@few
+@given(
+    seed=st.integers(0, 99),
+    first=st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    flags=st.lists(st.lists(st.booleans(), min_size=4, max_size=4), max_size=8),
+)
+def test_what_is_forgotten_leaves_room(seed, first, flags):
+    rows, longest = len(first), max(first)
+    padded = torch.arange(longest).expand(rows, -1)
+    positions = padded.masked_fill(padded >= torch.tensor(first)[:, None], -1)
+    entries = positions[:, None, :, None].float()
+    store = SimpleNamespace(keys=entries, values=-entries)
+    keys = Keys(positions, bool((positions < 0).any()))
+    wanted = [set(range(n)) for n in first]
+    for step, some in enumerate(flags):
+        new, stored = longest + step, torch.tensor(some[:rows])
+        row = torch.full((rows, 1), new)
+        keys = Keys(torch.cat([keys.positions, row], 1), keys.padded)
+        store.keys = torch.cat([store.keys, row[:, None, :, None].float()], 2)
+        store.values = torch.cat([store.values, -row[:, None, :, None].float()], 2)
+        keys = forget_last(store, keys, stored)
+        for sample, keep in enumerate(stored.tolist()):
+            wanted[sample] |= {new} if keep else set()
+    assert store.keys.shape[2] == keys.positions.shape[1] == max(map(len, wanted))
+    for sample, places in enumerate(wanted):
+        real = keys.positions[sample] >= 0
+        assert keys.padded or real.all()
+        assert set(keys.positions[sample, real].tolist()) == places
+        assert store.keys[sample, 0, real, 0].tolist() == keys.positions[sample, real].tolist()
+        assert store.values[sample, 0, real, 0].tolist() == (-keys.positions[sample, real]).tolist()
+
+
+@torch.no_grad()
+def test_turns_after_the_first_are_stored_whole_and_no_more_than_the_cap(llava, folder):
+    family, graph = llava
+    inputs = family.inputs(1)
+    policy = parse_kv_policy(f"dynamic-llava:{folder},max=0.25")
+    with obeying(family.model, graph, plan_of(graph, kv=str(policy))):
+        answer, _, run = greedy(family.model, inputs, 9)
+        cache, prompt = run.past_key_values, inputs["input_ids"].shape[1]
+        stored = cache.layers[1].keys.shape[-2] - prompt
+        assert stored <= 2
+        turn = torch.randint(3, 90, (1, 5))
+        mask = torch.ones(1, prompt + 8 + 5)
+        family.model(input_ids=turn, attention_mask=mask, **cached(family.model, cache))
+        assert cache.layers[1].keys.shape[-2] == prompt + stored + 5
+        again, _, _ = greedy(family.model, inputs, 9, use_cache=False)
+    assert torch.equal(answer, again)
+
+
+@torch.no_grad()
+def test_a_batch_of_plans_decodes_as_each_alone(llava, folder):
+    family, graph = llava
+    inputs = family.inputs(2)
+    both = [
+        plan_of(graph, kv=f"dynamic-llava:{folder}", layers_off=(2,)),
+        plan_of(graph, kv=f"dynamic-llava:{folder},k=2", heads={1: (0,)}),
+    ]
+    with obeying(family.model, graph, both):
+        together, _, _ = greedy(family.model, inputs, 8)
+        without, _, _ = greedy(family.model, inputs, 8, use_cache=False)
+    for row, plan in enumerate(both):
+        alone = {name: value[row : row + 1] for name, value in inputs.items()}
+        with obeying(family.model, graph, plan):
+            assert torch.equal(together[row], greedy(family.model, alone, 8)[0][0])
+    assert torch.equal(together, without)
+
+
+@pytest.mark.parametrize("most", [1.0, 0.5])
+@torch.no_grad()
+def test_the_cache_holds_no_more_than_it_was_priced_at(llava, folder, most):
+    family, graph = llava
+    inputs = family.inputs(before=(30,))
+    text = {"tokens": f"dynamic-llava:{folder}", "kv": f"dynamic-llava:{folder},max={most}"}
+    words = inputs["input_ids"].shape[1] - 16
+    request = Request("llava", 0.9, image_tokens=16, text_tokens=words, new_tokens=12, **text)
+    plan = plan_graph(graph, request).plan
+    with obeying(family.model, graph, plan):
+        cache = greedy(family.model, inputs, 13)[2].past_key_values
+    (stored,) = answers_stored(cache)
+    assert stored <= 12 * most
+    load = Workload.default(graph, 16, words, 12)
+    ran = PlanCosts(graph, load).of(plan, answers=stored)
+    assert kv_bytes(cache) == ran["kv"]["plan"] <= plan.cost["kv"]["plan"]

@@ -64,6 +64,10 @@ class HeavyHitters:
         self.scores: Tensor | None = None
         self.heavy = self.recent = torch.empty(0)
 
+    def fresh(self) -> HeavyHitters:
+        """The same before any prompt."""
+        return HeavyHitters(self.policy)
+
     def observe(self, received: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Account for the attention of new queries, then evict.
 

@@ -147,7 +147,7 @@ SELECTORS: Mapping[str, type[DecoderSelector] | type[VisionSelector]] = {
     "downsample": Downsample,
 }
 
-KV_POLICIES: Mapping[str, type[KVPolicy]] = {"h2o": H2O}
+KV_POLICIES: Mapping[str, type[KVPolicy]] = {"h2o": H2O, "dynamic-llava": AnswerTokens}
 
 
 def parse(text: str) -> DecoderSelector | VisionSelector:

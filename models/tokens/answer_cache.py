@@ -1,0 +1,80 @@
+"""A KV cache that stores of an answer what is worth keeping."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from planner.models.tokens.kept_tokens import Keys
+from planner.planning.selectors import AnswerTokens
+
+
+class AnswerTally:
+    """How many tokens of each sample's answer were decoded, and stored."""
+
+    def __init__(self, policy: AnswerTokens) -> None:
+        self.policy = policy
+        self.decoded = 0
+        self.stored: Tensor | None = None  # (rows,), int64; None before the first token
+
+    def fresh(self) -> AnswerTally:
+        """The same before any prompt."""
+        return AnswerTally(self.policy)
+
+    def count(self, wanted: Tensor) -> Tensor:
+        """Count one more token of every sample: which are stored of those wanted, (rows,), bool."""
+        if self.stored is None:
+            self.stored = torch.zeros_like(wanted, dtype=torch.int64)
+        self.decoded += 1
+        wanted = wanted & (self.stored < self.policy.most(self.decoded))
+        self.stored = self.stored + wanted
+        return wanted
+
+    def reorder(self, samples: Tensor) -> None:
+        """Follow a beam search that replaced the batch by these samples, shape (batch,), int64."""
+        if self.stored is not None:
+            self.stored = self.stored[samples]
+
+    def repeat(self, repeats: int) -> None:
+        """Every sample becomes `repeats` samples, one after the other."""
+        if self.stored is not None:
+            self.stored = self.stored.repeat_interleave(repeats)
+
+
+def forget_last(store: Any, keys: Keys, stored: Tensor) -> Keys:
+    """Take the newest entry out of a cache layer, of the samples that do not store it.
+
+    An entry that stays goes where its sample has room, so a layer is as long as the sample that
+    holds most. What a sample does not hold has position -1.
+
+    Args:
+        store: a cache layer with `keys` and `values`, shape (rows, kv heads, n, head_dim).
+        keys: where its entries stood, shape (rows, n).
+        stored: shape (rows,), bool.
+
+    Returns:
+        Where they stand now.
+    """
+    if stored.all():
+        return keys
+    positions = keys.positions.clone()
+    room = positions[:, :-1] < 0
+    moves = stored & room.any(1)
+    if moves.any():
+        rows = moves.nonzero().flatten()
+        slots = room[rows].int().argmax(1)
+        for name in ("keys", "values"):
+            entries = getattr(store, name)
+            if entries.requires_grad:
+                entries = entries.clone()
+            entries[rows, :, slots] = entries[rows, :, -1]
+            setattr(store, name, entries)
+        positions[rows, slots] = positions[rows, -1]
+    stays = stored & ~moves
+    positions[~stays, -1] = -1
+    if not stays.any():
+        store.keys, store.values = store.keys[..., :-1, :], store.values[..., :-1, :]
+        positions = positions[:, :-1]
+    return Keys(positions, bool((positions < 0).any()))
