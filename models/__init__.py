@@ -8,6 +8,7 @@ and nothing else. Imports `planner.ir` and `planner.plan`; nothing in here knows
     scheduling/   schedulers: a plan for every input
     checking/     what planner does with an architecture, tried on a small model of it
     calibration/  utilities measured on a user's inputs
+    profiling/    seconds measured on the user's machine
     recovery/     weights that make up for what a plan removes; utilities by default
     export/       narrowed checkpoints
     projectors/   fewer image tokens by another projector on a stock LLaVA

@@ -2,11 +2,12 @@
 
 Enters: a Graph, a `Workload` and (for seconds) a device. Leaves: a `Cost` per operator.
 
-    workload      token counts of a request
-    device_table  the devices, from devices.yaml
-    price         an operator's `Cost`: exact FLOPs, roofline seconds; `total`
-    memory        peak bytes of a step
-    conventions   how published tables count, oddities included
+    workload         token counts of a request
+    device_table     the devices, from devices.yaml
+    measured_device  a device that takes what was measured
+    price            an operator's `Cost`: exact FLOPs, seconds on a device; `total`
+    memory           peak bytes of a step
+    conventions      how published tables count, oddities included
 """
 
 from planner.ir.cost.memory import activation_bytes, peak_bytes

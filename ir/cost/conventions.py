@@ -14,7 +14,7 @@ from typing import ClassVar
 from typing_extensions import override
 
 from planner.ir.cost.device_table import Device
-from planner.ir.cost.price import Cost, roofline, total
+from planner.ir.cost.price import Cost, total
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator
 from planner.ir.kinds import kind_of
@@ -37,7 +37,7 @@ class Row:
         """Cost for a batch, with seconds where there is a device."""
         operations = batch * self.operations
         moved = (self.weights + batch * self.activations) * _ELEMENT_BYTES
-        seconds, bound = roofline(operations, moved, device) if device else (0.0, "-")
+        seconds, bound = device.roofline(operations, moved) if device else (0.0, "-")
         return Cost(
             flops=operations,
             bytes=moved,

@@ -8,12 +8,14 @@ from importlib.resources import files
 
 import yaml
 
+from planner.ir.dims import Sizes
 from planner.ir.errors import InputError
+from planner.ir.graph import Operator
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One device at half precision."""
+    """One device at half precision, whose operators take what the roofline says."""
 
     name: str
     tflops: float  # peak dense half-precision matrix arithmetic, 10^12 operations a second
@@ -30,6 +32,32 @@ class Device:
     def bytes_per_second(self) -> float:
         """Peak bytes a second."""
         return self.bandwidth_gb_per_s * 1e9
+
+    def roofline(self, operations: int, moved_bytes: int) -> tuple[float, str]:
+        """Seconds and what bounds them: ``compute``, ``memory`` or ``-`` where nothing is done."""
+        compute = operations / self.operations_per_second
+        memory = moved_bytes / self.bytes_per_second
+        if not compute and not memory:
+            return 0.0, "-"
+        return (compute, "compute") if compute > memory else (memory, "memory")
+
+    def pass_seconds(self, element: int) -> float:
+        """What a pass through a model takes besides its operators; `element`: bytes of a number."""
+        return 0.0
+
+    def time(
+        self, operator: Operator, sizes: Sizes, operations: int, elements: int, element: int
+    ) -> tuple[float, str]:
+        """Seconds of one operator, and what bounds them.
+
+        Args:
+            operator: what runs.
+            sizes: of every symbol.
+            operations: that it does.
+            elements: that it reads and writes.
+            element: bytes of each.
+        """
+        return self.roofline(operations, elements * element)
 
 
 @cache

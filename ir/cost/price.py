@@ -5,9 +5,10 @@ and only products count: linear layers, attention, convolutions, grouped product
 `torch.utils.flop_counter.FlopCounterMode` counts on the executed model with eager attention, and
 agrees with it to the last operation. The formulas are in `planner.ir.kinds`.
 
-Seconds are a roofline: an operator takes ``max(operations / peak, bytes / bandwidth)``. Operators
-follow one another, each reads its inputs from memory and writes its output there, nothing overlaps
-and launches are free.
+Seconds are the device's own where it was measured (`planner.ir.cost.measured_device`), and else a
+roofline: an operator takes ``max(operations / peak, bytes / bandwidth)``. Operators follow one
+another, each reads its inputs from memory and writes its output there, nothing overlaps and
+launches are free.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Cost:
 
     flops: int = 0
     bytes: int = 0  # read and written: weights, inputs, output
-    seconds: float = 0.0  # roofline time; 0 without a device
+    seconds: float = 0.0  # 0 without a device
     kv_bytes: int = 0  # what stays in the KV cache
     parameters: int = 0  # what the operator adds to the model's parameters, whether it runs or not
     output_bytes: int = 0
@@ -49,15 +50,6 @@ def operator_parameters(operator: Operator) -> int:
     return 0 if operator.get("tied") else kind_of(operator).weights(operator)
 
 
-def roofline(operations: int, moved_bytes: int, device: Device) -> tuple[float, str]:
-    """Seconds and what bounds them: ``compute``, ``memory`` or ``-`` where nothing is done."""
-    compute = operations / device.operations_per_second
-    memory = moved_bytes / device.bytes_per_second
-    if not compute and not memory:
-        return 0.0, "-"
-    return (compute, "compute") if compute > memory else (memory, "memory")
-
-
 def price(operator: Operator, graph: Graph, sizes: Sizes, device: Device | None = None) -> Cost:
     """Cost of one operator of a graph, with seconds where there is a device.
 
@@ -75,7 +67,8 @@ def price(operator: Operator, graph: Graph, sizes: Sizes, device: Device | None 
     flops = operator_flops(operator, sizes)
     seconds, bound = 0.0, "-"
     if device is not None:
-        seconds, bound = roofline(flops or kind.light_operations * output, moved * element, device)
+        operations = flops or kind.light_operations * output
+        seconds, bound = device.time(operator, sizes, operations, moved, element)
     return Cost(
         flops=flops,
         bytes=moved * element,

@@ -1,7 +1,8 @@
 """Whether oneDNN or MKL multiplies faster on this CPU, by the number of rows: measured, once.
 
 Which of the two wins depends on the CPU, its libraries and the number of rows; vendors do not tell.
-A fifth of a second of products answers it, and the answer is kept in the user's cache folder.
+A fifth of a second of products answers it, and `planner calibrate` with more of them; the answer is
+kept in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from planner.ir.errors import InputError
 from planner.planning.graph_cache import cache_folder
 
 # Products are of four kinds, by their rows: from so many on, and measured at so many.
-_FROM = (1, 4, 24, 128)
+KINDS_FROM = (1, 4, 24, 128)
 _MEASURED = (1, 8, 50, 274)
 # Weights as plans narrow them: (out, in) features that are no round numbers.
 _WEIGHTS = ((652, 1024), (1024, 644))
 _ROUNDS = 9
 # A library is only changed for what noise does not explain.
-_CLEARLY = 0.95
+CLEARLY = 0.95
 
 
 def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -47,26 +48,43 @@ def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def onednn_is_faster(rows: int) -> bool:
     """Whether oneDNN multiplies so many rows, at least one, clearly faster than MKL here."""
-    return fastest(torch.get_num_threads())[bisect_right(_FROM, rows) - 1]
+    return fastest(torch.get_num_threads())[bisect_right(KINDS_FROM, rows) - 1]
 
 
 @cache
 def fastest(threads: int) -> tuple[bool, ...]:
     """For each kind of products, whether it is oneDNN, with so many threads."""
-    facts = [_cpu(), torch.__version__, threads, _MEASURED, _WEIGHTS]
-    name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
-    path = cache_folder() / "products" / f"{name}.json"
+    path = _path(threads)
     with contextlib.suppress(InputError):
         found = read_json(path, "measured products") if path.is_file() else None
-        if isinstance(found, list) and list(map(type, found)) == [bool] * len(_FROM):
+        if isinstance(found, list) and list(map(type, found)) == [bool] * len(KINDS_FROM):
             return tuple(found)
     # Modes that watch or change a thread's operators are not to see these.
     with ThreadPoolExecutor(1) as pool:
         faster = pool.submit(_measured).result()
+    keep(threads, faster)
+    return faster
+
+
+def keep(threads: int, faster: tuple[bool, ...]) -> None:
+    """Have `fastest` say this from now on, in processes that start later as well."""
+    path = _path(threads)
     with contextlib.suppress(OSError, InputError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(faster))
-    return faster
+    fastest.cache_clear()
+
+
+def _path(threads: int) -> Path:
+    facts = [_cpu(), torch.__version__, threads, _MEASURED, _WEIGHTS]
+    name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    return cache_folder() / "products" / f"{name}.json"
+
+
+def cpu_name() -> str:
+    """What people call this CPU."""
+    named = [line for line in _cpu().splitlines() if line.startswith("model name")]
+    return named[0].partition(":")[2].strip() if named else platform.processor()
 
 
 def _cpu() -> str:
@@ -83,7 +101,7 @@ def _measured() -> tuple[bool, ...]:
     weights = [torch.randn(shape) for shape in _WEIGHTS]
     return tuple(
         math.prod(_ratio(torch.randn(rows, weight.shape[1]), weight) for weight in weights)
-        < _CLEARLY ** len(weights)
+        < CLEARLY ** len(weights)
         for rows in _MEASURED
     )
 

@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 the input is bad (one sentence on stderr), 1 something fai
     command_options, console            options that commands share, and what they print
     compile, explain, debug             a plan, what it keeps, how it was found
     inspect, models, devices, kernels   what operators cost, what is known, what was generated
+    calibrate                           what this machine takes, measured
     calibrate_utilities, labels, audit  what switches are worth, measured and judged
     run, bench, measuring               a model under plans
     serve                               the same over HTTP

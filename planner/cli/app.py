@@ -9,7 +9,8 @@ import typer
 from planner import __version__
 from planner.cli.audit import audit_command
 from planner.cli.bench import bench_command
-from planner.cli.calibrate_utilities import calibrate_command
+from planner.cli.calibrate import calibrate_command
+from planner.cli.calibrate_utilities import calibrate_utilities_command
 from planner.cli.compile import compile_command
 from planner.cli.convert import convert_command
 from planner.cli.devices import devices_command
@@ -57,7 +58,8 @@ app.command("devices")(devices_command)
 app.command("run")(run_command)
 app.command("serve")(serve_command)
 app.command("bench")(bench_command)
-app.command("calibrate-utilities")(calibrate_command)
+app.command("calibrate")(calibrate_command)
+app.command("calibrate-utilities")(calibrate_utilities_command)
 app.command("export")(export_command)
 app.command("convert")(convert_command)
 app.command("heal")(heal_command)

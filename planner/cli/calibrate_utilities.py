@@ -20,7 +20,7 @@ _KINDS = {"all": "all switches", "layer": "layers", "heads": "heads", "mlp": "ML
 
 
 @command("model", "trust_remote_code")
-def calibrate_command(
+def calibrate_utilities_command(
     request: Request,
     console: Console,
     output: Annotated[

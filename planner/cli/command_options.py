@@ -71,7 +71,10 @@ class RequestOptions:
         ),
     ] = "auto"
     device: Annotated[
-        str | None, typer.Option("--device", help="Device of the roofline (see: planner devices).")
+        str | None,
+        typer.Option(
+            "--device", help="For latency: see planner devices, or a file of planner calibrate."
+        ),
     ] = None
     scope: Annotated[
         str | None,

@@ -42,16 +42,15 @@ def inspect_command(
 ) -> None:
     """Show the cost of a model: FLOPs, bytes, roofline seconds, KV bytes, parameters."""
     from planner.ir.cost import price, total
-    from planner.ir.cost.device_table import device as find_device
     from planner.ir.graph_text import print_graph
     from planner.ir.passes import find_passes, run
     from planner.plan import load_plan
     from planner.planning.catalog import find_model
-    from planner.planning.compiler import DEFAULT_DEVICE, specialised
+    from planner.planning.compiler import find_device, specialised
     from planner.planning.figures import check_figures
     from planner.planning.graph_cache import lowered_graph
 
-    chip = find_device(request.device or DEFAULT_DEVICE)
+    chip = find_device(request.device)
     loaded = load_plan(plan) if plan else None
     rewrites = find_passes(passes)
     with console.status() as update:

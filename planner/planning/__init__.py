@@ -5,6 +5,7 @@ Enters: a model's config or Graph, a budget. Leaves: a `planner.plan.Plan`. Impo
 
     catalog        what users call models -> their configs
     graph_cache    Graphs that were lowered before
+    device_file    devices that were measured
     budgets        limits on metrics, as users write them
     switches       which axes a plan may use, how finely MLPs are divided
     selectors      token selectors and cache policies: arguments, counts, costs

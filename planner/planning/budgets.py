@@ -13,7 +13,7 @@ from planner.ir.errors import InputError
 # metric -> what a user means by it
 METRICS: Mapping[str, str] = {
     "flops": "floating-point operations of the prefill",
-    "latency": "modelled seconds of the prefill (time to first token) on a device",
+    "latency": "seconds of the prefill (time to first token), modelled or measured on a device",
     "kv": "bytes of keys and values once all tokens are generated",
     "memory": "peak bytes of the exported plan: weights kept, keys and values, and activations",
 }

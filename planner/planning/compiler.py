@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 from planner import __version__
 from planner.ir.cost import Workload
-from planner.ir.cost.device_table import device as find_device
+from planner.ir.cost.device_table import Device, device
 from planner.ir.cost.workload import DEFAULT_NEW_TOKENS, DEFAULT_TEXT_TOKENS
 from planner.ir.errors import InputError, PlannerError
 from planner.ir.graph import Graph
@@ -125,6 +125,23 @@ class Compiled:
     from_cache: bool = False
 
 
+def find_device(name: str | None) -> Device:
+    """A device as `planner devices` lists it, or the one that a file of planner calibrate holds.
+
+    Args:
+        name: of the device, or the file's path, which ends in ``.json``; None for the default.
+
+    Raises:
+        InputError: there is none.
+    """
+    name = name or DEFAULT_DEVICE
+    if not name.endswith(".json"):
+        return device(name)
+    from planner.planning.device_file import read_device
+
+    return read_device(Path(name))
+
+
 def compile_plan(request: Request, progress: Progress = lambda stage: None) -> Compiled:
     """Find, lower, price and solve; see the module docstring.
 
@@ -141,7 +158,7 @@ def compile_plan(request: Request, progress: Progress = lambda stage: None) -> C
         seconds[name] = time.perf_counter() - started
 
     request.limits()
-    find_device(request.device or DEFAULT_DEVICE)
+    find_device(request.device)
     SwitchSet.parse(request.switches)
     with stage("find"):
         source = find_model(request.model, request.trust_remote_code)
@@ -210,8 +227,7 @@ def pose(graph: Graph, request: Request) -> tuple[Pricing, Utilities, Problem]:
     if request.kv is not None:
         switches = switches.with_kv_policy(request.kv)
     scope = request.scope or ("llm" if switches.counting else "model")
-    device = find_device(request.device or DEFAULT_DEVICE)
-    pricing = Pricing(graph, load, switches, device, scope)
+    pricing = Pricing(graph, load, switches, find_device(request.device), scope)
     utilities = _utilities(request.utilities, graph, pricing)
     if switches.counting:
         return pricing, utilities, faithful_problem(graph, budget, utilities, switches.counting)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from planner.ir.cost import Workload
-from planner.ir.cost.device_table import device
+from planner.ir.cost.device_table import device, devices
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.plan import Plan
@@ -27,7 +27,7 @@ def check_figures(plan: Plan, graph: Graph) -> None:
 
     Costs, base costs, fractions and utilisations are priced again for the workload that the plan
     was made for; its limits must hold, and its gap must follow from its bound. What a plan does not
-    state is not checked.
+    state is not checked, nor are seconds on a measured device, whose file may be elsewhere or new.
 
     Raises:
         InputError: the plan does not fit the graph, or a figure is another.
@@ -42,6 +42,8 @@ def check_figures(plan: Plan, graph: Graph) -> None:
         for metric, stated in plan.cost.items():
             if metric not in known:
                 raise InputError(f"the plan states a cost in {metric}, which is no metric")
+            if metric == "latency" and _is_measured(plan):
+                continue
             for name, value in known[metric].items():
                 _compare(f"{metric} ({name})", stated.get(name, math.nan), value)
         # Where switches are counted, the budget is no limit on a cost.
@@ -65,6 +67,8 @@ def _check_limits(plan: Plan, dense: Pricing, costs: Mapping[str, float]) -> Non
         f"{metric}={str(limit).removesuffix(' of base')}" for metric, limit in plan.budget.items()
     ]
     for metric, limit in dense.limits(Budget.of(stated)).items():
+        if metric == "latency" and _is_measured(plan):
+            continue
         cost = costs[metric] * COUNTED[metric]
         if cost > limit * (1 + _RELATIVE) + _UNITS:
             raise InputError(f"the plan exceeds its budget, {metric} {plan.budget[metric]}")
@@ -93,9 +97,16 @@ def _check_proof(plan: Plan) -> None:
         raise InputError("the plan's gap does not follow from its utility and bound")
 
 
+def _is_measured(plan: Plan) -> bool:
+    """Whether seconds are those of a device file."""
+    name = str(plan.provenance.get("device", ""))
+    return name not in devices() and name.endswith(".json")
+
+
 def _pricings(graph: Graph, plan: Plan, workload: Workload) -> tuple[Pricing, Pricing]:
     """What prices a plan, and what prices the base model, as the plan was priced."""
-    chip = device(str(plan.provenance.get("device", DEFAULT_DEVICE)))
+    name = str(plan.provenance.get("device", DEFAULT_DEVICE))
+    chip = device(DEFAULT_DEVICE if _is_measured(plan) else name)
     scope = str(plan.provenance.get("scope", "model"))
     if scope not in SCOPES:
         raise InputError(f"the plan has the scope '{scope}': it can be model or llm")

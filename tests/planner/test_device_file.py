@@ -1,0 +1,87 @@
+"""Device files: written, read back, refused where broken; plans for budgets of seconds by them."""
+
+import json
+
+import pytest
+
+from planner.ir.cost.measured_device import MeasuredDevice, Measurement, Table
+from planner.ir.errors import InputError
+from planner.plan import load_plan, save_plan
+from planner.planning.compiler import Request, compile_plan, find_device
+from planner.planning.device_file import save_device
+from planner.planning.figures import check_figures
+
+
+def measured(seconds_each=1e-12):
+    """Products take so much for every multiply-add, and a pass a millisecond."""
+    axes = ((1.0, 1000.0), (1.0, 5000.0), (1.0, 5000.0))
+    seconds = tuple(seconds_each * m * k * n for m in axes[0] for k in axes[1] for n in axes[2])
+    known = Measurement({"product": Table(axes, seconds)}, 1e-6, 1e-3, {"products": 1.5})
+    return MeasuredDevice("here", 1.0, 100.0, 16.0, "a test", {"threads": 1}, {"float32": known})
+
+
+@pytest.fixture
+def path(tmp_path):
+    where = tmp_path / "here.json"
+    save_device(where, measured())
+    return where
+
+
+def test_what_was_written_is_read_back(path):
+    found = find_device(str(path))
+    assert isinstance(found, MeasuredDevice)
+    assert found.measured == measured().measured
+    assert found.name == str(path)
+
+
+def test_a_file_that_was_written_anew_is_read_anew(path):
+    before = find_device(str(path)).measured["float32"]
+    save_device(path, measured(2e-12))
+    assert find_device(str(path)).measured["float32"] != before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.pop("planner_device"),
+        lambda d: d.update(planner_device=9),
+        lambda d: d.update(tflops="fast"),
+        lambda d: d["measured"]["float32"]["tables"]["product"]["seconds"].pop(),
+        lambda d: d["measured"]["float32"]["tables"]["product"]["axes"][0].reverse(),
+    ],
+)
+def test_a_broken_file_is_refused_in_one_sentence(path, change):
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputError) as caught:
+        find_device(str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["none.json", "abacus"])
+def test_a_device_that_is_not_there(name):
+    with pytest.raises(InputError, match=name):
+        find_device(name)
+
+
+def request(path, budget):
+    return Request("tiny-llava", budget, device=str(path), utilities="prior")
+
+
+def test_seconds_are_those_that_were_measured_and_limits_on_them_hold(path, tmp_path):
+    base = compile_plan(request(path, 1.0)).pricing.base["latency"]
+    less = compile_plan(request(path, f"latency={base * 0.8}s"))
+    cost = less.plan.cost["latency"]["plan"]
+    assert 0.7 * base < cost <= base * 0.8
+    slower = tmp_path / "slower.json"
+    save_device(slower, measured(2e-12))
+    assert compile_plan(request(slower, 1.0)).pricing.base["latency"] > 1.1 * base
+
+
+def test_a_plan_outlives_the_device_file_that_it_was_made_with(path, tmp_path):
+    compiled = compile_plan(request(path, {"latency": 0.8}))
+    plan_file = tmp_path / "plan.yaml"
+    save_plan(compiled.plan, plan_file)
+    path.unlink()
+    check_figures(load_plan(plan_file), compiled.graph)
