@@ -29,7 +29,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from planner.api import budget, compile, cost_of, load, oneshot, plan_of, restore
+    from planner.api import budget, compile, cost_of, load, oneshot, plan_of, question, restore
     from planner.plan import Plan, load_plan, save_plan
 
 __version__ = "0.1.0"
@@ -44,6 +44,7 @@ _EXPORTS = {
     "load_plan": "planner.plan",
     "oneshot": "planner.api",
     "plan_of": "planner.api",
+    "question": "planner.api",
     "restore": "planner.api",
     "save_plan": "planner.plan",
 }
@@ -58,6 +59,7 @@ __all__ = [
     "load_plan",
     "oneshot",
     "plan_of",
+    "question",
     "restore",
     "save_plan",
 ]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -382,6 +382,19 @@ def oneshot(
         if is_new and not keeps:
             session.close()
     return done
+
+
+def question(asked: str | Sequence[str]) -> AbstractContextManager[None]:
+    """Say, for a ``with`` block, what is asked about the images of the calls inside.
+
+    For selectors that compare images with the question, such as ``trim`` and ``cdpruner``.
+
+    Args:
+        asked: the question alone, without a chat template; or one for each image of a batch.
+    """
+    from planner.models.tokens.text_tower import question as said
+
+    return said(asked)
 
 
 def restore(model: Model) -> Model:

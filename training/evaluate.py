@@ -21,6 +21,7 @@ from planner.ir.cost import Workload
 from planner.ir.graph import Graph
 from planner.models.running.skipping import obeying
 from planner.models.scheduling import Scheduled
+from planner.models.tokens.text_tower import question
 from planner.plan import TokenStage
 from planner.planning.budgets import Budget
 from planner.planning.compiler import Request, plan_graph
@@ -139,7 +140,8 @@ def _generate(model: Any, processor: Any, samples: Sequence[Conversation]) -> li
     inputs = processor(
         images=images or None, text=prompts, padding=True, padding_side="left", return_tensors="pt"
     ).to(model.device)
-    output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+    with question([sample.turns[0].question for sample in samples if sample.image is not None]):
+        output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
     new = output[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
 

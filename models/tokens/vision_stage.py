@@ -9,7 +9,7 @@ stock code does in between (tiles put together, line ends added) moves marks and
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.models.tokens.selectors import TowerAttention, VisionInputs, select_features
-from planner.planning.selectors import Needs, VisionSelector
+from planner.models.tokens.text_tower import TextTower
+from planner.planning.selectors import CDPruner, Needs, TextGuided, VisionSelector
 
 
 def places(indices: Tensor, patches: int) -> Tensor:
@@ -68,11 +69,7 @@ class VisionStage:
         selector: VisionSelector,
         is_active: Callable[[VisionStage], bool],
     ) -> None:
-        if Needs.TEXT_EMBEDDING in selector.needs:
-            raise InputError(
-                f"{selector.name} compares patches with the prompt in CLIP's joint space, and "
-                f"{type(model).__name__} has no text tower of CLIP"
-            )
+        self._text = _text_tower(selector, model) if isinstance(selector, TextGuided) else None
         self.selector = selector
         self._is_active = is_active
         self._local = _Local()
@@ -122,7 +119,7 @@ class VisionStage:
     def _pick(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
         """Before the projector, of shape (runs, patches, width): the features that are left."""
         self._local.picked = None
-        if not self._is_active(self):
+        if not self._is_active(self) or Needs.PROJECTED in self.selector.needs:
             return None
         features, *rest = args
         selection = select_features(self.selector, self._inputs(features))
@@ -132,15 +129,18 @@ class VisionStage:
 
     def _put_back(self, _: nn.Module, args: Any, projected: Any) -> Any:
         """Behind it: (1, left, out) as (runs, patches, out), each at its place."""
+        if Needs.PROJECTED in self.selector.needs and self._is_active(self):
+            features = args[0]
+            self._check(projected, features.shape[:2])
+            selection = select_features(self.selector, self._inputs(features, projected))
+            self._local.seen.clear()
+            self._local.picked = selection, features.shape[1]
+            projected = torch.cat(selection.features)[None]
         if self._local.picked is None:
             return projected
         (selection, patches), self._local.picked = self._local.picked, None
         counts = [len(indices) for indices in selection.indices]
-        if not isinstance(projected, Tensor) or projected.shape[:2] != (1, sum(counts)):
-            raise InputError(
-                f"{self.selector.name} picks patches, and this projector merges neighbouring ones; "
-                f"use a selector that works in the decoder, such as fastv"
-            )
+        self._check(projected, (1, sum(counts)))
         if max(counts) > patches:
             raise InputError(
                 f"{self.selector} makes {max(counts)} tokens of an image's {patches}; ask for fewer"
@@ -153,17 +153,44 @@ class VisionStage:
             output[run, slots] = part
         return output
 
-    def _inputs(self, features: Tensor) -> VisionInputs:
-        patches = features.shape[1]
+    def _check(self, projected: Any, shape: Sequence[int]) -> None:
+        """That the projector made one feature of every feature, (runs, patches)."""
+        if not isinstance(projected, Tensor) or tuple(projected.shape[:2]) != tuple(shape):
+            raise InputError(
+                f"{self.selector.name} picks patches, and this projector merges neighbouring ones; "
+                f"use a selector that works in the decoder, such as fastv"
+            )
+
+    def _inputs(self, features: Tensor, projected: Tensor | None = None) -> VisionInputs:
+        runs, patches = features.shape[:2]
+        if self._text is not None:
+            tower = self._text.to(features.device, features.dtype)
+            asked = tower.read(runs, whole=isinstance(self.selector, CDPruner))
+            return VisionInputs(
+                features,
+                patch_embeddings=tower.patches(features),
+                text_embeddings=asked,
+                projected=projected,
+            )
         whole = self._local.seen["features"]
         # A CLS token is the one token more that the tower has, in front.
         if whole.shape[1] != patches + 1:
             return VisionInputs(features)
-        tower = {}
+        attention = {}
         for index, heads in self._heads.items():
             query, key = self._local.seen[f"query {index}"], self._local.seen[f"key {index}"]
-            tower[index] = TowerAttention(query[:, 0], key, heads)
-        return VisionInputs(features, whole[:, 0], tower)
+            attention[index] = TowerAttention(query[:, 0], key, heads)
+        return VisionInputs(features, whole[:, 0], attention)
+
+
+def _text_tower(selector: TextGuided, model: nn.Module) -> TextTower:
+    if selector.clip is None:
+        raise InputError(
+            f"{selector.name} compares patches with the prompt in CLIP's joint space, and "
+            f"{type(model).__name__} has no text tower of CLIP: name the folder of the CLIP model "
+            f"that its vision tower is of, as in {selector.name}:clip=FOLDER"
+        )
+    return TextTower(selector.clip)
 
 
 def _projector(graph: Graph) -> tuple[str, str]:

@@ -93,6 +93,7 @@ def run_command(
     kernels: KernelsToRun = "auto",
 ) -> None:
     """Answer one question, running only what the plan keeps."""
+    from planner.api import question as asking
     from planner.ir.errors import InputError
     from planner.loading import load_image
     from planner.models.scheduling import compile_schedule
@@ -121,10 +122,11 @@ def run_command(
         say = None if console.as_json else partial(_say, update)
         on = kernels_to_run(kernels, place)
         question = _Question(prompt, pictures, dtype, place, *on, say)
-        if schedule is not None:
-            ran = _run_scheduled(schedule, request, question, update)
-        else:
-            ran = _run_planned(loaded, request, question, update)
+        with asking(prompt):
+            if schedule is not None:
+                ran = _run_scheduled(schedule, request, question, update)
+            else:
+                ran = _run_planned(loaded, request, question, update)
     # The output embedding is computed for the last token alone.
     prompt_ran = replace(ran.prompt, new_tokens=ran.facts["tokens"] - 1, logits=1)
     of = prompt_ran.image_tokens

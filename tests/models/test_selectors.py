@@ -45,7 +45,8 @@ VISION = [
     "visionzip:dominant=6,contextual=3", "visionzip", "visionzip:dominant=1,contextual=0",
     "hired", "hired:ratio=0", "hired:ratio=1", "trim", "trim:ratio=0.25", "trim:ratio=1",
     "fastervlm:keep=5", "vispruner:keep=9", "vispruner:keep=2,important=0", "downsample:side=1",
-    "hired:positions=original",
+    "hired:positions=original", "cdpruner:keep=5", "cdpruner:keep=99",
+    "trim:ratio=0.5,clip=/clip",
 ]  # fmt: skip
 
 
@@ -236,9 +237,11 @@ def vision_inputs(runs=3, patches=36, dtype=torch.float64):
     tower = {
         i: TowerAttention(3 * draw(runs, 16), draw(runs, 1 + patches, 16), 4) for i in (0, -1, -2)
     }
+    features = draw(runs, patches, 10)
     return VisionInputs(
-        features=draw(runs, patches, 10), cls_feature=draw(runs, 10), tower=tower,
+        features=features, cls_feature=draw(runs, 10), tower=tower,
         patch_embeddings=draw(runs, patches, 6), text_embeddings=3 * draw(runs, 6),
+        projected=features,
     )  # fmt: skip
 
 
@@ -252,6 +255,7 @@ def one_run(inputs, i):
         },
         patch_embeddings=inputs.patch_embeddings[rows],
         text_embeddings=inputs.text_embeddings[rows],
+        projected=inputs.projected[rows],
     )
 
 
@@ -286,7 +290,7 @@ def test_half_precision_features_keep_their_type(text):
 
 
 @pytest.mark.parametrize(
-    "text", [t for t in VISION if t.split(":")[0] not in ("trim", "downsample")]
+    "text", [t for t in VISION if t.split(":")[0] not in ("trim", "cdpruner", "downsample")]
 )
 def test_a_tower_without_cls_is_refused(text):
     inputs = replace(vision_inputs(), tower={})
@@ -294,9 +298,10 @@ def test_a_tower_without_cls_is_refused(text):
         select_features(parse(text), inputs)
 
 
-def test_trim_without_a_text_encoder_is_refused():
+@pytest.mark.parametrize("text", ["trim", "cdpruner:keep=3"])
+def test_no_text_encoder_is_refused(text):
     with pytest.raises(InputError, match="has no CLIP text encoder"):
-        select_features(parse("trim"), replace(vision_inputs(), text_embeddings=None))
+        select_features(parse(text), replace(vision_inputs(), text_embeddings=None))
 
 
 def test_a_forgotten_input_is_named():

@@ -13,6 +13,7 @@ from planner.models.tokens.selectors import TowerAttention, VisionInputs, select
 from planner.models.tokens.selectors.hired import tile_counts
 from planner.planning.selectors import (
     TRIM,
+    CDPruner,
     Downsample,
     FasterVLM,
     HiRED,
@@ -381,3 +382,50 @@ def test_downsample(before, side):
 def test_a_picture_without_such_a_grid_is_refused(side, patches):
     with pytest.raises(InputError, match=f"at least {side} a side, and a picture has {patches} pa"):
         Downsample(side).counts(patches)
+
+
+def naive_cdpruner(inputs, run, keep):
+    """Every turn the patch that makes the determinant of what is picked largest."""
+    x, patches = inputs.projected[run].numpy(), inputs.patch_embeddings[run].numpy()
+    text = inputs.text_embeddings[run].numpy()
+    similar = -(patches / np.linalg.norm(patches, axis=1, keepdims=True)) @ text
+    weight = (similar - similar.min() + 1e-6) / np.ptp(similar) if len(x) > 1 else np.ones(1)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    kernel = weight[:, None] * (unit @ unit.T) * weight
+    picked = []
+    for _ in range(min(keep, len(x))):
+        others = [i for i in range(len(x)) if i not in picked]
+        picked.append(
+            max(others, key=lambda i: np.linalg.det(kernel[np.ix_([*picked, i], [*picked, i])]))
+        )
+    return sorted(picked)
+
+
+@few
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    patches=st.integers(1, 30),
+    keep=st.integers(0, 6),
+)
+@example(seed=0, patches=30, keep=6)
+def test_cdpruner(seed, patches, keep):
+    rng = np.random.default_rng(seed)
+    projected = torch.from_numpy(rng.normal(size=(2, patches, 9)))
+    inputs = random_inputs(rng, 2, patches, projected=projected)
+    selection = select_features(CDPruner(keep), inputs)
+    for run in range(2):
+        kept = naive_cdpruner(inputs, run, keep)
+        assert selection.indices[run].tolist() == kept
+        assert torch.equal(selection.features[run], projected[run, kept])
+        assert len(kept) == CDPruner(keep).counts(patches)[0]
+
+
+def test_cdpruner_takes_equal_patches_in_order_and_keeps_all_it_may():
+    same = torch.ones(1, 5, 4)
+    inputs = VisionInputs(
+        same, patch_embeddings=same, text_embeddings=torch.ones(1, 4), projected=same
+    )
+    kept = select_features(CDPruner(3), inputs).indices[0].tolist()
+    assert kept[0] == 0
+    assert len(set(kept)) == 3
+    assert select_features(CDPruner(9), inputs).indices[0].tolist() == [0, 1, 2, 3, 4]

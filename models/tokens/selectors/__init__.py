@@ -10,6 +10,7 @@ In: tensors that an executor took from a stock model. Out: `DecoderSelection` or
     prumerge, visionzip, hired, trim, vispruner, downsample
                                         rules before the projector; prumerge+ is in prumerge,
                                         fastervlm in vispruner
+    cdpruner                            a rule right behind it
     h2o                                 the cache that evicts
 """
 

@@ -81,8 +81,9 @@ class VisionInputs:
     # (runs, patches, d): the features in CLIP's joint image-text space
     # (``visual_projection(post_layernorm(features))``).
     patch_embeddings: Tensor | None = None
-    # (runs, d): the prompt of each run, in the same space (``text_embeds``), not normalised.
+    # (runs, d): the question to each run, in the same space, as `TextTower.read` makes it.
     text_embeddings: Tensor | None = None
+    projected: Tensor | None = None  # (runs, patches, out): all features behind the projector
     # For each image in order (rows, columns) of its tiles. An image takes 1 + rows * columns
     # consecutive runs, the overview first, then tiles in raster order. None: one run an image.
     tiles: tuple[tuple[int, int], ...] | None = None
@@ -95,6 +96,17 @@ class VisionInputs:
                 " does not have; take a selector that works in the decoder, such as fastv."
             )
         return self.tower[layer]
+
+
+def embeddings(selector: VisionSelector, inputs: VisionInputs) -> tuple[Tensor, Tensor]:
+    """Patches and questions in CLIP's joint space; InputError where there is no text tower."""
+    if inputs.patch_embeddings is None or inputs.text_embeddings is None:
+        raise InputError(
+            f"{selector.name} compares patches with the prompt in CLIP's joint space, but this"
+            f" model has no CLIP text encoder; name the folder of one, as in"
+            f" {selector.name}:clip=FOLDER, or take another selector, such as visionzip."
+        )
+    return inputs.patch_embeddings, inputs.text_embeddings
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from planner.ir.errors import InputError
 from planner.kernels.ops.choose_tokens import top_mask
-from planner.models.tokens.selectors.rules import VisionInputs, VisionSelection, select_features
+from planner.models.tokens.selectors.rules import (
+    VisionInputs,
+    VisionSelection,
+    embeddings,
+    select_features,
+)
 from planner.models.tokens.selectors.scoring import outliers
 from planner.planning.selectors import TRIM
 from planner.planning.selectors.in_vision import capped
@@ -28,12 +32,7 @@ def similarity_scores(patch_embeddings: Tensor, text_embeddings: Tensor) -> Tens
 @select_features.register(TRIM)
 def trim(selector: TRIM, inputs: VisionInputs) -> VisionSelection:
     """Score, choose, and average what is left."""
-    if inputs.patch_embeddings is None or inputs.text_embeddings is None:
-        raise InputError(
-            f"{selector.name} compares patches with the prompt in CLIP's joint space, but this"
-            " model has no CLIP text encoder; take another selector, such as visionzip."
-        )
-    scores = similarity_scores(inputs.patch_embeddings, inputs.text_embeddings)
+    scores = similarity_scores(*embeddings(selector, inputs))
     runs, patches = scores.shape
     adaptive = selector.ratio is None
     kept = outliers(scores) if adaptive else torch.ones_like(scores, dtype=torch.bool)

@@ -17,6 +17,7 @@
 | trim          | before projector   | CLIP's patch and prompt embeddings         | 2409.10994 |
 | fastervlm     | before projector   | CLS attention, second last layer           | 2412.01818 |
 | vispruner     | before projector   | CLS attention, cosines of features         | 2412.01818 |
+| cdpruner      | behind projector   | CLIP's embeddings, cosines of features     | 2506.10967 |
 | downsample    | before projector   | nothing: patches are averaged              |            |
 
 And two policies of the KV cache: h2o evicts by attention received per head (arXiv 2306.14048),
@@ -46,6 +47,7 @@ imports torch; what a rule computes is `planner.models.tokens.selectors`.
     selector            what is known of every selector
     in_decoder          selectors that work in the decoder
     in_vision           selectors that work before the projector
+    text_guided         selectors that compare patches with the question, by a CLIP model
     eviction            policies of the KV cache
     trained_predictors  Dynamic-LLaVA: a selector and a policy of the KV cache
 """
@@ -68,7 +70,6 @@ from planner.planning.selectors.in_decoder import (
     Uniform,
 )
 from planner.planning.selectors.in_vision import (
-    TRIM,
     Downsample,
     FasterVLM,
     HiRED,
@@ -85,6 +86,7 @@ from planner.planning.selectors.selector import (
     Sizes,
     VisionSelector,
 )
+from planner.planning.selectors.text_guided import TRIM, CDPruner, TextGuided
 from planner.planning.selectors.trained_predictors import (
     AnswerTokens,
     DynamicLLaVA,
@@ -98,6 +100,7 @@ __all__ = [
     "SELECTORS",
     "TRIM",
     "AnswerTokens",
+    "CDPruner",
     "DecoderSelector",
     "DivPrune",
     "Downsample",
@@ -116,6 +119,7 @@ __all__ = [
     "Selector",
     "Sizes",
     "SparseVLM",
+    "TextGuided",
     "Uniform",
     "VisPruner",
     "VisionSelector",
@@ -144,6 +148,7 @@ SELECTORS: Mapping[str, type[DecoderSelector] | type[VisionSelector]] = {
     "trim": TRIM,
     "fastervlm": FasterVLM,
     "vispruner": VisPruner,
+    "cdpruner": CDPruner,
     "downsample": Downsample,
 }
 

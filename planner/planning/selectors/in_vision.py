@@ -17,7 +17,7 @@ def capped(tokens: int, share: float) -> int:
     return max(1, int(tokens * share))
 
 
-class _Adaptive(VisionSelector):
+class Adaptive(VisionSelector):
     """Keeps what the picture says, at most a share of it, unless a ratio fixes the number."""
 
     max: float | None
@@ -44,7 +44,7 @@ class _Adaptive(VisionSelector):
 
 
 @dataclass(frozen=True)
-class PruMerge(_Adaptive):
+class PruMerge(Adaptive):
     """Keep the patches whose CLS attention is an outlier, and merge the rest: k + 1 tokens.
 
     CLS attention is that of the tower's last layer taken as one head over the whole width;
@@ -197,45 +197,6 @@ class HiRED(VisionSelector):
     def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
         """CLS attention in two layers."""
         return ((2, sizes.image_tokens + 1, sizes.tower),)
-
-
-@dataclass(frozen=True)
-class TRIM(_Adaptive):
-    """Keep patches by CLIP similarity to the prompt, in order, and the mean of all others.
-
-    Adaptive (no ratio): those whose score lies above Q3 + 1.5 IQR of their own picture; else the
-    best int(n ratio). Song et al., "Less is More: A Simple yet Effective Token Reduction Method for
-    Efficient Multi-modal LLMs" (arXiv 2409.10994), after the released code's ``TextSim+``, which
-    takes one quartile over the whole batch and keeps equally many of each picture. With a cap at
-    most int(n max) tokens are left of a picture, the mean of the others among them: where the rule
-    says more, the patches with the highest scores.
-
-    Needs CLIP's text encoder and both projections; a checkpoint whose vision tower came without
-    them cannot supply these.
-    """
-
-    name = "trim"
-    needs = Needs.TEXT_EMBEDDING
-    ratio: float | None = None  # share of patches kept; None is adaptive
-    max: float | None = None  # largest share that the adaptive rule leaves; None is no cap
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check("ratio", self.ratio is None or 0 <= self.ratio <= 1, "a share from 0 to 1")
-        self.check_cap()
-
-    @override
-    def counts(self, tokens: int) -> tuple[int | None, ...]:
-        """int(tokens ratio) and one for the others; where adaptive at most the cap."""
-        if self.ratio is None:
-            return super().counts(tokens)
-        kept = int(tokens * self.ratio)
-        return (kept + (kept < tokens),)
-
-    @override
-    def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
-        """The scores, in a joint space no wider than the tower."""
-        return ((1, sizes.image_tokens, sizes.tower),)
 
 
 @dataclass(frozen=True)

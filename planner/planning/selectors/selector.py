@@ -32,6 +32,7 @@ class Needs(Flag):
     TOWER_ATTENTION = auto()  # VisionInputs.tower, for the layers in `VisionSelector.tower_layers`
     CLS_FEATURE = auto()  # VisionInputs.cls_feature
     TEXT_EMBEDDING = auto()  # VisionInputs.patch_embeddings and .text_embeddings
+    PROJECTED = auto()  # VisionInputs.projected: the rule works behind the projector
     QUERY_KEY = auto()  # DecoderInputs.query, .key, .scaling and .attention_mask of layer k - 1
     # The same of the next layer that attends, from k on.
     NEXT_QUERY_KEY = auto()
