@@ -23,6 +23,7 @@ from planner.ir.graph import Graph, Operator, Site
 from planner.ir.structure import narrowed
 from planner.plan import Plan
 from planner.planning.budgets import Budget
+from planner.planning.redundancy import without_gains
 from planner.planning.selectors import (
     KVPolicy,
     Needs,
@@ -423,23 +424,22 @@ class Pricing:
         )
         count = self.graph.layers
         shares = [self.share_kept(option) for option in options]
+        units = {x.name for x in layers if x.optional} | {s.name for x in layers for s in x.sites}
+        losses = {names: loss for names, loss in utilities.pairs.items() if set(names) <= units}
+        with_tokens = [utilities.with_tokens(share, count) for share in shares]
+        pairs, with_tokens = without_gains(layers, losses, with_tokens)
         tokens = tuple(
             TokenOption(
                 keep=option,
                 utility=utilities.of_tokens(share),
                 costs=(self.outside + self.selection(option))[rows],
-                layer_losses=utilities.with_tokens(share, count),
+                layer_losses=layer_losses,
             )
-            for option, share in zip(options, shares, strict=True)
-        )
-        units = {x.name for x in layers if x.optional} | {s.name for x in layers for s in x.sites}
-        pairs = tuple(
-            Pair(one, other, loss)
-            for (one, other), loss in utilities.pairs.items()
-            if {one, other} <= units
+            for option, share, layer_losses in zip(options, shares, with_tokens, strict=True)
         )
         maxima = np.array(list(limits.values()), dtype=np.int64)
-        return Problem(tuple(limits), maxima, tokens, layers, pairs)
+        made = tuple(Pair(*names, loss) for names, loss in pairs.items())
+        return Problem(tuple(limits), maxima, tokens, layers, made)
 
     def choices(
         self,

@@ -1,0 +1,76 @@
+"""What is lost together never makes a layer or a site worth less than nothing."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner.planning.redundancy import without_gains
+from planner.solver import solve
+from planner.solver.problem import LayerChoices, Pair, Problem, SiteChoices, TokenOption
+
+
+def drawn(seed, count, spread):
+    """Layers of two sites, all pairs of layers and of a layer's sites, losses at two counts."""
+    rng = np.random.default_rng(seed)
+    zeros = np.zeros((1, 1), dtype=np.int64)
+    table = np.broadcast_to(np.arange(4), (1, 1, 4)).astype(np.int64)
+
+    def site(name):
+        return SiteChoices(name, rng.uniform(0, 1, 3), table)
+
+    layers = tuple(
+        LayerChoices(f"layer.{i}", 0.0, zeros, (site(f"heads.{i}"), site(f"mlp.{i}")))
+        for i in range(count)
+    )
+    names = [(f"layer.{i}", f"layer.{j}") for i, j in combinations(range(count), 2)]
+    names += [(f"heads.{i}", f"mlp.{i}") for i in range(count)]
+    pairs = {pair: float(rng.normal() * spread) for pair in names}
+    return layers, pairs, [rng.normal(size=count) * spread, None]
+
+
+def lost(layers, pairs, beside, off):
+    """Of a set of layers that are off, and all in them."""
+    gone = {layers[i].name for i in off} | {s.name for i in off for s in layers[i].sites}
+    sites = sum(site.utilities.sum() for i in off for site in layers[i].sites)
+    together = sum(loss for pair, loss in pairs.items() if set(pair) <= gone)
+    return sites + together + (0 if beside is None else sum(beside[i] for i in off))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.sampled_from([0.0, 0.1, 1.0, 20.0]))
+def test_leaving_out_more_never_loses_less(seed, count, spread):
+    layers, pairs, with_tokens = drawn(seed, count, spread)
+    made, beside = without_gains(layers, pairs, with_tokens)
+    assert beside[1] is None
+    assert {k: v for k, v in made.items() if v >= 0} == {k: v for k, v in pairs.items() if v >= 0}
+    for losses in beside:
+        for size in range(count):
+            for off in combinations(range(count), size):
+                for more in set(range(count)) - set(off):
+                    least = lost(layers, made, losses, off)
+                    assert lost(layers, made, losses, (*off, more)) > least
+
+
+def test_small_gains_stay_as_they_were_measured():
+    layers, pairs, with_tokens = drawn(1, 4, 0.01)
+    made, beside = without_gains(layers, pairs, with_tokens)
+    assert made == pairs
+    np.testing.assert_array_equal(beside[0], with_tokens[0])
+
+
+def test_what_the_budget_allows_is_kept():
+    layers, pairs, _ = drawn(0, 4, 0.0)
+    pairs |= {pair: -2.0 for pair in pairs if pair[0].startswith("layer")}
+    token = (TokenOption((), 0.0, np.zeros(1, dtype=np.int64)),)
+
+    def off(pairs):
+        made = tuple(Pair(*names, loss) for names, loss in pairs.items())
+        problem = Problem(("flops",), np.array([1000]), token, layers, made)
+        return 4 - sum(solve(problem).choice.layers_on)
+
+    assert off(pairs) == 4
+    assert off(without_gains(layers, pairs, [])[0]) == 0
+    assert pytest.approx(-2.0) == min(pairs.values())
