@@ -10,6 +10,8 @@ model folder that stock transformers loads. May import every other part of plann
     config                configurations: read, checked, changed by `key=value`
     tiny_llava            the recipe of the small model
     adallava              the recipe of a scheduler together with its model
+    sparsification        the recipe of Dynamic-LLaVA's predictors together with their model
+    conversation_runs     what these two have in common
     warm_start            a scheduler taught by labels first
     trainer               transformers' Trainer, for runs that stop and go on
     estimators            switches drawn from logits, with a gradient

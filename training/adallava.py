@@ -18,44 +18,37 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 from planner.audit import Labels, read_labels
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
-from planner.loading import load_model
 from planner.models.scheduling import Scheduled, Scheduler, UnitSwitches, save_scheduler
-from planner.training.config import RunConfig
-from planner.training.data import Conversation, LlavaConversations, Packer, SceneConversations
+from planner.training.conversation_runs import (
+    ConversationConfig,
+    arguments_of,
+    conversations_of,
+    export_model,
+    facts_of,
+    load_base,
+)
+from planner.training.data import Conversation, Packer
 from planner.training.data.packing import IGNORE
 from planner.training.estimators import Deterministic, Estimator, GumbelSequential, parse
 from planner.training.question_samples import Asked
 from planner.training.switch_costs import costs_of
-from planner.training.tiny_llava import export as export_half
-from planner.training.trainer import RunTrainer, training_arguments
+from planner.training.trainer import RunTrainer
 from planner.training.warm_start import stop, warm_start
 
 
-class AdaLlavaConfig(RunConfig):
-    """Everything that makes one AdaLLaVA model; a batch counts conversations."""
+class AdaLlavaConfig(ConversationConfig):
+    """Everything that makes one AdaLLaVA model."""
 
     recipe: str = "adallava"
-    # Write the weights in half precision; the config still asks for float32.
-    export_half: bool = False
-
-    model: str = "tiny-llava"
     switches: str = "adallava-l"
     estimator: str = "gumbel:temperature=5"
-
-    # LLaVA's conversation JSON and its images; rendered scenes where there is none.
-    conversations: str | None = None
-    image_folder: str | None = None
-    on_error: str = "raise"
-    data_seed: int = 1
-    # How many turns conversations have: every batch draws one of these numbers.
-    turns: list[int] = [1]
-    description_share: float = 0.1
+    scheduler_learning_rate: float | None = None
 
     # A file of `planner labels`, which the scheduler learns first, alone; and the pictures and
     # questions that its labels are about, if they are not about drawn scenes.
@@ -65,19 +58,6 @@ class AdaLlavaConfig(RunConfig):
     label_steps: int = 200
     label_learning_rate: float = 4e-3
     label_encoder_learning_rate: float = 2e-4
-
-    max_steps: int = 1000
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 5e-4
-    scheduler_learning_rate: float | None = None
-    warmup_ratio: float = 0.03
-    lr_schedule: str = "cosine"
-    freeze_vision: bool = True
-    dtype: str = "float32"
-    activation_checkpointing: bool = False
-    fsdp: str = ""
-    fsdp_layer: str | None = None
-    deepspeed: str | None = None
 
 
 class AdaptiveModel(nn.Module):
@@ -204,8 +184,8 @@ def build_trainer(config: AdaLlavaConfig) -> tuple[RunTrainer, AdaptiveModel, An
     steps = adaptive.scheduler.layout.steps
     trainer = RunTrainer(
         model=adaptive,
-        args=_arguments(config),
-        train_dataset=_dataset(config),
+        args=arguments_of(config),
+        train_dataset=conversations_of(config),
         data_collator=BudgetCollator(packer, steps, config.seed, config.turns),
         processing_class=processor,
         rates={"scheduler.": config.scheduler_learning_rate or config.learning_rate},
@@ -215,11 +195,8 @@ def build_trainer(config: AdaLlavaConfig) -> tuple[RunTrainer, AdaptiveModel, An
 
 def _build(config: AdaLlavaConfig, labels: Path | None = None) -> tuple[AdaptiveModel, Any]:
     """(model and scheduler, processor)."""
-    model, processor, _ = load_model(config.model, config.dtype)
-    graph = lower_model(model, config.model.rstrip("/").rpartition("/")[2])
-    # As in LLaVA's second stage, where the projector is trained.
-    if config.freeze_vision and (tower := model.get_encoder("image")) is not None:
-        tower.requires_grad_(False)
+    model, processor, name = load_base(config)
+    graph = lower_model(model, name)
     scheduler = Scheduler.of(graph, config.switches)
     if labels is not None:
         scheduled = Scheduled(model, graph, scheduler, mask=True, decide=stop)
@@ -239,60 +216,15 @@ def _learn(labels: Labels, scheduled: Scheduled, processor: Any, config: AdaLlav
         "fsdp": "",
         "deepspeed": None,
     }
-    arguments = _arguments(config.model_copy(update=alone))
+    arguments = arguments_of(config.model_copy(update=alone))
     cast(Any, scheduled.model).to(arguments.device)
     pictures = config.label_images, config.label_prompts
     asked = Asked(scheduled.model, processor, dict.fromkeys(labels.samples), *pictures)
     warm_start(scheduled, labels, asked, arguments, config.label_encoder_learning_rate)
 
 
-def _dataset(config: AdaLlavaConfig) -> Sequence[Conversation]:
-    if config.conversations is not None:
-        if config.image_folder is None:
-            raise InputError("conversations need their image_folder")
-        return LlavaConversations(config.conversations, config.image_folder, config.on_error)
-    return SceneConversations(
-        "train",
-        config.scenes,
-        config.data_seed + 10 * config.seed,
-        max(config.turns),
-        max(0, max(config.turns) - 1),
-        config.description_share,
-        config.family_weights,
-    )
-
-
-def _arguments(config: AdaLlavaConfig) -> TrainingArguments:
-    if config.fsdp and not torch.accelerator.is_available():
-        raise InputError(
-            "fsdp shards over accelerators, and on CPUs every process would hold all of the model: "
-            "leave fsdp empty here"
-        )
-    layers = {"transformer_layer_cls_to_wrap": config.fsdp_layer}
-    return training_arguments(
-        config,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        lr_scheduler_type=config.lr_schedule,
-        warmup_steps=round(config.warmup_ratio * config.max_steps),
-        bf16=config.dtype == "bfloat16",
-        save_total_limit=2,
-        fsdp=config.fsdp or None,
-        fsdp_config=layers if config.fsdp else None,
-        deepspeed=config.deepspeed or None,
-        activation_checkpointing=config.activation_checkpointing or None,
-    )
-
-
 def export(adaptive: AdaptiveModel, processor: Any, config: AdaLlavaConfig) -> None:
     """Write the checkpoint, the processor, the scheduler and the configuration into a folder."""
-    assert config.export_dir is not None
-    folder = Path(config.export_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if config.export_half:
-        export_half(adaptive.model, processor, folder)
-    else:
-        cast(Any, adaptive.model).save_pretrained(folder)
-        processor.save_pretrained(folder)
-    recipe = config.model_dump(mode="json", exclude={"output_dir", "export_dir"})
-    adaptive.scheduler.provenance = {"recipe": recipe}
+    folder = export_model(adaptive.model, processor, config)
+    adaptive.scheduler.provenance = {"recipe": facts_of(config)}
     save_scheduler(adaptive.scheduler, folder)

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from planner.ir.errors import InputError
-from planner.training import adallava, tiny_llava
+from planner.training import adallava, sparsification, tiny_llava
 from planner.training.config import RunConfig, parse_config, read_settings
 
 # The schema of a recipe's configurations, and what trains by one.
 RECIPES: Mapping[str, tuple[type[RunConfig], Callable[[Any], Any]]] = {
     "tiny-llava": (tiny_llava.TinyLlavaConfig, tiny_llava.train),
     "adallava": (adallava.AdaLlavaConfig, adallava.train),
+    "dynamic-llava": (sparsification.DynamicLlavaConfig, sparsification.train),
 }
 
 

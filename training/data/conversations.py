@@ -122,27 +122,34 @@ class LlavaConversations(Sequence[Conversation]):
     Records lie in an Arrow file that all processes share (`open_records`). Every record is checked,
     and whether its image exists, at the start; every image when it is opened. Bad data raises an
     `InputError` that names file and record; with `on_error="skip"` it is left out and counted in
-    `skipped` (an image that turns out unreadable gives way to the next good record).
+    `skipped` (an image that turns out unreadable gives way to the next good record). With
+    `images_only` records without an image are passed over.
     """
 
-    def __init__(self, path: str | Path, image_folder: str | Path, on_error: str = "raise"):
+    def __init__(
+        self,
+        path: str | Path,
+        image_folder: str | Path,
+        on_error: str = "raise",
+        images_only: bool = False,
+    ):
         if on_error not in ("raise", "skip"):
             raise InputError(f'on_error is "raise" or "skip", not "{on_error}".')
         self.path, self.image_folder, self.on_error = Path(path), Path(image_folder), on_error
         self.records = open_records(self.path)
         self._unreadable: set[int] = set()
-        self._good = array("q")
+        self._good, self.skipped = array("q"), 0
         for number, (fault, image) in enumerate(self._checked()):
             if fault is None and image is not None and not (self.image_folder / image).is_file():
                 fault = (
                     f'{self.path}, record {number} (id "{self.records[number]["id"]}"): '
                     f'image "{self.image_folder / image}" does not exist.'
                 )
-            if fault is None:
+            if fault is None and (image is not None or not images_only):
                 self._good.append(number)
-            elif on_error == "raise":
+            elif fault is not None and on_error == "raise":
                 raise InputError(fault)
-        self.skipped = len(self.records) - len(self._good)
+            self.skipped += fault is not None
 
     def _checked(self) -> Iterator[tuple[str | None, str | None]]:
         """Fault and image of every record, a batch at a time."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import floor
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import override
@@ -53,6 +53,14 @@ class PredictorSettings(BaseModel):
         if not path.is_file():
             raise InputError(f"'{folder}' holds no predictors of Dynamic-LLaVA: no {SETTINGS}")
         return _read(path, path.stat().st_mtime_ns)
+
+    @staticmethod
+    def of(values: Mapping[str, Any], what: str) -> PredictorSettings:
+        """From keys and values; InputError names the first that is unknown or does not fit."""
+        if unknown := set(values) - set(PredictorSettings.model_fields):
+            known = ", ".join(PredictorSettings.model_fields)
+            raise InputError(f"{what} have no setting '{min(unknown)}'; known: {known}")
+        return validated(PredictorSettings, values, what)
 
     @property
     def heads(self) -> int:

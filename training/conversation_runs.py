@@ -1,0 +1,118 @@
+"""What runs on conversations have in common, whatever is trained beside the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from planner.ir.errors import InputError
+from planner.loading import load_model
+from planner.training.config import RunConfig
+from planner.training.data import Conversation, LlavaConversations, SceneConversations
+from planner.training.tiny_llava import export as export_half
+from planner.training.trainer import training_arguments
+
+
+class ConversationConfig(RunConfig):
+    """A run that begins with a model and its conversations; a batch counts conversations."""
+
+    # Write the weights in half precision; the config still asks for float32.
+    export_half: bool = False
+
+    model: str = "tiny-llava"
+
+    # LLaVA's conversation JSON and its images; rendered scenes where there is none.
+    conversations: str | None = None
+    image_folder: str | None = None
+    on_error: str = "raise"
+    data_seed: int = 1
+    # How many turns conversations have: every batch draws one of these numbers.
+    turns: list[int] = [1]
+    description_share: float = 0.1
+
+    max_steps: int = 1000
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 5e-4
+    warmup_ratio: float = 0.03
+    lr_schedule: str = "cosine"
+    freeze_vision: bool = True
+    dtype: str = "float32"
+    activation_checkpointing: bool = False
+    fsdp: str = ""
+    fsdp_layer: str | None = None
+    deepspeed: str | None = None
+
+
+def load_base(config: ConversationConfig) -> tuple[Any, Any, str]:
+    """(model to train, processor, what the model is called)."""
+    model, processor, _ = load_model(config.model, config.dtype)
+    # As in LLaVA's second stage, where the projector is trained.
+    if config.freeze_vision and (tower := model.get_encoder("image")) is not None:
+        tower.requires_grad_(False)
+    return model, processor, config.model.rstrip("/").rpartition("/")[2]
+
+
+def conversations_of(
+    config: ConversationConfig, images_only: bool = False
+) -> Sequence[Conversation]:
+    """What a run is trained on; `images_only` leaves out conversations without a picture."""
+    if config.conversations is not None:
+        if config.image_folder is None:
+            raise InputError("conversations need their image_folder")
+        return LlavaConversations(
+            config.conversations, config.image_folder, config.on_error, images_only
+        )
+    return SceneConversations(
+        "train",
+        config.scenes,
+        config.data_seed + 10 * config.seed,
+        max(config.turns),
+        max(0, max(config.turns) - 1),
+        config.description_share,
+        config.family_weights,
+    )
+
+
+def arguments_of(config: ConversationConfig, **options: Any) -> TrainingArguments:
+    """transformers' arguments for a run, with options in place of its own."""
+    if config.fsdp and not torch.accelerator.is_available():
+        raise InputError(
+            "fsdp shards over accelerators, and on CPUs every process would hold all of the model: "
+            "leave fsdp empty here"
+        )
+    layers = {"transformer_layer_cls_to_wrap": config.fsdp_layer}
+    return training_arguments(
+        config,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        lr_scheduler_type=config.lr_schedule,
+        warmup_steps=round(config.warmup_ratio * config.max_steps),
+        bf16=config.dtype == "bfloat16",
+        save_total_limit=2,
+        fsdp=config.fsdp or None,
+        fsdp_config=layers if config.fsdp else None,
+        deepspeed=config.deepspeed or None,
+        activation_checkpointing=config.activation_checkpointing or None,
+        **options,
+    )
+
+
+def export_model(model: Any, processor: Any, config: ConversationConfig) -> Path:
+    """Write checkpoint and processor into the run's `export_dir`; returns the folder."""
+    assert config.export_dir is not None
+    folder = Path(config.export_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.export_half:
+        export_half(model, processor, folder)
+    else:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    return folder
+
+
+def facts_of(config: ConversationConfig) -> dict[str, Any]:
+    """A run's configuration as what it made remembers it."""
+    return config.model_dump(mode="json", exclude={"output_dir", "export_dir"})
