@@ -88,7 +88,8 @@ def main() -> int:
     graph = lower_model(model, "decoder")
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     alone = torch.compile(model)
-    planned = torch.compile(twin, backend="planner", options={"budget": 1.0})
+    settings = {"budget": 1.0, "utilities": "prior"}
+    planned = torch.compile(twin, backend="planner", options=settings)
     prefill(alone, inputs)
     prefill(planned, inputs)
     compiled = counters["stats"]["unique_graphs"]

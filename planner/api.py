@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -59,7 +59,8 @@ def compile(
     """Make a stock transformers model obey a budget; returns the same model.
 
     What switches are worth is measured, once per weights: it takes about a minute, is kept in the
-    user's cache folder, and is left out with other `utilities` than ``auto``, or with a `plan`.
+    user's cache folder, and is left out with other `utilities` than ``auto``. With a `plan` it
+    waits for the first budget that `planner.budget` is given.
 
     The plan holds in all threads and tasks, and ends what `planner.budget` has set before.
 
@@ -93,10 +94,10 @@ def compile(
     from planner.kernels.choice import Kernels
     from planner.models.recovery.compensation import CompensatedProducts
     from planner.models.recovery.oneshot import samples_of
-    from planner.models.recovery.recovering import Recovering
+    from planner.models.recovery.recovering import Measuring, Recovering, measurable
     from planner.models.running.planning import Planning
     from planner.models.running.saving import save_plans_of
-    from planner.models.running.session import Session, check_recovered
+    from planner.models.running.session import Session, check_recovered, stock_copy
     from planner.models.running.skipping import session_on
 
     unknown = set(options) - set(Request.__dataclass_fields__) | {"model", "budget"} & set(options)
@@ -110,22 +111,20 @@ def compile(
         if refused:
             _log.warning("some heads and MLPs stay whole: %s", next(iter(refused.values())))
         graph = without_sites(session.graph, refused)
-        inner, request = session.model, Request(graph.name, **options)
-        if request.utilities == "auto" and session.has_obstacles:
-            # Weights that are packed, or elsewhere, are not measured.
-            request = replace(request, utilities="prior")
+        request = measurable(Request(graph.name, **options), session)
         wanted = budget if plan is None else plan
         if plan is not None:
             check_figures(plan, session.graph)
         bar = progress_bar("measure what switches are worth", sys.stderr.isatty())
-        with _as_before(session), nullcontext(progress) if progress else bar as shown:
-            samples = samples_of(inner, processor, inputs)
-            recovering = Recovering(inner, graph, recover, samples, processor, shown)
+        with nullcontext(progress) if progress else bar as shown:
+            stock = stock_copy(session)
+            samples = samples_of(stock, processor, inputs)
+            recovering = Recovering(stock, graph, recover, samples, processor, shown)
             if not isinstance(wanted, Plan) and request.utilities in OF_WEIGHTS:
                 # What is wrong with the request comes up before a minute of measuring.
                 pose(graph, replace(request, budget=wanted, utilities="prior"))
                 request = replace(request, utilities=recovering.utilities(request).path)
-            planning = Planning(graph, request)
+            planning = Planning(graph, request, Measuring(session, samples, processor))
             chosen = planning.plan(wanted)
             weights = recovering.weights(chosen)
             means = recovering.means() if recover == "compensate" else {}
@@ -200,22 +199,6 @@ def _obey(
         session.implementation.prepare(planning.graph)
     exchange(session.model, session.before)
     session.before = exchange(session.model, weights)
-
-
-@contextmanager
-def _as_before(session: Session) -> Iterator[None]:
-    """The model with everything on, its own weights and in evaluation mode, for a block."""
-    from planner.models.recovery import replaced
-
-    trained = [module for module in session.model.modules() if module.training]
-    for module in trained:
-        module.training = False
-    try:
-        with session.under(Plan.of(session.graph)), replaced(session.model, session.before):
-            yield
-    finally:
-        for module in trained:
-            module.training = True
 
 
 def budget(model: nn.Module, value: Any) -> Override:
@@ -355,7 +338,7 @@ def oneshot(
     from planner.models.recovery.oneshot import oneshot_on, samples_of
     from planner.models.recovery.recovering import Recovering
     from planner.models.running.planning import Planning
-    from planner.models.running.session import Session
+    from planner.models.running.session import Session, stock_copy
     from planner.models.running.skipping import session_on
 
     companions = None
@@ -366,16 +349,18 @@ def oneshot(
     session = session_on(model)
     keeps = False
     try:
-        inner = session.model
         graph = without_sites(session.graph, session.implementation.preparing.refused())
         request = Request(graph.name, budget, keep=tuple(ignore), **options)
         folder = None if output_dir is None else Path(output_dir)
         bar = progress_bar("calibrate", sys.stderr.isatty())
-        with _as_before(session), bar as shown:
-            samples = samples_of(inner, processor, inputs)
-            recovering = Recovering(inner, graph, recover, samples, processor, shown)
+        with bar as shown:
+            stock = stock_copy(session)
+            samples = samples_of(stock, processor, inputs)
+            recovering = Recovering(stock, graph, recover, samples, processor, shown)
             done = oneshot_on(recovering, request, folder, companions)
         if folder is None:
+            if done.measured is not None:
+                request = replace(request, utilities=done.measured.path)
             _obey(session, Planning(graph, request), done.compiled.plan, done.weights)
             keeps = True
     finally:

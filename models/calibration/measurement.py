@@ -83,7 +83,7 @@ def calibrate(
             ``taylor`` alone takes one backward pass per sample.
         batch: switches measured at once.
         seed: of the answers that ``taylor`` draws with ``kl``.
-        partial: where to keep partial results.
+        partial: where to keep partial results; whoever keeps what comes out removes it.
         progress: called with the number of measurements done, and of all.
 
     Raises:
@@ -102,9 +102,7 @@ def calibrate(
     finally:
         # What was measured before an interrupt, or before an error, is not measured again.
         run.store.save(now=True)
-    found = run.result()
-    run.store.remove()
-    return found
+    return run.result()
 
 
 @dataclass(eq=False)
@@ -134,18 +132,8 @@ class _Run:
             shapes["leave_one_out"] = shapes["taylor"]
         if self.has_tokens:
             shapes["tokens"] = (len(samples), 2, len(FRACTIONS))
-        self.store = Store(self.partial, self._key(), shapes)
-        self.total = sum(int(np.prod(shape)) for shape in shapes.values())
-
-    def _key(self) -> str:
-        facts = {
-            "fingerprint": self.graph.properties["fingerprint"],
-            "weights": weights_digest(self.model),
-            "sites": {s.name: s.switches for s in self.graph.sites},
-            "samples": [sample.digest() for sample in self.samples],
-            "options": [self.measure, self.method, self.batch, self.seed, self.selector],
-        }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        options = (self.measure, self.method, self.batch, self.seed, self.selector)
+        self.store = Store(self.partial, settings_key(model, graph, samples, options), shapes)
 
     def _selector(self) -> str:
         """The usual selector where this model lets its attention be seen, else a uniform grid."""
@@ -193,12 +181,7 @@ class _Run:
             raise InputError(NOT_FINITE)
         place[...] = values
         self.store.save()
-        self.progress(self.done, self.total)
-
-    @property
-    def done(self) -> int:
-        """Measurements made so far."""
-        return sum(int(np.isfinite(array).sum()) for array in self.store.arrays.values())
+        self.progress(self.store.done, self.store.total)
 
     def result(self) -> Calibrated:
         """Averages."""
@@ -258,6 +241,20 @@ def _spearman(one: Array, other: Array) -> float:
         return float("nan")
     found: Any = spearmanr(one, other)
     return float(found.statistic)
+
+
+def settings_key(
+    model: nn.Module, graph: Graph, samples: Sequence[Sample], options: Sequence[object]
+) -> str:
+    """Tells apart what partial results are of, for a `Store`."""
+    facts = {
+        "fingerprint": graph.properties["fingerprint"],
+        "weights": weights_digest(model),
+        "sites": {s.name: s.switches for s in graph.sites},
+        "samples": [sample.digest() for sample in samples],
+        "options": list(options),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def weights_digest(model: nn.Module) -> str:

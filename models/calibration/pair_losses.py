@@ -7,9 +7,10 @@ of one layer, whose absence together is that of the layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +20,10 @@ from torch import Tensor
 from planner.ir.graph import Graph, Site
 from planner.loading import count_image_tokens
 from planner.models.calibration.leave_one_out import as_gates, measure
+from planner.models.calibration.measurement import settings_key
 from planner.models.calibration.replay import Replay
 from planner.models.calibration.samples import Sample
+from planner.models.calibration.store import Store
 from planner.models.calibration.token_worth import FRACTIONS
 from planner.models.running.masked import MaskedExecutor
 from planner.models.running.skipping import obeying
@@ -53,9 +56,12 @@ def measure_pairs(
     token_layer: int,
     selector: str = "",
     batch: int = 16,
+    partial: Path | None = None,
     progress: Progress = lambda done, total: None,
 ) -> PairLosses:
     """Measure pairs of layers, of tokens with layers, and of what is inside a layer.
+
+    Equal arguments give equal numbers, whether in one run or continued from `partial`.
 
     Args:
         model: dense, in evaluation mode.
@@ -65,32 +71,65 @@ def measure_pairs(
         token_layer: before which image tokens are dropped.
         selector: what picks image tokens; "" where there are none.
         batch: pairs measured at once.
-        progress: called with the number of samples done, and of all.
+        partial: where to keep partial results; whoever keeps what comes out removes it.
+        progress: called with the number of measurements done, and of all.
     """
-    sites = list(graph.sites_of("layer"))
+    sites = graph.sites_of("layer")
     pairs = list(combinations(range(len(sites)), 2))
-    single, double = np.zeros(len(sites)), np.zeros(len(pairs))
-    tokens = np.zeros((len(FRACTIONS), graph.layers))
+    shapes: dict[str, tuple[int, ...]] = {
+        "single": (len(samples), len(sites)),
+        "double": (len(samples), len(pairs)),
+    }
+    if selector:
+        shapes["tokens"] = (len(samples), len(FRACTIONS), graph.layers)
+    key = settings_key(model, graph, samples, ("pairs", token_layer, selector, batch))
+    store = Store(partial, key, shapes)
     masked = MaskedExecutor(model, graph)
-    for done, sample in enumerate(samples, 1):
-        replay = Replay(model, masked.layers, sample, batch)
-        alone = layer_losses(masked, replay, sites, [(n,) for n in range(len(sites))])
-        single += alone / len(samples)
-        double += layer_losses(masked, replay, sites, pairs) / len(samples)
-        if selector:
-            stage = (token_layer, selector)
-            tokens += _with_tokens(masked, sample, sites, alone, stage) / len(samples)
-        progress(done, len(samples))
+    try:
+        for index, sample in enumerate(samples):
+            arrays = {name: array[index] for name, array in store.arrays.items()}
+            for _ in _measure(masked, sample, sites, pairs, arrays, (token_layer, selector), batch):
+                store.save()
+                progress(store.done, store.total)
+    finally:
+        store.save(now=True)
+    means = {name: array.mean(0) for name, array in store.arrays.items()}
+    single, double = means["single"].tolist(), means["double"].tolist()
     found = {
-        (sites[a].name, sites[b].name): float(both - single[a] - single[b])
+        (sites[a].name, sites[b].name): both - single[a] - single[b]
         for (a, b), both in zip(pairs, double, strict=True)
     }
     for site, loss in zip(sites, single, strict=True):
         inside = [s.name for s in graph.sites_at(site.layer) if s.kind != "layer"]
         if len(inside) == 2:
             additive = sum(float(worth[name].sum()) for name in inside)
-            found[inside[0], inside[1]] = float(loss) - additive
-    return PairLosses(found, np.array(FRACTIONS if selector else ()), tokens)
+            found[inside[0], inside[1]] = loss - additive
+    none = np.zeros((0, graph.layers))
+    return PairLosses(found, np.array(FRACTIONS if selector else ()), means.get("tokens", none))
+
+
+def _measure(
+    masked: MaskedExecutor,
+    sample: Sample,
+    sites: Sequence[Site],
+    pairs: Sequence[tuple[int, int]],
+    arrays: Mapping[str, Array],
+    stage: tuple[int, str],
+    batch: int,
+) -> Iterator[None]:
+    """Fill in what is missing of one sample, part by part."""
+    replay: Replay | None = None
+    alone = [(n,) for n in range(len(sites))]
+    for found, sets in ((arrays["single"], alone), (arrays["double"], pairs)):
+        for start in range(0, len(sets), batch):
+            part = slice(start, start + batch)
+            if np.isnan(found[part]).any():
+                replay = replay or Replay(masked.model, masked.layers, sample, batch)
+                found[part] = layer_losses(masked, replay, sites, sets[part])
+                yield
+    if "tokens" in arrays and np.isnan(arrays["tokens"]).any():
+        arrays["tokens"][...] = _with_tokens(masked, sample, sites, arrays["single"], stage)
+        yield
 
 
 @torch.no_grad()

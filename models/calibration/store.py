@@ -1,7 +1,7 @@
 """Partial results on disk, so that a killed calibration continues where it stopped.
 
 A file beside the output holds what was measured so far, sample by sample and switch by switch; what
-is missing is NaN. It is rewritten whole every few seconds and removed at the end.
+is missing is NaN. It is rewritten whole every few seconds, and removed once the output is there.
 """
 
 from __future__ import annotations
@@ -49,6 +49,16 @@ class Store:
                 "options: finish that one, or delete the file"
             )
         self.arrays = found
+
+    @property
+    def done(self) -> int:
+        """Measurements made so far."""
+        return sum(int(np.isfinite(array).sum()) for array in self.arrays.values())
+
+    @property
+    def total(self) -> int:
+        """All measurements."""
+        return sum(array.size for array in self.arrays.values())
 
     def save(self, now: bool = False) -> None:
         """Write, unless that was done a moment ago."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,12 +28,14 @@ from planner.models.recovery.refit import refitted
 from planner.models.recovery.removal import Chain, chain_of, chain_worth
 from planner.models.running.bindings import BoundLayer, BoundSite, bind
 from planner.models.running.program import Program
+from planner.models.running.session import Session, stock_copy
 from planner.plan import Plan
 from planner.planning.catalog import utilities_beside
-from planner.planning.compiler import Request
+from planner.planning.compiler import Request, pose
 from planner.planning.graph_cache import cache_folder
 from planner.planning.switches import SwitchSet, with_switches
-from planner.planning.utilities import RECOVERIES, Utilities, save_utilities
+from planner.planning.utilities import OF_WEIGHTS, RECOVERIES, Utilities, save_utilities
+from planner.progress import progress_bar
 
 # Least squares of a site want some ten tokens a feature; built-in text is cheap to write.
 REFIT_SAMPLES = 64
@@ -129,15 +132,10 @@ class Recovering:
         asked = request.utilities == "magnitude"
         if asked and self.recover == "refit":
             raise InputError("recovery by refit measures what counts on it: give no utilities")
-        beside = utilities_beside(folder_of(self.model))
         like_heads = SwitchSet.parse(request.switches).like_heads
-        plain = not (self.recover == "refit" or self.samples or request.mlp_groups or like_heads)
-        if (
-            beside is not None
-            and plain
-            and not asked
-            and _about(beside).get("weights") == self._digest
-        ):
+        beside = utilities_beside(folder_of(self.model))
+        special = asked or self.samples or request.mlp_groups or like_heads
+        if beside and not (special or self.recover == "refit") and self._is_of_this(beside):
             return Measured(beside, "the file beside the weights")
         graph = with_switches(self.graph, request.mlp_groups, like_heads)
         name = "removal-chains" if self.recover == "refit" else "first-order-kl"
@@ -156,6 +154,15 @@ class Recovering:
             if self.recover == "refit" or self.samples:
                 raise
             return self._magnitude(graph, str(error))
+
+    def _is_of_this(self, utilities: Path) -> bool:
+        """Whether a file was measured on these weights, and on all that can be switched."""
+        measured = {
+            name for name in read_arrays(utilities, "utilities file", ".npz") if "." in name
+        }
+        return _about(utilities).get("weights") == self._digest and measured == set(
+            self.graph.sites_by_name
+        )
 
     def _measured(self, graph: Graph, path: Path) -> Measured:
         samples = self.samples or builtin_samples(self.model, self.processor)
@@ -190,6 +197,43 @@ class Recovering:
         }
         text = json.dumps(facts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def measurable(request: Request, session: Session) -> Request:
+    """The request, by the prior where weights are packed, or elsewhere: these are not measured."""
+    if request.utilities == "auto" and session.has_obstacles:
+        return replace(request, utilities="prior")
+    return request
+
+
+@dataclass(eq=False)
+class Measuring:
+    """Measures what switches are worth, of a model that is planned already.
+
+    Args:
+        session: of the model.
+        samples: see `Recovering`.
+        processor: see `Recovering`.
+    """
+
+    session: Session
+    samples: Sequence[Sample] | None = None
+    processor: Any = None
+
+    def __call__(self, graph: Graph, request: Request) -> Request:
+        """A request whose utilities are of weights, with those that were measured.
+
+        Raises:
+            InputError: the request does not fit the model; that comes up before the measuring.
+        """
+        if request.utilities not in OF_WEIGHTS:
+            return request
+        pose(graph, replace(request, utilities="prior"))
+        bar = progress_bar("measure what switches are worth", sys.stderr.isatty())
+        with bar as shown, torch.inference_mode(False), torch.enable_grad():
+            model = stock_copy(self.session)
+            found = Recovering(model, graph, "", self.samples, self.processor, shown)
+            return replace(request, utilities=found.utilities(request).path)
 
 
 def _saved(path: Path, utilities: Utilities, graph: Graph, how: str) -> Measured:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,13 +17,17 @@ from planner.planning.prompt_costs import WEIGHED, PromptCosts
 
 @dataclass
 class Planning:
-    """Makes plans for budgets as a request says, each once."""
+    """Makes plans for budgets as a request says, each once.
+
+    Where nobody has measured yet what switches are worth, the first budget has it done.
+    """
 
     # Plans for prompts of so many sizes are kept.
     KEPT = 1024
 
     graph: Graph
     request: Request
+    measuring: Callable[[Graph, Request], Request] | None = None
     plans: dict[str, Plan] = field(default_factory=dict)
     _on_prompts: OrderedDict[object, Plan] = field(default_factory=OrderedDict)
     _costs: dict[str, PromptCosts] = field(default_factory=dict)
@@ -40,6 +45,9 @@ class Planning:
         wanted = Budget.of(value)
         key = str(wanted.describe())
         if key not in self.plans:
+            if self.measuring is not None:
+                self.request = self.measuring(self.graph, replace(self.request, budget=wanted))
+                self.measuring = None
             self.plans[key] = plan_graph(self.graph, replace(self.request, budget=wanted)).plan
         return self.plans[key]
 

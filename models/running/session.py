@@ -8,13 +8,14 @@ task): `Session.set` changes it for the calling context and for those it starts 
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count
+from itertools import chain, count
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -334,6 +335,26 @@ class Session:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._begin()
+
+
+def stock_copy(session: Session) -> nn.Module:
+    """The model of a session as it was before any plan, on the same weights, to evaluate.
+
+    What runs it is no business of the model's own passes, in other threads or compiled.
+    """
+    model, before = session.model, session.before
+    same: dict[int, Any] = {
+        id(tensor): tensor for tensor in chain(model.parameters(), model.buffers(), before.values())
+    }
+    for name, value in before.items():
+        parameter = model.get_parameter(name)
+        same[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
+    found = copy.deepcopy(model, same)
+    known = Session.of(found)
+    if known is not None:
+        known.before = {}
+        known.close()
+    return found.eval()
 
 
 class Override:

@@ -24,6 +24,7 @@ from planner.ir.graph import Graph, Site
 from planner.ir.intervals import Intervals, count_of, numbers_of
 from planner.ir.lowering import NotLowered
 from planner.kernels.survivors import Survivors, neuron_width
+from planner.models.recovery.recovering import Measuring, measurable
 from planner.models.running.bindings import BoundLayer, BoundSite
 from planner.models.running.planning import Planning
 from planner.models.running.program import LayerGroup, Program, check_plan
@@ -202,11 +203,13 @@ def adopted(model: nn.Module, options: Options) -> Session:
                 why = f"it cannot be lowered ({type(error).__name__}: {error})"
             session.obstacle = f"{type(model).__name__} runs dense: {why}"
             raise NotLowered(why) from error
-    planning = Planning(tensors.graph, replace(options.request, model=session.graph.name))
+    request = measurable(replace(options.request, model=session.graph.name), session)
+    planning = Planning(tensors.graph, request, Measuring(session))
     before = known, session.planning
     session.implementation, session.planning = tensors, planning
     try:
-        session.default = session.asking(options.request.budget)
+        with unset_fake_temporarily(), tracing(None):
+            session.default = session.asking(options.request.budget)
     except BaseException:
         session.implementation, session.planning = before
         raise

@@ -104,7 +104,9 @@ def calibrate_utilities_command(
         graph = with_switches(lowered_graph(source)[0])
         update("read the samples")
         chosen = read_inputs(stock, processor, images, text, samples, prompts, seed)
-    partial = output.with_name(output.name + ".partial")
+    partial, partial_pairs = (
+        output.with_name(output.name + end) for end in (".partial", ".pairs.partial")
+    )
     try:
         with console.progress_bar("measure") as progress:
             found = calibrate(
@@ -118,36 +120,37 @@ def calibrate_utilities_command(
                 partial=partial,
                 progress=progress,
             )
+        if method == "refit":
+            with console.progress_bar("moments") as progress:
+                layers = bind(stock, graph)
+                moments = site_moments(stock, layers, chosen, seed, progress)
+            sites = found.sites | chain_worth(
+                graph, layers, lambda site: chain_of(site, moments[site.site.name])
+            )
+            found = replace(found, sites=sites, method=method)
+        utilities = found.utilities(output.name)
+        if method == "refit":
+            utilities = replace(utilities, recover=method)
+        if pairs:
+            stage = TOKEN_LAYER, found.selector, batch, partial_pairs
+            with console.progress_bar("pairs") as progress:
+                together = measure_pairs(stock, graph, chosen, found.sites, *stage, progress)
+            utilities = replace(
+                utilities,
+                pairs=together.sites,
+                token_fractions=together.fractions,
+                token_losses=together.tokens,
+            )
     except KeyboardInterrupt:
         if partial.exists():
             say(f"what was measured is in '{partial}': the same command goes on from there")
         raise
-    if method == "refit":
-        with console.progress_bar("moments") as progress:
-            layers = bind(stock, graph)
-            moments = site_moments(stock, layers, chosen, seed, progress)
-        sites = found.sites | chain_worth(
-            graph, layers, lambda site: chain_of(site, moments[site.site.name])
-        )
-        found = replace(found, sites=sites, method=method)
-    utilities = found.utilities(output.name)
-    if method == "refit":
-        utilities = replace(utilities, recover=method)
-    if pairs:
-        with console.progress_bar("pairs") as progress:
-            together = measure_pairs(
-                stock, graph, chosen, found.sites, TOKEN_LAYER, found.selector, batch, progress
-            )
-        utilities = replace(
-            utilities,
-            pairs=together.sites,
-            token_fractions=together.fractions,
-            token_losses=together.tokens,
-        )
     seconds = time.perf_counter() - started
     facts = _facts(found) | {"pairs": len(utilities.pairs)}
     about = {"model": request.model, "weights": weights_digest(stock), **facts}
     save_utilities(output, utilities, graph, json.dumps(about, sort_keys=True))
+    for path in (partial, partial_pairs):
+        path.unlink(missing_ok=True)
     console.show(
         {"utilities": str(output), "model": request.model, **facts, "seconds": seconds},
         lambda: _print_summary(found, output, seconds),

@@ -99,7 +99,7 @@ def test_compiled_models_run_on_kernels(name):
         want = _decoded(model, inputs, tokens=2)
     planner.restore(model)
     torch.compiler.reset()
-    options = {"inner": "eager", "samples": 2, "kernels": "triton"}
+    options = {"inner": "eager", "samples": 2, "kernels": "triton", "utilities": "prior"}
     model.compile(backend="planner", options=options)
     planner.budget(model, plans)
     with counted() as counter:

@@ -26,7 +26,7 @@ from planner.plan import TokenStage
 
 TOLERANCE = 1e-5
 # What is left is run as it is: these tests are of the rewriting, one below of inductor.
-EAGER = {"inner": "eager"}
+EAGER = {"inner": "eager", "utilities": "prior"}
 
 _known = {}
 
@@ -125,7 +125,9 @@ def test_a_hundred_budgets_and_plans_compile_nothing():
 def test_under_inductor():
     built, graph = family("qwen3")
     inputs = built.inputs(batch=2, before=(3, 6))
-    model = torch.compile(built.model, backend="planner", options={"budget": 1.0})
+    model = torch.compile(
+        built.model, backend="planner", options={"budget": 1.0, "utilities": "prior"}
+    )
     assert_near(logits(model, inputs), logits(built.model, inputs))
     for plan in (mixed_plan(graph), plan_of(graph, layers_off=(0, 1, 2))):
         planner.budget(model, plan)

@@ -32,6 +32,9 @@ def _logits(model, inputs):
         return model(**inputs).logits.float()
 
 
+PLANNER = {"inner": "eager", "budget": 0.8, "utilities": "prior"}
+
+
 def _counted():
     return {kind: dict(counts) for kind, counts in counters.items()}
 
@@ -41,7 +44,7 @@ def test_one_graph_for_any_budget(llava):
     ids = torch.randint(3, 1000, (1, 20), generator=torch.Generator().manual_seed(1))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     found = []
-    for backend, options in (("eager", {}), ("planner", {"inner": "eager", "budget": 0.8})):
+    for backend, options in (("eager", {}), ("planner", PLANNER)):
         torch.compiler.reset()
         counters.clear()
         compiled = torch.compile(model, backend=backend, options=options or None)

@@ -12,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import planner
 from planner.ir.errors import InputError
+from planner.ir.lowering import lower_model
 from planner.models.export import load
-from planner.plan import load_plan
+from planner.plan import Plan, load_plan
 from planner.planning.catalog import tiny_llava_folder
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "vocab_size": 64}
@@ -62,6 +63,43 @@ def test_a_plain_compile_measures_and_remembers(cache):
     assert planner.plan_of(model).provenance["utilities"] != plan.provenance["utilities"]
     assert len(list((cache / "utilities").iterdir())) == 2
     assert not model.training
+
+
+def test_with_a_plan_the_first_budget_measures(cache):
+    model = language_model()
+    planner.compile(model, plan=Plan.of(lower_model(model, "model")))
+    assert not (cache / "utilities").exists()
+    with pytest.raises(InputError, match="device"):
+        planner.budget(model, "latency=1ms")
+    assert not (cache / "utilities").exists()
+    with planner.budget(model, 0.7) as plan:
+        assert plan.provenance["utilities"].startswith("first-order-kl-")
+    assert len(list((cache / "utilities").iterdir())) == 1
+    planner.compile(language_model(), 0.7)
+    assert len(list((cache / "utilities").iterdir())) == 1
+
+
+def test_what_one_call_measured_is_what_later_budgets_know(cache):
+    model = language_model()
+    planner.oneshot(model, texts(), 0.8, recover="")
+    plan = planner.budget(model, 0.6).plan
+    assert plan.provenance["utilities"].startswith("first-order-kl-")
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_model_that_torch_compiles_is_measured_at_its_first_call(cache, in_place):
+    model, options = language_model(), {"budget": 0.7, "inner": "eager"}
+    compiled = model if in_place else torch.compile(model, backend="planner", options=options)
+    if in_place:
+        model.compile(backend="planner", options=options)
+    with torch.inference_mode():
+        compiled(**texts()[0])
+    plan = planner.plan_of(compiled)
+    assert plan.provenance["utilities"].startswith("first-order-kl-")
+    torch.compiler.reset()
+    planner.compile(eager := language_model(), 0.7, switches="layers,heads,mlp")
+    outputs(eager, texts(1))
+    assert plan.key == planner.plan_of(eager).key
 
 
 def test_a_model_in_training_is_measured_as_it_answers_and_trains_on(cache):

@@ -10,6 +10,7 @@ seed stands for the training run and for the test questions, so the base model h
     learning      labels to start from, the regret of plans, the losses of training
     results_page  tables as text and pictures
     smollm2       utilities, recovery and healing on a real language model
+    layer_regret  how well utilities tell which layers may go
 """
 
 from __future__ import annotations

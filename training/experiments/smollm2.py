@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -53,13 +53,16 @@ from planner.planning.compiler import Request, plan_graph
 from planner.planning.switches import with_switches
 from planner.planning.utilities import Utilities, load_utilities, save_utilities
 from planner.solver import Infeasible
+from planner.training.experiments.layer_regret import layer_regret
 
 Progress = Callable[[str], None]
 
 BUDGETS = (0.9, 0.8, 0.65)
 JOINT = "layers,heads,mlp"
-# Rows of the table: utilities, axes, recovery. Chains count on refit; pairs are of layers; healing
-# takes minutes a plan, and is tried on the smallest.
+HEALED = (0.8,)
+# Of which utilities sets of layers are tried.
+RANKED = ("first-order", "leave-one-out", "pairs")
+# Rows of the table: utilities, axes, recovery. Chains count on refit; healing takes minutes a plan.
 ROWS = (
     ("prior", JOINT, ""),
     ("chain", JOINT, "refit"),
@@ -71,10 +74,14 @@ ROWS = (
     ("leave-one-out", "layers", ""),
     ("pairs", "layers", ""),
     ("pairs", JOINT, ""),
+    ("pairs", JOINT, "refit"),
+    ("leave-one-out", JOINT, "refit"),
     ("chain", JOINT, "refit and heal"),
+    ("pairs", JOINT, "refit and heal"),
 )
-# Passages of 192 tokens: for statistics, for first-order, for leave-one-out and pairs, per text.
-STATISTICS, FIRST_ORDER, LEFT_OUT, TESTED = 96, 8, 1, 12
+# Passages of 192 tokens: for statistics, first-order, leave-one-out with pairs, healing; and, of
+# each text, for tests.
+STATISTICS, FIRST_ORDER, LEFT_OUT, HEALED_ON, TESTED = 96, 8, 2, 400, 12
 CLOZE_ITEMS, CLOZE_CONTEXT, CLOZE_CHOICES = 32, 32, 4
 
 
@@ -164,16 +171,14 @@ class _Bench:
         for name, text in (("news", news), ("documentation", "\n\n".join(topics.values()))):
             whole = passages(self.loaded[1], text, 10**6)
             is_test = torch.arange(len(whole)) % 8 == 0
-            found[name] = (
-                _spread(whole[~is_test], STATISTICS // 2),
-                _spread(whole[is_test], TESTED),
-            )
+            found[name] = whole[~is_test], _spread(whole[is_test], TESTED)
         return found
 
     def samples(self, count: int) -> list[Any]:
         """Calibration samples, texts in turn."""
-        pairs = zip(*(known for known, _ in self.texts.values()), strict=True)
-        return text_samples(torch.stack([row for pair in pairs for row in pair])[:count])
+        each = max(count, STATISTICS) // len(self.texts)
+        turns = zip(*(_spread(known, each) for known, _ in self.texts.values()), strict=True)
+        return text_samples(torch.stack([row for turn in turns for row in turn])[:count])
 
     @cached_property
     def moments(self) -> dict[str, Moments]:
@@ -225,12 +230,15 @@ class _Bench:
         if name == "first-order":
             some = self.samples(FIRST_ORDER)
             return calibrate(self.model, self.graph, some, method="taylor").utilities(name)
-        some, partial = self.samples(LEFT_OUT), self.work / "leave-one-out.partial"
-        if name == "leave-one-out":
-            return calibrate(self.model, self.graph, some, partial=partial).utilities(name)
-        alone = load_utilities(Path(self.utilities("leave-one-out")), self.graph)
-        pairs = measure_pairs(self.model, self.graph, some, alone.sites, TOKEN_LAYER)
-        return replace(alone, name=name, pairs=pairs.sites)
+        some, partial = self.samples(LEFT_OUT), self.work / f"{name}.partial"
+        with faster_products(self.model):
+            if name == "leave-one-out":
+                return calibrate(self.model, self.graph, some, partial=partial).utilities(name)
+            alone = load_utilities(Path(self.utilities("leave-one-out")), self.graph)
+            together = measure_pairs(
+                self.model, self.graph, some, alone.sites, TOKEN_LAYER, partial=partial
+            )
+            return replace(alone, name=name, pairs=together.sites)
 
     def plan(self, utilities: str, axes: str, budget: float) -> Plan | None:
         """The plan; None where the axes cannot meet the budget."""
@@ -253,7 +261,7 @@ class _Bench:
         if recovery == "refit":
             return weights
         self.progress("healing")
-        return heal(self.model, self.graph, plan, weights, self.samples(STATISTICS)).weights
+        return heal(self.model, self.graph, plan, weights, self.samples(HEALED_ON)).weights
 
     def measured(self, plan: Plan | None, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """Perplexity by text and accuracy of the cloze task, under a plan or of the base model."""
@@ -271,25 +279,47 @@ class _Bench:
     def cell(self, utilities: str, axes: str, budget: float, recovery: str) -> dict[str, Any]:
         """One row of the table, from its file or measured now."""
         name = "_".join((utilities, axes, str(budget), recovery or "none"))
+
+        def measure() -> dict[str, Any]:
+            plan = self.plan(utilities, axes, budget) if utilities else None
+            result: dict[str, Any] = {}
+            if plan is not None or not utilities:
+                weights = {} if plan is None else self.weights(plan, recovery)
+                result = self.measured(plan, weights)
+            return {
+                "utilities": utilities,
+                "axes": axes,
+                "budget": budget,
+                "recovery": recovery,
+                "result": result,
+            }
+
+        return self.kept(name, measure)
+
+    def layers_off(self, budget: float) -> dict[str, Any]:
+        """How well utilities tell which layers may go at a budget, on a test passage a text."""
+
+        def measure() -> dict[str, Any]:
+            known = {
+                name: load_utilities(Path(self.utilities(name)), self.graph) for name in RANKED
+            }
+            plans = {name: self.plan(name, "layers", budget) for name in RANKED}
+            off = {name: plan.layers_off for name, plan in plans.items() if plan is not None}
+            judged = text_samples(torch.stack([test[0] for _, test in self.texts.values()]))
+            with faster_products(self.model):
+                found = layer_regret(self.model, self.graph, judged, known, off)
+            return {"budget": budget, "off": len(next(iter(off.values()))), **found}
+
+        return self.kept(f"layers-off_{budget}", measure)
+
+    def kept(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What was measured under a name, now or before."""
         path = self.work / "cells" / f"{name}.json"
-        if path.is_file():
-            return dict(json.loads(path.read_text()))
-        self.progress(name)
-        plan = self.plan(utilities, axes, budget) if utilities else None
-        result: dict[str, Any] = {}
-        if plan is not None or not utilities:
-            weights = {} if plan is None else self.weights(plan, recovery)
-            result = self.measured(plan, weights)
-        row = {
-            "utilities": utilities,
-            "axes": axes,
-            "budget": budget,
-            "recovery": recovery,
-            "result": result,
-        }
-        path.parent.mkdir(exist_ok=True)
-        write_text(path, json.dumps(row, indent=1) + "\n")
-        return row
+        if not path.is_file():
+            self.progress(name)
+            path.parent.mkdir(exist_ok=True)
+            write_text(path, json.dumps(measure(), indent=1) + "\n")
+        return dict(json.loads(path.read_text()))
 
 
 def _spread(rows: Tensor, count: int) -> Tensor:
@@ -333,17 +363,19 @@ def run_smollm2(work: Path, progress: Progress) -> Iterator[dict[str, Any]]:
     """Measure what is missing of the table, and give back what there is of it after every row."""
     bench = _Bench(work, progress)
     cells = [bench.cell("", "", 1.0, "")]
+    results: dict[str, Any] = {
+        "experiment": "smollm2",
+        "title": "SmolLM2-135M-Instruct under budgets",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}",
+        "rows": cells,
+    }
     for utilities, axes, recovery in ROWS:
         for budget in BUDGETS:
-            if not recovery.endswith("heal") or budget == BUDGETS[-1]:
+            if budget in HEALED or not recovery.endswith("heal"):
                 cells.append(bench.cell(utilities, axes, budget, recovery))
-        yield {
-            "experiment": "smollm2",
-            "title": "SmolLM2-135M-Instruct under budgets",
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
-            f"torch {torch.__version__}",
-            "rows": cells,
-        }
+        yield results
+    yield results | {"layers_off": [bench.layers_off(budget) for budget in BUDGETS]}
 
 
 def smollm2_page(results: Mapping[str, Any]) -> str:
@@ -356,10 +388,10 @@ def smollm2_page(results: Mapping[str, Any]) -> str:
         f"accuracy of a cloze task of {CLOZE_ITEMS} items with {CLOZE_CHOICES} choices. Texts: "
         f"*news*, `{NEWS.member}` of {NEWS.requirement}; *documentation*, `pydoc_data.topics` of "
         f"Python. Every eighth passage of {PASSAGE_TOKENS} tokens is for tests, {TESTED} a text "
-        f"are used; others are what was calibrated on: {STATISTICS} for chains, refit and healing, "
-        f"{FIRST_ORDER} for first-order, {LEFT_OUT} for leave-one-out and pairs. Weights: "
-        f"{WEIGHTS.requirement}. "
-        f"Seed 0. Machine: {results['machine']}.",
+        f"are used; others are what was calibrated on: {STATISTICS} for chains and refit, "
+        f"{FIRST_ORDER} for first-order, {LEFT_OUT} for leave-one-out and pairs, {HEALED_ON} for "
+        f"100 steps of healing. Products are in bfloat16 where the CPU multiplies tiles of it. "
+        f"Weights: {WEIGHTS.requirement}. Seed 0. Machine: {results['machine']}.",
         "",
         f"Base model: perplexity {base['news']:.1f} (news), {base['documentation']:.1f} "
         f"(documentation), cloze {base['cloze']:.2f}.",
@@ -379,4 +411,26 @@ def smollm2_page(results: Mapping[str, Any]) -> str:
         cells.append(" / ".join(f"{r['cloze']:.2f}" if r else "-" for r in found))
         joint = "joint" if "," in axes else axes
         lines.append(f"| {utilities} | {joint} | {recovery or 'none'} | {' | '.join(cells)} |")
+    if "layers_off" in results:
+        lines += ["", *_layers_off_lines(results["layers_off"])]
     return "\n".join([*lines, "", "    planner experiment smollm2 -o docs/results", ""])
+
+
+def _layers_off_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [
+        "## Which layers may go",
+        "",
+        "Sets of layers, those of the plans and others, by the KL divergence (nats a token) of a "
+        "test passage of each text: the rank correlation (Spearman) of what utilities predict, and "
+        "what the plan by them loses over the best set that was tried.",
+        "",
+        "| FLOPs | layers off | sets | utilities | rank | loss | regret |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        for name, found in row["utilities"].items():
+            lines.append(
+                f"| {row['budget']} | {row['off']} | {row['sets']} | {name} | "
+                f"{found['rank']:.2f} | {found['loss']:.3f} | {found['regret']:.3f} |"
+            )
+    return lines
