@@ -30,9 +30,10 @@ def test_pairs_measured_on_the_same_sample_predict_two_layers_exactly():
     alone = calibrate(family.model, graph, samples, method="leave-one-out").utilities("alone")
     pairs = measure_pairs(family.model, graph, samples, alone.sites, TOKEN_LAYER)
     both = replace(alone, name="pairs", pairs=pairs.sites)
-    off = {"alone": (0, 1), "pairs": (1, 2)}
-    found = layer_regret(family.model, graph, samples, {"alone": alone, "pairs": both}, off)
+    wrong = replace(alone, sites={name: -worth for name, worth in alone.sites.items()})
+    off = {"wrong": (0, 1), "pairs": (1, 2)}
+    found = layer_regret(family.model, graph, samples, {"wrong": wrong, "pairs": both}, off)
     assert found["utilities"]["pairs"]["rank"] == pytest.approx(1.0)
-    assert found["utilities"]["alone"]["rank"] < 1
+    assert found["utilities"]["wrong"]["rank"] < 0
     assert min(one["regret"] for one in found["utilities"].values()) >= 0
     assert found["best"] > 0
