@@ -212,10 +212,10 @@ class UnderBudgets:
             decisions = [row for taken in self.scheduled.decisions for row in taken]
         base = self.scheduled.base(self.stages)
         costs = PlanCosts(self.graph, self.workload, "llm")
-        rows, times = torch.stack(decisions).bool().unique(dim=0, return_counts=True)
-        fractions = [costs.of(layout.plan(row, base))["flops"]["fraction"] for row in rows]
+        rows, times = torch.stack(decisions).unique(dim=0, return_counts=True)
+        fractions = [layout.flops_fraction(row, base, costs) for row in rows]
         limit = layout.limit(Budget.of(budget))
-        spent = [layout.spent(row.bool()) for row in decisions]
+        spent = [layout.spent(row) for row in decisions]
         return {
             **measured,
             "cost_fraction": float(np.average(fractions, weights=times)),

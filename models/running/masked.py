@@ -94,12 +94,13 @@ class MaskedExecutor:
         self.layers = bind(model, graph)
 
     @contextmanager
-    def using(self, gates: Gates) -> Iterator[None]:
+    def using(self, gates: Gates, state: TokenState | None = None) -> Iterator[None]:
         """Apply gates for a block.
 
-        A batch of more rows than gates repeats each sample's gates (beams).
+        A batch of more rows than gates repeats each sample's gates (beams). `state` is of the
+        tokens that a cache holds, where the prompt was read in an earlier block.
         """
-        state = _TokenState()
+        state = state or TokenState()
         with Patches() as patches, ExitStack() as hooks:
             for layer in self.layers:
                 number, module = layer.index, layer.module
@@ -166,7 +167,7 @@ def _mask_layer(
     return with_hidden(output, gated, whole=True)
 
 
-class _TokenState:
+class TokenState:
     """Gates of all tokens seen, by the layer from which they hold."""
 
     def __init__(self) -> None:

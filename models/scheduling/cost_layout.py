@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
@@ -36,11 +36,50 @@ from planner.planning.utilities import uniform
 from planner.solver import Infeasible, Scores, take_while_fits
 from planner.solver.problem import Choice, Problem
 
-# Of the metrics of `planner.planning.budgets`: a scheduler keeps all weights in memory, and knows
-# no device.
-_METRICS = ("flops", "kv")
+# Of the metrics of `planner.planning.budgets`: a scheduler keeps all weights in memory.
+_METRICS = ("flops", "kv", "latency")
+# Options of a name, as fields of `CostSwitches`.
+_NUMBERS = {"groups": "groups", "first": "first_layer"}
 # How many workloads stay priced.
 _POSED = 64
+
+
+def read_axes(
+    text: str, words: Sequence[str] = ()
+) -> tuple[tuple[str, ...], dict[str, Any], dict[str, str]]:
+    """Of ``layers,heads:groups=16,first=5``: axes, fields of `CostSwitches`, and other options.
+
+    `words` are what the others may be.
+    """
+    axes, colon, arguments = text.partition(":")
+    switches = SwitchSet.parse(axes)
+    if switches.counting or axes == "all":
+        raise InputError(
+            f"a scheduler cannot have the switches '{axes}': choose some of {', '.join(AXES)}"
+        )
+    found: dict[str, str] = {}
+    for argument in arguments.split(",") if colon else ():
+        key, _, value = argument.partition("=")
+        good = key in words or (key in _NUMBERS and re.fullmatch("[1-9][0-9]*", value))
+        if not good or key in found:
+            raise InputError(
+                f"the switches '{text}' should end in :groups=16,first=5, or one of both"
+            )
+        found[key] = value
+    numbers = {_NUMBERS[key]: int(value) for key, value in found.items() if key in _NUMBERS}
+    return switches.axes, numbers, {key: found[key] for key in words if key in found}
+
+
+def name_of(axes: Sequence[str], options: Mapping[str, Any]) -> str:
+    """What `read_axes` reads; options that are None are left out."""
+    shown = ",".join(f"{key}={value}" for key, value in options.items() if value is not None)
+    return ",".join(axes) + (f":{shown}" if shown else "")
+
+
+def check_metric(metric: str) -> None:
+    """Raise InputError for a metric that no scheduler keeps to."""
+    if metric not in _METRICS:
+        raise InputError(f"a scheduler cannot keep to {metric}: choose from {', '.join(_METRICS)}")
 
 
 @dataclass(frozen=True)
@@ -52,9 +91,9 @@ class CostSwitches(Layout):
     switches do not begin in the middle. Logits go by layer: first the layer's own, then its heads',
     then its groups'. If a layer is off, so are its heads and groups.
 
-    A limit is in FLOPs or bytes, and counts only what can be switched. A budget is a share of the
-    base model's language model, without the latency token. Token stages in front of the switches
-    save cost, which the switches may spend: layers are priced with the tokens that are left.
+    A limit is in FLOPs, bytes or seconds, and counts only what can be switched. A budget is a share
+    of the base model's language model, without the latency token. Token stages in front of the
+    switches save cost, which the switches may spend: layers are priced with the tokens left.
     """
 
     axes: tuple[str, ...]  # some of layers, heads and mlp
@@ -64,38 +103,19 @@ class CostSwitches(Layout):
     # That costs are for; None for one image, 64 text tokens and nothing generated.
     workload: Workload | None = None
     stages: tuple[TokenStage, ...] = ()  # in front of the switches
+    device: str = DEFAULT_DEVICE  # that seconds are of
     _posed: dict[Any, CostSwitches] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     def parse(text: str, graph: Graph) -> CostSwitches:
         """Read ``layers,heads,mlp`` or ``heads,mlp:groups=16``."""
-        axes, colon, arguments = text.partition(":")
-        switches = SwitchSet.parse(axes)
-        if switches.counting or "tokens" in switches.axes:
-            raise InputError(
-                f"a scheduler cannot have the switches '{axes}': "
-                f"choose some of {', '.join(AXES[1:])}"
-            )
-        found: dict[str, int] = {}
-        for argument in arguments.split(",") if colon else ():
-            key, _, value = argument.partition("=")
-            if (
-                key not in ("groups", "first")
-                or key in found
-                or not re.fullmatch("[1-9][0-9]*", value)
-            ):
-                raise InputError(
-                    f"the switches '{text}' should end in :groups=16,first=5, or one of both"
-                )
-            found[key] = int(value)
-        return CostSwitches(graph, switches.axes, found.get("groups"), found.get("first"))
+        axes, options, _ = read_axes(text)
+        return CostSwitches(graph, axes, **options)
 
     @property
     @override
     def name(self) -> str:
-        own = {"groups": self.groups, "first": self.first_layer}
-        shown = ",".join(f"{key}={value}" for key, value in own.items() if value is not None)
-        return ",".join(self.axes) + (f":{shown}" if shown else "")
+        return name_of(self.axes, {"groups": self.groups, "first": self.first_layer})
 
     @property
     @override
@@ -113,18 +133,21 @@ class CostSwitches(Layout):
         workload: Workload | None = None,
         stages: Sequence[TokenStage] = (),
         metric: str = "flops",
+        device: str = DEFAULT_DEVICE,
     ) -> CostSwitches:
         super().under(workload, stages, metric)
-        if metric not in _METRICS:
-            raise InputError(
-                f"a scheduler cannot keep to {metric}: choose from {', '.join(_METRICS)}"
-            )
-        key = (metric, workload, tuple(stages))
+        check_metric(metric)
+        key = (metric, workload, tuple(stages), device)
         if key not in self._posed:
             if len(self._posed) >= _POSED:
                 self._posed.pop(next(iter(self._posed)))
             self._posed[key] = replace(
-                self, metric=metric, workload=workload, stages=tuple(stages), _posed={}
+                self,
+                metric=metric,
+                workload=workload,
+                stages=tuple(stages),
+                device=device,
+                _posed={},
             )
         return self._posed[key]
 
@@ -139,7 +162,7 @@ class CostSwitches(Layout):
             raise InputError("budgets in cost need token stages that are all of one selector")
         if selectors:
             switches = switches.with_selector(selectors.pop(), load.image_tokens)
-        return Pricing(graph, load, switches, device(DEFAULT_DEVICE), "llm")
+        return Pricing(graph, load, switches, device(self.device), "llm")
 
     @cached_property
     def problem(self) -> Problem:
@@ -159,7 +182,7 @@ class CostSwitches(Layout):
             for layer in problem.layers[:lower]
         ]
         problem = replace(problem, layers=(*layers, *problem.layers[lower:]))
-        if not problem.switches:
+        if self.axes and not problem.switches:
             raise InputError(f"'{self.graph.name}' has no {' or '.join(self.axes)} to switch")
         return problem
 

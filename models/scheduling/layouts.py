@@ -22,6 +22,8 @@ from planner.ir.graph import Graph, Site
 from planner.models.running.masked import Gates
 from planner.plan import Plan, TokenStage
 from planner.planning.budgets import Budget
+from planner.planning.compiler import DEFAULT_DEVICE
+from planner.planning.plan_costs import PlanCosts
 from planner.planning.unit_counting import Counting, HeadCounting, first_switched
 
 # Which switches are on, (batch, size), one column per logit: bool, or 0 and 1 with a gradient.
@@ -90,7 +92,7 @@ class Layout(ABC):
     @property
     def size(self) -> int:
         """How many logits there are."""
-        return int([*self.columns.values()][-1].all.stop)
+        return max((columns.all.stop for columns in self.columns.values()), default=0)
 
     @property
     def switch_names(self) -> tuple[str, ...]:
@@ -117,11 +119,13 @@ class Layout(ABC):
         workload: Workload | None = None,
         stages: Sequence[TokenStage] = (),
         metric: str = "flops",
+        device: str = DEFAULT_DEVICE,
     ) -> Layout:
         """The same switches, with limits and costs for prompts of a workload (None: of training).
 
-        Where switches are counted, all prompts are alike. Raises InputError where a token stage is
-        behind the first switch, or budgets cannot be in this metric.
+        Where switches are counted, all prompts are alike; `device` is what seconds are of. Raises
+        InputError where a token stage is behind the first switch, or budgets cannot be in this
+        metric.
         """
         for stage in stages:
             if stage.layer > self.first:
@@ -134,6 +138,18 @@ class Layout(ABC):
     @abstractmethod
     def limit(self, budget: Budget) -> int:
         """The limit that a budget sets, 0 to `steps`; raises InputError if it cannot be kept to."""
+
+    @property
+    def inner(self) -> Layout:
+        """The layout of the switches that logits stand for: what is decided inside the decoder."""
+        return self
+
+    def decision(self, taken: Taken, options: Tensor | None = None) -> Tensor:
+        """What is remembered of a batch's decisions, one row a sample, as `spent` and `plan` take.
+
+        `options`, shape (batch,), are the token counts chosen, where a layout has them, by index.
+        """
+        return taken.bool().cpu()
 
     @abstractmethod
     def decide(self, logits: Tensor, limits: Tensor) -> Taken:
@@ -175,6 +191,13 @@ class Layout(ABC):
                 off.append(layer)
             kept += [(site, on.nonzero().flatten().tolist()) for site, on in sites.items()]
         return replace(base, layers_off=tuple(off)).keeping(kept)
+
+    def flops_fraction(self, row: Tensor, base: Plan, costs: PlanCosts) -> float:
+        """FLOPs of a prefill under one decision, over the base model's; `costs` are of the prompt.
+
+        They are worked out anew, from the plan.
+        """
+        return costs.of(self.plan(row, base))["flops"]["fraction"]
 
     def utilisation(self, spent: Sequence[int], limit: int) -> float:
         """The mean share of the budget that is used, with what always runs; 1 if it is 0."""

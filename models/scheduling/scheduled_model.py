@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
 
@@ -25,15 +26,22 @@ from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.models.running.attention_blocks import named
 from planner.models.running.kv_cache import cache_among, cache_argument
-from planner.models.running.masked import MaskedExecutor
+from planner.models.running.masked import Gates, MaskedExecutor, TokenState
+from planner.models.running.prompts import is_visual
 from planner.models.running.ready import Ready
 from planner.models.running.session import Setting
 from planner.models.running.skipping import Skipping, session_for
 from planner.models.scheduling.insertion import Insertion, end_of_prompt
 from planner.models.scheduling.layouts import Layout, Taken
 from planner.models.scheduling.scheduler import Scheduler
+from planner.models.scheduling.token_choice import ChosenTokens, DecideTokens, best_tokens
+from planner.models.scheduling.unified_layout import UnifiedSwitches
+from planner.models.scheduling.vision_side import TokenScores
+from planner.models.tokens.selectors import DecoderInputs
 from planner.plan import Plan, TokenStage
 from planner.planning.budgets import Budget
+from planner.planning.compiler import DEFAULT_DEVICE
+from planner.planning.selectors import Learned
 
 # Logits (batch, size) and limits (batch,) to what is switched on.
 Decide = Callable[[Tensor, Tensor], Taken]
@@ -71,6 +79,8 @@ class _Prompt:
     insertion: Insertion
     limits: Tensor
     lengths: _Lengths | None
+    chosen: ChosenTokens | None = None  # where the scheduler has a vision side
+    masked: tuple[Gates, TokenState] | None = None  # the same as gates, where it masks
     decided: Any = None
 
 
@@ -80,6 +90,7 @@ class Scheduled:
     Args:
         mask: run everything and multiply what is off by zero: for training, and as the oracle.
         decide: from logits and limits to what is on; by default the layout's rule.
+        decide_tokens: the same for image tokens, where the scheduler has a vision side.
     """
 
     def __init__(
@@ -90,15 +101,20 @@ class Scheduled:
         *,
         mask: bool = False,
         decide: Decide | None = None,
+        decide_tokens: DecideTokens | None = None,
     ) -> None:
         self.model = model
         self.graph = graph
         self.scheduler = scheduler
         self.decide = decide
+        self.decide_tokens = decide_tokens
         # Of the last prompt, (batch, size): the scheduler's logits, and what was switched on.
         self.logits: Tensor | None = None
         self.taken: Tensor | None = None
-        self.decisions: list[Tensor] = []  # `taken` of every prompt since `attach`
+        # Of the last prompt, where there is a vision side: what it said and what was chosen.
+        self.scores: TokenScores | None = None
+        self.chosen: ChosenTokens | None = None
+        self.decisions: list[Tensor] = []  # `Layout.decision` of every prompt since `attach`
         # Of the prompts to come: the layout, limits (1,) or (batch,) in its measure, and places
         # (batch,) of the latency token, None for the end.
         self.layout = scheduler.layout
@@ -115,6 +131,8 @@ class Scheduled:
         # Of the decoder's pass that is made: its prompt, which is being read or was before.
         self._current: _Prompt | None = None
         self._is_read = False
+        # What the model was called with, where image tokens have to be found.
+        self._given: dict[str, Any] = {}
 
     @contextmanager
     def using(
@@ -122,9 +140,10 @@ class Scheduled:
         budgets: Any,
         tokens: Sequence[TokenStage] = (),
         workload: Workload | None = None,
+        device: str = DEFAULT_DEVICE,
     ) -> Iterator[None]:
         """Schedule all prompts of a block; see `attach`."""
-        self.attach(budgets, tokens, workload)
+        self.attach(budgets, tokens, workload, device)
         try:
             yield
         finally:
@@ -135,6 +154,7 @@ class Scheduled:
         budgets: Any,
         tokens: Sequence[TokenStage] = (),
         workload: Workload | None = None,
+        device: str = DEFAULT_DEVICE,
     ) -> None:
         """Schedule all prompts until `detach`.
 
@@ -143,6 +163,7 @@ class Scheduled:
             tokens: token stages in front of the switches.
             workload: of the prompts, which budgets in cost are kept under; by default one image
                 and 64 text tokens.
+            device: that a budget in seconds is of.
 
         Raises:
             InputError: a budget that the layout cannot keep to, or stages behind the switches.
@@ -152,12 +173,15 @@ class Scheduled:
         many = [Budget.of(budget) for budget in several]
         if not many:
             raise InputError("there are no budgets in the list")
-        layout = self.scheduler.layout.under(workload, tokens, many[0].limits[0].metric)
+        layout = self.scheduler.layout.under(workload, tokens, many[0].limits[0].metric, device)
         limits = torch.tensor([layout.limit(budget) for budget in many])
         self.attach_limits(limits, self.base(tokens), layout)
 
     def base(self, tokens: Sequence[TokenStage] = ()) -> Plan:
-        """The plan with everything on but for token stages."""
+        """The plan with everything on but for token stages; a vision side has one of its own."""
+        if self.scheduler.vision is not None and not self._mask:
+            of = int(self.graph.properties["image_tokens"])
+            tokens = (TokenStage(0, of, of, str(Learned(of))),)
         return Plan.of(self.graph, tokens=tuple(tokens))
 
     def attach_limits(
@@ -174,6 +198,8 @@ class Scheduled:
         self._skipping: Skipping = session.implementation
         self._masked = MaskedExecutor(self.model, self.graph) if self._mask else None
         self._base = base or self.base()
+        if self.scheduler.vision is not None:
+            self._watch_images(session.model)
         if self._base.tokens or self._masked is None:
             program = session.program_of(Setting((self._base,)))
             self.prompts = self._skipping.preparing.ready_always(program, self._places)
@@ -196,7 +222,10 @@ class Scheduled:
         """What was decided for the last prompt, a plan per sample."""
         if self.taken is None:
             raise InputError("the scheduler has not seen a prompt yet")
-        return [self.layout.plan(row, self._base) for row in self.taken]
+        return [self.layout.plan(row, self._base) for row in self._decision(self.taken)]
+
+    def _decision(self, taken: Taken) -> Tensor:
+        return self.layout.decision(taken, None if self.chosen is None else self.chosen.options)
 
     @property
     def kept_image_tokens(self) -> dict[int, list[int]]:
@@ -210,6 +239,8 @@ class Scheduled:
         if self._masked is None:
             return decided or self.prompts
         self._gates.close()
+        if known is not None and known.masked is not None:
+            self._gates.enter_context(self._masked.using(*known.masked))
         if decided is not None:
             self._obey(decided)
         return self.prompts
@@ -221,9 +252,9 @@ class Scheduled:
         """Switch the layers to come, in the middle of the prompt's pass."""
         if self._masked is None:
             return self._skipping.redirect(
-                tuple(self.layout.plan(row, self._base) for row in taken.cpu())
+                tuple(self.layout.inner.plan(row, self._base) for row in taken.cpu())
             )
-        self._gates.enter_context(self._masked.using(self.layout.gates(taken)))
+        self._gates.enter_context(self._masked.using(self.layout.inner.gates(taken)))
         return taken
 
     def enter(
@@ -291,7 +322,11 @@ class Scheduled:
     def _with_prompt(self, prompt: _Prompt, kwargs: dict[str, Any]) -> None:
         """Put the token into a prompt's arguments."""
         insertion = prompt.insertion
-        token = self.scheduler.token(prompt.limits, self.layout.steps)
+        limits, steps = prompt.limits, self.layout.steps
+        if isinstance(self.layout, UnifiedSwitches):
+            prompt.chosen = self._choose_tokens(self.layout, prompt, kwargs)
+            limits, steps = self._left(prompt), self.layout.room[prompt.chosen.options.cpu()]
+        token = self.scheduler.token(limits, steps)
         kwargs["inputs_embeds"] = insertion.into_hidden(kwargs["inputs_embeds"], token)
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = insertion.into_positions(kwargs["position_ids"])
@@ -305,6 +340,64 @@ class Scheduled:
         seen = cache.get_seq_length() + 1 + kwargs["inputs_embeds"].shape[1]
         mask = kwargs.get("attention_mask")
         kwargs["attention_mask"] = prompt.insertion.into_any_mask(mask, seen)
+        if self.prompts is not None and self.prompts.stages is not None:
+            # Of pictures in later turns everything is kept.
+            self.prompts.stages.chosen = torch.ones_like(kwargs["inputs_embeds"][..., 0]).bool()
+
+    # -- image tokens --------------------------------------------------------------------------
+
+    def _watch_images(self, model: nn.Module) -> None:
+        """Note what the model is called with: its ids say where images are."""
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._given = named(module, args, kwargs)
+
+        handle = model.register_forward_pre_hook(note, with_kwargs=True)
+        self._attached.callback(handle.remove)
+
+    def _choose_tokens(
+        self, layout: UnifiedSwitches, prompt: _Prompt, kwargs: dict[str, Any]
+    ) -> ChosenTokens:
+        """Have the vision side choose what the decoder sees of a prompt's images."""
+        hidden, ids = kwargs["inputs_embeds"], self._given.pop("input_ids", None)
+        if ids is None or ids.shape != hidden.shape[:2]:
+            raise InputError(
+                "a scheduler finds the images by their tokens: call the whole model, with "
+                "input_ids rather than inputs_embeds"
+            )
+        image = is_visual(ids.to(hidden.device), self.model)
+        valid = torch.ones_like(image)
+        mask = self._given.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            valid = mask.to(hidden.device).bool()
+        places = torch.arange(hidden.shape[1], device=hidden.device)
+        # In training the answer follows, which no one knows when asked.
+        words = valid & ~image & (places < prompt.insertion.at[:, None])
+        assert self.scheduler.vision is not None
+        share = prompt.limits / max(1, layout.steps)
+        self.scores = self.scheduler.vision(hidden, image, words, share)
+        decide = self.decide_tokens or partial(best_tokens, layout)
+        inputs = DecoderInputs(image, valid, hidden_states=hidden)
+        self.chosen = chosen = decide(self.scores, prompt.limits, inputs)
+        keep = prompt.insertion.into_known(chosen.keep, 1)
+        if self._masked is None:
+            assert self.prompts is not None
+            if self.prompts.stages is not None:
+                self.prompts.stages.chosen = keep.bool()
+        else:
+            gates = Gates(tokens={0: keep.to(hidden.dtype)})
+            prompt.masked = gates, TokenState()
+            self._gates.enter_context(self._masked.using(*prompt.masked))
+        return chosen
+
+    def _left(self, prompt: _Prompt) -> Tensor:
+        """What a prompt's limits leave for the switches that logits stand for."""
+        if prompt.chosen is None:
+            return prompt.limits
+        assert isinstance(self.layout, UnifiedSwitches)
+        return self.layout.left(prompt.limits, prompt.chosen.options)
+
+    # -- switches ------------------------------------------------------------------------------
 
     def _after_last(self, _: nn.Module, args: Any, output: Tensor) -> None:
         """After the last layer that always runs: decide."""
@@ -312,7 +405,10 @@ class Scheduled:
         if prompt is None or self._is_read:
             return
         self.logits = self.scheduler(prompt.insertion.take(output))
-        self.taken = (self.decide or self.layout.decide)(self.logits, prompt.limits)
+        decide: Any = self.decide or self.layout.decide
+        if self.decide is None and prompt.chosen is not None:
+            decide = partial(decide, options=prompt.chosen.options)
+        self.taken = decide(self.logits, self._left(prompt))
         if not self.taken.requires_grad:
-            self.decisions.append(self.taken.cpu())
+            self.decisions.append(self._decision(self.taken))
         prompt.decided = self._obey(self.taken)

@@ -7,7 +7,6 @@ trained together with them.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,12 @@ from planner.documents import read_json
 from planner.files import MEBIBYTE, output_folder, read_bytes, write_bytes, write_text
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
+from planner.models.scheduling.budget_features import sinusoid
 from planner.models.scheduling.cost_layout import CostSwitches
 from planner.models.scheduling.layouts import LayerSwitches, Layout, UnitSwitches
+from planner.models.scheduling.unified_layout import UnifiedSwitches
+from planner.models.scheduling.vision_side import VisionSide
+from planner.planning.selectors.in_decoder import BUDGET_FEATURES
 from planner.planning.switches import AXES
 from planner.planning.unit_counting import COUNTINGS, HeadCounting, counting_of
 
@@ -30,8 +33,6 @@ FORMAT = 1
 DESCRIPTION, WEIGHTS = "scheduler.json", "scheduler.safetensors"
 # A matrix of a few hundred rows and an encoder beside it.
 _MOST_BYTES = 512 * MEBIBYTE
-FREQUENCIES = 128
-BASE = 10000
 
 
 def layout_of(name: str, graph: Graph) -> Layout:
@@ -46,31 +47,15 @@ def layout_of(name: str, graph: Graph) -> Layout:
         layout = UnitSwitches(graph, counting)
     elif counting:
         layout = LayerSwitches(graph, counting)
-    elif set(name.partition(":")[0].split(",")) <= {*AXES, "all"}:
-        layout = CostSwitches.parse(name, graph)
+    elif (axes := set(name.partition(":")[0].split(","))) <= {*AXES, "all"}:
+        layout = (UnifiedSwitches if "tokens" in axes else CostSwitches).parse(name, graph)
     else:
         raise InputError(
             f"unknown switches '{name}' of a scheduler: choose from {', '.join(COUNTINGS)}, or "
-            f"some of {', '.join(AXES[1:])} with :groups=16 or alike"
+            f"some of {', '.join(AXES)} with :groups=16 or alike"
         )
     _ = layout.columns
     return layout
-
-
-def sinusoid(level: Tensor, steps: int) -> Tensor:
-    """Sines and cosines of a budget, shape (batch, 256), float32.
-
-    AdaLLaVA (arXiv 2503.10905), section 3.5 and its reference code: x = 2 pi k / (K + 1) at
-    frequencies 10000^(-i / 128). Where switches differ in cost, k is K times the share of their
-    cost that may be on, which with equal costs is the same.
-
-    Args:
-        level: k, how much is switched on, from 0 to `steps`; shape (batch,).
-        steps: K, how many switches there are.
-    """
-    exponents = torch.arange(FREQUENCIES, device=level.device, dtype=torch.float32) / FREQUENCIES
-    angle = (2 * math.pi / (steps + 1)) * level.float()[:, None] * float(BASE) ** -exponents
-    return torch.cat([angle.sin(), angle.cos()], -1)
 
 
 class LatencyEncoder(nn.Module):
@@ -79,8 +64,8 @@ class LatencyEncoder(nn.Module):
     def __init__(self, width: int, steps: int) -> None:
         super().__init__()
         self.steps = steps
-        self.norm = nn.LayerNorm(2 * FREQUENCIES)
-        self.first = nn.Linear(2 * FREQUENCIES, width)
+        self.norm = nn.LayerNorm(BUDGET_FEATURES)
+        self.first = nn.Linear(BUDGET_FEATURES, width)
         self.second = nn.Linear(width, width)
 
     def forward(self, level: Tensor) -> Tensor:
@@ -93,7 +78,8 @@ class LatencyEncoder(nn.Module):
 class Scheduler(nn.Module):
     """AdaLLaVA's scheduler: a latency encoder, and one linear layer on the latency token.
 
-    The logits stand for a layout's switches. `provenance` is remembered of the training.
+    The logits stand for a layout's switches. A layout over image tokens has a vision side besides,
+    and no head where tokens are all there is. `provenance` is remembered of the training.
     """
 
     def __init__(
@@ -103,7 +89,10 @@ class Scheduler(nn.Module):
         self.layout = layout
         self.provenance = dict(provenance or {})
         self.encoder = LatencyEncoder(width, layout.levels)
-        self.head = nn.Linear(width, layout.size)
+        self.head = nn.Linear(width, layout.size) if layout.size else None
+        self.vision = None
+        if isinstance(layout, UnifiedSwitches):
+            self.vision = VisionSide(width, layout.levels)
 
     @staticmethod
     def of(graph: Graph, switches: str, provenance: Mapping[str, Any] | None = None) -> Scheduler:
@@ -111,14 +100,14 @@ class Scheduler(nn.Module):
         width = int(graph.properties["hidden_size"])
         return Scheduler(layout_of(switches, graph), width, provenance)
 
-    def token(self, limits: Tensor, steps: int | None = None) -> Tensor:
+    def token(self, limits: Tensor, steps: int | Tensor | None = None) -> Tensor:
         """Latency tokens (batch, width) for limits (batch,).
 
         The encoder is told what share of all switches may be on, by count or by cost. `steps` is
-        the largest limit, where it is not that of the scheduler's own layout.
+        the largest limit, where it is not that of the scheduler's own layout; or one per sample.
         """
-        most = max(1, self.layout.steps if steps is None else steps)
-        token: Tensor = self.encoder(limits * (self.encoder.steps / most))
+        most = torch.as_tensor(self.layout.steps if steps is None else steps).clamp(min=1)
+        token: Tensor = self.encoder(limits * (self.encoder.steps / most.to(limits.device)))
         return token
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -126,6 +115,8 @@ class Scheduler(nn.Module):
 
         They are the raw ones that leave the last layer that always runs, not normalised.
         """
+        if self.head is None:
+            return hidden.new_zeros(len(hidden), 0, dtype=torch.float32)
         weight, bias = self.head.weight.float(), self.head.bias.float()
         return nn.functional.linear(hidden.float(), weight, bias)
 

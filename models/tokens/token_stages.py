@@ -67,6 +67,8 @@ class TokenStages:
         self.look_ahead: dict[TokenStage, tuple[int, ...]] = {}
         # Layer of a stage -> image tokens of the last prompt that were left behind it, (batch,).
         self.kept: dict[int, Tensor] = {}
+        # What a scheduler keeps of this pass's tokens, (batch, tokens), bool; None without one.
+        self.chosen: Tensor | None = None
         self.model = model
         self._norm = norm
         if not visual_tokens(model.config):
@@ -252,6 +254,7 @@ class TokenStages:
         total = call.image if call.unwanted is None else call.image & ~call.unwanted
         total = total[rows].sum(1)
         if record is None:
+            chosen = None if self.chosen is None else self.chosen[rows]
             return DecoderInputs(
                 image,
                 valid,
@@ -259,6 +262,7 @@ class TokenStages:
                 hidden_states=states,
                 normed_states=normed,
                 image_predictor=self._predictor(selector, hidden),
+                chosen=chosen,
                 triton=triton,
             )
         own, key = rows, record.key

@@ -27,6 +27,7 @@ from planner.planning.redundancy import without_gains
 from planner.planning.selectors import (
     KVPolicy,
     Needs,
+    Product,
     Selector,
     Sizes,
     VisionSelector,
@@ -228,7 +229,7 @@ class Pricing:
                     width = self._widths_near(stage)[0]
                 cost = cost + self._selection(stage, option, width)
                 if self.switches.selector is not None:
-                    cost = cost + self._products(stage, previous, option)
+                    cost = cost + self._choosing(stage, previous)
             previous = keep
         return cost
 
@@ -237,9 +238,7 @@ class Pricing:
         selector = self.switches.selector
         return selector is not None and Needs.NEXT_QUERY_KEY in selector.needs
 
-    def _products(
-        self, stage: int, image_tokens: int, option: tuple[int, ...]
-    ) -> npt.NDArray[np.int64]:
+    def _choosing(self, stage: int, image_tokens: int) -> npt.NDArray[np.int64]:
         """Cost of what a selector multiplies to choose from so many tokens; shape (4,)."""
         selector, load = self.switches.selector, self.workload
         assert selector is not None
@@ -254,16 +253,22 @@ class Pricing:
             int(self.graph.properties["hidden_size"]),
             *self._tower,
         )
-        each = Dim.of("images" if in_vision else "batch")
-        products = [
-            Operator(f"product.{i}", "matmul", (), (each, Dim(rows), Dim(columns))).having(
-                inner=inner
-            )
-            for i, (rows, columns, inner) in enumerate(selector.products(stage, sizes))
-        ]
-        cost = self._vector(products, self._of(products), None, option)
+        cost = self.products(selector.products(stage, sizes), "images" if in_vision else "batch")
         cost[3] += self._weight_bytes(selector) if stage == self.stages[0] else 0
         return cost
+
+    def products(self, products: Sequence[Product], each: str = "batch") -> npt.NDArray[np.int64]:
+        """Cost of products of matrices that no operator of the Graph makes; shape (4,).
+
+        `each`: the size that says how often they are made, ``batch`` or ``images``.
+        """
+        operators = [
+            Operator(f"product.{i}", "matmul", (), (Dim.of(each), Dim(rows), Dim(columns))).having(
+                inner=inner
+            )
+            for i, (rows, columns, inner) in enumerate(products)
+        ]
+        return self._vector(operators, self._of(operators), None, ())
 
     def _selection(self, stage: int, option: tuple[int, ...], width: int) -> npt.NDArray[np.int64]:
         hidden = (Dim.of("batch"), Dim.of("query"), Dim(int(self.graph.properties["hidden_size"])))

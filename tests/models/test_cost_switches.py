@@ -261,7 +261,6 @@ def test_a_scheduler_comes_back_from_its_folder(tiny_llava, tmp_path):
         ("layers,heads:group=4", "end in :groups=16"),
         ("mlp:groups=0", "end in :groups=16"),
         ("all", "cannot have the switches 'all'"),
-        ("tokens,layers", "cannot have the switches 'tokens,layers'"),
         ("layer", "unknown switches"),
         ("mlp:groups=9999", "too few for 9999 groups"),
     ],
@@ -280,9 +279,8 @@ def test_budgets_that_cannot_be_kept_to_are_refused(tiny_llava):
         layout.limit(Budget.of("kv=0.7"))
     with pytest.raises(InputError, match="one limit of flops"):
         layout.limit(Budget.of(["0.7", "kv=0.7"]))
-    for metric in ("memory", "latency"):
-        with pytest.raises(InputError, match=f"cannot keep to {metric}"):
-            layout.under(metric=metric)
+    with pytest.raises(InputError, match="cannot keep to memory"):
+        layout.under(metric="memory")
     with pytest.raises(InputError, match="behind the first switch"):
         layout.under(stages=(TokenStage(5, 20, 49),))
     amount = layout.limit(Budget.of(f"flops={0.7 * layout.problem.limits[0]}"))

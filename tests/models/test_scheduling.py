@@ -20,8 +20,9 @@ from planner.models.scheduling import (
     load_scheduler,
     save_scheduler,
 )
+from planner.models.scheduling.budget_features import sinusoid
 from planner.models.scheduling.insertion import Insertion, end_of_prompt
-from planner.models.scheduling.scheduler import LatencyEncoder, sinusoid
+from planner.models.scheduling.scheduler import LatencyEncoder
 from planner.plan import TokenStage
 from planner.planning.budgets import Budget
 from planner.planning.catalog import find_model

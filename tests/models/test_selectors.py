@@ -23,6 +23,7 @@ from planner.planning.selectors import (
     SELECTORS,
     DecoderSelector,
     FastV,
+    Learned,
     PruMergePlus,
     SparseVLM,
     VisionSelector,
@@ -35,7 +36,8 @@ from planner.planning.selectors import (
 DECODER = [
     "fastv:r=0.3", "fastv:r=0", "fastv:r=1", "sparsevlm:after=2,keep=5", "sparsevlm:after=2,keep=0",
     "sparsevlm:after=2,keep=9,recycle=false", "random:keep=5", "random:keep=99,seed=3",
-    "uniform:keep=7", "uniform:keep=0", "dart:keep=6,image_pivots=2,text_pivots=1", "dart:keep=99",
+    "uniform:keep=7", "uniform:keep=0", "learned:keep=5",
+    "dart:keep=6,image_pivots=2,text_pivots=1", "dart:keep=99",
     "divprune:ratio=0.3", "divprune:ratio=1", "pyramiddrop:k=2,ratio=0.4,positions=original",
     "dynamic-llava:/predictors,k=2,ratio=0.3", "dynamic-llava:folder=/a=b,k=0,ratio=0",
 ]  # fmt: skip
@@ -201,6 +203,8 @@ def run(selector, inputs):
     if selector.name == "sparsevlm":
         marks = mark_tokens(selector, inputs.hidden_states, inputs.image, inputs.valid)
         inputs = replace(inputs, marks=marks)
+    if isinstance(selector, Learned):
+        inputs = replace(inputs, chosen=inputs.image.cumsum(1) <= selector.keep)
     return select_tokens(selector, inputs, selector.layers[0])
 
 

@@ -15,7 +15,7 @@ from planner.ir.lowering import lower_model
 from planner.loading import load_image, load_weights, noise_image
 from planner.models.conversion.stock_processor import stock_processor
 from planner.models.scheduling import load_scheduler
-from planner.models.scheduling.scheduler import sinusoid
+from planner.models.scheduling.budget_features import sinusoid
 
 WORDS = 96
 LLAMA = {

@@ -7,6 +7,7 @@ In: tensors that an executor took from a stock model. Out: `DecoderSelection` or
     scoring                             rows of attention to score with; from scores to choices
     fastv, sparsevlm, pyramiddrop, dart, divprune, dynamic_llava, random, uniform
                                         rules in the decoder
+    learned                             what a trained controller has chosen
     prumerge, visionzip, hired, trim, vispruner, downsample
                                         rules before the projector; prumerge+ is in prumerge,
                                         fastervlm in vispruner

@@ -146,6 +146,8 @@ class DecoderInputs:
     # Logits (batch, n, 2), "keep" first, of image tokens' hidden states (batch, n, width), of which
     # (batch, n), bool, are no padding.
     image_predictor: Callable[[Tensor, Tensor], Tensor] | None = None
+    # (batch, seq), bool: what a scheduler has chosen to keep; None where none decides
+    chosen: Tensor | None = None
     triton: bool = False  # whether Triton scores and ranks tokens, where a kernel can
 
 

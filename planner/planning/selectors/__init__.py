@@ -7,6 +7,7 @@
 | pyramiddrop   | before some layers | last query's attention, next layer         | 2410.17247 |
 | dart          | before layer k     | norms of keys, cosines of hidden states    | 2502.11494 |
 | divprune      | before layer k     | cosines of projected features              | 2503.02175 |
+| learned       | before layer 0     | a trained controller, and the budget       |            |
 | random        | before layer k     | nothing                                    |            |
 | uniform       | before layer k     | nothing                                    |            |
 | dynamic-llava | before layer k     | a trained predictor                        | 2412.00876 |
@@ -21,9 +22,9 @@
 | downsample    | before projector   | nothing: patches are averaged              |            |
 
 And two policies of the KV cache: h2o evicts by attention received per head (arXiv 2306.14048),
-dynamic-llava stores of an answer what a trained predictor says (arXiv 2412.00876). All others are
-rules; some were also published with a model fine-tuned under the rule (prumerge, prumerge+,
-visionzip).
+dynamic-llava stores of an answer what a trained predictor says (arXiv 2412.00876). All others but
+``learned`` are rules; some were also published with a model fine-tuned under the rule (prumerge,
+prumerge+, visionzip).
 
 Behind rules before the projector, and behind sparsevlm, pyramiddrop and divprune, tokens have
 position ids without gaps, in decoding too, as in their authors' code; features before the projector
@@ -64,6 +65,7 @@ from planner.planning.selectors.in_decoder import (
     DART,
     DivPrune,
     FastV,
+    Learned,
     PyramidDrop,
     Random,
     SparseVLM,
@@ -109,6 +111,7 @@ __all__ = [
     "FasterVLM",
     "HiRED",
     "KVPolicy",
+    "Learned",
     "Needs",
     "PredictorSettings",
     "Product",
@@ -138,6 +141,7 @@ SELECTORS: Mapping[str, type[DecoderSelector] | type[VisionSelector]] = {
     "pyramiddrop": PyramidDrop,
     "dart": DART,
     "divprune": DivPrune,
+    "learned": Learned,
     "random": Random,
     "uniform": Uniform,
     "dynamic-llava": DynamicLLaVA,

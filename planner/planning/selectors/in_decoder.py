@@ -16,6 +16,10 @@ from planner.planning.selectors.selector import (
     Sizes,
 )
 
+# Numbers that a budget is told a network by, and the most token counts that one chooses from.
+BUDGET_FEATURES = 256
+MOST_COUNTS = 32
+
 
 @dataclass(frozen=True)
 class FastV(DecoderSelector):
@@ -288,6 +292,36 @@ class _Count(DecoderSelector):
     @override
     def counts(self, tokens: int) -> tuple[int | None, ...]:
         return (min(self.keep, tokens),)
+
+
+@dataclass(frozen=True)
+class Learned(_Count):
+    """Keep the image tokens that a trained controller scores best, before the decoder.
+
+    The vision side of a unified controller (`planner.models.scheduling`), which also chooses how
+    many: a plan says how many that were. It takes the controller to run it.
+    """
+
+    name = "learned"
+    width: int = 64  # of the controller's features of a token
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("k", self.k == 0, "0, since it works before the decoder")
+        self.check("width", self.width >= 1, "a count from 1 on")
+
+    @override
+    def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
+        """Features of tokens and budget, tokens against words, scores of tokens and of counts."""
+        tokens, width = sizes.image_tokens + sizes.text_tokens, self.width
+        return (
+            (tokens, width, sizes.hidden),
+            (1, width, BUDGET_FEATURES),
+            (tokens, tokens, width),
+            (tokens, 1, width),
+            (2, width, tokens),
+            (1, MOST_COUNTS, 2 * width),
+        )
 
 
 @dataclass(frozen=True)

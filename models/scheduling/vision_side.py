@@ -1,0 +1,83 @@
+"""The vision side of a unified controller: which image tokens matter, and how many to keep.
+
+It sees a prompt's embeddings before the decoder does, and the budget.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+from planner.models.scheduling.budget_features import sinusoid
+from planner.planning.selectors import Learned
+from planner.planning.selectors.in_decoder import BUDGET_FEATURES
+
+
+@dataclass(frozen=True, eq=False)
+class TokenScores:
+    """What the vision side says of a batch of prompts.
+
+    Attributes:
+        counts: shape (batch, counts), float32: a logit per token count.
+        tokens: shape (batch, tokens), float32: a score per token; it means nothing for text.
+        image: shape (batch, tokens), bool: which are image tokens.
+    """
+
+    counts: Tensor
+    tokens: Tensor
+    image: Tensor
+
+
+class VisionSide(nn.Module):
+    """Scores image tokens by their content, by the words of the prompt and by the budget.
+
+    A token's features are a linear map of its embedding, normalised. Its score adds what a small
+    MLP makes of them with the budget, and how well the best words match them (log-sum-exp of scaled
+    dot products). Counts are scored from the mean features of image and words, with the budget.
+
+    Args:
+        hidden: width of embeddings.
+        counts: how many token counts there are.
+        width: of features.
+    """
+
+    def __init__(self, hidden: int, counts: int, width: int = Learned.width) -> None:
+        super().__init__()
+        self.counts = counts
+        self.features = nn.Linear(hidden, width)
+        self.norm = nn.LayerNorm(width)
+        self.budget = nn.Linear(BUDGET_FEATURES, width)
+        self.score = nn.Linear(width, 1)
+        self.match = nn.Parameter(torch.ones(width))
+        self.count = nn.Linear(2 * width, counts)
+
+    def forward(self, embeds: Tensor, image: Tensor, words: Tensor, share: Tensor) -> TokenScores:
+        """Scores of prompts.
+
+        Args:
+            embeds: shape (batch, tokens, hidden).
+            image: shape (batch, tokens), bool: image tokens.
+            words: shape (batch, tokens), bool: the prompt's other tokens.
+            share: shape (batch,): of everything that may be switched, what the budget allows.
+        """
+        weight = self.features.weight
+        features = self.norm(self.features(embeds.to(weight.dtype)))
+        told = self.budget(sinusoid(share * self.counts, self.counts).to(weight.dtype))
+        own = self.score(gelu(features + told[:, None]))[..., 0]
+        dots = (features * self.match) @ features.mT / math.sqrt(features.shape[-1])
+        none = ~words.any(-1, keepdim=True)
+        matched = dots.masked_fill(~(words | none)[:, None], -torch.inf).logsumexp(-1)
+        means = [gelu(_mean(features, which) + told) for which in (image, words)]
+        counts = self.count(torch.cat(means, -1))
+        return TokenScores(counts.float(), (own + matched).float(), image)
+
+
+def _mean(features: Tensor, which: Tensor) -> Tensor:
+    """Over some tokens, shape (batch, width); 0 over none."""
+    weights = which.to(features.dtype)
+    total = (weights[:, None] @ features)[:, 0]
+    return total / weights.sum(-1, keepdim=True).clamp(min=1)
