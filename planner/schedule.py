@@ -36,6 +36,7 @@ class Schedule:
     # What `limit` and `of` are in: ``switches``, or a metric, for the prompts that it was compiled
     # for; other prompts are priced when they come.
     measure: str = "switches"
+    device: str = ""  # that a budget in seconds is of
 
 
 def save_schedule(schedule: Schedule, path: Path) -> None:

@@ -12,6 +12,10 @@ model folder that stock transformers loads. May import every other part of plann
     adallava              the recipe of a scheduler together with its model
     sparsification        the recipe of Dynamic-LLaVA's predictors together with their model
     conversation_runs     what these two have in common
+    unified               the recipe of a controller over tokens, heads and layers
+    token_draws           image tokens drawn for training, as switches are
+    policy                a scheduler as a policy, which tries plans
+    policy_methods        how a policy learns from what it tried
     warm_start            a scheduler taught by labels first
     trainer               transformers' Trainer, for runs that stop and go on
     estimators            switches drawn from logits, with a gradient

@@ -11,20 +11,31 @@ transformers loads, its processor, and the scheduler.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import set_seed
 
 from planner.audit import Labels, read_labels
+from planner.ir.cost import Workload
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
-from planner.models.scheduling import Scheduled, Scheduler, UnitSwitches, save_scheduler
+from planner.models.scheduling import (
+    Scheduled,
+    Scheduler,
+    UnifiedSwitches,
+    UnitSwitches,
+    save_scheduler,
+)
+from planner.models.scheduling.token_choice import ChosenTokens
+from planner.models.scheduling.vision_controller import TokenScores
+from planner.models.tokens.selectors import DecoderInputs
+from planner.planning.budgets import Budget
 from planner.training.conversation_runs import (
     ConversationConfig,
     arguments_of,
@@ -38,6 +49,7 @@ from planner.training.data.packing import IGNORE
 from planner.training.estimators import Deterministic, Estimator, GumbelSequential, parse
 from planner.training.question_samples import Asked
 from planner.training.switch_costs import costs_of
+from planner.training.token_draws import draw_tokens
 from planner.training.trainer import RunTrainer
 from planner.training.warm_start import stop, warm_start
 
@@ -48,7 +60,14 @@ class AdaLlavaConfig(ConversationConfig):
     recipe: str = "adallava"
     switches: str = "adallava-l"
     estimator: str = "gumbel:temperature=5"
+    # Tokens of a question besides the image, which budgets in cost are for; by default 64.
+    text_tokens: int | None = None
+    # The smallest budget that samples get, as a fraction of the base model.
+    least_budget: float = 0.0
+
     scheduler_learning_rate: float | None = None
+    # Train the scheduler alone.
+    freeze_model: bool = False
 
     # A file of `planner labels`, which the scheduler learns first, alone; and the pictures and
     # questions that its labels are about, if they are not about drawn scenes.
@@ -61,10 +80,20 @@ class AdaLlavaConfig(ConversationConfig):
 
 
 class AdaptiveModel(nn.Module):
-    """A stock model and its scheduler as one module to train; an estimator draws the plans."""
+    """A stock model and its scheduler as one module to train; an estimator draws the plans.
+
+    `load` is what budgets in cost are for, see `Layout.under`.
+    """
+
+    trainer: ClassVar[type[RunTrainer]] = RunTrainer
 
     def __init__(
-        self, model: nn.Module, graph: Graph, scheduler: Scheduler, estimator: Estimator
+        self,
+        model: nn.Module,
+        graph: Graph,
+        scheduler: Scheduler,
+        estimator: Estimator,
+        load: Workload | None = None,
     ) -> None:
         super().__init__()
         if isinstance(scheduler.layout, UnitSwitches) and not isinstance(
@@ -74,13 +103,18 @@ class AdaptiveModel(nn.Module):
         self.model = model
         self.scheduler = scheduler
         self.estimator = estimator
-        self._costs = costs_of(scheduler.layout)
+        self.layout = scheduler.layout.under(load) if load else scheduler.layout
+        self._costs = costs_of(self.layout)
+        # What the token counts drawn leave for the switches, see `DrawnTokens`.
+        self._allowance: Tensor | None = None
         # Since the last log: how many plans were drawn, the sum of their utilisations, and how many
         # were beyond their limit.
         self.tally = torch.zeros(3, dtype=torch.float64)
         self._seeds: Tensor | None = None
-        self.scheduled = Scheduled(model, graph, scheduler, mask=True, decide=self._draw)
-        self.scheduled.attach_limits(torch.tensor([scheduler.layout.steps]))
+        self.scheduled = Scheduled(
+            model, graph, scheduler, mask=True, decide=self._draw, decide_tokens=self._draw_tokens
+        )
+        self.scheduled.attach_limits(torch.tensor([self.layout.steps]), layout=self.layout)
 
     def forward(self, labels: Tensor, limits: Tensor, seeds: Tensor, **inputs: Any) -> Any:
         """The stock model's output with its loss, under plans drawn within limits.
@@ -102,19 +136,34 @@ class AdaptiveModel(nn.Module):
         return output
 
     def _draw(self, logits: Tensor, limits: Tensor) -> Tensor:
-        layout, estimator = self.scheduler.layout, self.estimator
+        layout, estimator = self.layout, self.estimator
         assert self._seeds is not None
         noise = [torch.Generator().manual_seed(int(seed)) for seed in self._seeds]
+        chosen = self.scheduled.chosen
+        options = None if chosen is None else chosen.options
         if isinstance(layout, UnitSwitches):
             assert isinstance(estimator, GumbelSequential)
             gates = estimator.draw_units(logits, limits, layout.heads, layout.rank, noise)
         else:
-            gates = estimator.draw(logits, self._costs, limits, noise).gates
-        for row, limit in zip(gates.detach() > 0.5, limits.tolist(), strict=True):
+            costs = self._costs if options is None else costs_of(layout, options)
+            gates = estimator.draw(logits, costs, limits, noise).gates
+        rows = layout.decision(gates.detach() > 0.5, options)
+        for row, limit in zip(rows, self.scheduled.limits.tolist(), strict=True):
             spent = layout.spent(row)
             used = layout.utilisation([spent], limit)
             self.tally += torch.tensor([1, used, spent > limit], dtype=self.tally.dtype)
-        return gates
+        return gates if self._allowance is None else gates * self._allowance[:, None]
+
+    def _draw_tokens(
+        self, scores: TokenScores, limits: Tensor, inputs: DecoderInputs
+    ) -> ChosenTokens:
+        assert self._seeds is not None
+        assert isinstance(self.layout, UnifiedSwitches)
+        # Other numbers than those that the switches are drawn by.
+        noise = [torch.Generator().manual_seed(int(seed) ^ 1) for seed in self._seeds]
+        drawn = draw_tokens(self.layout, scores, limits, inputs, self.estimator, noise)
+        self._allowance = drawn.allowance
+        return drawn.chosen
 
     def summary(self, tally: Tensor) -> dict[str, float]:
         """Numbers to log of a tally: mean utilisation of the plans, and how many exceed a limit."""
@@ -137,7 +186,7 @@ class BudgetCollator:
 
     Attributes:
         packer: makes dialogues.
-        steps: the largest limit; limits are uniform from 0 to it.
+        steps: the largest limit; limits are uniform from the smallest to it.
         seed: of the draws.
         turns: how many turns conversations may have; every batch draws one of these numbers.
     """
@@ -146,6 +195,7 @@ class BudgetCollator:
     steps: int
     seed: int
     turns: Sequence[int]
+    least: int = 0  # the smallest limit
 
     def __call__(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
         """One training batch, with `ids` for error messages."""
@@ -154,54 +204,80 @@ class BudgetCollator:
         cut = [replace(c, turns=c.turns[:turns]) for c in conversations]
         return {
             **self.packer(cut),
-            "limits": torch.tensor([draw.randint(0, self.steps) for draw in draws]),
+            "limits": torch.tensor([draw.randint(self.least, self.steps) for draw in draws]),
             "seeds": torch.tensor([draw.getrandbits(62) for draw in draws]),
             "ids": [c.id for c in conversations],
         }
 
 
-def train(config: AdaLlavaConfig) -> AdaptiveModel:
+# Makes what is trained of a model, its Graph and a scheduler, by a configuration.
+Learner = Callable[[Any, nn.Module, Graph, Scheduler, Workload | None], AdaptiveModel]
+
+
+def by_estimator(
+    config: AdaLlavaConfig,
+    model: nn.Module,
+    graph: Graph,
+    scheduler: Scheduler,
+    load: Workload | None,
+) -> AdaptiveModel:
+    """The learner of the paper: an estimator's gradient."""
+    return AdaptiveModel(model, graph, scheduler, parse(config.estimator), load)
+
+
+def train(config: AdaLlavaConfig, learner: Learner = by_estimator) -> AdaptiveModel:
     """Train, or go on from the last checkpoint; export where `export_dir` is set."""
-    trainer, adaptive, processor = build_trainer(config)
+    trainer, adaptive, processor = build_trainer(config, learner)
     trainer.run()
     gathered = trainer.whole_state()
     adaptive.scheduled.detach()
     if config.export_dir is not None and trainer.args.should_save:
         if gathered is not None:
             # What was trained holds shards.
-            adaptive, _ = _build(config)
+            adaptive, _ = _build(config, learner)
             adaptive.load_state_dict(gathered)
             adaptive.scheduled.detach()
         export(adaptive, processor, config)
     return adaptive
 
 
-def build_trainer(config: AdaLlavaConfig) -> tuple[RunTrainer, AdaptiveModel, Any]:
+def build_trainer(
+    config: AdaLlavaConfig, learner: Learner = by_estimator
+) -> tuple[RunTrainer, AdaptiveModel, Any]:
     """(trainer ready to start or resume, what it trains, processor); labels are learned here."""
     set_seed(config.seed)
-    adaptive, processor = _build(config, config.labels)
+    adaptive, processor = _build(config, learner, config.labels)
     packer = Packer(processor, config.max_text_tokens, dialogue_share=1.0)
-    steps = adaptive.scheduler.layout.steps
-    trainer = RunTrainer(
+    layout = adaptive.layout
+    least = layout.limit(Budget.of(config.least_budget)) if config.least_budget else 0
+    collate = BudgetCollator(packer, layout.steps, config.seed, config.turns, least)
+    trainer = adaptive.trainer(
         model=adaptive,
         args=arguments_of(config),
         train_dataset=conversations_of(config),
-        data_collator=BudgetCollator(packer, steps, config.seed, config.turns),
+        data_collator=collate,
         processing_class=processor,
         rates={"scheduler.": config.scheduler_learning_rate or config.learning_rate},
     )
     return trainer, adaptive, processor
 
 
-def _build(config: AdaLlavaConfig, labels: Path | None = None) -> tuple[AdaptiveModel, Any]:
+def _build(
+    config: AdaLlavaConfig, learner: Learner, labels: Path | None = None
+) -> tuple[AdaptiveModel, Any]:
     """(model and scheduler, processor)."""
     model, processor, name = load_base(config)
     graph = lower_model(model, name)
+    if config.freeze_model:
+        model.requires_grad_(False)
     scheduler = Scheduler.of(graph, config.switches)
     if labels is not None:
         scheduled = Scheduled(model, graph, scheduler, mask=True, decide=stop)
         _learn(read_labels(labels), scheduled, processor, config)
-    return AdaptiveModel(model, graph, scheduler, parse(config.estimator)), processor
+    load = None
+    if config.text_tokens is not None:
+        load = Workload.default(graph, text_tokens=config.text_tokens, new_tokens=0)
+    return learner(config, model, graph, scheduler, load), processor
 
 
 def _learn(labels: Labels, scheduled: Scheduled, processor: Any, config: AdaLlavaConfig) -> None:

@@ -66,7 +66,7 @@ class Estimator(Arguments):
 
         Args:
             logits: shape (batch, switches).
-            costs: the same for all samples, if every sample has its generator.
+            costs: of the switches.
             limits: shape (batch,), int64: what every sample may spend.
             noise: where random numbers come from.
 
@@ -82,7 +82,7 @@ def _prices(costs: Costs, user: str, like: Tensor) -> Tensor:
     return costs.prices.to(like.device).expand(like.shape)
 
 
-def _gumbel(like: Tensor, noise: Noise) -> Tensor:
+def gumbel(like: Tensor, noise: Noise) -> Tensor:
     """Standard Gumbel noise in float32, which is -log of exponential noise."""
     if isinstance(noise, Sequence):
         rows = [
@@ -96,7 +96,7 @@ def _gumbel(like: Tensor, noise: Noise) -> Tensor:
     return -drawn.clamp_(min=torch.finfo(torch.float32).tiny).log()
 
 
-def _straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     """`hard` in value, exactly; the gradient of `soft`."""
     return hard.to(soft) + (soft - soft.detach())
 
@@ -128,7 +128,7 @@ class GumbelSequential(Estimator):
 
         def choose(candidates: Tensor) -> Tensor:
             nonlocal noisy
-            noisy = scores + _gumbel(scores, noise)
+            noisy = scores + gumbel(scores, noise)
             return noisy.detach().masked_fill(~candidates, -torch.inf).argmax(-1)
 
         total = soft.sum(-1)
@@ -139,7 +139,7 @@ class GumbelSequential(Estimator):
             total = total + log_chance(scores, draw)
             picks.append(draw.pick.masked_fill(~draw.active, -1))
         order = torch.stack(picks, 1) if picks else taken.new_zeros((len(taken), 0)).long()
-        return Drawn(_straight_through(taken, soft), total, order)
+        return Drawn(straight_through(taken, soft), total, order)
 
     def draw_units(
         self, logits: Tensor, limits: Tensor, heads: int, unit: int, noise: Noise = None
@@ -165,7 +165,7 @@ class GumbelSequential(Estimator):
         def noisy(values: Tensor, out: Tensor) -> Tensor:
             """Shape (batch, switches)."""
             flat = values.flatten(1)
-            noised = (flat + _gumbel(flat.detach(), noise)) / self.temperature
+            noised = (flat + gumbel(flat.detach(), noise)) / self.temperature
             return noised.masked_fill(out.flatten(1), -torch.inf)
 
         for step in range(int(limits.max()) if len(limits) else 0):
@@ -175,13 +175,13 @@ class GumbelSequential(Estimator):
             left = noisy(scores, taken)
             drawn = left.argmax(-1) // (2 * heads)
             chosen = nn.functional.one_hot(drawn, scores.shape[1]).bool()
-            layer = _straight_through(chosen, left.softmax(-1).view(shape).sum((2, 3)))
+            layer = straight_through(chosen, left.softmax(-1).view(shape).sum((2, 3)))
             here = (taken & chosen[:, :, None, None]).any(1)
             members = (layer[:, :, None, None] * scores).sum(1)
             left = noisy(members, here).view_as(members)
             best = left.topk(unit, -1).indices
             kept = torch.zeros_like(here).scatter(-1, best, True)
-            inside = _straight_through(kept, left.softmax(-1))
+            inside = straight_through(kept, left.softmax(-1))
             gates = gates + active * layer[:, :, None, None] * inside[:, None]
         return gates.flatten(1)
 
@@ -214,7 +214,7 @@ class GumbelTopK(Estimator):
     @override
     def draw(self, logits: Tensor, costs: Costs, limits: Tensor, noise: Noise = None) -> Drawn:
         scores = logits.float()
-        keys = scores + _gumbel(scores, noise)
+        keys = scores + gumbel(scores, noise)
         taken = torch.zeros_like(scores, dtype=torch.bool)
         soft = 0 * scores  # a function of the logits even where nothing is drawn
         tiny = torch.finfo(scores.dtype).tiny
@@ -224,7 +224,7 @@ class GumbelTopK(Estimator):
             soft = soft + share
             keys = keys + (1 - share).clamp(min=tiny).log()
             taken = draw.taken
-        return Drawn(_straight_through(taken, soft))
+        return Drawn(straight_through(taken, soft))
 
 
 @dataclass(frozen=True)
@@ -250,8 +250,8 @@ class Simple(Estimator):
             # Subsets of a batch are counted in one unit, so samples are drawn one by one.
             samples = zip(logits[:, None], limits[:, None], noise, strict=True)
             rows = [
-                self.draw(row.to(one.device), costs, limit.to(one.device), one)
-                for row, limit, one in samples
+                self.draw(row.to(one.device), costs.of_sample(index), limit.to(one.device), one)
+                for index, (row, limit, one) in enumerate(samples)
             ]
             return Drawn(torch.cat([row.gates for row in rows]).to(logits.device))
         check_limits(limits)
@@ -262,7 +262,7 @@ class Simple(Estimator):
         taken = take_best(logits, sampled, costs, left)
         gates = taken.float()
         if subsets.weights.requires_grad:
-            gates = _straight_through(taken, subsets.marginals().float())
+            gates = straight_through(taken, subsets.marginals().float())
         log_chance = subsets.log_probability(sampled).float() if subsets.exact else None
         return Drawn(gates, log_chance)
 
@@ -285,7 +285,7 @@ class Deterministic(Estimator):
 
     @override
     def draw(self, logits: Tensor, costs: Costs, limits: Tensor, noise: Noise = None) -> Drawn:
-        return Drawn(_straight_through(logits > 0, logits.float().sigmoid()))
+        return Drawn(straight_through(logits > 0, logits.float().sigmoid()))
 
     def penalty(self, gates: Tensor, costs: Costs, limits: Tensor) -> Tensor:
         """lambda * max(0, cost - limit) / limit, shape (batch,), differentiable; a limit of 0 is 1.

@@ -89,22 +89,31 @@ def log_chance(scores: Tensor, draw: Draw) -> Tensor:
     return torch.where(draw.active, chances.gather(1, draw.pick[:, None])[:, 0], 0)
 
 
-def log_probability(order: Tensor, logits: Tensor, costs: Costs, limits: Tensor) -> Tensor:
-    """Log-probability that `GumbelSequential` draws switches in an order (Plackett-Luce).
+def log_chances(order: Tensor, logits: Tensor, costs: Costs, limits: Tensor) -> Tensor:
+    """Log-probability of each draw of an order by `GumbelSequential` (Plackett-Luce).
 
-    At every draw, the log-softmax of the logits over the candidates. Policy gradients need it under
-    logits other than those that the order was drawn from.
+    At every draw, the log-softmax of the logits over the candidates; 0 where there is no draw.
+    Policy gradients need it under logits other than those that the order was drawn from.
 
     Args:
         order: shape (batch, draws), as in `Drawn`.
         logits: shape (batch, switches).
         costs: that the order was drawn with.
         limits: shape (batch,), likewise.
+
+    Returns:
+        Shape (batch, draws).
     """
     scores = logits.float()
     columns = iter(order.unbind(1))
     taken = torch.zeros_like(scores, dtype=torch.bool)
-    total = scores.new_zeros(len(scores))
-    for draw in draws(lambda _: next(columns).clamp(min=0), taken, costs, limits):
-        total = total + log_chance(scores, draw)
-    return total
+    found = [
+        log_chance(scores, draw)
+        for draw in draws(lambda _: next(columns).clamp(min=0), taken, costs, limits)
+    ]
+    return torch.stack(found, 1) if found else scores[:, :0]
+
+
+def log_probability(order: Tensor, logits: Tensor, costs: Costs, limits: Tensor) -> Tensor:
+    """Log-probability of whole orders, shape (batch,): the sum of `log_chances`, as given those."""
+    return log_chances(order, logits, costs, limits).sum(1)

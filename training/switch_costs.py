@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from planner.ir.errors import InputError
-from planner.models.scheduling import CostSwitches, Layout
+from planner.models.scheduling import CostSwitches, Layout, UnifiedSwitches
 from planner.solver.problem import Problem
 
 #: Cost of a switch that cannot be taken yet: more than any limit.
@@ -30,6 +31,15 @@ class Costs(ABC):
     @abstractmethod
     def of_next(self, taken: Tensor) -> Tensor:
         """Cost of adding each switch, (batch, switches), int64; of those taken, anything."""
+
+    @abstractmethod
+    def of_sample(self, index: int) -> Costs:
+        """The costs of one sample, where they are not the same for all."""
+
+    @staticmethod
+    @abstractmethod
+    def together(each: Sequence[Any]) -> Costs:
+        """The costs of a batch, from those of its samples, which are of one kind."""
 
     def ranked(self, scores: Tensor) -> Tensor:
         """Indices of switches in the order in which they are taken, best first, (batch, switches).
@@ -61,6 +71,15 @@ class AdditiveCosts(Costs):
     @override
     def of_next(self, taken: Tensor) -> Tensor:
         return self.prices.to(taken.device).expand(taken.shape)
+
+    @override
+    def of_sample(self, index: int) -> AdditiveCosts:
+        return self if len(self.prices) == 1 else AdditiveCosts(self.prices[[index]])
+
+    @staticmethod
+    @override
+    def together(each: Sequence[AdditiveCosts]) -> AdditiveCosts:
+        return AdditiveCosts(torch.cat([costs.prices for costs in each]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +138,15 @@ class SiteCosts(Costs):
         return SiteCosts(index[0], index[1], torch.from_numpy(steps))
 
     @override
+    def of_sample(self, index: int) -> SiteCosts:
+        return self if len(self.steps) == 1 else replace(self, steps=self.steps[[index]])
+
+    @staticmethod
+    @override
+    def together(each: Sequence[SiteCosts]) -> SiteCosts:
+        return replace(each[0], steps=torch.cat([costs.steps for costs in each]))
+
+    @override
     def of_next(self, taken: Tensor) -> Tensor:
         """`NEVER` for switches of layers that are off."""
         group, needs = self.group.to(taken.device), self.needs.to(taken.device)
@@ -144,12 +172,20 @@ class SiteCosts(Costs):
         return order.gather(1, super().ranked(capped.gather(1, order)))
 
 
-def costs_of(layout: Layout) -> Costs:
+def costs_of(layout: Layout, options: Tensor | None = None) -> Costs:
     """What a layout's switches cost, in the measure of its limits.
+
+    Where a layout has token counts, they are of each sample's, `options` (batch,) by index; None
+    for all tokens.
 
     Costs that add up are given as such, for the estimators that need it: those of switches that
     wait for no layer, and of which one costs as much as the next.
     """
+    if isinstance(layout, UnifiedSwitches):
+        chosen = [len(layout.counts) - 1] if options is None else options.tolist()
+        known = {option: costs_of(layout.at(option)) for option in set(chosen)}
+        each = [known[option] for option in chosen]
+        return type(each[0]).together(each)
     if not isinstance(layout, CostSwitches):
         return AdditiveCosts.equal(layout.size)
     costs = SiteCosts.of(layout.problem)

@@ -163,13 +163,13 @@ def _collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 # -- how it is learned -----------------------------------------------------------------------------
 
 
-class _Decided(Exception):
-    """Ends a pass as soon as there are logits, and carries them."""
+class Decided(Exception):
+    """Ends a pass as soon as there are logits, and carries them with their limits."""
 
 
 def stop(logits: Tensor, limits: Tensor) -> Tensor:
     """What a scheduler that is taught decides by."""
-    raise _Decided(logits)
+    raise Decided(logits, limits)
 
 
 class Pupil(nn.Module):
@@ -192,7 +192,7 @@ class Pupil(nn.Module):
         self._scheduled.limits = limits
         try:
             self._scheduled.model(**prompt, use_cache=False)
-        except _Decided as decided:
+        except Decided as decided:
             logits: Tensor = decided.args[0]
             return logits
         raise AssertionError("the scheduler was not asked")

@@ -8,7 +8,7 @@ model obeying, sample by sample, the plans that the scheduler makes.
     layouts            which switches the logits stand for, and the plans that logits make of them
     cost_layout        the layout that budgets in cost, over layers, heads and MLP groups
     unified_layout     the one that budgets image tokens besides
-    vision_side        the network that scores image tokens and how many to keep
+    vision_controller  the network that scores image tokens and how many to keep
     token_choice       what is kept by these scores
     scheduler          the network with AdaLLaVA's latency encoder, and its folder on disk
     scheduled_model    a model running under it

@@ -14,7 +14,7 @@ from planner.models.scheduling.scheduled_model import Scheduled
 from planner.models.scheduling.scheduler import load_scheduler
 from planner.planning.budgets import Budget
 from planner.planning.catalog import find_model, tiny_llava_folder
-from planner.planning.compiler import Request
+from planner.planning.compiler import DEFAULT_DEVICE, Request
 from planner.planning.graph_cache import lowered_graph
 from planner.planning.plan_costs import PlanCosts
 from planner.planning.selectors import stages_of
@@ -54,7 +54,8 @@ def compile_schedule(
     load = Workload.default(graph, request.image_tokens, request.text_tokens, 0)
     progress("price")
     stages = stages_of(request.tokens or "", load.image_tokens, load.image_tokens_per_run)
-    layout = layout.under(load, stages, wanted.limits[0].metric)
+    chip = request.device or DEFAULT_DEVICE
+    layout = layout.under(load, stages, wanted.limits[0].metric, chip)
     limit = layout.limit(wanted)
     return Schedule(
         model=request.model,
@@ -65,6 +66,7 @@ def compile_schedule(
         limit=limit,
         of=layout.steps,
         measure=layout.measure,
+        device=request.device or "",
         tokens=request.tokens or "",
         cost=PlanCosts(graph, load, "llm").of(layout.example(limit, stages)),
     )

@@ -36,7 +36,7 @@ from planner.models.scheduling.layouts import Layout, Taken
 from planner.models.scheduling.scheduler import Scheduler
 from planner.models.scheduling.token_choice import ChosenTokens, DecideTokens, best_tokens
 from planner.models.scheduling.unified_layout import UnifiedSwitches
-from planner.models.scheduling.vision_side import TokenScores
+from planner.models.scheduling.vision_controller import TokenScores
 from planner.models.tokens.selectors import DecoderInputs
 from planner.plan import Plan, TokenStage
 from planner.planning.budgets import Budget
@@ -124,6 +124,8 @@ class Scheduled:
         self._masked: MaskedExecutor | None = None
         # They stay between passes: gradient checkpointing runs layers again behind one.
         self._gates = ExitStack()
+        # The decoder layers before the first switch, while prompts are scheduled.
+        self.always_run: list[nn.Module] = []
         # What passes over prompts begin with: token stages; None is the base model.
         self.prompts: Ready | None = None
         self._attached = ExitStack()
@@ -208,7 +210,8 @@ class Scheduled:
         self._attached.callback(self._gates.close)
         self._decoder: Any = cast(Any, session.model).get_decoder()
         self._cache_argument = cache_argument(type(self._decoder).forward)
-        last = session.layers[self.layout.first - 1].module
+        self.always_run = [bound.module for bound in session.layers[: self.layout.first]]
+        last = self.always_run[-1]
         self._attached.callback(last.register_forward_hook(self._after_last).remove)
         self._skipping.decider = self
         self._attached.callback(setattr, self._skipping, "decider", None)
@@ -322,8 +325,9 @@ class Scheduled:
     def _with_prompt(self, prompt: _Prompt, kwargs: dict[str, Any]) -> None:
         """Put the token into a prompt's arguments."""
         insertion = prompt.insertion
-        limits, steps = prompt.limits, self.layout.steps
-        if isinstance(self.layout, UnifiedSwitches):
+        limits, steps = prompt.limits, torch.tensor(self.layout.steps)
+        if self.scheduler.vision is not None:
+            assert isinstance(self.layout, UnifiedSwitches)
             prompt.chosen = self._choose_tokens(self.layout, prompt, kwargs)
             limits, steps = self._left(prompt), self.layout.room[prompt.chosen.options.cpu()]
         token = self.scheduler.token(limits, steps)

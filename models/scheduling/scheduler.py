@@ -24,7 +24,7 @@ from planner.models.scheduling.budget_features import sinusoid
 from planner.models.scheduling.cost_layout import CostSwitches
 from planner.models.scheduling.layouts import LayerSwitches, Layout, UnitSwitches
 from planner.models.scheduling.unified_layout import UnifiedSwitches
-from planner.models.scheduling.vision_side import VisionSide
+from planner.models.scheduling.vision_controller import VisionSide
 from planner.planning.selectors.in_decoder import BUDGET_FEATURES
 from planner.planning.switches import AXES
 from planner.planning.unit_counting import COUNTINGS, HeadCounting, counting_of
@@ -91,8 +91,8 @@ class Scheduler(nn.Module):
         self.encoder = LatencyEncoder(width, layout.levels)
         self.head = nn.Linear(width, layout.size) if layout.size else None
         self.vision = None
-        if isinstance(layout, UnifiedSwitches):
-            self.vision = VisionSide(width, layout.levels)
+        if isinstance(layout, UnifiedSwitches) and layout.has_vision:
+            self.vision = VisionSide(width, layout.choices)
 
     @staticmethod
     def of(graph: Graph, switches: str, provenance: Mapping[str, Any] | None = None) -> Scheduler:
@@ -100,7 +100,7 @@ class Scheduler(nn.Module):
         width = int(graph.properties["hidden_size"])
         return Scheduler(layout_of(switches, graph), width, provenance)
 
-    def token(self, limits: Tensor, steps: int | Tensor | None = None) -> Tensor:
+    def token(self, limits: Tensor, steps: Tensor | int | None = None) -> Tensor:
         """Latency tokens (batch, width) for limits (batch,).
 
         The encoder is told what share of all switches may be on, by count or by cost. `steps` is

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from planner.kernels.ops.choose_tokens import top_mask
 from planner.models.scheduling.unified_layout import UnifiedSwitches
-from planner.models.scheduling.vision_side import TokenScores
+from planner.models.scheduling.vision_controller import TokenScores
 from planner.models.tokens.selectors import DecoderInputs, select_tokens
-from planner.planning.selectors import selector_of
+from planner.planning.selectors import DecoderSelector, selector_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,5 +67,6 @@ def picked(
             assert states is not None
             some = DecoderInputs(image[rows], inputs.valid[rows], hidden_states=states[rows])
             selector = selector_of(stage)
+            assert isinstance(selector, DecoderSelector)
             keep[rows] = select_tokens(selector, some, 0).keep
     return keep

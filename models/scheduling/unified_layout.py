@@ -37,8 +37,9 @@ from planner.planning.selectors.in_decoder import BUDGET_FEATURES, MOST_COUNTS
 from planner.planning.unit_counting import first_switched
 from planner.solver import Infeasible
 
-# Selectors that keep any number of tokens before layer 0: the learned one, and what can stand in.
-SCORERS = ("learned", "uniform", "random", "divprune")
+# Selectors that keep any number of tokens before layer 0: the learned one, and what can stand in;
+# with ``all`` every token stays, and there is no vision side.
+SCORERS = ("learned", "uniform", "random", "divprune", "all")
 # The share of a budget that should be used.
 _ENOUGH = 0.99
 # How many workloads stay priced.
@@ -51,7 +52,8 @@ class UnifiedSwitches(Layout):
 
     Its name is that of its axes, such as ``tokens,layers,heads,mlp``, with options as those of
     `CostSwitches`, or ``:scorer=uniform`` where a rule (one of `SCORERS`) picks the tokens that the
-    vision side counts. An axis that is not named stays on.
+    vision side counts. An axis that is not named stays on, and so do all tokens with
+    ``:scorer=all``.
 
     A decision is a row: the image tokens kept, then a flag per logit. Limits are in FLOPs, bytes or
     seconds above `always`, the cheapest that can run.
@@ -119,9 +121,21 @@ class UnifiedSwitches(Layout):
     # -- token counts ------------------------------------------------------------------------
 
     @property
+    @override
     def levels(self) -> int:
-        """From how many token counts the vision side chooses; the latency encoder's K too."""
-        return min(int(self.graph.properties["image_tokens"]), MOST_COUNTS)
+        """The number of switches, as for `CostSwitches`."""
+        return max(1, self.size)
+
+    @property
+    def choices(self) -> int:
+        """From how many token counts the vision side chooses."""
+        most = min(int(self.graph.properties["image_tokens"]), MOST_COUNTS)
+        return most if self.has_vision else 1
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether a vision side chooses tokens."""
+        return self.scorer != "all"
 
     @cached_property
     def load(self) -> Workload:
@@ -132,7 +146,7 @@ class UnifiedSwitches(Layout):
     def counts(self) -> tuple[int, ...]:
         """The token counts, ascending; the last is all image tokens."""
         of = self.load.image_tokens
-        return tuple(-(-of * level // self.levels) for level in range(1, self.levels + 1))
+        return tuple(-(-of * level // self.choices) for level in range(1, self.choices + 1))
 
     def stages(self, count: int) -> tuple[TokenStage, ...]:
         """The token stage that keeps so many image tokens; none where it keeps all."""
@@ -172,7 +186,7 @@ class UnifiedSwitches(Layout):
             (1, width, width),
             (1, self.size, width),
         )
-        if self.scorer == "learned" and self.stages(count):
+        if not self.has_vision or (self.scorer == "learned" and self.stages(count)):
             return own
         sizes = Sizes(self.load.image_tokens, self.load.text_tokens, hidden=width)
         return own + Learned(count).products(0, sizes)

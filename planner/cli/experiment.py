@@ -15,7 +15,10 @@ from planner.cli.console import Console, print_records, say
 @command()
 def experiment_command(
     console: Console,
-    name: Annotated[str, typer.Argument(help="table1, table3, baselines, warm-start, or smollm2.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="table1, table3, baselines, warm-start, smollm2, exp1, exp2, exp3."),
+    ],
     seeds: Annotated[str, typer.Option("--seeds", help="Training runs, by commas.")] = "0,1,2",
     samples: Annotated[
         int, typer.Option("--samples", min=1, help="Test questions per seed.")
@@ -36,6 +39,12 @@ def experiment_command(
     from planner.files import output_folder, write_text
     from planner.ir.errors import InputError
     from planner.training.experiments import EXPERIMENTS, run_experiment
+    from planner.training.experiments.comparison_page import (
+        comparison_markdown,
+        run_comparison,
+        write_comparison,
+    )
+    from planner.training.experiments.controllers import COMPARISONS
     from planner.training.experiments.results_page import write_page
     from planner.training.experiments.smollm2 import run_smollm2, smollm2_page
 
@@ -43,8 +52,8 @@ def experiment_command(
         numbers = [int(part) for part in seeds.split(",")]
     except ValueError:
         raise InputError(f"--seeds '{seeds}' is not a list such as 0,1,2") from None
-    if name not in (*EXPERIMENTS, "smollm2"):
-        known = ", ".join((*EXPERIMENTS, "smollm2"))
+    if name not in (*EXPERIMENTS, *COMPARISONS, "smollm2"):
+        known = ", ".join((*EXPERIMENTS, *COMPARISONS, "smollm2"))
         raise InputError(f"unknown experiment '{name}': choose from {known}")
     output_folder(work)
     if output is not None:
@@ -60,6 +69,12 @@ def experiment_command(
                 write_text(output / "smollm2.json", json.dumps(found, indent=1) + "\n")
                 write_text(output / "smollm2.md", smollm2_page(found))
         console.show(found, lambda: print(smollm2_page(found)))
+        return
+    if name in COMPARISONS:
+        found = run_comparison(name, work, numbers, samples, settings or [], progress)
+        if output is not None:
+            write_comparison(found, output)
+        console.show(found, lambda: print(comparison_markdown(found)))
         return
     results = run_experiment(name, work, numbers, samples, settings or [], progress)
     if output is not None:

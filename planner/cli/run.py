@@ -204,6 +204,7 @@ def _run_scheduled(
     from planner.loading import count_image_tokens, prompt_inputs
     from planner.models.running.skipping import session_on
     from planner.models.scheduling import load_scheduled
+    from planner.planning.compiler import DEFAULT_DEVICE
     from planner.planning.plan_costs import PlanCosts
     from planner.planning.selectors import stages_of
 
@@ -222,7 +223,8 @@ def _run_scheduled(
     if question.generated is not None:
         question.generated.check(graph, None, model.dtype)
     update("generate")
-    with scheduled.using(schedule.budget, stages, workload):
+    chip = schedule.device or DEFAULT_DEVICE
+    with scheduled.using(schedule.budget, stages, workload, chip):
         facts = _generate(model, processor, inputs, request.new_tokens, question)
         kept = {layer: counts[0] for layer, counts in scheduled.kept_image_tokens.items()}
     plan = scheduled.plans()[0]

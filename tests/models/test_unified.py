@@ -1,6 +1,7 @@
 """One budget for tokens, heads and layers: kept to, used up, and run by really skipping."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from planner.models.scheduling import (
     save_scheduler,
 )
 from planner.models.scheduling.token_choice import best_tokens
-from planner.models.scheduling.vision_side import TokenScores
+from planner.models.scheduling.vision_controller import TokenScores
 from planner.models.tokens.selectors import DecoderInputs
 from planner.plan import Plan, TokenStage
 from planner.planning.budgets import Budget
@@ -48,7 +49,7 @@ def decided(layout, limits, seed):
     batch = len(limits)
     image = torch.zeros(batch, 65, dtype=torch.bool)
     image[:, 2:51] = True
-    scores = TokenScores(torch.randn(batch, layout.levels), torch.randn(batch, 65), image)
+    scores = TokenScores(torch.randn(batch, layout.choices), torch.randn(batch, 65), image, image)
     inputs = DecoderInputs(image, torch.ones_like(image), hidden_states=torch.randn(batch, 65, 8))
     chosen = best_tokens(layout, scores, limits, inputs)
     left = layout.left(limits, chosen.options)
@@ -129,7 +130,7 @@ def test_counts_are_open_that_use_a_budget_up():
     assert min(used) > 0.96
     opened = posed(ALL).open_counts(torch.tensor([0, 10**18]))
     assert opened[0].nonzero().flatten().tolist() == [0]
-    assert opened[1].nonzero().flatten().tolist()[-1] == layout.levels - 1
+    assert opened[1].nonzero().flatten().tolist()[-1] == layout.choices - 1
 
 
 def test_a_rule_can_stand_in_for_the_vision_side():
@@ -265,10 +266,29 @@ def test_budgets_and_stages_that_cannot_be_are_refused():
         layout.under(metric="memory")
     with pytest.raises(InputError, match="chooses image tokens itself"):
         layout.under(stages=(TokenStage(2, 20, 49),))
+    blind = replace(graph_of(), properties={**graph_of().properties, "image_tokens": 0})
     with pytest.raises(InputError, match="has no image tokens"):
-        layout_of("tokens,layers", family_of("phi")[1])
+        layout_of("tokens,layers", blind)
     family, graph = family_of("llava")
-    with Scheduled(family.model, graph, scheduler_of(graph, "tokens")).using(0.8):
+    with Scheduled(family.model, graph, scheduler_of(graph, "tokens")).using(0.95):
         embeds = torch.zeros(1, 4, 64)
         with pytest.raises(InputError, match="call the whole model"):
             family.model(inputs_embeds=embeds)
+
+
+@torch.no_grad()
+def test_all_tokens_can_stay_with_the_controller_s_cost_counted():
+    layout = posed("tokens,heads,mlp:scorer=all")
+    limit = layout.limit(Budget.of(0.7))
+    taken = layout.decide(torch.randn(1, layout.size), torch.tensor([limit]))
+    row = layout.decision(taken)[0]
+    assert row[0] == 49
+    assert layout.spent(row) <= limit
+    costs = PlanCosts(layout.graph, layout.load, "llm")
+    plan = layout.plan(row, Plan.of(layout.graph))
+    assert costs.of(plan)["flops"]["fraction"] < layout.flops_fraction(row, plan, costs) <= 0.7
+    family, graph = family_of("llava")
+    scheduler = scheduler_of(graph, "tokens,heads,mlp:scorer=all")
+    assert scheduler.vision is None
+    with Scheduled(family.model, graph, scheduler).using(0.8) as _:
+        family.model(**family.inputs(batch=2))

@@ -9,6 +9,10 @@ seed stands for the training run and for the test questions, so the base model h
     cells         training and measuring them
     learning      labels to start from, the regret of plans, the losses of training
     results_page  tables as text and pictures
+    controllers   which controllers are compared, trained and measured
+    forced_plans  plans that take a controller's place on its weights
+    comparison_page
+                  a comparison of controllers as text and pictures
     smollm2       utilities, recovery and healing on a real language model
     layer_regret  how well utilities tell which layers may go
 """

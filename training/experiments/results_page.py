@@ -59,7 +59,7 @@ def _accuracies(rows: Rows, adherence: bool) -> list[str]:
         ]
         for row in rows
     ]
-    return _table(["method", "tokens", "budget", "FLOPs", "accuracy", *extra, *families], cells)
+    return table(["method", "tokens", "budget", "FLOPs", "accuracy", *extra, *families], cells)
 
 
 def _losses(rows: Rows) -> list[str]:
@@ -72,7 +72,7 @@ def _losses(rows: Rows) -> list[str]:
     return [
         "Loss of the joint training in nats per answer token, by steps, means over runs:",
         "",
-        *_table(["method", *(f"{last - WINDOW + 1}-{last}" for last in steps)], cells),
+        *table(["method", *(f"{last - WINDOW + 1}-{last}" for last in steps)], cells),
     ]
 
 
@@ -90,11 +90,12 @@ def _regrets(rows: Rows) -> list[str]:
         "one that is best for all questions together, *random* the mean over plans that use the "
         "budget.",
         "",
-        *_table(["method", "budget", *who], cells),
+        *table(["method", "budget", *who], cells),
     ]
 
 
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown, line by line."""
     lines = ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows)]
 

@@ -25,11 +25,13 @@ class TokenScores:
         counts: shape (batch, counts), float32: a logit per token count.
         tokens: shape (batch, tokens), float32: a score per token; it means nothing for text.
         image: shape (batch, tokens), bool: which are image tokens.
+        summary: shape (batch, 2 width): what counts are scored by.
     """
 
     counts: Tensor
     tokens: Tensor
     image: Tensor
+    summary: Tensor
 
 
 class VisionSide(nn.Module):
@@ -47,13 +49,13 @@ class VisionSide(nn.Module):
 
     def __init__(self, hidden: int, counts: int, width: int = Learned.width) -> None:
         super().__init__()
-        self.counts = counts
+        self.counts, self.summary = counts, 2 * width
         self.features = nn.Linear(hidden, width)
         self.norm = nn.LayerNorm(width)
         self.budget = nn.Linear(BUDGET_FEATURES, width)
         self.score = nn.Linear(width, 1)
         self.match = nn.Parameter(torch.ones(width))
-        self.count = nn.Linear(2 * width, counts)
+        self.count = nn.Linear(self.summary, counts)
 
     def forward(self, embeds: Tensor, image: Tensor, words: Tensor, share: Tensor) -> TokenScores:
         """Scores of prompts.
@@ -72,8 +74,8 @@ class VisionSide(nn.Module):
         none = ~words.any(-1, keepdim=True)
         matched = dots.masked_fill(~(words | none)[:, None], -torch.inf).logsumexp(-1)
         means = [gelu(_mean(features, which) + told) for which in (image, words)]
-        counts = self.count(torch.cat(means, -1))
-        return TokenScores(counts.float(), (own + matched).float(), image)
+        summary = torch.cat(means, -1)
+        return TokenScores(self.count(summary).float(), (own + matched).float(), image, summary)
 
 
 def _mean(features: Tensor, which: Tensor) -> Tensor:

@@ -1,0 +1,375 @@
+"""The experiments on controllers: which variants, and how one is trained and measured.
+
+exp1: image tokens, adaptive against selectors. exp2: one axis, two or all three. exp3: how a
+controller learns. Questions have short answers, so a question is right or wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from planner.files import write_text
+from planner.ir.cost import Workload
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph
+from planner.ir.lowering import lower_model
+from planner.loading import load_model
+from planner.models.running.skipping import obeying
+from planner.models.scheduling import Scheduled, load_scheduler
+from planner.plan import Plan
+from planner.planning.budgets import Budget
+from planner.planning.plan_costs import PlanCosts
+from planner.planning.selectors import stages_of
+from planner.solver import Infeasible
+from planner.training.data import SceneQuestions
+from planner.training.evaluate import TEXT_TOKENS, predict, score
+from planner.training.experiments.forced_plans import (
+    Forced,
+    best_of_tried,
+    best_static,
+    random_plan,
+)
+from planner.training.recipes import load_recipe
+from planner.training.trainer import last_checkpoint
+
+Progress = Callable[[str], None]
+FAMILIES = ("existence", "attribute", "count", "spatial", "text")
+# Of the validation split, on which static plans are chosen.
+VALIDATION_QUESTIONS = 96
+CONFIG = Path(__file__).parent.parent / "configs" / "unified.yaml"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of a plot.
+
+    Attributes:
+        name: for users.
+        settings: of the training configuration.
+        start: name of the variant whose weights this one goes on from; "" for the base model.
+        plans: ``controller``, or what takes its place on the same weights: ``static``, the best
+            plan for all questions, ``random`` or ``oracle``.
+        selector: the text of a token selector that keeps n of N tokens; it runs on the base model.
+    """
+
+    name: str
+    settings: tuple[str, ...] = ()
+    start: str = ""
+    plans: str = "controller"
+    selector: Callable[[int, int], str] | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An experiment: its variants, and which one the others are held against."""
+
+    title: str
+    budgets: tuple[float, ...]
+    variants: tuple[Variant, ...]
+    against: str
+
+
+def _switches(text: str) -> tuple[str, ...]:
+    return (f"switches={text}",)
+
+
+_ALL = "tokens,layers,heads,mlp:groups=16"
+# The axes on which every estimator works.
+_ADDITIVE = "tokens,heads,mlp:groups=16"
+
+
+def _method(method: str, *others: str) -> Variant:
+    settings = (*_switches(_ADDITIVE), f"method={method}", "freeze_model=true", *others)
+    return Variant(method.partition(":")[0], settings, "elastic")
+
+
+# A step of a policy takes about seven thirds of the passes of an estimator's.
+_FEWER = "max_steps=130"
+
+COMPARISONS: Mapping[str, Comparison] = {
+    "exp1": Comparison(
+        "Image tokens: an adaptive controller against selectors",
+        (0.9, 0.75, 0.6, 0.45, 0.3),
+        (
+            Variant("adaptive", _switches("tokens")),
+            Variant("uniform, trained", _switches("tokens:scorer=uniform")),
+            Variant("random, trained", _switches("tokens:scorer=random")),
+            Variant("prumerge", selector=lambda n, of: f"prumerge:max={n / of}"),
+            Variant("prumerge+", selector=lambda n, of: f"prumerge+:ratio={n / of}"),
+            Variant("fastv", selector=lambda n, of: f"fastv:k=2,r={1 - n / of}"),
+            Variant("visionzip", selector=lambda n, of: _visionzip(n)),
+            Variant("uniform", selector=lambda n, of: f"uniform:keep={n}"),
+            Variant("random", selector=lambda n, of: f"random:keep={n}"),
+            Variant("downsample", selector=lambda n, of: f"downsample:side={isqrt(n)}"),
+        ),
+        "adaptive",
+    ),
+    "exp2": Comparison(
+        "One axis, two or all three",
+        (0.9, 0.8, 0.7, 0.6, 0.5, 0.4),
+        (
+            Variant("all", _switches(_ALL)),
+            Variant("tokens", _switches("tokens")),
+            Variant("width", _switches("tokens,heads,mlp:groups=16,scorer=all")),
+            Variant("depth", _switches("tokens,layers:scorer=all")),
+            Variant("depth+width", _switches("tokens,layers,heads,mlp:groups=16,scorer=all")),
+            Variant("static", _switches(_ALL), plans="static"),
+            Variant("random", _switches(_ALL), plans="random"),
+            Variant("oracle", _switches(_ALL), plans="oracle"),
+        ),
+        "all",
+    ),
+    "exp3": Comparison(
+        "How a controller learns, on one elastic model",
+        (0.8, 0.6, 0.4),
+        (
+            _method("gumbel:temperature=5"),
+            _method("simple"),
+            _method("imitation", _FEWER),
+            _method("reinforce", _FEWER),
+            _method("grpo", _FEWER),
+            _method("ppo", _FEWER),
+            Variant("elastic", _switches(_ADDITIVE)),
+            Variant("random", _switches(_ADDITIVE), plans="random"),
+        ),
+        "gumbel",
+    ),
+}
+
+
+def _visionzip(tokens: int) -> str:
+    """In the paper's proportion: 54 dominant tokens of 64, the others contextual."""
+    contextual = max(0, round(tokens * 10 / 64))
+    return f"visionzip:dominant={tokens - contextual},contextual={contextual}"
+
+
+@dataclass(frozen=True, eq=False)
+class Measuring:
+    """Variants of one seed, trained, loaded and measured when they are needed, and kept.
+
+    Attributes:
+        work: where models and cells are kept.
+        seed: of the training runs and of the test questions.
+        samples: test questions.
+        overrides: of every training configuration.
+        progress: told what comes next.
+    """
+
+    work: Path
+    seed: int
+    samples: int
+    overrides: tuple[str, ...]
+    progress: Progress
+    _loaded: dict[str, Any] = field(default_factory=dict)
+
+    def cell(self, comparison: Comparison, variant: Variant, budget: float) -> dict[str, Any]:
+        """A variant at a budget, from its file or measured now; `right` has a digit a question."""
+        label = f"{variant.name}_{variant.plans}_{budget:g}".replace(" ", "-").replace(",", "")
+        identity = [repr(variant), budget, self.samples, list(self.overrides)]
+        path = self.work / "controllers" / f"seed-{self.seed}" / f"{label}.json"
+        if path.is_file():
+            known = json.loads(path.read_text())
+            if known["identity"] == identity:
+                return dict(known["result"])
+        self.progress(f"seed {self.seed}: {variant.name} at {budget:g}")
+        measure = self._selected if variant.selector else self._controlled
+        try:
+            found = measure(comparison, variant, budget)
+        except Infeasible as why:
+            found = {"infeasible": str(why)}
+        result = {"variant": variant.name, "budget": budget, "seed": self.seed, **found}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps({"identity": identity, "result": result}, indent=1) + "\n")
+        return result
+
+    # -- models ------------------------------------------------------------------------------
+
+    def _folder(self, settings: Sequence[str]) -> Path:
+        label = "_".join(settings).replace("=", "-").replace(":", "-").replace(",", "-")
+        label = "_".join([label, *(o.replace("=", "-").replace("/", "-") for o in self.overrides)])
+        return self.work / "models" / f"unified_{label}_seed-{self.seed}"
+
+    def _trained(self, comparison: Comparison, variant: Variant) -> Path:
+        """The folder of a variant's model, trained before or now."""
+        folder, start = self._folder(variant.settings), []
+        if variant.start:
+            first = next(v for v in comparison.variants if v.name == variant.start)
+            start = [f"start={self._trained(comparison, first)}"]
+        if not (folder / "model" / "scheduler.json").is_file():
+            self.progress(f"seed {self.seed}: training {variant.name}")
+            places = [f"output_dir={folder / 'run'}", f"export_dir={folder / 'model'}"]
+            own = [*places, f"seed={self.seed}", *start, *self.overrides, *variant.settings]
+            train, parsed = load_recipe(CONFIG, own)
+            train(parsed)
+        return folder / "model"
+
+    def curve(self, comparison: Comparison, variant: Variant) -> list[tuple[int, float]]:
+        """(step, mean loss of the plans drawn, in nats) of a variant's training."""
+        checkpoint = last_checkpoint(self._trained(comparison, variant).parent / "run")
+        assert checkpoint is not None
+        history = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["log_history"]
+        logged = [entry for entry in history if "loss" in entry]
+        # A policy's own loss says nothing of its plans; the likelihood of answers is its reward.
+        return [(e["step"], -e["reward"] if "reward" in e else e["loss"]) for e in logged]
+
+    def _load(self, name: str) -> tuple[Any, Any, Graph]:
+        if name not in self._loaded:
+            # One at a time: variants go through models in order.
+            self._loaded.clear()
+            model, processor, _ = load_model(name)
+            self._loaded[name] = model, processor, lower_model(model, "model")
+        known: tuple[Any, Any, Graph] = self._loaded[name]
+        return known
+
+    @property
+    def questions(self) -> SceneQuestions:
+        """Of the test."""
+        return SceneQuestions("test", self.samples, self.seed, FAMILIES)
+
+    # -- measures ----------------------------------------------------------------------------
+
+    def _right(self, model: Any, processor: Any) -> dict[str, Any]:
+        questions = self.questions
+        answers = predict(model, processor, questions)
+        right = [score(q.turns[0], a) for q, a in zip(questions, answers, strict=True)]
+        return _summary(np.array(right), questions)
+
+    def _controlled(
+        self, comparison: Comparison, variant: Variant, budget: float
+    ) -> dict[str, Any]:
+        """Of a controller, or of other plans on its weights."""
+        folder = self._trained(comparison, variant)
+        model, processor, graph = self._load(str(folder))
+        load = Workload.default(graph, text_tokens=TEXT_TOKENS, new_tokens=0)
+        scheduled = Scheduled(model, graph, load_scheduler(folder, graph), mask=True)
+        layout = scheduled.scheduler.layout.under(load)
+        limit = layout.limit(Budget.of(budget))
+        forced = Forced(scheduled, processor, layout, limit)
+        if variant.plans == "oracle":
+            static = best_static(forced, self._validation())
+            right, rows = best_of_tried(forced, self.questions, static, self.seed)
+            found = _summary(right, self.questions)
+        else:
+            if variant.plans == "static":
+                forced.plan_all(best_static(forced, self._validation()))
+            elif variant.plans == "random":
+                random_plan(forced, self.seed)
+            with scheduled.using(budget, (), load):
+                found = self._right(model, processor)
+                rows = torch.cat(scheduled.decisions)
+        costs = PlanCosts(graph, load, "llm")
+        distinct, times = rows.unique(dim=0, return_counts=True)
+        base = scheduled.base()
+        shares = [layout.flops_fraction(row, base, costs) for row in distinct]
+        spent = [layout.spent(row) for row in rows]
+        return {
+            **found,
+            "cost_fraction": float(np.average(shares, weights=times)),
+            "utilisation": layout.utilisation(spent, limit),
+            "violations": sum(used > limit for used in spent),
+            "plans": len(distinct),
+        }
+
+    def _validation(self) -> SceneQuestions:
+        return SceneQuestions("val", VALIDATION_QUESTIONS, self.seed, FAMILIES)
+
+    def _selected(self, comparison: Comparison, variant: Variant, budget: float) -> dict[str, Any]:
+        """Of a selector on the base model, with as many tokens as the budget allows."""
+        _, config = load_recipe(CONFIG, self.overrides)
+        model, processor, graph = self._load(config.model_dump()["model"])
+        load = Workload.default(graph, text_tokens=TEXT_TOKENS, new_tokens=0)
+        costs = PlanCosts(graph, load, "llm")
+        assert variant.selector is not None
+        of = load.image_tokens
+        for count in range(of, 0, -1):
+            try:
+                stages = stages_of(variant.selector(count, of), of, load.image_tokens_per_run)
+            except InputError:
+                # The selector cannot keep so few, or so many.
+                continue
+            plan = Plan.of(graph, tokens=stages)
+            share = costs.of(plan)["flops"]["fraction"]
+            if share <= budget:
+                break
+        else:
+            raise Infeasible(f"{variant.name} cannot keep to {budget:g}")
+        with obeying(model, graph, plan):
+            found = self._right(model, processor)
+        used = {"cost_fraction": share, "utilisation": share / budget}
+        return {**found, **used, "violations": 0, "plans": 1}
+
+
+def _summary(right: np.ndarray[Any, Any], questions: SceneQuestions) -> dict[str, Any]:
+    """Accuracy, overall and by family, and each question's digit."""
+    families: dict[str, list[float]] = {}
+    for index, value in enumerate(right.tolist()):
+        families.setdefault(questions.families[index % len(questions.families)], []).append(value)
+    return {
+        "accuracy": float(right.mean()),
+        "families": {name: float(np.mean(values)) for name, values in families.items()},
+        "right": "".join(str(round(value)) for value in right.tolist()),
+    }
+
+
+def compared(
+    rows: Sequence[Mapping[str, Any]], against: str, resamples: int = 2000
+) -> Iterator[dict[str, Any]]:
+    """Every variant's accuracy less that of one of them, at each budget: a paired bootstrap.
+
+    Seeds are resampled, and in each the questions, which both variants were asked.
+    """
+    cells = {(r["variant"], r["budget"], r["seed"]): _digits(r) for r in rows if "right" in r}
+    variants = dict.fromkeys(row["variant"] for row in rows)
+    for variant in variants:
+        for budget in dict.fromkeys(row["budget"] for row in rows):
+            pairs = [
+                digits - cells[against, budget, seed]
+                for (name, at, seed), digits in cells.items()
+                if (name, at) == (variant, budget) and (against, budget, seed) in cells
+            ]
+            if variant == against or not pairs:
+                continue
+            random = np.random.default_rng(0)
+            means = []
+            for _ in range(resamples):
+                chosen = [pairs[i] for i in random.integers(len(pairs), size=len(pairs))]
+                means.append(np.mean([random.choice(p, len(p)).mean() for p in chosen]))
+            low, high = np.quantile(means, (0.025, 0.975)).tolist()
+            yield {
+                "variant": variant,
+                "against": against,
+                "budget": budget,
+                "difference": float(np.mean([pair.mean() for pair in pairs])),
+                "standard_error": float(np.std(means)),
+                "low": low,
+                "high": high,
+            }
+
+
+def _digits(row: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    return np.array([float(digit) for digit in row["right"]])
+
+
+def steps_to_stable(curve: Sequence[tuple[int, float]]) -> int | None:
+    """The first logged step from which the loss stays within a tenth of its fall from its end.
+
+    None where it never fell.
+    """
+    if len(curve) < 2 or curve[0][1] <= curve[-1][1]:
+        return None
+    end = float(np.mean([loss for _, loss in curve[-3:]]))
+    within = 0.1 * (curve[0][1] - end)
+    stable = None
+    for step, loss in reversed(curve):
+        if loss > end + within:
+            break
+        stable = step
+    return stable
