@@ -15,6 +15,7 @@ model folder that stock transformers loads. May import every other part of plann
     unified               the recipe of a controller over tokens, heads and layers
     token_draws           image tokens drawn for training, as switches are
     policy                a scheduler as a policy, which tries plans
+    memory_estimate       what a training step takes of a card
     policy_methods        how a policy learns from what it tried
     warm_start            a scheduler taught by labels first
     trainer               transformers' Trainer, for runs that stop and go on

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from planner.cli.command_options import command
-from planner.cli.console import Console, say
+from planner.cli.console import Console, amount, print_records, say
 
 
 @command()
@@ -19,6 +20,10 @@ def train_command(
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change the configuration; repeatable."),
+    ] = None,
+    estimate: Annotated[
+        int | None,
+        typer.Option("--estimate", metavar="N", help="Say what a step takes on N cards, and stop."),
     ] = None,
 ) -> None:
     """Train a model or a scheduler; a run that was stopped goes on from its last checkpoint.
@@ -37,6 +42,9 @@ def train_command(
     if console.verbose:
         for key, value in parsed.model_dump().items():
             say(f"planner: {key} = {value}")
+    if estimate is not None:
+        _estimate(console, parsed, estimate)
+        return
     started = time.perf_counter()
     if not console.shows_progress:
         logging.disable_progress_bar()
@@ -49,3 +57,23 @@ def train_command(
     }
     where = document["export_dir"] or document["output_dir"]
     console.show(document, lambda: print(f"trained in {document['seconds']:.0f} s: {where}"))
+
+
+def _estimate(console: Console, parsed: Any, cards: int) -> None:
+    """Say what a training step takes of each card."""
+    from planner.ir.errors import InputError
+    from planner.training.adallava import AdaLlavaConfig
+    from planner.training.memory_estimate import step_bytes
+
+    if not isinstance(parsed, AdaLlavaConfig):
+        raise InputError(f"no step of the recipe {parsed.model_dump()['recipe']} is estimated")
+    found = step_bytes(parsed, cards)
+    rows = [{"what": what.replace("_", " "), "bytes": n} for what, n in asdict(found).items()]
+    rows.append({"what": "total", "bytes": found.total})
+    document = {"cards": cards, "bytes": {**asdict(found), "total": found.total}}
+
+    def show() -> None:
+        shown = [{**row, "bytes": amount(row["bytes"], "bytes")} for row in rows]
+        print_records({"on each card": "{what}", "": "{bytes}"}, shown)
+
+    console.show(document, show)
