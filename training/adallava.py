@@ -51,7 +51,7 @@ from planner.training.question_samples import Asked
 from planner.training.switch_costs import costs_of
 from planner.training.token_draws import draw_tokens
 from planner.training.trainer import RunTrainer
-from planner.training.warm_start import stop, warm_start
+from planner.training.warm_start import keep_all_tokens, stop, warm_start
 
 
 class AdaLlavaConfig(ConversationConfig):
@@ -272,7 +272,9 @@ def _build(
         model.requires_grad_(False)
     scheduler = Scheduler.of(graph, config.switches)
     if labels is not None:
-        scheduled = Scheduled(model, graph, scheduler, mask=True, decide=stop)
+        scheduled = Scheduled(
+            model, graph, scheduler, mask=True, decide=stop, decide_tokens=keep_all_tokens
+        )
         _learn(read_labels(labels), scheduled, processor, config)
     load = None
     if config.text_tokens is not None:

@@ -22,7 +22,16 @@ from transformers import TrainingArguments
 
 from planner.audit import Labels
 from planner.ir.errors import InputError
-from planner.models.scheduling import CostSwitches, LayerSwitches, Layout, Scheduled
+from planner.models.scheduling import (
+    CostSwitches,
+    LayerSwitches,
+    Layout,
+    Scheduled,
+    UnifiedSwitches,
+)
+from planner.models.scheduling.token_choice import ChosenTokens
+from planner.models.scheduling.vision_controller import TokenScores
+from planner.models.tokens.selectors import DecoderInputs
 from planner.planning.budgets import Budget
 from planner.solver.problem import Flags
 from planner.training.question_samples import Asked, prompt_of
@@ -130,11 +139,18 @@ class LabelledPrompts(Sequence[dict[str, Any]]):
 
     def __init__(self, labels: Labels, layout: Layout, asked: Asked) -> None:
         self._asked = asked
-        self._plans = torch.from_numpy(target_plans(labels, layout))
+        self._plans = torch.from_numpy(target_plans(labels, layout.inner))
         self._limits = _limits(labels, layout)
+        whole = torch.ones_like(self._limits, dtype=torch.bool)
+        if isinstance(layout, UnifiedSwitches):
+            # Labels are measured with all image tokens.
+            whole = layout.open_counts(self._limits)[:, -1]
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(labels.samples):
-            rows.setdefault(name, []).append(row)
+            if whole[row]:
+                rows.setdefault(name, []).append(row)
+        if not rows:
+            raise InputError("no budget of the labels leaves room for all image tokens")
         self._rows = list(rows.items())
 
     def __len__(self) -> int:
@@ -170,6 +186,12 @@ class Decided(Exception):
 def stop(logits: Tensor, limits: Tensor) -> Tensor:
     """What a scheduler that is taught decides by."""
     raise Decided(logits, limits)
+
+
+def keep_all_tokens(scores: TokenScores, limits: Tensor, inputs: DecoderInputs) -> ChosenTokens:
+    """What a vision side decides while the switches are taught."""
+    last = torch.full_like(limits, scores.counts.shape[1] - 1)
+    return ChosenTokens(last, torch.ones_like(scores.image))
 
 
 class Pupil(nn.Module):

@@ -272,3 +272,29 @@ def test_labels_of_another_model_stop_the_training(small, tmp_path):
     with pytest.raises(InputError, match="the labels are for 'small'"):
         adallava.train(config)
     assert not Path(config.output_dir).exists()
+
+
+def test_a_unified_controller_is_taught_by_labels_of_its_other_axes(small, tmp_path):
+    """With all image tokens, at budgets that leave room for them."""
+    from planner.training import unified
+
+    labels = measured(small, "layers,heads", budgets=(0.4, 0.8), count=2)
+    path = tmp_path / "labels.parquet"
+    write_labels(path, labels)
+    config = unified.UnifiedConfig(
+        model=str(small[0]),
+        switches="tokens,layers,heads",
+        labels=path,
+        output_dir=str(tmp_path / "run"),
+        label_steps=2,
+        batch_size=2,
+        save_steps=2,
+    )
+    torch.manual_seed(0)
+    _, adaptive, _ = adallava.build_trainer(config, unified.learner)
+    scheduler = adaptive.scheduler
+    torch.manual_seed(0)
+    config = config.model_copy(update={"labels": None})
+    _, other, _ = adallava.build_trainer(config, unified.learner)
+    assert not torch.equal(scheduler.head.weight, other.scheduler.head.weight)
+    assert torch.equal(scheduler.vision.count.weight, other.scheduler.vision.count.weight)

@@ -1,0 +1,279 @@
+"""The comparison of controllers: what stands in for them, what is resampled, how a page says it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from small_llava import write_small_llava
+
+from planner.ir.cost import Workload
+from planner.ir.lowering import lower_model
+from planner.loading import load_model
+from planner.models.scheduling import Scheduled, Scheduler, layout_of
+from planner.models.scheduling.vision_controller import TokenScores
+from planner.models.tokens.selectors import DecoderInputs
+from planner.planning.budgets import Budget
+from planner.training.data import SceneQuestions
+from planner.training.estimators import parse
+from planner.training.experiments import controllers
+from planner.training.experiments.comparison_page import comparison_markdown, write_comparison
+from planner.training.experiments.controllers import (
+    COMPARISONS,
+    FAMILIES,
+    Measuring,
+    compared,
+    steps_to_stable,
+)
+from planner.training.experiments.forced_plans import (
+    Forced,
+    best_of_tried,
+    best_static,
+    random_plan,
+)
+from planner.training.token_draws import draw_tokens
+
+SWITCHES = "tokens,layers,heads,mlp"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = write_small_llava(tmp_path_factory.mktemp("base"))
+    model, processor, _ = load_model(str(folder))
+    return model, processor, lower_model(model, "small")
+
+
+@pytest.fixture
+def forced(base):
+    model, processor, graph = base
+    torch.manual_seed(0)
+    scheduler = Scheduler.of(graph, SWITCHES).eval()
+    for parameter in scheduler.parameters():
+        parameter.data.normal_(std=0.3)
+    layout = scheduler.layout.under(Workload.default(graph, text_tokens=16, new_tokens=0))
+    scheduled = Scheduled(model, graph, scheduler, mask=True)
+    return Forced(scheduled, processor, layout, layout.limit(Budget.of(0.7)))
+
+
+def questions(count):
+    return SceneQuestions("val", count, 0, FAMILIES)
+
+
+def rows_of(forced, some):
+    return torch.cat([rows for _, _, rows in forced.answers(some)])
+
+
+# -- plans -----------------------------------------------------------------------------------------
+
+
+def test_one_static_plan_is_for_all_and_keeps_to_the_limit(forced, monkeypatch):
+    from planner.training.experiments import forced_plans
+
+    monkeypatch.setattr(forced_plans, "_STATIC_COUNTS", 2)
+    some = questions(4)
+    tried = {}
+    loss = Forced.loss
+
+    def noting(self, asked):
+        found = loss(self, asked)
+        if self.limit == forced.limit and len(asked) == 4:
+            row = rows_of(self, asked)[0]
+            tried[tuple(row.tolist())] = found
+        return found
+
+    monkeypatch.setattr(Forced, "loss", noting)
+    row = best_static(forced, some)
+    assert tried[tuple(row.tolist())] == min(tried.values())
+    assert len(tried) > 3
+    assert forced.layout.spent(row) <= forced.limit
+    forced.plan_all(row)
+    assert rows_of(forced, some).unique(dim=0).tolist() == [row.tolist()]
+
+
+def test_random_plans_differ_and_keep_to_the_limit(forced):
+    random_plan(forced, 0)
+    rows = rows_of(forced, questions(6))
+    assert len(rows.unique(dim=0)) == 6
+    assert all(forced.layout.spent(row) <= forced.limit for row in rows)
+    forced.controller()
+    own = rows_of(forced, questions(6))
+    forced.perturb(0.0, torch.Generator())
+    assert torch.equal(rows_of(forced, questions(6)), own)
+
+
+def test_the_oracle_is_no_worse_than_what_it_tries(forced, monkeypatch):
+    from planner.training.experiments import forced_plans
+
+    monkeypatch.setattr(forced_plans, "TRIED", 4)
+    some = questions(5)
+    static = rows_of(forced, some)[0]
+    forced.plan_all(static)
+    losses = [torch.cat([loss for loss, _, _ in forced.answers(some)])]
+    forced.controller()
+    losses.append(torch.cat([loss for loss, _, _ in forced.answers(some)]))
+    right, rows = best_of_tried(forced, some, static, 0)
+    assert right.shape == (5,)
+    assert all(forced.layout.spent(row) <= forced.limit for row in rows)
+    layout = forced.unified
+    forced.scheduled.decide = lambda logits, _: rows[:, 1:].bool()
+    taken = torch.tensor([layout.counts.index(int(row[0])) for row in rows])
+    assert (taken >= 0).all()
+    assert all(bool(torch.isfinite(loss).all()) for loss in losses)
+
+
+# -- gradients of token draws ----------------------------------------------------------------------
+
+
+def test_a_count_s_gradient_knows_what_it_leaves_for_the_switches(base):
+    layout = layout_of(SWITCHES, base[2])
+    layout = layout.under(Workload.default(base[2], text_tokens=16, new_tokens=0))
+    limits = torch.tensor([layout.limit(Budget.of(0.8))])
+    image = torch.ones(1, 49, dtype=torch.bool)
+    counts = torch.zeros(1, layout.choices, requires_grad=True)
+    tokens = torch.randn(1, 49, requires_grad=True)
+    scores = TokenScores(counts, tokens, image, image.float())
+    inputs = DecoderInputs(image, image)
+    noise = [torch.Generator().manual_seed(0)]
+    drawn = draw_tokens(layout, scores, limits, inputs, parse("gumbel"), noise)
+    kept = layout.counts[int(drawn.chosen.options)]
+    assert drawn.chosen.keep.sum() == kept
+    assert drawn.allowance.item() == 1
+    (more,) = torch.autograd.grad(drawn.allowance.sum(), counts, retain_graph=True)
+    opened = layout.open_counts(limits)[0].nonzero().flatten()
+    # Fewer tokens leave more.
+    assert more[0, opened[0]] > 0 > more[0, opened[-1]]
+    assert not more[0, ~layout.open_counts(limits)[0]].any()
+    by_count, by_token = torch.autograd.grad(drawn.chosen.keep.sum(), (counts, tokens))
+    # And more tokens stay by larger counts.
+    assert by_count[0, opened[-1]] > 0 > by_count[0, opened[0]]
+    assert by_token.any()
+
+
+# -- statistics ------------------------------------------------------------------------------------
+
+
+def cell(variant, seed, right, budget=0.5):
+    return {
+        "variant": variant,
+        "budget": budget,
+        "seed": seed,
+        "accuracy": float(np.mean([int(d) for d in right])),
+        "families": {"count": 0.5},
+        "cost_fraction": budget,
+        "utilisation": 0.99,
+        "violations": 0,
+        "plans": 3,
+        "right": right,
+    }
+
+
+def test_pairs_take_out_what_questions_share():
+    """Questions differ much, variants little: only pairing sees it."""
+    rng = np.random.default_rng(0)
+    first = rng.random(400) < 0.5
+    second = first | (rng.random(400) < 0.05)
+    rows = []
+    for seed in (0, 1):
+        rows.append(cell("a", seed, "".join(str(int(x)) for x in second)))
+        rows.append(cell("b", seed, "".join(str(int(x)) for x in first)))
+    (found,) = compared(rows, "b", resamples=300)
+    assert (found["variant"], found["against"]) == ("a", "b")
+    assert found["difference"] == pytest.approx(second.mean() - first.mean())
+    assert 0 < found["standard_error"] < 0.015 < 0.035
+    assert found["low"] > 0
+    assert found["low"] < found["difference"] < found["high"]
+    (back,) = compared(rows, "a", resamples=300)
+    assert back["difference"] == -found["difference"]
+
+
+def test_infeasible_cells_are_compared_with_nothing():
+    rows = [cell("a", 0, "11"), {"variant": "b", "budget": 0.5, "seed": 0, "infeasible": "why"}]
+    assert list(compared(rows, "a")) == list(compared(rows, "b")) == []
+
+
+@pytest.mark.parametrize(
+    ("losses", "steps"),
+    [
+        ([5, 4, 1, 1, 1, 1], 30),
+        ([5, 1, 1, 4, 1, 1, 1], 50),
+        ([1, 2, 3], None),
+        ([1], None),
+    ],
+)
+def test_a_curve_is_stable_where_it_stays_near_its_end(losses, steps):
+    assert steps_to_stable([(10 * (n + 1), float(x)) for n, x in enumerate(losses)]) == steps
+
+
+# -- cells and pages -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_variants_have_files_and_configurations_of_their_own(name, tmp_path):
+    from planner.training.recipes import load_recipe
+
+    comparison = COMPARISONS[name]
+    assert len({(v.name, v.plans) for v in comparison.variants}) == len(comparison.variants)
+    assert comparison.against in {v.name for v in comparison.variants}
+    for variant in comparison.variants:
+        settings = [f"output_dir={tmp_path}", *variant.settings]
+        assert load_recipe(controllers.CONFIG, settings)[1].recipe == "unified"
+
+
+def test_cells_are_measured_once(tmp_path, monkeypatch):
+    measured = []
+
+    def measure(self, comparison, variant, budget):
+        measured.append(variant.name)
+        return {"accuracy": 0.5, "right": "10"}
+
+    monkeypatch.setattr(Measuring, "_controlled", measure)
+    comparison = COMPARISONS["exp2"]
+    variant = comparison.variants[0]
+    for samples, overrides in ((2, ()), (2, ()), (3, ()), (3, ("max_steps=2",))):
+        bench = Measuring(tmp_path, 0, samples, overrides, print)
+        found = bench.cell(comparison, variant, 0.5)
+        assert found["variant"] == "all"
+    assert len(measured) == 3
+
+
+def test_selectors_keep_to_the_budget(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(Measuring, "_load", lambda self, name: base)
+    monkeypatch.setattr(Measuring, "_right", lambda self, model, processor: {"accuracy": 1.0})
+    bench = Measuring(tmp_path, 0, 2, (), print)
+    comparison = COMPARISONS["exp1"]
+    for variant in comparison.variants:
+        if variant.selector is not None and variant.name not in ("prumerge", "prumerge+"):
+            found = bench.cell(comparison, variant, 0.6)
+            assert 0.4 < found["cost_fraction"] <= 0.6, variant.name
+    assert "cannot keep to 0.1" in bench.cell(comparison, comparison.variants[5], 0.1)["infeasible"]
+
+
+def test_a_page_has_its_rows_differences_and_command(tmp_path):
+    rows = [cell("all", s, "1101") for s in (0, 1)] + [cell("static", s, "1001") for s in (0, 1)]
+    results = {
+        "experiment": "exp2",
+        "title": "One axis, two or all three",
+        "command": "planner experiment exp2 --seeds 0,1 --samples 4",
+        "samples": 4,
+        "rows": [{k: v for k, v in row.items() if k != "right"} for row in rows],
+        "infeasible": [{"variant": "depth", "budget": 0.4, "seed": 0, "infeasible": "too little"}],
+        "differences": list(compared(rows, "all", resamples=50)),
+        "learning": [{"variant": "grpo", "seed": 0, "steps": None, "curve": []}],
+    }
+    write_comparison(json.loads(json.dumps(results)), tmp_path)
+    text = (tmp_path / "exp2.md").read_text()
+    assert text == comparison_markdown(results)
+    for part in (
+        "| all | 50% | 50.0% | 75.0 ± 0.0 | 99.0% | 0 | 3 | 50.0 |",
+        "| static | 50% | -25.0 |",
+        "| grpo | never |",
+        "depth at 40%: too little.",
+        "    planner experiment exp2 --seeds 0,1 --samples 4",
+    ):
+        assert part in text
+    assert (tmp_path / "exp2.svg").read_text().count("</svg>") == 1
+    saved = json.loads((tmp_path / "exp2.json").read_text())
+    assert {"command", "rows"} <= set(saved)
+    assert {"variant", "budget", "seed", "accuracy", "cost_fraction", "utilisation"} <= set(
+        saved["rows"][0]
+    )
