@@ -98,6 +98,7 @@ class PolicyTrainer(RunTrainer):
         for _ in range(policy.method.epochs - 1):
             super().training_step(model, dict(inputs), num_items_in_batch)
             self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+            assert self.optimizer is not None
             self.optimizer.step()
             model.zero_grad()
         return super().training_step(model, inputs, num_items_in_batch)

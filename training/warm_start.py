@@ -139,18 +139,17 @@ class LabelledPrompts(Sequence[dict[str, Any]]):
 
     def __init__(self, labels: Labels, layout: Layout, asked: Asked) -> None:
         self._asked = asked
-        self._plans = torch.from_numpy(target_plans(labels, layout.inner))
-        self._limits = _limits(labels, layout)
-        whole = torch.ones_like(self._limits, dtype=torch.bool)
         if isinstance(layout, UnifiedSwitches):
             # Labels are measured with all image tokens.
-            whole = layout.open_counts(self._limits)[:, -1]
+            whole = layout.open_counts(_limits(labels, layout))[:, -1]
+            labels = labels.some(whole.nonzero()[:, 0].tolist())
+            if not len(labels):
+                raise InputError("no budget of the labels leaves room for all image tokens")
+        self._plans = torch.from_numpy(target_plans(labels, layout.inner))
+        self._limits = _limits(labels, layout)
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(labels.samples):
-            if whole[row]:
-                rows.setdefault(name, []).append(row)
-        if not rows:
-            raise InputError("no budget of the labels leaves room for all image tokens")
+            rows.setdefault(name, []).append(row)
         self._rows = list(rows.items())
 
     def __len__(self) -> int:

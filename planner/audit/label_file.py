@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,19 @@ class Labels:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def some(self, rows: Sequence[int]) -> Labels:
+        """These of the labels, by index."""
+        return replace(
+            self,
+            samples=tuple(self.samples[row] for row in rows),
+            budgets=self.budgets[list(rows)],
+            utilities=self.utilities[list(rows)],
+            plans=self.plans[list(rows)],
+            costs=self.costs[list(rows)],
+            limits=self.limits[list(rows)],
+            losses={new: self.losses[old] for new, old in enumerate(rows) if old in self.losses},
+        )
 
     def problems(self, graph: Graph) -> dict[float, Problem]:
         """Budget -> its problem, priced afresh; its utilities are no label's.

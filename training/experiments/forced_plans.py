@@ -152,13 +152,14 @@ def _worth(forced: Forced, questions: Sequence[Conversation]) -> Tensor:
     whole = replace(forced, limit=layout.steps)
     dense = torch.ones(1 + layout.size, dtype=torch.long)
     dense[0] = layout.counts[-1]
+    few = [questions[index] for index in range(min(_BATCH, len(questions)))]
     losses = []
     for switch in (0, *range(1, layout.size + 1)):
         row = dense.clone()
         if switch:
             row[switch] = 0
         whole.plan_all(row)
-        losses.append(whole.loss(questions[:_BATCH]))
+        losses.append(whole.loss(few))
     forced.controller()
     return torch.tensor(losses[1:]) - losses[0]
 
