@@ -45,6 +45,10 @@ class Device:
         """What a pass through a model takes besides its operators; `element`: bytes of a number."""
         return 0.0
 
+    def late(self, element: int) -> float:
+        """By which share a pass may take longer than predicted, once in a hundred times."""
+        return 0.0
+
     def time(
         self, operator: Operator, sizes: Sizes, operations: int, elements: int, element: int
     ) -> tuple[float, str]:

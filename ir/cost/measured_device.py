@@ -80,7 +80,7 @@ class Measurement:
         factors: sort of operators (`sort_of`) -> what they take in a model over what they take
             alone.
         errors: of what -> quantile -> relative error of predictions, at sizes and under plans that
-            nothing was fitted to.
+            nothing was fitted to; ``late`` is by which share passes took longer at most.
     """
 
     tables: Mapping[str, Table]
@@ -124,6 +124,10 @@ class MeasuredDevice(Device):
     @override
     def pass_seconds(self, element: int) -> float:
         return self.at(element).pass_seconds
+
+    @override
+    def late(self, element: int) -> float:
+        return self.at(element).errors.get("passes", {}).get("late", 0.0)
 
     @override
     def time(

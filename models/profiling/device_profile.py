@@ -78,7 +78,8 @@ def profile(
     device = fitted(device, passes[:_FITTED])
     errors = {
         "operators": quantiles(off),
-        "passes": quantiles([one.error(device) for one in passes[_FITTED:]]),
+        "passes": quantiles(off := [one.error(device) for one in passes[_FITTED:]])
+        | {"late": round(max(0.0, *(1 / (1 + error) - 1 for error in off)), 4)},
     }
     known = replace(device.measured[precision], errors=errors)
     return replace(device, measured={precision: known})

@@ -29,7 +29,7 @@ from planner.ir.cost import Workload, price
 from planner.ir.cost.measured_device import PRECISIONS, SORTS, MeasuredDevice, sort_of
 from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
-from planner.models.profiling.operator_cases import Bench
+from planner.models.profiling.operator_cases import Bench, Case
 from planner.models.profiling.stopwatch import stopwatch_for
 from planner.models.running.kv_cache import cache_argument
 from planner.models.running.session import Session
@@ -42,6 +42,8 @@ from planner.progress import Progress
 _IMAGE, _IMAGE_TOKENS = 900, 144
 # A decoded token is timed over so many of them.
 _STEPS = 4
+# Rows, in and out features of a product that tells how fast the machine is just now.
+_REFERENCE = (256, 1024, 1024)
 # What operators take in a model over what they take alone is in between.
 _FACTORS = (0.6, 1.7)
 
@@ -134,7 +136,7 @@ class Subject:
     def seconds(self, one: Pass, rounds: int = 3) -> float:
         """Median of a pass under its plan."""
         self.session.obey(one.plan)
-        run = self._decoding(one) if one.decodes else self._prompt(one)
+        run = self._decoding(one) if one.decodes else lambda: self.prompt(one)
         watch, steps = stopwatch_for(self.bench.place), _STEPS if one.decodes else 1
         for _ in range(2):  # the second copies what frozen plans keep
             run()()
@@ -149,9 +151,10 @@ class Subject:
         size = self.model.config.vision_config.image_size
         return {"input_ids": ids, "pixel_values": self.bench.random(1, 3, size, size)}
 
-    def _prompt(self, one: Pass) -> Callable[[], Callable[[], Any]]:
+    def prompt(self, one: Pass) -> Callable[[], Any]:
+        """What computes a random prompt, under the plan that holds."""
         inputs = self._inputs(one)
-        return lambda: lambda: self.model(**inputs, logits_to_keep=1)
+        return lambda: self.model(**inputs, logits_to_keep=1)
 
     def _decoding(self, one: Pass) -> Callable[[], Callable[[], Any]]:
         inputs, word = self._inputs(one), torch.tensor([[5]], device=self.bench.place)
@@ -171,26 +174,38 @@ class Subject:
 
 @dataclass(frozen=True)
 class Timed:
-    """A pass and what it took."""
+    """A pass and what it took; `reference`: what one product took before and after it."""
 
     subject: Subject
     one: Pass
     seconds: float
+    reference: float = 0.0
 
     def error(self, device: MeasuredDevice) -> float:
         """Of the prediction, relative."""
         return self.one.predicted(self.subject.graph, device) / self.seconds - 1
+
+    def error_at_pace(self, device: MeasuredDevice) -> float:
+        """The same, were the machine as fast as when it was measured."""
+        tables = device.at(self.subject.graph.dtype_bytes).tables
+        pace = self.reference / tables["product"].at(*_REFERENCE)
+        return (1 + self.error(device)) * pace - 1
 
 
 def timed(
     subjects: Sequence[Subject], count: int, most_tokens: int, seed: int, progress: Progress
 ) -> list[Timed]:
     """Random passes, a quarter of them decoding."""
-    rng, found = random.Random(seed), []
+    rng, found, bench = random.Random(seed), [], subjects[0].bench
+    watch = stopwatch_for(bench.place)
+    product = bench.runs(Case("product", _REFERENCE, next(iter(bench.backends))), 1)
     for number in range(count):
         subject = subjects[number % len(subjects)]
         one = subject.draw(rng, most_tokens, decodes=rng.random() < 0.25)
-        found.append(Timed(subject, one, subject.seconds(one)))
+        before = [watch.seconds(product) for _ in range(3)]
+        seconds = subject.seconds(one)
+        after = [watch.seconds(product) for _ in range(3)]
+        found.append(Timed(subject, one, seconds, median(before + after)))
         progress(number + 1, count)
     return found
 

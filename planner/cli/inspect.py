@@ -41,6 +41,8 @@ def inspect_command(
     ] = False,
 ) -> None:
     """Show the cost of a model: FLOPs, bytes, roofline seconds, KV bytes, parameters."""
+    from dataclasses import replace
+
     from planner.ir.cost import price, total
     from planner.ir.graph_text import print_graph
     from planner.ir.passes import find_passes, run
@@ -72,6 +74,8 @@ def inspect_command(
     sizes = load.prefill(kept) if step == "prefill" else load.decode(last, kept)
     costs = [(operator, price(operator, graph, sizes, chip)) for operator in graph]
     whole = total(cost for _, cost in costs)
+    beside = chip.pass_seconds(graph.dtype_bytes)
+    whole = replace(whole, seconds=whole.seconds + beside)
     document = {
         "model": graph.name,
         "device": chip.name,

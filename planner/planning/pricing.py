@@ -415,7 +415,7 @@ class Pricing:
 
     def limits(self, budget: Budget) -> dict[str, int]:
         """Metric -> limit in the integer units of the tables, rounded down."""
-        return limits_of(budget, self.base)
+        return limits_of(budget, self.base, self.device.late(self.graph.dtype_bytes))
 
     def problem(self, budget: Budget, utilities: Utilities) -> Problem:
         """The Problem: every switch's worth and cost, and the limits."""
@@ -502,18 +502,21 @@ class Pricing:
         return work
 
 
-def limits_of(budget: Budget, base: Mapping[str, float]) -> dict[str, int]:
+def limits_of(budget: Budget, base: Mapping[str, float], late: float = 0.0) -> dict[str, int]:
     """Metric -> limit in the integer units of the tables, rounded down.
 
     Args:
         budget: what is limited.
         base: what the base model costs in these metrics.
+        late: see `Device.late`; what is limited to so many seconds is planned for so much less.
     """
     limits = {}
     for limit in budget.limits:
         scale = COUNTED[limit.metric]
         of = round(base[limit.metric] * scale) if limit.of_base else scale
         # No plan costs more, and tables are of 64 bits.
+        if limit.metric == "latency" and not limit.of_base:
+            of = round(of / (1 + late))
         limits[limit.metric] = min(math.floor(limit.value * of), COST_CEILING)
     return limits
 

@@ -1,0 +1,159 @@
+"""Are milliseconds kept? Predictions of a device file against passes on this machine.
+
+    planner calibrate -o here.json
+    python benchmarks/latency.py --device here.json [--plans 200] [--requests 500] [--json]
+
+Passes are prompts and decoded tokens of models with random weights, of other sizes than those that
+`planner calibrate` fits to, under random plans. Requests come with prompts of several lengths and
+deadlines of several shares of the base model's time; each is served by the plan for a latency
+budget of its deadline. On time are requests whose pass took no longer, by the clock of the
+calibration; utilisation is the share of their deadlines that passes took. Errors are as they are, and
+*at pace*: were the machine as fast as when it was measured, by a product timed around every pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from planner.cli.console import print_json, table
+from planner.ir.cost import Workload
+from planner.ir.cost.measured_device import MeasuredDevice
+from planner.models.profiling.device_profile import machine_of, quantiles
+from planner.models.profiling.operator_cases import Bench
+from planner.models.profiling.stopwatch import stopwatch_for
+from planner.models.profiling.whole_passes import Pass, Subject, Timed, timed
+from planner.plan import Plan
+from planner.planning.compiler import Request, plan_graph
+from planner.planning.device_file import read_device
+from planner.planning.plan_costs import pricing_for
+from planner.progress import progress_bar
+
+# Width and layers of the models, and whether they see; other ones than the calibration's.
+SUBJECTS = ((384, 6, False), (768, 4, True))
+MOST_TOKENS = 500
+# Of requests: text tokens, and deadlines over the base model's seconds.
+TEXTS, SHARES = (40, 120, 300), (0.6, 0.7, 0.8, 0.9)
+
+
+def plans(subjects: Sequence[Subject], device: MeasuredDevice, count: int) -> dict[str, Any]:
+    """Errors of predictions for so many random plans."""
+    with progress_bar("plans") as progress:
+        found = timed(subjects, count, MOST_TOKENS, 1, progress)
+    sorts = {
+        "all": found,
+        "prompts": [one for one in found if not one.one.decodes],
+        "decoded tokens": [one for one in found if one.one.decodes],
+    }
+    return {
+        name + how: {"count": len(some), "bias": float(np.median(errors)), **quantiles(errors)}
+        for name, some in sorts.items()
+        for how, error in (("", Timed.error), (", at pace", Timed.error_at_pace))
+        if (errors := [error(one, device) for one in some])
+    }
+
+
+def requests(subject: Subject, device: MeasuredDevice, count: int) -> dict[str, Any]:
+    """How so many requests keep their deadlines."""
+    rng, watch = random.Random(2), stopwatch_for(subject.bench.place)
+    served = {(t, s): planned(subject, device, t, s) for t in TEXTS for s in SHARES}
+    for serve, _ in served.values():
+        for _ in range(2):  # the second copies what frozen plans keep
+            serve()
+    used = []
+    with progress_bar("requests") as progress:
+        for number in range(count):
+            serve, deadline = served[rng.choice(TEXTS), rng.choice(SHARES)]
+            used.append(watch.seconds([serve]) / deadline)
+            progress(number + 1, count)
+    return {
+        "count": count,
+        "on time": float(np.mean(np.array(used) <= 1)),
+        "median over deadline": float(np.quantile(used, 0.5)),
+        "p99 over deadline": float(np.quantile(used, 0.99)),
+        "utilisation": float(np.mean(np.minimum(used, 1))),
+    }
+
+
+def planned(
+    subject: Subject, device: MeasuredDevice, text_tokens: int, share: float
+) -> tuple[Callable[[], None], float]:
+    """What serves a request, and its deadline in seconds."""
+    load = Workload.default(subject.graph, text_tokens=text_tokens)
+    dense = Plan.of(subject.graph)
+    base = pricing_for(dense, subject.graph, load, "model", device).cost_of(dense)["latency"]
+    options = {"utilities": "prior", "device": device.name, "text_tokens": text_tokens}
+    asked = Request(subject.graph.name, f"latency={share * base}s", **options)
+    plan = plan_graph(subject.graph, asked).plan
+    prompt = subject.prompt(Pass(plan, load, decodes=False))
+
+    @torch.no_grad()
+    def serve() -> None:
+        with subject.session.under(plan):
+            prompt()
+
+    return serve, share * base
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", type=Path, required=True, help="file of planner calibrate")
+    parser.add_argument("--plans", type=int, default=200)
+    parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    options = parser.parse_args()
+    device = read_device(options.device)
+    torch.set_num_threads(int(device.machine["threads"]))
+    results = {}
+    for precision in device.measured:
+        place = "cuda" if device.machine["cuda"] else "cpu"
+        bench = Bench(torch.device(place), getattr(torch, precision))
+        here = machine_of(bench)
+        if here != device.machine:
+            differs = [name for name in here if here[name] != device.machine.get(name)]
+            print(f"the device file is of another {', '.join(differs)}", file=sys.stderr)
+            return 1
+        subjects = [Subject.of(bench, *which) for which in SUBJECTS]
+        results[precision] = {
+            "plans": plans(subjects, device, options.plans),
+            "requests": requests(subjects[-1], device, options.requests),
+        }
+    document = {
+        "machine": device.machine,
+        "load": os.getloadavg(),
+        "operators": {name: known.errors["operators"] for name, known in device.measured.items()},
+        **results,
+    }
+    if options.json:
+        print_json(document)
+    else:
+        show(document, results)
+    return 0
+
+
+def show(document: dict[str, Any], results: dict[str, Any]) -> None:
+    print(document["machine"], "load", document["load"])
+    names = ("median", "p90", "p95", "bias", "count")
+    rows = []
+    for precision, found in results.items():
+        errors = {"operators": document["operators"][precision], **found["plans"]}
+        for what, off in errors.items():
+            cells = [f"{off[name]:.3f}" if name in off else "" for name in names[:-1]]
+            rows.append([f"{what}, {precision}", *cells, str(off.get("count", ""))])
+    table(["predictions are off", *names], rows)
+    for precision, found in results.items():
+        print()
+        figures = found["requests"]
+        table([f"requests, {precision}", ""], [[k, f"{v:.3f}"] for k, v in figures.items()])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
