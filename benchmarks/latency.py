@@ -7,8 +7,9 @@ Passes are prompts and decoded tokens of models with random weights, of other si
 `planner calibrate` fits to, under random plans. Requests come with prompts of several lengths and
 deadlines of several shares of the base model's time; each is served by the plan for a latency
 budget of its deadline. On time are requests whose pass took no longer, by the clock of the
-calibration; utilisation is the share of their deadlines that passes took. Errors are as they are, and
-*at pace*: were the machine as fast as when it was measured, by a product timed around every pass.
+calibration; utilisation is the share of their deadlines that passes took. Errors are as they are,
+and *at pace*: were the machine as fast as when it was measured, by a product timed around every
+pass.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def main() -> int:
     for precision in device.measured:
         place = "cuda" if device.machine["cuda"] else "cpu"
         bench = Bench(torch.device(place), getattr(torch, precision))
-        here = machine_of(bench)
+        here = machine_of(bench.place)
         if here != device.machine:
             differs = [name for name in here if here[name] != device.machine.get(name)]
             print(f"the device file is of another {', '.join(differs)}", file=sys.stderr)

@@ -1,21 +1,24 @@
 """Does a plan save the time that it saves in FLOPs? Realised over ideal, on this machine.
 
     python benchmarks/realised.py [--quick] [--json] [--threads N] [--clock wall|cpu]
+        [--dtypes float32 bfloat16] [--history FILE]
 
-A LLaMA-shaped decoder (8 layers, width 1024, 640 tokens, float32) and a LLaVA of that size run
-under layer plans, head and MLP plans, token plans and mixed ones. Realised is measured time over
-the base model's. All sides run in this process one after the other, round by round, and the median
-of the rounds' ratios counts: what slows the machine for a while slows all sides of a round. Ideal
-is the same ratio of FLOPs, counted on what runs. All sides run eagerly, or all under torch.compile,
-or all compiled with frozen weights (inductor then packs them ahead). When decoding, the gain in
-tokens per second is set against bytes: the weights, keys and values that a token reads in the base
-model, over those under the plan.
+A LLaMA-shaped decoder (8 layers, width 1024, 640 tokens) and a LLaVA of that size, in float32 and,
+where the CPU multiplies in it, in bfloat16, run under layer plans, head and MLP plans, token plans
+and mixed ones. Realised is measured time over the base model's. All sides run in this process one
+after the other, round by round, and the median of the rounds' ratios counts: what slows the machine
+for a while slows all sides of a round. Ideal is the same ratio of FLOPs, counted on what runs. All
+sides run eagerly, or all under torch.compile, or all compiled with frozen weights (inductor then
+packs them ahead). When decoding, the gain in tokens per second is set against bytes: the weights,
+keys and values that a token reads in the base model, over those under the plan.
 
 Beside the base model runs a stock model cut to the plan by hand (`by_hand`), whose score says what
 the runtime itself loses on smaller tensors. Under a plan, linears multiply in a way of their own
 (`kept_linear`). So there is a second base model, whose linears do: what a plan gains over that one
 is due to what it leaves out. Nothing is reported unless sides agree with the masked model, or the
 stock one.
+
+`--history` adds the run, with its date and its machine, to a file, which docs/realised.md shows.
 
 On a machine that is busy with other things, ``--clock cpu --threads 1`` counts this process's
 seconds only.
@@ -25,14 +28,19 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
+import json
+import os
 import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from datetime import date
 from functools import partial
 from itertools import count
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -52,9 +60,12 @@ from transformers import (
 )
 
 from planner.cli.console import print_json, table
+from planner.documents import read_json
+from planner.files import write_text
 from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
 from planner.kernels.ops.kept_linear import kept_linear
+from planner.models.profiling.device_profile import machine_of
 from planner.models.running.kv_cache import cache_argument, kv_bytes
 from planner.models.running.masked import Gates, MaskedExecutor
 from planner.models.running.session import Session
@@ -67,6 +78,7 @@ LAYERS, WIDTH, HEADS, NEURONS, TOKENS = 8, 1024, 16, 2752, 640
 SWITCHES = 16
 IMAGE_TOKENS, IMAGE = 576, 1000
 BUDGETS = (0.5, 0.65, 0.85)
+DTYPES = ("float32", "bfloat16")
 PLANS = ("layers", "heads and mlp", "tokens", "mixed")
 # Realised over ideal, at most.
 PREFILLS = {
@@ -80,7 +92,8 @@ DECODINGS = {"decoding": 0.9, "decoding, compiled": 0.9}
 # Planning and dispatch over a prefill of the base model, at most.
 DISPATCH = {"dispatch": 0.01}
 TARGETS = PREFILLS | DECODINGS | DISPATCH
-PARITY = 1e-5
+# By precision.
+PARITY = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 # Decoded over and over.
 WORD = torch.tensor([[5]])
 
@@ -89,7 +102,7 @@ class Invalid(Exception):
     """What is measured computes something else than it should."""
 
 
-def build(kind: str) -> tuple[Any, dict[str, Tensor]]:
+def build(kind: str, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
     """A random model and its prompt of `TOKENS` tokens."""
     torch.manual_seed(0)
     text = LlamaConfig(
@@ -102,7 +115,7 @@ def build(kind: str) -> tuple[Any, dict[str, Tensor]]:
     )
     ids = torch.randint(3, 999, (1, TOKENS))
     if kind == "decoder":
-        return LlamaForCausalLM(text).eval(), {"input_ids": ids}
+        return LlamaForCausalLM(text).eval().to(dtype), {"input_ids": ids}
     vision = CLIPVisionConfig(
         hidden_size=128,
         intermediate_size=512,
@@ -115,7 +128,8 @@ def build(kind: str) -> tuple[Any, dict[str, Tensor]]:
         LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
     )
     ids[:, 32 : 32 + IMAGE_TOKENS] = IMAGE
-    return model.eval(), {"input_ids": ids, "pixel_values": torch.randn(1, 3, 336, 336)}
+    pixels = torch.randn(1, 3, 336, 336, dtype=dtype)
+    return model.eval().to(dtype), {"input_ids": ids, "pixel_values": pixels}
 
 
 def draw(graph: Graph, kind: str, budget: float, seed: int) -> Plan:
@@ -231,6 +245,7 @@ class Row:
     """
 
     model: str
+    dtype: str
     plan: str
     budget: float
     mode: str
@@ -257,13 +272,14 @@ class Row:
         met = score >= target if mode in DECODINGS else score <= target
         bench, kind, budget = case
         figures = (ideal, realised, score, by_hand, same_products)
-        return Row(bench.name, kind, budget, mode, *figures, target, met)
+        dtype = str(bench.stock.dtype).removeprefix("torch.")
+        return Row(bench.name, dtype, kind, budget, mode, *figures, target, met)
 
 
 def check(what: str, logits: Tensor, expected: Tensor) -> None:
     """Raise Invalid unless both are the same up to rounding."""
-    error = float((logits - expected).norm() / expected.norm())
-    if not error <= PARITY:
+    error = float((logits - expected).float().norm() / expected.float().norm())
+    if not error <= PARITY[expected.dtype]:
         raise Invalid(f"{what} is {error:.1e} off")
 
 
@@ -424,6 +440,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="budget 0.65, eager, three rounds")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--models", nargs="+", default=["decoder", "llava"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=dtypes_at_hand())
+    parser.add_argument("--history", type=Path, help="JSON file that the run is added to")
     parser.add_argument("--plans", nargs="+", choices=PLANS, default=PLANS)
     parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS)
     parser.add_argument("--modes", nargs="+", choices=TARGETS, default=list(TARGETS))
@@ -440,8 +458,8 @@ def main() -> int:
     torch._dynamo.config.recompile_limit = 8 * LAYERS
     rows = []
     try:
-        for name in options.models:
-            model, inputs = build(name)
+        for name, dtype in itertools.product(options.models, options.dtypes):
+            model, inputs = build(name, getattr(torch, dtype))
             graph = lower_model(model, name)
             twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
             clock = time.perf_counter if options.clock == "wall" else time.process_time
@@ -461,19 +479,50 @@ def main() -> int:
     except Invalid as reason:
         print(f"no figures: {reason}", file=sys.stderr)
         return 1
+    run = {
+        "date": date.today().isoformat(),
+        "machine": machine_of(torch.device("cpu")),
+        "load": round(os.getloadavg()[1], 1),
+        "options": vars(options) | {"history": None},
+        "rows": [asdict(row) for row in rows],
+    }
+    if options.history is not None:
+        add_to(options.history, run)
     if options.json:
-        print_json({"options": vars(options), "rows": [asdict(row) for row in rows]})
+        print_json(run)
     else:
+        print(run["machine"])
         headers = [field.name.replace("_", " ") for field in fields(Row)]
         table(headers, [_cells(row) for row in rows])
     return 0
+
+
+def dtypes_at_hand() -> list[str]:
+    """float32, and bfloat16 where the CPU has instructions for its products."""
+    has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return list(DTYPES[: 1 + has_bfloat16])
+
+
+def add_to(history: Path, run: dict[str, Any]) -> None:
+    """Add a run to a file of runs."""
+    runs = read_json(history, "history") if history.is_file() else []
+    write_text(history, json.dumps([*runs, run], indent=1) + "\n")
 
 
 def _cells(row: Row) -> list[str]:
     numbers = [row.ideal, row.realised, row.score, row.by_hand, row.same_products]
     cells = ["" if number is None else f"{number:.3f}" for number in numbers]
     met = "yes" if row.met else "no"
-    return [row.model, row.plan, f"{row.budget:g}", row.mode, *cells, f"{row.target:g}", met]
+    return [
+        row.model,
+        row.dtype,
+        row.plan,
+        f"{row.budget:g}",
+        row.mode,
+        *cells,
+        f"{row.target:g}",
+        met,
+    ]
 
 
 def _line(row: Row) -> str:

@@ -43,7 +43,7 @@ def profile(
         partial: file that keeps what was timed, from which a run that was cut short goes on.
         bar: makes a progress bar.
     """
-    machine = machine_of(bench)
+    machine = machine_of(bench.place)
     facts = [machine, str(bench.dtype)]
     precision = str(bench.dtype).removeprefix("torch.")
     cases, held_out = bench.cases(), bench.held_out()
@@ -85,9 +85,9 @@ def profile(
     return replace(device, measured={precision: known})
 
 
-def machine_of(bench: Bench) -> dict[str, str | int]:
+def machine_of(place: torch.device) -> dict[str, str | int]:
     """What measurements depend on."""
-    cuda = bench.place.type == "cuda"
+    cuda = place.type == "cuda"
     return {
         "processor": torch.cuda.get_device_name() if cuda else cpu_name(),
         "system": platform.system(),
