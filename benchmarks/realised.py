@@ -449,7 +449,11 @@ def main() -> int:
     parser.add_argument("--decode", type=int, default=32, help="tokens decoded")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--show", action="store_true", help="print the --history, and run nothing")
     options = parser.parse_args()
+    if options.show:
+        print(shown(read_json(options.history, "history")))
+        return 0
     if options.quick:
         options.budgets, options.rounds, options.decode = (0.65,), 3, 8
         options.modes = [mode for mode in options.modes if "," not in mode]
@@ -507,6 +511,22 @@ def add_to(history: Path, run: dict[str, Any]) -> None:
     """Add a run to a file of runs."""
     runs = read_json(history, "history") if history.is_file() else []
     write_text(history, json.dumps([*runs, run], indent=1) + "\n")
+
+
+def shown(runs: Sequence[dict[str, Any]]) -> str:
+    """Runs of a history as a table in Markdown."""
+    heads = ["date", "machine, threads, load", "model, plan, budget", "mode", "realised / ideal"]
+    heads += ["cut by hand", "same products"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for run in runs:
+        machine = run["machine"]
+        where = f"{machine['processor']}, {machine['threads']}, {run['load']}"
+        for row in run["rows"]:
+            case = f"{row['model']} {row['dtype']}, {row['plan']}, {row['budget']:g}"
+            scores = [row[name] for name in ("score", "by_hand", "same_products")]
+            figures = ["" if score is None else f"{score:.2f}" for score in scores]
+            lines.append(f"| {' | '.join([run['date'], where, case, row['mode'], *figures])} |")
+    return "\n".join(lines)
 
 
 def _cells(row: Row) -> list[str]:

@@ -94,8 +94,12 @@ def inspect_command(
             by_name = {operator.name: cost for operator, cost in costs}
             print(print_graph(graph, lambda o: amount(by_name[o.name].flops, "flops")), end="")
         else:
-            title = f"{graph.name}, {step}, modelled on {chip.name}"
-            _print(f"{title} (roofline: no overlap, no launch cost)", costs, whole, by)
+            how = (
+                f"as measured in {chip.name}, {amount(beside, 'latency')} besides the operators"
+                if beside
+                else f"modelled on {chip.name} (roofline: no overlap, no launch cost)"
+            )
+            _print(f"{graph.name}, {step}, {how}", costs, whole, by)
 
     console.show(document, text)
 

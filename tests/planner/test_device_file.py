@@ -12,11 +12,12 @@ from planner.planning.device_file import save_device
 from planner.planning.figures import check_figures
 
 
-def measured(seconds_each=1e-12):
+def measured(seconds_each=1e-12, late=0.0):
     """Products take so much for every multiply-add, and a pass a millisecond."""
     axes = ((1.0, 1000.0), (1.0, 5000.0), (1.0, 5000.0))
     seconds = tuple(seconds_each * m * k * n for m in axes[0] for k in axes[1] for n in axes[2])
-    known = Measurement({"product": Table(axes, seconds)}, 1e-6, 1e-3, {"products": 1.5})
+    tables, errors = {"product": Table(axes, seconds)}, {"passes": {"late": late}}
+    known = Measurement(tables, 1e-6, 1e-3, {"products": 1.5}, errors)
     return MeasuredDevice("here", 1.0, 100.0, 16.0, "a test", {"threads": 1}, {"float32": known})
 
 
@@ -77,6 +78,16 @@ def test_seconds_are_those_that_were_measured_and_limits_on_them_hold(path, tmp_
     slower = tmp_path / "slower.json"
     save_device(slower, measured(2e-12))
     assert compile_plan(request(slower, 1.0)).pricing.base["latency"] > 1.1 * base
+
+
+def test_a_limit_in_seconds_leaves_room_for_passes_that_are_late(path, tmp_path):
+    base = compile_plan(request(path, 1.0)).pricing.base["latency"]
+    late = tmp_path / "late.json"
+    save_device(late, measured(late=0.25))
+    plan = compile_plan(request(late, f"latency={base}s")).plan
+    assert 0.7 * base < plan.cost["latency"]["plan"] <= base / 1.25
+    # A share of the base model is no deadline.
+    assert compile_plan(request(late, {"latency": 1.0})).plan.is_dense
 
 
 def test_a_plan_outlives_the_device_file_that_it_was_made_with(path, tmp_path):
