@@ -100,7 +100,7 @@ def vision_inputs(config: Any, function: Callable[..., Any]) -> Iterator[dict[st
     if "interpolate_pos_encoding" in accepted:
         fixed["interpolate_pos_encoding"] = False
     zeros = partial(torch.zeros, device="meta")
-    for words in [n for n in accepted if n.endswith("_input_ids")]:
+    for words in [n for n in accepted if n.endswith("_input_ids") and "decoder" not in n]:
         # The question, where the projector reads it too.
         fixed[words] = zeros(1, DEFAULT_TEXT_TOKENS, dtype=torch.long)
     name = "pixel_values" if "pixel_values" in accepted else next(iter(accepted), "pixel_values")
@@ -146,6 +146,10 @@ def vision_inputs(config: Any, function: Callable[..., Any]) -> Iterator[dict[st
         size = (1, 1, channels, max(4, rows // 4 * 4) * patch, max(4, columns // 4 * 4) * patch)
         yield {name: zeros(size), **fixed}
     flat = zeros(1, rows * columns, channels * patch * patch)
+    if name == "flattened_patches":
+        # The row and column of each come first.
+        features = _first(config, "patch_embed_hidden_size", default=channels * patch * patch)
+        yield {name: zeros(1, rows * columns, 2 + int(features))}
     where = torch.stack(
         torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), -1
     )

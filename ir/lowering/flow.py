@@ -41,8 +41,9 @@ class Flow:
             entering = node.op == "placeholder" and node.name in self.captured.inputs
             # Learned queries enter a stack without coming from the pixels.
             entering |= node.op == "call_function" and opname(node) == "mark"
-            # Sizes that are read off an activation are no activations.
-            if isinstance(node.meta.get("val"), SymInt | int):
+            # Sizes that are read off an activation are no activations, nor is what has no element.
+            value = node.meta.get("val")
+            if isinstance(value, SymInt | int) or (isinstance(value, Tensor) and not value.numel()):
                 continue
             if entering or any(n in reached for n in node.all_input_nodes):
                 reached.add(node)

@@ -196,6 +196,24 @@ class TracedLayer:
         """Where a value's elements come from."""
         return self.tracer.of(node)
 
+    @cached_property
+    def hands_on(self) -> bool:
+        """Whether others read what it computes from weights alone, beside hidden states.
+
+        T5's first layer makes the biases by distance that all layers add.
+        """
+        captured = self.flow.captured
+        nodes = list(captured.graph.nodes)
+        inside = nodes[nodes.index(self.begin) + 1 : nodes.index(self.end)]
+        made = {node for node in nodes if node.op == "placeholder"} & {
+            node for node in nodes if node.name in captured.parameters
+        }
+        for node in inside:
+            if node not in self.flow.live and any(n in made for n in node.all_input_nodes):
+                made.add(node)
+        readers = {user for node in inside if node in made for user in node.users}
+        return any(user.op == "call_function" for user in readers - {*inside, self.end})
+
     def sink(self, source: fx.Node) -> fx.Node | None:
         """The one linear that a source's elements arrive at, None unless there is exactly one."""
         sinks = [

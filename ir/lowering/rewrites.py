@@ -26,20 +26,28 @@ _EMPTY = frozenset(["empty", "empty_like", "new_empty"])
 def use_linear(graph: fx.Graph, weights: Container[str]) -> None:
     """Products with a weight stored transposed, as GPT-2's ``Conv1D`` has it, become linears.
 
-    `weights` are the names of the placeholders that are parameters.
+    So do those with a weight that is transposed in place (Falcon). `weights` are the names of the
+    placeholders that are parameters.
     """
-    for product in [n for n in graph.nodes if opname(n) in ("mm", "addmm") and not n.kwargs]:
+    for product in [n for n in graph.nodes if opname(n) in ("mm", "addmm", "matmul")]:
         *bias, rows, weight = product.args
-        stored = [n.name for n in (weight, *bias) if isinstance(n, fx.Node)]
-        if not all(name in weights for name in stored):
+        stored = [_viewed(n).name for n in (weight, *bias) if isinstance(n, fx.Node)]
+        is_matrix = isinstance(weight, fx.Node) and weight.meta["val"].ndim == 2
+        if product.kwargs or not is_matrix or not all(name in weights for name in stored):
             continue
-        assert isinstance(weight, fx.Node)
         with graph.inserting_before(product):
             turned = graph.call_function(torch.ops.aten.t.default, (weight,))
             linear = graph.call_function(torch.ops.aten.linear.default, (rows, turned, *bias))
         turned.meta = {**weight.meta, "val": weight.meta["val"].t()}
         linear.meta = dict(product.meta)
         product.replace_all_uses_with(linear)
+
+
+def _viewed(node: fx.Node) -> fx.Node:
+    """What a node is a view of."""
+    while node.op == "call_function" and opname(node) in VIEWS:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def join_writes(graph: fx.Graph) -> None:

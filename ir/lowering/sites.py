@@ -32,8 +32,12 @@ def find_sites(layer: TracedLayer) -> Found:
 
     Whether the layer can be left out is seen in the whole Graph (`whole_model`).
     """
-    found = Found([Site("layer", "layer", 0, layer.path)])
-    _add_heads(layer, found)
+    found = Found()
+    if layer.hands_on:
+        found.reasons.append(f"{layer.path}: others read what it computes from its own weights")
+    else:
+        found.sites.append(Site("layer", "layer", 0, layer.path))
+        _add_heads(layer, found)
     try:
         _add_neurons(layer, found)
     except NoSite as why:

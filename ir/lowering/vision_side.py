@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from planner.ir.dims import Dim
 from planner.ir.graph import Operator
-from planner.ir.lowering.attempts import first_success, sentence
+from planner.ir.lowering.aten import HEAVY, opname
+from planner.ir.lowering.attempts import NotLowered, first_success, sentence
 from planner.ir.lowering.capture import Captured, capture, path_of
 from planner.ir.lowering.example_inputs import vision_inputs
 from planner.ir.lowering.raising import Raised, Surroundings, raise_operators
@@ -42,21 +43,40 @@ class _ImageFeatures(nn.Module):
 
 
 def features_of(model: Any) -> Callable[..., Any] | None:
-    """The model's own function from pixels to image features."""
+    """The model's own function from pixels to image features, or to those of videos."""
     owners = (model, getattr(model, "model", None), getattr(model, "base_model", None))
-    functions = (getattr(owner, "get_image_features", None) for owner in owners)
+    functions = (
+        getattr(owner, f"get_{kind}_features", None)
+        for kind in ("image", "video")
+        for owner in owners
+    )
     return next((f for f in functions if f is not None), None)
+
+
+def encoder_of(model: Any) -> nn.Module | None:
+    """The encoder of images; None where there is none, or it is all of the model."""
+    for kind in ("image", None) if hasattr(model, "get_encoder") else ():
+        encoder = model.get_encoder(kind)
+        sees = kind or "pixel_values" in inspect.signature(encoder.forward).parameters
+        if sees and isinstance(encoder, nn.Module) and encoder is not model:
+            return encoder
+    return None
+
+
+def vision_config_of(model: Any) -> Any:
+    """What configures it."""
+    return (
+        getattr(model.config, "vision_config", None)
+        or getattr(encoder_of(model), "config", None)
+        or model.config
+    )
 
 
 def _attempts(
     model: Any, encoder: nn.Module | None, function: Callable[..., Any] | None
 ) -> Iterator[Callable[[], tuple[Captured, bool]]]:
     """Ways to capture: (the captured module, whether the projector is in it)."""
-    config = (
-        getattr(model.config, "vision_config", None)
-        or getattr(encoder, "config", None)
-        or model.config
-    )
+    config = vision_config_of(model)
     modules: list[tuple[nn.Module, Callable[..., Any], bool]] = []
     if encoder is not None:
         modules.append((encoder, encoder.forward, False))
@@ -79,7 +99,12 @@ def _is_activation(value: object) -> bool:
 def _captured(
     module: nn.Module, inputs: dict[str, Any], names: tuple[str, ...], projects: bool
 ) -> tuple[Captured, bool]:
-    return capture(module, inputs, names), projects
+    captured = capture(module, inputs, names)
+    for node in captured.graph.nodes:
+        value = node.meta.get("val")
+        if opname(node) in HEAVY and isinstance(value, Tensor) and not value.numel():
+            raise NotLowered("its sizes depend on what the image shows")
+    return captured, projects
 
 
 def lower_vision(model: Any, width: int) -> VisionSide:
@@ -89,10 +114,7 @@ def lower_vision(model: Any, width: int) -> VisionSide:
         model: on the meta device.
         width: of the decoder's hidden state.
     """
-    encoder = model.get_encoder("image") if hasattr(model, "get_encoder") else None
-    if encoder is model or not isinstance(encoder, nn.Module):
-        encoder = None
-    function = features_of(model)
+    encoder, function = encoder_of(model), features_of(model)
     if encoder is None and function is None:
         return VisionSide()
     # Patches may go to the decoder through a projector alone.

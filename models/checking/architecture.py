@@ -141,7 +141,7 @@ class _Trial:
         self.model = randomised(model.float().eval())
         self.graph = lower_model(self.model, self.row.model_type)
         self.prompts = prompts_of(self.model)
-        if sees and not self.prompts.image_tokens:
+        if sees and not self.prompts.pixels:
             self.row.remarks.append("small: runs on words alone")
 
     def plan(self) -> None:
@@ -213,9 +213,9 @@ class _Trial:
         with counter:
             self.model(**self.prompts.of(_LENGTHS[0]), **last)
         total: int = counter.get_total_flops()
-        if not last:
+        head = self.model.get_output_embeddings()
+        if not last and head is not None:
             # Generation needs the logits of the last token alone, and is priced so.
-            head = self.model.get_output_embeddings()
             total -= 2 * (_LENGTHS[0] + self.prompts.image_tokens - 1) * head.weight.numel()
         return total
 
@@ -279,7 +279,12 @@ class _Trial:
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
-    if actual.shape != expected.shape or not torch.isfinite(expected).all():
+    """Relative, of the logits that are not ruled out; what is must be in both."""
+    lowest = torch.finfo(expected.dtype).min / 2
+    if actual.shape != expected.shape or not torch.equal(actual <= lowest, expected <= lowest):
+        return float("inf")
+    actual, expected = actual[expected > lowest], expected[expected > lowest]
+    if not torch.isfinite(expected).all():
         return float("inf")
     return float((actual - expected).norm() / expected.norm())
 

@@ -16,6 +16,8 @@ from transformers import PreTrainedConfig
 
 WIDTH, HEAD_DIM, LAYERS, VOCABULARY = 64, 16, 4, 512
 _PATCH, _IMAGE = 8, 32
+# Features of a head that turn with its position, where others do not.
+_ROTATED = 8
 # Codes of an image tokenizer, and the tokens that stand for them.
 _CODES, _FIRST_CODE = 16, 410
 # Special tokens that lie beyond the small vocabulary move to its end.
@@ -47,7 +49,8 @@ _MOST = (
     | _names(
         32,
         "moe_intermediate_size shared_expert_intermediate_size expert_dim expert_ffn_size "
-        "moe_shared_expert_intermediate_size shared_intermediate_size moe_latent_size",
+        "moe_shared_expert_intermediate_size shared_intermediate_size moe_latent_size "
+        "shared_experts_intermediate_size share_expert_dim",
     )
     | _names(
         LAYERS,
@@ -60,21 +63,21 @@ _MOST = (
         decoder_attention_heads kv_n_heads num_kv_heads attention_heads num_query_heads
         num_global_key_value_heads linear_num_value_heads linear_num_key_heads mamba_n_heads
         mamba_num_heads num_experts num_local_experts n_routed_experts moe_num_experts
-        num_global_layers""",
+        num_global_layers num_sliding_attention_heads index_n_heads""",
     )
     | _names(
         2,
         "num_experts_per_tok num_experts_per_token moe_k moe_topk moe_top_k top_k_experts "
         "num_selected_experts n_group n_groups_moe topk_group num_shared_experts n_shared_experts "
         "attn_layer_period expert_layer_period first_k_dense_replace "
-        "mamba_n_groups num_kv_shared_layers",
+        "mamba_n_groups n_groups num_kv_shared_layers",
     )
     | _names(
         LAYERS - 1,
         "intermediate_layers_indices deepstack_visual_indexes fullatt_block_indexes "
         "global_attn_indexes",
     )
-    | _names(1, "attn_layer_offset expert_layer_offset")
+    | _names(1, "attn_layer_offset expert_layer_offset expand mamba_expand")
     | _names(
         HEAD_DIM,
         """head_dim d_kv attention_head_dim global_head_dim v_head_dim qk_nope_head_dim
@@ -83,11 +86,13 @@ _MOST = (
     )
     | _names(32, "base_channels")
     | _names(_CODES, "codebook_size num_embeddings")
-    | _names(8, "qk_rope_head_dim rotary_dim index_head_dim")
+    | _names(_ROTATED, "qk_rope_head_dim rotary_dim index_head_dim")
+    | _names(HEAD_DIM + _ROTATED, "qk_head_dim")
     | _names(24, "kv_lora_rank o_lora_rank")
     | _names(40, "q_lora_rank")
     | _names(VOCABULARY, "vocab_size vocab_size_per_layer_input text_vocab_size")
     | _names(_PATCH, "patch_size")
+    | _names(3 * _PATCH**2, "patch_embed_hidden_size")
     | _names(_IMAGE, "image_size")
     | _names(
         256,
@@ -103,6 +108,7 @@ _MOST = (
 
 
 _TOKEN = {"image_token_index": 400}
+_MEDIA_TOKENS = {"vision_start_token_id": 408, "audio_start_token_id": 409}
 _CODE_NAMES = {
     "chameleon": [f"IMGIMG{''.join(chr(65 + int(d)) for d in str(n))}Z" for n in range(_CODES)],
     "emu3": [f"<|visual token {n:06}|>" for n in range(_CODES)],
@@ -113,6 +119,7 @@ _PARTICULAR: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "blip-2": _TOKEN,
         "instructblip": _TOKEN,
+        "instructblipvideo": {"video_token_index": 400},
         **{
             model_type: {
                 "vocabulary_map": {
@@ -140,6 +147,7 @@ _PARTICULAR: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "diffusion_gemma": {
             "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
         },
+        "deepseek_v2": {"num_experts_per_tok": 2},
         "falcon_h1": {"mamba_d_head": HEAD_DIM},
         "granite4_vision": {
             "downsample_rate": "1/2",
@@ -149,6 +157,9 @@ _PARTICULAR: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "hunyuan_vl": {"text_config": {"head_dim": HEAD_DIM}},
         "mllama": {"vision_config": {"vision_output_dim": 6 * WIDTH}},
         "nemotron": {"num_key_value_heads": 2},
+        "step3p7": {"text_config": {"sliding_window": 16}},
+        "qwen2_5_omni_thinker": _MEDIA_TOKENS,
+        "qwen3_omni_moe_thinker": _MEDIA_TOKENS,
         "qwen4_exp": {
             "text_config": {
                 "indexer_n_heads": 2,
@@ -202,16 +213,26 @@ def small(config: PreTrainedConfig) -> PreTrainedConfig:
         is_vision = part is not config and "vision" in str(part.model_type)
         before = dict(vars(part))
         for name, value in before.items():
-            _cut(part, name, value, before)
+            if (new := _cut(name, value, before)) is not value:
+                object.__setattr__(part, name, new)
         rope = getattr(part, "rope_parameters", None)
         if len(parts) > 1 and not is_vision and rope and not _is_sectioned(rope):
-            half = int(HEAD_DIM * rope.get("partial_rotary_factor", 1.0)) // 2
+            half = int(_head_dim(before) * rope.get("partial_rotary_factor", 1.0)) // 2
             # Time, height and width share a head; what has another default reads this.
             rope["mrope_section"] = [(half + 1) // 3, (half + 1) // 3, half - (half + 1) // 3 * 2]
         for name, value in before.items():
             if name.endswith(("_token_id", "_token_index", "_token_ids", "_idx")):
                 object.__setattr__(part, name, _moved(value, moved))
+        if is_vision and "patch_size" in before and "image_size" not in before:
+            # It takes images of any size.
+            object.__setattr__(part, "image_size", _IMAGE)
     return config
+
+
+def _head_dim(before: dict[str, Any]) -> int:
+    """Of the small heads; latent attention means the features that turn by it."""
+    is_latent = before.get("head_dim", 0) == before.get("qk_rope_head_dim", -1)
+    return _ROTATED if is_latent else HEAD_DIM
 
 
 def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
@@ -227,13 +248,14 @@ def _is_sectioned(rope: dict[str, Any]) -> bool:
     return "mrope_section" in rope or any(isinstance(entry, dict) for entry in rope.values())
 
 
-def _cut(part: Any, name: str, value: Any, before: dict[str, Any]) -> None:
+def _cut(name: str, value: Any, before: dict[str, Any]) -> Any:
+    """A setting of a part with these settings, cut."""
     if isinstance(value, bool):
-        return
+        return value
     most = _MOST.get(name)
     new = value
     if most is not None and isinstance(value, int):
-        new = min(value, most)
+        new = min(value, _head_dim(before) if name == "head_dim" else most)
         if name == "num_key_value_heads" and 1 < value < before.get("num_attention_heads", value):
             new = 2
     elif most is not None and isinstance(value, list | tuple) and value:
@@ -241,10 +263,16 @@ def _cut(part: Any, name: str, value: Any, before: dict[str, Any]) -> None:
             new = type(value)(min(v, most) for v in value)
     elif name in ("layer_types", "mlp_layer_types", "layers_block_type"):
         new = _some_of_each(value)
+    elif name == "per_layer_config" and value:
+        new = {
+            layer: {
+                name: _cut(name, value, {**before, **changes}) for name, value in changes.items()
+            }
+            for layer, changes in value.items()
+        }
     elif name in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
         new = _rope(value, before)
-    if new is not value:
-        object.__setattr__(part, name, new)
+    return new
 
 
 def _some_of_each(kinds: Any) -> Any:
@@ -264,8 +292,8 @@ def _rope(value: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
         if isinstance(entry, dict):
             new[name] = _rope(entry, before)
         elif name == "mrope_section" and isinstance(entry, list | tuple):
-            total = sum(entry) * HEAD_DIM // width or sum(entry)
-            rest = [max(1, e * HEAD_DIM // width) for e in entry[1:]]
+            total = sum(entry) * _head_dim(before) // width or sum(entry)
+            rest = [max(1, e * _head_dim(before) // width) for e in entry[1:]]
             new[name] = [max(1, total - sum(rest)), *rest]
     return new
 

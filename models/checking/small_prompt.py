@@ -14,10 +14,12 @@ from torch import Tensor
 from planner.ir.errors import InputError
 from planner.ir.lowering.attempts import first_success
 from planner.ir.lowering.example_inputs import vision_inputs
-from planner.ir.lowering.vision_side import features_of
+from planner.ir.lowering.vision_side import features_of, vision_config_of
 from planner.loading import visual_tokens
 
 _FIRST_WORD, _LAST_WORD = 3, 300
+# Arguments that tell image tokens from words.
+_MARKS = ("token_type_ids", "position_mask")
 
 
 @dataclass(frozen=True)
@@ -25,19 +27,24 @@ class Prompts:
     """Makes prompts of one model.
 
     Attributes:
-        image_tokens: placeholders of one image; 0 where prompts are words alone.
+        image_tokens: placeholders of one image; 0 where prompts are words alone, or layers attend
+            to the image beside them.
         placeholder: the token that stands for image features.
+        opening: the token before it; -1 for any word.
         pixels: arguments for one image.
-        kinds: name of the argument that tells image tokens from words, "" where there is none.
+        accepted: names of all that the model takes.
     """
 
     image_tokens: int = 0
     placeholder: int = -1
+    opening: int = -1
     pixels: dict[str, Tensor] = field(default_factory=dict)
-    kinds: str = ""
+    accepted: tuple[str, ...] = ("input_ids", "attention_mask")
 
     def of(self, *lengths: int) -> dict[str, Tensor]:
         """A prompt of so many words a row, padded on the left; a length always has the same words.
+
+        A decoder beside an encoder of words gets the same as that.
 
         Args:
             lengths: words of each row; each row has one image besides.
@@ -48,13 +55,26 @@ class Prompts:
         for row, length in enumerate(lengths):
             generator = torch.Generator().manual_seed(length)
             words = torch.randint(_FIRST_WORD, _LAST_WORD, (length,), generator=generator)
+            if self.image_tokens and self.opening >= 0:
+                words[1] = self.opening
             image = torch.full((self.image_tokens,), self.placeholder)
             start = longest - length - self.image_tokens
             ids[row, start:] = torch.cat([words[:2], image, words[2:]])
             mask[row, start:] = 1
-        prompt = {"input_ids": ids, "attention_mask": mask}
-        if self.kinds:
-            prompt[self.kinds] = (ids == self.placeholder).long()
+        known = {
+            **dict.fromkeys(("input_ids", "decoder_input_ids"), ids),
+            **dict.fromkeys(("attention_mask", "decoder_attention_mask"), mask),
+            # All on one page, in front of one image.
+            "bbox": torch.full((*ids.shape, 4), 0.5),
+            "image_attention_mask": mask[..., None],
+        }
+        if "input_ids" not in self.accepted:
+            # Then it is of the encoder, which sees no words.
+            del known["attention_mask"]
+        for name in self.accepted:
+            if name.endswith(_MARKS):
+                known[name] = (ids == self.placeholder).long()
+        prompt = {name: value for name, value in known.items() if name in self.accepted}
         for name, value in self.pixels.items():
             prompt[name] = torch.cat([value] * len(lengths))
         return prompt
@@ -70,37 +90,48 @@ def prompts_of(model: Any) -> Prompts:
         InputError: it takes neither.
     """
     words = 5
+    accepted = tuple(
+        name
+        for name in inspect.signature(model.forward).parameters
+        if model.config.is_encoder_decoder or not name.startswith("decoder_")
+    )
 
     def tried(prompts: Prompts) -> Prompts:
         with torch.no_grad():
             model(**prompts.of(words))
         return prompts
 
-    found, failure = first_success(partial(tried, p) for p in (*_with_image(model), Prompts()))
+    candidates = (*_with_image(model, accepted), Prompts(accepted=accepted))
+    found, failure = first_success(partial(tried, p) for p in candidates)
     if found is None:
         raise InputError(f"no prompt is found that the stock model takes ({failure})")
     return found
 
 
-def _with_image(model: Any) -> Iterator[Prompts]:
+def _with_image(model: Any, accepted: tuple[str, ...]) -> Iterator[Prompts]:
+    config = vision_config_of(model)
+    opening = getattr(model.config, "vision_start_token_id", None)
+    placeholder = next(iter(visual_tokens(model.config, "image", "video")), None)
+    if placeholder is None and any(name.endswith(_MARKS) for name in accepted):
+        placeholder = _FIRST_WORD - 1
     function = features_of(model)
-    placeholder = next(iter(visual_tokens(model.config, "image")), None)
-    if placeholder is None:
-        return
-    accepted = inspect.signature(model.forward).parameters
-    kinds = next((name for name in accepted if name.endswith("token_type_ids")), "")
-    if function is None:
-        return
-    config = getattr(model.config, "vision_config", None) or model.config
-    for inputs in vision_inputs(config, function):
+    if function is not None and placeholder is not None:
+        for inputs in vision_inputs(config, function):
+            pixels = {name: _drawn(name, value) for name, value in inputs.items()}
+            try:
+                with torch.no_grad():
+                    features = _rows(function(**pixels))
+            except Exception:
+                continue
+            given = {n: v for n, v in pixels.items() if isinstance(v, Tensor)}
+            before = -1 if opening is None else opening
+            yield Prompts(features, placeholder, before, given, accepted)
+    # Layers that attend to the image, or an encoder that puts it in front.
+    for inputs in vision_inputs(config, model.forward):
         pixels = {name: _drawn(name, value) for name, value in inputs.items()}
-        try:
-            with torch.no_grad():
-                features = _rows(function(**pixels))
-        except Exception:
-            continue
-        given = {n: v for n, v in pixels.items() if isinstance(v, Tensor)}
-        yield Prompts(features, placeholder, given, kinds)
+        given = {n: v for n, v in pixels.items() if isinstance(v, Tensor) and n in accepted}
+        if any("pixel" in name or "patch" in name for name in given):
+            yield Prompts(pixels=given, accepted=accepted)
 
 
 def _drawn(name: str, value: Any) -> Any:
@@ -109,7 +140,9 @@ def _drawn(name: str, value: Any) -> Any:
     generator = torch.Generator().manual_seed(1)
     if value.is_floating_point():
         return torch.rand(value.shape, generator=generator)
-    return torch.randint(_FIRST_WORD, _LAST_WORD, value.shape, generator=generator)
+    if name.endswith("input_ids"):
+        return torch.randint(_FIRST_WORD, _LAST_WORD, value.shape, generator=generator)
+    return torch.ones(value.shape, dtype=value.dtype)
 
 
 def _rows(features: Any) -> int:

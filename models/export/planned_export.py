@@ -99,10 +99,12 @@ def _attention(model: Any, graph: Graph, program: Program) -> dict[str, Any]:
             width = int(graph.properties["hidden_size"])
             blocks[site.behaviour] = probe(model.get_decoder(), site, width)
         block = blocks[site.behaviour]
-        if block.arguments or block.added:
+        by_head = block.arguments or block.parameters or any(block.handed_on)
+        if by_head or block.added or not site.projects:
             raise InputError(
-                f"the heads of {site.site.module} cannot be exported: {type(site.module).__name__} "
-                f"is given more than hidden states by its layer; plan without head switches"
+                f"the heads of {site.site.module} cannot be exported: more of "
+                f"{type(site.module).__name__} than its linears is by head; plan without head "
+                f"switches"
             )
         changes: dict[str, Any]
         if not lanes:

@@ -4,14 +4,15 @@ Most attention blocks take the number of heads from the width of what their proj
 Some also hold it as an integer: GPT-2 splits its fused projection at ``split_size``, Phi-3 at
 ``config.num_attention_heads * head_dim``. Which integers those are is found by trying: a block is
 run on a few tokens, narrowed, and compared with itself with the same heads masked. In the same way
-it is found out which arguments have an entry for every head (Bloom's biases by distance), and what
-the block adds to its result by itself (Bloom's residual).
+it is found out which arguments have an entry for every head (Bloom's biases by distance), which
+parameters beside the linears' (Chameleon's norms, gpt-oss's sinks), and what the block adds to its
+result by itself (Bloom's residual).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, combinations, product
@@ -44,6 +45,10 @@ class AttentionBlock:
     output: tuple[bool, ...] | None
     # (name, dimension, size) of arguments with an entry for every head, by samples.
     arguments: tuple[tuple[str, int, int], ...] = ()
+    # (path and name inside the block, dimension, size) of parameters with an entry for every head.
+    parameters: tuple[tuple[str, str, int, int], ...] = ()
+    # For each place of the result the argument that is handed on there, "" where none is.
+    handed_on: tuple[str, ...] = ()
     added: str = ""  # the argument that the block adds to its result, "" where there is none
 
     def changes(self, kept: int, owner: str) -> dict[str, int]:
@@ -54,15 +59,30 @@ class AttentionBlock:
             if holder == owner
         }
 
-    def narrowed(self, given: Given, kept: Intervals) -> Given:
-        """Arguments without the entries of heads that are left out."""
+    def run(
+        self, module: nn.Module, stock: Callable[..., Any], given: Given, kept: Intervals
+    ) -> Any:
+        """What a block's code makes of its arguments with these groups left."""
         narrowed = dict(given)
         for name, dim, size in self.arguments:
             if isinstance(given.get(name), Tensor):
-                value = given[name].unflatten(dim, (-1, self.lanes, size // self.lanes))
-                parts = [value.narrow(dim + 1, start, stop - start) for start, stop in kept]
-                narrowed[name] = torch.cat(parts, dim + 1).flatten(dim, dim + 2)
-        return narrowed
+                narrowed[name] = self._kept(given[name], dim, size, kept)
+        with Patches() as patches:
+            for path, name, dim, size in self.parameters:
+                owner = module.get_submodule(path)
+                patches.set(owner, name, self._kept(getattr(owner, name), dim, size, kept))
+            output = stock(**narrowed)
+        if not isinstance(output, tuple):
+            return output
+        # What is handed on is for other blocks, whose heads are others.
+        whole = {id(narrowed[name]): given[name] for name, _, _ in self.arguments if name in given}
+        return tuple(whole.get(id(value), value) for value in output)
+
+    def _kept(self, value: Tensor, dim: int, size: int, kept: Intervals) -> Tensor:
+        """A value without the entries of heads that are left out."""
+        entries = value.unflatten(dim, (-1, self.lanes, size // self.lanes))
+        parts = [entries.narrow(dim + 1, start, stop - start) for start, stop in kept]
+        return torch.cat(parts, dim + 1).flatten(dim, dim + 2)
 
 
 def headless(
@@ -109,7 +129,9 @@ def arguments_of(decoder: nn.Module, module: nn.Module, width: int) -> Given:
     """How the decoder calls a module of its own, given a few tokens; InputError if it does not."""
     failure = ""
     with module.register_forward_pre_hook(_stop, with_kwargs=True):
-        for inputs, _ in decoder_inputs(decoder, width, PROBE_TOKENS):
+        candidates = [inputs for inputs, _ in decoder_inputs(decoder, width, PROBE_TOKENS)]
+        # Layers return more where they attend to an encoder's states as well.
+        for inputs in sorted(candidates, key=lambda inputs: "encoder_hidden_states" not in inputs):
             try:
                 decoder(**_drawn(inputs, next(module.parameters())))
             except _Reached as reached:
@@ -173,6 +195,23 @@ def _by_head(site: BoundSite, given: Given) -> tuple[tuple[str, int, int], ...]:
     )[:1]
 
 
+def _parameters(site: BoundSite) -> list[tuple[tuple[str, str, int, int], ...]]:
+    """Parameters that may have an entry for every head, by module; see `AttentionBlock`."""
+    counts = _head_counts(site)
+    linears = {id(module) for linear in site.linears for module in linear.host.modules()}
+    found = []
+    for path, module in site.module.named_modules():
+        here = tuple(
+            (path, name, parameter.shape.index(count), count)
+            for name, parameter in module.named_parameters(recurse=False)
+            for count in [next((size for size in parameter.shape if size in counts), 0)]
+            if count and id(module) not in linears
+        )
+        found += [here] if here else []
+    every = tuple(chain.from_iterable(found))
+    return list(dict.fromkeys([(), every, *found]))
+
+
 def _attempts(found: list[tuple[str, str, int]]) -> Iterator[tuple[tuple[str, str, int], ...]]:
     """None, all, then subsets: integers that matter and integers that only look alike."""
     own = [integer for integer in found if integer[0] == "module"]
@@ -185,10 +224,11 @@ def _attempts(found: list[tuple[str, str, int]]) -> Iterator[tuple[tuple[str, st
         yield (*subset, *rest)
 
 
-def _hidden(output: Any) -> Tensor:
+def _projected(site: BoundSite, output: Any) -> Tensor:
+    """The hidden states of a block's result, behind its last linear."""
     found = output if isinstance(output, Tensor) else output[0]
     assert isinstance(found, Tensor)
-    return found
+    return found if site.projects else site.sink.host(found)
 
 
 @torch.no_grad()
@@ -202,19 +242,24 @@ def probe(decoder: nn.Module, site: BoundSite, width: int) -> AttentionBlock:
     with evaluating(site.module):
         output = site.module(**given)
         shape = None
+        handed_on: tuple[str, ...] = ()
         if isinstance(output, tuple):
             shape = tuple(place is output[0] for place in output)
+            names = {id(value): name for name, value in given.items() if value is not None}
+            handed_on = tuple(names.get(id(place), "") for place in output)
         lanes = site.site.lanes
         added = _added(site, given)
         kept: list[Intervals] = [((0, 1),), ((1, lanes),)] if lanes > 1 else []
         expected = [_masked(site, runs, given) for runs in kept]
         ways = product(
-            dict.fromkeys(((), _by_head(site, given))), list(_attempts(_candidates(site)))
+            dict.fromkeys(((), _by_head(site, given))),
+            _parameters(site),
+            list(_attempts(_candidates(site))),
         )
-        for arguments, integers in ways:
+        for arguments, parameters, integers in ways:
             if added is None:
                 break
-            block = AttentionBlock(lanes, integers, shape, arguments, added)
+            block = AttentionBlock(lanes, integers, shape, arguments, parameters, handed_on, added)
             if all(
                 _agrees(block, site, runs, given, right)
                 for runs, right in zip(kept, expected, strict=True)
@@ -231,7 +276,9 @@ def _added(site: BoundSite, given: Given) -> str | None:
 
     Seen where no head is left.
     """
-    rest = _masked(site, (), given) - headless(next(iter(given.values())), site.sink.bias, None)
+    rest = _masked(site, (), given)
+    if site.sink.bias is not None:
+        rest = rest - site.sink.bias
     others = {
         name: v for name, v in given.items() if isinstance(v, Tensor) and v.shape == rest.shape
     }
@@ -253,7 +300,7 @@ def _masked(site: BoundSite, lanes: Intervals, given: Given) -> Tensor:
         return inputs[0] * mask
 
     with sink.host.register_forward_pre_hook(hide):
-        return _hidden(site.module(**given))
+        return _projected(site, site.module(**given))
 
 
 def _agrees(
@@ -269,7 +316,7 @@ def _agrees(
         if replaced:
             patches.set(site.module, "config", ConfigView(site.module.config, **replaced))
         try:
-            result = _hidden(site.module(**block.narrowed(given, lanes)))
+            result = _projected(site, block.run(site.module, site.module, given, lanes))
         except (RuntimeError, ValueError, TypeError, IndexError):
             return False
     return is_close(result, expected)

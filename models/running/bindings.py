@@ -94,6 +94,11 @@ class BoundSite:
         """The linear that sums over lanes (o_proj, down_proj, fc2, dense)."""
         return next(linear for linear in self.linears if linear.binding.axis == "in")
 
+    @cached_property
+    def projects(self) -> bool:
+        """Whether the module ends in the sink; BERT's attention leaves that to its caller."""
+        return any(module is self.sink.host for module in self.module.modules())
+
     @property
     def behaviour(self) -> tuple[object, ...]:
         """Equal for blocks of one class and one layout, which behave alike when narrowed."""

@@ -12,11 +12,13 @@ from planner.ir.errors import InputError
 from planner.models.running.attention_calls import Recorded
 from planner.models.running.kv_cache import (
     PlannedLayer,
-    StatefulLayer,
+    StockLayer,
     cache_among,
+    check_encoded,
     first_keyed,
     plan_cache,
     redirect_cache,
+    tokens_seen,
 )
 from planner.models.running.program import LayerGroup, Program
 from planner.models.tokens.kept_tokens import Kept, gather
@@ -37,7 +39,7 @@ class Call:
     device: torch.device
     past: int  # tokens before them
     drafts: int = field(default=0, kw_only=True)  # how many of the last an assistant has guessed
-    cache: list[PlannedLayer | StatefulLayer] | None
+    cache: list[PlannedLayer | StockLayer] | None
     rows: list[list[Tensor | None]]  # of the batch, for each layer and group; None for all
     image: Tensor | None = None  # None where no image token is among them
     valid: Tensor | None = None  # (batch, past + tokens): False for padding, None without any
@@ -106,11 +108,10 @@ class Passes:
         self.serving = (None, None)
         batch, tokens = hidden.shape[:2]
         rows = self._rows_of(batch, hidden.device)
+        check_encoded(kwargs, self.program)
         cache = cache_among(kwargs)
-        layers = None if cache is None else plan_cache(cache, self.program, rows)
-        first = first_keyed(layers or ())
-        past = 0 if first is None else first.total
-        call = Call(batch, tokens, hidden.device, past, layers, rows)
+        layers = None if cache is None else plan_cache(cache, self.program, rows, hidden)
+        call = Call(batch, tokens, hidden.device, tokens_seen(layers or ()), layers, rows)
         if tokens > 1 or not call.past:
             if self.stages is not None:
                 hidden = self.stages.enter(call, hidden)

@@ -80,7 +80,8 @@ def join(answers: Sequence[CachedAnswer], program: Program) -> DynamicCache:
         ]
         for layer in program.layers
     ]
-    for index, planned in enumerate(plan_cache(cache, program, rows)):
+    like = torch.empty(len(answers), device=device)
+    for index, planned in enumerate(plan_cache(cache, program, rows, like)):
         assert isinstance(planned, PlannedLayer)
         for group, part in zip(program.layers[index].groups, planned.parts, strict=True):
             if part.store is None:

@@ -20,6 +20,7 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
@@ -351,16 +352,29 @@ class PlannedHybridLayer(PlannedLayer, LinearAttentionLayer):  # type: ignore[mi
         raise InputError("a cache that keeps states cannot be cropped")
 
 
-class StatefulLayer:
-    """A layer that keeps no keys: a state (linear attention, a convolution), or nothing at all.
+class StockLayer:
+    """A layer that stays in its cache as it is, and what a plan notes about it.
 
-    The stock layer stays in its cache, since what it keeps does not depend on a plan: a layer that
-    is off keeps nothing.
+    It keeps no keys but a state (linear attention, a convolution), or nothing at all; or it is of a
+    class that is not known here (DeepSeek's sparse attention), which all samples run alike. What it
+    keeps of the heads that are on does not depend on a plan otherwise.
     """
 
-    def __init__(self, stock: Any, is_off: bool) -> None:
+    def __init__(self, stock: Any, layer: LayerProgram, like: Tensor) -> None:
         self.stock = stock
-        self.is_off = is_off
+        self.keeps_keys = isinstance(stock, CacheLayerMixin)
+        self.like = like  # hidden states of the pass
+        self.follow(layer)
+
+    def follow(self, layer: LayerProgram) -> None:
+        """Obey a program from here on."""
+        on = [group for group in layer.groups if group.on]
+        self.is_off = not any(group.heads != () for group in on) if self.keeps_keys else not on
+
+    @property
+    def total(self) -> int:
+        """Tokens that have passed."""
+        return int(self.stock.get_seq_length()) if self.keeps_keys else 0
 
     def begin(self, group: int) -> None:
         """Nothing is directed: all rows share a state."""
@@ -368,10 +382,17 @@ class StatefulLayer:
     def advance(self, tokens: int) -> None:
         """Tokens have passed: where the layer is off nothing else would note that.
 
-        Stock code asks one layer for all whether a prompt was read already.
+        Stock code asks one layer for all whether a prompt was read already, and how long it was.
         """
+        if not self.is_off:
+            return
+        if self.keeps_keys:
+            # Stock layers measure what they hold: a number for each token.
+            counted = self.like.new_zeros(len(self.like), 1, tokens, 1)
+            self.stock.update(counted, counted)
+            return
         states = getattr(self.stock, "has_previous_state", None)
-        if self.is_off and states is not None:
+        if states is not None:
             states.update(dict.fromkeys(states, True))
 
     def remember(self, group: int, positions: Tensor, padded: bool) -> Keys:
@@ -383,7 +404,7 @@ class StatefulLayer:
         return None
 
 
-Cached = PlannedLayer | StatefulLayer
+Cached = PlannedLayer | StockLayer
 
 
 def _take(part: Part, rows: Tensor) -> None:
@@ -411,11 +432,12 @@ def _visible(seen: Recorded, keys: Keys) -> Tensor:
 
 
 def plan_cache(
-    cache: Cache, program: Program, rows: Sequence[Sequence[Tensor | None]]
+    cache: Cache, program: Program, rows: Sequence[Sequence[Tensor | None]], like: Tensor
 ) -> list[Cached]:
     """The layers of a stock cache, empty or seen here before, made to obey the program.
 
-    `rows` are those of the batch, for each layer and group; None for all. Raises InputError where
+    `rows` are those of the batch, for each layer and group; None for all. `like` is of its hidden
+    states, shape (batch, ...). Raises InputError where
     the cache was filled under another plan or by the base model, or cannot hold the plan.
     """
     layers: list[Any] = cache.layers
@@ -428,7 +450,7 @@ def plan_cache(
                 "this cache was filled under another plan; a plan is fixed for the life of a "
                 "cache, so activate that plan again or start with a new cache"
             )
-        return _told_apart(layers, program)
+        return _told_apart(layers, program, like)
     if _is_filled(layers):
         raise InputError(
             "this cache was filled by the base model; start with a new cache to run under a plan"
@@ -439,12 +461,20 @@ def plan_cache(
     for layer, stock in zip(program.layers, layers, strict=False):
         _check_kind(stock, layer, program)
     for index, (layer, stock) in enumerate(zip(program.layers, layers, strict=False)):
-        if isinstance(stock, CacheLayerMixin):
+        if type(stock) in (*_DYNAMIC, *_STATIC, *_HYBRID):
             kind = PlannedHybridLayer if isinstance(stock, _HYBRID) else PlannedLayer
             layers[index] = kind(stock, program.key, _parts(layer, stock, rows[index]))
     if first_keyed(layers) is None:
         setattr(cache, _KEY, program.key)
-    return _told_apart(layers, program)
+    return _told_apart(layers, program, like)
+
+
+def tokens_seen(layers: Iterable[Cached]) -> int:
+    """Tokens that have passed a planned cache."""
+    for layer in layers:
+        if isinstance(layer, PlannedLayer) or layer.keeps_keys:
+            return layer.total
+    return 0
 
 
 def first_keyed(layers: Iterable[Any]) -> PlannedLayer | None:
@@ -455,8 +485,8 @@ def first_keyed(layers: Iterable[Any]) -> PlannedLayer | None:
     return None
 
 
-def _told_apart(layers: Sequence[Any], program: Program) -> list[Cached]:
-    """Layers with keys as they are, the others told whether they are off.
+def _told_apart(layers: Sequence[Any], program: Program, like: Tensor) -> list[Cached]:
+    """Planned layers as they are, the others told whether they are off.
 
     Layers that attend to the keys of earlier ones may have no place in the cache.
     """
@@ -464,7 +494,7 @@ def _told_apart(layers: Sequence[Any], program: Program) -> list[Cached]:
     for index, layer in enumerate(program.layers):
         stock = layers[index] if index < len(layers) else None
         if not isinstance(stock, PlannedLayer):
-            stock = StatefulLayer(stock, not any(group.on for group in layer.groups))
+            stock = StockLayer(stock, layer, like)
         found.append(stock)
     return found
 
@@ -484,8 +514,8 @@ def redirect_cache(
 ) -> None:
     """Let layers that nothing has passed yet obey another program; the others must do as before."""
     for index, (layer, cached) in enumerate(zip(program.layers, layers, strict=True)):
-        if isinstance(cached, StatefulLayer):
-            cached.is_off = not any(group.on for group in layer.groups)
+        if isinstance(cached, StockLayer):
+            cached.follow(layer)
             continue
         cached.key = program.key
         if not cached.total:
@@ -541,10 +571,11 @@ def _check_kind(layer: Any, planned: LayerProgram, program: Program) -> None:
             f"nothing can be evicted from a cache of {type(layer).__name__}; leave "
             f"cache_implementation at its default"
         )
-    if type(layer) not in (*_DYNAMIC, *_STATIC, *_HYBRID):
+    is_known = type(layer) in (*_DYNAMIC, *_STATIC, *_HYBRID)
+    if not is_known and (program.has_tokens or len(planned.groups) > 1):
         raise InputError(
-            f"a plan cannot be held by a cache of {type(layer).__name__}; use the default "
-            f"(dynamic) or a static cache"
+            f"a cache of {type(layer).__name__} holds the same tokens in every layer, of all "
+            f"samples alike; give one plan without token stages"
         )
 
 
@@ -554,8 +585,23 @@ def cache_argument(forward: Callable[..., Any]) -> str:
 
 
 def cache_among(kwargs: Mapping[str, Any]) -> Cache | None:
-    """The KV cache among the arguments of a stock ``forward``, whatever it is called there."""
-    return next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+    """The KV cache among the arguments of a stock ``forward``, whatever it is called there.
+
+    Where there are two, that of the decoder's own tokens: what a layer attends to besides is whole.
+    """
+    found = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+    return found.self_attention_cache if isinstance(found, EncoderDecoderCache) else found
+
+
+def check_encoded(kwargs: Mapping[str, Any], program: Program) -> None:
+    """Raise InputError where layers that run by group share the keys of what was encoded."""
+    if any(isinstance(value, EncoderDecoderCache) for value in kwargs.values()):
+        for layer in program.layers:
+            if len(layer.groups) > 1:
+                raise InputError(
+                    f"layer {layer.layer.index} keeps what was encoded for all samples of a batch, "
+                    f"so all of them must run it alike; give one plan, or a batch of one"
+                )
 
 
 def answers_stored(cache: Cache) -> list[int] | None:

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.utils.output_capturing import _active_collector
 
 from planner.ir.errors import InputError
-from planner.ir.intervals import Intervals
+from planner.ir.intervals import Intervals, count_of
 from planner.models.running.attention_blocks import AttentionBlock, headless, named, names_of
 from planner.models.running.bindings import BoundSite
 from planner.models.running.forward_pass import Call, Enough, Passes
@@ -52,10 +52,17 @@ class AttentionForward(Shadow):
             return self.stock(*args, **kwargs)
         given = named(self.site.module, args, kwargs)
         if self.kept:
-            return self.stock(**self.block.narrowed(given, self.kept))
-        added = given.get(self.block.added)
-        hidden = next(iter(given.values()))
-        return headless(hidden, self.site.sink.bias, self.block.output, added)
+            return self.block.run(self.site.module, self.stock, given, self.kept)
+        hidden, sink, block = next(iter(given.values())), self.site.sink, self.block
+        if self.site.projects:
+            result = headless(hidden, sink.bias, block.output, given.get(block.added))
+        else:
+            # The linear behind it adds its bias.
+            result = headless(hidden[..., : count_of(sink.shared)], None, block.output)
+        if not isinstance(result, tuple):
+            return result
+        places = zip(result, block.handed_on, strict=True)
+        return tuple(given[name] if name else value for value, name in places)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,10 +155,14 @@ class LayerForward(Shadow):
         """One group, no token dropped."""
         if cached is not None:
             cached.begin(0)
+        if self.setups[0].group.on:
+            output = self.stock(hidden, **kwargs)
+        else:
+            output = self.result.left_out(hidden, kwargs)
+        if cached is not None:
+            # Not before: T5's layers ask how many tokens have passed.
             cached.advance(call.tokens)
-        if not self.setups[0].group.on:
-            return self.result.left_out(hidden, kwargs)
-        return self.stock(hidden, **kwargs)
+        return output
 
     def _run_groups(
         self, call: Call, hidden: Tensor, kwargs: dict[str, Any], cached: Cached | None

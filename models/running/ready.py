@@ -121,7 +121,7 @@ class Preparing:
     def _begin_anew(self) -> None:
         self._ready: OrderedDict[tuple[object, ...], Ready] = OrderedDict()
         self._attention: dict[Any, AttentionBlock | InputError] = {}
-        self._results: dict[type[nn.Module], LayerResult] = {}
+        self._results: dict[tuple[type[nn.Module], bool], LayerResult] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is made anew, of the modules of a copy."""
@@ -236,9 +236,10 @@ class Preparing:
         """What the layer takes and returns, where that is asked."""
         if len(layer.groups) == 1 and layer.groups[0].on:
             return LayerResult()
-        kind = type(layer.layer.module)
+        module = layer.layer.module
+        # A layer that others depend on takes other arguments than those which can be left out.
+        kind = type(module), f"layer.{layer.layer.index}" in self.session.graph.sites_by_name
         if kind not in self._results:
-            module = next(b.module for b in self.session.layers if type(b.module) is kind)
             with self._trying() as (decoder, width):
                 self._results[kind] = result_of(decoder, module, width)
         return self._results[kind]
@@ -253,7 +254,8 @@ class Preparing:
         block = attention = None
         if heads is not None and any(group.heads is not None for group in layer.groups):
             block = self._probed(heads)
-            if block.arguments or any(group.heads == () for group in layer.groups):
+            by_head = block.arguments or block.parameters
+            if by_head or any(group.heads == () for group in layer.groups):
                 attention = AttentionForward(heads, block)
                 ready.shadows.append((heads.module, attention))
         setups = []
