@@ -80,6 +80,33 @@ def residual_entry(graph: Graph, site: Site, inside: set[str], end: str) -> str:
     return fitting.pop()
 
 
+def residual_branches(graph: Graph, site: Site) -> tuple[str, ...]:
+    """The modules whose outputs a layer adds to the stream that passes it: attention's, the MLP's.
+
+    Empty where a layer does more to the stream than adding, or adds what no module puts out.
+    InputError where the layer cannot be left out.
+    """
+    inside, known = within(graph, site), graph.by_name
+    end = exit_of(graph, site, inside)
+    entry = residual_entry(graph, site, inside, end)
+    sums, modules = [known[end]], []
+    if sums[0].kind != "add":
+        return ()
+    for total in sums:
+        for name in total.inputs:
+            branch = known[name]
+            if branch.kind == "add" and name in inside:
+                sums.append(branch)
+                continue
+            while branch.kind == "multiply" and len(branch.inputs) == 1:
+                branch = known[branch.inputs[0]]
+            if branch.name != entry:
+                modules.append(branch.module if branch.kind in ("linear", "norm") else "")
+            elif name != entry:
+                return ()  # the stream itself is scaled
+    return () if "" in modules else tuple(dict.fromkeys(modules))
+
+
 def narrowed(operator: Operator, kept: Mapping[str, tuple[int, int]]) -> Operator:
     """The operator with every quantity that a site narrows scaled by kept lanes / all lanes.
 

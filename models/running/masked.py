@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from operator import mul
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.ir.intervals import numbers_of
+from planner.ir.structure import residual_branches
 from planner.models.running.bindings import BoundSite, bind
 from planner.models.running.kv_cache import cache_among
 from planner.models.running.layer_results import hidden_of, with_hidden
@@ -36,7 +37,11 @@ TokenGates = Tensor | Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Gates:
-    """How far everything is on by layer, sample by sample; what is absent is on."""
+    """How far everything is on by layer, sample by sample; what is absent is on.
+
+    A layer's gate multiplies what each branch adds to the stream, attention and MLP apart, as
+    AdaLLaVA's code has it: the gradient differs from that of a gate on the layer as a whole.
+    """
 
     layers: Mapping[int, Tensor] = field(default_factory=dict)  # (batch,)
     heads: Mapping[int, Tensor] = field(default_factory=dict)  # (batch, switches)
@@ -93,6 +98,14 @@ class MaskedExecutor:
         self.graph = graph
         self.layers = bind(model, graph)
 
+    @cached_property
+    def _branches(self) -> dict[int, list[nn.Module]]:
+        """By layer, the modules whose outputs it adds up; none where it does not only add."""
+        return {
+            site.layer: [self.model.get_submodule(n) for n in residual_branches(self.graph, site)]
+            for site in self.graph.sites_of("layer")
+        }
+
     @contextmanager
     def using(self, gates: Gates, state: TokenState | None = None) -> Iterator[None]:
         """Apply gates for a block.
@@ -121,8 +134,14 @@ class MaskedExecutor:
                     view = ConfigView(block.config, _attn_implementation=MASKED, gates=of_keys)
                     patches.set(block, "config", view)
                 if number in gates.layers:
-                    hook = partial(_mask_layer, gates.layers[number])
-                    hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+                    gate = gates.layers[number]
+                    branches = self._branches.get(number, [])
+                    for branch in branches:
+                        hook = partial(_mask_output, gate)
+                        hooks.enter_context(branch.register_forward_hook(hook))
+                    if not branches:
+                        hook = partial(_mask_layer, gate)
+                        hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
             yield
 
 
@@ -156,6 +175,11 @@ def _mask_features(
     mask = torch.where(switch < 0, 1, rows[:, switch.clamp(min=0)])
     # Some layers compute on the tokens of all samples in one row after another.
     return features * (mask if features.ndim == 2 else mask[:, None, :])
+
+
+def _mask_output(gates: Tensor, _: nn.Module, args: Any, output: Tensor) -> Tensor:
+    rows = _rows(gates, output)
+    return output * (rows[:, None] if output.ndim == 2 else rows[:, None, None])
 
 
 def _mask_layer(

@@ -1,6 +1,8 @@
 """Schedulers: the token put in, the plan made in mid-prompt, and what obeys it."""
 
+import functools
 import json
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from restored import same_state, snapshot
 
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
+from planner.ir.structure import residual_branches
 from planner.models.running.kv_cache import cache_argument, kv_bytes
+from planner.models.running.masked import Gates, MaskedExecutor
 from planner.models.scheduling import (
     Scheduled,
     Scheduler,
@@ -414,6 +418,52 @@ def test_what_cannot_be_done_is_refused(tiny):
             layout.limit(Budget.of(0.49))
     with pytest.raises(InputError, match="unknown switches"):
         layout_of("adallava-x", graph)
+
+
+def test_layer_gates_act_on_attention_and_mlp_apart(tiny):
+    """The gradients of gates, and of all weights, are those of AdaLLaVA's code."""
+    family, graph = tiny
+    model, inputs = family.model, family.inputs(batch=2, after=(5, 3))
+    worth = torch.randn(2, inputs["input_ids"].shape[1], 1, generator=torch.manual_seed(3))
+    found = []
+    for naive in (False, True):
+        gates = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+        layers = {2 + column: gates[:, column] for column in range(2)}
+        with ExitStack() as stack:
+            if naive:
+                for number, gate in layers.items():
+                    layer = model.get_decoder().layers[number]
+                    stack.callback(layer.__dict__.pop, "forward")
+                    layer.forward = functools.partial(gated_layer, layer, gate[:, None, None])
+            else:
+                stack.enter_context(MaskedExecutor(model, graph).using(Gates(layers)))
+            logits = model(**inputs).logits
+        weights = [*model.get_decoder().layers[2].parameters()]
+        found.append([logits, *torch.autograd.grad((logits * worth).sum(), [gates, *weights])])
+    for ours, theirs in zip(*found, strict=True):
+        assert close(ours, theirs)
+
+
+def gated_layer(layer, gate, hidden_states, **kwargs):
+    inner, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
+    hidden_states = hidden_states + gate * inner
+    return hidden_states + gate * layer.mlp(layer.post_attention_layernorm(hidden_states))
+
+
+@pytest.mark.parametrize(
+    ("name", "branches"),
+    [
+        ("llava", ("self_attn.o_proj", "mlp.down_proj")),
+        ("gemma3", ("post_attention_layernorm", "post_feedforward_layernorm")),
+        ("phi", ("self_attn.dense", "mlp.fc2")),
+    ],
+)
+def test_a_layer_s_branches_are_what_it_adds(name, branches):
+    _, graph = _with_groups(name, 4)
+    for layer in (0, 3):
+        site = graph.sites_by_name[f"layer.{layer}"]
+        found = {path.removeprefix(f"{site.module}.") for path in residual_branches(graph, site)}
+        assert found == set(branches)
 
 
 # -- on disk ---------------------------------------------------------------------------------------
