@@ -33,6 +33,13 @@ class Schedule:
     # Of a prefill under any of its plans: {"flops": {"plan", "base", "fraction"}}, language model
     # only.
     cost: dict[str, dict[str, float]] = field(default_factory=dict)
+    # FLOPs that neither `cost` nor the budget counts: of the ``latency_token``, as one more token
+    # of the prompt, and of the ``scheduler``, its encoder and its head.
+    overhead: dict[str, float] = field(default_factory=dict)
+    # The prefill as published tables count it; ``llm-viewer`` with the two tokens more that
+    # AdaLLaVA's released code counts for the latency token.
+    convention: str = "planner"
+    published: dict[str, dict[str, float]] = field(default_factory=dict)
     # What `limit` and `of` are in: ``switches``, or a metric, for the prompts that it was compiled
     # for; other prompts are priced when they come.
     measure: str = "switches"

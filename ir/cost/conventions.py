@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from planner.ir.cost.device_table import Device
 from planner.ir.cost.price import Cost, total
+from planner.ir.cost.workload import Workload
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator
 from planner.ir.kinds import kind_of
@@ -30,13 +31,14 @@ class Row:
     operations: int
     activations: int = 0  # elements read and written
     weights: int = 0  # elements read, whatever the number of samples
+    once: int = 0  # elements of activations that are counted for one sample, however many there are
     cached: int = 0  # elements left in the KV cache
     layer: int | None = None  # decoder layer, None outside the stack
 
     def cost(self, device: Device | None = None, batch: int = 1) -> Cost:
         """Cost for a batch, with seconds where there is a device."""
         operations = batch * self.operations
-        moved = (self.weights + batch * self.activations) * _ELEMENT_BYTES
+        moved = (self.weights + self.once + batch * self.activations) * _ELEMENT_BYTES
         seconds, bound = device.roofline(operations, moved) if device else (0.0, "-")
         return Cost(
             flops=operations,
@@ -60,9 +62,32 @@ class Convention(ABC):
     has_seconds: ClassVar[bool] = True
 
     @abstractmethod
-    def rows(self, graph: Graph, queries: Sequence[int], keys: Sequence[int]) -> Iterable[Row]:
-        """What is counted, for one sample: of queries, tokens that each decoder layer computes,
-        shape (layers,), which attend to keys, likewise."""
+    def rows(
+        self, graph: Graph, tokens_per_layer: Sequence[int], decodes: bool = False
+    ) -> Iterable[Row]:
+        """What is counted, for one sample, of a prefill or of a step that `decodes`.
+
+        Tokens are as in `prefill` and `decode`. InputError where the graph is outside the
+        convention.
+        """
+
+    def tokens(
+        self, graph: Graph, load: Workload, kept: Mapping[int, int] | None = None, step: int = 0
+    ) -> list[int]:
+        """Tokens of each decoder layer as `prefill` takes them, or `decode` in a step from 1 on.
+
+        `kept` are image tokens left after a token stage, by its layer.
+        """
+        running = {o.layer for o in graph if o.part == "decoder" and o.layer is not None}
+        images, counts = load.image_tokens, []
+        for layer in range(graph.layers):
+            images = (kept or {}).get(layer, images)
+            counts.append(self.counted(load, images, step) if layer in running else 0)
+        return counts
+
+    def counted(self, load: Workload, images: int, step: int) -> int:
+        """Tokens of a layer to which so many image tokens are left."""
+        return load.text_tokens + images + step
 
     def prefill(
         self,
@@ -76,7 +101,7 @@ class Convention(ABC):
         The device is for seconds. InputError where the graph or the arguments are outside the
         convention.
         """
-        return self._cost(graph, tokens_per_layer, tokens_per_layer, device, batch)
+        return self._cost(graph, tokens_per_layer, device, batch, decodes=False)
 
     def decode(
         self,
@@ -86,25 +111,27 @@ class Convention(ABC):
         batch: int = 1,
     ) -> Cost:
         """Cost of one decoding step; tokens are those that the new one attends to, and itself."""
-        queries = [min(1, tokens) for tokens in tokens_per_layer]
-        return self._cost(graph, queries, tokens_per_layer, device, batch)
+        return self._cost(graph, tokens_per_layer, device, batch, decodes=True)
 
     def _cost(
         self,
         graph: Graph,
-        queries: Sequence[int],
-        keys: Sequence[int],
+        tokens: Sequence[int],
         device: Device | None,
         batch: int,
+        decodes: bool,
     ) -> Cost:
-        if len(keys) != graph.layers:
-            raise InputError(
-                f"'{graph.name}' has {graph.layers} decoder layers, "
-                f"but token counts are given for {len(keys)}"
-            )
         if device is not None and not self.has_seconds:
             raise InputError(f"convention {self.name} counts FLOPs alone, so it takes no device")
-        return total(row.cost(device, batch) for row in self.rows(graph, queries, keys))
+        return total(row.cost(device, batch) for row in self.rows(graph, tokens, decodes))
+
+
+def _check_layers(graph: Graph, tokens: Sequence[int]) -> None:
+    if len(tokens) != graph.layers:
+        raise InputError(
+            f"'{graph.name}' has {graph.layers} decoder layers, "
+            f"but token counts are given for {len(tokens)}"
+        )
 
 
 def _hidden(graph: Graph) -> int:
@@ -116,27 +143,35 @@ class LlmViewer(Convention):
 
     Per operator ``max(operations / peak, bytes / bandwidth)``, summed; elements of 2 bytes; no
     fused attention: scores are written and read back. Oddities that are kept: the queries read by
-    q k^T are counted with the width of the keys, the activation and the product of an MLP with the
-    hidden size instead of the MLP's width, and lm_head with one operation per multiply-add.
+    q k^T are counted with the width of the keys (not when decoding), the activation and the product
+    of an MLP with the hidden size instead of the MLP's width, lm_head with one operation per
+    multiply-add and with the activations of one sample, whatever the batch; and a decoding step
+    behind P tokens attends to P, not to itself.
     """
 
     name = "llm-viewer"
     source = "LLM Inference Unveiled: Survey and Roofline Model Insights, arXiv 2402.16363"
 
     @override
-    def rows(self, graph: Graph, queries: Sequence[int], keys: Sequence[int]) -> Iterator[Row]:
-        running = {layer: tokens for layer, tokens in enumerate(queries) if tokens}
+    def rows(
+        self, graph: Graph, tokens_per_layer: Sequence[int], decodes: bool = False
+    ) -> Iterator[Row]:
+        _check_layers(graph, tokens_per_layer)
+        keys = [max(0, tokens - decodes) for tokens in tokens_per_layer]
         layers: dict[int, None] = {}
+        running = {
+            n: 1 if decodes else tokens for n, tokens in enumerate(tokens_per_layer) if tokens
+        }
         for operator in graph:
             layer = operator.layer
             if operator.part == "decoder" and layer is not None and layer in running:
                 layers[layer] = None
-                yield from _operator_rows(operator, running[layer], keys[layer])
+                yield from _operator_rows(operator, running[layer], keys[layer], decodes)
             elif operator.part == "head":
                 read, written = operator.integer("in"), operator.integer("out")
                 weights = read * written
                 # sic: not twice the weights
-                yield Row(operator.name, weights, read + written, weights)
+                yield Row(operator.name, weights, weights=weights, once=read + written)
         for layer in layers:
             width = running[layer] * _hidden(graph)
             for name in ("attention_norm", "mlp_norm"):
@@ -146,7 +181,7 @@ class LlmViewer(Convention):
             yield Row("mlp_activation", 2 * width, 3 * width, layer=layer)
 
 
-def _operator_rows(operator: Operator, queries: int, keys: int) -> Iterator[Row]:
+def _operator_rows(operator: Operator, queries: int, keys: int, decodes: bool) -> Iterator[Row]:
     """Rows of one operator of a decoder layer."""
     kind, name, layer = operator.kind, operator.name, operator.layer
     if kind in ("linear", "fused_linear", "norm_linear"):
@@ -160,7 +195,8 @@ def _operator_rows(operator: Operator, queries: int, keys: int) -> Iterator[Row]
         products = 2 * queries * keys * heads * head
         scores = queries * keys * heads
         cached = keys * head * kv_heads
-        read = queries * head * kv_heads  # sic: queries have as many heads as scores, not as keys
+        # sic: queries have as many heads as scores, not as keys
+        read = queries * head * (heads if decodes else kv_heads)
         written = queries * head * heads
         moved = read + cached + scores
         yield Row(f"{name}.qk", products, moved, cached=cached, layer=layer)
@@ -184,23 +220,20 @@ class DynamicLlava(Convention):
     has_seconds = False
 
     @override
-    def rows(self, graph: Graph, queries: Sequence[int], keys: Sequence[int]) -> Iterator[Row]:
+    def counted(self, load: Workload, images: int, step: int) -> int:
+        return step or images
+
+    @override
+    def rows(
+        self, graph: Graph, tokens_per_layer: Sequence[int], decodes: bool = False
+    ) -> Iterator[Row]:
+        """Of a step that decodes: of a whole answer, by the same formula over its tokens alone."""
+        _check_layers(graph, tokens_per_layer)
         width = _hidden(graph)
-        for layer, tokens in enumerate(queries):
+        for layer, tokens in enumerate(tokens_per_layer):
             if tokens:
                 flops = 32 * tokens * width**2 + 4 * tokens**2 * width
                 yield Row(f"layer.{layer}", flops, layer=layer)
-
-    @override
-    def decode(
-        self,
-        graph: Graph,
-        tokens_per_layer: Sequence[int],
-        device: Device | None = None,
-        batch: int = 1,
-    ) -> Cost:
-        """FLOPs of a whole answer: the prefill's formula over the generated tokens alone."""
-        return self.prefill(graph, tokens_per_layer, device, batch)
 
 
 # Name -> convention.

@@ -100,6 +100,12 @@ class Scheduler(nn.Module):
         width = int(graph.properties["hidden_size"])
         return Scheduler(layout_of(switches, graph), width, provenance)
 
+    @property
+    def flops(self) -> int:
+        """Of the products of encoder and head, for one prompt."""
+        linears = [self.encoder.first, self.encoder.second, self.head]
+        return 2 * sum(linear.weight.numel() for linear in linears if linear is not None)
+
     def token(self, limits: Tensor, steps: Tensor | int | None = None) -> Tensor:
         """Latency tokens (batch, width) for limits (batch,).
 

@@ -114,6 +114,10 @@ KernelChoice = Annotated[
 ]
 Split = Literal["train", "val", "test"]
 Place = Annotated[str, typer.Option("--on", help="Where to run: cpu, cuda.")]
+Convention = Annotated[
+    Literal["planner", "llm-viewer", "dynamic-llava"],
+    typer.Option("--convention", help="How costs are counted: exactly, or as published tables do."),
+]
 Scheduler = Annotated[
     str | None,
     typer.Option(

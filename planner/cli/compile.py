@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from planner.cli.command_options import (
+    Convention,
     Images,
     Recover,
     Request,
@@ -46,6 +47,7 @@ def compile_command(
     text: Text = None,
     samples: Samples = 64,
     scheduler: Scheduler = None,
+    convention: Convention = "planner",
     target: Targets = None,
     index_driven: IndexDriven = False,
     autotune: Autotune = False,
@@ -63,6 +65,7 @@ def compile_command(
     from planner.files import output_folder
     from planner.ir.errors import InputError
     from planner.planning.compiler import compile_plan
+    from planner.planning.plan_costs import published_cost
 
     if target and scheduler is not None:
         raise InputError("--target is not for --scheduler: index-driven kernels serve any plan")
@@ -70,11 +73,13 @@ def compile_command(
     level = debug_level()
     folder = output or Path("build") / Path(request.model.rstrip("/")).name
     if scheduler is not None:
-        _compile_schedule(request, scheduler, folder, console)
+        _compile_schedule(request, scheduler, folder, console, convention)
         return
     if recover or images or text:
         if target:
             raise InputError("--target is for plans alone: give it without --recover or data")
+        if convention != "planner":
+            raise InputError("--convention is for plans alone: give it without --recover or data")
         _compile_recovered(request, recover, images, text, samples, folder, console)
         return
     output_folder(folder)
@@ -90,9 +95,16 @@ def compile_command(
             manifest, files = build(compiled.graph, compiled.plan, load, progress=update)
         between = print_between_passes or level >= PASSES
         path = write_outputs(compiled, folder, between, files)
+    published = {}
+    if convention != "planner":
+        priced = compiled.pricing
+        published = published_cost(
+            convention, compiled.graph, compiled.plan, priced.workload, priced.device
+        )
 
     def summary() -> None:
         _print_summary(compiled, path, console.verbose)
+        _print_published(convention, published)
         if manifest is not None:
             sources = len({kernel.source for kernel in manifest.kernels})
             print(
@@ -100,7 +112,17 @@ def compile_command(
                 f"{folder / 'kernels'} (see: planner kernels {folder})"
             )
 
-    console.show(document(compiled, path, manifest), summary)
+    facts = {"convention": {"name": convention, "cost": published}} if published else {}
+    console.show(document(compiled, path, manifest) | facts, summary)
+
+
+def _print_published(convention: str, cost: Mapping[str, Mapping[str, float]]) -> None:
+    """Lines on costs as a published convention counts them; none without costs."""
+    for metric, values in cost.items():
+        print(
+            f"as {convention} counts, {metric}: {amount(values['plan'], metric)} of "
+            f"{amount(values['base'], metric)}, {values['fraction']:.4f}"
+        )
 
 
 def _by_weight_norms(request: Request, update: Callable[[str], None]) -> Request:
@@ -172,7 +194,9 @@ def _compile_recovered(
     console.show(document(done.compiled, path) | facts, summary)
 
 
-def _compile_schedule(request: Request, scheduler: str, folder: Path, console: Console) -> None:
+def _compile_schedule(
+    request: Request, scheduler: str, folder: Path, console: Console, convention: str
+) -> None:
     """Check, price and write a schedule, whose plans a scheduler makes at run time."""
     from planner.files import output_folder
     from planner.ir.errors import InputError
@@ -182,7 +206,7 @@ def _compile_schedule(request: Request, scheduler: str, folder: Path, console: C
     if request.kv is not None:
         raise InputError("--kv goes with a plan of its own, not with --scheduler")
     with console.status() as update:
-        schedule = compile_schedule(request, scheduler, update)
+        schedule = compile_schedule(request, scheduler, update, convention)
         path = output_folder(folder) / "schedule.yaml"
         save_schedule(schedule, path)
     console.show(
@@ -202,6 +226,12 @@ def _print_schedule(schedule: Schedule, path: Path) -> None:
         f"FLOPs of the language model's prefill: {amount(flops['plan'], 'flops')} of "
         f"{amount(flops['base'], 'flops')}, {flops['fraction']:.4f}"
     )
+    if more := schedule.overhead:
+        print(
+            f"not counted: {amount(more['latency_token'], 'flops')} of the latency token, "
+            f"{amount(more['scheduler'], 'flops')} of the scheduler"
+        )
+    _print_published(schedule.convention, schedule.published)
     print(f"wrote {path}")
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from planner.cli.command_options import Request, command
+from planner.cli.command_options import Convention, Request, command
 from planner.cli.console import Console, amount, table
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def inspect_command(
         Literal["prefill", "decode"],
         typer.Option("--step", help="What runs: prefill, or decode (the last token)."),
     ] = "prefill",
+    convention: Convention = "planner",
     projector: Annotated[
         str,
         typer.Option("--projector", help="Another projector on a LLaVA, such as token-packer:2."),
@@ -44,6 +45,9 @@ def inspect_command(
     from dataclasses import replace
 
     from planner.ir.cost import price, total
+    from planner.ir.cost.conventions import convention as find_convention
+    from planner.ir.errors import InputError
+    from planner.ir.graph import Operator
     from planner.ir.graph_text import print_graph
     from planner.ir.passes import find_passes, run
     from planner.plan import load_plan
@@ -52,6 +56,9 @@ def inspect_command(
     from planner.planning.figures import check_figures
     from planner.planning.graph_cache import lowered_graph
 
+    how = None if convention == "planner" else find_convention(convention)
+    if how is not None and graph_text:
+        raise InputError("--graph shows planner's own costs: give it without --convention")
     chip = find_device(request.device)
     loaded = load_plan(plan) if plan else None
     rewrites = find_passes(passes)
@@ -71,15 +78,29 @@ def inspect_command(
         kept = {stage.layer: min(stage.keep, load.image_tokens) for stage in loaded.tokens}
     graph = run(graph, rewrites)
     last = max(1, request.new_tokens)
-    sizes = load.prefill(kept) if step == "prefill" else load.decode(last, kept)
-    costs = [(operator, price(operator, graph, sizes, chip)) for operator in graph]
+    if how is None:
+        sizes = load.prefill(kept) if step == "prefill" else load.decode(last, kept)
+        costs = [(operator, price(operator, graph, sizes, chip)) for operator in graph]
+    else:
+        decodes = step == "decode"
+        tokens = how.tokens(graph, load, kept, last if decodes else 0)
+        costs = [
+            (
+                Operator(row.name, row.name.rpartition(".")[2], layer=row.layer)
+                if row.layer is not None
+                else Operator(row.name, "linear", part="head"),
+                row.cost(chip if how.has_seconds else None, load.batch),
+            )
+            for row in how.rows(graph, tokens, decodes)
+        ]
     whole = total(cost for _, cost in costs)
-    beside = chip.pass_seconds(graph.dtype_bytes)
+    beside = chip.pass_seconds(graph.dtype_bytes) if how is None else 0.0
     whole = replace(whole, seconds=whole.seconds + beside)
     document = {
         "model": graph.name,
         "device": chip.name,
         "step": step,
+        "convention": convention,
         "image_tokens": load.image_tokens,
         "totals": {name: getattr(whole, name) for name in _COSTS},
         "operators": [
@@ -94,12 +115,14 @@ def inspect_command(
             by_name = {operator.name: cost for operator, cost in costs}
             print(print_graph(graph, lambda o: amount(by_name[o.name].flops, "flops")), end="")
         else:
-            how = (
+            rule = (
                 f"as measured in {chip.name}, {amount(beside, 'latency')} besides the operators"
                 if beside
                 else f"modelled on {chip.name} (roofline: no overlap, no launch cost)"
+                if how is None
+                else f"modelled on {chip.name} (as {convention})"
             )
-            _print(f"{graph.name}, {step}, {how}", costs, whole, by)
+            _print(f"{graph.name}, {step}, {rule}", costs, whole, by)
 
     console.show(document, text)
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from planner.ir.cost import Workload
+from planner.ir.cost.conventions import convention
 from planner.ir.cost.device_table import Device, device
 from planner.ir.graph import Graph
 from planner.plan import Plan
-from planner.planning.compiler import DEFAULT_DEVICE
+from planner.planning.compiler import DEFAULT_DEVICE, specialised
 from planner.planning.pricing import Pricing, compared
 from planner.planning.selectors import AnswerTokens, parse_kv_policy, selector_of
 from planner.planning.switches import AXES, SwitchSet, with_switches
@@ -70,6 +71,32 @@ class PlanCosts:
             for which in ("plan", "base")
         ]
         return compared(sums[0], sums[1], each[0])
+
+
+def published_cost(
+    name: str, graph: Graph, plan: Plan, load: Workload, chip: Device, more_tokens: int = 0
+) -> dict[str, dict[str, float]]:
+    """What a plan's prefill costs as published tables count, as a plan's own ``cost`` has it.
+
+    Args:
+        name: of a convention, such as ``llm-viewer``.
+        graph: the model's.
+        plan: for the model.
+        load: of the prompt.
+        chip: for modelled seconds, where the convention has any.
+        more_tokens: text tokens that the plan's prompt has beside the load's.
+
+    Raises:
+        InputError: the model is outside the convention.
+    """
+    how, costs = convention(name), []
+    for one, text in ((plan, load.text_tokens + more_tokens), (Plan.of(graph), load.text_tokens)):
+        narrowed = specialised(graph, one)
+        kept = {stage.layer: min(stage.keep, load.image_tokens) for stage in one.tokens}
+        tokens = how.tokens(narrowed, replace(load, text_tokens=text), kept)
+        cost = how.prefill(narrowed, tokens, chip if how.has_seconds else None, load.batch)
+        costs.append({"flops": cost.flops} | ({"latency": cost.seconds} if how.has_seconds else {}))
+    return compared(costs[0], costs[1], costs[0])
 
 
 def pricing_for(plan: Plan, graph: Graph, workload: Workload, scope: str, chip: Device) -> Pricing:

@@ -68,6 +68,35 @@ def test_models_devices_and_version(cli, cli_json):
     assert "mipha-3b" in cli("models")[1]
 
 
+def test_inspect_counts_as_published_tables_do(cli, cli_json):
+    """AdaLLaVA's 81 ms on a V100 (Table 1), Dynamic-LLaVA's 10.1 TFLOP (Table 10)."""
+    asked = ("inspect", "--model", "llava-7b", "--text-tokens", "68")
+    document = cli_json(*asked, "--device", "v100", "--convention", "llm-viewer")
+    assert document["convention"] == "llm-viewer"
+    assert f"{document['totals']['seconds'] * 1e3:.0f}" == "81"
+    assert sum(row["flops"] for row in document["operators"]) == document["totals"]["flops"]
+    step = cli_json(*asked, "--step", "decode", "--new-tokens", "1", "--convention", "llm-viewer")
+    assert step["totals"]["kv_bytes"] == 32 * 644 * 2 * 4096 * 2
+    found = cli_json(*asked, "--convention", "dynamic-llava")["totals"]["flops"]
+    assert f"{found / 1e12:.1f}" == "10.1"
+    code, out, _ = cli(*asked, "--convention", "llm-viewer", "--by", "kind")
+    assert (code, "as llm-viewer" in out, "softmax" in out) == (0, True, True)
+    code, _, err = cli(*asked, "--convention", "llm-viewer", "--graph")
+    assert (code, "without --convention" in err) == (2, True)
+
+
+def test_compile_counts_as_published_tables_do(cli, cli_json):
+    asked = ("compile", "--model", "llava-7b", "--switches", "adallava-l", "--budget", "0.6")
+    asked += ("--text-tokens", "68", "--device", "v100", "-o", "out", "--convention", "llm-viewer")
+    found = cli_json(*asked)["convention"]
+    assert found["name"] == "llm-viewer"
+    # 19 of 32 layers.
+    assert f"{found['cost']['flops']['plan'] / 1e12:.2f}" == "5.08"
+    assert f"{found['cost']['latency']['plan'] * 1e3:.1f}" == "48.4"
+    code, out, _ = cli(*asked)
+    assert (code, "as llm-viewer counts, latency: 48.42 ms of 81.35 ms" in out) == (0, True)
+
+
 def test_inspect_after_passes(cli_json):
     dense = cli_json("inspect", "--model", "tiny-llava")
     passes = "drop-dead,fuse-projections,fuse-norm"

@@ -33,6 +33,28 @@ def test_a_schedule_is_compiled_and_run(cli, cli_json, picture, tmp_path):
     assert "heads kept" in out
 
 
+def test_a_schedule_says_what_its_budget_does_not_count(cli, cli_json, tmp_path):
+    """The latency token, the scheduler, and what AdaLLaVA's released code counts of them."""
+    asked = ("compile", *SCHEDULED, "--budget", "0.65", "--text-tokens", "16", "-o", "out")
+    made = cli_json(*asked, "--convention", "llm-viewer")
+    width = 128
+    assert made["overhead"]["scheduler"] == 2 * (256 * width + width**2 + width * 4 * 16)
+    one_more = cli_json(*asked, "--text-tokens", "17")
+    token = one_more["cost"]["flops"]["plan"] - made["cost"]["flops"]["plan"]
+    assert made["overhead"]["latency_token"] == token > 0
+    # As a plan of as many layers, on a prompt of two tokens more.
+    layers = ("compile", "-m", "tiny-llava", "--budget", "0.65", "--convention", "llm-viewer")
+    made = cli_json(*layers, "--scheduler", "adallava-l", "--text-tokens", "16", "-o", "out")
+    static = cli_json(*layers, "--switches", "adallava-l", "--text-tokens", "18", "-o", "static")
+    ours, theirs = made["published"]["flops"], static["convention"]["cost"]["flops"]
+    assert (ours["plan"], ours["base"] < theirs["base"]) == (theirs["plan"], True)
+    code, out, _ = cli(*asked)
+    assert (code, "not counted:" in out, "of the latency token" in out) == (0, True, True)
+    code, _, err = cli("compile", *SCHEDULED, "--budget", "0.3", "-o", "less")
+    assert (code, "cannot keep to less than 0.5" in err) == (2, True)
+    assert not (tmp_path / "less").exists()
+
+
 def test_a_scheduled_run_says_what_an_adaptive_selector_kept(cli_json, picture):
     asked = ("--prompt", "How many red objects are there?", "--image", picture, "--explain")
     found = cli_json("run", *SCHEDULED, "--budget", "0.8", "--tokens", "prumerge:max=0.4", *asked)
