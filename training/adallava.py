@@ -44,8 +44,9 @@ from planner.training.conversation_runs import (
     facts_of,
     load_base,
 )
-from planner.training.data import Conversation, Packer
+from planner.training.data import LlavaConversations, Packer
 from planner.training.data.packing import IGNORE
+from planner.training.data.visits import Visit, Visited, Visits
 from planner.training.estimators import Deterministic, Estimator, GumbelSequential, parse
 from planner.training.question_samples import Asked
 from planner.training.switch_costs import costs_of
@@ -182,7 +183,10 @@ def last_answer(labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BudgetCollator:
-    """Batches of conversations, each with a limit and a seed that follow from its id.
+    """Batches of conversations, each with a limit and a seed that follow from the visit's number.
+
+    So both are drawn anew in every epoch and for records that share an id, as in the authors' code,
+    and do not depend on how records are split over processes.
 
     Attributes:
         packer: makes dialogues.
@@ -197,13 +201,13 @@ class BudgetCollator:
     turns: Sequence[int]
     least: int = 0  # the smallest limit
 
-    def __call__(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
+    def __call__(self, visits: Sequence[Visit]) -> dict[str, Any]:
         """One training batch, with `ids` for error messages."""
-        draws = [random.Random(f"{self.seed}-{c.id}") for c in conversations]
-        turns = random.Random(f"{self.seed}-turns-{conversations[0].id}").choice(self.turns)
-        cut = [replace(c, turns=c.turns[:turns]) for c in conversations]
+        draws = [random.Random(f"{self.seed}-{visit.number}") for visit in visits]
+        turns = random.Random(f"{self.seed}-turns-{visits[0].number}").choice(self.turns)
+        conversations = [visit.conversation for visit in visits]
         return {
-            **self.packer(cut),
+            **self.packer([replace(c, turns=c.turns[:turns]) for c in conversations]),
             "limits": torch.tensor([draw.randint(self.least, self.steps) for draw in draws]),
             "seeds": torch.tensor([draw.getrandbits(62) for draw in draws]),
             "ids": [c.id for c in conversations],
@@ -251,10 +255,14 @@ def build_trainer(
     layout = adaptive.layout
     least = layout.limit(Budget.of(config.least_budget)) if config.least_budget else 0
     collate = BudgetCollator(packer, layout.steps, config.seed, config.turns, least)
+    arguments, records = arguments_of(config), conversations_of(config)
+    step = arguments.train_batch_size * arguments.world_size * config.gradient_accumulation_steps
+    kinds = records.kinds if isinstance(records, LlavaConversations) else None
     trainer = adaptive.trainer(
         model=adaptive,
-        args=arguments_of(config),
-        train_dataset=conversations_of(config),
+        args=arguments,
+        train_dataset=Visited(records),
+        sampler=Visits(kinds, len(records), step, config.max_steps, config.seed),
         data_collator=collate,
         processing_class=processor,
         rates={"scheduler.": config.scheduler_learning_rate or config.learning_rate},

@@ -34,6 +34,7 @@ class RunConfig(BaseModel):
     batch_size: int = 32
     learning_rate: float
     weight_decay: float = 0.0
+    adam_beta2: float = 0.999
     save_steps: int = 200
     logging_steps: int = 20
     dataloader_workers: int = 0

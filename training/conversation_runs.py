@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
 
 from planner.ir.errors import InputError
 from planner.loading import load_model
+from planner.models.conversion import as_llava_v1
 from planner.training.config import RunConfig
 from planner.training.data import Conversation, LlavaConversations, SceneConversations
 from planner.training.tiny_llava import export as export_half
@@ -24,6 +25,9 @@ class ConversationConfig(RunConfig):
     export_half: bool = False
 
     model: str = "tiny-llava"
+    # ``llava-v1`` for LLaVA-1.5's system prompt and pictures padded to a square, as the authors
+    # train; ``own`` for the model's chat template and pictures as its processor has them.
+    prompt: Literal["own", "llava-v1"] = "own"
 
     # LLaVA's conversation JSON and its images; rendered scenes where there is none.
     conversations: str | None = None
@@ -50,6 +54,8 @@ class ConversationConfig(RunConfig):
 def load_base(config: ConversationConfig) -> tuple[Any, Any, str]:
     """(model to train, processor, what the model is called)."""
     model, processor, _ = load_model(config.model, config.dtype)
+    if config.prompt == "llava-v1":
+        processor = as_llava_v1(processor)
     # As in LLaVA's second stage, where the projector is trained.
     if config.freeze_vision and (tower := model.get_encoder("image")) is not None:
         tower.requires_grad_(False)
@@ -77,8 +83,8 @@ def conversations_of(
     )
 
 
-def arguments_of(config: ConversationConfig, **options: Any) -> TrainingArguments:
-    """transformers' arguments for a run, with options in place of its own."""
+def arguments_of(config: ConversationConfig) -> TrainingArguments:
+    """transformers' arguments for a run."""
     if config.fsdp and not torch.accelerator.is_available():
         raise InputError(
             "fsdp shards over accelerators, and on CPUs every process would hold all of the model: "
@@ -96,7 +102,6 @@ def arguments_of(config: ConversationConfig, **options: Any) -> TrainingArgument
         fsdp_config=layers if config.fsdp else None,
         deepspeed=config.deepspeed or None,
         activation_checkpointing=config.activation_checkpointing or None,
-        **options,
     )
 
 

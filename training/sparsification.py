@@ -198,7 +198,7 @@ def build_trainer(config: DynamicLlavaConfig) -> tuple[RunTrainer, SparseModel, 
     packer = Packer(processor, config.max_text_tokens, dialogue_share=1.0)
     trainer = RunTrainer(
         model=sparse,
-        args=arguments_of(config, adam_beta2=0.999),
+        args=arguments_of(config),
         train_dataset=conversations_of(config, images_only=True),
         data_collator=_Collator(packer, config.seed, config.turns),
         processing_class=processor,

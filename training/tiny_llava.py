@@ -75,6 +75,7 @@ class TinyLlavaConfig(RunConfig):
     dialogue_share: float = 0.2
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
+    adam_beta2: float = 0.98
     warmup_steps: int = 200
     decay_steps: int = 1000
     concept_loss_weight: float = 1.0

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 from transformers.trainer_callback import TrainerState
@@ -33,7 +34,7 @@ def training_arguments(config: RunConfig, **options: Any) -> TrainingArguments:
         "per_device_train_batch_size": config.batch_size,
         "learning_rate": config.learning_rate,
         "weight_decay": config.weight_decay,
-        "adam_beta2": 0.98,
+        "adam_beta2": config.adam_beta2,
         "max_grad_norm": 1.0,
         "use_cpu": not torch.accelerator.is_available(),
         "save_steps": config.save_steps,
@@ -109,6 +110,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     Args:
         rates: learning rates of parameters by what their names begin with.
         muon: train the matrices inside of layers by Muon.
+        sampler: of all records of the run, in order; None for Trainer's.
     """
 
     _staging = False
@@ -119,10 +121,16 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         *args: Any,
         rates: Mapping[str, float] = MappingProxyType({}),
         muon: bool = False,
+        sampler: Sampler[int] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._rates, self._muon = rates, muon
+        self._rates, self._muon, self._sampler = rates, muon, sampler
+
+    @override
+    def _get_train_sampler(self, *args: Any) -> Sampler[int] | None:
+        own: Sampler[int] | None = self._sampler or super()._get_train_sampler(*args)
+        return own
 
     @override
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:

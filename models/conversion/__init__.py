@@ -12,5 +12,6 @@ files of what else the checkpoint holds.
 """
 
 from planner.models.conversion.authors_checkpoint import Converted, convert
+from planner.models.conversion.stock_processor import as_llava_v1
 
-__all__ = ["Converted", "convert"]
+__all__ = ["Converted", "as_llava_v1", "convert"]

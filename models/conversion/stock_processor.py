@@ -67,8 +67,38 @@ def stock_processor(folder: Path, config: LlavaConfig, tower: str, pads: bool) -
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=1,
-        chat_template=_PROMPT.replace(IMAGE, _image_with_prefix(tokenizer)),
+        chat_template=_template(tokenizer),
     )
+
+
+def as_llava_v1(processor: Any) -> LlavaProcessor:
+    """A LLaVA's processor with LLaVA-1.5's conversation "v1", and pictures padded to a square.
+
+    The padding has the mean colour, as in the authors' code. Stock LLaVA-1.5 cuts pictures to a
+    square, and its prompts have no system message.
+
+    Raises:
+        InputError: the processor is no LLaVA's.
+    """
+    if not isinstance(processor, LlavaProcessor):
+        raise InputError(
+            f"prompts of LLaVA-1.5 are for its processor, not {type(processor).__name__}"
+        )
+    known = ("size", "crop_size", "image_mean", "image_std", "resample", "rescale_factor")
+    pictures = {name: getattr(processor.image_processor, name) for name in known}
+    return LlavaProcessor(
+        LlavaImageProcessorPil(**pictures, do_pad=True),
+        processor.tokenizer,
+        patch_size=processor.patch_size,
+        vision_feature_select_strategy=processor.vision_feature_select_strategy,
+        image_token=processor.image_token,
+        num_additional_image_tokens=processor.num_additional_image_tokens,
+        chat_template=_template(processor.tokenizer),
+    )
+
+
+def _template(tokenizer: Any) -> str:
+    return _PROMPT.replace(IMAGE, _image_with_prefix(tokenizer))
 
 
 def _image_with_prefix(tokenizer: Any) -> str:

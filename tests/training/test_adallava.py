@@ -15,6 +15,7 @@ from planner.training import adallava
 from planner.training.adallava import AdaptiveModel, BudgetCollator, build_trainer, last_answer
 from planner.training.data import Packer, SceneConversations
 from planner.training.data.packing import IGNORE
+from planner.training.data.visits import Visit, Visits
 from planner.training.estimators import GumbelSequential, parse
 from planner.training.recipes import load_recipe
 from planner.training.tiny_llava import build_processor
@@ -58,17 +59,65 @@ def test_the_token_stands_before_the_last_answer():
     assert last_answer(labels).tolist() == [6, 3, 8]
 
 
-def test_budgets_follow_from_the_record_alone():
+def test_budgets_follow_from_the_visit_alone():
+    """They differ between epochs, and between records that share an id."""
     collate = BudgetCollator(lambda conversations: {}, 4, 0, [1, 3])
-    scenes = SceneConversations("train", 200)
-    many = collate([scenes[i] for i in range(200)])
-    few = collate([scenes[i] for i in (7, 3)])
+    scene = SceneConversations("train", 1)[0]
+    many = collate([Visit(number, scene) for number in range(200)])
+    few = collate([Visit(number, scene) for number in (7, 3)])
     assert many["limits"][[7, 3]].tolist() == few["limits"].tolist()
     assert many["seeds"][[7, 3]].tolist() == few["seeds"].tolist()
+    assert len(many["seeds"].unique()) == 200
     # Uniform over 0 to 4: 40 of each expected, with a standard deviation under 6.
     counts = torch.bincount(many["limits"], minlength=5)
     assert len(counts) == 5
     assert (counts - 40).abs().max() < 24
+
+
+def test_steps_hold_pictures_or_text_alone():
+    kinds = [1, 0, 1, 1, 0, 1, 1, 0, 1, 1, 0]
+    visits = [*Visits(kinds, 11, 3, 9, seed=1)]
+    assert len(visits) == 27
+    epochs = [visits[start : start + 9] for start in (0, 9, 18)]
+    for number, epoch in enumerate(epochs):
+        assert {visit // 11 for visit in epoch} == {number}
+        assert len({visit % 11 for visit in epoch}) == 9
+        of = [[kinds[v % 11] for v in epoch[start : start + 3]] for start in (0, 3, 6)]
+        # Seven pictures and four texts: two steps of one, one of the other.
+        assert sorted(map(sum, of)) == [0, 3, 3]
+    assert len({tuple(visit % 11 for visit in epoch) for epoch in epochs}) == 3
+    assert visits == [*Visits(kinds, 11, 3, 9, seed=1)]
+    assert visits != [*Visits(kinds, 11, 3, 9, seed=2)]
+    # What is left of both kinds fills a step; a set smaller than one is met again.
+    assert [*Visits([1, 1, 0], 3, 3, 1, 0)] != []
+    assert sorted(v % 2 for v in Visits(None, 2, 4, 1, 0)) == [0, 0, 1, 1]
+
+
+def test_a_second_epoch_has_other_budgets_also_after_a_stop(base, tmp_path, monkeypatch):
+    """Four records in steps of four: every step is an epoch."""
+    seen = []
+    original = BudgetCollator.__call__
+
+    def watched(self, visits):
+        batch = original(self, visits)
+        seen.append(([v.number for v in visits], batch["limits"].tolist(), batch["seeds"].tolist()))
+        return batch
+
+    monkeypatch.setattr(BudgetCollator, "__call__", watched)
+    config = settings(base, tmp_path / "whole", scenes=4, max_steps=3, save_steps=1)
+    adallava.train(config)
+    whole, seen[:] = seen[:3], []
+    assert [sorted(number // 4 for number in numbers) for numbers, *_ in whole] == [
+        [0] * 4,
+        [1] * 4,
+        [2] * 4,
+    ]
+    assert len({seed for *_, seeds in whole for seed in seeds}) == 12
+    adallava.train(settings(base, tmp_path / "cut", scenes=4, max_steps=3, save_steps=1))
+    (tmp_path / "cut" / "checkpoint-3").rename(tmp_path / "gone")
+    seen.clear()
+    adallava.train(settings(base, tmp_path / "cut", scenes=4, max_steps=3, save_steps=1))
+    assert seen[-1] == whole[2]
 
 
 # -- sampling --------------------------------------------------------------------------------------
@@ -218,7 +267,7 @@ def test_a_sample_is_trained_as_it_is_asked(loaded, base):
     adaptive._draw = None
     adaptive.scheduled.decide = scheduler.layout.decide
     scene = SceneConversations("train", 5, questions=1, description_share=0)[2]
-    batch = BudgetCollator(Packer(processor, 60, 1.0), 2, 0, [1])([scene])
+    batch = BudgetCollator(Packer(processor, 60, 1.0), 2, 0, [1])([Visit(0, scene)])
     batch.pop("ids")
     batch["limits"] = torch.tensor([1])
     trained = adaptive(**batch).logits
@@ -306,6 +355,20 @@ def test_a_scheduler_that_passes_budgets_is_logged_as_such(base, tmp_path):
     )
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert sum(entry.get("violations", 0) for entry in state["log_history"]) > 0
+
+
+def test_what_is_exported_is_asked_as_it_was_trained(base, tmp_path):
+    """LLaVA-1.5's prompt and pictures go with the checkpoint."""
+    from transformers import AutoProcessor
+
+    asked = {"prompt": "llava-v1", "export_dir": str(tmp_path / "model"), "max_steps": 1}
+    adallava.train(settings(base, tmp_path / "run", max_text_tokens=400, **asked))
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}
+    asked = processor.apply_chat_template([question], add_generation_prompt=True)
+    assert asked.startswith("A chat between a curious user")
+    assert asked.endswith("USER: <image>\nWhy? ASSISTANT:")
+    assert processor.image_processor.do_pad
 
 
 # -- configurations --------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ Enters: a seed, or a JSON file and its pictures. Leaves: conversations, and batc
     conversations       the record a model is trained on, and datasets of them
     conversation_table  LLaVA's JSON as an Arrow file that processes share
     packing             conversations as token tensors, several questions behind one image
+    visits              in which order a run meets its records, epoch after epoch
 """
 
 from planner.training.data.conversations import (

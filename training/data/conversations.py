@@ -139,6 +139,7 @@ class LlavaConversations(Sequence[Conversation]):
         self.records = open_records(self.path)
         self._unreadable: set[int] = set()
         self._good, self.skipped = array("q"), 0
+        self.kinds = array("b")  # of the good records: 1 with a picture, 0 without
         for number, (fault, image) in enumerate(self._checked()):
             if fault is None and image is not None and not (self.image_folder / image).is_file():
                 fault = (
@@ -147,6 +148,7 @@ class LlavaConversations(Sequence[Conversation]):
                 )
             if fault is None and (image is not None or not images_only):
                 self._good.append(number)
+                self.kinds.append(image is not None)
             elif fault is not None and on_error == "raise":
                 raise InputError(fault)
             self.skipped += fault is not None
@@ -186,7 +188,11 @@ class LlavaConversations(Sequence[Conversation]):
                 raise InputError(
                     f'{self.path}, id "{record["id"]}": image "{file}" cannot be read ({error}).'
                 ) from error
-        texts = [text.replace(IMAGE_TAG, "").strip() for text in record["texts"]]
+        # As LLaVA does: texts are as they are, but for those that the picture stands in.
+        texts = [
+            text.replace(IMAGE_TAG, "").strip() if IMAGE_TAG in text else text
+            for text in record["texts"]
+        ]
         unknown = [None] * (len(texts) // 2)
         families, kinds = record["families"] or unknown, record["kinds"] or unknown
         turns = zip(texts[::2], texts[1::2], families, kinds, strict=True)
