@@ -31,7 +31,7 @@ def test_pairs_measured_on_the_same_sample_predict_two_layers_exactly():
     pairs = measure_pairs(family.model, graph, samples, alone.sites, TOKEN_LAYER)
     both = replace(alone, name="pairs", pairs=pairs.sites)
     wrong = replace(alone, sites={name: -worth for name, worth in alone.sites.items()})
-    off = {"wrong": (0, 1), "pairs": (1, 2)}
+    off = [(0, 1), (1, 2)]
     found = layer_regret(family.model, graph, samples, {"wrong": wrong, "pairs": both}, off)
     assert found["utilities"]["pairs"]["rank"] == pytest.approx(1.0)
     assert found["utilities"]["wrong"]["rank"] < 0

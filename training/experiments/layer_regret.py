@@ -34,7 +34,7 @@ def layer_regret(
     graph: Graph,
     samples: Sequence[Sample],
     known: Mapping[str, Utilities],
-    off: Mapping[str, Layers],
+    off: Sequence[Layers],
     seed: int = 0,
 ) -> dict[str, Any]:
     """Predicted against true losses of sets of layers.
@@ -44,16 +44,16 @@ def layer_regret(
         graph: of the model, with switches.
         samples: to judge on.
         known: utilities by name.
-        off: name -> layers that the plan by these utilities leaves off.
+        off: layers that each plan by them leaves off.
         seed: of the sets that are drawn.
 
     Returns:
         ``sets``, the number tried; ``best``, the least loss of any, in nats per token; and
-        ``utilities``: name -> ``rank`` (Spearman), ``loss`` of its plan, and ``regret``, that less
-        the best.
+        ``utilities``: name -> ``rank`` (Spearman), ``loss`` of the set that is predicted to lose
+        least, and ``regret``, that less the best.
     """
     sites = graph.sites_of("layer")
-    sets = tried_sets(list(off.values()), len(sites), seed)
+    sets = tried_sets(off, len(sites), seed)
     masked = MaskedExecutor(model, graph)
     losses = np.mean(
         [
@@ -65,8 +65,9 @@ def layer_regret(
     best = float(losses.min())
     found = {}
     for name, utilities in known.items():
-        rank: Any = spearmanr(predicted_losses(utilities, sites, sets), losses)
-        loss = float(losses[sets.index(off[name])])
+        predicted = predicted_losses(utilities, sites, sets)
+        rank: Any = spearmanr(predicted, losses)
+        loss = float(losses[predicted.argmin()])
         found[name] = {"rank": float(rank.statistic), "loss": loss, "regret": loss - best}
     return {"sets": len(sets), "best": best, "utilities": found}
 
