@@ -70,9 +70,22 @@ def test_the_unified_controller_takes_a_step_with_llava_7b():
     with ExitStack() as stack:
         stack.enter_context(executor.using(Gates(tokens={0: keep})))
 
+        def gating(rows):
+            """Gates by head or group, of the features that a last linear reads."""
+            return lambda _, args: (
+                args[0]
+                * rows.repeat_interleave(args[0].shape[-1] // rows.shape[1], 1)[:, None].to(args[0])
+            )
+
         def decide(module, args, output):
             gates = layout.inner.gates(scheduler(output[:, -1]).sigmoid())
-            stack.enter_context(executor.using(gates))
+            stack.enter_context(executor.using(Gates(layers=gates.layers)))
+            # The executor masks linears by their weights, and these have none.
+            for number in gates.heads:
+                block = layers[number]
+                heads, groups = gating(gates.heads[number]), gating(gates.mlp[number])
+                stack.enter_context(block.self_attn.o_proj.register_forward_pre_hook(heads))
+                stack.enter_context(block.mlp.down_proj.register_forward_pre_hook(groups))
 
         layers[layout.first - 1].register_forward_hook(decide)
         logits = model(inputs_embeds=hidden, attention_mask=mask, use_cache=False).logits
@@ -82,7 +95,7 @@ def test_the_unified_controller_takes_a_step_with_llava_7b():
     untouched = {name for name, p in scheduler.named_parameters() if p.grad is None}
     # Counts are drawn, and their gradient comes through costs.
     assert untouched == {"vision.count.weight", "vision.count.bias"}
-    assert all(p.grad is not None for p in model.get_decoder().parameters())
+    assert all(p.grad is not None for p in layers.parameters())
     optimiser = torch.optim.AdamW(scheduler.parameters(), lr=1e-3)
     optimiser.step()
 
