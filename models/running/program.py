@@ -15,6 +15,7 @@ from planner.ir.intervals import Intervals
 from planner.models.running.bindings import BoundLayer, BoundSite
 from planner.plan import Plan, TokenStage
 from planner.planning.selectors import AnswerTokens, KVPolicy, Needs, parse_kv_policy, selector_of
+from planner.planning.switches import check_layer
 
 
 def check_plan(plan: Plan, graph: Graph) -> None:
@@ -26,7 +27,7 @@ def check_plan(plan: Plan, graph: Graph) -> None:
                 f"the plan switches layer {layer} off, which '{graph.name}' cannot do without"
             )
     if plan.kv:
-        parse_kv_policy(plan.kv)
+        check_layer(parse_kv_policy(plan.kv), graph)
         for operator in graph:
             if operator.part == "decoder" and operator.get("window"):
                 raise InputError(

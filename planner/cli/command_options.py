@@ -60,7 +60,7 @@ class RequestOptions:
     ] = None
     kv: Annotated[
         str | None,
-        typer.Option("--kv", help="A cache that evicts, such as h2o:heavy=0.2,recent=0.2."),
+        typer.Option("--kv", help="What the KV cache holds, such as h2o:heavy=0.2,recent=0.2."),
     ] = None
     utilities: Annotated[
         str,

@@ -23,8 +23,8 @@ from planner.planning.catalog import Source, find_model, utilities_beside
 from planner.planning.config_sizes import head_counts
 from planner.planning.graph_cache import lowered_graph
 from planner.planning.pricing import COUNTED, Pricing, compared
-from planner.planning.selectors import scores_by_attention
-from planner.planning.switches import SwitchSet, with_switches
+from planner.planning.selectors import parse_kv_policy, scores_by_attention
+from planner.planning.switches import SwitchSet, check_layer, with_switches
 from planner.planning.unit_counting import faithful_problem, unfold
 from planner.planning.utilities import Utilities, load_utilities, prior, uniform
 from planner.solver import Solution, solve, solve_uniform
@@ -226,6 +226,7 @@ def pose(graph: Graph, request: Request) -> tuple[Pricing, Utilities, Problem]:
             )
     if request.kv is not None:
         switches = switches.with_kv_policy(request.kv)
+        check_layer(parse_kv_policy(request.kv), graph)
     scope = request.scope or ("llm" if switches.counting else "model")
     pricing = Pricing(graph, load, switches, find_device(request.device), scope)
     utilities = _utilities(request.utilities, graph, pricing)

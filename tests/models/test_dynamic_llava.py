@@ -354,3 +354,31 @@ def test_the_cache_holds_no_more_than_it_was_priced_at(llava, folder, most):
     load = Workload.default(graph, 16, words, 12)
     ran = PlanCosts(graph, load).of(plan, answers=stored)
     assert kv_bytes(cache) == ran["kv"]["plan"] <= plan.cost["kv"]["plan"]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "phi", "paligemma"])
+@torch.no_grad()
+def test_answers_of_other_families_are_the_same_without_a_cache(lowered_family, tmp_path, name):
+    family, graph = lowered_family(name)
+    write_predictors(tmp_path, int(graph.properties["hidden_size"]), sparse_layer=1)
+    inputs = family.inputs(2, before=(3, 6))
+    with obeying(family.model, graph, plan_of(graph, kv=f"dynamic-llava:{tmp_path}")):
+        answer, logits, run = greedy(family.model, inputs, 7)
+        again, without, _ = greedy(family.model, inputs, 7, use_cache=False)
+    assert torch.equal(answer, again)
+    torch.testing.assert_close(logits, without, rtol=1e-4, atol=1e-4)
+    stored = answers_stored(run.past_key_values)
+    prompt = inputs["input_ids"].shape[1]
+    assert run.past_key_values.layers[1].keys.shape[-2] == prompt + max(stored)
+
+
+def test_a_policy_that_governs_no_layer_is_refused(llava, folder):
+    family, graph = llava
+    text = f"dynamic-llava:{folder},k=4"
+    with pytest.raises(InputError, match="begins at decoder layer 4"):
+        plan_graph(graph, Request("llava", 0.9, kv=text))
+    with (
+        pytest.raises(InputError, match="begins at decoder layer 4"),
+        obeying(family.model, graph, plan_of(graph, kv=text)),
+    ):
+        pass

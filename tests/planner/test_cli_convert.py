@@ -269,6 +269,16 @@ def test_predictors_keep_their_names_and_values(write, cli_json, tmp_path):
     assert document["added"] == sum(value.numel() for value in ours.values())
     settings = json.loads((tmp_path / "out/predictors.json").read_text())
     assert settings == {"format": 1, **SPARSE}
+    noise_image().save(tmp_path / "noise.png")
+    chosen = "dynamic-llava:out"
+    # Predictors of the published size cost more FLOPs than so small a model.
+    ran = cli_json(
+        "run", "--model", "out", "--dtype", "float32", "--tokens", chosen, "--kv", chosen,
+        "--image", "noise.png", "--prompt", "w5 w6", "--switches", "tokens", "--new-tokens", "6",
+        "--budget", "kv=1.0",
+    )  # fmt: skip
+    assert ran["image_tokens"] == [{"layer": 2, "of": 16, "kept": 3}]
+    assert ran["kv_bytes"] == ran["cost_of_this_prompt"]["kv"]["plan"]
 
 
 def test_the_processor_asks_as_the_authors_do(write, cli, tmp_path):
