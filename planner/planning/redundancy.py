@@ -1,24 +1,26 @@
-"""What is lost together, made such that leaving out more never loses less.
+"""What is lost together, such that no set of layers is lost at a gain.
 
-Interactions are measured on a few samples, two at a time. Where one makes up for another's loss
-they are negative, and several of them may add up to more than a layer is worth: a plan would then
-leave out what the budget allows to keep.
+Interactions are measured two at a time, on a few samples. Where one layer makes up for another's
+loss they are negative, and many of them may add up to more than the layers are worth, which cannot
+be: a divergence from the base model is never below 0. A plan would then leave out what its budget
+allows to keep.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from planner.solver.problem import LayerChoices
 
-# A layer or site keeps this share of its worth, whatever else is off.
-_OWN = 0.1
-
-
 Losses = npt.NDArray[np.float64]
+# What is lost with a set is at least this share of what its members lose alone, added up.
+_LEAST = 0.1
+# A set that breaks this by less is left.
+_TOLERANCE = 1e-9
 
 
 def without_gains(
@@ -28,51 +30,75 @@ def without_gains(
 ) -> tuple[dict[tuple[str, str], float], list[Losses | None]]:
     """Pairs' losses and, by token option, the layers' losses besides, shape (layers,).
 
-    Negative ones are scaled down as far as it takes for every layer, and every site, to be worth
-    something whatever else is off. All others stay as they are.
+    Sets that would be lost at a gain are looked for by local search, from every layer and from all
+    of them; the negative interactions inside one are scaled down together. All others stay as they
+    were measured.
     """
     layer_of = {site.name: layer.name for layer in layers for site in layer.sites}
-    inside = {
-        names: loss
-        for names, loss in pairs.items()
-        if layer_of.get(names[0], "") == layer_of.get(names[1]) != ""
-    }
-    across = {names: loss for names, loss in pairs.items() if names not in inside}
     alone = {s.name: max(0.0, float(s.utilities.sum())) for x in layers for s in x.sites}
-    made = _scaled(inside, alone, {})
+    made = {}
+    for (one, other), loss in pairs.items():
+        if layer_of.get(one, "") == layer_of.get(other) != "":
+            made[one, other] = max(loss, -(1 - _LEAST) * (alone[one] + alone[other]))
     for layer in layers:
-        sites = float(sum(site.utilities.sum() for site in layer.sites))
-        own = [loss for names, loss in made.items() if layer_of[names[0]] == layer.name]
-        alone[layer.name] = max(0.0, layer.utility + sites + sum(own))
-    known = [losses for losses in with_tokens if losses is not None]
-    lowest = np.minimum(0.0, known).min(0) if known else np.zeros(len(layers))
-    beside = {layer.name: -float(gain) for layer, gain in zip(layers, lowest, strict=True)}
-    factors = np.array([_factor(layer.name, across, alone, beside) for layer in layers])
-    return (
-        made | _scaled(across, alone, beside),
-        [None if k is None else np.where(k < 0, k * factors, k) for k in with_tokens],
-    )
+        inside = [loss for (one, _), loss in made.items() if layer_of[one] == layer.name]
+        sites = sum(float(site.utilities.sum()) for site in layer.sites)
+        alone[layer.name] = max(0.0, layer.utility + sites + sum(inside))
+    names = [*(layer.name for layer in layers), *layer_of]
+    number = {name: index for index, name in enumerate(names)}
+    interactions = _Interactions(np.array([alone[name] for name in names]))
+    across = [pair for pair in pairs if pair not in made]
+    for one, other in across:
+        interactions.together[number[one], number[other]] += pairs[one, other]
+        interactions.together[number[other], number[one]] += pairs[one, other]
+    scaled = [interactions.scaled(losses) for losses in (*with_tokens, None)][:-1]
+    for one, other in across:
+        made[one, other] = float(interactions.together[number[one], number[other]])
+    return made, scaled
 
 
-def _scaled(
-    pairs: Mapping[tuple[str, str], float], alone: Mapping[str, float], beside: Mapping[str, float]
-) -> dict[tuple[str, str], float]:
-    names = {name for pair in pairs for name in pair}
-    factors = {name: _factor(name, pairs, alone, beside) for name in names}
-    return {
-        pair: loss * min(factors[name] for name in pair) if loss < 0 else loss
-        for pair, loss in pairs.items()
-    }
+@dataclass
+class _Interactions:
+    """What n units lose alone, (n,), and what each two of them lose besides, (n, n)."""
 
+    alone: Losses
 
-def _factor(
-    name: str,
-    pairs: Mapping[tuple[str, str], float],
-    alone: Mapping[str, float],
-    beside: Mapping[str, float],
-) -> float:
-    """What all gains of one name are scaled by."""
-    gains = beside.get(name, 0.0)
-    gains -= sum(loss for pair, loss in pairs.items() if name in pair and loss < 0)
-    most = (1 - _OWN) * alone[name]
-    return 1.0 if gains <= most else most / gains
+    def __post_init__(self) -> None:
+        self.together = np.zeros((len(self.alone), len(self.alone)))
+
+    def scaled(self, beside: Losses | None) -> Losses | None:
+        """What the first units lose besides, scaled; pairs are scaled in place."""
+        linear = np.zeros_like(self.alone)
+        if beside is not None:
+            linear[: len(beside)] = beside
+        while True:
+            found = self._worst(linear)
+            chosen = np.outer(found, found)
+            pair_gains = np.where(chosen & (self.together < 0), self.together, 0.0)
+            gains = np.where(found & (linear < 0), linear, 0.0)
+            total = float(pair_gains.sum() / 2 + gains.sum())
+            # What the set loses, less what it has to.
+            excess = float(found @ ((1 - _LEAST) * self.alone + linear))
+            excess += float(found @ self.together @ found) / 2
+            if excess >= -_TOLERANCE * (1 + self.alone.max(initial=0.0)) or not total:
+                return None if beside is None else linear[: len(beside)]
+            share = max(0.0, 1 - excess / total)
+            self.together += (share - 1) * pair_gains
+            linear += (share - 1) * gains
+
+    def _worst(self, linear: Losses) -> npt.NDArray[np.bool_]:
+        """The set that loses least beside what it has to, as local search finds it."""
+        own = (1 - _LEAST) * self.alone + linear
+        count = len(own)
+        sets = np.vstack([np.eye(count), np.ones(count)])
+        for _ in range(2 * count):
+            change = (1 - 2 * sets) * (own + sets @ self.together)
+            best = change.argmin(1)
+            improves = change[np.arange(len(sets)), best] < 0
+            if not improves.any():
+                break
+            rows = improves.nonzero()[0]
+            sets[rows, best[rows]] = 1 - sets[rows, best[rows]]
+        values = sets @ own + ((sets @ self.together) * sets).sum(1) / 2
+        worst: npt.NDArray[np.bool_] = sets[values.argmin()].astype(bool)
+        return worst

@@ -1,4 +1,4 @@
-"""What is lost together never makes a layer or a site worth less than nothing."""
+"""Leaving something out is never a gain, whatever two at a time were measured to lose."""
 
 from itertools import combinations
 
@@ -40,18 +40,17 @@ def lost(layers, pairs, beside, off):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.sampled_from([0.0, 0.1, 1.0, 20.0]))
-def test_leaving_out_more_never_loses_less(seed, count, spread):
+@given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.sampled_from([0.0, 0.1, 1.0, 20.0]))
+def test_no_set_is_lost_at_a_gain(seed, count, spread):
     layers, pairs, with_tokens = drawn(seed, count, spread)
     made, beside = without_gains(layers, pairs, with_tokens)
     assert beside[1] is None
     assert {k: v for k, v in made.items() if v >= 0} == {k: v for k, v in pairs.items() if v >= 0}
+    assert all(made[pair] >= pairs[pair] for pair in pairs)
     for losses in beside:
-        for size in range(count):
+        for size in range(1, count + 1):
             for off in combinations(range(count), size):
-                for more in set(range(count)) - set(off):
-                    least = lost(layers, made, losses, off)
-                    assert lost(layers, made, losses, (*off, more)) > least
+                assert lost(layers, made, losses, off) > 0
 
 
 def test_small_gains_stay_as_they_were_measured():
