@@ -14,4 +14,5 @@ and nothing else. Imports `planner.ir` and `planner.plan`; nothing in here knows
     projectors/   fewer image tokens by another projector on a stock LLaVA
     conversion/   checkpoints in their authors' layouts, made stock ones
     tiny_llava/   the small model that ships with planner
+    deep_llava/   its deeper sister, for schedulers to choose from
 """

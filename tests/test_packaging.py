@@ -106,6 +106,7 @@ def test_one_version(wheel):
         "planner/aliases/mipha-3b.json",
         "planner/ir/cost/devices.yaml",
         "planner/models/tiny_llava/config.json",
+        "planner/models/deep_llava/config.json",
         "planner/training/configs/tiny-llava.yaml",
     ],
 )

@@ -31,7 +31,10 @@ ALIASES = {
     "mipha-3b": Alias("Phi-2 with SigLIP, the model of Mipha-3B (arXiv 2403.06199)"),
     # Config and weights lie beside one another in planner/models.
     "tiny-llava": Alias("the small LLaVA that ships with planner, for trying things out"),
+    "deep-llava": Alias("its deeper sister of 16 decoder layers, for schedulers to choose from"),
 }
+# Alias -> folder in planner/models.
+_SHIPPED = {"tiny-llava": "tiny_llava", "deep-llava": "deep_llava"}
 CONFIGS = files("planner") / "aliases"
 # What marks a folder that planner exported under a plan, `planner.models.export.planned_export`.
 PLANNED_EXPORT = "planner.json"
@@ -133,8 +136,8 @@ def find_model(name: str, trust_remote_code: bool = False) -> Source:
     Raises:
         InputError: one sentence that says what was looked for.
     """
-    if name == "tiny-llava":
-        folder = tiny_llava_folder()
+    if name in _SHIPPED:
+        folder = shipped_folder(name)
         return Source(name, _read_config(folder / "config.json", name), folder=folder)
     if name in ALIASES:
         text = CONFIGS.joinpath(f"{name}.json").read_text(encoding="utf-8")
@@ -158,9 +161,14 @@ def find_model(name: str, trust_remote_code: bool = False) -> Source:
     return _from_hub(name, trust_remote_code)
 
 
+def shipped_folder(alias: str) -> Path:
+    """Folder of a model that ships with planner; found without importing `planner.models`."""
+    return Path(str(files("planner"))) / "models" / _SHIPPED[alias]
+
+
 def tiny_llava_folder() -> Path:
-    """Folder of the model that ships with planner; found without importing `planner.models`."""
-    return Path(str(files("planner"))) / "models" / "tiny_llava"
+    """Folder of the smallest of them."""
+    return shipped_folder("tiny-llava")
 
 
 def utilities_beside(folder: Path | None) -> Path | None:

@@ -10,7 +10,8 @@ import planner.training
 from planner.training.data import SceneQuestions
 from planner.training.evaluate import evaluate, predict
 
-FOLDER = Path(planner.training.__file__).resolve().parent.parent / "models" / "tiny_llava"
+MODELS = Path(planner.training.__file__).resolve().parent.parent / "models"
+FOLDER = MODELS / "tiny_llava"
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +24,12 @@ def model():
     return LlavaForConditionalGeneration.from_pretrained(FOLDER).eval()
 
 
-def test_sizes(model):
+@pytest.mark.parametrize(("name", "layers"), [("tiny_llava", 8), ("deep_llava", 16)])
+def test_sizes(name, layers):
+    model = LlavaForConditionalGeneration.from_pretrained(MODELS / name)
     text = model.config.text_config
-    assert (text.num_hidden_layers, text.num_attention_heads) >= (8, 8)
-    assert (FOLDER / "model.safetensors").stat().st_size < 20e6
+    assert (text.num_hidden_layers, text.num_attention_heads) == (layers, 8)
+    assert (MODELS / name / "model.safetensors").stat().st_size < 20e6
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
@@ -70,3 +73,13 @@ def test_accuracy_is_what_the_card_says(model, processor):
     spatial = measured["families"].pop("spatial")
     assert spatial > 0.4
     assert min(measured["families"].values()) > 0.85
+
+
+def test_the_deeper_model_answers_as_its_card_says(processor):
+    folder = MODELS / "deep_llava"
+    model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    own = AutoProcessor.from_pretrained(folder)
+    families = ["existence", "attribute", "count", "spatial", "text"]
+    samples = [SceneQuestions("test", 100, families=families)[i] for i in range(100)]
+    assert own.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert evaluate(model, own, samples, batch_size=100)["accuracy"] > 0.97
