@@ -83,12 +83,15 @@ def residual_entry(graph: Graph, site: Site, inside: set[str], end: str) -> str:
 def residual_branches(graph: Graph, site: Site) -> tuple[str, ...]:
     """The modules whose outputs a layer adds to the stream that passes it: attention's, the MLP's.
 
-    Empty where a layer does more to the stream than adding, or adds what no module puts out.
-    InputError where the layer cannot be left out.
+    Empty where a layer does more to the stream than adding, adds what no module puts out, or where
+    operators do not tell what it adds to.
     """
     inside, known = within(graph, site), graph.by_name
-    end = exit_of(graph, site, inside)
-    entry = residual_entry(graph, site, inside, end)
+    try:
+        end = exit_of(graph, site, inside)
+        entry = residual_entry(graph, site, inside, end)
+    except InputError:
+        return ()
     sums, modules = [known[end]], []
     if sums[0].kind != "add":
         return ()

@@ -101,10 +101,20 @@ class MaskedExecutor:
     @cached_property
     def _branches(self) -> dict[int, list[nn.Module]]:
         """By layer, the modules whose outputs it adds up; none where it does not only add."""
-        return {
-            site.layer: [self.model.get_submodule(n) for n in residual_branches(self.graph, site)]
-            for site in self.graph.sites_of("layer")
-        }
+        known = {operator.module for operator in self.graph}
+        branches: dict[int, list[nn.Module]] = {}
+        for layer in self.layers:
+            site = self.graph.sites_by_name.get(f"layer.{layer.index}")
+            inner = layer.module.named_modules()
+            # Attention to an encoder adds to the stream, too, and is in no Graph.
+            if site is None or any(
+                module._parameters and f"{site.module}.{path}" not in known
+                for path, module in inner
+            ):
+                continue
+            found = residual_branches(self.graph, site)
+            branches[layer.index] = [self.model.get_submodule(name) for name in found]
+        return branches
 
     @contextmanager
     def using(self, gates: Gates, state: TokenState | None = None) -> Iterator[None]:

@@ -15,7 +15,7 @@ from planner.ir.intervals import Intervals
 from planner.models.running.bindings import BoundLayer, BoundSite
 from planner.plan import Plan, TokenStage
 from planner.planning.selectors import AnswerTokens, KVPolicy, Needs, parse_kv_policy, selector_of
-from planner.planning.switches import check_layer
+from planner.planning.selectors.eviction import check_layer
 
 
 def check_plan(plan: Plan, graph: Graph) -> None:

@@ -137,6 +137,10 @@ class Prompts:
         _encoded.set(MappingProxyType(spent))
         return flops
 
+    def forget(self) -> None:
+        """A pass is over: what its encoders did is of no prompt to come."""
+        self._spent()
+
     def encode(self, run: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an encoder; its FLOPs belong to the prompt that is read next."""
         if getattr(self._local, "is_busy", False):

@@ -83,6 +83,9 @@ _ran: ContextVar[Mapping[int, tuple[Setting | None, tuple[Plan, ...]]]] = Contex
     "planner_ran", default=MappingProxyType({})
 )
 
+# Whether a copy is made that no plan holds for: what would hold may be what it is made to measure.
+_copies_stock: ContextVar[bool] = ContextVar("planner_copies_stock", default=False)
+
 
 def _task() -> object:
     """Which thread and task this is."""
@@ -321,7 +324,7 @@ class Session:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy of the model, or a file of it, takes over: among it the plans that hold."""
-        setting = self.setting
+        setting = None if _copies_stock.get() else self.setting
         return {
             "model": self.model,
             "planning": self.planning,
@@ -349,7 +352,11 @@ def stock_copy(session: Session) -> nn.Module:
     for name, value in before.items():
         parameter = model.get_parameter(name)
         same[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
-    found = copy.deepcopy(model, same)
+    stock = _copies_stock.set(True)
+    try:
+        found = copy.deepcopy(model, same)
+    finally:
+        _copies_stock.reset(stock)
     known = Session.of(found)
     if known is not None:
         known.before = {}

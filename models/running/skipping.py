@@ -266,6 +266,7 @@ class Skipping:
 
     def _close(self) -> None:
         self._running = self._call = None
+        self.prompts.forget()
         try:
             if self._standing is not None:
                 self._standing.end()

@@ -24,7 +24,8 @@ from planner.planning.config_sizes import head_counts
 from planner.planning.graph_cache import lowered_graph
 from planner.planning.pricing import COUNTED, Pricing, compared
 from planner.planning.selectors import parse_kv_policy, scores_by_attention
-from planner.planning.switches import SwitchSet, check_layer, with_switches
+from planner.planning.selectors.eviction import check_layer
+from planner.planning.switches import SwitchSet, with_switches
 from planner.planning.unit_counting import faithful_problem, unfold
 from planner.planning.utilities import Utilities, load_utilities, prior, uniform
 from planner.solver import Solution, solve, solve_uniform

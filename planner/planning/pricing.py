@@ -23,7 +23,6 @@ from planner.ir.graph import Graph, Operator, Site
 from planner.ir.structure import narrowed
 from planner.plan import Plan
 from planner.planning.budgets import Budget
-from planner.planning.redundancy import without_gains
 from planner.planning.selectors import (
     KVPolicy,
     Needs,
@@ -432,7 +431,11 @@ class Pricing:
         units = {x.name for x in layers if x.optional} | {s.name for x in layers for s in x.sites}
         losses = {names: loss for names, loss in utilities.pairs.items() if set(names) <= units}
         with_tokens = [utilities.with_tokens(share, count) for share in shares]
-        pairs, with_tokens = without_gains(layers, losses, with_tokens)
+        if losses or any(known is not None for known in with_tokens):
+            # Here, since most utilities are of switches alone.
+            from planner.planning.redundancy import without_gains
+
+            losses, with_tokens = without_gains(layers, losses, with_tokens)
         tokens = tuple(
             TokenOption(
                 keep=option,
@@ -443,8 +446,8 @@ class Pricing:
             for option, share, layer_losses in zip(options, shares, with_tokens, strict=True)
         )
         maxima = np.array(list(limits.values()), dtype=np.int64)
-        made = tuple(Pair(*names, loss) for names, loss in pairs.items())
-        return Problem(tuple(limits), maxima, tokens, layers, made)
+        pairs = tuple(Pair(*names, loss) for names, loss in losses.items())
+        return Problem(tuple(limits), maxima, tokens, layers, pairs)
 
     def choices(
         self,

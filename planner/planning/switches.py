@@ -80,15 +80,6 @@ class SwitchSet:
         return tuple(site for site in graph.sites if site.kind in kinds)
 
 
-def check_layer(policy: KVPolicy, graph: Graph) -> None:
-    """Raise InputError where a KV policy governs no layer of a model."""
-    if policy.layer >= graph.layers:
-        raise InputError(
-            f"{policy} begins at decoder layer {policy.layer}, counted from 0, and '{graph.name}' "
-            f"has {graph.layers} layers"
-        )
-
-
 def mlp_switches(width: int, heads: int, like_heads: bool = False) -> int:
     """Into how many groups the neurons of an MLP are divided.
 

@@ -91,3 +91,16 @@ def test_executed_flops_and_bytes_stay_within_the_budget(family):
             assert cost["flops"]["fraction"] > budget - 0.1
 
     check()
+
+
+def test_what_encoders_did_for_a_fixed_plan_is_of_no_later_prompt(family):
+    """A pass under a plan that is given reads no prompt, though its encoders run."""
+    model, inputs = family.model, family.inputs()
+    with planner.budget(model, 0.8):
+        model(**inputs)
+        expected = planner.plan_of(model)
+    with planner.budget(model, expected):
+        model(**inputs)
+    with planner.budget(model, 0.8):
+        model(**inputs)
+        assert planner.plan_of(model).cost == expected.cost

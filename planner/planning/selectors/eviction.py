@@ -8,6 +8,8 @@ from typing import ClassVar
 
 from typing_extensions import override
 
+from planner.ir.errors import InputError
+from planner.ir.graph import Graph
 from planner.planning.selectors.arguments import Arguments
 
 
@@ -62,3 +64,12 @@ class H2O(KVPolicy):
     @override
     def kept(self, prompt: int, new: int = 0) -> int:
         return min(prompt + new, sum(self.budgets(prompt)))
+
+
+def check_layer(policy: KVPolicy, graph: Graph) -> None:
+    """Raise InputError where a KV policy governs no layer of a model."""
+    if policy.layer >= graph.layers:
+        raise InputError(
+            f"{policy} begins at decoder layer {policy.layer}, counted from 0, and '{graph.name}' "
+            f"has {graph.layers} layers"
+        )
