@@ -61,7 +61,8 @@ def test_inspect_tables(cli, by):
 
 def test_models_devices_and_version(cli, cli_json):
     assert cli("--version")[:2] == (0, f"planner {__version__}\n")
-    assert set(cli_json("models")["aliases"]) == {"llava-7b", "llava-13b", "mipha-3b", "tiny-llava"}
+    aliases = {"llava-7b", "llava-13b", "mipha-3b", "tiny-llava", "deep-llava"}
+    assert set(cli_json("models")["aliases"]) == aliases
     names = [d["name"] for d in cli_json("devices")["devices"]]
     assert {"v100", "a100-40g", "h200"} <= set(names)
     assert "v100" in cli("devices")[1]
