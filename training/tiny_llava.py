@@ -382,6 +382,8 @@ def export(
     """
     half = LlavaForConditionalGeneration(model.config).half()
     half.load_state_dict(model.state_dict())
+    # A resumed Trainer has switched it off.
+    half.config.use_cache = half.generation_config.use_cache = True
     half.save_pretrained(folder)
     processor.save_pretrained(folder)
     config_file = Path(folder) / "config.json"

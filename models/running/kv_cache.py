@@ -604,21 +604,22 @@ def check_encoded(kwargs: Mapping[str, Any], program: Program) -> None:
                 )
 
 
-def answers_stored(cache: Cache) -> list[int] | None:
+def answers_stored(cache: Cache | None) -> list[int] | None:
     """How many tokens of each sample's answer a cache stores behind a policy's first layer.
 
     None where no policy decides about them.
     """
-    parts = (p for layer in cache.layers if isinstance(layer, PlannedLayer) for p in layer.parts)
+    layers = [] if cache is None else cache.layers
+    parts = (p for layer in layers if isinstance(layer, PlannedLayer) for p in layer.parts)
     keepers = (part.keeper for part in parts)
     tallies = (keeper for keeper in keepers if isinstance(keeper, AnswerTally))
     return next((tally.stored.tolist() for tally in tallies if tally.stored is not None), None)
 
 
-def kv_bytes(cache: Cache) -> int:
-    """Bytes of all keys and values that a cache really holds, planned or stock."""
+def kv_bytes(cache: Cache | None) -> int:
+    """Bytes of all keys and values that a cache really holds, planned or stock; 0 without one."""
     stores: list[Any] = []
-    for layer in cache.layers:
+    for layer in [] if cache is None else cache.layers:
         stores += [p.store for p in layer.parts] if isinstance(layer, PlannedLayer) else [layer]
     tensors = [
         tensor

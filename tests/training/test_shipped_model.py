@@ -7,6 +7,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 import planner.training
+from planner.models.running.kv_cache import answers_stored, kv_bytes
 from planner.training.data import SceneQuestions
 from planner.training.evaluate import evaluate, predict
 
@@ -29,6 +30,7 @@ def test_sizes(name, layers):
     model = LlavaForConditionalGeneration.from_pretrained(MODELS / name)
     text = model.config.text_config
     assert (text.num_hidden_layers, text.num_attention_heads) == (layers, 8)
+    assert model.generation_config.use_cache
     assert (MODELS / name / "model.safetensors").stat().st_size < 20e6
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
@@ -83,3 +85,7 @@ def test_the_deeper_model_answers_as_its_card_says(processor):
     samples = [SceneQuestions("test", 100, families=families)[i] for i in range(100)]
     assert own.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
     assert evaluate(model, own, samples, batch_size=100)["accuracy"] > 0.97
+
+
+def test_an_answer_without_a_cache_has_none():
+    assert (kv_bytes(None), answers_stored(None)) == (0, None)
