@@ -95,10 +95,19 @@ def stages(config: TinyLlavaConfig) -> dict[str, TinyLlavaConfig]:
         "joint": config,
     }
     for number, (name, changes) in enumerate(config.later_stages.items(), start=2):
-        values = config.model_dump() | {"later_stages": {}} | changes
+        layers, values = config.layers, config.model_dump() | {"later_stages": {}} | changes
         config = parse_config(TinyLlavaConfig, values, f'stage "{name}"')
+        _growth(layers, config.layers)
         found[name] = config.model_copy(update={"data_seed": config.data_seed + number})
     return found
+
+
+def _growth(layers: int, wanted: int) -> int:
+    """How many layers each of some becomes; InputError where they cannot grow to so many."""
+    times, rest = divmod(wanted, layers)
+    if rest or not times:
+        raise InputError(f"{layers} layers grow to a multiple of them, not to {wanted}.")
+    return times
 
 
 def build_processor(patch_size: int = 8) -> LlavaProcessor:
@@ -210,9 +219,7 @@ def deepened(
     projections are zero, as LLaMA Pro (arXiv 2401.02415) expands blocks.
     """
     old = model.model.language_model.layers
-    times, rest = divmod(config.layers, len(old))
-    if rest:
-        raise InputError(f"{len(old)} layers grow to a multiple of them, not to {config.layers}.")
+    times = _growth(len(old), config.layers)
     grown = build_model(config, processor)
     new = grown.model.language_model.layers
     state = {k: v for k, v in model.state_dict().items() if ".language_model.layers." not in k}

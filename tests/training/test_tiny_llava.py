@@ -236,6 +236,8 @@ def test_later_stages_change_what_they_name_and_see_other_scenes(tmp_path):
     assert model.config.text_config.num_hidden_layers == 4
     again = weights(tiny_llava.train(config))
     assert all(torch.equal(again[name], value) for name, value in weights(model).items())
+    with pytest.raises(InputError, match="2 layers grow to a multiple of them, not to 3"):
+        tiny_llava.stages(config.model_copy(update={"later_stages": {"deep": {"layers": 3}}}))
     with pytest.raises(InputError, match='stage "deep": unknown key "layer"; did you mean'):
         tiny_llava.stages(config.model_copy(update={"later_stages": {"deep": {"layer": 4}}}))
 
