@@ -18,6 +18,7 @@ Imports `planner.ir`, `planner.plan`, `planner.kernels` and `planner.models.toke
     layers             what stands in for `forward` of layers and attention blocks
     forward_pass       one forward pass: rows, past, images, what is left
     kv_cache           KV caches that hold what is kept
+    cache_layers       one layer of such a cache
     joined_cache       caches of several running answers as one, and taken apart
     growing_cache      a cache layer that appends in place
     attention_blocks   what else narrowing heads asks of an attention block

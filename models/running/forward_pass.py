@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from planner.ir.errors import InputError
 from planner.models.running.attention_calls import Recorded
+from planner.models.running.cache_layers import Cached, PlannedLayer
 from planner.models.running.kv_cache import (
-    PlannedLayer,
-    StockLayer,
     cache_among,
     check_encoded,
     first_keyed,
@@ -39,7 +38,7 @@ class Call:
     device: torch.device
     past: int  # tokens before them
     drafts: int = field(default=0, kw_only=True)  # how many of the last an assistant has guessed
-    cache: list[PlannedLayer | StockLayer] | None
+    cache: list[Cached] | None
     rows: list[list[Tensor | None]]  # of the batch, for each layer and group; None for all
     image: Tensor | None = None  # None where no image token is among them
     valid: Tensor | None = None  # (batch, past + tokens): False for padding, None without any

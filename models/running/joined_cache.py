@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from planner.models.running.cache_layers import PlannedLayer
 from planner.models.running.growing_cache import GrowingLayer
-from planner.models.running.kv_cache import PlannedLayer, plan_cache
+from planner.models.running.kv_cache import plan_cache
 from planner.models.running.program import Program
 from planner.models.tokens.kept_tokens import Keys
 

@@ -16,8 +16,8 @@ from planner.ir.errors import InputError
 from planner.ir.intervals import Intervals, count_of
 from planner.models.running.attention_blocks import AttentionBlock, headless, named, names_of
 from planner.models.running.bindings import BoundSite
+from planner.models.running.cache_layers import Cached
 from planner.models.running.forward_pass import Call, Enough, Passes
-from planner.models.running.kv_cache import Cached
 from planner.models.running.layer_results import LayerResult, hidden_of, with_hidden
 from planner.models.running.patches import Shadow
 from planner.models.running.products import BlockForward, Product

@@ -19,8 +19,8 @@ from planner.models.tokens.predictors import OutputPredictor, load_predictors
 from planner.planning.selectors import AnswerTokens
 
 if TYPE_CHECKING:
+    from planner.models.running.cache_layers import Cached
     from planner.models.running.forward_pass import Call
-    from planner.models.running.kv_cache import Cached
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 
-from planner.models.running.kv_cache import Part, PlannedLayer
+from planner.models.running.cache_layers import Part, PlannedLayer
 from planner.models.tokens.kept_tokens import (
     Kept,
     Keys,
