@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ from planner.solver.problem import Choice, Problem
 
 # Of the metrics of `planner.planning.budgets`: a scheduler keeps all weights in memory.
 _METRICS = ("flops", "kv", "latency")
-# Options of a name, as fields of `CostSwitches`.
+# Options of a name, as fields of `PricedSwitches`.
 _NUMBERS = {"groups": "groups", "first": "first_layer"}
 # How many workloads stay priced.
 _POSED = 64
@@ -47,7 +48,7 @@ _POSED = 64
 def read_axes(
     text: str, words: Sequence[str] = ()
 ) -> tuple[tuple[str, ...], dict[str, Any], dict[str, str]]:
-    """Of ``layers,heads:groups=16,first=5``: axes, fields of `CostSwitches`, and other options.
+    """Of ``layers,heads:groups=16,first=5``: axes, fields of `PricedSwitches`, and other options.
 
     `words` are what the others may be.
     """
@@ -76,24 +77,11 @@ def name_of(axes: Sequence[str], options: Mapping[str, Any]) -> str:
     return ",".join(axes) + (f":{shown}" if shown else "")
 
 
-def check_metric(metric: str) -> None:
-    """Raise InputError for a metric that no scheduler keeps to."""
-    if metric not in _METRICS:
-        raise InputError(f"a scheduler cannot keep to {metric}: choose from {', '.join(_METRICS)}")
-
-
 @dataclass(frozen=True)
-class CostSwitches(Layout):
-    """Layers, heads (KV groups) and MLP groups of the upper half, each at its own cost.
+class PricedSwitches(Layout):
+    """Some of layers, heads (KV groups) and MLP groups of the upper half, each at its own cost.
 
-    Its name is that of its axes, such as ``layers,heads,mlp``, and ends in ``:groups=16`` if an MLP
-    does not have one group per head, as in the papers, in ``:first=5`` or ``:groups=16,first=5`` if
-    switches do not begin in the middle. Logits go by layer: first the layer's own, then its heads',
-    then its groups'. If a layer is off, so are its heads and groups.
-
-    A limit is in FLOPs, bytes or seconds, and counts only what can be switched. A budget is a share
-    of the base model's language model, without the latency token. Token stages in front of the
-    switches save cost, which the switches may spend: layers are priced with the tokens left.
+    Limits are in FLOPs, bytes or seconds above `always`.
     """
 
     axes: tuple[str, ...]  # some of layers, heads and mlp
@@ -104,13 +92,8 @@ class CostSwitches(Layout):
     workload: Workload | None = None
     stages: tuple[TokenStage, ...] = ()  # in front of the switches
     device: str = DEFAULT_DEVICE  # that seconds are of
-    _posed: dict[Any, CostSwitches] = field(default_factory=dict, compare=False, repr=False)
 
-    @staticmethod
-    def parse(text: str, graph: Graph) -> CostSwitches:
-        """Read ``layers,heads,mlp`` or ``heads,mlp:groups=16``."""
-        axes, options, _ = read_axes(text)
-        return CostSwitches(graph, axes, **options)
+    always_run: ClassVar[str] = "the layers that always run"
 
     @property
     @override
@@ -127,6 +110,16 @@ class CostSwitches(Layout):
     def measure(self) -> str:
         return self.metric
 
+    @property
+    @override
+    def levels(self) -> int:
+        """The number of switches, which with equal costs is what the paper has."""
+        return max(1, self.size)
+
+    @cached_property
+    def _posed(self) -> dict[Any, Self]:
+        return {}
+
     @override
     def under(
         self,
@@ -134,26 +127,68 @@ class CostSwitches(Layout):
         stages: Sequence[TokenStage] = (),
         metric: str = "flops",
         device: str = DEFAULT_DEVICE,
-    ) -> CostSwitches:
+    ) -> Self:
         super().under(workload, stages, metric)
-        check_metric(metric)
-        key = (metric, workload, tuple(stages), device)
+        if metric not in _METRICS:
+            raise InputError(
+                f"a scheduler cannot keep to {metric}: choose from {', '.join(_METRICS)}"
+            )
+        ahead = tuple(stages)
+        key = (metric, workload, ahead, device)
         if key not in self._posed:
             if len(self._posed) >= _POSED:
                 self._posed.pop(next(iter(self._posed)))
             self._posed[key] = replace(
-                self,
-                metric=metric,
-                workload=workload,
-                stages=tuple(stages),
-                device=device,
-                _posed={},
+                self, metric=metric, workload=workload, stages=ahead, device=device
             )
         return self._posed[key]
 
-    @cached_property
+    @property
+    @abstractmethod
     def pricing(self) -> Pricing:
-        """What everything costs."""
+        """What everything costs; budgets are fractions of its base model."""
+
+    @override
+    def limit(self, budget: Budget) -> int:
+        """At most the cost of everything, however large the budget is."""
+        metrics = [limit.metric for limit in budget.limits]
+        if metrics != [self.metric]:
+            raise InputError(
+                f"{self.name} keeps to one limit of {self.metric} here, not to {', '.join(metrics)}"
+            )
+        allowed = self.pricing.limits(budget)[self.metric] - self.always
+        if allowed < 0:
+            base = self.pricing.limits(Budget.of(f"{self.metric}=100%"))[self.metric]
+            raise Infeasible(
+                f"{budget.limits[0]} is less than {self.always_run} take, "
+                f"{math.ceil(self.always / base * 1e4) / 1e4} of the base model's {self.metric}"
+            )
+        return min(allowed, self.steps)
+
+
+@dataclass(frozen=True)
+class CostSwitches(PricedSwitches):
+    """Layers, heads and MLP groups under one budget.
+
+    Its name is that of its axes, such as ``layers,heads,mlp``, and ends in ``:groups=16`` if an MLP
+    does not have one group per head, as in the papers, in ``:first=5`` or ``:groups=16,first=5`` if
+    switches do not begin in the middle. Logits go by layer: first the layer's own, then its heads',
+    then its groups'. If a layer is off, so are its heads and groups.
+
+    A budget is a share of the base model's language model, without the latency token. Token stages
+    in front of the switches save cost, which the switches may spend: layers are priced with the
+    tokens left.
+    """
+
+    @staticmethod
+    def parse(text: str, graph: Graph) -> CostSwitches:
+        """Read ``layers,heads,mlp`` or ``heads,mlp:groups=16``."""
+        axes, options, _ = read_axes(text)
+        return CostSwitches(graph, axes, **options)
+
+    @cached_property
+    @override
+    def pricing(self) -> Pricing:
         graph = with_switches(self.graph, self.groups, like_heads=True)
         load = self.workload or Workload.default(graph, new_tokens=0)
         switches = SwitchSet(",".join(self.axes), self.axes)
@@ -195,29 +230,6 @@ class CostSwitches(Layout):
     @override
     def steps(self) -> int:
         return int(self.problem.cost(Choice.everything(self.problem))[0]) - self.always
-
-    @property
-    @override
-    def levels(self) -> int:
-        """The number of switches, which with equal costs is what the paper has."""
-        return self.size
-
-    @override
-    def limit(self, budget: Budget) -> int:
-        """At most the cost of everything, however large the budget is."""
-        metrics = [limit.metric for limit in budget.limits]
-        if metrics != [self.metric]:
-            raise InputError(
-                f"{self.name} keeps to one limit of {self.metric} here, not to {', '.join(metrics)}"
-            )
-        allowed = self.pricing.limits(budget)[self.metric] - self.always
-        if allowed < 0:
-            base = int(self.problem.limits[0])
-            raise Infeasible(
-                f"{budget.limits[0]} is less than the layers that always run take, "
-                f"{math.ceil(self.always / base * 1e4) / 1e4} of the base model's {self.metric}"
-            )
-        return min(allowed, self.steps)
 
     @override
     def decide(self, logits: Tensor, limits: Tensor) -> Taken:

@@ -63,7 +63,7 @@ def picked(
     keep = torch.ones_like(image)
     for option in options.unique().tolist():
         rows = (options == option).nonzero()[:, 0]
-        for stage in layout.stages(layout.counts[option]):
+        for stage in layout.stages_of(layout.counts[option]):
             assert states is not None
             some = DecoderInputs(image[rows], inputs.valid[rows], hidden_states=states[rows])
             selector = selector_of(stage)

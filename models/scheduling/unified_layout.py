@@ -11,11 +11,10 @@ The controller's own cost is part of every plan: its products, and the latency t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -25,29 +24,29 @@ from planner.ir.cost import Workload
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.models.running.masked import Gates
-from planner.models.scheduling.cost_layout import CostSwitches, check_metric, name_of, read_axes
-from planner.models.scheduling.layouts import Columns, Layout, Taken
+from planner.models.scheduling.cost_layout import (
+    CostSwitches,
+    PricedSwitches,
+    name_of,
+    read_axes,
+)
+from planner.models.scheduling.layouts import Columns, Taken
 from planner.plan import Plan, TokenStage
-from planner.planning.budgets import Budget
 from planner.planning.compiler import DEFAULT_DEVICE
 from planner.planning.plan_costs import PlanCosts
-from planner.planning.pricing import COUNTED
+from planner.planning.pricing import COUNTED, Pricing
 from planner.planning.selectors import SELECTORS, DecoderSelector, Learned, Product, Sizes
 from planner.planning.selectors.in_decoder import BUDGET_FEATURES, MOST_COUNTS
-from planner.planning.unit_counting import first_switched
-from planner.solver import Infeasible
 
 # Selectors that keep any number of tokens before layer 0: the learned one, and what can stand in;
 # with ``all`` every token stays, and there is no vision side.
 SCORERS = ("learned", "uniform", "random", "divprune", "all")
 # The share of a budget that should be used.
 _ENOUGH = 0.99
-# How many workloads stay priced.
-_POSED = 64
 
 
 @dataclass(frozen=True)
-class UnifiedSwitches(Layout):
+class UnifiedSwitches(PricedSwitches):
     """Image tokens, and some of layers, heads and MLP groups of the upper half.
 
     Its name is that of its axes, such as ``tokens,layers,heads,mlp``, with options as those of
@@ -59,15 +58,9 @@ class UnifiedSwitches(Layout):
     seconds above `always`, the cheapest that can run.
     """
 
-    axes: tuple[str, ...]  # some of layers, heads and mlp, besides the tokens
-    groups: int | None = None
-    first_layer: int | None = None
     scorer: str = "learned"
-    metric: str = "flops"
-    workload: Workload | None = None
-    device: str = DEFAULT_DEVICE
-    _posed: dict[Any, UnifiedSwitches] = field(default_factory=dict, compare=False, repr=False)
-    _at: dict[int, CostSwitches] = field(default_factory=dict, compare=False, repr=False)
+
+    always_run: ClassVar[str] = "the layers that always run and the controller"
 
     @staticmethod
     def parse(text: str, graph: Graph) -> UnifiedSwitches:
@@ -88,16 +81,6 @@ class UnifiedSwitches(Layout):
         options = {"groups": self.groups, "first": self.first_layer, "scorer": scorer}
         return name_of(("tokens", *self.axes), options)
 
-    @property
-    @override
-    def first(self) -> int:
-        return first_switched(self.graph, self.first_layer)
-
-    @property
-    @override
-    def measure(self) -> str:
-        return self.metric
-
     @override
     def under(
         self,
@@ -105,26 +88,12 @@ class UnifiedSwitches(Layout):
         stages: Sequence[TokenStage] = (),
         metric: str = "flops",
         device: str = DEFAULT_DEVICE,
-    ) -> UnifiedSwitches:
+    ) -> Self:
         if stages:
             raise InputError(f"{self.name} chooses image tokens itself: leave the selector out")
-        check_metric(metric)
-        key = (metric, workload, device)
-        if key not in self._posed:
-            if len(self._posed) >= _POSED:
-                self._posed.pop(next(iter(self._posed)))
-            self._posed[key] = replace(
-                self, metric=metric, workload=workload, device=device, _posed={}, _at={}
-            )
-        return self._posed[key]
+        return super().under(workload, (), metric, device)
 
     # -- token counts ------------------------------------------------------------------------
-
-    @property
-    @override
-    def levels(self) -> int:
-        """The number of switches, as for `CostSwitches`."""
-        return max(1, self.size)
 
     @property
     def choices(self) -> int:
@@ -148,7 +117,7 @@ class UnifiedSwitches(Layout):
         of = self.load.image_tokens
         return tuple(-(-of * level // self.choices) for level in range(1, self.choices + 1))
 
-    def stages(self, count: int) -> tuple[TokenStage, ...]:
+    def stages_of(self, count: int) -> tuple[TokenStage, ...]:
         """The token stage that keeps so many image tokens; none where it keeps all."""
         of = self.load.image_tokens
         if count >= of:
@@ -157,14 +126,15 @@ class UnifiedSwitches(Layout):
         assert issubclass(kind, DecoderSelector)
         return (TokenStage(0, count, of, str(kind.at(0, count, of))),)
 
+    @cached_property
+    def _by_count(self) -> dict[int, CostSwitches]:
+        load = replace(self.load, text_tokens=self.load.text_tokens + 1)
+        own = self.graph, self.axes, self.groups, self.first_layer, self.metric, load
+        return {n: CostSwitches(*own, self.stages_of(n), self.device) for n in self.counts}
+
     def at(self, option: int) -> CostSwitches:
         """The other switches, where the image tokens are so many: one of `counts`, by index."""
-        count = self.counts[option]
-        if count not in self._at:
-            load = replace(self.load, text_tokens=self.load.text_tokens + 1)
-            plain = CostSwitches(self.graph, self.axes, self.groups, self.first_layer)
-            self._at[count] = plain.under(load, self.stages(count), self.metric, self.device)
-        return self._at[count]
+        return self._by_count[self.counts[option]]
 
     @property
     @override
@@ -178,6 +148,11 @@ class UnifiedSwitches(Layout):
 
     # -- costs -------------------------------------------------------------------------------
 
+    @cached_property
+    @override
+    def pricing(self) -> Pricing:
+        return CostSwitches(self.graph, (), workload=self.load, device=self.device).pricing
+
     def overhead(self, count: int) -> tuple[Product, ...]:
         """Products of the controller that a plan's own price does not hold; see `Scheduler`."""
         width = int(self.graph.properties["hidden_size"])
@@ -186,7 +161,7 @@ class UnifiedSwitches(Layout):
             (1, width, width),
             (1, self.size, width),
         )
-        if not self.has_vision or (self.scorer == "learned" and self.stages(count)):
+        if not self.has_vision or (self.scorer == "learned" and self.stages_of(count)):
             return own
         sizes = Sizes(self.load.image_tokens, self.load.text_tokens, hidden=width)
         return own + Learned(count).products(0, sizes)
@@ -228,24 +203,6 @@ class UnifiedSwitches(Layout):
     @override
     def steps(self) -> int:
         return int((self.floors + self.room).max()) - self.always
-
-    @override
-    def limit(self, budget: Budget) -> int:
-        """At most the cost of everything, however large the budget is."""
-        metrics = [limit.metric for limit in budget.limits]
-        if metrics != [self.metric]:
-            raise InputError(
-                f"{self.name} keeps to one limit of {self.metric} here, not to {', '.join(metrics)}"
-            )
-        pricing = CostSwitches(self.graph, (), workload=self.load, device=self.device).pricing
-        allowed = pricing.limits(budget)[self.metric] - self.always
-        if allowed < 0:
-            least = self.always / pricing.limits(Budget.of(f"{self.metric}=100%"))[self.metric]
-            raise Infeasible(
-                f"{budget.limits[0]} is less than the layers that always run and the controller "
-                f"take, {math.ceil(least * 1e4) / 1e4} of the base model's {self.metric}"
-            )
-        return min(allowed, self.steps)
 
     def open_counts(self, limits: Tensor) -> Tensor:
         """Which token counts limits (batch,) leave open; shape (batch, counts), bool.
@@ -300,12 +257,12 @@ class UnifiedSwitches(Layout):
 
     @override
     def plan(self, taken: Taken, base: Plan) -> Plan:
-        return self.inner.plan(taken[1:], replace(base, tokens=self.stages(int(taken[0]))))
+        return self.inner.plan(taken[1:], replace(base, tokens=self.stages_of(int(taken[0]))))
 
     @override
     def flops_fraction(self, row: Tensor, base: Plan, costs: PlanCosts) -> float:
         load = replace(costs.workload, text_tokens=costs.workload.text_tokens + 1)
-        found = replace(costs, workload=load, _base={}).of(self.plan(row, base))["flops"]["plan"]
+        found = replace(costs, workload=load).of(self.plan(row, base))["flops"]["plan"]
         own = self.inner.pricing.products(self.overhead(int(row[0])))[0]
         dense = costs.of(Plan.of(self.graph))["flops"]["base"]
         return (found + float(own)) / dense

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from planner.ir.cost import Workload
 from planner.ir.cost.conventions import convention
@@ -23,7 +24,10 @@ class PlanCosts:
     graph: Graph
     workload: Workload  # of the prompt, and of what was generated
     scope: str | None = None  # ``model`` or ``llm``; None for what each plan was made for
-    _base: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @cached_property
+    def _bases(self) -> dict[str, dict[str, float]]:
+        return {}
 
     def of(
         self, plan: Plan, kept: Mapping[int, int] | None = None, answers: int | None = None
@@ -50,13 +54,13 @@ class PlanCosts:
         scope = self.scope or str(plan.provenance.get("scope", "model"))
         # No metric here depends on the device.
         chip = device(DEFAULT_DEVICE)
-        if scope not in self._base:
+        if scope not in self._bases:
             dense = Plan.of(self.graph)
             pricing = pricing_for(dense, self.graph, self.workload, scope, chip)
-            self._base[scope] = pricing.cost_of(dense)
+            self._bases[scope] = pricing.cost_of(dense)
         pricing = pricing_for(plan, self.graph, self.workload, scope, chip)
         costs = pricing.cost_of(replace(plan, tokens=tuple(stages)))
-        return compared(costs, self._base[scope], ("flops", "kv"))
+        return compared(costs, self._bases[scope], ("flops", "kv"))
 
     def of_all(self, plans: Sequence[Plan]) -> dict[str, dict[str, float]]:
         """What plans cost that each serve as many samples of the workload's batch."""
@@ -65,7 +69,7 @@ class PlanCosts:
         load = replace(self.workload, batch=self.workload.batch // len(plans))
         if load.encoder_flops is not None:
             load = replace(load, encoder_flops=load.encoder_flops // len(plans))
-        each = [replace(self, workload=load, _base={}).of(plan) for plan in plans]
+        each = [replace(self, workload=load).of(plan) for plan in plans]
         sums = [
             {metric: sum(cost[metric][which] for cost in each) for metric in each[0]}
             for which in ("plan", "base")

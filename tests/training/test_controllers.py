@@ -114,7 +114,7 @@ def test_the_oracle_is_no_worse_than_what_it_tries(forced, monkeypatch):
     right, rows = best_of_tried(forced, some, static, 0)
     assert right.shape == (5,)
     assert all(forced.layout.spent(row) <= forced.limit for row in rows)
-    layout = forced.unified
+    layout = forced.layout
     forced.scheduled.decide = lambda logits, _: rows[:, 1:].bool()
     taken = torch.tensor([layout.counts.index(int(row[0])) for row in rows])
     assert (taken >= 0).all()

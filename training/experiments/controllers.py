@@ -23,7 +23,7 @@ from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
 from planner.loading import load_model
 from planner.models.running.skipping import obeying
-from planner.models.scheduling import Scheduled, load_scheduler
+from planner.models.scheduling import Scheduled, UnifiedSwitches, load_scheduler
 from planner.plan import Plan
 from planner.planning.budgets import Budget
 from planner.planning.plan_costs import PlanCosts
@@ -251,6 +251,7 @@ class Measuring:
         load = Workload.default(graph, text_tokens=TEXT_TOKENS, new_tokens=0)
         scheduled = Scheduled(model, graph, load_scheduler(folder, graph), mask=True)
         layout = scheduled.scheduler.layout.under(load)
+        assert isinstance(layout, UnifiedSwitches)
         limit = layout.limit(Budget.of(budget))
         forced = Forced(scheduled, processor, layout, limit)
         if variant.plans == "oracle":

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from planner.models.scheduling import Layout, Scheduled, UnifiedSwitches
+from planner.models.scheduling import Scheduled, UnifiedSwitches
 from planner.models.scheduling.token_choice import ChosenTokens, best_tokens, picked
 from planner.models.scheduling.vision_controller import TokenScores
 from planner.models.tokens.selectors import DecoderInputs
@@ -39,17 +39,12 @@ class Forced:
 
     scheduled: Scheduled
     processor: Any
-    layout: Layout
+    layout: UnifiedSwitches
     limit: int
-
-    @property
-    def unified(self) -> UnifiedSwitches:
-        """The layout."""
-        return cast(UnifiedSwitches, self.layout)
 
     def plan_all(self, row: Tensor) -> None:
         """Have every question run one decision, shape (1 + size,), on a grid of image tokens."""
-        layout = replace(self.unified, scorer="uniform", _posed={}, _at={})
+        layout = replace(self.layout, scorer="uniform")
         option = layout.counts.index(int(row[0]))
 
         def tokens(scores: TokenScores, limits: Tensor, inputs: DecoderInputs) -> ChosenTokens:
@@ -61,7 +56,7 @@ class Forced:
 
     def perturb(self, scale: float, generator: torch.Generator, own: float = 1.0) -> None:
         """Decide by the controller's scores, times `own`, plus normal noise."""
-        layout = self.unified
+        layout = self.layout
 
         def noisy(values: Tensor) -> Tensor:
             return own * values + scale * torch.randn(values.shape, generator=generator)
@@ -116,7 +111,7 @@ def best_static(forced: Forced, questions: Sequence[Conversation]) -> Tensor:
     Tried are token counts that the limit leaves open, each with switches by what leaving one out
     costs these questions, by the controller's mean logits, and by depth.
     """
-    layout = forced.unified
+    layout = forced.layout
     forced.controller()
     logits = [_mean_logits(forced, questions), _worth(forced, questions)]
     logits.append(-torch.arange(layout.size).float())
@@ -147,7 +142,7 @@ def _mean_logits(forced: Forced, questions: Sequence[Conversation]) -> Tensor:
 
 def _worth(forced: Forced, questions: Sequence[Conversation]) -> Tensor:
     """What each switch's absence adds to the mean loss, everything else on; shape (size,)."""
-    layout = forced.unified
+    layout = forced.layout
     # Beyond the budget: what is measured is the model.
     whole = replace(forced, limit=layout.steps)
     dense = torch.ones(1 + layout.size, dtype=torch.long)
