@@ -73,9 +73,10 @@ from planner.models.running.skipping import session_on
 from planner.models.tokens.selectors import DecoderInputs, select_tokens
 from planner.plan import Plan, TokenStage
 from planner.planning.selectors import Uniform
+from planner.planning.switches import mlp_switches
 
 LAYERS, WIDTH, HEADS, NEURONS, TOKENS = 8, 1024, 16, 2752, 640
-SWITCHES = 16
+GROUPS = mlp_switches(NEURONS, HEADS)
 IMAGE_TOKENS, IMAGE = 576, 1000
 BUDGETS = (0.5, 0.65, 0.85)
 DTYPES = ("float32", "bfloat16")
@@ -144,17 +145,16 @@ def draw(graph: Graph, kind: str, budget: float, seed: int) -> Plan:
     if kind in ("layers", "mixed"):
         off = tuple(sorted(rng.sample(range(LAYERS), LAYERS - round(LAYERS * share))))
     if kind in ("heads and mlp", "mixed"):
-        count = round(SWITCHES * share)
         for layer in set(range(LAYERS)) - set(off):
-            heads[layer] = tuple(sorted(rng.sample(range(SWITCHES), count)))
-            mlp[layer] = tuple(sorted(rng.sample(range(SWITCHES), count)))
+            heads[layer] = tuple(sorted(rng.sample(range(HEADS), round(HEADS * share))))
+            mlp[layer] = tuple(sorted(rng.sample(range(GROUPS), round(GROUPS * share))))
     if kind in ("tokens", "mixed"):
         first = 1
         left = (share * LAYERS - first) / (LAYERS - first) * TOKENS
         keep = max(0, round(left) - (TOKENS - IMAGE_TOKENS))
         tokens = (TokenStage(first, keep, IMAGE_TOKENS),)
     fingerprint = str(graph.properties["fingerprint"])
-    groups = dict.fromkeys(mlp, SWITCHES)
+    groups = dict.fromkeys(mlp, GROUPS)
     return Plan(graph.name, fingerprint, LAYERS, off, heads, mlp, groups, tokens)
 
 

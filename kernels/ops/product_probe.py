@@ -2,7 +2,7 @@
 
 Which of the two wins depends on the CPU, its libraries and the number of rows; vendors do not tell.
 A fifth of a second of products answers it, and `planner calibrate` with more of them; the answer is
-kept in the user's cache folder.
+kept in the user's cache folder. So are those to other questions of this kind.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from planner.planning.graph_cache import cache_folder
 
 # Products are of four kinds, by their rows: from so many on, and measured at so many.
 KINDS_FROM = (1, 4, 24, 128)
-_MEASURED = (1, 8, 50, 274)
+MEASURED = (1, 8, 50, 274)
 # Weights as plans narrow them: (out, in) features that are no round numbers.
 _WEIGHTS = ((652, 1024), (1024, 644))
 _ROUNDS = 9
@@ -54,29 +54,37 @@ def onednn_is_faster(rows: int) -> bool:
 @cache
 def fastest(threads: int) -> tuple[bool, ...]:
     """For each kind of products, whether it is oneDNN, with so many threads."""
-    path = _path(threads)
+    return settled(path_of(threads), _onednn_is_faster)
+
+
+def settled(path: Path, measure: Callable[[], tuple[bool, ...]]) -> tuple[bool, ...]:
+    """What was measured, now or in another process."""
     with contextlib.suppress(InputError):
         found = read_json(path, "measured products") if path.is_file() else None
         if isinstance(found, list) and list(map(type, found)) == [bool] * len(KINDS_FROM):
             return tuple(found)
     # Modes that watch or change a thread's operators are not to see these.
     with ThreadPoolExecutor(1) as pool:
-        faster = pool.submit(_measured).result()
-    keep(threads, faster)
+        faster = pool.submit(measure).result()
+    _keep(path, faster)
     return faster
 
 
 def keep(threads: int, faster: tuple[bool, ...]) -> None:
     """Have `fastest` say this from now on, in processes that start later as well."""
-    path = _path(threads)
-    with contextlib.suppress(OSError, InputError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(faster))
+    _keep(path_of(threads), faster)
     fastest.cache_clear()
 
 
-def _path(threads: int) -> Path:
-    facts = [_cpu(), torch.__version__, threads, _MEASURED, _WEIGHTS]
+def _keep(path: Path, faster: tuple[bool, ...]) -> None:
+    with contextlib.suppress(OSError, InputError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(faster))
+
+
+def path_of(threads: int, *question: object) -> Path:
+    """Where the answer to a question is kept; without one, oneDNN's."""
+    facts = [_cpu(), torch.__version__, threads, MEASURED, _WEIGHTS, *question]
     name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     return cache_folder() / "products" / f"{name}.json"
 
@@ -97,22 +105,25 @@ def _cpu() -> str:
 
 
 @torch.no_grad()
-def _measured() -> tuple[bool, ...]:
+def _onednn_is_faster() -> tuple[bool, ...]:
     weights = [torch.randn(shape) for shape in _WEIGHTS]
-    return tuple(
-        math.prod(_ratio(torch.randn(rows, weight.shape[1]), weight) for weight in weights)
-        < CLEARLY ** len(weights)
-        for rows in _MEASURED
-    )
+    found = []
+    for rows in MEASURED:
+        times = [
+            ratio(partial(by_onednn, x, weight, None), partial(F.linear, x, weight))
+            for weight in weights
+            for x in [torch.randn(rows, weight.shape[1])]
+        ]
+        found.append(math.prod(times) < CLEARLY ** len(times))
+    return tuple(found)
 
 
-def _ratio(x: Tensor, weight: Tensor) -> float:
-    """Time by oneDNN over time by MKL: the least of interleaved rounds, as others may run too."""
-    libraries: tuple[Callable[[Tensor, Tensor, None], Tensor], ...] = (by_onednn, F.linear)
+def ratio(way: Callable[[], Tensor], usual: Callable[[], Tensor]) -> float:
+    """Time of one way over the other: the least of interleaved rounds, as others may run too."""
     seconds = [math.inf, math.inf]
     for _ in range(_ROUNDS):
-        for index, multiply in enumerate(libraries):
+        for index, multiply in enumerate((way, usual)):
             begin = time.perf_counter()
-            multiply(x, weight, None)
+            multiply()
             seconds[index] = min(seconds[index], time.perf_counter() - begin)
     return seconds[0] / seconds[1]

@@ -20,12 +20,12 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from typing_extensions import override
 
 from planner.ir.intervals import Intervals, count_of
 from planner.kernels.choice import Kernels
 from planner.kernels.ops.kept_linear import kept_linear, suits
+from planner.kernels.ops.run_products import product_of_runs, together
 from planner.models.running.bindings import BoundLinear, BoundSite
 from planner.models.running.patches import Shadow
 
@@ -124,41 +124,11 @@ class KeptProduct(Product):
 
     @override
     def __call__(self, features: Tensor) -> Tensor:
-        copy = self._copy()
+        copy, linear = self._copy(), self.linear
         # A copy is a constant to autograd.
-        if copy is None or (torch.is_grad_enabled() and self.linear.parameter.requires_grad):
-            return self._rows(features) if self.linear.axis == "out" else self._columns(features)
+        if copy is None or (torch.is_grad_enabled() and linear.parameter.requires_grad):
+            return product_of_runs(features, linear.weight, linear.bias, linear.dim, self.runs)
         return kept_linear(features, copy.weight, copy.bias)
-
-    def _rows(self, features: Tensor) -> Tensor:
-        weight, bias = self.linear.weight, self.linear.bias
-        parts = [
-            kept_linear(features, weight[start:stop], None if bias is None else bias[start:stop])
-            for start, stop in self.runs
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-    def _columns(self, features: Tensor) -> Tensor:
-        weight, bias = self.linear.weight, self.linear.bias
-        if len(self.runs) == 1:
-            ((start, stop),) = self.runs
-            return kept_linear(features, weight[:, start:stop], bias)
-        rows = features.reshape(-1, features.shape[-1])
-        parts = rows.split([stop - start for start, stop in self.runs], -1)
-        total = F.linear(parts[0], weight[:, slice(*self.runs[0])], bias)
-        same = features.dtype == weight.dtype == total.dtype
-        # Into the same memory, a sum costs no pass over the output of its own.
-        in_place = same and total.dtype.itemsize >= 4 and not total.requires_grad
-        kind = total.dtype
-        for part, run in zip(parts[1:], self.runs[1:], strict=True):
-            columns = weight[:, slice(*run)]
-            if in_place:
-                total = torch.addmm(total, part, columns.t(), out=total)
-            else:
-                # Rounded once, at the end, as one product is.
-                total = total.float() if kind.itemsize < 4 else total
-                total = total + F.linear(part, columns)
-        return total.to(kind).reshape(*features.shape[:-1], -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,19 +201,13 @@ class Copies:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _copied(linear: BoundLinear, runs: Intervals) -> _Copy:
-    dim, weight, bias = linear.dim, linear.weight.detach(), linear.bias
+    bias = linear.bias
     sources = tuple(_Source(tensor) for tensor in (linear.parameter, bias) if tensor is not None)
-    shape = list(weight.shape)
-    shape[dim] = count_of(runs)
-    copied, place = weight.new_empty(shape), 0
-    for start, stop in runs:
-        # Copies run on all threads, `torch.cat` on one.
-        copied.narrow(dim, place, stop - start).copy_(weight.narrow(dim, start, stop - start))
-        place += stop - start
+    kept = together(linear.weight.detach(), linear.dim, runs).contiguous()
     if bias is not None:
-        pieces = [bias[start:stop] for start, stop in runs] if linear.axis == "out" else [bias]
-        bias = nn.Parameter(torch.cat(pieces), requires_grad=False)
-    return _Copy(nn.Parameter(copied, requires_grad=False), cast(Any, bias), sources)
+        pieces = together(bias, 0, runs) if linear.axis == "out" else bias
+        bias = nn.Parameter(pieces.clone(), requires_grad=False)
+    return _Copy(nn.Parameter(kept, requires_grad=False), cast(Any, bias), sources)
 
 
 class _Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,6 @@ _SITE_KIND = {"layers": "layer", "heads": "heads", "mlp": "mlp"}
 # Where tokens are dropped unless told otherwise: before the third decoder layer, as FastV (K = 2,
 # arXiv 2403.06764) and Dynamic-LLaVA (section 3 of arXiv 2412.00876) do.
 _TOKEN_LAYER = 2
-_TILE = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +84,20 @@ def mlp_switches(width: int, heads: int, like_heads: bool = False) -> int:
     """Into how many groups the neurons of an MLP are divided.
 
     Groups are multiples of 128 neurons where the width allows it, so that surviving groups fill
-    whole tiles of a GPU kernel (11008 = 43 x 256, 13824 = 36 x 384), and about as many as heads.
-    Otherwise, and where `like_heads` asks for the papers' division, there are as many as heads.
+    whole tiles of a GPU kernel (11008 = 43 x 256, 13824 = 36 x 384), and about as many as heads;
+    else of 64 (2752 = 43 x 64), which fill those of a CPU in bfloat16. Otherwise, and where
+    `like_heads` asks for the papers' division, there are as many as heads.
     """
-    if like_heads or width % _TILE:
-        return max(1, min(heads, width))
-    tiles = width // _TILE
-    divisors = [d for d in range(1, tiles + 1) if tiles % d == 0]
-    closest = min(divisors, key=lambda d: (abs(d - heads), -d))
-    # A width of 2 large primes would leave one giant group: fall back on as many as heads.
-    return closest if closest >= heads / 3 else max(1, min(heads, width))
+    as_heads = max(1, min(heads, width))
+    if like_heads:
+        return as_heads
+    # Of a width of two large primes there would be one giant group, or very many.
+    for tile, fewest in ((128, heads / 3), (64, heads)):
+        most = min(width // tile, 4 * heads)
+        groups = [n for n in range(math.ceil(fewest), most + 1) if width % (n * tile) == 0]
+        if groups:
+            return min(groups, key=lambda n: (abs(n - heads), -n))
+    return as_heads
 
 
 def with_switches(graph: Graph, groups: int | None = None, like_heads: bool = False) -> Graph:

@@ -148,7 +148,16 @@ def test_broken_utilities(tmp_path, content, expected):
 
 @pytest.mark.parametrize(
     ("width", "heads", "groups"),
-    [(11008, 32, 43), (13824, 40, 36), (10240, 32, 40), (100, 8, 8), (4, 8, 4)],
+    [
+        (11008, 32, 43),
+        (13824, 40, 36),
+        (10240, 32, 40),
+        (2752, 16, 43),
+        (384, 8, 3),
+        (320, 8, 8),
+        (100, 8, 8),
+        (4, 8, 4),
+    ],
 )
 def test_mlp_groups_fill_tiles_where_they_can(width, heads, groups):
     assert mlp_switches(width, heads) == groups
