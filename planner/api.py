@@ -146,9 +146,9 @@ def load(
 ) -> PreTrainedModel | PeftModel:
     """Load what `save_pretrained` of a planned model wrote: the model, obeying its plan again.
 
-    Utilities come with it, so `budget` makes the plans that it made before, and means under
-    ``recover="compensate"``. Where adapters (peft)
-    were saved, their base model is loaded first, from where their config says.
+    Utilities come with it, so `budget` makes the plans that it made before, and the means of
+    ``recover="compensate"``. Where adapters (peft) were saved, their base model is loaded first,
+    from where their config says.
 
     Args:
         folder: local, with the weights and what is beside them
