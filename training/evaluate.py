@@ -43,8 +43,8 @@ def evaluate(
     """Ask each sample's first question and score the answers.
 
     Returns `accuracy` (mean over samples), `families` and `difficulty` (mean per family, and over
-    easy and hard scenes) and `samples` (their number). A description scores the fraction of its
-    facts that are right, every other answer 1 or 0 (see `score`).
+    easy and hard scenes), `samples` (their number) and `scores` (of each). A description scores the
+    fraction of its facts that are right, every other answer 1 or 0 (see `score`).
     """
     return summarise(samples, predict(model, processor, samples, batch_size))
 
@@ -113,17 +113,17 @@ def summarise(samples: Sequence[Conversation], answers: Sequence[str]) -> dict[s
     """Mean scores of answers: overall, per family, per difficulty."""
     families: dict[str, list[float]] = defaultdict(list)
     difficulty: dict[str, list[float]] = defaultdict(list)
-    for sample, answer in zip(samples, answers, strict=True):
-        value = score(sample.turns[0], answer)
+    scored = [score(s.turns[0], answer) for s, answer in zip(samples, answers, strict=True)]
+    for sample, value in zip(samples, scored, strict=True):
         families[sample.turns[0].family or "other"].append(value)
         if sample.scene is not None:
             difficulty["hard" if sample.scene.hard else "easy"].append(value)
-    values = [value for scores in families.values() for value in scores]
     return {
-        "accuracy": _mean(values),
+        "accuracy": _mean(scored),
         "families": {name: _mean(scores) for name, scores in sorted(families.items())},
         "difficulty": {name: _mean(scores) for name, scores in sorted(difficulty.items())},
-        "samples": len(values),
+        "samples": len(scored),
+        "scores": scored,
     }
 
 

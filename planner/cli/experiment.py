@@ -22,7 +22,7 @@ def experiment_command(
     seeds: Annotated[str, typer.Option("--seeds", help="Training runs, by commas.")] = "0,1,2",
     samples: Annotated[
         int, typer.Option("--samples", min=1, help="Test questions per seed.")
-    ] = 600,
+    ] = 2000,
     work: Annotated[
         Path, typer.Option("--work", help="Where models and measured cells are kept.")
     ] = Path("build/experiments"),

@@ -10,9 +10,13 @@ from planner.training.experiments.learning import learned
 from planner.training.experiments.results_page import markdown, write_page
 
 
-def cell(method, budget, accuracy, tokens=""):
+def cell(method, budget, accuracy, tokens="", seed=0):
+    right = round(4 * accuracy)
     return {
         "method": method,
+        "rule": "base" if method == "base" else "scheduler",
+        "seed": seed,
+        "scores": [1.0] * right + [0.0] * (4 - right),
         "tokens": tokens,
         "budget": budget,
         "accuracy": accuracy,
@@ -101,3 +105,32 @@ def test_cells_are_measured_once_and_again_when_something_changed(tmp_path, monk
         bench = Bench(tmp_path, 0, samples, overrides, print)
         assert bench.measured(first) == {"accuracy": 0.5}
     assert len(measured) == 3
+
+
+def test_differences_are_paired_with_the_base_model():
+    """Of four questions of two seeds the first is always lost, and one seed loses another."""
+    rows = [cell("base", 1.0, 1.0, seed=s) for s in (0, 1)]
+    rows += [cell("a", 0.5, accuracy, seed=s) for s, accuracy in enumerate((0.75, 0.5))]
+    rows += [cell("base", 1.0, 1.0, "fastv", seed=s) for s in (0, 1)]
+    base, worse, equal = summarise(rows)
+    assert "against_base" not in base
+    found = worse["against_base"]
+    assert found["difference"] == pytest.approx(-0.375)
+    assert -1 <= found["low"] < -0.375 < found["high"] <= 0
+    assert (equal["against_base"]["low"], equal["against_base"]["high"]) == (0, 0)
+    page = {**results(), "summary": [base, worse, equal], "learned": ()}
+    lines = [line for line in markdown(page).splitlines() if line.startswith("| ")]
+    assert lines[0].split(" | ")[5] == "- base, 95 %"
+    assert lines[1].split(" | ")[5] == ""
+    assert lines[2].split(" | ")[5].startswith("-37.5 (")
+
+
+@pytest.mark.parametrize("name", ["table1", "table3", "baselines"])
+def test_the_base_model_is_beside(name):
+    assert [c for c in EXPERIMENTS[name].cells if c.rule == "base" and not c.tokens]
+
+
+def test_positions_are_compared_in_the_first_table():
+    tokens = [c.tokens for c in EXPERIMENTS["table1"].cells if c.rule == "base"]
+    assert "prumerge+:ratio=0.125" in tokens
+    assert "prumerge+:ratio=0.125,positions=original" in tokens

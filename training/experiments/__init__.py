@@ -1,6 +1,6 @@
 """Tables of the AdaLLaVA paper on a small model: what is trained, what is measured, on what.
 
-    planner experiment table1 [--seeds 0,1,2] [--samples 600]
+    planner experiment table1 [--seeds 0,1,2] [--samples 2000]
 
 Every cell is measured once and kept in the working folder, so a run that was stopped goes on. A
 seed stands for the training run and for the test questions, so the base model has a spread too.
@@ -8,13 +8,14 @@ seed stands for the training run and for the test questions, so the base model h
     definitions   which cells make which table
     cells         training and measuring them
     learning      labels to start from, the regret of plans, the losses of training
+    paired_bootstrap
+                  differences between methods, with intervals
     results_page  tables as text and pictures
     controllers   which controllers are compared, trained and measured
     forced_plans  plans that take a controller's place on its weights
     comparison_page
                   a comparison of controllers as text and pictures
     smollm2       utilities, recovery and healing on a real language model
-    packaged      weights and texts that packages bring along
     layer_regret  how well utilities tell which layers may go
 """
 
@@ -25,9 +26,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
+
 from planner.training.experiments.cells import Bench, Progress
 from planner.training.experiments.definitions import EXPERIMENTS
 from planner.training.experiments.learning import learned
+from planner.training.experiments.paired_bootstrap import paired_bootstrap
 
 __all__ = ["EXPERIMENTS", "run_experiment", "summarise"]
 
@@ -36,7 +40,7 @@ def run_experiment(
     name: str,
     work: Path,
     seeds: Sequence[int] = (0, 1, 2),
-    samples: int = 600,
+    samples: int = 2000,
     overrides: Sequence[str] = (),
     progress: Progress = lambda text: None,
 ) -> dict[str, Any]:
@@ -62,7 +66,7 @@ def run_experiment(
         "seeds": list(seeds),
         "samples": samples,
         "overrides": list(overrides),
-        "cells": rows,
+        "cells": [{k: v for k, v in row.items() if k != "scores"} for row in rows],
         "summary": summarise(rows),
     }
     if learning:
@@ -71,7 +75,13 @@ def run_experiment(
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over seeds of every row, in the order of the first seed."""
+    """Mean and standard deviation over seeds of every row, in the order of the first seed.
+
+    `against_base`, in rows beside the base model's, is the difference of accuracies by a paired
+    bootstrap over seeds and questions; the base model is the row whose rule is ``base``, all tokens
+    kept.
+    """
+    base = {r["seed"]: r["scores"] for r in rows if r["rule"] == "base" and not r["tokens"]}
     groups: dict[tuple[str, str, float], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["method"], row["tokens"], row["budget"]), []).append(row)
@@ -82,6 +92,9 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             values = [float(member[measure]) for member in members]
             entry[measure] = mean(values)
             entry[f"{measure}_spread"] = stdev(values) if len(values) > 1 else 0.0
+        if base and (members[0]["rule"] != "base" or tokens):
+            pairs = [np.subtract(m["scores"], base[m["seed"]]) for m in members]
+            entry["against_base"] = paired_bootstrap(pairs)
         families = members[0]["families"]
         entry["families"] = {f: mean(m["families"][f] for m in members) for f in families}
         summary.append(entry)

@@ -70,6 +70,8 @@ class Bench:
             "cell": repr(cell),
             "samples": self.samples,
             "overrides": list(self.overrides),
+            # Of what is kept: 2 with the scores of all questions.
+            "format": 2,
         }
         path = self.work / "cells" / f"seed-{self.seed}" / f"{name}.json"
         if path.is_file():

@@ -37,6 +37,7 @@ from planner.training.experiments.forced_plans import (
     best_static,
     random_plan,
 )
+from planner.training.experiments.paired_bootstrap import paired_bootstrap
 from planner.training.recipes import load_recipe
 from planner.training.trainer import last_checkpoint
 
@@ -338,21 +339,8 @@ def compared(
             ]
             if variant == against or not pairs:
                 continue
-            random = np.random.default_rng(0)
-            means = []
-            for _ in range(resamples):
-                chosen = [pairs[i] for i in random.integers(len(pairs), size=len(pairs))]
-                means.append(np.mean([random.choice(p, len(p)).mean() for p in chosen]))
-            low, high = np.quantile(means, (0.025, 0.975)).tolist()
-            yield {
-                "variant": variant,
-                "against": against,
-                "budget": budget,
-                "difference": float(np.mean([pair.mean() for pair in pairs])),
-                "standard_error": float(np.std(means)),
-                "low": low,
-                "high": high,
-            }
+            found = paired_bootstrap(pairs, resamples)
+            yield {"variant": variant, "against": against, "budget": budget, **found}
 
 
 def _digits(row: Mapping[str, Any]) -> np.ndarray[Any, Any]:

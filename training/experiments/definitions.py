@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 BUDGETS = (1.0, 0.85, 0.6, 0.5)
 PRUMERGE, FASTV = "prumerge+:ratio=0.125", "fastv:k=2,r=0.5"
+BASE = "tiny-llava"
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,17 @@ class Experiment:
 
 def _table1() -> Iterator[Cell]:
     for tokens in ("", PRUMERGE, FASTV):
-        yield Cell("tiny-llava", 1.0, tokens, rule="base")
+        yield Cell(BASE, 1.0, tokens, rule="base")
+        if tokens == PRUMERGE:
+            # Features at the places and positions of their patches, not in the selector's order.
+            yield Cell(BASE, 1.0, f"{PRUMERGE},positions=original", rule="base")
         for name in ("adallava-l", "adallava-h"):
             for budget in BUDGETS:
                 yield Cell(name, budget, tokens, f"{name}.yaml")
 
 
 def _baselines() -> Iterator[Cell]:
+    yield Cell(BASE, 1.0, rule="base")
     # At 0.5 nothing of the upper half is on, and there is nothing to decide.
     for budget in (0.85, 0.6):
         for name in ("adallava-l", "adallava-h"):
@@ -75,6 +80,7 @@ def _baselines() -> Iterator[Cell]:
 
 
 def _table3() -> Iterator[Cell]:
+    yield Cell(BASE, 1.0, rule="base")
     for budget in (0.95, 0.85, 0.75, 0.6):
         yield Cell("probabilistic", budget, "", "adallava-l.yaml")
         yield Cell(

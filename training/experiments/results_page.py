@@ -11,6 +11,10 @@ from planner.files import write_bytes, write_text
 from planner.training.experiments.learning import WINDOW
 
 Rows = Sequence[Mapping[str, Any]]
+_HOW_COMPARED = (
+    " Differences from the base model, in percentage points, are by a paired bootstrap over runs "
+    "and questions."
+)
 
 
 def write_page(results: Mapping[str, Any], folder: Path) -> None:
@@ -31,7 +35,9 @@ def markdown(results: Mapping[str, Any]) -> str:
         "",
         f"{len(results['seeds'])} training runs, {results['samples']} test questions each; "
         "accuracy as mean ± standard deviation over runs, families as means, in percent. FLOPs are "
-        "of the language model's prefill, over the base model's.",
+        "of the language model's prefill, over the base model's."
+        + _HOW_COMPARED
+        * any("against_base" in row for row in results["summary"]),
         "",
         *_accuracies(results["summary"], adherence=results["experiment"] == "table3"),
         "",
@@ -47,6 +53,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 def _accuracies(rows: Rows, adherence: bool) -> list[str]:
     families = list(rows[0]["families"])
     extra = ["success", "utilisation"] if adherence else []
+    intervals = any("against_base" in row for row in rows)
     cells = [
         [
             row["method"],
@@ -54,12 +61,22 @@ def _accuracies(rows: Rows, adherence: bool) -> list[str]:
             f"{row['budget']:.0%}",
             f"{row['cost_fraction']:.1%}",
             f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_spread']:.1f}",
+            *([_interval(row.get("against_base"))] if intervals else []),
             *(f"{row[measure]:.1%}" for measure in extra),
             *(f"{100 * row['families'][family]:.1f}" for family in families),
         ]
         for row in rows
     ]
-    return table(["method", "tokens", "budget", "FLOPs", "accuracy", *extra, *families], cells)
+    shown = ["accuracy", "- base, 95 %"] if intervals else ["accuracy"]
+    return table(["method", "tokens", "budget", "FLOPs", *shown, *extra, *families], cells)
+
+
+def _interval(found: Mapping[str, float] | None) -> str:
+    """A difference in percentage points, and the interval that it is in."""
+    if found is None:
+        return ""
+    low, high = (f"{100 * found[end]:+.1f}" for end in ("low", "high"))
+    return f"{100 * found['difference']:+.1f} ({low} to {high})"
 
 
 def _losses(rows: Rows) -> list[str]:
