@@ -14,7 +14,7 @@ from planner.contained import contained
 from planner.documents import read_json
 from planner.files import MEBIBYTE, read_bytes
 from planner.ir.errors import InputError, PlannerError, first_line
-from planner.planning.catalog import Source, find_model
+from planner.planning.catalog import OWN_TYPES, Source, find_model, make_known
 
 _MOST_BYTES = 256 * MEBIBYTE
 # Larger pictures are refused rather than decoded: a few hundred megapixels fill the memory.
@@ -89,6 +89,7 @@ def _loaded(source: Source, dtype: str) -> Any:
         raise InputError(f"unknown dtype '{dtype}': choose auto, float32, bfloat16 or float16")
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     logging.disable_progress_bar()
+    make_known(source.config)
     image_text = source.config["model_type"] in _image_text_types()
     auto = AutoModelForImageTextToText if image_text else AutoModelForCausalLM
     with _one_sentence(name):
@@ -129,7 +130,7 @@ def _image_text_types() -> set[str]:
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES,
     )
 
-    return set(NAMES)
+    return {*NAMES, *OWN_TYPES}
 
 
 def _check_weights(model: Any, found: Mapping[str, Any], name: str) -> None:

@@ -26,6 +26,7 @@ from planner.documents import read_json
 from planner.ir.errors import InputError, first_line
 from planner.ir.graph import Graph
 from planner.ir.intervals import count_of
+from planner.models import projectors
 from planner.models.export.weights import cast, kept_weights
 from planner.models.running.attention_blocks import AttentionBlock, headless, probe
 from planner.models.running.kv_cache import cache_among
@@ -127,7 +128,8 @@ def load(folder: str | Path) -> Any:
     folder = Path(folder)
     try:
         config = AutoConfig.from_pretrained(folder)
-        model_class = getattr(transformers, config.architectures[0])
+        name = config.architectures[0]
+        model_class = getattr(projectors if hasattr(projectors, name) else transformers, name)
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         raise InputError(f"'{folder}' holds no model that can be loaded") from None
     if not (folder / RECORD).is_file():

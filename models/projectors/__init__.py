@@ -15,6 +15,7 @@ projector, untrained: trained, planned, lowered and priced as any other.
 from planner.models.projectors.projected_llava import (
     ProjectedLlavaConfig,
     ProjectedLlavaForConditionalGeneration,
+    fitted_processor,
     projected_config,
     projected_source,
     with_projector,
@@ -23,6 +24,7 @@ from planner.models.projectors.projected_llava import (
 __all__ = [
     "ProjectedLlavaConfig",
     "ProjectedLlavaForConditionalGeneration",
+    "fitted_processor",
     "projected_config",
     "projected_source",
     "with_projector",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -133,6 +134,16 @@ def with_projector(
     made.model.multi_modal_projector = fresh.to(device=model.device, dtype=model.dtype)
     made.lm_head = model.lm_head
     made.train(model.training)
+    return made
+
+
+def fitted_processor(processor: Any, config: ProjectedLlavaConfig) -> Any:
+    """A copy of a LLaVA's processor that leaves a place in prompts for every token projected."""
+    made = deepcopy(processor)
+    # It counts patches of the picture, here one, and the CLS token where that is taken off again.
+    made.patch_size = config.vision_config.image_size
+    taken_off = made.vision_feature_select_strategy == "default"
+    made.num_additional_image_tokens = config.image_seq_length - 1 + taken_off
     return made
 
 

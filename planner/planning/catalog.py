@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ ALIASES = {
     "tiny-llava": Alias("the small LLaVA that ships with planner, for trying things out"),
     "deep-llava": Alias("its deeper sister of 16 decoder layers, for schedulers to choose from"),
 }
+# Model types that are planner's own -> the module that registers them with transformers. It is
+# imported by name, when such a config is read: nothing that is planned depends on it.
+OWN_TYPES = {"projected_llava": "planner.models.projectors"}
 # Alias -> folder in planner/models.
 _SHIPPED = {"tiny-llava": "tiny_llava", "deep-llava": "deep_llava"}
 CONFIGS = files("planner") / "aliases"
@@ -64,6 +68,7 @@ class Source:
         from transformers import CONFIG_MAPPING, AutoConfig
 
         model_type = self.config.get("model_type")
+        make_known(self.config)
         if self.trust_remote_code and (self.folder or self.hub_id):
             return AutoConfig.from_pretrained(
                 str(self.folder or self.hub_id), trust_remote_code=True
@@ -78,6 +83,13 @@ class Source:
         except Exception as error:
             reason = first_line(error)
             raise InputError(f"the config of '{self.name}' is not valid: {reason}") from None
+
+
+def make_known(config: dict[str, Any]) -> None:
+    """Make transformers know a config's model type, where that is one of `OWN_TYPES`."""
+    module = OWN_TYPES.get(str(config.get("model_type")))
+    if module is not None:
+        import_module(module)
 
 
 def _read_config(path: Path, name: str) -> dict[str, Any]:

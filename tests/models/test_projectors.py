@@ -5,20 +5,29 @@ import json
 import pytest
 import torch
 from families import FAMILIES, randomise
+from PIL import Image
+from plans import plan_of
+from small_llava import write_small_llava
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import planner
+from planner.cli import execute
 from planner.ir.cost import Workload
 from planner.ir.cost.price import operator_flops
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
+from planner.loading import load_model, prompt_inputs
+from planner.models.export import export, load
 from planner.models.projectors import (
+    ProjectedLlavaConfig,
     ProjectedLlavaForConditionalGeneration,
+    fitted_processor,
     projected_config,
     with_projector,
 )
+from planner.models.running.skipping import obeying
 from planner.planning.catalog import find_model
 
 # Of LLaVA-1.5-7B: projector -> tokens, parameters.
@@ -116,12 +125,51 @@ def test_lowered_it_costs_to_the_last_flop_what_it_computes_and_obeys_plans(name
     torch.testing.assert_close(model(**asked, logits_to_keep=1).logits, whole)
 
 
-def test_a_saved_one_is_read_back(tmp_path):
-    model = with_projector(small(), "c-abstractor:3").eval()
-    model.save_pretrained(tmp_path)
-    again = ProjectedLlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
-    asked = inputs(9)
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    {
+        "token-packer:7": 1,
+        "c-abstractor:3": 9,
+        "resampler:5": 5,
+        "pixel-shuffle:7": 1,
+        "ldp-v2:3": 9,
+    }.items(),
+)
+def test_a_folder_is_planned_and_run_by_its_name(tmp_path, capsys, name, tokens):
+    stock, processor, _ = load_model(str(write_small_llava(tmp_path / "stock", vision_layers=4)))
+    model, folder = with_projector(stock, name), tmp_path / "projected"
+    model.save_pretrained(folder)
+    fitted_processor(processor, model.config).save_pretrained(folder)
+    Image.new("RGB", (90, 60), (200, 30, 30)).save(tmp_path / "red.png")
+    again, fitted, _ = load_model(str(folder))
+    asked = prompt_inputs(again, fitted, "What?", Image.open(tmp_path / "red.png"))
+    assert int((asked["input_ids"] == again.config.image_token_index).sum()) == tokens
     torch.testing.assert_close(again(**asked).logits, model(**asked).logits)
+    assert execute(["compile", "--model", str(folder), "--budget", "0.7", "-o", str(tmp_path)]) == 0
+    question = ["-p", "What?", "-i", str(tmp_path / "red.png"), "--new-tokens", "2", "--json"]
+    plan = ["--plan", str(tmp_path / "plan.yaml")]
+    capsys.readouterr()
+    assert execute(["run", "--model", str(folder), *plan, *question]) == 0
+    assert json.loads(capsys.readouterr().out)["skipped"]
+
+
+def test_its_config_is_known_once_it_is_read(monkeypatch, tmp_path):
+    with_projector(small(), "c-abstractor:3").save_pretrained(tmp_path)
+    asked = []
+    monkeypatch.setattr("planner.planning.catalog.import_module", asked.append)
+    assert type(find_model(str(tmp_path)).load_config()) is ProjectedLlavaConfig
+    assert asked == ["planner.models.projectors"]
+
+
+def test_an_export_is_read_back(tmp_path):
+    model = with_projector(small(), "c-abstractor:3").eval()
+    graph = lower_model(model, "projected")
+    asked = inputs(9)
+    plan = plan_of(graph, layers_off=(1,), heads={0: (0,)})
+    export(model, graph, plan, tmp_path / "out", asked)
+    with obeying(model, graph, plan):
+        expected = model(**asked).logits
+    torch.testing.assert_close(load(tmp_path / "out")(**asked).logits, expected)
 
 
 def test_tokens_attend_to_their_own_square_alone():
@@ -159,8 +207,6 @@ def test_what_does_not_fit_is_said(name, words):
 
 
 def test_inspect_prices_it(capsys):
-    from planner.cli import execute
-
     arguments = ["inspect", "--model", "tiny-llava", "--projector", "c-abstractor:3", "--json"]
     assert execute(arguments) == 0
     document = json.loads(capsys.readouterr().out)
