@@ -11,7 +11,8 @@ model folder that stock transformers loads. May import every other part of plann
     tiny_llava            the recipe of the small model
     adallava              the recipe of a scheduler together with its model
     sparsification        the recipe of Dynamic-LLaVA's predictors together with their model
-    conversation_runs     what these two have in common
+    fine_tuning           the recipe of a LLaVA with fewer image tokens
+    conversation_runs     what these have in common
     unified               the recipe of a controller over tokens, heads and layers
     token_draws           image tokens drawn for training, as switches are
     policy                a scheduler as a policy, which tries plans

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.ir.errors import InputError
-from planner.training import adallava, sparsification, tiny_llava, unified
+from planner.training import adallava, fine_tuning, sparsification, tiny_llava, unified
 from planner.training.config import RunConfig, parse_config, read_settings
 
 # The schema of a recipe's configurations, and what trains by one.
@@ -15,6 +15,7 @@ RECIPES: Mapping[str, tuple[type[RunConfig], Callable[[Any], Any]]] = {
     "tiny-llava": (tiny_llava.TinyLlavaConfig, tiny_llava.train),
     "adallava": (adallava.AdaLlavaConfig, adallava.train),
     "dynamic-llava": (sparsification.DynamicLlavaConfig, sparsification.train),
+    "fine-tuning": (fine_tuning.FineTuningConfig, fine_tuning.train),
     "unified": (unified.UnifiedConfig, unified.train),
 }
 

@@ -387,7 +387,7 @@ def export(
     The config says float32, so that stock `from_pretrained` computes in float32 unless told
     otherwise.
     """
-    half = LlavaForConditionalGeneration(model.config).half()
+    half = type(model)(model.config).half()
     half.load_state_dict(model.state_dict())
     # A resumed Trainer has switched it off.
     half.config.use_cache = half.generation_config.use_cache = True

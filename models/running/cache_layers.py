@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,11 +25,14 @@ from transformers.cache_utils import (
 from planner.ir.errors import InputError
 from planner.models.running.attention_calls import Recorded
 from planner.models.running.program import LayerProgram
-from planner.models.tokens.answer_cache import AnswerTally, forget_last
-from planner.models.tokens.kept_tokens import Keys
+from planner.models.tokens.answer_cache import AnswerTally, forget_before, forget_last
+from planner.models.tokens.kept_tokens import Keys, select_rows
 from planner.models.tokens.selectors import HeavyHitters
 from planner.models.tokens.selectors.h2o import attention_received
 from planner.models.tokens.selectors.scoring import visible_keys
+
+if TYPE_CHECKING:
+    from planner.models.running.forward_pass import Call
 
 PlanKey = tuple[object, ...]
 
@@ -113,23 +116,26 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
             part.store.keys = part.store.keys[..., count:, :]
             part.store.values = part.store.values[..., count:, :]
 
-    def evict(self, layer: int, group: int, seen: Recorded | None, stored: Tensor | None) -> None:
+    def evict(self, layer: int, group: int, seen: Recorded | None, call: Call) -> None:
         """Keep of a group's store what its policy keeps, after its attention block has run.
 
         Args:
             layer: that this is, for errors.
-            group: of the layer.
+            group: of the layer, with a policy.
             seen: what the block computed with, where the policy asks for it.
-            stored: shape (batch,), whether the token that was decoded is; None: all are.
+            call: the pass.
         """
         part = self.parts[group]
         if part.store is None or part.keys is None:
             return
         if isinstance(part.keeper, AnswerTally):
-            if stored is not None:
-                mine = stored if part.rows is None else stored[part.rows]
+            if call.stored is not None:
+                mine = select_rows(call.stored, part.rows, 0)
                 part.keys = forget_last(part.store, part.keys, mine)
             return
+        if part.keeper is None and call.summed_up is not None:
+            first = select_rows(call.summed_up.first, part.rows, 0)
+            part.keys = forget_before(part.store, part.keys, first)
         if part.keeper is None:
             return
         if seen is None:

@@ -26,6 +26,7 @@ from planner.planning.selectors import Selector
 if TYPE_CHECKING:
     from planner.models.running.layers import LayerForward
     from planner.models.tokens.answer_stage import AnswerStage
+    from planner.models.tokens.summed_up import SummedUp, SummingStage
     from planner.models.tokens.token_stages import TokenStages
 
 
@@ -48,6 +49,7 @@ class Call:
     # (batch, tokens): the answer so far that a pass without a cache repeats, but its last token.
     answer: Tensor | None = None
     stored: Tensor | None = None  # (batch,): whether the one token is cached; None: it is
+    summed_up: SummedUp | None = None  # where VoCo tokens are; None without any
     # int64: tokens up to each that position ids no longer count; None where they count all.
     gaps: Tensor | None = None
     marks: dict[Selector, Tensor] = field(default_factory=dict)  # before layer 0
@@ -86,6 +88,7 @@ class Passes:
         self.program = program
         self.stages = stages
         self.answers: AnswerStage | None = None
+        self.summing: SummingStage | None = None
         self.current: Call | None = None
         # Batch rows that a layer is running for, and which keys are no padding; None for all.
         self.serving: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -116,6 +119,8 @@ class Passes:
                 hidden = self.stages.enter(call, hidden)
             if self.answers is not None:
                 self.answers.enter(call)
+            if self.summing is not None:
+                self.summing.enter(call)
             # Under torch.compile the look at values would break the graph.
             if not torch.compiler.is_compiling() and not torch.isfinite(hidden).all():
                 raise InputError(
@@ -147,7 +152,7 @@ class Passes:
         cached = None if self.current.cache is None else self.current.cache[layer]
         if not isinstance(cached, PlannedLayer):
             return
-        cached.evict(layer, group, seen, self.current.stored)
+        cached.evict(layer, group, seen, self.current)
 
     def end(self) -> None:
         """Let go of the pass, and with it of the cache."""

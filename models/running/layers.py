@@ -32,7 +32,7 @@ from planner.models.tokens.kept_tokens import (
     scatter,
     select_rows,
 )
-from planner.planning.selectors import AnswerTokens
+from planner.planning.selectors import AnswerTokens, VoCo
 
 
 class AttentionForward(Shadow):
@@ -200,6 +200,9 @@ class LayerForward(Shadow):
                 cached.begin(number)
             self.passes.serving = (rows, None if keys is None else keys.positions >= 0)
             arguments = self._narrowed(call, kwargs, rows, kept, keys)
+            if isinstance(setup.group.kv, VoCo) and call.summed_up is not None:
+                mask = self._summed_up(call, arguments["attention_mask"], rows, kept, keys)
+                arguments["attention_mask"] = mask
             if setup.group.renumbered:
                 gaps, dropped = _gaps(call, rows, kept)
                 before = None if cached is None else cached.shift(number, dropped)
@@ -315,6 +318,25 @@ class LayerForward(Shadow):
             # Gaps in position ids would be taken for borders between packed sequences.
             narrowed["position_ids"] = None
         return narrowed
+
+    def _summed_up(
+        self,
+        call: Call,
+        mask: Tensor | None,
+        rows: Tensor | None,
+        kept: Kept | None,
+        keys: Keys | None,
+    ) -> Tensor:
+        """A group's mask with the image hidden from what is behind its VoCo tokens."""
+        if "flash" in self._attention:
+            raise InputError(
+                "voco hides an image from some tokens, which flash attention has no masks for: "
+                "load the model with attn_implementation='sdpa'"
+            )
+        assert call.summed_up is not None
+        every = torch.arange(call.tokens, device=call.device)[None]
+        places = every if keys is None else keys.positions
+        return call.summed_up.narrow(mask, every if kept is None else kept.index, places, rows)
 
 
 def _attentions_asked() -> list[Tensor]:

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, cast
 from weakref import ref
 
@@ -63,8 +62,8 @@ class Products:
         kernels: what was asked for; token stages, which are no module, ask this.
     """
 
-    # Path of a sink -> mean of its input features, where products make up for those that are off.
-    means: Mapping[str, Tensor] = MappingProxyType({})
+    # Whether more is computed than the kept weights say, which files of weights do not hold.
+    corrects = False
 
     def __init__(self, frozen_bytes: int = 0, kernels: Kernels = Kernels.TORCH) -> None:
         self.frozen_bytes, self.kernels = frozen_bytes, kernels

@@ -14,7 +14,14 @@ from planner.ir.graph import Graph
 from planner.ir.intervals import Intervals
 from planner.models.running.bindings import BoundLayer, BoundSite
 from planner.plan import Plan, TokenStage
-from planner.planning.selectors import AnswerTokens, KVPolicy, Needs, parse_kv_policy, selector_of
+from planner.planning.selectors import (
+    AnswerTokens,
+    KVPolicy,
+    Needs,
+    VoCo,
+    parse_kv_policy,
+    selector_of,
+)
 from planner.planning.selectors.eviction import check_layer
 
 
@@ -27,7 +34,17 @@ def check_plan(plan: Plan, graph: Graph) -> None:
                 f"the plan switches layer {layer} off, which '{graph.name}' cannot do without"
             )
     if plan.kv:
-        check_layer(parse_kv_policy(plan.kv), graph)
+        policy = parse_kv_policy(plan.kv)
+        check_layer(policy, graph)
+        if policy.hides_images:
+            for stage in plan.tokens:
+                selector = selector_of(stage)
+                # Marks are of text that rates image tokens.
+                if selector.scores_by_attention or Needs.MARKS in selector.needs:
+                    raise InputError(
+                        f"{stage.selector} ranks image tokens by the attention of the text, from "
+                        f"which {plan.kv} hides them; take another selector"
+                    )
         for operator in graph:
             if operator.part == "decoder" and operator.get("window"):
                 raise InputError(
@@ -128,6 +145,12 @@ class Program:
         """Those by which some tokens of an answer are kept."""
         groups = (group for layer in self.layers for group in layer.groups)
         return {group.kv for group in groups if isinstance(group.kv, AnswerTokens)}
+
+    @property
+    def sums_up(self) -> bool:
+        """Whether VoCo tokens stand for the image, for some sample."""
+        groups = (group for layer in self.layers for group in layer.groups)
+        return any(isinstance(group.kv, VoCo) for group in groups)
 
     @property
     def has_tokens(self) -> bool:

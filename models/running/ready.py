@@ -25,6 +25,7 @@ from planner.models.running.products import BlockForward, Product, Products
 from planner.models.running.program import LayerGroup, LayerProgram, Program
 from planner.models.running.session import Session
 from planner.models.tokens.answer_stage import AnswerStage
+from planner.models.tokens.summed_up import SummingStage
 from planner.models.tokens.token_stages import Places, TokenStages
 from planner.models.tokens.vision_stage import VisionStage
 from planner.planning.selectors import VisionSelector
@@ -81,7 +82,7 @@ class Ready:
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pass begins with the call of a module, and these arguments."""
-        for stage in (self.stages, self.passes.answers):
+        for stage in (self.stages, self.passes.answers, self.passes.summing):
             if stage is not None:
                 stage.remember(module, args, kwargs)
 
@@ -93,7 +94,7 @@ class Ready:
     def end(self) -> None:
         """Let go of a pass, and of its arguments."""
         self.passes.end()
-        for stage in (self.stages, self.passes.answers):
+        for stage in (self.stages, self.passes.answers, self.passes.summing):
             if stage is not None:
                 stage.arguments = {}
 
@@ -166,6 +167,8 @@ class Preparing:
         if program.answer_policies:
             model, policies = self.session.model, program.answer_policies
             ready.passes.answers = AnswerStage(model, policies, places)
+        if program.sums_up:
+            ready.passes.summing = SummingStage(self.session.model, places)
         return ready
 
     def prepare(self, graph: Graph) -> None:

@@ -1,4 +1,4 @@
-"""A KV cache that stores of an answer what is worth keeping."""
+"""A KV cache that stores of an answer what is worth keeping, or of a prompt its end."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from planner.models.tokens.kept_tokens import Keys
+from planner.models.tokens.selectors.scoring import pack
 from planner.planning.selectors import AnswerTokens
 
 
@@ -78,3 +79,21 @@ def forget_last(store: Any, keys: Keys, stored: Tensor) -> Keys:
         store.keys, store.values = store.keys[..., :-1, :], store.values[..., :-1, :]
         positions = positions[:, :-1]
     return Keys(positions, bool((positions < 0).any()))
+
+
+def forget_before(store: Any, keys: Keys, first: Tensor) -> Keys:
+    """Take what stands before a place out of a cache layer.
+
+    Args:
+        store: a cache layer with `keys` and `values`, shape (rows, kv heads, n, head_dim).
+        keys: where its entries stood, shape (rows, n).
+        first: place, shape (rows,).
+
+    Returns:
+        Where they stand now; -1 for padding.
+    """
+    index, left = pack(keys.positions >= first[:, None].clamp(min=0), "right")
+    store.keys = store.keys.take_along_dim(index[:, None, :, None], 2)
+    store.values = store.values.take_along_dim(index[:, None, :, None], 2)
+    positions = keys.positions.gather(1, index).masked_fill(~left, -1)
+    return Keys(positions, not bool(left.all()))

@@ -97,7 +97,8 @@ class Pricing:
         policy = self.switches.kv
         if layer is not None and context and policy is not None and layer >= policy.layer:
             prompt = self._sizes(layer, option, context=False)["query"]
-            sizes["context"] = policy.kept(prompt, load.new_tokens)
+            image = kept[-1] if kept else load.image_tokens
+            sizes["context"] = policy.kept(prompt, load.new_tokens, image)
         return sizes
 
     def _all_sizes(self, layer: int, option: tuple[int, ...]) -> tuple[object, ...]:

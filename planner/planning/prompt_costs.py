@@ -129,7 +129,7 @@ class PromptCosts:
             seen = load.text_tokens + kept
             cached = seen + load.new_tokens
             if policy is not None and span.has_policy:
-                cached = policy.kept(seen, load.new_tokens)
+                cached = policy.kept(seen, load.new_tokens, kept)
             elif span.window:
                 cached = min(cached, span.window)
             weights[0, row, :3] = load.batch, load.batch * seen, load.batch * seen**2

@@ -66,8 +66,14 @@ class SwitchSet:
         )
 
     def with_kv_policy(self, text: str) -> SwitchSet:
-        """The same switches with a KV policy, such as ``h2o:heavy=0.2,recent=0.2``."""
-        return replace(self, kv=parse_kv_policy(text))
+        """The same switches with a KV policy, such as ``h2o:heavy=0.2,recent=0.2``.
+
+        Where it hides images, tokens are dropped by a selector that the user gave alone.
+        """
+        policy, axes = parse_kv_policy(text), self.axes
+        if policy.hides_images and self.selector is None:
+            axes = tuple(axis for axis in axes if axis != "tokens")
+        return replace(self, axes=axes, kv=policy)
 
     @property
     def like_heads(self) -> bool:

@@ -21,8 +21,9 @@
 | cdpruner      | behind projector   | CLIP's embeddings, cosines of features     | 2506.10967 |
 | downsample    | before projector   | nothing: patches are averaged              |            |
 
-And two policies of the KV cache: h2o evicts by attention received per head (arXiv 2306.14048),
-dynamic-llava stores of an answer what a trained predictor says (arXiv 2412.00876). All others but
+And policies of the KV cache: h2o evicts by attention received per head (arXiv 2306.14048),
+dynamic-llava stores of an answer what a trained predictor says (arXiv 2412.00876), voco replaces
+the image by tokens that a model was trained to sum it up in (arXiv 2406.12275). All others but
 ``learned`` are rules; some were also published with a model fine-tuned under the rule (prumerge,
 prumerge+, visionzip).
 
@@ -60,7 +61,7 @@ from collections.abc import Mapping
 from planner.ir.errors import InputError
 from planner.plan import TokenStage
 from planner.planning.selectors.arguments import read_named
-from planner.planning.selectors.eviction import H2O, KVPolicy
+from planner.planning.selectors.eviction import H2O, KVPolicy, VoCo
 from planner.planning.selectors.in_decoder import (
     DART,
     DivPrune,
@@ -127,6 +128,7 @@ __all__ = [
     "VisPruner",
     "VisionSelector",
     "VisionZip",
+    "VoCo",
     "counted",
     "parse",
     "parse_kv_policy",
@@ -156,7 +158,11 @@ SELECTORS: Mapping[str, type[DecoderSelector] | type[VisionSelector]] = {
     "downsample": Downsample,
 }
 
-KV_POLICIES: Mapping[str, type[KVPolicy]] = {"h2o": H2O, "dynamic-llava": AnswerTokens}
+KV_POLICIES: Mapping[str, type[KVPolicy]] = {
+    "h2o": H2O,
+    "dynamic-llava": AnswerTokens,
+    "voco": VoCo,
+}
 
 
 def parse(text: str) -> DecoderSelector | VisionSelector:

@@ -19,9 +19,11 @@ class KVPolicy(Arguments, ABC):
     Attributes:
         name: how users call it.
         scores_by_attention: whether it computes the attention of all queries once more.
+        hides_images: whether text attends to no image, and so cannot rank its tokens.
     """
 
     scores_by_attention: ClassVar[bool] = False
+    hides_images: ClassVar[bool] = False
 
     @property
     def layer(self) -> int:
@@ -29,8 +31,11 @@ class KVPolicy(Arguments, ABC):
         return 0
 
     @abstractmethod
-    def kept(self, prompt: int, new: int = 0) -> int:
-        """Entries in the cache of each head after the prompt and `new` decoded tokens, at most."""
+    def kept(self, prompt: int, new: int = 0, image: int = 0) -> int:
+        """Entries in the cache of each head after the prompt and `new` decoded tokens, at most.
+
+        `image`: how many of the prompt's tokens are an image's.
+        """
 
     def parameters(self, width: int) -> int:
         """Of what decides, beside a decoder of this width."""
@@ -62,8 +67,30 @@ class H2O(KVPolicy):
         return int(prompt * self.heavy), max(1, int(prompt * self.recent))
 
     @override
-    def kept(self, prompt: int, new: int = 0) -> int:
+    def kept(self, prompt: int, new: int = 0, image: int = 0) -> int:
         return min(prompt + new, sum(self.budgets(prompt)))
+
+
+@dataclass(frozen=True)
+class VoCo(KVPolicy):
+    """Let VoCo tokens stand for the image: what comes behind them sees nothing before the first.
+
+    A model trained for it begins its prompts with the image and a few tokens of its own, which
+    attend to all of it as usual; every later token attends from the first of these on. So once the
+    prompt is read, the image and all else before them is taken out of the cache. Position ids stay.
+    Ye et al., "VoCo-LLaMA: Towards Vision Compression with Large Language Models" (arXiv
+    2406.12275), and the released code, which hides those entries and stores them all the same.
+
+    The prompt itself costs what it costs the base model. Text before the image is priced as if it
+    were stored. `training/configs/voco.yaml` trains a model; its config has ``voco_token_id``.
+    """
+
+    name = "voco"
+    hides_images = True
+
+    @override
+    def kept(self, prompt: int, new: int = 0, image: int = 0) -> int:
+        return prompt - image + new
 
 
 def check_layer(policy: KVPolicy, graph: Graph) -> None:

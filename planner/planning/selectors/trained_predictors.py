@@ -210,7 +210,7 @@ class AnswerTokens(KVPolicy):
         return floor(decoded * self.max + 1e-9)
 
     @override
-    def kept(self, prompt: int, new: int = 0) -> int:
+    def kept(self, prompt: int, new: int = 0, image: int = 0) -> int:
         return prompt + self.most(new)
 
     @override
