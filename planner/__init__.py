@@ -17,6 +17,7 @@ that need them, so that ``planner --help`` and a cached ``planner compile`` star
     serving/   the same over HTTP
     backend/   the same inside torch.compile
     cli/       the command line
+    integrations/  planned models in evaluation harnesses and transformers' server
     aliases/   configs of the models that have a short name
     files, documents, arrays   files, YAML and JSON, NumPy archives, read within limits
     progress   a bar on stderr
