@@ -92,7 +92,6 @@ def compile(
         InputError: for a bad budget, plan or option; the model is left as it was.
     """
     from planner.kernels.choice import Kernels
-    from planner.models.recovery.compensation import CompensatedProducts
     from planner.models.recovery.oneshot import samples_of
     from planner.models.recovery.recovering import Measuring, Recovering, measurable
     from planner.models.running.planning import Planning
@@ -133,8 +132,7 @@ def compile(
         asked = None if isinstance(wanted, Plan) or weights else Budget.of(wanted)
         _obey(session, planning, chosen, weights, asked)
         if means:
-            known = session.implementation
-            known.use(CompensatedProducts(known.preparing.products, means))
+            _compensate(session, means)
     except BaseException:
         if is_new:
             session.close()
@@ -148,8 +146,9 @@ def load(
 ) -> PreTrainedModel | PeftModel:
     """Load what `save_pretrained` of a planned model wrote: the model, obeying its plan again.
 
-    Utilities come with it, so `budget` makes the plans that it made before. Where adapters (peft)
-    were saved, their base model is loaded first, from where their config says.
+    Utilities come with it, so `budget` makes the plans that it made before, and the means of
+    ``recover="compensate"``. Where adapters (peft) were saved, their base model is loaded first,
+    from where their config says.
 
     Args:
         folder: local, with the weights and what is beside them
@@ -172,11 +171,21 @@ def load(
     plans = [replace(plan, provenance=_without_refit(plan.provenance)) for plan in saved.plans]
     compile(model, plan=plans[0], **saved.options)
     session = _session_of(model)
+    if saved.means:
+        _compensate(session, saved.means)
     if len(saved.plans) > 1:
         session.obey(plans)
     elif saved.budget is not None and session.planning is not None:
         _obey(session, session.planning, plans[0], {}, saved.budget)
     return model
+
+
+def _compensate(session: Session, means: Mapping[str, Tensor]) -> None:
+    """Have whatever plans hold make up, by means, for what they leave out."""
+    from planner.models.recovery.compensation import compensated
+
+    products = session.implementation.preparing.products
+    session.implementation.use(compensated(products, session.layers, means))
 
 
 def _without_refit(provenance: Mapping[str, Any]) -> dict[str, Any]:

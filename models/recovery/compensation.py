@@ -7,14 +7,16 @@ over calibration samples: one vector a plan, so it holds for plans that change f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from planner.ir.errors import InputError
 from planner.ir.intervals import Intervals
-from planner.models.running.bindings import BoundLinear, BoundSite
+from planner.models.recovery.moments import narrowable
+from planner.models.running.bindings import BoundLayer, BoundLinear, BoundSite
 from planner.models.running.products import Product, Products
 
 
@@ -25,8 +27,6 @@ class CompensatedProducts(Products):
         products: what they are made of.
         means: path of a sink -> mean of its input features, shape (features,).
     """
-
-    corrects = True
 
     def __init__(self, products: Products, means: Mapping[str, Tensor]) -> None:
         super().__init__(products.frozen_bytes, products.kernels)
@@ -50,6 +50,26 @@ class CompensatedProducts(Products):
         if product is None or lanes is None or linear.path not in self.means:
             return product
         return _Compensated(product, linear, lanes, self.means[linear.path])
+
+
+def compensated(
+    products: Products, layers: Sequence[BoundLayer], means: Mapping[str, Tensor]
+) -> CompensatedProducts:
+    """Products that make up for what is off.
+
+    Args:
+        products: what they are made of.
+        layers: of the model.
+        means: path of each sink -> mean of its input features, shape (features,).
+
+    Raises:
+        InputError: a sink has no mean, or one of another model.
+    """
+    for sink in (site.sink for site in narrowable(layers)):
+        mean = means.get(sink.path)
+        if mean is None or mean.shape != (sink.features,) or not torch.isfinite(mean).all():
+            raise InputError(f"the means are of another model: none fits '{sink.path}'")
+    return CompensatedProducts(products, means)
 
 
 class _Compensated(Product):

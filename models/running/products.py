@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, cast
 from weakref import ref
 
@@ -62,8 +63,8 @@ class Products:
         kernels: what was asked for; token stages, which are no module, ask this.
     """
 
-    # Whether more is computed than the kept weights say, which files of weights do not hold.
-    corrects = False
+    # Path of a sink -> mean of its input features, where products make up for those that are off.
+    means: Mapping[str, Tensor] = MappingProxyType({})
 
     def __init__(self, frozen_bytes: int = 0, kernels: Kernels = Kernels.TORCH) -> None:
         self.frozen_bytes, self.kernels = frozen_bytes, kernels

@@ -5,20 +5,25 @@ The weights are those of the stock model, which any loader takes. The plan is be
     planner_settings.yaml   how `planner.compile` was called
     planner_plan.yaml       the plan that held; one file for each where samples have their own
     planner_utilities.npz   measured utilities, if there were any, for budgets to come
+    planner_means.npz       what sinks read on average, under ``recover="compensate"``
 """
 
 from __future__ import annotations
 
 import inspect
+import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import nn
+from torch import Tensor, nn
 
+from planner.arrays import read_arrays
 from planner.documents import dump_yaml, read_yaml
 from planner.files import MEBIBYTE, output_folder, read_bytes, write_bytes
 from planner.ir.errors import InputError
@@ -31,6 +36,7 @@ _log = logging.getLogger("planner")
 
 SETTINGS = "planner_settings.yaml"
 _UTILITIES = "planner_utilities.npz"
+_MEANS = "planner_means.npz"
 _MOST_BYTES = 256 * MEBIBYTE
 # Fields of a Request that are no business of a saved model's.
 _LEFT_OUT = ("model", "budget", "trust_remote_code")
@@ -45,6 +51,7 @@ class _Settings(BaseModel):
     plans: int = Field(ge=1, le=4096)
     freeze: bool = False
     kernels: str = "auto"
+    compensated: bool = False
     budget: dict[str, str] | None = None
     request: dict[str, Any]
 
@@ -57,11 +64,13 @@ class Saved:
         plans: one for all samples, or one per sample.
         budget: that holds for every prompt; None where the plans do.
         options: of `planner.compile`.
+        means: see `planner.models.recovery.compensation`; empty where nothing is compensated.
     """
 
     plans: tuple[Plan, ...]
     budget: Budget | None
     options: dict[str, Any]
+    means: Mapping[str, Tensor]
 
 
 def _plan_name(number: int, of: int) -> str:
@@ -72,9 +81,6 @@ def saved_files(session: Session) -> dict[str, bytes]:
     """Files that say what holds in this context, by name; none where that is the stock model."""
     # A budget that waited for options is a plan from here on.
     if session.implementation is None or session.program is None or session.setting is None:
-        return {}
-    if session.implementation.preparing.products.corrects:
-        _log.warning("no plan is written: what recover='compensate' adds to it cannot be saved")
         return {}
     plans = session.setting.plans
     files = {
@@ -95,12 +101,18 @@ def saved_files(session: Session) -> dict[str, bytes]:
         request["utilities"] = _UTILITIES
     elif "utilities" in request:
         request["utilities"] = str(utilities)
+    if means := session.implementation.preparing.products.means:
+        stream = io.BytesIO()
+        arrays: dict[str, Any] = {path: mean.float().cpu().numpy() for path, mean in means.items()}
+        np.savez(stream, **arrays)
+        files[_MEANS] = stream.getvalue()
     asked = session.setting.asked
     limits = () if asked is None else asked.describe().items()
     settings = _Settings(
         planner_settings=1,
         plans=len(plans),
         budget={metric: text.removesuffix(" of base") for metric, text in limits} or None,
+        compensated=bool(means),
         **session.implementation.compile_options,
         request=request,
     )
@@ -137,7 +149,16 @@ def read_saved(folder: Path) -> Saved:
     of = settings.plans
     plans = tuple(load_plan(folder / _plan_name(number, of)) for number in range(of))
     budget = Budget.of(settings.budget) if settings.budget else None
-    return Saved(plans, budget, {"freeze": settings.freeze, "kernels": settings.kernels, **request})
+    options = {"freeze": settings.freeze, "kernels": settings.kernels, **request}
+    return Saved(plans, budget, options, _means(folder) if settings.compensated else {})
+
+
+def _means(folder: Path) -> dict[str, Tensor]:
+    """Path of a sink -> mean of its input features."""
+    arrays = read_arrays(folder / _MEANS, "file of means", ".npz with one array per linear")
+    if any(array.dtype != np.float32 for array in arrays.values()):
+        raise InputError(f"the means in '{folder / _MEANS}' are not float32")
+    return {path: torch.from_numpy(array) for path, array in arrays.items()}
 
 
 class SavePretrained:

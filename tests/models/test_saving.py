@@ -5,6 +5,7 @@ import json
 import logging
 import pickle
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -14,9 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import planner
 from planner.ir.errors import InputError
-from planner.models.recovery.compensation import CompensatedProducts
 from planner.models.running.saving import SETTINGS, read_saved
-from planner.models.running.skipping import session_on
 from planner.planning.switches import with_switches
 from planner.planning.utilities import Utilities, save_utilities
 
@@ -109,13 +108,38 @@ def test_a_budget_holds_for_every_prompt_again(model, tmp_path):
         planner.load(tmp_path)
 
 
-def test_a_plan_is_not_saved_without_what_makes_up_for_it(model, plan, qwen3, tmp_path, said):
-    planner.compile(model, plan=plan)
-    known = session_on(model, qwen3[1]).implementation
-    known.use(CompensatedProducts(known.preparing.products, {}))
+def test_what_makes_up_for_a_plan_is_saved_with_it(model, plan, tmp_path):
+    """Under other plans, too, a model that was read again says what the saved one does."""
+    planner.compile(model, plan=plan, recover="compensate", inputs=[{"input_ids": IDS}])
+    right, other = logits(model), 0.8
+    with planner.budget(model, other):
+        right_other = logits(model)
     model.save_pretrained(tmp_path)
-    assert any("cannot be saved" in message for message in said())
-    assert own_files(tmp_path) == []
+    read = planner.load(tmp_path)
+    assert torch.equal(logits(read), right)
+    with planner.budget(read, other):
+        assert torch.equal(logits(read), right_other)
+    read.save_pretrained(tmp_path / "again")
+    planner.compile(model, plan=plan)
+    assert not torch.allclose(logits(model), right, atol=1e-3)
+    means = (tmp_path / "planner_means.npz").read_bytes()
+    assert (tmp_path / "again" / "planner_means.npz").read_bytes() == means
+
+
+@pytest.mark.parametrize("broken", ["missing", "other", "numbers"])
+def test_means_that_do_not_fit_are_refused(model, plan, tmp_path, broken):
+    planner.compile(model, plan=plan, recover="compensate", inputs=[{"input_ids": IDS}])
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "planner_means.npz"
+    arrays = dict(np.load(path))
+    name = min(arrays)
+    if broken == "missing":
+        path.unlink()
+    else:
+        arrays[name] = arrays[name][1:] if broken == "other" else arrays[name].astype(np.int64)
+        np.savez(path, **arrays)
+    with pytest.raises(InputError, match="means"):
+        planner.load(tmp_path)
 
 
 def test_samples_with_plans_of_their_own(model, plan, qwen3, tmp_path):
