@@ -16,6 +16,7 @@ seed stands for the training run and for the test questions, so the base model h
     comparison_page
                   a comparison of controllers as text and pictures
     smollm2       utilities, recovery and healing on a real language model
+    packaged      weights and texts that packages bring along
     layer_regret  how well utilities tell which layers may go
 """
 

