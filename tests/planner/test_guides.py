@@ -23,7 +23,9 @@ from planner.loading import load_model, noise_image, prompt_inputs
 from planner.models.tokens.selectors import DecoderInputs, DecoderSelection, select_tokens
 from planner.planning import catalog
 from planner.planning.catalog import ALIASES, Alias
-from planner.planning.selectors import SELECTORS, DecoderSelector
+from planner.planning.selectors import SELECTORS
+from planner.planning.selectors.arguments import Count
+from planner.planning.selectors.in_decoder import FromLayer
 
 
 def test_add_a_model_alias(cli, cli_json, monkeypatch, tmp_path):
@@ -44,25 +46,17 @@ def test_add_a_model_alias(cli, cli_json, monkeypatch, tmp_path):
 
 
 @dataclass(frozen=True)
-class First(DecoderSelector):
+class First(FromLayer):
     """Keep the first image tokens of each sample."""
 
     name = "first"
-    keep: int
+    keep: Count
     k: int = 1
-
-    def __post_init__(self) -> None:
-        self.check("keep", self.keep >= 0, "a count from 0 on")
 
     @classmethod
     @override
     def at(cls, layer: int, keep: int, of: int) -> First:
         return cls(keep, layer)
-
-    @property
-    @override
-    def layers(self) -> tuple[int, ...]:
-        return (self.k,)
 
     @override
     def counts(self, tokens: int) -> tuple[int | None, ...]:

@@ -4,9 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, Self, TypeVar, get_args, get_type_hints
+from functools import cache
+from math import inf
+from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_type_hints
 
 from planner.ir.errors import InputError
+
+
+@dataclass(frozen=True)
+class Within:
+    """The numbers that an argument takes, and what to call them in messages."""
+
+    least: float
+    most: float
+    wanted: str
+
+
+Share = Annotated[float, Within(0, 1, "a share from 0 to 1")]
+Count = Annotated[int, Within(0, inf, "a count from 0 on")]
+Several = Annotated[int, Within(1, inf, "a count from 1 on")]
+Layer = Annotated[int, Within(0, inf, "a layer from 0 on")]
+
+
+@cache
+def _ranges(kind: type[Arguments]) -> dict[str, Within]:
+    """Field -> the numbers that it takes, where its type says so."""
+    hints = get_type_hints(kind, include_extras=True)
+    parts = [(name, part) for name, hint in hints.items() for part in (hint, *get_args(hint))]
+    known = ((name, note) for name, part in parts for note in getattr(part, "__metadata__", ()))
+    return {name: note for name, note in known if isinstance(note, Within)}
 
 
 def _read_flag(text: str) -> bool:
@@ -45,7 +71,8 @@ class Arguments:
     """A frozen dataclass that is read from, and written as, ``name:field=value,...``.
 
     Its fields are of the types int, float, bool, str or a tuple of int or of float (written
-    ``300/200/110``), or of one of these and None, where None is the default.
+    ``300/200/110``), or of one of these and None, where None is the default. A type may say what
+    numbers it takes: `Share`, `Count`.
     """
 
     name: ClassVar[str]
@@ -53,6 +80,11 @@ class Arguments:
     shown: ClassVar[int] = 0
     # The argument whose name may be left out, "" for none.
     leading: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for field, known in _ranges(type(self)).items():
+            value = getattr(self, field)
+            self.check(field, value is None or known.least <= value <= known.most, known.wanted)
 
     @classmethod
     def read(cls, arguments: Mapping[str, str]) -> Self:

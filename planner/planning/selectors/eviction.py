@@ -10,19 +10,15 @@ from typing_extensions import override
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.planning.selectors.arguments import Arguments
+from planner.planning.selectors.arguments import Arguments, Share
 
 
 class KVPolicy(Arguments, ABC):
-    """Which entries a KV cache holds; a frozen dataclass whose fields are its arguments.
+    """Which entries a KV cache holds; a frozen dataclass whose fields are its arguments."""
 
-    Attributes:
-        name: how users call it.
-        scores_by_attention: whether it computes the attention of all queries once more.
-        hides_images: whether text attends to no image, and so cannot rank its tokens.
-    """
-
+    # Whether it computes the attention of all queries once more.
     scores_by_attention: ClassVar[bool] = False
+    # Whether text attends to no image, and so cannot rank its tokens.
     hides_images: ClassVar[bool] = False
 
     @property
@@ -55,12 +51,8 @@ class H2O(KVPolicy):
 
     name = "h2o"
     scores_by_attention = True
-    heavy: float = 0.1  # share of the prompt kept as heavy hitters
-    recent: float = 0.1  # share of the prompt kept as most recent; at least the newest token
-
-    def __post_init__(self) -> None:
-        self.check("heavy", 0 <= self.heavy <= 1, "a share from 0 to 1")
-        self.check("recent", 0 <= self.recent <= 1, "a share from 0 to 1")
+    heavy: Share = 0.1  # of the prompt kept as heavy hitters
+    recent: Share = 0.1  # of the prompt kept as most recent; at least the newest token
 
     def budgets(self, prompt: int) -> tuple[int, int]:
         """Heavy hitters and recent tokens kept after a prompt of that many tokens."""

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Self
+from math import inf
+from typing import Annotated, Self
 
 from typing_extensions import override
 
-from planner.planning.selectors.selector import (
-    DecoderSelector,
-    Needs,
-    Positioned,
-    Product,
-    Sizes,
-)
+from planner.planning.selectors.arguments import Count, Layer, Several, Share, Within
+from planner.planning.selectors.selector import DecoderSelector, Needs, Positioned, Product, Sizes
 
 # Numbers that a budget is told a network by, and the most token counts that one chooses from.
 BUDGET_FEATURES = 256
 MOST_COUNTS = 32
 
 
+class FromLayer(DecoderSelector):
+    """Drops tokens once, before layer `k`."""
+
+    k: int  # the first layer that sees fewer tokens; 0 is the whole decoder
+
+    @property
+    @override
+    def layers(self) -> tuple[int, ...]:
+        return (self.k,)
+
+
 @dataclass(frozen=True)
-class FastV(DecoderSelector):
+class FastV(FromLayer):
     """Keep round(n (1 - r)) image tokens from layer k on, by attention in layer k - 1.
 
     The score is the attention that the last prompt token pays each image token, averaged over
@@ -35,22 +42,15 @@ class FastV(DecoderSelector):
     name = "fastv"
     needs = Needs.QUERY_KEY
     scores_by_attention = True
-    k: int = 2  # the first layer that sees fewer tokens
-    r: float = 0.5  # share of image tokens dropped
-
-    def __post_init__(self) -> None:
-        self.check("k", self.k >= 1, "a layer from 1 on, because it scores by the layer before")
-        self.check("r", 0 <= self.r <= 1, "a share from 0 to 1")
+    k: Annotated[
+        int, Within(1, inf, "a layer from 1 on, because it scores by the layer before")
+    ] = 2
+    r: Share = 0.5  # of image tokens dropped
 
     @classmethod
     @override
     def at(cls, layer: int, keep: int, of: int) -> Self:
         return cls(k=layer, r=1 - keep / of)
-
-    @property
-    @override
-    def layers(self) -> tuple[int, ...]:
-        return (self.k,)
 
     @override
     def counts(self, tokens: int) -> tuple[int | None, ...]:
@@ -180,7 +180,7 @@ class PyramidDrop(Positioned, DecoderSelector):
 
 
 @dataclass(frozen=True)
-class DART(DecoderSelector):
+class DART(FromLayer):
     """Keep image tokens that differ most from a few pivots, from layer k on.
 
     Pivots are the image tokens, and the tokens behind the last of them, whose keys in layer k - 1
@@ -196,26 +196,15 @@ class DART(DecoderSelector):
 
     name = "dart"
     needs = Needs.QUERY_KEY | Needs.NORMED_STATES
-    keep: int  # per sample, image pivots not counted
-    k: int = 2  # the first layer that sees fewer tokens
-    image_pivots: int = 4
-    text_pivots: int = 4
-
-    def __post_init__(self) -> None:
-        self.check("keep", self.keep >= 0, "a count from 0 on")
-        self.check("k", self.k >= 1, "a layer from 1 on, because it looks at keys before it")
-        self.check("image_pivots", self.image_pivots >= 1, "a count from 1 on")
-        self.check("text_pivots", self.text_pivots >= 0, "a count from 0 on")
+    keep: Count  # per sample, image pivots not counted
+    k: Annotated[int, Within(1, inf, "a layer from 1 on, because it looks at keys before it")] = 2
+    image_pivots: Several = 4
+    text_pivots: Count = 4
 
     @property
     def pivots(self) -> int:
         """Of image and text, where there are enough tokens."""
         return self.image_pivots + self.text_pivots
-
-    @property
-    @override
-    def layers(self) -> tuple[int, ...]:
-        return (self.k,)
 
     @override
     def counts(self, tokens: int) -> tuple[int | None, ...]:
@@ -228,7 +217,7 @@ class DART(DecoderSelector):
 
 
 @dataclass(frozen=True)
-class DivPrune(Positioned, DecoderSelector):
+class DivPrune(Positioned, FromLayer):
     """Keep round(n ratio) image tokens that are as different from each other as can be.
 
     Greedy max-min diversity on 1 - cosine of what enters layer k, by default the projected
@@ -240,23 +229,13 @@ class DivPrune(Positioned, DecoderSelector):
 
     name = "divprune"
     needs = Needs.HIDDEN_STATES
-    ratio: float = 0.098  # share of image tokens kept
-    k: int = 0  # the first layer that sees fewer tokens; 0 is the whole decoder
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check("ratio", 0 <= self.ratio <= 1, "a share from 0 to 1")
-        self.check("k", self.k >= 0, "a layer from 0 on")
+    ratio: Share = 0.098  # of image tokens kept
+    k: Layer = 0
 
     @classmethod
     @override
     def at(cls, layer: int, keep: int, of: int) -> Self:
         return cls(ratio=keep / of, k=layer)
-
-    @property
-    @override
-    def layers(self) -> tuple[int, ...]:
-        return (self.k,)
 
     @override
     def counts(self, tokens: int) -> tuple[int | None, ...]:
@@ -269,25 +248,16 @@ class DivPrune(Positioned, DecoderSelector):
 
 
 @dataclass(frozen=True)
-class _Count(DecoderSelector):
+class _Count(FromLayer):
     """Keeps a number of image tokens from one layer on, without a look at the model."""
 
-    keep: int  # per sample
-    k: int = 0  # the first layer that sees fewer tokens; 0 is the whole decoder
-
-    def __post_init__(self) -> None:
-        self.check("keep", self.keep >= 0, "a count from 0 on")
-        self.check("k", self.k >= 0, "a layer from 0 on")
+    keep: Count  # per sample
+    k: Layer = 0
 
     @classmethod
     @override
     def at(cls, layer: int, keep: int, of: int) -> Self:
         return cls(keep=keep, k=layer)
-
-    @property
-    @override
-    def layers(self) -> tuple[int, ...]:
-        return (self.k,)
 
     @override
     def counts(self, tokens: int) -> tuple[int | None, ...]:
@@ -303,12 +273,8 @@ class Learned(_Count):
     """
 
     name = "learned"
-    width: int = 64  # of the controller's features of a token
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check("k", self.k == 0, "0, since it works before the decoder")
-        self.check("width", self.width >= 1, "a count from 1 on")
+    k: Annotated[int, Within(0, 0, "0, since it works before the decoder")] = 0
+    width: Several = 64  # of the controller's features of a token
 
     @override
     def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
@@ -333,11 +299,7 @@ class Random(_Count):
     """
 
     name = "random"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check("seed", self.seed >= 0, "a number from 0 on")
+    seed: Annotated[int, Within(0, inf, "a number from 0 on")] = 0
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import ClassVar
 from typing_extensions import override
 
 from planner.ir.errors import InputError
+from planner.planning.selectors.arguments import Count, Several, Share
 from planner.planning.selectors.selector import Needs, Product, Sizes, VisionSelector
 
 
@@ -33,8 +34,8 @@ class Adaptive(VisionSelector):
         """At most the cap; without one anything up to all tokens."""
         return (None if self.max is None else capped(tokens, self.max),)
 
-    def check_cap(self) -> None:
-        """Raise InputError unless the cap is a share, and stands without a ratio."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.check("max", self.max is None or 0 < self.max < 1, "a share above 0 and below 1")
         if None not in (self.max, self.ratio):
             raise InputError(
@@ -63,13 +64,8 @@ class PruMerge(Adaptive):
     name = "prumerge"
     needs = Needs.TOWER_ATTENTION
     tower_layers: ClassVar[tuple[int, ...]] = (-1,)
-    neighbours: int = 32  # how many nearest patches are merged into a kept one
+    neighbours: Count = 32  # how many nearest patches are merged into a kept one
     max: float | None = None  # largest share of tokens that is left; None is no cap
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check("neighbours", self.neighbours >= 0, "a count from 0 on")
-        self.check_cap()
 
     @override
     def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
@@ -134,13 +130,8 @@ class VisionZip(VisionSelector):
     name = "visionzip"
     needs = Needs.TOWER_ATTENTION | Needs.CLS_FEATURE
     tower_layers: ClassVar[tuple[int, ...]] = (-2,)
-    dominant: int = 54  # tokens kept by attention, CLS among them
-    contextual: int = 10  # tokens merged from the rest
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check("dominant", self.dominant >= 1, "a count from 1 on, the CLS token included")
-        self.check("contextual", self.contextual >= 0, "a count from 0 on")
+    dominant: Several = 54  # tokens kept by attention, CLS among them
+    contextual: Count = 10  # tokens merged from the rest
 
     @override
     def counts(self, tokens: int) -> tuple[int | None, ...]:
@@ -180,13 +171,8 @@ class HiRED(VisionSelector):
     name = "hired"
     needs = Needs.TOWER_ATTENTION
     tower_layers: ClassVar[tuple[int, ...]] = (0, -2)
-    ratio: float = 0.2  # share of patches kept
-    alpha: float = 0.5  # share of the budget that goes to the overview
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check("ratio", 0 <= self.ratio <= 1, "a share from 0 to 1")
-        self.check("alpha", 0 <= self.alpha <= 1, "a share from 0 to 1")
+    ratio: Share = 0.2  # of patches kept
+    alpha: Share = 0.5  # of the budget that goes to the overview
 
     @override
     def counts(self, tokens: int) -> tuple[int | None, ...]:
@@ -211,11 +197,7 @@ class FasterVLM(VisionSelector):
     name = "fastervlm"
     needs = Needs.TOWER_ATTENTION
     tower_layers: ClassVar[tuple[int, ...]] = (-2,)
-    keep: int  # of each picture or tile
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check("keep", self.keep >= 0, "a count from 0 on")
+    keep: Count  # of each picture or tile
 
     @override
     def counts(self, tokens: int) -> tuple[int | None, ...]:
@@ -241,11 +223,7 @@ class VisPruner(FasterVLM):
     """
 
     name = "vispruner"
-    important: float = 0.5  # share of `keep` that attention picks
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check("important", 0 <= self.important <= 1, "a share from 0 to 1")
+    important: Share = 0.5  # of `keep` that attention picks
 
     def split(self, patches: int) -> tuple[int, int]:
         """How many of so many patches attention picks, and how many are kept besides."""
@@ -286,11 +264,7 @@ class Downsample(VisionSelector):
     """
 
     name = "downsample"
-    side: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check("side", self.side >= 1, "a count from 1 on")
+    side: Several
 
     @override
     def counts(self, tokens: int) -> tuple[int | None, ...]:

@@ -57,16 +57,10 @@ class Sizes:
 
 
 class Selector(Arguments, ABC):
-    """A rule that picks image tokens; a frozen dataclass whose fields are its arguments.
-
-    Attributes:
-        name: how users call it.
-        needs: what it must be given.
-        scores_by_attention: whether it scores by one row of attention, which the operator
-            ``select_tokens`` computes.
-    """
+    """A rule that picks image tokens; a frozen dataclass whose fields are its arguments."""
 
     needs: ClassVar[Needs] = Needs.NOTHING
+    # Whether it scores by one row of attention, which the operator ``select_tokens`` computes.
     scores_by_attention: ClassVar[bool] = False
 
     @property
@@ -123,6 +117,7 @@ class Positioned(Selector):
     positions: str = field(default="contiguous", kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         good = self.positions in ("contiguous", "original")
         self.check("positions", good, "contiguous or original")
 

@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from planner.documents import read_json, validated
 from planner.ir.errors import InputError
+from planner.planning.selectors.arguments import Count, Share
 from planner.planning.selectors.in_vision import Adaptive
 from planner.planning.selectors.selector import Needs, Product, Sizes, VisionSelector
 
@@ -149,14 +150,9 @@ class TRIM(TextGuided, Adaptive):
     """
 
     name = "trim"
-    ratio: float | None = None  # share of patches kept; None is adaptive
+    ratio: Share | None = None  # of patches kept; None is adaptive
     max: float | None = None  # largest share that the adaptive rule leaves; None is no cap
     clip: str | None = None  # folder of the CLIP model whose vision tower it is
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check("ratio", self.ratio is None or 0 <= self.ratio <= 1, "a share from 0 to 1")
-        self.check_cap()
 
     @override
     def counts(self, tokens: int) -> tuple[int | None, ...]:
@@ -184,12 +180,8 @@ class CDPruner(TextGuided):
 
     name = "cdpruner"
     needs = Needs.TEXT_EMBEDDING | Needs.PROJECTED
-    keep: int  # of each picture or tile
+    keep: Count  # of each picture or tile
     clip: str | None = None  # folder of the CLIP model whose vision tower it is
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check("keep", self.keep >= 0, "a count from 0 on")
 
     @override
     def counts(self, tokens: int) -> tuple[int | None, ...]:

@@ -18,8 +18,10 @@ from typing_extensions import override
 
 from planner.documents import read_json, validated
 from planner.ir.errors import InputError
+from planner.planning.selectors.arguments import Layer, Share
 from planner.planning.selectors.eviction import KVPolicy
-from planner.planning.selectors.selector import DecoderSelector, Needs, Product, Sizes
+from planner.planning.selectors.in_decoder import FromLayer
+from planner.planning.selectors.selector import Needs, Product, Sizes
 
 SETTINGS, WEIGHTS = "predictors.json", "predictors.safetensors"
 # Transformer blocks of the image predictor.
@@ -111,7 +113,7 @@ def _with_folder(arguments: Mapping[str, str], name: str) -> tuple[dict[str, str
 
 
 @dataclass(frozen=True)
-class DynamicLLaVA(DecoderSelector):
+class DynamicLLaVA(FromLayer):
     """Keep int(n ratio) image tokens from layer k on, those that a trained predictor scores best.
 
     The image predictor reads what enters layer k, all image tokens of a sample together. Order and
@@ -128,12 +130,8 @@ class DynamicLLaVA(DecoderSelector):
     leading = "folder"
     needs = Needs.HIDDEN_STATES | Needs.IMAGE_PREDICTOR
     folder: str
-    k: int  # the first layer that sees fewer tokens
-    ratio: float  # share of image tokens kept
-
-    def __post_init__(self) -> None:
-        self.check("k", self.k >= 0, "a layer from 0 on")
-        self.check("ratio", 0 <= self.ratio <= 1, "a share from 0 to 1")
+    k: Layer
+    ratio: Share  # of image tokens kept
 
     @classmethod
     @override
@@ -144,11 +142,6 @@ class DynamicLLaVA(DecoderSelector):
             defaults = {"k": str(known.sparse_layer), "ratio": str(known.vision_keep_rate)}
             arguments = {**defaults, **arguments}
         return super().read(arguments)
-
-    @property
-    @override
-    def layers(self) -> tuple[int, ...]:
-        return (self.k,)
 
     @override
     def counts(self, tokens: int) -> tuple[int | None, ...]:
@@ -184,12 +177,8 @@ class AnswerTokens(KVPolicy):
     name = "dynamic-llava"
     leading = "folder"
     folder: str
-    k: int  # the first layer whose cache leaves tokens out
-    max: float = 1.0
-
-    def __post_init__(self) -> None:
-        self.check("k", self.k >= 0, "a layer from 0 on")
-        self.check("max", 0 <= self.max <= 1, "a share from 0 to 1")
+    k: Layer  # the first whose cache leaves tokens out
+    max: Share = 1.0
 
     @classmethod
     @override
