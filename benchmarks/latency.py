@@ -33,9 +33,10 @@ from planner.models.profiling.operator_cases import Bench
 from planner.models.profiling.stopwatch import stopwatch_for
 from planner.models.profiling.whole_passes import Pass, Subject, Timed, timed
 from planner.plan import Plan
-from planner.planning.compiler import Request, plan_graph
+from planner.planning.compiler import plan_graph
 from planner.planning.device_file import read_device
 from planner.planning.plan_costs import pricing_for
+from planner.planning.request import Request
 from planner.progress import progress_bar
 
 # Width and layers of the models, and whether they see; other ones than the calibration's.

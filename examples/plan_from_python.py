@@ -12,7 +12,8 @@ from pathlib import Path
 
 from planner.files import output_folder
 from planner.plan import Plan, load_plan, save_plan
-from planner.planning.compiler import Request, compile_plan
+from planner.planning.compiler import compile_plan
+from planner.planning.request import Request
 
 
 def arguments() -> argparse.Namespace:

@@ -53,8 +53,7 @@ def print_ranges(numbers: Iterable[int]) -> str:
 def read_ranges(text: str, below: int) -> tuple[int, ...]:
     """Read what `print_ranges` wrote, of numbers below a bound.
 
-    Raises:
-        ValueError: it is something else, or goes beyond the bound; no range is expanded then.
+    ValueError where it is something else, or goes beyond the bound; no range is expanded then.
     """
     if text == "none":
         return ()

@@ -23,8 +23,9 @@ from planner.ir.graph import Graph
 from planner.ir.structure import without_sites
 from planner.plan import Plan
 from planner.planning.budgets import Budget
-from planner.planning.compiler import Request, pose
+from planner.planning.compiler import pose
 from planner.planning.figures import check_figures
+from planner.planning.request import Request
 from planner.planning.utilities import OF_WEIGHTS
 from planner.progress import Progress, progress_bar
 
@@ -84,7 +85,7 @@ def compile(
         processor: of an image-text model, to read and to make inputs.
         progress: called with the number of measurements done, and of all; by default a bar on
             stderr says, where that is a terminal.
-        options: the other fields of `planner.planning.compiler.Request`: switches, utilities,
+        options: the other fields of `planner.planning.request.Request`: switches, utilities,
             device,
             image_tokens, text_tokens, new_tokens, batch, ...
 
@@ -338,7 +339,7 @@ def oneshot(
             after `planner.compile`, and has the recovered weights.
         ignore: names of layers, heads and MLPs that stay whole, such as ``layer.0``, ``heads.3``.
         processor: of the model; loaded with it where the model is a name.
-        options: the other fields of `planner.planning.compiler.Request`.
+        options: the other fields of `planner.planning.request.Request`.
 
     Raises:
         InputError: for anything wrong with the arguments.

@@ -34,10 +34,7 @@ def read_arrays(path: Path, what: str, like: str) -> dict[str, npt.NDArray[Any]]
     """Read all arrays of an archive; numbers and text only.
 
     `what` it should be, and is `like`, for messages: ``utilities file``, ``.npz with one array per
-    site``.
-
-    Raises:
-        InputError: it cannot be read, is no such archive, or its arrays are larger than is read.
+    site``. InputError where it cannot be read, is no such archive, or has more than is read.
     """
     contents = read_bytes(path, what, _MOST_BYTES)
     try:

@@ -28,11 +28,8 @@ _DONE, _FAILED = b"+", b"-"
 def contained(make: Callable[[], str], what: str, seconds: float = _SECONDS) -> str:
     """What a function of others returns. Where processes cannot be forked it simply runs.
 
-    `what`: it is, for messages: ``the chat template of 'llava'``.
-
-    Raises:
-        InputError: it fails, does not end in time, takes a gigabyte more, or returns a million
-            letters.
+    `what`: it is, for messages: ``the chat template of 'llava'``. InputError where it fails, does
+    not end in time, takes a gigabyte more, or returns a million letters.
     """
     if not hasattr(os, "fork"):
         return _judged(*_tried(make), what)

@@ -18,12 +18,9 @@ _READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY
 
 
 def read_bytes(path: Path, what: str, most_bytes: int) -> bytes:
-    """Read a whole regular file, unless it is larger.
+    """Read a whole regular file, unless it is larger. `what`: it should be, for messages: ``plan``.
 
-    `what`: it should be, for messages: ``plan``.
-
-    Raises:
-        InputError: there is none, it is a folder, a pipe or a device, or it is too large.
+    InputError where there is none, it is a folder, a pipe or a device, or it is too large.
     """
     try:
         with open(path, "rb", opener=lambda name, _: os.open(name, _READ_FLAGS)) as stream:

@@ -56,11 +56,8 @@ def load_model(
 
 
 def load_weights(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> Any:
-    """A model in evaluation mode, in the precision of its file; adapters (peft) on their base.
-
-    Raises:
-        InputError: as `load_model`.
-    """
+    """A model in evaluation mode, in the precision of its file, as `load_model`; adapters (peft) on
+    their base."""
     adapters = folder / "adapter_config.json"
     if not adapters.exists() or (folder / "config.json").exists():
         return _placed(_loaded(find_model(str(folder), trust_remote_code), "auto"), device)
@@ -289,10 +286,9 @@ def prompt_inputs(
 
 
 def refuse_nan(ids: Any, scores: Any) -> Any:
-    """A logits processor for ``generate(logits_processor=[refuse_nan])``; changes nothing.
+    """A logits processor that changes nothing: ``generate(logits_processor=[refuse_nan])``.
 
-    Raises:
-        PlannerError: the model computed NaN or infinity, of which no token could be chosen.
+    PlannerError where the model computed NaN or infinity, of which no token could be chosen.
     """
     # Minus infinity is how other processors forbid a token.
     if (scores.isnan() | scores.isposinf()).any() or not scores.isfinite().any(-1).all():

@@ -73,39 +73,28 @@ class Plan:
 
     What it keeps of a site is read by `kept` and written by `keeping`; the fields `heads`, `mlp`
     and `mlp_switches` are how the file stores it, and nothing outside this module reads them.
-
-    Attributes:
-        model: what the user called the model.
-        fingerprint: of the Graph it was made for; a plan for another model is refused.
-        layers: number of decoder layers of the base model.
-        layers_off: decoder layers that do not run, ascending.
-        heads: layer -> kept switches of its attention block (KV groups), ascending. A layer that is
-            absent keeps all of them.
-        mlp: layer -> kept switches of its MLP, ascending. Absent: all.
-        mlp_switches: into how many switches each layer's neurons are divided (see `Site.bounds`).
-        tokens: token stages by layer.
-        kv: the policy by which the KV cache evicts, for example ``h2o:heavy=0.2,recent=0.2``; ""
-            keeps everything.
-        budget: what was asked for, for example ``{"flops": "0.65 of base"}``.
-        cost: metric -> ``{"plan": x, "base": y, "fraction": x / y}``; FLOPs, seconds, bytes.
-        utilisation: metric -> share of its limit that the plan uses.
-        solver: status, utility, bound and gap of the proof.
-        provenance: utilities, workload, scope, switches, device, planner version.
     """
 
-    model: str
-    fingerprint: str
-    layers: int
-    layers_off: tuple[int, ...] = ()
+    model: str  # what the user called the model
+    fingerprint: str  # of the Graph it was made for; a plan for another model is refused
+    layers: int  # of the base model's decoder
+    layers_off: tuple[int, ...] = ()  # decoder layers that do not run, ascending
+    # Layer -> kept switches of its attention block (KV groups) and of its MLP, ascending; a layer
+    # that is absent keeps all of them.
     heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     mlp: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    # Layer -> into how many switches its neurons are divided (see `Site.bounds`).
     mlp_switches: Mapping[int, int] = field(default_factory=dict)
-    tokens: tuple[TokenStage, ...] = ()
-    kv: str = ""
+    tokens: tuple[TokenStage, ...] = ()  # by layer
+    kv: str = ""  # policy of the KV cache, such as ``h2o:heavy=0.2``; "" keeps everything
+    # What was asked for, for example ``{"flops": "0.65 of base"}``.
     budget: Mapping[str, Any] = field(default_factory=dict)
+    # Metric -> ``{"plan": x, "base": y, "fraction": x / y}``; FLOPs, seconds, bytes.
     cost: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    # Metric -> share of its limit that the plan uses.
     utilisation: Mapping[str, float] = field(default_factory=dict)
-    solver: Mapping[str, Any] = field(default_factory=dict)
+    solver: Mapping[str, Any] = field(default_factory=dict)  # status, utility, bound, gap
+    # Utilities, workload, scope, switches, device, planner version.
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod

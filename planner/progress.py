@@ -10,11 +10,7 @@ Progress = Callable[[int, int], None]
 
 @contextmanager
 def progress_bar(what: str, is_shown: bool = True) -> Iterator[Progress]:
-    """Show what is being done from its first step on.
-
-    Yields:
-        A function of the number of steps done, and of all.
-    """
+    """Show what is done from its first step on; yields a function of steps done, and of all."""
     if not is_shown:
         yield lambda done, total: None
         return

@@ -24,8 +24,9 @@ from planner.models.scheduling import Scheduled
 from planner.models.tokens.text_tower import question
 from planner.plan import TokenStage
 from planner.planning.budgets import Budget
-from planner.planning.compiler import Request, plan_graph
+from planner.planning.compiler import plan_graph
 from planner.planning.plan_costs import PlanCosts
+from planner.planning.request import Request
 from planner.planning.selectors import stages_of
 from planner.training.data import Conversation, Turn
 

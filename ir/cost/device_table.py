@@ -52,15 +52,8 @@ class Device:
     def time(
         self, operator: Operator, sizes: Sizes, operations: int, elements: int, element: int
     ) -> tuple[float, str]:
-        """Seconds of one operator, and what bounds them.
-
-        Args:
-            operator: what runs.
-            sizes: of every symbol.
-            operations: that it does.
-            elements: that it reads and writes.
-            element: bytes of each.
-        """
+        """Seconds of one operator that does so many operations and moves so many elements, of
+        `element` bytes each, and what bounds them."""
         return self.roofline(operations, elements * element)
 
 

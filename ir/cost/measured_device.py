@@ -32,15 +32,10 @@ PRECISIONS = {4: "float32", 2: "bfloat16"}
 
 @dataclass(frozen=True)
 class Table:
-    """Seconds by sizes.
+    """Seconds by sizes."""
 
-    Attributes:
-        axes: the sizes that were measured, ascending.
-        seconds: one number for every combination, the last axis running fastest.
-    """
-
-    axes: tuple[tuple[float, ...], ...]
-    seconds: tuple[float, ...]
+    axes: tuple[tuple[float, ...], ...]  # the sizes that were measured, ascending
+    seconds: tuple[float, ...]  # one for every combination, the last axis running fastest
 
     def __post_init__(self) -> None:
         if any(not a or a[0] <= 0 or any(x >= y for x, y in pairwise(a)) for a in self.axes):
@@ -68,46 +63,32 @@ class Table:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured with numbers of one precision.
+    """What was measured with numbers of one precision."""
 
-    Attributes:
-        tables: by name: ``product`` (rows, in, out), ``prefill`` (heads of all samples, pairs of
-            query and key, head_dim), ``decode`` (KV heads of all samples, keys, head_dim, heads
-            that share a KV head), and light work by elements of its output. Kinds of operators
-            without a table take what the roofline says.
-        operator_seconds: what each operator takes in a model besides.
-        pass_seconds: what a pass through a model takes besides its operators.
-        factors: sort of operators (`sort_of`) -> what they take in a model over what they take
-            alone.
-        errors: of what -> quantile -> relative error of predictions, at sizes and under plans that
-            nothing was fitted to; ``late`` is by which share passes took longer at most.
-    """
-
+    # By name: ``product`` (rows, in, out), ``prefill`` (heads of all samples, pairs of query and
+    # key, head_dim), ``decode`` (KV heads of all samples, keys, head_dim, heads that share a KV
+    # head), and light work by elements of its output. Kinds of operators without a table take what
+    # the roofline says.
     tables: Mapping[str, Table]
-    operator_seconds: float = 0.0
-    pass_seconds: float = 0.0
+    operator_seconds: float = 0.0  # what each operator takes in a model besides
+    pass_seconds: float = 0.0  # what a pass through a model takes besides its operators
+    # Sort of operators (`sort_of`) -> what they take in a model over what they take alone.
     factors: Mapping[str, float] = field(default_factory=dict)
+    # Of what -> quantile -> relative error of predictions, at sizes and under plans that nothing
+    # was fitted to; ``late`` is by which share passes took longer at most.
     errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class MeasuredDevice(Device):
-    """A device that was measured; peak and bandwidth are the best that was seen.
+    """A device that was measured; peak and bandwidth are the best that was seen."""
 
-    Attributes:
-        machine: what was measured: processor, threads, versions of libraries.
-        measured: by precision.
-    """
-
+    # Processor, threads, versions of libraries.
     machine: Mapping[str, str | int] = field(default_factory=dict)
-    measured: Mapping[str, Measurement] = field(default_factory=dict)
+    measured: Mapping[str, Measurement] = field(default_factory=dict)  # by precision
 
     def at(self, element: int) -> Measurement:
-        """What was measured with numbers of so many bytes.
-
-        Raises:
-            InputError: nothing was.
-        """
+        """What was measured with numbers of so many bytes; InputError where nothing was."""
         precision = PRECISIONS.get(element, f"{element} bytes")
         if precision not in self.measured:
             raise InputError(

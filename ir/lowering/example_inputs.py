@@ -84,12 +84,8 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def vision_inputs(config: Any, function: Callable[..., Any]) -> Iterator[dict[str, Any]]:
-    """Candidate keyword arguments for a function from pixels to image features.
-
-    Args:
-        config: the vision encoder's config.
-        function: the model's ``get_image_features``, or its encoder's forward.
-    """
+    """Candidate keyword arguments for a function from pixels to image features, by the encoder's
+    config."""
     accepted = inspect.signature(function).parameters
     channels = int(_first(config, "num_channels", "in_channels", "in_chans", default=3))
     patch = _pair(_first(config, "patch_size", default=14))[0]

@@ -108,12 +108,8 @@ def _captured(
 
 
 def lower_vision(model: Any, width: int) -> VisionSide:
-    """Lower the vision side, through the model's own ``get_image_features`` where that works.
-
-    Args:
-        model: on the meta device.
-        width: of the decoder's hidden state.
-    """
+    """Lower the vision side of a model on the meta device, whose decoder's hidden state has a
+    `width`, through its own ``get_image_features`` where that works."""
     encoder, function = encoder_of(model), features_of(model)
     if encoder is None and function is None:
         return VisionSide()

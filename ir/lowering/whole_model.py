@@ -62,11 +62,8 @@ def _build(config: Any) -> tuple[nn.Module, list[str]]:
 
 
 def lower(model: Any, name: str, dtype_bytes: int = 2) -> Lowered:
-    """Lower a transformers model that is on the meta device, which the user calls `name`.
-
-    Raises:
-        NotLowered: with one sentence that says why.
-    """
+    """Lower a transformers model on the meta device, which the user calls `name`; NotLowered says
+    why not."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     embeddings = decoder.get_input_embeddings() or model.get_input_embeddings()
     entries, width = (int(size) for size in embeddings.weight.shape)

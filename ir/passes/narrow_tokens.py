@@ -45,8 +45,7 @@ class NarrowTokens:
     def apply(self, graph: Graph) -> Graph:
         """The graph with ``select_tokens`` operators and renamed token counts.
 
-        Raises:
-            InputError: where stages are out of order or lie behind the last layer.
+        InputError where stages are out of order or lie behind the last layer.
         """
         self._check(graph)
         for stage in self.stages:

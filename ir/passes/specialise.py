@@ -45,11 +45,7 @@ class Specialise:
     name: ClassVar[str] = "specialise"
 
     def apply(self, graph: Graph) -> Graph:
-        """The graph without what is off.
-
-        Raises:
-            InputError: where the plan does not fit the graph.
-        """
+        """The graph without what is off; InputError where the plan does not fit it."""
         self.plan.check(graph)
         graph = _without_layers(graph, self.plan.layers_off)
         sites = [site for site in graph.sites if site.kind != "tokens"]

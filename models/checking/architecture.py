@@ -26,7 +26,7 @@ from planner.models.running.masked import Gates, MaskedExecutor
 from planner.models.running.planning import Planning
 from planner.models.running.skipping import obeying
 from planner.plan import Plan
-from planner.planning.compiler import Request
+from planner.planning.request import Request
 
 # What is checked, in order, and what it means.
 CHECKS = {

@@ -23,7 +23,8 @@ from planner.models.calibration.text import passages, read_text, text_samples
 from planner.models.export import Exported, export
 from planner.models.recovery.recovering import Measured, Recovering
 from planner.models.recovery.refit import replaced, storable
-from planner.planning.compiler import Compiled, Request, plan_graph, pose
+from planner.planning.compiler import Compiled, plan_graph, pose
+from planner.planning.request import Request
 from planner.planning.utilities import OF_WEIGHTS
 
 

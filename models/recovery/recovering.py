@@ -31,8 +31,9 @@ from planner.models.running.program import Program
 from planner.models.running.session import Session, stock_copy
 from planner.plan import Plan
 from planner.planning.catalog import utilities_beside
-from planner.planning.compiler import Request, pose
+from planner.planning.compiler import pose
 from planner.planning.graph_cache import cache_folder
+from planner.planning.request import Request
 from planner.planning.switches import SwitchSet, with_switches
 from planner.planning.utilities import OF_WEIGHTS, RECOVERIES, Utilities, save_utilities
 from planner.progress import progress_bar

@@ -11,8 +11,9 @@ from planner.ir.cost import Workload
 from planner.ir.graph import Graph
 from planner.plan import Plan
 from planner.planning.budgets import Budget
-from planner.planning.compiler import Request, plan_graph, pose
+from planner.planning.compiler import plan_graph, pose
 from planner.planning.prompt_costs import WEIGHED, PromptCosts
+from planner.planning.request import Request
 
 
 @dataclass

@@ -30,7 +30,7 @@ from planner.ir.errors import InputError
 from planner.models.running.session import Session, language_model
 from planner.plan import Plan, dump_plan, load_plan
 from planner.planning.budgets import Budget
-from planner.planning.compiler import Request
+from planner.planning.request import Request
 
 _log = logging.getLogger("planner")
 

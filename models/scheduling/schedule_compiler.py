@@ -16,9 +16,10 @@ from planner.models.scheduling.scheduler import load_scheduler
 from planner.models.scheduling.unified_layout import UnifiedSwitches
 from planner.planning.budgets import Budget
 from planner.planning.catalog import find_model, tiny_llava_folder
-from planner.planning.compiler import DEFAULT_DEVICE, Request, find_device
+from planner.planning.compiler import DEFAULT_DEVICE, find_device
 from planner.planning.graph_cache import lowered_graph
 from planner.planning.plan_costs import PlanCosts, published_cost
+from planner.planning.request import Request
 from planner.planning.selectors import stages_of
 from planner.schedule import Schedule
 

@@ -28,7 +28,8 @@ import numpy.typing as npt
 from planner.files import MEBIBYTE, read_bytes, write_bytes
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.planning.compiler import Request, pose
+from planner.planning.compiler import pose
+from planner.planning.request import Request
 from planner.planning.switches import SwitchSet
 from planner.solver.problem import Problem
 
@@ -60,8 +61,7 @@ class Terms:
     def problem(self, graph: Graph, budget: float) -> Problem:
         """The problem that a fraction of the base model poses; its utilities are no label's.
 
-        Raises:
-            InputError: the graph is another model's, or labels cannot be had for such switches.
+        InputError where the graph is another model's, or labels cannot be had for such switches.
         """
         if self.fingerprint != graph.properties["fingerprint"]:
             raise InputError(
@@ -115,8 +115,7 @@ class Labels:
     def problems(self, graph: Graph) -> dict[float, Problem]:
         """Budget -> its problem, priced afresh; its utilities are no label's.
 
-        Raises:
-            InputError: the graph is another model's, or the switches are not those of the file.
+        InputError where the graph is another model's, or the switches are not those of the file.
         """
         found = {b: self.terms.problem(graph, b) for b in sorted(set(self.budgets.tolist()))}
         for problem in found.values():

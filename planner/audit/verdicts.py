@@ -57,17 +57,10 @@ def judge(
     exact: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Verdict]:
-    """Solve every label's problem and compare.
+    """Solve every label's problem, priced afresh from the graph of their model, and compare.
 
-    Args:
-        labels: what to judge.
-        graph: of their model; costs and limits are priced afresh from it.
-        exact: solve each once more, with a plain CP-SAT model.
-        progress: called with the number of labels done, and of all.
-
-    Raises:
-        InputError: the labels are not for this graph.
-        Infeasible: a budget that no plan keeps to.
+    With `exact` each is solved once more, by a plain CP-SAT model. InputError where the labels are
+    not for this graph, Infeasible where no plan keeps to a budget.
     """
     problems = labels.problems(graph)
     verdicts = []

@@ -52,15 +52,9 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """The entry point that ``torch.compile(..., backend="planner")`` calls for every graph.
 
-    Args:
-        graph_module: as TorchDynamo captured it.
-        example_inputs: what it was captured with, parameters among them.
-        options: see `planner.backend.compile_options.Options`.
-        mode: inductor's.
-
-    Raises:
-        InputError: an unknown option, a budget that cannot be met, or a model that
-            `planner.compile` has.
+    Example inputs have parameters among them; `options` are those of
+    `planner.backend.compile_options.Options`, `mode` is inductor's. InputError for an unknown
+    option, a budget that cannot be met, or a model that `planner.compile` has.
     """
     chosen = Options.parse(options, mode)
     compiler: Callable[..., Callable[..., Any]] = chosen.inner_compiler()
@@ -111,11 +105,9 @@ def _examples(found: Rewritten, session: Session, example_inputs: Sequence[Any])
 class _Owner:
     """Says whose call of a captured graph this is.
 
-    Args:
-        session: of the model that the graph was captured from.
-        options: that other models of its class are adopted with, when they share the graph.
-        place: where among its inputs a parameter says so; None where the graph holds the parameters
-            of one model.
+    The graph was captured from the session's model; other models of its class that share it are
+    adopted with the same options. `place`: where among its inputs a parameter says whose call it
+    is; None where the graph holds the parameters of one model.
     """
 
     def __init__(self, session: Session, options: Options, place: int | None) -> None:
@@ -151,14 +143,10 @@ def _by_plan(
     narrowed: Callable[..., Any],
     found: Rewritten,
 ) -> Callable[..., Any]:
-    """What runs instead of a captured graph: which of two graphs is known without a device.
+    """What runs instead of a captured graph: that graph itself, or the one that obeys plans, which
+    is given what `found` says; which of both is known without a device.
 
-    Args:
-        owner: says whose call it is.
-        places: of the prompt, where it begins one.
-        dense: the graph as it was.
-        narrowed: the one that obeys plans.
-        found: says which tensors that one is given.
+    `places` are those of the prompt, where the graph begins one.
     """
 
     def run(*inputs: Any) -> Any:

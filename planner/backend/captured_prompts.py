@@ -25,19 +25,12 @@ _NAME = re.compile(r"\['(input_ids|pixel_values\w*)'\]$|\.(keys|cumulative_lengt
 
 @dataclass(frozen=True)
 class Places:
-    """Where among a graph's inputs a prompt is; None where it is not.
+    """Where among a graph's inputs a prompt is; None where it is not."""
 
-    Attributes:
-        ids: token ids, shape (batch, tokens).
-        pixels: of pictures.
-        length: tokens in a static cache.
-        is_filled: whether the graph goes on with a dynamic cache that has tokens.
-    """
-
-    ids: int
+    ids: int  # token ids, shape (batch, tokens)
     pixels: int | None
-    length: int | None
-    is_filled: bool
+    length: int | None  # tokens in a static cache
+    is_filled: bool  # whether the graph goes on with a dynamic cache that has tokens
 
 
 def places_of(graph_module: fx.GraphModule) -> Places | None:
@@ -73,11 +66,7 @@ def begin(session: Session, places: Places, inputs: Sequence[Any]) -> None:
 def prompt_of(session: Session, ids: Tensor, pixels: Tensor | None, new: int) -> Workload:
     """A prompt whose logits are all computed, and whose encoders cost what the Graph says.
 
-    Args:
-        session: of the model.
-        ids: shape (batch, tokens).
-        pixels: of pictures; None where features were computed before.
-        new: tokens that will be generated.
+    `ids`: shape (batch, tokens). `pixels`: None where features were computed before.
     """
     batch, tokens = ids.shape
     by_row = is_visual(ids, session.model).sum(1)

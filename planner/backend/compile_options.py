@@ -13,7 +13,7 @@ from planner.ir.errors import InputError
 from planner.kernels.choice import Kernels
 from planner.plan import Plan
 from planner.planning.budgets import Budget
-from planner.planning.compiler import Request
+from planner.planning.request import Request
 from planner.planning.switches import AXES, SwitchSet
 
 _SWITCHES = ",".join(axis for axis in AXES if axis != "tokens")
@@ -29,23 +29,15 @@ _SHAPES = {
 
 @dataclass(frozen=True)
 class Options:
-    """What ``options=`` may hold.
+    """What ``options=`` may hold."""
 
-    Attributes:
-        request: how plans are made; its fields (budget, switches, utilities, device, ...) are
-            options of their own. By default ``switches`` is ``layers,heads,mlp``.
-        samples: how many plans a batch carries: 1 for one plan whatever the batch, n for batches of
-            n samples with a plan each.
-        inner: the backend that compiles what is left; ``eager`` runs it as it is, to debug.
-        mode: of inductor.
-        kernels: who computes planner's ops, see `planner.kernels.choice`; ``auto`` is Triton on a
-            GPU and PyTorch on a CPU.
-    """
-
+    # How plans are made; its fields (budget, switches, utilities, device, ...) are options of their
+    # own. By default ``switches`` is ``layers,heads,mlp``.
     request: Request
-    samples: int = 1
-    inner: str = "inductor"
-    mode: str | None = None
+    samples: int = 1  # plans that a batch carries: 1 for all of it, or one for each sample
+    inner: str = "inductor"  # what compiles the rest; ``eager`` runs it as it is, to debug
+    mode: str | None = None  # of inductor
+    # Who computes planner's ops; ``auto`` is Triton on a GPU and PyTorch on a CPU.
     kernels: Kernels = Kernels.AUTO
 
     @staticmethod

@@ -176,11 +176,9 @@ class PlanTensors:
 def adopted(model: nn.Module, options: Options) -> Session:
     """The session of a model that is compiled with some options.
 
-    What `planner.budget` has set before the model's first call holds from here on.
-
-    Raises:
-        NotLowered: the model cannot be lowered; its session says so as well.
-        InputError: the budget cannot be met, or `planner.compile` has the model.
+    What `planner.budget` has set before the model's first call holds from here on. NotLowered where
+    the model cannot be lowered, as its session says too; InputError where the budget cannot be met,
+    or `planner.compile` has the model.
     """
     session = Session.of(model) or Session(model)
     known = session.implementation

@@ -50,9 +50,8 @@ def rewritten(
 ) -> tuple[Rewritten | None, list[str], list[str]]:
     """A captured graph, of a whole model or any part of it, as another one that obeys plans.
 
-    Returns:
-        The graph, None where it has nothing to obey; what is computed though plans leave it out,
-        and masked; and what cannot even be masked; and why, one sentence each.
+    Returns the graph, None where it has nothing to obey; then, one sentence each, what is masked
+    though plans leave it out, and what cannot even be masked.
     """
     graph_module = _copied(graph_module)
     linears = Linears(graph_module, example_inputs)

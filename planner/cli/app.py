@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from planner import __version__
-from planner.cli.audit import audit_command
-from planner.cli.bench import bench_command
-from planner.cli.calibrate import calibrate_command
-from planner.cli.calibrate_utilities import calibrate_utilities_command
-from planner.cli.compile import compile_command
-from planner.cli.convert import convert_command
-from planner.cli.devices import devices_command
-from planner.cli.eval import eval_command
-from planner.cli.experiment import experiment_command
-from planner.cli.export import export_command
-from planner.cli.heal import heal_command
-from planner.cli.inspect import inspect_command
-from planner.cli.kernels import kernels_command
-from planner.cli.labels import labels_command
-from planner.cli.models import models_command
-from planner.cli.run import run_command
-from planner.cli.serve import serve_command
-from planner.cli.train import train_command
+
+# In the order of ``planner --help``; each is the function ``<name>_command`` of a module.
+COMMANDS = (
+    "compile", "inspect", "models", "devices", "run", "serve", "bench", "calibrate",
+    "calibrate-utilities", "export", "convert", "heal", "kernels", "train", "eval", "experiment",
+    "labels", "audit",
+)  # fmt: skip
 
 app = typer.Typer(
     name="planner",
@@ -51,21 +41,7 @@ def _root(
     """A compiler for adaptive multimodal inference."""
 
 
-app.command("compile")(compile_command)
-app.command("inspect")(inspect_command)
-app.command("models")(models_command)
-app.command("devices")(devices_command)
-app.command("run")(run_command)
-app.command("serve")(serve_command)
-app.command("bench")(bench_command)
-app.command("calibrate")(calibrate_command)
-app.command("calibrate-utilities")(calibrate_utilities_command)
-app.command("export")(export_command)
-app.command("convert")(convert_command)
-app.command("heal")(heal_command)
-app.command("kernels")(kernels_command)
-app.command("train")(train_command)
-app.command("eval")(eval_command)
-app.command("experiment")(experiment_command)
-app.command("labels")(labels_command)
-app.command("audit")(audit_command)
+for _command in COMMANDS:
+    _module = _command.replace("-", "_")
+    _made = getattr(import_module(f"planner.cli.{_module}"), f"{_module}_command")
+    app.command(_command)(_made)

@@ -11,11 +11,11 @@ from planner.cli.command_options import (
     Dtype,
     KernelChoice,
     Place,
-    Request,
     command,
     parse_fractions,
 )
 from planner.cli.console import Console, amount, print_records
+from planner.planning.request import Request
 
 
 @command(

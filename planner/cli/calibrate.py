@@ -19,13 +19,11 @@ def calibrate_command(
         Path, typer.Option("-o", "--output", help="Device file (.json), for --device.")
     ],
     dtype: Annotated[
-        Literal["float32", "bfloat16"], typer.Option("--dtype", help="Precision of the numbers.")
+        Literal["float32", "bfloat16"], typer.Option(help="Precision of the numbers.")
     ] = "float32",
     place: Annotated[Literal["cpu", "cuda"], typer.Option("--on", help="What to measure.")] = "cpu",
-    threads: Annotated[
-        int, typer.Option("--threads", help="Threads of a CPU [default: as PyTorch takes].")
-    ] = 0,
-    rounds: Annotated[int, typer.Option("--rounds", help="How often to time everything.")] = 5,
+    threads: Annotated[int, typer.Option(help="Threads of a CPU [default: as PyTorch takes].")] = 0,
+    rounds: Annotated[int, typer.Option(help="How often to time everything.")] = 5,
 ) -> None:
     """Measure what operators and whole passes take on this machine; it takes minutes.
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.command_options import Dtype, Images, Place, Request, Text, command
+from planner.cli.command_options import Dtype, Images, Place, Prompts, Text, command
 from planner.cli.console import Console, say, table
+from planner.planning.request import Request
 
 if TYPE_CHECKING:
     from planner.models.calibration import Calibrated
@@ -28,16 +29,10 @@ def calibrate_utilities_command(
     ],
     images: Images = None,
     text: Text = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompts", help='JSON lines {"image", "prompt", "answer"}; answers may be left out.'
-        ),
-    ] = None,
+    prompts: Prompts = None,
     method: Annotated[
         str,
         typer.Option(
-            "--method",
             help="leave-one-out, taylor (one backward pass a sample), or refit (what --recover "
             "refit cannot make up for).",
         ),
@@ -48,11 +43,11 @@ def calibrate_utilities_command(
     ] = False,
     measure: Annotated[
         str | None,
-        typer.Option("--measure", help="loss (needs answers), or kl [default: loss with answers]."),
+        typer.Option(help="loss (needs answers), or kl [default: loss with answers]."),
     ] = None,
-    samples: Annotated[int, typer.Option("--samples", help="Most samples to use.")] = 32,
-    batch: Annotated[int, typer.Option("--batch", help="Switches measured at once.")] = 16,
-    seed: Annotated[int, typer.Option("--seed", help="Which samples are drawn.")] = 0,
+    samples: Annotated[int, typer.Option(help="Most samples to use.")] = 32,
+    batch: Annotated[int, typer.Option(help="Switches measured at once.")] = 16,
+    seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
     dtype: Dtype = "auto",
     device: Place = "cpu",
 ) -> None:

@@ -13,8 +13,6 @@ from planner.cli.command_options import (
     Convention,
     Images,
     Recover,
-    Request,
-    RequestOptions,
     Samples,
     Scheduler,
     Text,
@@ -28,6 +26,7 @@ from planner.cli.kernels import (
     Targets,
     kernel_builder,
 )
+from planner.planning.request import Request
 
 if TYPE_CHECKING:
     from planner.kernels.targets.manifest import Manifest
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from planner.schedule import Schedule
 
 
-@command(*(field.name for field in fields(RequestOptions)))
+@command(*(field.name for field in fields(Request)))
 def compile_command(
     request: Request,
     console: Console,
@@ -150,15 +149,14 @@ def _compile_recovered(
     from contextlib import contextmanager
 
     from planner.cli.export import stored_dtype
-    from planner.ir.errors import InputError
+    from planner.files import check_new
     from planner.loading import load_model
     from planner.models.recovery.oneshot import oneshot_on, read_inputs
     from planner.models.recovery.recovering import Recovering
     from planner.planning.catalog import find_model
     from planner.planning.graph_cache import lowered_graph
 
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"'{folder}' is there already and not empty: name a new folder")
+    check_new(folder)
     trust = request.trust_remote_code
     with console.status() as update:
 

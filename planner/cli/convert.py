@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from planner.cli.command_options import command
+from planner.cli.command_options import NewFolder, command
 from planner.cli.console import Console, amount
 
 
@@ -16,10 +16,10 @@ from planner.cli.console import Console, amount
 def convert_command(
     console: Console,
     source: Annotated[Path, typer.Argument(help="Folder of LLaVA-1.5, AdaLLaVA or Dynamic-LLaVA.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="New folder.")],
+    output: NewFolder,
     vision_tower: Annotated[
         Path | None,
-        typer.Option("--vision-tower", help="Folder of the CLIP that the checkpoint goes with."),
+        typer.Option(help="Folder of the CLIP that the checkpoint goes with."),
     ] = None,
     allow_pickle: Annotated[
         bool,

@@ -11,13 +11,13 @@ from planner.cli.command_options import (
     Budgets,
     Dtype,
     Place,
-    Request,
     Scheduler,
     Split,
     command,
     parse_fractions,
 )
 from planner.cli.console import Console, print_records
+from planner.planning.request import Request
 
 
 @command(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from planner.cli.command_options import command
+from planner.cli.command_options import Settings, command
 from planner.cli.console import Console, print_records, say
 
 
@@ -19,21 +19,16 @@ def experiment_command(
         str,
         typer.Argument(help="table1, table3, baselines, warm-start, smollm2, exp1, exp2, exp3."),
     ],
-    seeds: Annotated[str, typer.Option("--seeds", help="Training runs, by commas.")] = "0,1,2",
-    samples: Annotated[
-        int, typer.Option("--samples", min=1, help="Test questions per seed.")
-    ] = 2000,
-    work: Annotated[
-        Path, typer.Option("--work", help="Where models and measured cells are kept.")
-    ] = Path("build/experiments"),
+    seeds: Annotated[str, typer.Option(help="Training runs, by commas.")] = "0,1,2",
+    samples: Annotated[int, typer.Option(min=1, help="Test questions per seed.")] = 2000,
+    work: Annotated[Path, typer.Option(help="Where models and measured cells are kept.")] = Path(
+        "build/experiments"
+    ),
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="Folder for NAME.json, NAME.md and NAME.svg."),
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change every training configuration."),
-    ] = None,
+    settings: Settings = None,
 ) -> None:
     """Train and measure one table of results; what is there already is not done again."""
     from planner.files import output_folder, write_text
@@ -52,9 +47,8 @@ def experiment_command(
         numbers = [int(part) for part in seeds.split(",")]
     except ValueError:
         raise InputError(f"--seeds '{seeds}' is not a list such as 0,1,2") from None
-    if name not in (*EXPERIMENTS, *COMPARISONS, "smollm2"):
-        known = ", ".join((*EXPERIMENTS, *COMPARISONS, "smollm2"))
-        raise InputError(f"unknown experiment '{name}': choose from {known}")
+    if name not in (known := (*EXPERIMENTS, *COMPARISONS, "smollm2")):
+        raise InputError(f"unknown experiment '{name}': choose from {', '.join(known)}")
     output_folder(work)
     if output is not None:
         output_folder(output)

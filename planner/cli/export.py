@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from planner.cli.command_options import Images, Recover, Request, Samples, Text, command
+from planner.cli.command_options import (
+    Images,
+    NewFolder,
+    PlanFile,
+    Recover,
+    Samples,
+    Text,
+    command,
+)
 from planner.cli.console import Console, amount
+from planner.planning.request import Request
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +32,8 @@ _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 def export_command(
     request: Request,
     console: Console,
-    plan: Annotated[Path, typer.Option("--plan", help="The plan file.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="New folder.")],
+    plan: PlanFile,
+    output: NewFolder,
     recover: Recover = "",
     images: Images = None,
     text: Text = None,
@@ -79,14 +86,7 @@ def export_command(
 def show_exported(
     console: Console, done: Exported, wanted: Plan, changed: Mapping[str, Any]
 ) -> None:
-    """Say what was written.
-
-    Args:
-        console: where.
-        done: what was written.
-        wanted: its plan.
-        changed: facts about changed weights, for the document and for people.
-    """
+    """Say what was written under a plan, and facts about weights that were changed for it."""
     document = {
         "folder": str(done.folder),
         "plain": done.plain,

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from planner.cli.command_options import Images, Request, Samples, Text, command
+from planner.cli.command_options import Images, NewFolder, PlanFile, Samples, Text, command
 from planner.cli.console import Console
+from planner.planning.request import Request
 
 
 @command("model", "trust_remote_code")
 def heal_command(
     request: Request,
     console: Console,
-    plan: Annotated[Path, typer.Option("--plan", help="The plan file.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="New folder.")],
+    plan: PlanFile,
+    output: NewFolder,
     images: Images = None,
     text: Text = None,
     samples: Samples = 64,
-    steps: Annotated[int, typer.Option("--steps", help="Steps of the optimiser.")] = 100,
-    batch: Annotated[int, typer.Option("--batch", help="Samples a step.")] = 4,
+    steps: Annotated[int, typer.Option(help="Steps of the optimiser.")] = 100,
+    batch: Annotated[int, typer.Option(help="Samples a step.")] = 4,
     rank: Annotated[
-        int, typer.Option("--rank", help="Of LoRA's matrices; 0 trains the weights themselves.")
+        int, typer.Option(help="Of LoRA's matrices; 0 trains the weights themselves.")
     ] = 32,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", help="At its highest.")] = 2e-3,
-    seed: Annotated[int, typer.Option("--seed", help="Which samples come when.")] = 0,
+    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 2e-3,
+    seed: Annotated[int, typer.Option(help="Which samples come when.")] = 0,
 ) -> None:
     """Refit a plan's weights, train them on the base model's outputs, and export the result."""
     from planner.cli.export import show_exported, stored_dtype

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from planner.cli.command_options import Convention, Request, command
+from planner.cli.command_options import Convention, command
 from planner.cli.console import Console, amount, table
+from planner.planning.request import Request
 
 if TYPE_CHECKING:
     from planner.ir.cost import Cost
@@ -26,16 +27,16 @@ def inspect_command(
         str, typer.Option(help="Passes to apply, such as drop-dead,fuse-projections.")
     ] = "",
     by: Annotated[
-        Literal["operator", "layer", "kind"], typer.Option("--by", help="What a row is of.")
+        Literal["operator", "layer", "kind"], typer.Option(help="What a row is of.")
     ] = "layer",
     step: Annotated[
         Literal["prefill", "decode"],
-        typer.Option("--step", help="What runs: prefill, or decode (the last token)."),
+        typer.Option(help="What runs: prefill, or decode (the last token)."),
     ] = "prefill",
     convention: Convention = "planner",
     projector: Annotated[
         str,
-        typer.Option("--projector", help="Another projector on a LLaVA, such as token-packer:2."),
+        typer.Option(help="Another projector on a LLaVA, such as token-packer:2."),
     ] = "",
     graph_text: Annotated[
         bool, typer.Option("--graph", help="Print the graph's text form instead.")

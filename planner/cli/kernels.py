@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.command_options import Request, command
+from planner.cli.command_options import command
 from planner.cli.console import Console, amount, print_records, say
+from planner.planning.request import Request
 
 if TYPE_CHECKING:
     from planner.kernels.choice import Kernels
@@ -34,13 +35,12 @@ IndexDriven = Annotated[
 KernelsToRun = Annotated[
     str,
     typer.Option(
-        "--kernels",
         help="Who computes: triton, torch, or auto, the faster; or a folder of planner compile "
         "--target, whose kernels then run.",
     ),
 ]
 KernelDtype = Annotated[
-    str, typer.Option("--dtype", help="Of the kernels' tensors [default: what the config names].")
+    str, typer.Option(help="Of the kernels' tensors [default: what the config names].")
 ]
 Autotune = Annotated[
     bool,
@@ -57,9 +57,7 @@ def kernel_builder(
 ) -> Callable[..., tuple[Manifest, dict[str, bytes]]] | None:
     """`build_kernels` as the options of ``planner compile`` ask for it; None for no kernels.
 
-    Raises:
-        InputError: a target or dtype is none of the kernels', options want a target, or there is no
-            Triton to compile with.
+    InputError where a target or dtype is none of the kernels', or Triton is not there.
     """
     from planner.ir.errors import InputError
     from planner.planning.catalog import find_model
@@ -96,8 +94,7 @@ def kernel_builder(
 def kernels_to_run(option: str, place: str) -> tuple[Kernels, Loaded | None]:
     """Who computes, and the generated kernels where ``--kernels`` names a folder of them.
 
-    Raises:
-        InputError: it names nothing, or kernels that cannot be run here.
+    InputError where it names nothing, or kernels that cannot be run here.
     """
     from planner.kernels.choice import Kernels
 

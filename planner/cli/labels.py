@@ -13,13 +13,14 @@ from planner.cli.command_options import (
     Budgets,
     Dtype,
     Place,
-    Request,
+    Prompts,
     Scheduler,
     Split,
     command,
     parse_fractions,
 )
 from planner.cli.console import Console
+from planner.planning.request import Request
 
 
 @command("model", "mlp_groups", "trust_remote_code")
@@ -45,10 +46,7 @@ def labels_command(
     images: Annotated[
         Path | None, typer.Option(help="Folder of pictures [default: drawn scenes].")
     ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help='JSON lines {"image", "prompt", "answer"} for --images.'),
-    ] = None,
+    prompts: Prompts = None,
     split: Annotated[Split, typer.Option(help="Of the scenes.")] = "train",
     seed: Annotated[int, typer.Option(help="Which questions.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Plans that run at once.")] = 16,

@@ -20,8 +20,8 @@ from planner.api import compile as compile_model
 from planner.api import graph_of, kept_image_tokens, plan_of, prompt_of, restore
 from planner.ir.errors import PlannerError
 from planner.loading import count_image_tokens
-from planner.planning.compiler import Request
 from planner.planning.plan_costs import PlanCosts
+from planner.planning.request import Request
 from planner.progress import Progress
 
 
@@ -37,15 +37,9 @@ def measure(
 ) -> dict[str, Any]:
     """Time prefill and decoding per budget; see `planner bench`.
 
-    Args:
-        model: with weights.
-        inputs: of one batch, with input_ids and attention_mask.
-        fractions: budgets, of the base model's FLOPs.
-        request: how plans are made: switches, tokens, kv, utilities.
-        decode: tokens generated after the first.
-        repeat: rounds.
-        kernels: who computes, as for `planner.compile`.
-        progress: told what is being done.
+    `inputs` are of one batch, with input_ids and attention_mask; `fractions` are budgets; the
+    request says how plans are made; `decode` tokens are generated after the first, in as many
+    rounds as `repeat` says.
 
     Returns:
         ``{"rows": [{"budget", "fraction", "prefill_seconds", "prefill_ratio", "prefill_range",

@@ -29,12 +29,11 @@ def models_command(
         ),
     ] = False,
     only: Annotated[
-        list[str] | None, typer.Option("--only", help="With --check: just these model types.")
+        list[str] | None, typer.Option(help="With --check: just these model types.")
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output",
             "-o",
             help="With --check: keep the table in this Markdown file, and go on where it stopped.",
         ),

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.command_options import Dtype, Place, Request, Scheduler, command
-from planner.cli.console import Console, amount, print_json
+from planner.cli.command_options import Dtype, Place, Scheduler, command
+from planner.cli.console import Console, amount
 from planner.cli.explain import layer_rows, print_layers, skipped
 from planner.cli.kernels import KernelsToRun, kernels_to_run
+from planner.planning.request import Request
 
 if TYPE_CHECKING:
     from planner.ir.cost import Workload
@@ -48,25 +49,14 @@ class _Question:
 
 @dataclass(frozen=True)
 class _Answer:
-    """What came of it.
+    """What came of it."""
 
-    Attributes:
-        facts: the answer itself, its tokens and seconds.
-        plan: that was followed.
-        cost: that it was made with.
-        graph: of the model.
-        prompt: its sizes.
-        kept: layer of a token stage -> image tokens that were left.
-        scheduled: what decided, where that was a scheduler.
-    """
-
-    facts: dict[str, Any]
-    plan: Plan
-    cost: Any
+    facts: dict[str, Any]  # the answer itself, its tokens and seconds
+    plan: Plan  # that was followed, with what it should cost
     graph: Graph
     prompt: Workload
-    kept: dict[int, int]
-    scheduled: Scheduled | None = None
+    kept: dict[int, int]  # layer of a token stage -> image tokens that were left
+    scheduled: Scheduled | None = None  # what decided, where that was a scheduler
 
 
 @command(
@@ -82,7 +72,7 @@ def run_command(
         list[Path] | None, typer.Option("--image", "-i", help="A picture; may be given again.")
     ] = None,
     plan: Annotated[
-        Path | None, typer.Option("--plan", help="A plan or schedule, instead of a budget.")
+        Path | None, typer.Option(help="A plan or schedule, instead of a budget.")
     ] = None,
     scheduler: Scheduler = None,
     explain: Annotated[
@@ -132,7 +122,7 @@ def run_command(
     of = prompt_ran.image_tokens
     document = {
         **ran.facts,
-        "cost": ran.cost,
+        "cost": ran.plan.cost,
         "cost_of_this_prompt": PlanCosts(ran.graph, prompt_ran).of(
             ran.plan, ran.kept, ran.facts.get("answer_tokens_stored")
         ),
@@ -147,11 +137,7 @@ def run_command(
         document["scheduler"] = schedule.scheduler
     if explain:
         document["layers"] = layer_rows(ran.plan, ran.graph, ran.kept, ran.scheduled)
-    if console.as_json:
-        print_json(document)
-        return
-    if not console.quiet:
-        _print_facts(document)
+    console.show(document, lambda: _print_facts(document))
 
 
 def _run_planned(
@@ -188,8 +174,7 @@ def _run_planned(
     update("generate")
     facts = _generate(model, processor, inputs, request.new_tokens, question)
     kept = {layer: counts[0] for layer, counts in kept_image_tokens(model).items()}
-    made = plan_of(model)
-    return _Answer(facts, made, made.cost, graph_of(model), prompt, kept)
+    return _Answer(facts, plan_of(model), graph_of(model), prompt, kept)
 
 
 # Fields of a Request that `planner.compile` is given otherwise.
@@ -230,8 +215,8 @@ def _run_scheduled(
     plan = scheduled.plans()[0]
     # Schedulers budget the language model alone.
     plan = replace(plan, provenance={**plan.provenance, "scope": "llm"})
-    cost = PlanCosts(graph, workload).of(plan)
-    return _Answer(facts, plan, cost, graph, prompt, kept, scheduled)
+    plan = replace(plan, cost=PlanCosts(graph, workload).of(plan))
+    return _Answer(facts, plan, graph, prompt, kept, scheduled)
 
 
 def _say(update: Callable[[str], None], text: str) -> None:

@@ -15,11 +15,11 @@ from planner.cli.command_options import (
     Dtype,
     KernelChoice,
     Place,
-    Request,
     command,
     parse_fractions,
 )
 from planner.cli.console import Console, print_json, say
+from planner.planning.request import Request
 
 _MOST_KEY_BYTES = 1 << 16
 # Seconds. Clients keep connections for five; a server that does too closes some that are in use.
@@ -30,10 +30,8 @@ _KEEP_ALIVE = 65
 def serve_command(
     request: Request,
     console: Console,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="0 takes one that is free.")
-    ] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes one that is free.")] = 8000,
     budgets: Budgets = "0.5,0.65,0.85,1",
     answers: Annotated[
         int, typer.Option("--batch", min=1, help="Most answers that are generated together.")
@@ -47,21 +45,18 @@ def serve_command(
     most_tokens: Annotated[
         int | None,
         typer.Option(
-            "--most-tokens",
             min=2,
             help="Of a prompt with its answer [default: the model's places, 4096 at most].",
         ),
     ] = None,
-    images: Annotated[int, typer.Option("--images", min=0, help="Most images of a request.")] = 8,
+    images: Annotated[int, typer.Option(min=0, help="Most images of a request.")] = 8,
     remote_images: Annotated[
         bool, typer.Option("--remote-images", help="Fetch images from public addresses.")
     ] = False,
     api_keys: Annotated[
-        Path | None, typer.Option("--api-keys", help="File of keys, one a line: others get 401.")
+        Path | None, typer.Option(help="File of keys, one a line: others get 401.")
     ] = None,
-    grace: Annotated[
-        int, typer.Option("--grace", min=0, help="Seconds to finish answers when stopped.")
-    ] = 30,
+    grace: Annotated[int, typer.Option(min=0, help="Seconds to finish answers when stopped.")] = 30,
     dtype: Dtype = "auto",
     place: Place = "cpu",
     kernels: KernelChoice = "auto",

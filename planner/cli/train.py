@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from planner.cli.command_options import command
+from planner.cli.command_options import Settings, command
 from planner.cli.console import Console, amount, print_records, say
 
 
@@ -17,13 +17,10 @@ from planner.cli.console import Console, amount, print_records, say
 def train_command(
     console: Console,
     config: Annotated[Path, typer.Argument(help="A YAML file; see training/configs.")],
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the configuration; repeatable."),
-    ] = None,
+    settings: Settings = None,
     estimate: Annotated[
         int | None,
-        typer.Option("--estimate", metavar="N", help="Say what a step takes on N cards, and stop."),
+        typer.Option(metavar="N", help="Say what a step takes on N cards, and stop."),
     ] = None,
 ) -> None:
     """Train a model or a scheduler; a run that was stopped goes on from its last checkpoint.

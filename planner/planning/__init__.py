@@ -3,6 +3,7 @@
 Enters: a model's config or Graph, a budget. Leaves: a `planner.plan.Plan`. Imports `planner.ir`,
 `planner.plan` and `planner.solver`, and no torch.
 
+    request        what to compile, as users ask for it
     catalog        what users call models -> their configs
     graph_cache    Graphs that were lowered before
     device_file    devices that were measured

@@ -143,11 +143,7 @@ def _wrong_size(key: str, value: int | float) -> str:
 
 
 def find_model(name: str, trust_remote_code: bool = False) -> Source:
-    """Find a model's config by alias, local folder or hub id.
-
-    Raises:
-        InputError: one sentence that says what was looked for.
-    """
+    """Find a model's config by alias, folder or hub id; InputError says what was looked for."""
     if name in _SHIPPED:
         folder = shipped_folder(name)
         return Source(name, _read_config(folder / "config.json", name), folder=folder)

@@ -6,14 +6,11 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from planner import __version__
-from planner.ir.cost import Workload
 from planner.ir.cost.device_table import Device, device
-from planner.ir.cost.workload import DEFAULT_NEW_TOKENS, DEFAULT_TEXT_TOKENS
 from planner.ir.errors import InputError, PlannerError
 from planner.ir.graph import Graph
 from planner.ir.passes import NarrowTokens, Specialise, run
@@ -23,6 +20,7 @@ from planner.planning.catalog import Source, find_model, utilities_beside
 from planner.planning.config_sizes import head_counts
 from planner.planning.graph_cache import lowered_graph
 from planner.planning.pricing import COUNTED, Pricing, compared
+from planner.planning.request import Request
 from planner.planning.selectors import parse_kv_policy, scores_by_attention
 from planner.planning.selectors.eviction import check_layer
 from planner.planning.switches import SwitchSet, with_switches
@@ -32,84 +30,7 @@ from planner.solver import Solution, solve, solve_uniform
 from planner.solver.problem import Choice, Problem
 
 DEFAULT_DEVICE = "a100-40g"
-# What a fraction is of: everything, or the decoder and lm_head alone.
-SCOPES = ("model", "llm")
 Progress = Callable[[str], None]
-# Type of an option -> what is taken for it.
-_ACCEPTED: Mapping[Any, Any] = {
-    int: Integral,
-    float: Real,
-    int | None: Integral | None,
-    str | tuple[str, ...]: str | tuple,
-}
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to compile. Fields are the options of ``planner compile``.
-
-    Utilities ``auto`` are the file that lies beside a model's weights, else ``prior``; who holds
-    the weights measures instead, and knows ``magnitude`` besides (`planner.models.recovery`).
-    `keep` names what stays whole.
-
-    Raises:
-        InputError: an option is of another type, or out of its range whatever the model.
-    """
-
-    model: str
-    budget: Any = 0.65
-    switches: str = "all"
-    tokens: str | None = None
-    kv: str | None = None
-    utilities: str | Path = "auto"
-    device: str | None = None
-    scope: str | None = None
-    image_tokens: int | None = None
-    text_tokens: int = DEFAULT_TEXT_TOKENS
-    new_tokens: int = DEFAULT_NEW_TOKENS
-    batch: int = 1
-    mlp_groups: int | None = None
-    keep: str | tuple[str, ...] = ()
-    uniform: bool = False
-    time_limit_seconds: float = 60.0
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        for name, kind in get_type_hints(Request).items():
-            value: Any = getattr(self, name)
-            accepted = _ACCEPTED.get(kind, kind)
-            mistaken = isinstance(value, bool) and kind is not bool
-            if kind is not Any and (mistaken or not isinstance(value, accepted)):
-                wanted = getattr(kind, "__name__", str(kind))
-                raise InputError(f"{name.replace('_', '-')} is {value!r:.60}: it must be {wanted}")
-        if self.mlp_groups is not None and self.mlp_groups < 1:
-            raise InputError(f"mlp-groups must be at least 1, not {self.mlp_groups}")
-        if not self.time_limit_seconds > 0:
-            raise InputError(
-                f"the time limit must be more than 0 seconds, not {self.time_limit_seconds}"
-            )
-        if self.scope is not None and self.scope not in SCOPES:
-            raise InputError(f"unknown scope '{self.scope}': choose model or llm")
-
-    def limits(self) -> Budget:
-        """The budget.
-
-        Raises:
-            InputError: it is none, or limits seconds on no device.
-        """
-        budget = Budget.of(self.budget)
-        if self.device is None and any(limit.metric == "latency" for limit in budget.limits):
-            raise InputError(
-                "a latency budget needs --device (device=... in Python): seconds mean nothing "
-                "without one"
-            )
-        return budget
-
-    def workload(self, graph: Graph) -> Workload:
-        """What a model with this Graph is priced for."""
-        return Workload.default(
-            graph, self.image_tokens, self.text_tokens, self.new_tokens, self.batch
-        )
 
 
 @dataclass(frozen=True)
@@ -127,14 +48,8 @@ class Compiled:
 
 
 def find_device(name: str | None) -> Device:
-    """A device as `planner devices` lists it, or the one that a file of planner calibrate holds.
-
-    Args:
-        name: of the device, or the file's path, which ends in ``.json``; None for the default.
-
-    Raises:
-        InputError: there is none.
-    """
+    """A device as `planner devices` lists it, or that of a file of planner calibrate, which ends in
+    ``.json``; None is the default. InputError where there is none."""
     name = name or DEFAULT_DEVICE
     if not name.endswith(".json"):
         return device(name)
@@ -144,10 +59,9 @@ def find_device(name: str | None) -> Device:
 
 
 def compile_plan(request: Request, progress: Progress = lambda stage: None) -> Compiled:
-    """Find, lower, price and solve; see the module docstring.
+    """Find, lower, price and solve.
 
-    Raises:
-        InputError: for anything wrong with the request, limits that cannot be met among them.
+    InputError for anything wrong with the request, limits that cannot be met among them.
     """
     seconds: dict[str, float] = {}
 
@@ -177,16 +91,10 @@ def plan_graph(
     stage: Callable[[str], AbstractContextManager[Any]] = nullcontext,
     counts: Mapping[str, Collection[int]] | None = None,
 ) -> Compiled:
-    """Price and solve a Graph that is at hand.
+    """Price and solve a Graph that is at hand; its name in the request does not matter.
 
-    Args:
-        graph: of the model; its name in the request does not matter.
-        request: how to plan it.
-        stage: entered around each stage, with its name.
-        counts: see `solve_uniform`; for requests with equal widths in all layers.
-
-    Raises:
-        InputError: the request does not fit the model, or its limits cannot be met.
+    `stage` is entered around each stage, with its name; `counts` are as for `solve_uniform`.
+    InputError where the request does not fit the model, or its limits cannot be met.
     """
     with stage("price"):
         pricing, utilities, problem = pose(graph, request)
@@ -203,11 +111,8 @@ def plan_graph(
 
 
 def pose(graph: Graph, request: Request) -> tuple[Pricing, Utilities, Problem]:
-    """What everything costs and is worth, and the problem that the budget makes of it.
-
-    Raises:
-        InputError: the request does not fit the model.
-    """
+    """What everything costs and is worth, and the problem that the budget makes of it; InputError
+    where the request does not fit the model."""
     budget, switches = request.limits(), SwitchSet.parse(request.switches)
     graph = with_switches(graph, request.mlp_groups, switches.like_heads)
     if not switches.usable(graph) and switches.axes != ("tokens",):
@@ -253,11 +158,8 @@ def _shipped(request: Request, source: Source) -> str | Path:
 
 
 def _keeping(problem: Problem, names: str | Sequence[str]) -> Problem:
-    """The problem with some layers, heads or MLPs left whole, such as ``layer.0,heads.3``.
-
-    Raises:
-        InputError: there is nothing of that name to switch.
-    """
+    """The problem with some layers, heads or MLPs left whole, such as ``layer.0,heads.3``;
+    InputError where there is nothing of that name to switch."""
     if isinstance(names, str):
         names = [name.strip() for name in names.split(",") if name.strip()]
     if not names:
@@ -313,12 +215,7 @@ def written(
 ) -> Plan:
     """A choice as a Plan that says what it was made for, but not what it costs.
 
-    Args:
-        pricing: for the workload.
-        choice: what stays on.
-        keep: image tokens left behind each token stage; () where none is dropped.
-        budget: what was asked for.
-        utilities: what everything was worth.
+    `keep`: image tokens left behind each token stage; () where none is dropped.
     """
     graph, switches, load = pricing.graph, pricing.switches, pricing.workload
     stages: list[TokenStage] = []
@@ -346,11 +243,8 @@ def written(
 
 
 def _utilisation(costs: Mapping[str, float], limits: Mapping[str, int]) -> dict[str, float]:
-    """What a plan uses of its limits.
-
-    Raises:
-        PlannerError: more than all. Costs are computed apart from the solver's tables.
-    """
+    """What a plan uses of its limits; PlannerError: more than all, by costs that are not the
+    solver's."""
     for metric, limit in limits.items():
         if round(costs[metric] * COUNTED[metric]) > limit:
             raise PlannerError(f"the plan exceeds its {metric} limit: this is a bug in planner")

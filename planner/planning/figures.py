@@ -11,9 +11,10 @@ from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.plan import Plan
 from planner.planning.budgets import Budget
-from planner.planning.compiler import DEFAULT_DEVICE, SCOPES
+from planner.planning.compiler import DEFAULT_DEVICE
 from planner.planning.plan_costs import pricing_for
 from planner.planning.pricing import COUNTED, Pricing, compared
+from planner.planning.request import SCOPES
 from planner.solver import TOLERANCE
 
 # Of figures that are computed again and went through a file.
@@ -23,14 +24,12 @@ _UNITS = 2
 
 
 def check_figures(plan: Plan, graph: Graph) -> None:
-    """Hold what a plan's file states against what is computed from the graph.
+    """Hold what a plan's file states against what is computed from the graph; InputError where it
+    differs.
 
     Costs, base costs, fractions and utilisations are priced again for the workload that the plan
     was made for; its limits must hold, and its gap must follow from its bound. What a plan does not
     state is not checked, nor are seconds on a measured device, whose file may be elsewhere or new.
-
-    Raises:
-        InputError: the plan does not fit the graph, or a figure is another.
     """
     plan.check(graph)
     facts = plan.provenance

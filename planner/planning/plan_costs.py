@@ -82,16 +82,9 @@ def published_cost(
 ) -> dict[str, dict[str, float]]:
     """What a plan's prefill costs as published tables count, as a plan's own ``cost`` has it.
 
-    Args:
-        name: of a convention, such as ``llm-viewer``.
-        graph: the model's.
-        plan: for the model.
-        load: of the prompt.
-        chip: for modelled seconds, where the convention has any.
-        more_tokens: text tokens that the plan's prompt has beside the load's.
-
-    Raises:
-        InputError: the model is outside the convention.
+    `name` is a convention's, such as ``llm-viewer``; `chip` gives modelled seconds, where it has
+    any; the plan's prompt has `more_tokens` of text beside the load's. InputError where the model
+    is outside the convention.
     """
     how, costs = convention(name), []
     for one, text in ((plan, load.text_tokens + more_tokens), (Plan.of(graph), load.text_tokens)):

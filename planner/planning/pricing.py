@@ -458,10 +458,8 @@ class Pricing:
     ) -> tuple[LayerChoices, ...]:
         """Every layer's switches.
 
-        Args:
-            utilities: what they are worth.
-            fixed: costs of a layer besides its sites, shape (token options, metrics).
-            table: costs of a site, shape (token options, metrics, switches + 1).
+        `fixed` gives costs of a layer besides its sites, shape (token options, metrics); `table`
+        those of a site, shape (token options, metrics, switches + 1).
         """
         usable = {site.name for site in self.switches.usable(self.graph)}
         layers = []
@@ -507,12 +505,10 @@ class Pricing:
 
 
 def limits_of(budget: Budget, base: Mapping[str, float], late: float = 0.0) -> dict[str, int]:
-    """Metric -> limit in the integer units of the tables, rounded down.
+    """Metric -> limit in the integer units of the tables, rounded down, by what the base model
+    costs.
 
-    Args:
-        budget: what is limited.
-        base: what the base model costs in these metrics.
-        late: see `Device.late`; what is limited to so many seconds is planned for so much less.
+    Of what is limited to so many seconds a share is kept back by which passes may be `late`.
     """
     limits = {}
     for limit in budget.limits:

@@ -36,26 +36,17 @@ _FLOPS, _KV = 0, 2
 
 @dataclass(frozen=True, order=True)
 class _Span:
-    """Layers that compute as many tokens, and cache as many of them.
+    """Layers that compute as many tokens, and cache as many of them."""
 
-    Attributes:
-        stages: token stages before them.
-        window: the most tokens that they cache; 0 is no limit.
-        has_policy: whether a KV policy, where there is one, says what they cache.
-    """
-
-    stages: int
-    window: int
-    has_policy: bool
+    stages: int  # token stages before them
+    window: int  # the most tokens that they cache; 0 is no limit
+    has_policy: bool  # whether a KV policy, where there is one, says what they cache
 
 
 class PromptCosts:
     """What the choices for one model cost on any prompt.
 
-    Args:
-        pricing: for a typical prompt.
-        utilities: what everything is worth.
-        metric: one of `WEIGHED`: which of them is mostly limited.
+    `pricing` is for a typical prompt; of `WEIGHED` mostly `metric` is limited.
     """
 
     def __init__(self, pricing: Pricing, utilities: Utilities, metric: str) -> None:
@@ -117,10 +108,8 @@ class PromptCosts:
     def weights(self, load: Workload, option: Sequence[int], evicts: bool = True) -> Costs:
         """Weights of the terms on a prompt, shape (metrics, terms); see `WEIGHED`.
 
-        Args:
-            load: the prompt.
-            option: image tokens left behind each stage; () where none is dropped.
-            evicts: whether the cache does, if it may.
+        `option`: image tokens left behind each stage, () where none is dropped. `evicts`: whether
+        the cache does, if it may.
         """
         weights = np.zeros((len(WEIGHED), len(self._spans), len(_TERMS)), dtype=np.int64)
         policy = self.pricing.switches.kv if evicts else None
@@ -150,15 +139,10 @@ class PromptCosts:
 
 @dataclass(frozen=True, eq=False)
 class OnPrompt:
-    """What choices cost on one prompt.
-
-    Attributes:
-        costs: of the model's choices on any prompt.
-        pricing: for this one.
-    """
+    """What choices cost on one prompt."""
 
     costs: PromptCosts
-    pricing: Pricing
+    pricing: Pricing  # for this prompt
 
     @cached_property
     def outside(self) -> int:
@@ -201,11 +185,8 @@ class OnPrompt:
         return all(costs[metric] <= most for metric, most in limits_of(budget, self.base).items())
 
     def plan(self, budget: Budget) -> Plan:
-        """The best plan that is found in milliseconds.
-
-        Raises:
-            Infeasible: the budget cannot be met on this prompt.
-        """
+        """The best plan that is found in milliseconds; Infeasible where the budget cannot be met
+        here."""
         limits, options = limits_of(budget, self.base), self._options
         solution = self.costs.frontier.at(self._prices(limits))
         keep = options[solution.choice.token_option]

@@ -107,14 +107,10 @@ def mlp_switches(width: int, heads: int, like_heads: bool = False) -> int:
 
 
 def with_switches(graph: Graph, groups: int | None = None, like_heads: bool = False) -> Graph:
-    """The graph with every MLP site divided into switches.
+    """The graph with every MLP site divided into switches: `groups`, or as many as `mlp_switches`
+    says.
 
-    Args:
-        groups: the same number everywhere; by default `mlp_switches` decides.
-        like_heads: as many groups as attention heads, as the papers do.
-
-    Raises:
-        InputError: an MLP cannot be divided into so many groups.
+    InputError where an MLP cannot be divided into so many groups.
     """
     if groups is not None and groups < 1:
         raise InputError(f"mlp-groups must be at least 1, not {groups}")

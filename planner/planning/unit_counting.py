@@ -38,11 +38,8 @@ _LEAST_UNITS = 4  # of a layer, as the authors' 7B model has
 
 
 def first_switched(graph: Graph, first: int | None = None) -> int:
-    """The first layer with switches, by default that of the upper half.
-
-    Raises:
-        InputError: nothing would always run, or nothing could be switched.
-    """
+    """The first layer with switches, by default that of the upper half; InputError where nothing
+    would always run, or nothing could be switched."""
     found = graph.layers // 2 if first is None else first
     if graph.layers < 2:
         raise InputError(f"'{graph.name}' has {graph.layers} layers, too few for a scheduler")
@@ -68,10 +65,8 @@ class Counting(Arguments):
     def count(self, graph: Graph, budget: Budget) -> int:
         """The units that may be on: floor(L * u * b) - P * u for u units in each of L layers.
 
-        The P layers before the first with switches always run.
-
-        Raises:
-            InputError: the budget is not one fraction, or less than what always runs takes.
+        The P layers before the first with switches always run. InputError where the budget is not
+        one fraction, or less than what always runs takes.
         """
         limit, *others = budget.limits
         if others or limit.metric != "flops" or not limit.of_base:
@@ -97,11 +92,8 @@ class HeadCounting(Counting):
     unit: int | None = None  # heads, and groups, of a unit
 
     def heads(self, graph: Graph) -> int:
-        """Heads (KV groups) of a layer with switches, which are as many as MLP groups.
-
-        Raises:
-            InputError: a layer has none, or not all have as many.
-        """
+        """Heads (KV groups) of a layer with switches, which are as many as MLP groups; InputError
+        where a layer has none, or not all have as many."""
         counts = set()
         for layer in range(first_switched(graph, self.first), graph.layers):
             for kind in ("heads", "mlp"):
@@ -137,11 +129,7 @@ COUNTINGS: Mapping[str, type[Counting]] = {c.name: c for c in (Counting, HeadCou
 
 
 def counting_of(text: str) -> Counting | None:
-    """Read ``adallava-h:unit=8``; None where the text begins with another name.
-
-    Raises:
-        InputError: the arguments are not its own.
-    """
+    """Read ``adallava-h:unit=8``; None where the text begins with another name."""
     if text.partition(":")[0].strip() not in COUNTINGS:
         return None
     return read_named(text, COUNTINGS, "counted switches")

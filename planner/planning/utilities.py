@@ -135,13 +135,10 @@ _LARGEST = 1e100
 
 
 def save_utilities(path: Path, utilities: Utilities, graph: Graph, about: str = "") -> None:
-    """Write measured utilities, whole or not at all; equal ones give equal bytes.
+    """Write measured utilities, one array per site of a graph, to an ``.npz`` file, whole or not at
+    all; equal ones give equal bytes.
 
-    Args:
-        path: an ``.npz`` file.
-        utilities: one array per site of the graph.
-        graph: whose fingerprint goes into the file.
-        about: where the values come from, for people and programs.
+    `about`: where the values come from, for people and programs.
     """
     arrays = {site.name: utilities.of_site(site) for site in graph.sites}
     stream = io.BytesIO()
@@ -174,10 +171,8 @@ def load_utilities(path: Path, graph: Graph) -> Utilities:
     """Read measured utilities from an ``.npz`` file with one array per site name.
 
     ``tokens`` (worth of all image tokens) and ``saturation`` are optional scalars; ``fingerprint``
-    names the model they were measured on.
-
-    Raises:
-        InputError: no such file, a broken one, or one of another model.
+    names the model they were measured on. InputError where there is no such file, a broken one, or
+    one of another model.
     """
     arrays = read_arrays(path, "utilities file", ".npz with one array per site")
     texts = {name: str(arrays.pop(name)) for name in _TEXTS if name in arrays}

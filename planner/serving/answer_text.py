@@ -12,15 +12,10 @@ _UNFINISHED = "\ufffd"
 class AnswerText:
     """The text of one answer, piece by piece; pieces never take a letter back.
 
-    Args:
-        tokenizer: of the model.
-        stops: texts that end the answer, and are no part of it.
-
-    Attributes:
-        is_stopped: whether one of them has come.
+    `stops` are texts that end the answer, and are no part of it; `is_stopped`: one has come.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
         self._tokenizer, self._stops = tokenizer, stops
         self._tokens: list[int] = []
         # The text of the tokens from `_start` on goes on behind that of those up to `_read`: a

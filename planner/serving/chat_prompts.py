@@ -18,21 +18,13 @@ _LETTERS_PER_TOKEN = 32
 
 @dataclass(frozen=True)
 class PromptLimits:
-    """What a prompt may hold.
+    """What a prompt may hold."""
 
-    Attributes:
-        tokens: of prompt and answer together.
-        images: of a request.
-        pixels: of an image.
-        image_bytes: of a remote image.
-        remote_images: whether images are fetched from the open internet.
-    """
-
-    tokens: int
-    images: int = 8
-    pixels: int = 16_000_000
-    image_bytes: int = 16 * 2**20
-    remote_images: bool = False
+    tokens: int  # of prompt and answer together
+    images: int = 8  # of a request
+    pixels: int = 16_000_000  # of an image
+    image_bytes: int = 16 * 2**20  # of a remote image
+    remote_images: bool = False  # whether images are fetched from the open internet
 
 
 @dataclass(frozen=True)
@@ -47,10 +39,7 @@ class Prompt:
 class PromptReader:
     """Makes prompts of messages by the model's own chat template and processor.
 
-    Not for several threads at once: fast tokenizers are not.
-
-    Raises:
-        InputError: the model has no chat template.
+    Not for several threads at once: fast tokenizers are not. InputError without a chat template.
     """
 
     def __init__(self, model: Any, processor: Any, limits: PromptLimits) -> None:
@@ -61,11 +50,8 @@ class PromptReader:
         self.takes_images = hasattr(processor, "image_processor")
 
     def read(self, messages: Sequence[Message]) -> Prompt:
-        """The prompt of some messages.
-
-        Raises:
-            InputError: it is beyond the limits, or not what the model takes.
-        """
+        """The prompt of some messages; InputError where it is beyond the limits, or not what the
+        model takes."""
         letters = sum(len(text) for message in messages for text in _texts(message))
         if letters > self.limits.tokens * _LETTERS_PER_TOKEN:
             raise InputError(f"a prompt of {letters} letters has too many tokens")

@@ -29,16 +29,11 @@ _TOGETHER_TOKENS = 2048
 
 
 class Busy(PlannerError):
-    """A request is turned away before work is done on it.
-
-    Attributes:
-        reason: ``queue``, ``deadline``, ``stopping`` or ``timeout``.
-        retry_after: seconds, at least 1.
-    """
+    """A request is turned away before work is done on it."""
 
     def __init__(self, sentence: str, reason: str, seconds: float) -> None:
         super().__init__(sentence)
-        self.reason = reason
+        self.reason = reason  # ``queue``, ``deadline``, ``stopping`` or ``timeout``
         self.retry_after = max(1, math.ceil(seconds))
 
 
@@ -71,26 +66,15 @@ Event = Piece | Done | Failed
 
 @dataclass(eq=False)
 class Job:
-    """A request.
-
-    Attributes:
-        prompt: of it.
-        new_tokens: the most to generate.
-        dearest: the rung that its budget allows.
-        sampler: picks tokens.
-        stops: texts that end the answer.
-        emit: called with events, in the engine's thread.
-        deadline: of it, by `arrived`.
-        arrived: when, by `time.monotonic`.
-    """
+    """A request."""
 
     prompt: Prompt
-    new_tokens: int
-    dearest: int
+    new_tokens: int  # the most to generate
+    dearest: int  # the rung that its budget allows
     sampler: Sampler
-    emit: Callable[[Event], None]
-    stops: tuple[str, ...] = ()
-    deadline: Deadline = field(default_factory=Deadline)
+    emit: Callable[[Event], None]  # called in the engine's thread
+    stops: tuple[str, ...] = ()  # texts that end the answer
+    deadline: Deadline = field(default_factory=Deadline)  # from `arrived` on
     arrived: float = field(default_factory=time.monotonic)
     is_cancelled: bool = False
 
@@ -108,33 +92,16 @@ class _Running:
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """How much goes on at once.
+    """How much goes on at once."""
 
-    Attributes:
-        answers: in the running batch.
-        waiting: requests that wait for a place in it.
-        seconds: from a request's arrival to its last token.
-        prompts: read together, between two steps of the batch.
-    """
-
-    answers: int = 32
-    waiting: int = 256
-    seconds: float = 120.0
-    prompts: int = 8
+    answers: int = 32  # in the running batch
+    waiting: int = 256  # requests that wait for a place in it
+    seconds: float = 120.0  # from a request's arrival to its last token
+    prompts: int = 8  # read together, between two steps of the batch
 
 
 class Engine:
-    """Runs jobs; see the module.
-
-    Args:
-        batch: of the model.
-        tokenizer: of the model.
-        ladder: plans, the cheapest first.
-        governor: of the same rungs.
-        most_tokens: of a prompt with its answer.
-        metrics: to be told.
-        limits: of the batch and its queue.
-    """
+    """Runs jobs; see the module. Ladder and governor have the same rungs, the cheapest first."""
 
     def __init__(
         self,
@@ -142,7 +109,7 @@ class Engine:
         tokenizer: Any,
         ladder: Ladder,
         governor: Governor,
-        most_tokens: int,
+        most_tokens: int,  # of a prompt with its answer
         metrics: Metrics,
         limits: EngineLimits,
     ) -> None:
@@ -152,8 +119,7 @@ class Engine:
         self._tokenizer = copy.deepcopy(tokenizer)
         self._most_answers = limits.answers if batch.can_join else 1
         self._most_cached = self._most_answers * most_tokens
-        config = batch.model.generation_config
-        ends = config.eos_token_id
+        ends = batch.model.generation_config.eos_token_id
         self._ends = frozenset(ends if isinstance(ends, list) else [ends])
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
@@ -182,11 +148,8 @@ class Engine:
 
     @contextmanager
     def place(self) -> Iterator[None]:
-        """Hold a place in the queue while a prompt is read, and until its job is submitted.
-
-        Raises:
-            Busy: there is none.
-        """
+        """Hold a place in the queue while a prompt is read, and until its job is submitted; Busy
+        where there is none."""
         with self._changed:
             self._check_open()
             if len(self._waiting) + self._reserved >= self.limits.waiting:
@@ -201,9 +164,8 @@ class Engine:
     def submit(self, job: Job) -> None:
         """Have a job done.
 
-        Raises:
-            InputError: its deadline is too short for the cheapest plan on the idle machine.
-            Busy: its deadline cannot be kept now.
+        InputError where its deadline is too short for the cheapest plan on the idle machine, Busy
+        where it cannot be kept now.
         """
         with self._changed:
             self._check_open()
@@ -212,10 +174,6 @@ class Engine:
             self._waiting.append(job)
             self.metrics.waiting.set(len(self._waiting))
             self._changed.notify()
-
-    def cancel(self, job: Job) -> None:
-        """Nobody waits for a job any more."""
-        job.is_cancelled = True
 
     def _check_open(self) -> None:
         if self._is_stopping:

@@ -26,17 +26,11 @@ _STEADIEST = 0.03
 
 @dataclass(frozen=True)
 class Deadline:
-    """Seconds that a request may take, from its arrival on.
+    """Seconds that a request may take, from its arrival on."""
 
-    Attributes:
-        whole: until its last token.
-        first_token: until its first one.
-        per_token: between two tokens that follow it, on average.
-    """
-
-    whole: float = math.inf
-    first_token: float = math.inf
-    per_token: float = math.inf
+    whole: float = math.inf  # until its last token
+    first_token: float = math.inf  # until its first one
+    per_token: float = math.inf  # between two tokens that follow it, on average
 
     @property
     def is_set(self) -> bool:
@@ -94,12 +88,9 @@ class Governor:
     """Predicts what requests take, picks rungs for deadlines, and learns.
 
     Prompts and tokens slow down by factors of their own: other requests come between tokens.
-
-    Attributes:
-        rungs: times on the idle machine, the cheapest rung first.
     """
 
-    rungs: Sequence[RungTimes]
+    rungs: Sequence[RungTimes]  # on the idle machine, the cheapest first
     prompts: SlowDown = field(default_factory=SlowDown)
     tokens: SlowDown = field(default_factory=SlowDown)
     # (predicted, took) of the last steps: one alone may have waited for a prompt.
@@ -129,15 +120,11 @@ class Governor:
         waited: float = 0.0,
         running: Sequence[int] = (),
     ) -> int | None:
-        """The dearest rung that keeps a deadline, None where none does.
+        """The rung up to `dearest` that costs most and still keeps a deadline, None where none
+        does.
 
-        Args:
-            deadline: of the request.
-            prompt_tokens: of the request, of images too.
-            new_tokens: the most it may generate.
-            dearest: the rung that its budget allows.
-            waited: seconds gone since it arrived, and those until it can begin.
-            running: rungs of the answers that it will share steps with.
+        `waited`: seconds gone since it arrived, and those until it can begin. `running`: rungs of
+        the answers that it will share steps with.
         """
         for rung in range(dearest, -1, -1):
             first = waited + self.prompts.factor() * self.rungs[rung].prompt(prompt_tokens)

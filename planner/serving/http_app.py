@@ -27,25 +27,24 @@ from planner.serving.chat_format import (
 )
 from planner.serving.engine import Busy, Done, Event, Failed, Piece
 from planner.serving.http_limits import BodyLimit, KeyCheck
-from planner.serving.service import Asked, Objectives, Service
+from planner.serving.service import Asked, Service
 
 MOST_BODY_BYTES = 32 * 2**20
 _FAILURES: dict[int | str, dict[str, Any]] = {
     status: {"model": FailureBody} for status in (400, 401, 404, 408, 413, 429, 500, 503)
 }
 T = TypeVar("T")
+# Headers by which llm-d's gateway passes service level objectives on.
 Milliseconds = Annotated[float | None, Header(gt=0)]
 
 
 def http_app(
     service: Service, keys: Sequence[str] = (), most_body_bytes: int = MOST_BODY_BYTES
 ) -> FastAPI:
-    """An ASGI application, to be served or mounted in another.
+    """An ASGI application, to be served or mounted in another; the service starts and stops with
+    it.
 
-    Args:
-        service: that answers. It starts and stops with the application.
-        keys: API keys; any of them opens ``/v1``. Without one it is open.
-        most_body_bytes: of a request.
+    Any of the API keys opens ``/v1``; without one it is open.
     """
 
     @asynccontextmanager
@@ -76,9 +75,9 @@ def http_app(
         """Answer a conversation; with `stream`, piece by piece as server-sent events."""
         if body.model != service.name:
             raise HTTPException(404, f"there is no model '{body.model}' here: '{service.name}' is")
-        objectives = Objectives(x_llm_d_slo_ttft_ms, x_llm_d_slo_tpot_ms)
         async with AsyncExitStack() as stack:
-            asked = await stack.enter_async_context(service.asked(body, objectives))
+            asking = service.asked(body, x_llm_d_slo_ttft_ms, x_llm_d_slo_tpot_ms)
+            asked = await stack.enter_async_context(asking)
             # Until there is something to say, it can still be said that there is nothing.
             first = await _while_connected(request, asked.events.get())
             if isinstance(first, Failed):

@@ -44,11 +44,8 @@ class BodyLimit:
 
 
 class KeyCheck:
-    """A dependency that lets requests with one of the API keys pass; all, where there is none.
-
-    Args:
-        keys: as users send them, ``Authorization: Bearer KEY``.
-    """
+    """A dependency that lets requests pass with one of the API keys, sent as ``Authorization:
+    Bearer KEY``; all, where there is none."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._keys = [key.encode() for key in keys]

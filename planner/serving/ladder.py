@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from planner.ir.errors import InputError
@@ -26,17 +25,9 @@ class Ladder:
 
     rungs: tuple[Rung, ...]
 
-    @staticmethod
-    def of(plans: Sequence[tuple[float, Plan]]) -> Ladder:
-        """From budgets and their plans, in any order."""
-        return Ladder(tuple(Rung(*pair) for pair in sorted(plans, key=lambda pair: pair[0])))
-
     def within(self, budget: float | None) -> int:
-        """The dearest rung within a budget; the dearest of all where there is none.
-
-        Raises:
-            InputError: even the cheapest costs more.
-        """
+        """The dearest rung within a budget, InputError where even the cheapest costs more; the
+        dearest of all where there is none."""
         if budget is None:
             return len(self.rungs) - 1
         fitting = [i for i, rung in enumerate(self.rungs) if rung.budget <= budget + 1e-9]

@@ -29,22 +29,16 @@ class Metrics:
         self.whole = self._histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.")
         self.prompt_tokens = self._counter("vllm:prompt_tokens", "Tokens read.")
         self.new_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
-        self._finished = Counter(
-            "vllm:request_success", "Answers.", ("model_name", "finished_reason"),
-            registry=self.registry,
-        )  # fmt: skip
-        self._refused = Counter(
-            "planner:requests_refused", "Requests refused before work was done.",
-            ("model_name", "reason"), registry=self.registry,
-        )  # fmt: skip
-        self._answers = Counter(
-            "planner:answers", "Answers by the budget of their plan.", ("model_name", "budget"),
-            registry=self.registry,
-        )  # fmt: skip
-        self._deadlines = Counter(
-            "planner:deadlines", "Answers with a deadline, by whether it was kept.",
-            ("model_name", "kept"), registry=self.registry,
-        )  # fmt: skip
+        self._finished = self._counters("vllm:request_success", "Answers.", "finished_reason")
+        self._refused = self._counters(
+            "planner:requests_refused", "Requests refused before work was done.", "reason"
+        )
+        self._answers = self._counters(
+            "planner:answers", "Answers by the budget of their plan.", "budget"
+        )
+        self._deadlines = self._counters(
+            "planner:deadlines", "Answers with a deadline, by whether it was kept.", "kept"
+        )
         self.slow_down = self._gauge(
             "planner:slow_down", "Expected seconds of a prompt over those on the idle machine."
         )
@@ -71,12 +65,13 @@ class Metrics:
         return generate_latest(self.registry)
 
     def _gauge(self, name: str, says: str) -> Gauge:
-        gauge = Gauge(name, says, ("model_name",), registry=self.registry)
-        return gauge.labels(self._model)
+        return Gauge(name, says, ("model_name",), registry=self.registry).labels(self._model)
 
     def _counter(self, name: str, says: str) -> Counter:
-        counter = Counter(name, says, ("model_name",), registry=self.registry)
-        return counter.labels(self._model)
+        return Counter(name, says, ("model_name",), registry=self.registry).labels(self._model)
+
+    def _counters(self, name: str, says: str, by: str) -> Counter:
+        return Counter(name, says, ("model_name", by), registry=self.registry)
 
     def _histogram(self, name: str, says: str) -> Histogram:
         histogram = Histogram(name, says, ("model_name",), registry=self.registry, buckets=_SECONDS)

@@ -29,7 +29,7 @@ def open_service(
     progress: Callable[[str], None] = lambda stage: None,
     **options: Any,
 ) -> Service:
-    """A service for a model with weights.
+    """A service for a model with weights; InputError where it cannot be served so.
 
     Args:
         name: by which requests ask for it.
@@ -38,12 +38,8 @@ def open_service(
         budgets: of the ladder, fractions of the base model's FLOPs.
         prompts: what a prompt may hold; `prompt_limits` says what by default.
         limits: of the batch and its queue.
-        kernels: who computes, as for `planner.compile`.
+        kernels, options: as for `planner.compile`.
         progress: told what is being done.
-        options: how plans are made, as for `planner.compile`.
-
-    Raises:
-        InputError: the model cannot be served so.
     """
     from planner.api import graph_of
 
@@ -69,11 +65,8 @@ def prompt_limits(
 ) -> PromptLimits:
     """What a prompt of a model may hold.
 
-    `tokens` are of a prompt with its answer: at most as many as the model knows places for, which
-    are the default up to 4096.
-
-    Raises:
-        InputError: there are fewer places than tokens.
+    `tokens` are of a prompt with its answer: at most as many as the model knows places for, else
+    an InputError; these are the default up to 4096.
     """
     places = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if places is not None and tokens is not None and tokens > places:

@@ -22,8 +22,8 @@ _MOST_REDIRECTS = 3
 _SECONDS = 10.0
 
 
-def picture(url: str, name: str, most_pixels: int, most_bytes: int, remote: bool = False) -> Any:
-    """The picture at a URL, as RGB.
+def picture(url: str, name: str, most_pixels: int, most_bytes: int, remote: bool) -> Any:
+    """The picture at a URL, as RGB; InputError where it cannot be had, or may not.
 
     Args:
         url: ``data:image/...;base64,...``, or ``http(s)://...``.
@@ -31,9 +31,6 @@ def picture(url: str, name: str, most_pixels: int, most_bytes: int, remote: bool
         most_pixels: of the picture.
         most_bytes: that a remote picture may have.
         remote: whether remote pictures are fetched.
-
-    Raises:
-        InputError: it cannot be had, or may not.
     """
     head = _DATA.match(url)
     if head is not None:
@@ -99,11 +96,7 @@ def is_public(address: str) -> bool:
 
 
 def fetch(url: str, most_bytes: int, backend: httpcore.NetworkBackend | None = None) -> bytes:
-    """What is at a URL of the open internet.
-
-    Raises:
-        InputError: it is nowhere, somewhere private, too large, or too slow.
-    """
+    """What is at a URL; InputError: it is nowhere, somewhere private, too large, or too slow."""
     timeouts = dict.fromkeys(("connect", "read", "write", "pool"), _SECONDS)
     with httpcore.ConnectionPool(network_backend=backend or _PublicOnly()) as pool:
         for _ in range(_MOST_REDIRECTS + 1):

@@ -21,13 +21,8 @@ from planner.plan import Plan
 
 
 class Sampler:
-    """Picks tokens.
-
-    Args:
-        temperature: of the distribution that is drawn from; 0 takes the likeliest token.
-        top_p: share of the distribution that may be drawn.
-        seed: equal seeds draw equally.
-    """
+    """Picks tokens by a temperature, 0 for the likeliest, from the `top_p` share of the
+    distribution; equal seeds draw equally."""
 
     def __init__(self, temperature: float, top_p: float = 1.0, seed: int | None = None) -> None:
         self._temperature = temperature
@@ -43,11 +38,7 @@ class Sampler:
             self._generator.manual_seed(seed)
 
     def pick(self, logits: Tensor) -> int:
-        """A token by its logits, shape (1, vocabulary).
-
-        Raises:
-            PlannerError: the logits are no numbers.
-        """
+        """A token by its logits, shape (1, vocabulary); PlannerError where they are no numbers."""
         scores = refuse_nan(None, logits.float().cpu())
         if not self._temperature:
             return int(scores.argmax())
@@ -58,23 +49,15 @@ class Sampler:
 
 @dataclass(eq=False)
 class Answer:
-    """An answer that is being generated.
+    """An answer that is being generated."""
 
-    Attributes:
-        plan: that it is made under.
-        sampler: picks its tokens.
-        cached: its prompt, and its tokens but for the last.
-        tokens: so far.
-        failure: what went wrong with it alone.
-        kept: layer of a token stage -> image tokens left of its prompt.
-    """
-
-    plan: Plan
+    plan: Plan  # that it is made under
     sampler: Sampler
-    cached: CachedAnswer
-    tokens: list[int]
+    cached: CachedAnswer  # its prompt, and its tokens but for the last
+    tokens: list[int]  # so far
+    # Layer of a token stage -> image tokens left of its prompt.
     kept: Mapping[int, int] = field(default_factory=dict)
-    failure: Exception | None = None
+    failure: Exception | None = None  # what went wrong with it alone
 
 
 def alike(prompt: Mapping[str, Tensor]) -> object:
@@ -103,18 +86,11 @@ def _padded(
 
 
 class RunningBatch:
-    """Reads prompts and decodes all answers together.
-
-    Args:
-        model: that `planner.compile` was given.
-
-    Attributes:
-        answers: that run now.
-    """
+    """Reads prompts, and decodes all answers together, for a model that was compiled."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.answers: list[Answer] = []
+        self.answers: list[Answer] = []  # that run now
         self.can_join = can_be_joined(model)
         self._session = session_on(model)
         self._cache_argument = cache_argument(model.forward)
@@ -130,13 +106,8 @@ class RunningBatch:
     ) -> list[Answer]:
         """Read prompts, whose answers join the batch with their first tokens.
 
-        Args:
-            prompts: inputs of the model, a batch of one each, that `alike` says go together.
-            plans: for each prompt and all of its answer.
-            samplers: pick the answers' tokens.
-
-        Raises:
-            PlannerError: there is no answer to some prompt.
+        `prompts` are inputs of the model, a batch of one each, that `alike` says go together.
+        PlannerError where there is no answer to some prompt.
         """
         cache = DynamicCache(config=self.model.config)
         lengths = [prompt["input_ids"].shape[1] for prompt in prompts]

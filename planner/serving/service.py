@@ -24,17 +24,6 @@ from planner.serving.metrics import Metrics
 from planner.serving.running_batch import Sampler
 
 
-@dataclass(frozen=True)
-class Objectives:
-    """What the headers of a request ask for, in milliseconds; None where they do not.
-
-    They are the names under which llm-d's gateway passes service level objectives on.
-    """
-
-    ttft_ms: float | None = None
-    tpot_ms: float | None = None
-
-
 @dataclass(eq=False)
 class Asked:
     """A request that was accepted: what comes of it, in this event loop."""
@@ -46,16 +35,7 @@ class Asked:
 
 
 class Service:
-    """One model, served.
-
-    Args:
-        name: by which requests ask for the model.
-        graph: of the model.
-        engine: that runs it.
-        reader: of its prompts.
-        metrics: of the engine.
-        temperature: for requests that give none.
-    """
+    """One model, served under the name by which requests ask for it."""
 
     def __init__(
         self,
@@ -64,7 +44,7 @@ class Service:
         engine: Engine,
         reader: PromptReader,
         metrics: Metrics,
-        temperature: float,
+        temperature: float,  # for requests that give none
     ) -> None:
         self.name, self.engine, self.metrics = name, engine, metrics
         self.created = int(time.time())
@@ -74,19 +54,18 @@ class Service:
         self._cost = lru_cache(maxsize=1024)(self._cost_of)
 
     @asynccontextmanager
-    async def asked(self, request: ChatRequest, objectives: Objectives) -> AsyncIterator[Asked]:
+    async def asked(
+        self, request: ChatRequest, ttft_ms: float | None, tpot_ms: float | None
+    ) -> AsyncIterator[Asked]:
         """Have a request answered; when the block is left, it is not wanted any more.
 
-        Raises:
-            InputError: it asks for what there is not.
-            Busy: it cannot be served now.
+        It may have `ttft_ms` until its first token, and `tpot_ms` for each that follows. InputError
+        where it asks for what there is not, Busy where it cannot be served now.
         """
         arrived = time.monotonic()
         dearest = self.engine.ladder.within(request.budget)
         temperature = self._temperature if request.temperature is None else request.temperature
-        deadline = Deadline(*(_seconds(ms) for ms in (
-            request.deadline_ms, objectives.ttft_ms, objectives.tpot_ms)
-        ))  # fmt: skip
+        deadline = Deadline(*map(_seconds, (request.deadline_ms, ttft_ms, tpot_ms)))
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
 
@@ -111,7 +90,7 @@ class Service:
         try:
             yield Asked(job, events)
         finally:
-            self.engine.cancel(job)
+            job.is_cancelled = True
 
     def usage(self, asked: Asked, done: Done) -> Usage:
         """What an answer took, beside the base model's cost of it."""

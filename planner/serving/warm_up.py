@@ -13,7 +13,7 @@ from planner.plan import Plan
 from planner.serving.chat_format import ImagePart, ImageUrl, Message, TextPart
 from planner.serving.chat_prompts import Prompt, PromptReader
 from planner.serving.governor import RungTimes
-from planner.serving.ladder import Ladder
+from planner.serving.ladder import Ladder, Rung
 from planner.serving.running_batch import RunningBatch, Sampler
 
 # Answers that decode together, in the second of two measurements.
@@ -29,35 +29,24 @@ def make_ladder(
     options: dict[str, Any],
     progress: Callable[[str], None],
 ) -> Ladder:
-    """Compile a model for all budgets of a ladder.
+    """Compile a model, whose weights stay as they are, for fractions of the base model's FLOPs.
 
-    Args:
-        model: with weights, which stay as they are from now on.
-        processor: of the model.
-        budgets: fractions of the base model's FLOPs.
-        kernels: who computes, as for `planner.compile`.
-        options: how plans are made, as for `planner.compile`.
-        progress: told what is being done.
-
-    Raises:
-        InputError: there is no plan for some budget.
+    `kernels` and `options` are as for `planner.compile`; InputError where there is no plan for
+    some budget.
     """
     from planner.api import budget as under
     from planner.api import compile as compile_model
-    from planner.api import plan_of
 
-    plans: list[tuple[float, Plan]] = []
+    rungs: list[Rung] = []
     for budget in sorted(set(budgets)):
         progress(f"compile for {budget:g}")
-        if not plans:
+        if not rungs:
             compile_model(
                 model, budget, freeze=True, kernels=kernels, processor=processor, **options
             )
-            plans.append((budget, plan_of(model)))
-        else:
-            with under(model, budget) as plan:
-                plans.append((budget, plan))
-    return Ladder.of(plans)
+        with under(model, budget) as plan:
+            rungs.append(Rung(budget, plan))
+    return Ladder(tuple(rungs))
 
 
 def measure_rungs(

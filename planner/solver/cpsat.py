@@ -44,11 +44,8 @@ def solve_core(
 ) -> CoreAnswer:
     """The best assignment of a core that is worth at least `target`.
 
-    Args:
-        target: utilities below it are of no interest.
-        ceiling: an upper bound on the utility of all of the core's assignments that fit.
-        seconds: wall-clock limit.
-        rounds: how often to go through the strategies before giving up; None: until time is up.
+    `ceiling` bounds the utility of all of the core's assignments that fit. The strategies are gone
+    through so many `rounds`, or else until time is up.
     """
     deadline = time.perf_counter() + seconds
     if (core.room < 0).any():

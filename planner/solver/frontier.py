@@ -29,31 +29,20 @@ _TRIED = 3
 
 @dataclass(frozen=True, eq=False)
 class Prices:
-    """What choices cost on one prompt, and what they may.
+    """What choices cost on one prompt, and what they may."""
 
-    Attributes:
-        metrics: names of what is limited.
-        limits: shape (metrics,), int64.
-        weights: shape (token options, metrics, terms), int64, non-negative: of a frontier's terms.
-        outside: shape (token options, metrics), int64, non-negative: cost of all else.
-    """
-
-    metrics: tuple[str, ...]
-    limits: Costs
-    weights: Costs
-    outside: Costs
+    metrics: tuple[str, ...]  # names of what is limited
+    limits: Costs  # (metrics,)
+    weights: Costs  # (token options, metrics, terms), non-negative: of a frontier's terms
+    outside: Costs  # (token options, metrics), non-negative: of all else
 
 
 class Frontier:
-    """The frontier of a problem whose metrics are terms, without limits of their own.
+    """The frontier of a problem whose metrics are terms, with limits so high that they do not
+    count.
 
-    Args:
-        problem: the problem; its limits are so high that they do not count.
-        weights: shape (token options, terms): of the terms on a typical prompt, in the metric that
-            is mostly limited.
-
-    Raises:
-        InputError: the problem's tables are inconsistent.
+    `weights`: shape (token options, terms): of the terms on a typical prompt, in the metric that is
+    mostly limited. InputError where the problem's tables are inconsistent.
     """
 
     def __init__(self, problem: Problem, weights: Costs) -> None:
@@ -69,11 +58,7 @@ class Frontier:
             self._hulls.append(Hull.of(_weighed(branch, rows, np.zeros(len(rows), np.int64))))
 
     def at(self, prices: Prices) -> Solution:
-        """A choice for one prompt.
-
-        Raises:
-            Infeasible: if no choice respects the limits.
-        """
+        """A choice for one prompt; Infeasible where none respects the limits."""
         begin = time.perf_counter()
         problem = self._tables.problem
         smallest = problem.smallest_costs()[:, None] @ prices.weights.swapaxes(1, 2)
@@ -119,12 +104,9 @@ class Frontier:
 
 
 def _weighed(branch: Branch, weights: Costs, room: Costs) -> Branch:
-    """A branch of terms as one of metrics.
+    """A branch whose metrics are terms as one of metrics.
 
-    Args:
-        branch: its metrics are terms.
-        weights: shape (metrics, terms).
-        room: shape (metrics,).
+    `weights`: shape (metrics, terms). `room`: shape (metrics,).
     """
     return replace(
         branch,

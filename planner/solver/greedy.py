@@ -44,11 +44,8 @@ def take_while_fits(problem: Problem, scores: Scores) -> Choice:
     more than the layer it is in, which must run first. Ties go to the earlier in model order. No
     switch of a running layer, and no layer, is left that would still fit.
 
-    The problem's own utilities are not used.
-
-    Raises:
-        InputError: scores are not finite or not in the problem's shapes.
-        Infeasible: no choice respects the limits.
+    The problem's own utilities are not used. InputError where scores are not finite or not in the
+    problem's shapes, Infeasible where no choice respects the limits.
     """
     _check(problem, scores)
     options = feasible_options(problem)

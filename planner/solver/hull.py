@@ -32,17 +32,11 @@ class _Segment:
 
 @dataclass(frozen=True, eq=False)
 class Hull:
-    """The merged frontier of one branch in its first metric.
-
-    Attributes:
-        branch: the branch.
-        cost: shape (metrics, segments + 1): of the first n segments.
-        utility: shape (segments + 1,): of the first n segments.
-    """
+    """The merged frontier of one branch in its first metric."""
 
     branch: Branch
-    cost: Costs
-    utility: Ints
+    cost: Costs  # (metrics, segments + 1): of the first n segments
+    utility: Ints  # (segments + 1,): of the first n segments
     _segments: list[_Segment]
     _entry: Ints
 

@@ -49,14 +49,11 @@ def pairs_of_layers(branch: Branch) -> npt.NDArray[np.float64]:
 
 
 def layer_sets(branch: Branch, above: Branch, prices: Floats, target: int, most: int) -> LayerSets:
-    """Sets of layers that are worth at least `target` at some prices, or the best of them.
+    """Sets of layers that are worth at least `target`, in integer utility, at some prices,
+    (metrics,).
 
-    Args:
-        branch: with pairs.
-        above: the branch whose pairs other than of layers are bounded (`pairs.additive_bound`).
-        prices: (metrics,).
-        target: integer utility.
-        most: sets to give back; among more the best, not completely.
+    In `above` pairs other than of layers are bounded (`pairs.additive_bound`). Of more than `most`
+    sets the best are given back, not completely.
     """
     losses = pairs_of_layers(branch)
     relaxation = relax(above, prices)

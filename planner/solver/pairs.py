@@ -31,25 +31,14 @@ Flags = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Pairs of units; unit u is layer u, or site u - layers.
-
-    Attributes:
-        first: shape (pairs,).
-        second: shape (pairs,): another unit.
-        loss: shape (pairs,): integer utility lost when both are off, besides what each loses.
-    """
+    """Pairs of units, each of shape (pairs,); unit u is layer u, or site u - layers."""
 
     first: Ints
     second: Ints
-    loss: Ints
+    loss: Ints  # integer utility lost when both are off, besides what each loses
 
     def lost(self, on: Flags, running: Flags) -> int:
-        """What an assignment loses.
-
-        Args:
-            on: shape (layers,).
-            running: shape (sites,): whether a site keeps anything.
-        """
+        """What an assignment loses, by which layers are on and which sites keep anything."""
         off = ~np.concatenate([on, running])
         return int(self.loss[off[self.first] & off[self.second]].sum())
 
@@ -66,8 +55,7 @@ def without_layer_pairs(branch: Branch) -> Branch:
 def additive_bound(branch: Branch) -> Branch:
     """A branch without pairs in which every assignment is worth at least as much; tight on the LP.
 
-    Args:
-        branch: a branch whose cheapest assignment fits; returned as it is if it has no pairs.
+    The branch's cheapest assignment must fit.
     """
     pairs = branch.pairs
     if pairs is None or not len(pairs.loss):

@@ -67,10 +67,8 @@ def relax(branch: Branch, prices: Floats) -> Relaxation:
 def best_prices(branch: Branch, seconds: float = math.inf) -> Floats:
     """The prices with the tightest bound, up to the tolerance of the linear program.
 
-    Args:
-        branch: whose cheapest assignment fits.
-        seconds: what the linear program may take; prices in proportion to the room, found by
-            bisection, take its place where it takes longer.
+    The branch's cheapest assignment must fit. Where the linear program takes more `seconds`, prices
+    in proportion to the room, found by bisection, take its place.
     """
     free = np.zeros(len(branch.room))
     if branch.fits(relax(branch, free).assignment.cost):

@@ -50,11 +50,9 @@ def improve(
 ) -> Assignment:
     """Apply the best move, or else the best exchange, that fits, until none helps.
 
-    Args:
-        branch: the branch.
-        start: an assignment that fits; so does what is returned, and it is worth at least as much.
-        relaxation: of the branch; its prices rank the moves, its counts fill a layer switched on.
-        deadline: on `time.perf_counter`'s clock; it stops then, with what it has.
+    `start` must fit; so does what is returned, and it is worth at least as much. The relaxation's
+    prices rank the moves, its counts fill a layer switched on. It stops at the deadline, on
+    `time.perf_counter`'s clock, with what it has.
     """
     entry = np.maximum(relaxation.assignment.counts, branch.minimum)
     current = start

@@ -45,22 +45,15 @@ def listed(metrics: Sequence[str], values: Costs) -> str:
 
 
 def deadline_after(begin: float, time_limit_seconds: float) -> float:
-    """When a search ends that began at `begin`, on `time.perf_counter`'s clock.
-
-    Raises:
-        InputError: the limit is negative or no number.
-    """
+    """When a search ends that began at `begin`, on `time.perf_counter`'s clock; InputError where
+    the limit is negative or no number."""
     if not time_limit_seconds >= 0:
         raise InputError(f"a time limit is 0 seconds or more, not {time_limit_seconds}")
     return begin + time_limit_seconds
 
 
 def feasible_options(problem: Problem) -> list[int]:
-    """The token options with at least one feasible choice.
-
-    Raises:
-        Infeasible: if there is none.
-    """
+    """The token options with at least one feasible choice; Infeasible where there is none."""
     costs = problem.smallest_costs()
     return within_limits(problem.metrics, problem.limits, costs, problem.tokens)
 
@@ -68,16 +61,10 @@ def feasible_options(problem: Problem) -> list[int]:
 def within_limits(
     metrics: Sequence[str], limits: Costs, costs: Costs, tokens: Sequence[TokenOption]
 ) -> list[int]:
-    """The token options whose cheapest choice respects all limits.
+    """The token options whose cheapest choice, of costs (token options, metrics), respects all
+    limits.
 
-    Args:
-        metrics: names.
-        limits: shape (metrics,).
-        costs: of the cheapest choices, shape (token options, metrics).
-        tokens: the token options.
-
-    Raises:
-        Infeasible: if there is none.
+    Infeasible where there is none.
     """
     options: list[int] = np.flatnonzero((costs <= limits).all(axis=1)).tolist()
     if options:
@@ -103,12 +90,8 @@ def certify(
 ) -> Solution:
     """A Solution, its totals recomputed from the problem itself.
 
-    Args:
-        tables: of the problem.
-        option: the token option.
-        assignment: of that option's branch; it must fit.
-        bound: in the integer units of `tables`, an upper bound on every feasible assignment.
-        seconds: what the search took.
+    The assignment is of the option's branch and must fit; `bound` is an upper bound on every
+    feasible assignment, in the integer units of `tables`.
     """
     problem = tables.problem
     choice = tables.choice(option, assignment)

@@ -23,8 +23,9 @@ from planner.loading import load_image
 from planner.plan import _digest, dump_plan, load_plan
 from planner.planning.budgets import Budget
 from planner.planning.catalog import find_model, tiny_llava_folder
-from planner.planning.compiler import Request, compile_plan
+from planner.planning.compiler import compile_plan
 from planner.planning.figures import check_figures
+from planner.planning.request import Request
 from planner.planning.utilities import load_utilities, prior, save_utilities
 
 __all__ = ["TARGETS", "Target"]

@@ -20,8 +20,9 @@ from planner.models.tokens.kept_tokens import Keys
 from planner.models.tokens.predictors import Predictors, load_predictors
 from planner.models.tokens.selectors import DecoderInputs, select_tokens
 from planner.plan import TokenStage
-from planner.planning.compiler import Request, plan_graph
+from planner.planning.compiler import plan_graph
 from planner.planning.plan_costs import PlanCosts
+from planner.planning.request import Request
 from planner.planning.selectors import (
     DynamicLLaVA,
     PredictorSettings,

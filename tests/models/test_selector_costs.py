@@ -17,8 +17,9 @@ from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
 from planner.models.running.kv_cache import cache_among, kv_bytes
 from planner.models.running.skipping import session_on
-from planner.planning.compiler import Request, plan_graph
+from planner.planning.compiler import plan_graph
 from planner.planning.plan_costs import PlanCosts
+from planner.planning.request import Request
 from planner.planning.selectors import stages_of
 
 ADAPTIVE = ["prumerge:max=0.2", "prumerge:max=0.7", "prumerge+:max=0.3", "prumerge+:max=0.9"]

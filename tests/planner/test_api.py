@@ -115,7 +115,8 @@ def test_a_budget_holds_with_selectors_and_policies(model, inputs, options):
 
 
 def test_the_plan_of_a_config_is_the_plan_of_the_model(model):
-    from planner.planning.compiler import Request, compile_plan
+    from planner.planning.compiler import compile_plan
+    from planner.planning.request import Request
 
     compiled = compile_plan(Request("tiny-llava", budget=0.7, text_tokens=10))
     planner.compile(model, budget=0.7, text_tokens=10)

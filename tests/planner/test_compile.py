@@ -10,7 +10,8 @@ import pytest
 from planner.ir.cost import price, total
 from planner.ir.errors import InputError
 from planner.plan import dump_plan
-from planner.planning.compiler import Request, compile_plan, specialised
+from planner.planning.compiler import compile_plan, specialised
+from planner.planning.request import Request
 from planner.planning.switches import mlp_switches
 
 BUDGETS = (0.5, 0.6, 0.65, 0.75, 0.85, 0.95, 1.0)

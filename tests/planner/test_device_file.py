@@ -7,9 +7,10 @@ import pytest
 from planner.ir.cost.measured_device import MeasuredDevice, Measurement, Table
 from planner.ir.errors import InputError
 from planner.plan import load_plan, save_plan
-from planner.planning.compiler import Request, compile_plan, find_device
+from planner.planning.compiler import compile_plan, find_device
 from planner.planning.device_file import save_device
 from planner.planning.figures import check_figures
+from planner.planning.request import Request
 
 
 def measured(seconds_each=1e-12, late=0.0):

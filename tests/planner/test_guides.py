@@ -16,13 +16,14 @@ from typing_extensions import override
 import planner
 from planner.api import kept_image_tokens
 from planner.cli.app import app
-from planner.cli.command_options import Request, command
+from planner.cli.command_options import command
 from planner.cli.console import Console
 from planner.ir.errors import InputError
 from planner.loading import load_model, noise_image, prompt_inputs
 from planner.models.tokens.selectors import DecoderInputs, DecoderSelection, select_tokens
 from planner.planning import catalog
 from planner.planning.catalog import ALIASES, Alias
+from planner.planning.request import Request
 from planner.planning.selectors import SELECTORS
 from planner.planning.selectors.arguments import Count
 from planner.planning.selectors.in_decoder import FromLayer

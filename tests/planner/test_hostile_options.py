@@ -13,8 +13,9 @@ from planner.ir.cost import Workload
 from planner.ir.errors import InputError
 from planner.planning.budgets import Budget
 from planner.planning.catalog import find_model
-from planner.planning.compiler import Request, compile_plan
+from planner.planning.compiler import compile_plan
 from planner.planning.graph_cache import lowered_graph
+from planner.planning.request import Request
 from planner.planning.switches import with_switches
 
 NAN, INF = float("nan"), float("inf")

@@ -8,8 +8,9 @@ import pytest
 from planner.documents import dump_yaml, parse_yaml
 from planner.ir.errors import InputError
 from planner.plan import Plan, TokenStage, _digest, dump_plan, load_plan
-from planner.planning.compiler import Request, compile_plan
+from planner.planning.compiler import compile_plan
 from planner.planning.figures import check_figures
+from planner.planning.request import Request
 
 
 @pytest.fixture(scope="module")

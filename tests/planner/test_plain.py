@@ -3,8 +3,9 @@
 import pytest
 from transformers import LlamaConfig, LlavaConfig, Qwen2Config, Qwen3Config
 
-from planner.planning.compiler import Request, compile_plan
+from planner.planning.compiler import compile_plan
 from planner.planning.config_sizes import head_counts
+from planner.planning.request import Request
 
 SIZES = {"hidden_size": 96, "num_attention_heads": 12, "num_hidden_layers": 2}
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from planner.ir.cost import Workload
 from planner.ir.lowering import lower_model
 from planner.planning.budgets import Budget
-from planner.planning.compiler import Request, pose
+from planner.planning.compiler import pose
 from planner.planning.figures import check_figures
 from planner.planning.prompt_costs import WEIGHED, PromptCosts
+from planner.planning.request import Request
 from planner.solver import Infeasible, solve
 
 # Sliding windows; a selector with rows of its own; a cache that evicts; half of the model alone.

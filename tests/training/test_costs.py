@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.ir.errors import InputError
-from planner.planning.compiler import Request, compile_plan
+from planner.planning.compiler import compile_plan
+from planner.planning.request import Request
 from planner.solver import Scores, take_while_fits
 from planner.solver.problem import Choice, LayerChoices, Problem, SiteChoices, TokenOption
 from planner.training.estimators import parse

@@ -8,7 +8,7 @@ from planner.models.scheduling.schedule_compiler import (
     load_scheduled,
     scheduler_folder,
 )
-from planner.planning.compiler import Request
+from planner.planning.request import Request
 from planner.training.data import SceneQuestions
 from planner.training.evaluate import UnderBudgets
 

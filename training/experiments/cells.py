@@ -21,7 +21,7 @@ from planner.models.calibration.samples import Question
 from planner.models.scheduling import Scheduled, load_scheduler
 from planner.models.scheduling.scheduled_model import Decide
 from planner.planning.catalog import find_model
-from planner.planning.compiler import Request
+from planner.planning.request import Request
 from planner.planning.switches import with_switches
 from planner.planning.utilities import Utilities, save_utilities
 from planner.training.data import SceneQuestions

@@ -47,7 +47,8 @@ from planner.models.running.bindings import BoundSite, bind
 from planner.models.running.masked import Gates, MaskedExecutor
 from planner.models.running.program import Program
 from planner.plan import Plan, load_plan, save_plan
-from planner.planning.compiler import Request, plan_graph
+from planner.planning.compiler import plan_graph
+from planner.planning.request import Request
 from planner.planning.switches import with_switches
 from planner.planning.utilities import Utilities, load_utilities, save_utilities
 from planner.solver import Infeasible

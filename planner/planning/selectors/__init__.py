@@ -184,10 +184,8 @@ def scores_by_attention(selector: str) -> bool:
 def counted(selector: Selector, image_tokens: int, per_run: int = 0) -> tuple[int, ...]:
     """Image tokens of one sample that a selector leaves at each of its layers, at most.
 
-    `per_run`: image tokens that one run of the vision encoder yields; 0 where unknown.
-
-    Raises:
-        InputError: the number depends on content and has no cap, so no cost can be promised.
+    `per_run`: image tokens that one run of the vision encoder yields; 0 where unknown. InputError
+    where the number depends on content and has no cap, so that no cost can be promised.
     """
     counts = selector.counts_of_sample(image_tokens, per_run)
     known = tuple(count for count in counts if count is not None)

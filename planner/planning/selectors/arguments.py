@@ -27,7 +27,7 @@ Layer = Annotated[int, Within(0, inf, "a layer from 0 on")]
 
 
 @cache
-def _ranges(kind: type[Arguments]) -> dict[str, Within]:
+def _ranges(kind: type[Any]) -> dict[str, Within]:
     """Field -> the numbers that it takes, where its type says so."""
     hints = get_type_hints(kind, include_extras=True)
     parts = [(name, part) for name, hint in hints.items() for part in (hint, *get_args(hint))]
@@ -82,7 +82,7 @@ class Arguments:
     leading: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        for field, known in _ranges(type(self)).items():
+        for field, known in _ranges(type(self)).items():  # type: ignore[arg-type]
             value = getattr(self, field)
             self.check(field, value is None or known.least <= value <= known.most, known.wanted)
 

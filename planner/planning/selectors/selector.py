@@ -94,13 +94,10 @@ class Selector(Arguments, ABC):
         return self.counts(image_tokens)
 
     def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
-        """Products of matrices that choosing takes, of one run (vision) or sample, at most.
+        """Products of matrices that choosing takes at one of `layers`, of one run or sample, at
+        most.
 
         What ``select_tokens`` computes, see `scores_by_attention`, is not among them.
-
-        Args:
-            layer: one of `layers`.
-            sizes: of what is chosen from.
         """
         return ()
 
