@@ -35,21 +35,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# name -> module that defines it; resolved on first use.
-_EXPORTS = {
-    "Plan": "planner.plan",
-    "budget": "planner.api",
-    "compile": "planner.api",
-    "cost_of": "planner.api",
-    "load": "planner.api",
-    "load_plan": "planner.plan",
-    "oneshot": "planner.api",
-    "plan_of": "planner.api",
-    "question": "planner.api",
-    "restore": "planner.api",
-    "save_plan": "planner.plan",
-}
-
 __all__ = [
     "Plan",
     "__version__",
@@ -67,8 +52,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
+    # Imported on first use.
+    if name in __all__:
+        of_plan = name in ("Plan", "load_plan", "save_plan")
+        return getattr(import_module("planner.plan" if of_plan else "planner.api"), name)
     raise AttributeError(f"module 'planner' has no attribute {name!r}")
 
 

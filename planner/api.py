@@ -85,9 +85,7 @@ def compile(
         processor: of an image-text model, to read and to make inputs.
         progress: called with the number of measurements done, and of all; by default a bar on
             stderr says, where that is a terminal.
-        options: the other fields of `planner.planning.request.Request`: switches, utilities,
-            device,
-            image_tokens, text_tokens, new_tokens, batch, ...
+        options: the other fields of `planner.planning.request.Request`.
 
     Raises:
         InputError: for a bad budget, plan or option; the model is left as it was.
@@ -324,10 +322,7 @@ def oneshot(
     processor: Any = None,
     **options: Any,
 ) -> Oneshot:
-    """From data to a running plan in one call.
-
-    Calibrates a model on data, plans it under a budget, recovers what that loses, and
-    exports it.
+    """Calibrate a model on data, plan it under a budget, recover what that loses, and export it.
 
     Args:
         model: a transformers model with weights, or a name that `planner.loading.load_model` takes.
@@ -382,10 +377,8 @@ def oneshot(
 def question(asked: str | Sequence[str]) -> AbstractContextManager[None]:
     """Say, for a ``with`` block, what is asked about the images of the calls inside.
 
-    For selectors that compare images with the question, such as ``trim`` and ``cdpruner``.
-
-    Args:
-        asked: the question alone, without a chat template; or one for each image of a batch.
+    For selectors that compare images with the question, such as ``trim`` and ``cdpruner``: the
+    question alone, without a chat template, or one for each image of a batch.
     """
     from planner.models.tokens.text_tower import question as said
 

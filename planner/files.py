@@ -64,26 +64,11 @@ def output_folder(path: Path) -> Path:
 
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """Write a folder whole, in place of one that may be there: a reader sees the old or the new.
-
-    `files`: contents by path inside.
-    """
-    made: str | None = None
-    try:
-        made = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")
-        os.chmod(made, 0o777 & ~_umask())
-        fresh, old = Path(made) / "new", Path(made) / "old"
+    """Write a folder whole, in place of one that may be there; `files`: contents by path inside."""
+    with whole_folder(path, replaces=True) as folder:
         for name, contents in files.items():
-            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
-            (fresh / name).write_bytes(contents)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(fresh, path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot write '{path}': {_reason(error)}") from None
-    finally:
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(contents)
 
 
 def check_new(folder: Path) -> None:
@@ -93,25 +78,29 @@ def check_new(folder: Path) -> None:
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes its name when all went well, and else is gone."""
+def whole_folder(folder: Path, replaces: bool = False) -> Iterator[Path]:
+    """A temporary folder that takes its name when all went well, and else is gone.
+
+    An empty folder of that name gives way, one with contents where the new one `replaces` it.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot write to '{folder}': {_reason(error)}") from None
+    fresh = made / "new"
     try:
-        yield temporary
-        umask = _umask()
-        temporary.chmod(0o777 & ~umask)
-        for path in temporary.iterdir():
-            path.chmod(0o666 & ~umask)
-        # An empty folder of that name gives way.
-        temporary.replace(folder)
+        fresh.mkdir()
+        yield fresh
+        for path in fresh.rglob("*"):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+        if replaces and folder.exists():
+            folder.replace(made / "old")
+        fresh.replace(folder)
     except OSError as error:
         raise InputError(f"cannot write '{folder}': {_reason(error)}") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def _reason(error: OSError | ValueError) -> str:

@@ -32,16 +32,11 @@ _FORMATS = frozenset(
 def load_model(
     name: str, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False
 ) -> tuple[Any, Any, Source]:
-    """(model in evaluation mode, processor, source) of a model with weights.
+    """(model in evaluation mode, processor, source) of an alias, a local folder or a hub id.
 
-    Args:
-        name: alias, local folder or hub id.
-        dtype: ``auto`` for what the checkpoint has (float32 on a CPU), or a torch dtype's name.
-        device: a torch device.
-
-    Raises:
-        InputError: one sentence; no weights is the usual one. Weights that are missing, unexpected,
-            of another shape or not finite are named.
+    `dtype` is ``auto`` for what the checkpoint has (float32 on a CPU), or a torch dtype's name.
+    InputError where there are no weights; weights that are missing, unexpected, of another shape or
+    not finite are named.
     """
     from transformers import AutoProcessor
 
@@ -77,6 +72,7 @@ def _loaded(source: Source, dtype: str) -> Any:
     """The model of a source with its weights, checked."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     from transformers.utils import logging
 
     name = source.name
@@ -87,7 +83,8 @@ def _loaded(source: Source, dtype: str) -> Any:
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     logging.disable_progress_bar()
     make_known(source.config)
-    image_text = source.config["model_type"] in _image_text_types()
+    seeing = {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *OWN_TYPES}
+    image_text = source.config["model_type"] in seeing
     auto = AutoModelForImageTextToText if image_text else AutoModelForCausalLM
     with _one_sentence(name):
         model, found = auto.from_pretrained(
@@ -122,14 +119,6 @@ def _one_sentence(name: str) -> Iterator[None]:
         raise InputError(f"the weights of '{name}' cannot be loaded: {reason}") from None
 
 
-def _image_text_types() -> set[str]:
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES,
-    )
-
-    return {*NAMES, *OWN_TYPES}
-
-
 def _check_weights(model: Any, found: Mapping[str, Any], name: str) -> None:
     """Refuse a checkpoint whose tensors are not the model's, or are no numbers."""
     import torch
@@ -157,17 +146,10 @@ def load_image(path: Path) -> Any:
 
 
 def decode_image(contents: bytes, name: Path | str, most_pixels: int = MOST_PIXELS) -> Any:
-    """A picture as RGB, the right way up, as transformers does.
+    """The picture of an image file as RGB, the right way up, as transformers does.
 
-    Pictures of more than 16 megapixels are made smaller.
-
-    Args:
-        contents: of an image file.
-        name: what the user called it.
-        most_pixels: larger ones are refused.
-
-    Raises:
-        InputError: it is missing, broken, far too large, or holds what is no level of brightness.
+    Pictures of more than 16 megapixels are made smaller. InputError where it is broken, has more
+    than `most_pixels`, or holds what is no level of brightness.
     """
     from PIL import Image
 
@@ -246,19 +228,12 @@ def noise_image() -> Any:
     return Image.fromarray(pixels)
 
 
-def prompt_inputs(
-    model: Any, processor: Any, prompt: str, image: Any | None = None, *more: Any
-) -> dict[str, Any]:
-    """Model inputs for one question, through the model's own chat template where it has one.
+def prompt_inputs(model: Any, processor: Any, prompt: str, *pictures: Any) -> dict[str, Any]:
+    """Model inputs for one question about some images, which may be None.
 
-    Args:
-        model: the model.
-        processor: of the model.
-        prompt: the question.
-        image: what it is about, if anything.
-        more: further images.
+    They go through the model's own chat template where it has one.
     """
-    images = [picture for picture in (image, *more) if picture is not None]
+    images = [picture for picture in pictures if picture is not None]
     content: Any = [{"type": "image"} for _ in images]
     content.append({"type": "text", "text": prompt})
     if not images and not hasattr(processor, "image_processor"):
@@ -297,11 +272,9 @@ def refuse_nan(ids: Any, scores: Any) -> Any:
 
 
 def visual_tokens(config: Any, *kinds: str) -> tuple[int, ...]:
-    """The tokens that stand for parts of images and videos, or of one kind, in a model's prompts.
+    """The tokens that stand for parts of images and videos in a model's prompts.
 
-    Args:
-        config: of the model.
-        kinds: ``image``, ``video``; both by default.
+    `kinds`: ``image``, ``video``; both by default.
     """
     names = (
         f"{kind}_token_{end}" for kind in kinds or ("image", "video") for end in ("id", "index")

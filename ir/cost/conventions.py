@@ -67,14 +67,13 @@ class Convention(ABC):
     ) -> Iterable[Row]:
         """What is counted, for one sample, of a prefill or of a step that `decodes`.
 
-        Tokens are as in `prefill` and `decode`. InputError where the graph is outside the
-        convention.
+        Tokens are as for `cost`. InputError where the graph is outside the convention.
         """
 
     def tokens(
         self, graph: Graph, load: Workload, kept: Mapping[int, int] | None = None, step: int = 0
     ) -> list[int]:
-        """Tokens of each decoder layer as `prefill` takes them, or `decode` in a step from 1 on.
+        """Tokens of each decoder layer of a prefill, or of a decoding step from 1 on.
 
         `kept` are image tokens left after a token stage, by its layer.
         """
@@ -89,41 +88,22 @@ class Convention(ABC):
         """Tokens of a layer to which so many image tokens are left."""
         return load.text_tokens + images + step
 
-    def prefill(
+    def cost(
         self,
         graph: Graph,
         tokens_per_layer: Sequence[int],
         device: Device | None = None,
         batch: int = 1,
+        decodes: bool = False,
     ) -> Cost:
-        """Cost of computing a prompt of so many tokens in each decoder layer, shape (layers,).
+        """Cost of a prompt of so many tokens in each decoder layer, shape (layers,).
 
-        The device is for seconds. InputError where the graph or the arguments are outside the
-        convention.
+        Of a step that `decodes`, tokens are those that the new one attends to, and itself. The
+        device is for seconds. InputError where the graph or the device is outside the convention.
         """
-        return self._cost(graph, tokens_per_layer, device, batch, decodes=False)
-
-    def decode(
-        self,
-        graph: Graph,
-        tokens_per_layer: Sequence[int],
-        device: Device | None = None,
-        batch: int = 1,
-    ) -> Cost:
-        """Cost of one decoding step; tokens are those that the new one attends to, and itself."""
-        return self._cost(graph, tokens_per_layer, device, batch, decodes=True)
-
-    def _cost(
-        self,
-        graph: Graph,
-        tokens: Sequence[int],
-        device: Device | None,
-        batch: int,
-        decodes: bool,
-    ) -> Cost:
         if device is not None and not self.has_seconds:
             raise InputError(f"convention {self.name} counts FLOPs alone, so it takes no device")
-        return total(row.cost(device, batch) for row in self.rows(graph, tokens, decodes))
+        return total(row.cost(device, batch) for row in self.rows(graph, tokens_per_layer, decodes))
 
 
 def _check_layers(graph: Graph, tokens: Sequence[int]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from planner.audit.crosscheck import UNIT
-from planner.audit.label_file import Floats, Labels
+from planner.audit.label_file import Labels
 from planner.audit.surrogate import Surrogate, measure_surrogate
 from planner.audit.verdicts import Verdict, judge
 from planner.ir.graph import Graph
@@ -167,16 +167,12 @@ def _surrogate(labels: Labels, surrogates: Sequence[Surrogate]) -> dict[str, Any
                 "plans": len(here[0].losses),
                 "rank_additive": _mean([s.rank_additive for s in here]),
                 "rank_pairwise": _mean([s.rank_pairwise for s in here]),
-                "error_additive": _mean([_error(s.additive, s.losses) for s in here]),
-                "error_pairwise": _mean([_error(s.pairwise, s.losses) for s in here]),
+                "error_additive": _mean([np.abs(s.additive - s.losses).mean() for s in here]),
+                "error_pairwise": _mean([np.abs(s.pairwise - s.losses).mean() for s in here]),
                 "regret": {who: _mean([s.regret[who] for s in here]) for who in here[0].regret},
             }
         )
     return {"samples": len({labels.samples[s.label] for s in surrogates}), "budgets": rows}
-
-
-def _error(predicted: Floats, true: Floats) -> float:
-    return float(np.abs(predicted - true).mean())
 
 
 def _mean(values: Sequence[float]) -> float:

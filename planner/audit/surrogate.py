@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from scipy.stats import spearmanr
 
 from planner.audit.heuristic import decide, worth
@@ -67,20 +66,13 @@ def measure_surrogate(
     return [_measure(labels, index, problems, verdicts[index], static) for index in labels.losses]
 
 
-def _costs(problem: Problem, plans: Flags) -> npt.NDArray[np.int64]:
-    """Cost of each plan of a problem of layers; shape (plans,)."""
+def _fits(problem: Problem, plans: Flags) -> tuple[Flags, Flags]:
+    """Which plans of a problem of layers fit, and which of them leave no room for a further layer;
+    shape (plans,) each."""
     each = np.array([layer.costs[0, 0] for layer in problem.layers if layer.optional])
-    costs: npt.NDArray[np.int64] = problem.smallest_costs()[0, 0] + plans @ each
-    return costs
-
-
-def _fills(problem: Problem, plans: Flags) -> Flags:
-    """Which plans fit and leave no room for a further layer; shape (plans,)."""
-    left = int(problem.limits[0]) - _costs(problem, plans)
-    each = np.array([layer.costs[0, 0] for layer in problem.layers if layer.optional])
+    left = problem.limits[0] - problem.smallest_costs()[0, 0] - plans @ each
     cheapest = np.where(plans, np.iinfo(np.int64).max, each).min(axis=1, initial=1 << 62)
-    fills: Flags = (left >= 0) & (left < cheapest)
-    return fills
+    return left >= 0, (left >= 0) & (left < cheapest)
 
 
 def _static(labels: Labels, problems: Mapping[float, Problem]) -> dict[float, int]:
@@ -92,7 +84,7 @@ def _static(labels: Labels, problems: Mapping[float, Problem]) -> dict[float, in
     plans = all_plans(len(labels.switches))
     found = {}
     for budget, total in totals.items():
-        fits = _costs(problems[budget], plans) <= problems[budget].limits[0]
+        fits, _ = _fits(problems[budget], plans)
         found[budget] = int(np.where(fits, total, np.inf).argmin())
     return found
 
@@ -107,8 +99,7 @@ def _measure(
     losses, budget = labels.losses[index], float(labels.budgets[index])
     problem = problems[budget].with_utilities(worth(labels.utilities[index]))
     plans = all_plans(len(labels.switches))
-    fits = _costs(problem, plans) <= problem.limits[0]
-    fills = _fills(problem, plans)
+    fits, fills = _fits(problem, plans)
     additive, pairwise = predictions(losses, plans)
     best = losses[fits].min()
 

@@ -60,7 +60,7 @@ def compile_graph(
     compiler: Callable[..., Callable[..., Any]] = chosen.inner_compiler()
     parameters = {n: v for n, v in enumerate(example_inputs) if isinstance(v, nn.Parameter)}
     model = owner_of([*parameters.values(), *graph_module.parameters()])
-    session, places = None, places_of(graph_module)
+    session, found, place, places = None, None, None, places_of(graph_module)
     if model is not None:
         session = _adopted(model, chosen)
     elif parameters:
@@ -73,18 +73,15 @@ def compile_graph(
             _tell_once(note)
         if dense:
             # Better no plan than one that is obeyed in part.
-            session.obstacle = dense[0]
+            session.obstacle, found = dense[0], None
             session.begin_anew(None)
-        elif found is not None:
-            compiled = compiler(graph_module, example_inputs)
-            tensors = _examples(found, session, example_inputs)
-            narrowed = compiler(found.graph, [*example_inputs, *tensors])
-            mine = _Owner(session, chosen, place)
-            return _by_plan(mine, places, compiled, narrowed, found)
-    compiled = compiler(graph_module, example_inputs)
-    if session is None or places is None:
+    compiled = narrowed = compiler(graph_module, example_inputs)
+    if session is None or (found is None and places is None):
         return compiled
-    return _beginning(_Owner(session, chosen, place), places, compiled)
+    if found is not None:
+        tensors = _examples(found, session, example_inputs)
+        narrowed = compiler(found.graph, [*example_inputs, *tensors])
+    return _by_plan(_Owner(session, chosen, place), places, compiled, narrowed, found)
 
 
 def _examples(found: Rewritten, session: Session, example_inputs: Sequence[Any]) -> list[Any]:
@@ -124,24 +121,12 @@ class _Owner:
         return session if obeys else None
 
 
-def _beginning(owner: _Owner, places: Places, compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """What runs instead of a graph that begins prompts and has nothing to obey."""
-
-    def run(*inputs: Any) -> Any:
-        mine = owner.of(inputs)
-        if mine is not None:
-            begin(mine, places, inputs)
-        return compiled(*inputs)
-
-    return run
-
-
 def _by_plan(
     owner: _Owner,
     places: Places | None,
     dense: Callable[..., Any],
     narrowed: Callable[..., Any],
-    found: Rewritten,
+    found: Rewritten | None,
 ) -> Callable[..., Any]:
     """What runs instead of a captured graph: that graph itself, or the one that obeys plans, which
     is given what `found` says; which of both is known without a device.
@@ -156,7 +141,7 @@ def _by_plan(
         if places is not None:
             begin(mine, places, inputs)
         program, plans = program_of(mine), mine.implementation
-        if program is None or plans.is_dense(program):
+        if found is None or program is None or plans.is_dense(program):
             return dense(*inputs)
         return narrowed(*inputs, *plans.of(program, found.tensors))
 

@@ -91,7 +91,7 @@ def published_cost(
         narrowed = specialised(graph, one)
         kept = {stage.layer: min(stage.keep, load.image_tokens) for stage in one.tokens}
         tokens = how.tokens(narrowed, replace(load, text_tokens=text), kept)
-        cost = how.prefill(narrowed, tokens, chip if how.has_seconds else None, load.batch)
+        cost = how.cost(narrowed, tokens, chip if how.has_seconds else None, load.batch)
         costs.append({"flops": cost.flops} | ({"latency": cost.seconds} if how.has_seconds else {}))
     return compared(costs[0], costs[1], costs[0])
 

@@ -7,7 +7,7 @@ adds up is what the narrowed Graph costs. Layers that are alike are priced once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -224,25 +224,19 @@ class Pricing:
             if keep < previous:
                 scored = scores_by_attention(self.switches.token_selector)
                 width = self._query_width(stage, plan) if scored else 0
-                if scored and self._looks_ahead:
+                selector = self.switches.selector
+                if scored and selector is not None and Needs.NEXT_QUERY_KEY in selector.needs:
                     # Heads that a plan leaves are those of another layer.
                     width = self._widths_near(stage)[0]
                 cost = cost + self._selection(stage, option, width)
-                if self.switches.selector is not None:
-                    cost = cost + self._choosing(stage, previous)
+                if selector is not None:
+                    cost = cost + self._choosing(selector, stage, previous)
             previous = keep
         return cost
 
-    @property
-    def _looks_ahead(self) -> bool:
-        selector = self.switches.selector
-        return selector is not None and Needs.NEXT_QUERY_KEY in selector.needs
-
-    def _choosing(self, stage: int, image_tokens: int) -> npt.NDArray[np.int64]:
+    def _choosing(self, selector: Selector, stage: int, image_tokens: int) -> npt.NDArray[np.int64]:
         """Cost of what a selector multiplies to choose from so many tokens; shape (4,)."""
-        selector, load = self.switches.selector, self.workload
-        assert selector is not None
-        in_vision = isinstance(selector, VisionSelector)
+        load, in_vision = self.workload, isinstance(selector, VisionSelector)
         if in_vision and self.scope == "llm":
             return np.zeros(4, dtype=np.int64)
         sizes = Sizes(
@@ -294,26 +288,25 @@ class Pricing:
 
     def _widths_near(self, stage: int) -> tuple[int, int]:
         """(query, key) features of the attention nearest to a stage; (0, 0) without one."""
-        for layer in (*range(stage - 1, -1, -1), *range(stage, self.graph.layers)):
-            for operator in self._by_layer.get(layer, []):
-                if operator.kind == "attention":
-                    width = operator.integer("head_dim")
-                    return operator.integer("heads") * width, operator.integer("kv_heads") * width
+        for operator in self._attentions(
+            *range(stage - 1, -1, -1), *range(stage, self.graph.layers)
+        ):
+            width = operator.integer("head_dim")
+            return operator.integer("heads") * width, operator.integer("kv_heads") * width
         return 0, 0
+
+    def _attentions(self, *layers: int) -> Iterator[Operator]:
+        return (o for n in layers for o in self._by_layer.get(n, []) if o.kind == "attention")
 
     def _query_width(self, stage: int, plan: Plan | None) -> int:
         """Query features of the last attention before a stage; 0 without one."""
-        for layer in range(stage - 1, -1, -1):
-            for operator in self._by_layer.get(layer, []):
-                if operator.kind != "attention":
-                    continue
-                width = operator.integer("heads") * operator.integer("head_dim")
-                site = self.graph.sites_by_name.get(f"heads.{layer}")
-                if plan is None or site is None:
-                    return width
-                kept = plan.kept(site)
-                if kept.nothing:
-                    break
+        for operator in self._attentions(*range(stage - 1, -1, -1)):
+            width = operator.integer("heads") * operator.integer("head_dim")
+            site = self.graph.sites_by_name.get(f"heads.{operator.layer}")
+            if plan is None or site is None:
+                return width
+            kept = plan.kept(site)
+            if not kept.nothing:
                 return width // site.lanes * kept.count
         return 0
 

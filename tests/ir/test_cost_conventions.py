@@ -67,7 +67,7 @@ TABLE_10 = {
 @pytest.mark.parametrize("row", TABLE_10)
 def test_dynamic_llava_table_10(row):
     size, stages, printed, *ours = TABLE_10[row]
-    cost = convention("dynamic-llava").prefill(llama(size), staged(size, *stages))
+    cost = convention("dynamic-llava").cost(llama(size), staged(size, *stages))
     expected = ours[0] if ours else printed
     digits = len(expected.partition(".")[2])
     assert f"{cost.flops / 1e12:.{digits}f}" == expected
@@ -75,8 +75,9 @@ def test_dynamic_llava_table_10(row):
 
 def test_dynamic_llava_counts_answers_as_prompts():
     """Table 13: 159 generated tokens are 2.75 T, 83 of them behind the second layer 1.51 T."""
-    dense = convention("dynamic-llava").decode(llama("7b"), staged("7b", (32, 159)))
-    sparse = convention("dynamic-llava").decode(llama("7b"), staged("7b", (2, 159), (30, 83)))
+    counts = staged("7b", (32, 159)), staged("7b", (2, 159), (30, 83))
+    known = convention("dynamic-llava")
+    dense, sparse = (known.cost(llama("7b"), tokens, decodes=True) for tokens in counts)
     # The paper's token counts are means over answers, rounded to whole tokens.
     assert dense.flops == pytest.approx(2.75e12, rel=0.005)
     assert sparse.flops == pytest.approx(1.51e12, rel=0.005)
@@ -93,7 +94,7 @@ def on_v100(stages, prompt, layers):
     """(TFLOP, ms) of a mean prompt, interpolated between the whole prompts next to it."""
     low = int(prompt)
     costs = [
-        convention("llm-viewer").prefill(
+        convention("llm-viewer").cost(
             llama("7b"), staged("7b", *stages(tokens, layers)), device("v100")
         )
         for tokens in (low, low + 1)
@@ -151,7 +152,7 @@ def test_adallava_table_1_to_three_digits():
 def test_llm_viewer_closed_form_of_llama_7b(tokens, layers):
     """Linears are bound by arithmetic from 140 tokens on, everything else by memory."""
     counts = staged("7b", (layers, tokens))
-    cost = convention("llm-viewer").prefill(llama("7b"), counts, device("v100"))
+    cost = convention("llm-viewer").cost(llama("7b"), counts, device("v100"))
     operations = layers * (404_824_064 * tokens + 16_544 * tokens**2) + 131_072_000
     assert cost.flops == operations
     arithmetic = 404_750_336 * tokens / 112e12
@@ -163,7 +164,7 @@ def test_llm_viewer_closed_form_of_llama_7b(tokens, layers):
 
 def test_llm_viewer_at_640_tokens():
     seconds = {
-        name: convention("llm-viewer").prefill(llama("7b"), [640] * 32, device(name)).seconds
+        name: convention("llm-viewer").cost(llama("7b"), [640] * 32, device(name)).seconds
         for name in ("v100", "a100-40g")
     }
     assert f"{seconds['v100'] * 1e3:.2f}" == "80.83"
@@ -210,8 +211,8 @@ def test_llm_viewer_rows_with_grouped_queries():
 
 def test_llm_viewer_decodes_one_query_over_a_context():
     viewer = convention("llm-viewer")
-    step = viewer.decode(llama("7b"), [641] * 32, device("v100"))
-    longer = viewer.decode(llama("7b"), [642] * 32, device("v100"))
+    step = viewer.cost(llama("7b"), [641] * 32, device("v100"), decodes=True)
+    longer = viewer.cost(llama("7b"), [642] * 32, device("v100"), decodes=True)
     # One more key: two products, five operations a score; keys and values read, scores thrice.
     assert longer.flops - step.flops == 32 * (4 * 4096 + 5 * 32)
     assert longer.bytes - step.bytes == 2 * 32 * (2 * 4096 + 4 * 32)
@@ -259,9 +260,9 @@ def test_llm_viewer_to_all_digits(batch, decodes, kv_heads):
     viewer, load = convention("llm-viewer"), Workload(576, 68, 1, batch)
     if decodes:
         # The first step behind the prompt: it attends to the prompt alone.
-        found = viewer.decode(graph, viewer.tokens(graph, load, step=1), chip, batch)
+        found = viewer.cost(graph, viewer.tokens(graph, load, step=1), chip, batch, decodes=True)
     else:
-        found = viewer.prefill(graph, viewer.tokens(graph, load), chip, batch)
+        found = viewer.cost(graph, viewer.tokens(graph, load), chip, batch)
     expected = analysed(config, 644, batch, decodes, 112e12, 900e9)
     assert (found.flops, found.bytes) == expected[:2]
     assert found.seconds == pytest.approx(expected[2], rel=1e-12)
@@ -279,12 +280,12 @@ def test_bad_arguments():
     graph = llama("7b")
     for known in CONVENTIONS.values():
         with pytest.raises(InputError, match="32 decoder layers, but token counts are given for 3"):
-            known.prefill(graph, [1, 2, 3])
+            known.cost(graph, [1, 2, 3])
     with pytest.raises(InputError, match="takes no device"):
-        convention("dynamic-llava").prefill(graph, [1] * 32, device("v100"))
+        convention("dynamic-llava").cost(graph, [1] * 32, device("v100"))
     routed = Operator("moe", "experts", part="decoder", layer=0)
     mixture = graph.replacing([*graph.operators, routed])
     with pytest.raises(InputError, match="no row for moe, of kind experts"):
-        convention("llm-viewer").prefill(mixture, [1] * 32)
+        convention("llm-viewer").cost(mixture, [1] * 32)
     with pytest.raises(InputError, match="choose one of llm-viewer, dynamic-llava"):
         convention("mine")
