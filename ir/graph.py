@@ -17,7 +17,7 @@ from planner.ir.dims import Dim, Sizes, product
 from planner.ir.intervals import Intervals, merged
 
 PARTS = ("vision", "projector", "decoder", "head")
-SITE_KINDS = ("tokens", "layer", "heads", "mlp")
+SITE_KINDS = ("layer", "heads", "mlp")
 
 Value = int | str | Dim
 
@@ -110,13 +110,11 @@ class Binding:
 class Site:
     """A place in the graph that can be narrowed."""
 
-    name: str  # ``layer.5``, ``heads.5``, ``mlp.5``, ``tokens.2``
+    name: str  # ``layer.5``, ``heads.5``, ``mlp.5``
     kind: str  # one of `SITE_KINDS`
-    layer: int  # decoder layer; for ``tokens`` the first layer that sees the smaller set
-    module: str = ""  # path of the layer, attention block or MLP ("" for tokens)
-    # Indivisible units that the weights have: KV groups, neurons, 1 for a layer, image tokens for a
-    # token stage (0: known only with the workload).
-    lanes: int = 1
+    layer: int  # of the decoder
+    module: str = ""  # path of the layer, attention block or MLP
+    lanes: int = 1  # indivisible units that the weights have: KV groups, neurons, 1 for a layer
     switches: int = 1  # into how many switches the lanes are divided
     bindings: tuple[Binding, ...] = ()  # where the lanes lie in the weights
 

@@ -145,7 +145,7 @@ def _sites(graph: Graph) -> Iterator[str]:
             yield f"site {site.name} should be called {site.kind}.{site.layer}"
         if not 0 <= site.layer < graph.layers:
             yield f"site {site.name} lies in layer {site.layer} of {graph.layers}"
-        if site.switches < 1 or (site.kind != "tokens" and site.lanes < site.switches):
+        if not 1 <= site.switches <= site.lanes:
             yield f"site {site.name} divides {site.lanes} lanes into {site.switches} switches"
 
 

@@ -58,7 +58,6 @@ class Convention(ABC):
     """
 
     name: ClassVar[str]
-    source: ClassVar[str]
     has_seconds: ClassVar[bool] = True
 
     @abstractmethod
@@ -130,7 +129,6 @@ class LlmViewer(Convention):
     """
 
     name = "llm-viewer"
-    source = "LLM Inference Unveiled: Survey and Roofline Model Insights, arXiv 2402.16363"
 
     @override
     def rows(
@@ -196,7 +194,6 @@ class DynamicLlava(Convention):
     """
 
     name = "dynamic-llava"
-    source = "Dynamic-LLaVA, arXiv 2412.00876, Table 10"
     has_seconds = False
 
     @override

@@ -32,7 +32,6 @@ class Cost:
     seconds: float = 0.0  # 0 without a device
     kv_bytes: int = 0  # what stays in the KV cache
     parameters: int = 0  # what the operator adds to the model's parameters, whether it runs or not
-    output_bytes: int = 0
     bound: str = "-"  # ``compute``, ``memory`` or ``-`` (takes no time, or no device was given)
 
 
@@ -75,7 +74,6 @@ def price(operator: Operator, graph: Graph, sizes: Sizes, device: Device | None 
         seconds=seconds,
         kv_bytes=kind.cached(operator, sizes) * element,
         parameters=parameters,
-        output_bytes=output * element,
         bound=bound,
     )
 

@@ -25,7 +25,6 @@ class DropDead:
         sites = (
             site
             for site in graph.sites
-            if site.kind == "tokens"
-            or (within(alive, site) if site.kind == "layer" else site.name in narrowed)
+            if (within(alive, site) if site.kind == "layer" else site.name in narrowed)
         )
         return alive.replacing(alive.operators, sites)

@@ -48,8 +48,7 @@ class Specialise:
         """The graph without what is off; InputError where the plan does not fit it."""
         self.plan.check(graph)
         graph = _without_layers(graph, self.plan.layers_off)
-        sites = [site for site in graph.sites if site.kind != "tokens"]
-        kept = {site.name: (self.plan.kept(site).count, site.lanes) for site in sites}
+        kept = {site.name: (self.plan.kept(site).count, site.lanes) for site in graph.sites}
         partial = {name: (some, lanes) for name, (some, lanes) in kept.items() if some < lanes}
         empty = {name for name, (some, _) in partial.items() if not some}
         if empty:
@@ -79,8 +78,7 @@ def _without_layers(graph: Graph, layers: tuple[int, ...]) -> Graph:
         entries[end] = entries.get(entry, entry)
         removed |= inside
     operators = redirected((o for o in graph if o.name not in removed), entries)
-    sites = (s for s in graph.sites if s.layer not in layers or s.kind == "tokens")
-    return graph.replacing(operators, sites)
+    return graph.replacing(operators, (s for s in graph.sites if s.layer not in layers))
 
 
 def _without_blocks(graph: Graph, sites: set[str]) -> Graph:

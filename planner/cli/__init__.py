@@ -10,7 +10,7 @@ Exit codes: 0 done, 2 the input is bad (one sentence on stderr), 1 something fai
     calibrate_utilities, labels, audit  what switches are worth, measured and judged
     run, bench, measuring               a model under plans
     serve                               the same over HTTP
-    export, heal                        its weights under a plan, recovered, as a checkpoint
+    export, heal, stock_model           its weights under a plan, recovered, as a checkpoint
     convert                             an authors' checkpoint as a stock one
     train, eval, experiment             what is learned
 """

@@ -12,6 +12,7 @@ import typer
 
 from planner.cli.command_options import Dtype, Images, Place, Prompts, Text, command
 from planner.cli.console import Console, say, table
+from planner.cli.stock_model import load_stock
 from planner.planning.request import Request
 
 if TYPE_CHECKING:
@@ -57,7 +58,6 @@ def calibrate_utilities_command(
     """
     from planner.files import output_folder
     from planner.ir.errors import InputError
-    from planner.loading import load_model
     from planner.models.calibration import (
         MEASURES,
         METHODS,
@@ -70,7 +70,6 @@ def calibrate_utilities_command(
     from planner.models.recovery import chain_of, chain_worth, site_moments
     from planner.models.recovery.oneshot import read_inputs
     from planner.models.running.bindings import bind
-    from planner.planning.graph_cache import lowered_graph
     from planner.planning.switches import with_switches
     from planner.planning.utilities import save_utilities
 
@@ -91,14 +90,10 @@ def calibrate_utilities_command(
     output_folder(output.parent)
     started = time.perf_counter()
     with console.status() as update:
-        update("load")
-        stock, processor, source = load_model(
-            request.model, dtype, device, request.trust_remote_code
-        )
-        update("lower")
-        graph = with_switches(lowered_graph(source)[0])
+        loaded = load_stock(request, update, dtype, device)
+        stock, graph = loaded.model, with_switches(loaded.graph)
         update("read the samples")
-        chosen = read_inputs(stock, processor, images, text, samples, prompts, seed)
+        chosen = read_inputs(stock, loaded.processor, images, text, samples, prompts, seed)
     partial, partial_pairs = (
         output.with_name(output.name + end) for end in (".partial", ".pairs.partial")
     )

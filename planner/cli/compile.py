@@ -26,6 +26,7 @@ from planner.cli.kernels import (
     Targets,
     kernel_builder,
 )
+from planner.cli.stock_model import load_stock
 from planner.planning.request import Request
 
 if TYPE_CHECKING:
@@ -126,13 +127,10 @@ def _print_published(convention: str, cost: Mapping[str, Mapping[str, float]]) -
 
 def _by_weight_norms(request: Request, update: Callable[[str], None]) -> Request:
     """A request with a file of what its model's weights say."""
-    from planner.loading import load_model
     from planner.models.recovery.recovering import Recovering
-    from planner.planning.graph_cache import lowered_graph
 
-    update("load")
-    model, _, source = load_model(request.model, trust_remote_code=request.trust_remote_code)
-    known = Recovering(model, lowered_graph(source)[0]).utilities(request)
+    stock = load_stock(request, update, "auto")
+    known = Recovering(stock.model, stock.graph).utilities(request)
     return replace(request, utilities=known.path)
 
 
@@ -148,16 +146,10 @@ def _compile_recovered(
     """Calibrate a loaded model, plan it, recover, and write a checkpoint with its plan."""
     from contextlib import contextmanager
 
-    from planner.cli.export import stored_dtype
     from planner.files import check_new
-    from planner.loading import load_model
-    from planner.models.recovery.oneshot import oneshot_on, read_inputs
-    from planner.models.recovery.recovering import Recovering
-    from planner.planning.catalog import find_model
-    from planner.planning.graph_cache import lowered_graph
+    from planner.models.recovery.oneshot import oneshot_on
 
     check_new(folder)
-    trust = request.trust_remote_code
     with console.status() as update:
 
         @contextmanager
@@ -165,16 +157,10 @@ def _compile_recovered(
             update(name)
             yield
 
-        update("load")
-        dtype = find_model(request.model, trust).dtype
-        stock, processor, source = load_model(request.model, dtype, "cpu", trust)
-        update("lower")
-        graph = lowered_graph(source)[0]
+        stock = load_stock(request, update)
         update("read")
-        known = read_inputs(stock, processor, images, text, samples) if images or text else None
-        recovering = Recovering(stock, graph, recover, known, processor)
-        stored = stored_dtype(source.folder)
-        done = oneshot_on(recovering, request, folder, source.folder, stored, stage)
+        recovering = stock.recovering(recover, images, text, samples)
+        done = oneshot_on(recovering, request, folder, stock.folder, stock.stored_dtype, stage)
         path = write_outputs(done.compiled, folder, between=False, kernels=None)
 
     def summary() -> None:

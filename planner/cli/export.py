@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planner.cli.command_options import (
@@ -16,16 +15,12 @@ from planner.cli.command_options import (
     command,
 )
 from planner.cli.console import Console, amount
+from planner.cli.stock_model import load_stock
 from planner.planning.request import Request
 
 if TYPE_CHECKING:
-    import torch
-
     from planner.models.export import Exported
     from planner.plan import Plan
-
-# As safetensors names them.
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 @command("model", "trust_remote_code")
@@ -46,40 +41,25 @@ def export_command(
     """
     from planner.files import check_new
     from planner.ir.errors import InputError
-    from planner.loading import load_model, noise_image, prompt_inputs
-    from planner.models.export import export
-    from planner.models.recovery import replaced, storable
-    from planner.models.recovery.oneshot import read_inputs
-    from planner.models.recovery.recovering import Recovering
+    from planner.loading import noise_image, prompt_inputs
     from planner.plan import load_plan
-    from planner.planning.catalog import find_model
     from planner.planning.figures import check_figures
-    from planner.planning.graph_cache import lowered_graph
 
-    model, trust = request.model, request.trust_remote_code
     wanted = load_plan(plan)
     check_new(output)
     if (images or text) and not recover:
         raise InputError("--images and --text are what --recover refit is calibrated on")
     with console.status() as update:
-        update("load")
-        dtype = find_model(model, trust).dtype
-        stock, processor, source = load_model(model, dtype, "cpu", trust)
-        update("lower")
-        graph = lowered_graph(source)[0]
-        check_figures(wanted, graph)
-        picture = noise_image() if hasattr(processor, "image_processor") else None
-        inputs = prompt_inputs(stock, processor, "Describe this image.", picture)
+        stock = load_stock(request, update)
+        check_figures(wanted, stock.graph)
+        picture = noise_image() if hasattr(stock.processor, "image_processor") else None
+        inputs = prompt_inputs(stock.model, stock.processor, "Describe this image.", picture)
         update("recover")
-        known = read_inputs(stock, processor, images, text, samples) if images or text else None
-        weights = Recovering(stock, graph, recover, known, processor).weights(wanted)
+        weights = stock.recovering(recover, images, text, samples).weights(wanted)
         update("export")
-        folder = source.folder
-        kind = stored_dtype(folder)
-        with replaced(stock, storable(weights, kind)):
-            done = export(stock, graph, wanted, output, inputs, folder, kind)
-        if source.folder is None:
-            processor.save_pretrained(output)
+        done = stock.export(wanted, weights, output, inputs)
+        if stock.folder is None:
+            stock.processor.save_pretrained(output)
     show_exported(console, done, wanted, {"refitted": len(weights)})
 
 
@@ -121,19 +101,3 @@ def show_exported(
         print(f"wrote {done.folder}")
 
     console.show(document, summary)
-
-
-def stored_dtype(folder: Path | None) -> torch.dtype | None:
-    """The precision of the weights in a folder's files, which the config need not name."""
-    import torch
-    from safetensors import safe_open
-
-    found: dict[torch.dtype, int] = {}
-    for path in sorted(folder.glob("*.safetensors")) if folder else ():
-        with safe_open(path, "pt") as weights:
-            for name in weights.keys():  # noqa: SIM118, it is no mapping
-                dtype = _DTYPES.get(weights.get_slice(name).get_dtype())
-                if dtype is not None:
-                    kind = getattr(torch, dtype)
-                    found[kind] = found.get(kind, 0) + 1
-    return max(found, key=lambda kind: found[kind]) if found else None

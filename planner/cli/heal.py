@@ -8,6 +8,7 @@ import typer
 
 from planner.cli.command_options import Images, NewFolder, PlanFile, Samples, Text, command
 from planner.cli.console import Console
+from planner.cli.stock_model import load_stock
 from planner.planning.request import Request
 
 
@@ -29,41 +30,31 @@ def heal_command(
     seed: Annotated[int, typer.Option(help="Which samples come when.")] = 0,
 ) -> None:
     """Refit a plan's weights, train them on the base model's outputs, and export the result."""
-    from planner.cli.export import show_exported, stored_dtype
+    from planner.cli.export import show_exported
     from planner.files import check_new
-    from planner.loading import load_model
-    from planner.models.export import export
-    from planner.models.recovery import replaced, storable
     from planner.models.recovery.healing import Healing, heal
     from planner.models.recovery.oneshot import read_inputs
     from planner.models.recovery.recovering import Recovering
     from planner.plan import load_plan
     from planner.planning.figures import check_figures
-    from planner.planning.graph_cache import lowered_graph
 
     wanted = load_plan(plan)
     settings = Healing(steps, batch, rank, learning_rate, seed)
     check_new(output)
     with console.status() as update:
-        update("load")
-        stock, processor, source = load_model(
-            request.model, "float32", "cpu", request.trust_remote_code
-        )
-        update("lower")
-        graph = lowered_graph(source)[0]
+        stock = load_stock(request, update, "float32")
+        model, graph = stock.model, stock.graph
         check_figures(wanted, graph)
         update("read the samples")
-        known = read_inputs(stock, processor, images, text, samples)
+        known = read_inputs(model, stock.processor, images, text, samples)
         update("refit")
-        weights = Recovering(stock, graph, "refit", known, processor).weights(wanted)
+        weights = Recovering(model, graph, "refit", known, stock.processor).weights(wanted)
     with console.progress_bar("heal") as progress:
         healed = heal(
-            stock, graph, wanted, weights, known, settings, lambda done, _: progress(done, steps)
+            model, graph, wanted, weights, known, settings, lambda done, _: progress(done, steps)
         )
-    folder = source.folder
-    kind = stored_dtype(folder)
-    with console.status(), replaced(stock, storable(healed.weights, kind)):
-        done = export(stock, graph, wanted, output, dict(known[0].inputs), folder, kind)
+    with console.status():
+        done = stock.export(wanted, healed.weights, output, dict(known[0].inputs))
     first, last = healed.losses[0], sum(healed.losses[-10:]) / len(healed.losses[-10:])
     show_exported(
         console, done, wanted, {"refitted": len(weights), "kl_before": first, "kl_after": last}

@@ -259,7 +259,6 @@ def specialised(
     What the stock model computes and never reads (CLIP's last layer in LLaVA) still runs, so dead
     operators stay.
     """
-    plan.check(graph)
     return run(graph, (Specialise(plan), narrowing(plan.tokens)), print_between)
 
 
