@@ -147,19 +147,8 @@ def load(
 
     Utilities come with it, so `budget` makes the plans that it made before, and the means of
     ``recover="compensate"``. Where adapters (peft) were saved, their base model is loaded first,
-    from where their config says.
-
-    Args:
-        folder: local, with the weights and what is beside them
-            (`planner.models.running.saving`).
-        device: a torch device; weights have the precision of the file.
-        trust_remote_code: as for transformers.
-
-    Returns:
-        The model, in evaluation mode.
-
-    Raises:
-        InputError: no plan was saved there, it is broken, or it is of another model.
+    from where their config says. The model is in evaluation mode, in the precision of the file.
+    InputError where no plan was saved there, it is broken, or it is of another model.
     """
     from planner.loading import load_weights
     from planner.models.running.saving import read_saved
@@ -303,9 +292,8 @@ def graph_of(model: nn.Module) -> Graph:
 def kept_image_tokens(model: nn.Module) -> dict[int, list[int]]:
     """How many image tokens the plan that is active here kept of its last prompt.
 
-    Returns:
-        Layer of a token stage -> what was left behind it, one number a sample (a row of the batch).
-        Empty before the first prompt, and where no token is dropped.
+    Layer of a token stage -> what was left behind it, one number a sample (a row of the batch).
+    Empty before the first prompt, and where no token is dropped.
     """
     kept: dict[int, list[int]] = _session_of(model).implementation.kept_image_tokens
     return kept

@@ -121,9 +121,8 @@ class Plan:
     def kept(self, site: Site) -> Kept:
         """What stays on of a layer, an attention block or an MLP; nothing in a layer that is off.
 
-        Args:
-            site: of the graph that the plan is for. An MLP that the plan narrows is divided as the
-                plan says, whatever ``site.switches`` is.
+        The site is of the graph that the plan is for. An MLP that the plan narrows is divided as
+        the plan says, whatever ``site.switches`` is.
         """
         if site.kind == "mlp" and site.layer in self.mlp:
             site = replace(site, switches=self.mlp_switches[site.layer])

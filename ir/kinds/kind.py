@@ -43,37 +43,26 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Kind:
-    """What planner knows of one kind of operator.
+    """What planner knows of one kind of operator."""
 
-    Attributes:
-        name: as the text form writes it.
-        computes: in words.
-        attributes: what operators of the kind have.
-        shape_fault: (o) what the shape should have by the attributes, where it has not.
-        input_fault: (o, inputs) what the operator cannot do with the shapes of its inputs.
-        runs: (o, n) whether there is anything to do.
-        flops: (o, n) two for each multiply-add; None for kinds without a product.
-        light_operations: without a product, work for each element of the output that takes time
-            on the roofline.
-        weights: (o) elements of the weights and biases that the operator owns or shares.
-        weights_read: (o, n) elements of them that it reads; None: all.
-        inputs_read: (o, n, inputs) elements of activations that it reads, by those of each input.
-        cached: (o, n) elements that it leaves in the KV cache.
-        held_bytes: (o, bytes of an element) held while it runs, for each element of its output.
-        keeps_zero: (o) whether its output is zero where all of its inputs are.
-    """
-
-    name: str
-    computes: str
-    attributes: tuple[Attribute, ...] = ()
+    name: str  # as the text form writes it
+    computes: str  # in words
+    attributes: tuple[Attribute, ...] = ()  # what operators of the kind have
+    # What the shape should have by the attributes, where it has not.
     shape_fault: Callable[[Operator], str | None] = lambda o: None
+    # What the operator cannot do with the shapes of its inputs.
     input_fault: Callable[[Operator, Sequence[Operator]], str | None] = lambda o, inputs: None
-    runs: Callable[[Operator, Sizes], bool] = lambda o, n: True
+    runs: Callable[[Operator, Sizes], bool] = lambda o, n: True  # whether there is anything to do
+    # Two for each multiply-add; None for kinds without a product.
     flops: Callable[[Operator, Sizes], int] | None = None
-    light_operations: int = 0
+    light_operations: int = 0  # without a product, for each element of the output, that take time
+    # Elements of the weights and biases that the operator owns or shares.
     weights: Callable[[Operator], int] = lambda o: 0
-    weights_read: Callable[[Operator, Sizes], int] | None = None
+    weights_read: Callable[[Operator, Sizes], int] | None = None  # elements of them; None: all
+    # Elements of activations that it reads, by those of each input.
     inputs_read: Callable[[Operator, Sizes, Iterable[int]], int] = lambda o, n, inputs: sum(inputs)
-    cached: Callable[[Operator, Sizes], int] = lambda o, n: 0
+    cached: Callable[[Operator, Sizes], int] = lambda o, n: 0  # elements left in the KV cache
+    # Held while it runs for each element of its output, by the bytes of an element.
     held_bytes: Callable[[Operator, int], int] = lambda o, element: 0
+    # Whether its output is zero where all of its inputs are.
     keeps_zero: Callable[[Operator], bool] = lambda o: False

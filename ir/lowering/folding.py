@@ -44,14 +44,11 @@ def copies(
     unique: Callable[[str], str],
     layer: Callable[[str], int | None],
 ) -> list[Operator]:
-    """A layer's operators, whose path is `like`, under another path.
+    """A layer's operators, in order, whose path is `like`, under another path.
 
-    Args:
-        operators: of the traced layer, in order.
-        like, path: of the layer, and of the copy.
-        renamed: name of the traced layer's input -> of the copy's; the operators' names are added.
-        unique: a name that is not taken yet, from a wished one.
-        layer: module path -> index of its layer.
+    To `renamed`, name of the traced layer's input -> of the copy's, the operators' names are added.
+    `unique` makes of a wished name one that is not taken yet; `layer` gives the index of a module's
+    layer.
     """
     copied = []
     for operator in operators:
@@ -85,14 +82,11 @@ def narrowed_alike(
     narrowed: Mapping[str, Narrowing],
     kv_lanes: Mapping[str, int],
 ) -> list[Operator]:
-    """Operators of a module with what narrows them.
+    """Operators of a module with what narrows them; stack, prefix and sites are those of
+    `sites_alike`.
 
-    Args:
-        operators: to be told.
-        stack, prefix: as of `sites_alike`, which made the sites.
-        sites: of all layers.
-        narrowed: name of a traced operator -> pairs (quantity, kind of site).
-        kv_lanes: name of a traced attention -> its number of KV heads.
+    `narrowed`: name of a traced operator -> pairs (quantity, kind of site). `kv_lanes`: name of a
+    traced attention -> its number of KV heads.
     """
     names = {site.name for site in sites}
     result = []

@@ -18,8 +18,6 @@ from planner.planning.request import Request
 if TYPE_CHECKING:
     from planner.models.calibration import Calibrated
 
-_KINDS = {"all": "all switches", "layer": "layers", "heads": "heads", "mlp": "MLP groups"}
-
 
 @command("model", "trust_remote_code")
 def calibrate_utilities_command(
@@ -169,24 +167,16 @@ def _print_summary(found: Calibrated, output: Path, seconds: float) -> None:
     print(f"{found.method} over {found.samples} samples: {what}, nats per answer token")
     print()
     rows = []
-    for kind in ("layer", "heads", "mlp"):
+    for kind, what in (("layer", "layers"), ("heads", "heads"), ("mlp", "MLP groups")):
         named = {n: v for n, v in found.sites.items() if n.partition(".")[0] == kind}
         values = [(float(x), f"{n}[{i}]") for n, v in named.items() for i, x in enumerate(v)]
         if values:
             (low, _), (high, best) = min(values), max(values)
             mean = sum(x for x, _ in values) / len(values)
+            worth = [f"{x:.5f}" for x in (low, mean, high)]
             correlation = found.rank_correlation.get(kind)
-            rows.append(
-                [
-                    _KINDS[kind],
-                    str(len(values)),
-                    f"{low:.5f}",
-                    f"{mean:.5f}",
-                    f"{high:.5f}",
-                    "-" if correlation is None else f"{correlation:.3f}",
-                    best,
-                ]
-            )
+            rank = "-" if correlation is None else f"{correlation:.3f}"
+            rows.append([what, str(len(values)), *worth, rank, best])
     table(["switches", "count", "least", "mean", "most", "Taylor rank", "the most useful"], rows)
     print()
     if "all" in found.rank_correlation:

@@ -224,9 +224,8 @@ def write_outputs(
 ) -> Path:
     """Write plan.yaml and graph.txt (the narrowed graph, with costs); the plan's path.
 
-    Args:
-        between: print the graph after every pass.
-        kernels: files of the folder ``kernels``, which is replaced, or None to leave it alone.
+    `between` prints the graph after every pass; `kernels` are files of the folder of that name,
+    which is replaced, or None to leave it alone.
     """
     from planner.files import write_folder, write_text
     from planner.ir.cost import price

@@ -143,16 +143,8 @@ def _print(title: str, costs: list[tuple[Operator, Cost]], whole: Cost, by: str)
     rows = []
     for key, cost in [*((key, total(some)) for key, some in groups.items()), ("total", whole)]:
         share = cost.seconds / whole.seconds if whole.seconds else 0.0
-        rows.append(
-            [
-                key,
-                amount(cost.flops, "flops"),
-                amount(cost.bytes, "bytes"),
-                amount(cost.seconds, "latency"),
-                f"{share:.1%}",
-                amount(cost.kv_bytes, "bytes"),
-                amount(cost.parameters, "count"),
-                cost.bound,
-            ]
-        )
+        work = [amount(cost.flops, "flops"), amount(cost.bytes, "bytes")]
+        time = [amount(cost.seconds, "latency"), f"{share:.1%}"]
+        stored = [amount(cost.kv_bytes, "bytes"), amount(cost.parameters, "count")]
+        rows.append([key, *work, *time, *stored, cost.bound])
     table([by, "FLOPs", "moved", "time", "share", "KV", "parameters", "bound"], rows, title)

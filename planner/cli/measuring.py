@@ -45,10 +45,8 @@ def measure(
         ``{"rows": [{"budget", "fraction", "prefill_seconds", "prefill_ratio", "prefill_range",
         "realised_over_ideal", "decode_tokens_per_second", "decode_speedup", "decode_range",
         "kv_bytes"}], ...}``; ranges are the least and the most of a round's ratios, for the base
-        model of its seconds over their median.
-
-    Raises:
-        PlannerError: where budget 1 does not give the base model's logits.
+        model of its seconds over their median. PlannerError where budget 1 does not give the base
+        model's logits.
     """
     progress("compile")
     batch, length = inputs["input_ids"].shape

@@ -34,12 +34,9 @@ class PlanCosts:
     ) -> dict[str, dict[str, float]]:
         """What a plan costs, as a plan's own ``cost`` has it.
 
-        Args:
-            plan: any of the model.
-            kept: layer of a token stage -> image tokens that were really left, per sample. By
-                default what the plan says, scaled to the image tokens there are.
-            answers: tokens of the answer that a KV policy which decides about them has stored. By
-                default the most that it may.
+        `kept`: layer of a token stage -> image tokens that were really left, per sample; by default
+        what the plan says, scaled to the image tokens there are. `answers`: tokens of the answer
+        that a KV policy which decides about them has stored; by default the most that it may.
         """
         policy = parse_kv_policy(plan.kv) if plan.kv else None
         if isinstance(policy, AnswerTokens) and answers is not None:

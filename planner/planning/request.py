@@ -30,9 +30,7 @@ class Request:
 
     Utilities ``auto`` are the file that lies beside a model's weights, else ``prior``; who holds
     the weights measures instead, and knows ``magnitude`` besides (`planner.models.recovery`).
-
-    Raises:
-        InputError: an option is of another type, or out of its range whatever the model.
+    InputError where an option is of another type, or out of its range whatever the model.
     """
 
     model: Annotated[str, "Alias, local folder with a config, or hub id."]

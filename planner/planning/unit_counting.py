@@ -143,11 +143,10 @@ def faithful_problem(
     choices = []
     for layer in range(graph.layers):
         here = [s for s in graph.sites_at(layer) if s.kind != "layer"]
-        worth = sum(float(utilities.of_site(s).sum()) for s in here)
         upper = layer >= first
-        nothing = np.zeros((1, 1), dtype=np.int64)
         if not isinstance(counting, HeadCounting):
-            cost = np.ones((1, 1), dtype=np.int64) if upper else nothing
+            worth = sum(float(utilities.of_site(s).sum()) for s in here)
+            cost = np.full((1, 1), upper, dtype=np.int64)
             choices.append(LayerChoices(f"layer.{layer}", worth, cost, optional=upper))
             continue
         sites: tuple[SiteChoices, ...] = ()
@@ -159,6 +158,7 @@ def faithful_problem(
                     values[unit] += part.sum()
             cost = np.arange(per_layer + 1, dtype=np.int64)[None, None, :]
             sites = (SiteChoices(f"units.{layer}", values, cost),)
+        nothing = np.zeros((1, 1), dtype=np.int64)
         choices.append(LayerChoices(f"layer.{layer}", 0.0, nothing, sites, optional=False))
     tokens = (TokenOption((), 0.0, np.zeros(1, dtype=np.int64)),)
     count = np.array([counting.count(graph, budget)], dtype=np.int64)

@@ -58,8 +58,6 @@ def http_app(
     app.add_exception_handler(PlannerError, _planner_failure)
     app.add_exception_handler(StarletteHTTPException, _http_failure)
     app.add_exception_handler(RequestValidationError, _malformed)
-    for kind in (InputError, Busy):
-        app.add_exception_handler(kind, _planner_failure)
     guarded = [Depends(KeyCheck(keys))]
 
     @app.post(

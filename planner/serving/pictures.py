@@ -25,12 +25,8 @@ _SECONDS = 10.0
 def picture(url: str, name: str, most_pixels: int, most_bytes: int, remote: bool) -> Any:
     """The picture at a URL, as RGB; InputError where it cannot be had, or may not.
 
-    Args:
-        url: ``data:image/...;base64,...``, or ``http(s)://...``.
-        name: of the picture, for messages.
-        most_pixels: of the picture.
-        most_bytes: that a remote picture may have.
-        remote: whether remote pictures are fetched.
+    The URL is ``data:image/...;base64,...`` or, where `remote` pictures are fetched, of at most so
+    many bytes, ``http(s)://...``. `name`: of the picture, for messages.
     """
     head = _DATA.match(url)
     if head is not None:

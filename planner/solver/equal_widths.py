@@ -50,16 +50,9 @@ def solve_uniform(
     such set of counts is a branch of its own, in which only layers are left to decide; the exact
     search goes through them by bound. The solution's bound is that of such choices.
 
-    Args:
-        problem: its layers must have equally many sites with equally many switches; layers without
-            sites are exempt.
-        counts: kind of site (what a name starts with: ``heads``) -> counts to choose from; by
-            default any.
-        time_limit_seconds: after it the best choice so far is returned with the bound so far.
-
-    Raises:
-        InputError: the problem's tables are inconsistent, or its layers differ in shape.
-        Infeasible: no such choice respects the limits.
+    Layers must have equally many sites with equally many switches, if any. `counts`: kind of site
+    (what a name starts with: ``heads``) -> counts to choose from; by default any. The time limit
+    and errors are as for `solve`; InputError, too, where layers differ in shape.
     """
     begin = time.perf_counter()
     deadline = deadline_after(begin, time_limit_seconds)
@@ -67,8 +60,7 @@ def solve_uniform(
     if not problem.is_additive:
         raise InputError("the problem counts pairs, which plans of equal widths do not")
     options = feasible_options(problem)
-    widths = _widths(problem)
-    choices = _choices(problem, widths, counts or {})
+    choices = _choices(problem, counts or {})
     sets_of_counts = math.prod(map(len, choices))
     if sets_of_counts > _MOST_SETS:
         raise InputError(
@@ -79,7 +71,7 @@ def solve_uniform(
     branches = {option: tables.branch(option) for option in options}
     # Row s, column c: how many switches site s keeps under the c-th set of counts.
     sets = np.array(list(product(*choices)), dtype=np.int64)
-    kept = np.tile(sets.T, (len(problem.sites) // max(len(widths), 1), 1))
+    kept = np.tile(sets.T, (len(problem.sites) // max(len(choices), 1), 1))
 
     candidates, keys, runs = [], [], False
     smallest = np.full(len(problem.metrics), np.iinfo(np.int64).max)
@@ -110,25 +102,18 @@ def solve_uniform(
     return certify(tables, option, assignment, outcome.bound, seconds)
 
 
-def _widths(problem: Problem) -> tuple[int, ...]:
-    """Number of switches of the sites of every layer that has any."""
-    shapes = {tuple(site.switches for site in layer.sites) for layer in problem.layers}
-    shapes.discard(())
+def _choices(problem: Problem, counts: Mapping[str, Collection[int]]) -> list[list[int]]:
+    """Counts to choose from, for each site of a layer that has any; all must be alike."""
+    layers = [layer.sites for layer in problem.layers if layer.sites]
+    shapes = {tuple(site.switches for site in sites) for sites in layers}
     if len(shapes) > 1:
         sizes = " and ".join(str(list(shape)) for shape in sorted(shapes))
         raise InputError(f"equal counts need layers of equal shape, not sites of {sizes} switches")
-    return shapes.pop() if shapes else ()
-
-
-def _choices(
-    problem: Problem, widths: tuple[int, ...], counts: Mapping[str, Collection[int]]
-) -> list[list[int]]:
-    """Counts to choose from, for each of a layer's sites."""
-    sites = next((layer.sites for layer in problem.layers if layer.sites), ())
     choices = []
-    for site, width in zip(sites, widths, strict=True):
-        allowed = counts.get(site.name.partition(".")[0], range(width + 1))
-        choices.append([count for count in range(width + 1) if count in allowed])
+    for site in layers[0] if layers else ():
+        every = range(site.switches + 1)
+        allowed = counts.get(site.name.partition(".")[0], every)
+        choices.append([count for count in every if count in allowed])
     return choices
 
 

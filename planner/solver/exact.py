@@ -14,18 +14,13 @@ from planner.solver.solution import Solution, certify, deadline_after, feasible_
 def solve(
     problem: Problem, *, time_limit_seconds: float = 20.0, hint: Choice | None = None
 ) -> Solution:
-    """Maximise utility within all limits.
+    """Maximise utility within all limits; after the time limit the best choice so far, with its
+    bound.
 
-    The same problem gives the same answer, unless the time limit cuts the search short.
-
-    Args:
-        problem: what to solve.
-        time_limit_seconds: after it the best choice so far is returned with the bound so far.
-        hint: a choice to start from, for example a scheduler's; ignored if it is not feasible.
-
-    Raises:
-        InputError: the problem's tables are inconsistent, or the time limit is none.
-        Infeasible: no choice respects the limits.
+    The same problem gives the same answer, unless the time limit cuts the search short. `hint`: a
+    choice to start from, for example a scheduler's; ignored if it is not feasible. InputError where
+    the problem's tables are inconsistent, or the time limit is none; Infeasible where no choice
+    respects the limits.
     """
     begin = time.perf_counter()
     deadline = deadline_after(begin, time_limit_seconds)
