@@ -112,9 +112,7 @@ def kernels_command(
     folder: Annotated[
         Path, typer.Argument(help="What planner compile --target was given with -o.")
     ],
-    target: Annotated[
-        list[str] | None, typer.Option(help="Only these targets; repeatable.")
-    ] = None,
+    target: Annotated[list[str] | None, typer.Option(help="Only this target; repeatable.")] = None,
 ) -> None:
     """Per kernel and target: registers, spills, shared memory, tensor cores, predicted time."""
     from planner.ir.errors import InputError

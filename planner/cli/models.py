@@ -69,9 +69,7 @@ def _print_checks(results: Sequence[Checked], verbose: bool) -> None:
     for row in results:
         remarks = "; ".join(row.remarks)
         answers = (row.answers[check] or "-" for check in CHECKS)
-        rows.append(
-            [row.model_type, sites_of(row), *answers, remarks if verbose else remarks[:110]]
-        )
+        rows.append([row.model_type, sites_of(row), *answers, remarks[: None if verbose else 110]])
     table(["model type", "sites", *CHECKS, "remarks"], rows)
     counts = summary(results)
     said = ", ".join(f"{counts[check]} {check}" for check in CHECKS)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
 from planner.ir.cost import Workload, price
 from planner.ir.cost.device_table import Device
@@ -59,7 +58,7 @@ class Pricing:
     switches: SwitchSet
     device: Device  # for latency
     scope: str = "model"  # counts everything, ``llm`` the decoder and lm_head alone
-    _layer_memo: dict[object, npt.NDArray[np.int64]] = field(default_factory=dict)
+    _layer_memo: dict[object, Costs] = field(default_factory=dict)
 
     # -- tokens ------------------------------------------------------------------------------
 
@@ -114,7 +113,7 @@ class Pricing:
         layer: int | None,
         option: tuple[int, ...],
         rows: int = 1,
-    ) -> npt.NDArray[np.int64]:
+    ) -> Costs:
         """(flops, latency in ps, KV bytes, memory bytes) of operators; shape (4,).
 
         `rows`: of every sample, where operators run on so many rather than on one.
@@ -177,7 +176,7 @@ class Pricing:
         return grouped
 
     @cached_property
-    def encoder(self) -> npt.NDArray[np.int64]:
+    def encoder(self) -> Costs:
         """Cost of what runs in front of the decoder; shape (4,)."""
         operators = [o for o in self._by_layer[None] if o.part in ("vision", "projector")]
         cost = self._vector(operators, self.graph, None, ())
@@ -186,7 +185,7 @@ class Pricing:
         return cost
 
     @cached_property
-    def outside(self) -> npt.NDArray[np.int64]:
+    def outside(self) -> Costs:
         """Cost of everything outside the decoder layers; shape (4,).
 
         Tokens that a stage drops are back in their places behind the last layer.
@@ -203,7 +202,7 @@ class Pricing:
         return decides.parameters(int(properties["hidden_size"])) * int(properties["dtype_bytes"])
 
     @cached_property
-    def ends(self) -> npt.NDArray[np.int64]:
+    def ends(self) -> Costs:
         """Cost of the decoder besides its layers, output embedding included; shape (4,)."""
         found = [o for o in self._by_layer[None] if o.part not in ("vision", "projector")]
         head = [o for o in found if o.part == "head"]
@@ -213,7 +212,7 @@ class Pricing:
         cost[1] += math.ceil(seconds * COUNTED["latency"])
         return cost + self._vector(head, self.graph, None, (), self.workload.logits)
 
-    def selection(self, option: tuple[int, ...], plan: Plan | None = None) -> npt.NDArray[np.int64]:
+    def selection(self, option: tuple[int, ...], plan: Plan | None = None) -> Costs:
         """Cost of scoring and gathering tokens at every stage that drops any; shape (4,).
 
         Under a plan scores come from the heads that run; without one from all heads.
@@ -234,7 +233,7 @@ class Pricing:
             previous = keep
         return cost
 
-    def _choosing(self, selector: Selector, stage: int, image_tokens: int) -> npt.NDArray[np.int64]:
+    def _choosing(self, selector: Selector, stage: int, image_tokens: int) -> Costs:
         """Cost of what a selector multiplies to choose from so many tokens; shape (4,)."""
         load, in_vision = self.workload, isinstance(selector, VisionSelector)
         if in_vision and self.scope == "llm":
@@ -251,7 +250,7 @@ class Pricing:
         cost[3] += self._weight_bytes(selector) if stage == self.stages[0] else 0
         return cost
 
-    def products(self, products: Sequence[Product], each: str = "batch") -> npt.NDArray[np.int64]:
+    def products(self, products: Sequence[Product], each: str = "batch") -> Costs:
         """Cost of products of matrices that no operator of the Graph makes; shape (4,).
 
         `each`: the size that says how often they are made, ``batch`` or ``images``.
@@ -264,7 +263,7 @@ class Pricing:
         ]
         return self._vector(operators, self._of(operators), None, ())
 
-    def _selection(self, stage: int, option: tuple[int, ...], width: int) -> npt.NDArray[np.int64]:
+    def _selection(self, stage: int, option: tuple[int, ...], width: int) -> Costs:
         hidden = (Dim.of("batch"), Dim.of("query"), Dim(int(self.graph.properties["hidden_size"])))
         load = self.workload
         tokens = self._sizes(stage - 1, option, False)["query"] if stage else load.prompt_tokens
@@ -310,9 +309,7 @@ class Pricing:
                 return width // site.lanes * kept.count
         return 0
 
-    def fixed(
-        self, layer: int, option: tuple[int, ...], sites: Sequence[Site]
-    ) -> npt.NDArray[np.int64]:
+    def fixed(self, layer: int, option: tuple[int, ...], sites: Sequence[Site]) -> Costs:
         """Cost of a layer being on, its switchable sites left out; shape (4,)."""
         names = {site.name for site in sites}
         here = self._by_layer.get(layer, [])
@@ -322,7 +319,7 @@ class Pricing:
             self._layer_memo[key] = self._vector(operators, self.graph, layer, option)
         return self._layer_memo[key]
 
-    def table(self, site: Site, option: tuple[int, ...]) -> npt.NDArray[np.int64]:
+    def table(self, site: Site, option: tuple[int, ...]) -> Costs:
         """Cost of keeping 0, 1, ... switches of a site; shape (4, switches + 1).
 
         Where switches differ by one lane the first, wider ones are counted first, so a cost is
@@ -385,7 +382,7 @@ class Pricing:
                 cost = cost + self._layer_cost(plan, layer, kept)
         return self.in_units(cost)
 
-    def _layer_cost(self, plan: Plan, layer: int, option: tuple[int, ...]) -> npt.NDArray[np.int64]:
+    def _layer_cost(self, plan: Plan, layer: int, option: tuple[int, ...]) -> Costs:
         """Cost of one running layer under a plan, operator by operator; shape (4,)."""
         kept = {
             site.name: (plan.kept(site).count, site.lanes)
@@ -401,7 +398,7 @@ class Pricing:
         return self._vector(operators, self._around(operators), layer, option)
 
     @staticmethod
-    def in_units(cost: npt.NDArray[np.int64]) -> dict[str, float]:
+    def in_units(cost: Costs) -> dict[str, float]:
         """A cost vector as metric -> FLOPs, seconds or bytes."""
         whole = zip(COUNTED.items(), cost.tolist(), strict=True)
         return {metric: count if each == 1 else count / each for (metric, each), count in whole}

@@ -62,9 +62,7 @@ class Columns:
             self.order.append((column, after))
         return column
 
-    def add_chain(
-        self, steps: tuple[Step, ...], members: list[int], after: int | None = None
-    ) -> None:
+    def add_chain(self, steps: Steps, members: list[int], after: int | None = None) -> None:
         """Steps that each need the one before."""
         for step in steps:
             after = self.add(step, members, after)
