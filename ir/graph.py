@@ -170,16 +170,9 @@ class Graph:
         """Sites of one kind, in layer order."""
         return tuple(site for site in self.sites if site.kind == kind)
 
-    @cached_property
-    def _sites_by_layer(self) -> dict[int, list[Site]]:
-        found: dict[int, list[Site]] = {}
-        for site in self.sites:
-            found.setdefault(site.layer, []).append(site)
-        return found
-
     def sites_at(self, layer: int) -> list[Site]:
         """Sites of one decoder layer."""
-        return self._sites_by_layer.get(layer, [])
+        return [site for site in self.sites if site.layer == layer]
 
     @property
     def layers(self) -> int:

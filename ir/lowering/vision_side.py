@@ -88,12 +88,9 @@ def _attempts(
     for module, signature, projects in modules:
         module.eval()
         for inputs in vision_inputs(config, signature):
-            names = tuple(n for n, v in inputs.items() if _is_activation(v))
+            tensors = {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
+            names = tuple(n for n, v in tensors.items() if v.is_meta and v.is_floating_point())
             yield partial(_captured, module, inputs, names, projects)
-
-
-def _is_activation(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_meta and value.is_floating_point()
 
 
 def _captured(

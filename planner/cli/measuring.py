@@ -22,7 +22,6 @@ from planner.ir.errors import PlannerError
 from planner.loading import count_image_tokens
 from planner.planning.plan_costs import PlanCosts
 from planner.planning.request import Request
-from planner.progress import Progress
 
 
 def measure(
@@ -59,7 +58,10 @@ def measure(
     try:
         _check_parity(model, inputs)
         dense = plan_of(model)
-        compile_model(model, 1.0, **how, **options, progress=_saying(progress))
+        options["progress"] = lambda done, of: progress(
+            f"measure what switches are worth: {done}/{of}"
+        )
+        compile_model(model, 1.0, **how, **options)
         under(model, dense)
         progress("warm up")
         _time(model, inputs, decode, nullcontext())
@@ -87,10 +89,6 @@ def measure(
     for fraction in fractions:
         rows.append(_row(f"{fraction:g}", ran[fraction], runs[fraction], runs[None], batch))
     return {**load, "batch": batch, "decode": decode, "repeat": repeat, "rows": rows}
-
-
-def _saying(progress: Callable[[str], None]) -> Progress:
-    return lambda done, total: progress(f"measure what switches are worth: {done}/{total}")
 
 
 def _row(

@@ -38,11 +38,6 @@ def cache_folder() -> Path:
 
 
 @cache
-def _versions() -> list[str]:
-    return [__version__, version("torch"), version("transformers")]
-
-
-@cache
 def _lowering_source() -> str:
     """Digest of the code that makes graphs: a changed lowering makes old entries stale."""
     digest = hashlib.sha256()
@@ -56,7 +51,8 @@ def _lowering_source() -> str:
 
 def graph_key(source: Source) -> str:
     """What an entry depends on, as a file name."""
-    facts = [source.config, _versions(), _lowering_source(), source.trust_remote_code]
+    versions = [__version__, version("torch"), version("transformers")]
+    facts = [source.config, versions, _lowering_source(), source.trust_remote_code]
     text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

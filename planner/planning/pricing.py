@@ -162,17 +162,13 @@ class Pricing:
 
     # -- tables ------------------------------------------------------------------------------
 
-    def _in_scope(self, operator: Operator) -> bool:
-        return self.scope == "model" or operator.part in ("decoder", "head")
-
     @cached_property
     def _by_layer(self) -> dict[int | None, list[Operator]]:
         grouped: dict[int | None, list[Operator]] = {None: []}
         for operator in self.graph:
-            if not self._in_scope(operator):
-                continue
-            key = operator.layer if operator.part == "decoder" else None
-            grouped.setdefault(key, []).append(operator)
+            if self.scope == "model" or operator.part in ("decoder", "head"):
+                key = operator.layer if operator.part == "decoder" else None
+                grouped.setdefault(key, []).append(operator)
         return grouped
 
     @cached_property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -65,7 +66,8 @@ class Service:
         arrived = time.monotonic()
         dearest = self.engine.ladder.within(request.budget)
         temperature = self._temperature if request.temperature is None else request.temperature
-        deadline = Deadline(*map(_seconds, (request.deadline_ms, ttft_ms, tpot_ms)))
+        limits = (request.deadline_ms, ttft_ms, tpot_ms)
+        deadline = Deadline(*(math.inf if ms is None else ms / 1000 for ms in limits))
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
 
@@ -126,7 +128,3 @@ class Service:
                 f"the {self._reader.limits.tokens} that there is room for"
             )
         return asked or room
-
-
-def _seconds(milliseconds: float | None) -> float:
-    return float("inf") if milliseconds is None else milliseconds / 1000

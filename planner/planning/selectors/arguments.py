@@ -35,26 +35,14 @@ def _ranges(kind: type[Any]) -> dict[str, Within]:
     return {name: note for name, note in known if isinstance(note, Within)}
 
 
-def _read_flag(text: str) -> bool:
-    return {"true": True, "false": False}[text]
-
-
-def _read_numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split("/"))
-
-
-def _read_integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("/"))
-
-
 # type of a field -> how its text is read, and what to call it in messages
 _READERS: Mapping[Any, tuple[Callable[[str], Any], str]] = {
     int: (int, "a whole number"),
     float: (float, "a number"),
-    bool: (_read_flag, "true or false"),
+    bool: (lambda text: {"true": True, "false": False}[text], "true or false"),
     str: (str, "a word"),
-    tuple[float, ...]: (_read_numbers, "numbers such as 0.5/0.25"),
-    tuple[int, ...]: (_read_integers, "whole numbers such as 300/200/110"),
+    tuple[float, ...]: (lambda t: tuple(map(float, t.split("/"))), "numbers such as 0.5/0.25"),
+    tuple[int, ...]: (lambda t: tuple(map(int, t.split("/"))), "whole numbers such as 300/200/110"),
 }
 
 
