@@ -34,7 +34,7 @@ from planner.planning.selectors import selector_of
 from planner.planning.switches import AXES, SwitchSet, with_switches
 from planner.planning.unit_counting import first_switched
 from planner.planning.utilities import uniform
-from planner.solver import Infeasible, Scores, take_while_fits
+from planner.solver import Infeasible, take_while_fits
 from planner.solver.problem import Choice, Problem
 
 # Of the metrics of `planner.planning.budgets`: a scheduler keeps all weights in memory.
@@ -238,7 +238,7 @@ class CostSwitches(PricedSwitches):
         utilities = logits.detach().double().cpu().numpy()
         for row, limit in zip(utilities, (self.always + limits.cpu()).numpy(), strict=True):
             problem = replace(self.problem.with_utilities(row), limits=limit[None])
-            rows.append(problem.flags_of(take_while_fits(problem, Scores.of_utilities(problem))))
+            rows.append(problem.flags_of(take_while_fits(problem)))
         return torch.from_numpy(np.stack(rows)).to(logits.device)
 
     @override

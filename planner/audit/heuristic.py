@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from planner.solver import Scores, take_while_fits
-from planner.solver.problem import Flags, LayerChoices, Problem, SiteChoices
+from planner.solver import take_while_fits
+from planner.solver.problem import Flags, Problem
 
 # How far below 0 a utility must be, in mean sizes of utilities, to be worth next to nothing.
 _SOFTNESS = 0.05
@@ -34,19 +34,15 @@ def decide(problem: Problem) -> Flags:
     A layer with sites ranks as high as the best switch in it. `problem` has one metric and one
     token option.
     """
-    sites = {site.name: _per_cost(site) for site in problem.sites}
-    layers = np.array([_layer_score(layer, sites) for layer in problem.layers])
-    return problem.flags_of(take_while_fits(problem, Scores(np.zeros(1), layers, sites)))
+    scores = [np.zeros(0)]
+    for layer in problem.layers:
+        inside = [_per_cost(s.utilities, np.ptp(s.costs[0, 0]) / s.switches) for s in layer.sites]
+        if layer.optional:
+            own = _per_cost(np.array([layer.utility]), layer.costs[0, 0])
+            scores.append(np.concatenate(inside).max(keepdims=True) if inside else own)
+        scores += inside
+    return problem.flags_of(take_while_fits(problem.with_utilities(np.concatenate(scores))))
 
 
-def _per_cost(site: SiteChoices) -> np.ndarray:
-    table = site.costs[0, 0]
-    cost = (table[-1] - table[0]) / max(site.switches, 1)
-    per_cost: np.ndarray = site.utilities / max(cost, 1e-300)
-    return per_cost
-
-
-def _layer_score(layer: LayerChoices, sites: dict[str, np.ndarray]) -> float:
-    if layer.sites:
-        return max((float(v) for site in layer.sites for v in sites[site.name]), default=0.0)
-    return layer.utility / max(float(layer.costs[0, 0]), 1e-300)
+def _per_cost(utilities: npt.NDArray[np.float64], cost: float) -> npt.NDArray[np.float64]:
+    return utilities / max(cost, 1e-300)

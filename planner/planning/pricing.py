@@ -83,6 +83,15 @@ class Pricing:
             options = [o + (c,) for o in options for c in counts if not o or c <= o[-1]]
         return tuple(options)
 
+    def option_of(self, plan: Plan) -> tuple[int, ...]:
+        """Image tokens that a plan leaves behind each stage."""
+        by_layer = {stage.layer: stage.keep for stage in plan.tokens}
+        option, keep = [], self.workload.image_tokens
+        for stage in self.stages:
+            keep = by_layer.get(stage, keep)
+            option.append(keep)
+        return tuple(option)
+
     def _sizes(self, layer: int | None, option: tuple[int, ...], context: bool) -> dict[str, int]:
         """Sizes seen by a decoder layer, in the prefill or (context) at the end of generation."""
         load = self.workload
@@ -366,12 +375,7 @@ class Pricing:
 
     def cost_of(self, plan: Plan) -> dict[str, float]:
         """Cost of a plan per metric, from the narrowed operators themselves, not the tables."""
-        option, keep = [], self.workload.image_tokens
-        by_layer = {stage.layer: stage.keep for stage in plan.tokens}
-        for stage in self.stages:
-            keep = by_layer.get(stage, keep)
-            option.append(keep)
-        kept = tuple(option)
+        kept = self.option_of(plan)
         cost = self.outside + self.selection(kept, plan)
         for layer in range(self.graph.layers):
             if layer not in plan.layers_off:

@@ -163,11 +163,7 @@ class OnPrompt:
 
     def cost(self, plan: Plan) -> dict[str, int]:
         """FLOPs and KV bytes of a plan that was made of these choices for so many image tokens."""
-        by_layer = {stage.layer: stage.keep for stage in plan.tokens}
-        option, keep = [], self.pricing.workload.image_tokens
-        for stage in self.pricing.stages:
-            keep = by_layer.get(stage, keep)
-            option.append(keep)
+        option = self.pricing.option_of(plan)
         total = np.zeros_like(self.costs.base)
         for index, layer in enumerate(self.costs.problem.layers):
             if index not in plan.layers_off:
@@ -176,7 +172,7 @@ class OnPrompt:
                     site = self.pricing.graph.sites_by_name[choices.name]
                     total += choices.costs[0, :, -1] // site.lanes * plan.kept(site).count
         flops, kv = (self.costs.weights(self.pricing.workload, option) @ total).tolist()
-        selection = int(self.pricing.selection(tuple(option), plan)[_FLOPS])
+        selection = int(self.pricing.selection(option, plan)[_FLOPS])
         return {"flops": flops + self.outside + selection, "kv": kv}
 
     def allows(self, plan: Plan, budget: Budget) -> bool:

@@ -24,7 +24,7 @@ or a bare `Choice` from the rule. Nothing here knows of graphs, models or device
 from planner.solver.equal_widths import solve_uniform
 from planner.solver.exact import solve
 from planner.solver.frontier import Frontier, Prices
-from planner.solver.greedy import Scores, take_while_fits
+from planner.solver.greedy import take_while_fits
 from planner.solver.solution import TOLERANCE, Infeasible, Solution
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "Frontier",
     "Infeasible",
     "Prices",
-    "Scores",
     "Solution",
     "solve",
     "solve_uniform",

@@ -206,6 +206,8 @@ class Problem:
 
     def with_utilities(self, utilities: npt.NDArray[np.float64]) -> Problem:
         """The problem with other utilities, shape (switches,); layers always on are worth 0."""
+        if utilities.shape != (self.switches,):
+            raise InputError(f"{utilities.size} utilities for {self.switches} switches")
         layers, place = [], 0
         for layer in self.layers:
             worth = float(utilities[place]) if layer.optional else 0.0

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from problems import frontier_of
 
-from planner.solver import Infeasible, Scores, solve, solve_uniform, take_while_fits
+from planner.solver import Infeasible, solve, solve_uniform, take_while_fits
 from planner.solver.problem import Choice
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "solver.py"
@@ -73,7 +73,7 @@ def test_the_budget_is_used(benchmark, budget):
     for solution in (solve(problem), frontier(limit)):
         assert 0.999 * limit <= solution.cost["flops"] <= limit
         assert solution.gap <= 1e-4
-    rule = take_while_fits(problem, Scores.of_utilities(problem))
+    rule = take_while_fits(problem)
     assert 0.999 * limit <= problem.cost(rule)[0] <= limit
     assert problem.is_feasible(rule)
     if budget == 1.0:
@@ -98,12 +98,9 @@ def test_the_rule_loses_utility_but_never_the_limit(benchmark):
     rng = np.random.default_rng(0)
     best = solve(problem).utility
     for _ in range(5):
-        scores = Scores(
-            rng.normal(size=8),
-            rng.normal(size=32),
-            {site.name: rng.normal(size=site.switches) for site in problem.sites},
-        )
-        choice = take_while_fits(problem, scores)
+        scored = problem.with_utilities(rng.normal(size=problem.switches))
+        tokens = tuple(replace(token, utility=rng.normal()) for token in scored.tokens)
+        choice = take_while_fits(replace(scored, tokens=tokens))
         assert problem.is_feasible(choice)
         assert problem.utility(choice) < best
 

@@ -1,6 +1,7 @@
 """Costs from a Problem's tables: the same rule as the solver's, and full use of real budgets."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from planner.ir.errors import InputError
 from planner.planning.compiler import compile_plan
 from planner.planning.request import Request
-from planner.solver import Scores, take_while_fits
+from planner.solver import take_while_fits
 from planner.solver.problem import Choice, LayerChoices, Problem, SiteChoices, TokenOption
 from planner.training.estimators import parse
 from planner.training.sequential_draws import log_probability, take_best
@@ -21,17 +22,10 @@ from tests.problems import medium_problem, problems
 SAMPLERS = ("gumbel", "gumbel-topk")
 
 
-def scores_of(problem: Problem, option: int, logits: np.ndarray) -> Scores:
-    """A row of logits, in the order of `SiteCosts`, as the solver's rule wants them."""
-    layers, sites, place = np.zeros(len(problem.layers)), {}, 0
-    for index, layer in enumerate(problem.layers):
-        if layer.optional:
-            layers[index], place = logits[place], place + 1
-        for site in layer.sites:
-            sites[site.name] = logits[place : place + site.switches]
-            place += site.switches
-    tokens = (np.arange(len(problem.tokens)) == option).astype(np.float64)
-    return Scores(tokens, layers, sites)
+def valued(problem: Problem, option: int, logits: np.ndarray) -> Problem:
+    """The problem, valued by a token option and a row of logits, in the order of `SiteCosts`."""
+    tokens = (replace(t, utility=float(n == option)) for n, t in enumerate(problem.tokens))
+    return replace(problem.with_utilities(logits), tokens=tuple(tokens))
 
 
 def draw_logits(batch: int, switches: int, seed: int) -> torch.Tensor:
@@ -80,7 +74,7 @@ def test_deciding_is_the_solver_s_rule(problem, seed):
     logits = draw_logits(len(options), problem.switches, seed)
     taken = decide(logits, costs, room_of(problem, options))
     expected = [
-        take_while_fits(problem, scores_of(problem, option, row.double().numpy()))
+        take_while_fits(valued(problem, option, row.double().numpy()))
         for option, row in zip(options.tolist(), logits)
     ]
     assert choices_of(problem, options, taken) == expected
@@ -93,7 +87,7 @@ def test_deciding_is_the_solver_s_rule_on_larger_problems(tables):
     logits = draw_logits(3, problem.switches, 1)
     taken = decide(logits, costs, room_of(problem, [0, 1, 2]))
     expected = [
-        take_while_fits(problem, scores_of(problem, option, row.double().numpy()))
+        take_while_fits(valued(problem, option, row.double().numpy()))
         for option, row in enumerate(logits)
     ]
     assert choices_of(problem, [0, 1, 2], taken) == expected
