@@ -90,3 +90,11 @@ def test_the_project_stands_alone():
     """Nothing refers to a folder beside the repository."""
     outside = b"../" + b"shared"
     assert not [path for path in files() if outside in path.read_bytes()]
+
+
+def test_the_table_of_selectors_is_complete():
+    from planner.planning.selectors import SELECTORS
+
+    text = (ROOT / "docs/selectors.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| ([\w+-]+) +\| (?:before|after|behind)", text, re.MULTILINE)
+    assert listed == list(SELECTORS)

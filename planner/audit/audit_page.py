@@ -19,13 +19,15 @@ _POINTS = 4000
 
 def page(found: Audit) -> str:
     """The audit as HTML; without matplotlib, the tables alone."""
-    text = files("planner.audit").joinpath("audit_page.html").read_text(encoding="utf-8")
+    form = files("planner.audit").joinpath("audit_page.html").read_text(encoding="utf-8")
     facts: dict[str, Any] = {"summary": found.summary, "gaps": _figure(_gap_plot, found)}
     if found.summary.get("surrogate", {}).get("budgets"):
         facts["surrogate_columns"] = found.surrogate_columns
         facts["surrogates"] = _figure(_surrogate_plots, found)
-    template = Template(text, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return template.render(facts, budget_columns=BUDGET_COLUMNS, budgets=found.budget_rows)
+    template = Template(form, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    tables = {"budget_columns": BUDGET_COLUMNS, "budgets": found.budget_rows}
+    text: str = template.render(facts | tables)
+    return text
 
 
 def _figure(draw: Any, found: Audit) -> Markup:

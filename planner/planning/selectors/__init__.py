@@ -1,49 +1,8 @@
 """Token selectors as plans know them: names, arguments, how many tokens they leave, what they cost.
 
-| selector      | works              | scores by                                  | arXiv      |
-|---------------|--------------------|--------------------------------------------|------------|
-| fastv         | before layer k     | last query's attention, layer k - 1        | 2403.06764 |
-| sparsevlm     | after some layers  | attention of rating text, hidden states    | 2410.04417 |
-| pyramiddrop   | before some layers | last query's attention, next layer         | 2410.17247 |
-| dart          | before layer k     | norms of keys, cosines of hidden states    | 2502.11494 |
-| divprune      | before layer k     | cosines of projected features              | 2503.02175 |
-| learned       | before layer 0     | a trained controller, and the budget       |            |
-| random        | before layer k     | nothing                                    |            |
-| uniform       | before layer k     | nothing                                    |            |
-| dynamic-llava | before layer k     | a trained predictor                        | 2412.00876 |
-| prumerge      | before projector   | CLS attention and keys, last layer         | 2403.15388 |
-| prumerge+     | before projector   | CLS attention and keys, last layer         | 2403.15388 |
-| visionzip     | before projector   | CLS attention and keys, second last layer  | 2412.04467 |
-| hired         | before projector   | CLS attention, first and second last layer | 2408.10945 |
-| trim          | before projector   | CLIP's patch and prompt embeddings         | 2409.10994 |
-| fastervlm     | before projector   | CLS attention, second last layer           | 2412.01818 |
-| vispruner     | before projector   | CLS attention, cosines of features         | 2412.01818 |
-| cdpruner      | behind projector   | CLIP's embeddings, cosines of features     | 2506.10967 |
-| downsample    | before projector   | nothing: patches are averaged              |            |
-
-And policies of the KV cache: h2o evicts by attention received per head (arXiv 2306.14048),
-dynamic-llava stores of an answer what a trained predictor says (arXiv 2412.00876), voco replaces
-the image by tokens that a model was trained to sum it up in (arXiv 2406.12275). All others but
-``learned`` are rules; some were also published with a model fine-tuned under the rule (prumerge,
-prumerge+, visionzip).
-
-Behind rules before the projector, and behind sparsevlm, pyramiddrop and divprune, tokens have
-position ids without gaps, in decoding too, as in their authors' code; features before the projector
-come in the rule's order. With ``positions=original`` tokens keep the position ids of the prompt,
-and features the place of their patch. Ties go to the lowest index.
-
-How many tokens a rule leaves is fixed by its arguments, or depends on the picture (adaptive). An
-adaptive rule may leave all of them, so a plan wants a cap, the largest share of each picture's
-tokens that it may leave. The plan is priced at the cap, and runs what the rule says.
-
-| adaptive  | the rule keeps                                          | with a cap | fixed       |
-|-----------|---------------------------------------------------------|------------|-------------|
-| prumerge  | outliers of attention, and the sum of the others        | max=0.25   |             |
-| prumerge+ | outliers, a grid as dense as they are many, and the sum | max=0.25   | ratio=0.125 |
-| trim      | outliers of similarity, and the mean of the others      | max=0.25   | ratio=0.25  |
-
-`parse("fastv:k=2,r=0.5")` reads a selector as users write it, ``str`` writes it. Nothing here
-imports torch; what a rule computes is `planner.models.tokens.selectors`.
+What users should know of each is in docs/selectors.md. `parse` reads a selector as users write it,
+``fastv:k=2,r=0.5``, and ``str`` writes it. Nothing here imports torch; what a rule computes is
+`planner.models.tokens.selectors`.
 
     arguments           methods with parameters as text
     selector            what is known of every selector
