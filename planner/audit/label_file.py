@@ -1,17 +1,8 @@
 """The file of labels: one row per sample and budget, in Parquet.
 
-| column      | type          | what                                                              |
-|-------------|---------------|-------------------------------------------------------------------|
-| `sample`    | string        | which sample                                                      |
-| `budget`    | double        | fraction of the base model                                        |
-| `utilities` | list<double>  | change of the loss without each switch, nats per answer token     |
-| `plan`      | list<bool>    | the label: which switches are on                                  |
-| `cost`      | int64         | of the plan                                                       |
-| `limit`     | int64         | of the budget                                                     |
-| `losses`    | list<double>  | change of the loss under every plan there is, or null             |
-
-Plan p of `losses` has switch i on where bit i of p is 1. The schema's metadata holds a JSON object
-under the key ``planner_labels``: format, terms (`Terms`) and the names of the switches.
+Its columns are in docs/audit.md. Plan p of `losses` has switch i on where bit i of p is 1. The
+schema's metadata holds a JSON object under the key ``planner_labels``: format, terms (`Terms`) and
+the names of the switches.
 """
 
 from __future__ import annotations
