@@ -36,11 +36,12 @@ def decide(problem: Problem) -> Flags:
     """
     scores = [np.zeros(0)]
     for layer in problem.layers:
-        inside = [_per_cost(s.utilities, np.ptp(s.costs[0, 0]) / s.switches) for s in layer.sites]
+        sites = [_per_cost(s.utilities, np.ptp(s.costs) / max(s.switches, 1)) for s in layer.sites]
+        inside = np.concatenate([np.zeros(0), *sites])
         if layer.optional:
-            own = _per_cost(np.array([layer.utility]), layer.costs[0, 0])
-            scores.append(np.concatenate(inside).max(keepdims=True) if inside else own)
-        scores += inside
+            alone = _per_cost(np.array([layer.utility]), layer.costs[0, 0])
+            scores.append(inside.max(keepdims=True) if inside.size else alone)
+        scores.append(inside)
     return problem.flags_of(take_while_fits(problem.with_utilities(np.concatenate(scores))))
 
 

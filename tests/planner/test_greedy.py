@@ -77,8 +77,9 @@ def test_order_of_utilities_decides():
     shifted = problem.with_utilities(np.array([own[name] * 3 - 1 for name in names]))
     assert take_while_fits(shifted) == choice
     # The best of the last layer, wanted most, is in; everything of the first, wanted least, is out.
-    utilities[[name.startswith("mlp.5[") or name == "layer.5" for name in names]] = 9.0
-    utilities[names.index("layer.0")] = -1.0
+    least, *_, most = (layer.name for layer in problem.layers)
+    utilities[[name.startswith("mlp.5[") or name == most for name in names]] = 9.0
+    utilities[names.index(least)] = -1.0
     first = take_while_fits(problem.with_utilities(utilities))
     assert first.kept["mlp.5"] == tuple(range(8))
     assert not first.layers_on[0]
