@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from planner.planning.compiler import Request
+from planner.planning.request import Request
 
 _OF_COMPILE = {"budget", "freeze", "kernels", "recover"}
 
