@@ -162,7 +162,7 @@ class PolicyModel(AdaptiveModel):
         self.scheduled.limits = limits
         self._seeds = seeds
         inputs = {**inputs, "use_cache": False}
-        with _encoded_once(self.model):
+        with pictures_once(self.model):
             if self._tried is None:
                 self._tried = self._try(labels, inputs)
             draws, rewards, drawn_with, reference = self._tried
@@ -321,18 +321,23 @@ def plan_chances(
 
 
 @contextmanager
-def _encoded_once(model: nn.Module) -> Iterator[None]:
-    """Encode the pictures of a batch in the first of several passes over it."""
+def pictures_once(model: nn.Module, known: dict[Any, Any] | None = None) -> Iterator[None]:
+    """Encode pictures in the first of several passes over them, and keep what came out in `known`.
+
+    Pictures are told apart by the tensor that holds them.
+    """
+    kept: dict[Any, Any] = {} if known is None else known
 
     def remembered(module: Any) -> Callable[..., Any]:
         stock = module.get_image_features
-        known: list[Any] = []
 
-        def features(*args: Any, **kwargs: Any) -> Any:
-            if not known:
+        def features(pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
+            key = module, id(pixel_values)
+            if key not in kept:
                 with torch.no_grad():
-                    known.append(stock(*args, **kwargs))
-            return known[0]
+                    # The tensor too, or another could come to have its id.
+                    kept[key] = pixel_values, stock(pixel_values, *args, **kwargs)
+            return kept[key][1]
 
         return features
 

@@ -18,7 +18,7 @@ from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.models.scheduling import Scheduler, load_scheduler
 from planner.training import adallava, estimators, policy_methods
-from planner.training.adallava import AdaLlavaConfig, AdaptiveModel
+from planner.training.adallava import AdaLlavaConfig, AdaptiveModel, Learner
 from planner.training.policy import PolicyModel, Reward
 
 
@@ -36,11 +36,6 @@ class UnifiedConfig(AdaLlavaConfig):
     switch_draws: int = 2
     reward: str = "nll"
     flops_penalty: float = 0.0
-
-
-def train(config: UnifiedConfig) -> AdaptiveModel:
-    """Train, or go on from the last checkpoint; export where `export_dir` is set."""
-    return adallava.train(started(config), learner)
 
 
 def started(config: UnifiedConfig) -> UnifiedConfig:
@@ -78,3 +73,8 @@ def learner(
         switches=config.switch_draws,
         load=load,
     )
+
+
+def train(config: UnifiedConfig, learner: Learner = learner) -> AdaptiveModel:
+    """Train, or go on from the last checkpoint; export where `export_dir` is set."""
+    return adallava.train(started(config), learner)

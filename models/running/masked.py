@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial, reduce
 from operator import mul
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -240,7 +240,7 @@ def _attend(
     dropout: float = 0.0,
     softcap: float | None = None,
     **_: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention with gated keys: softmax weights exp(s) g / sum exp(s) g, a token's own gate 1.
 
     Dynamic-LLaVA (arXiv 2412.00876), masked softmax. With gates of 0 and 1 it is attention without
@@ -257,26 +257,54 @@ def _attend(
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = (scores / softcap).tanh() * softcap
-    queries, keys = scores.shape[-2:]
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    queries, keys = query.shape[-2], key.shape[-2]
     own = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
     if mask is None:
-        if queries > 1 and getattr(module, "is_causal", True):
-            scores = scores.masked_fill(~own, -torch.inf)
-    elif mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    else:
-        scores = scores + mask
+        mask = own if queries > 1 and getattr(module, "is_causal", True) else own | True
+    if mask.dtype == torch.bool:
+        # Finite, since rows of padding may have no key at all.
+        least = torch.finfo(query.dtype).min
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, least)
     view: Any = module.config
-    gates = view.gates()[:, -keys:].to(scores.dtype)
+    gates = view.gates()[:, -keys:].to(query.dtype)
     diagonal = own ^ own.tril(keys - queries - 1)
     gates = torch.where(diagonal, 1, gates[:, None, None, :])
-    weights = (scores - scores.amax(-1, keepdim=True).detach()).float().exp() * gates
-    weights = (weights / weights.sum(-1, keepdim=True)).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    dropout = dropout if module.training else 0.0
+    if not gates.requires_grad and softcap is None:
+        attended = nn.functional.scaled_dot_product_attention(
+            query, key, value, mask + gates.log(), dropout, scale=scaling
+        )
+        return attended.transpose(1, 2).contiguous(), None
+    scores = query * scaling @ key.mT
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    weights: Tensor = cast(Any, _GatedSoftmax).apply((scores + mask).float(), gates.float())
+    weights = nn.functional.dropout(weights.to(query.dtype), p=dropout)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class _GatedSoftmax(torch.autograd.Function):
+    """exp(s) g / sum exp(s) g, of scores (batch, heads, q, k) and gates (batch, 1, q, k).
+
+    By hand, since it takes most of a training step, and autograd goes over it twice as often.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, gates: Tensor) -> Tensor:
+        open_weights = scores.softmax(-1)
+        weights = open_weights * gates
+        total = weights.sum(-1, keepdim=True)
+        weights, open_weights = weights.div_(total), open_weights.div_(total)
+        ctx.save_for_backward(open_weights, weights)
+        return weights
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        open_weights, weights = ctx.saved_tensors
+        (gradient,) = gradients
+        excess = gradient - (gradient * weights).sum(-1, keepdim=True)
+        return weights * excess, (open_weights * excess).sum(1, keepdim=True)
 
 
 ALL_ATTENTION_FUNCTIONS.register(MASKED, _attend)

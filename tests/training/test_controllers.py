@@ -1,6 +1,7 @@
 """The comparison of controllers: what stands in for them, what is resampled, how a page says it."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,10 +14,13 @@ from planner.loading import load_model
 from planner.models.scheduling import Scheduled, Scheduler, layout_of
 from planner.models.scheduling.vision_controller import TokenScores
 from planner.models.tokens.selectors import DecoderInputs
+from planner.plan import Plan
 from planner.planning.budgets import Budget
-from planner.training.data import SceneQuestions
+from planner.planning.plan_costs import PlanCosts
+from planner.training.data import SceneQuestions, Turn
 from planner.training.estimators import parse
-from planner.training.experiments import controllers
+from planner.training.evaluate import MAX_NEW_TOKENS, predict, score
+from planner.training.experiments import controllers, forced_plans
 from planner.training.experiments.comparison_page import comparison_markdown, write_comparison
 from planner.training.experiments.controllers import (
     COMPARISONS,
@@ -29,6 +33,7 @@ from planner.training.experiments.forced_plans import (
     Forced,
     best_of_tried,
     best_static,
+    packed,
     random_plan,
 )
 from planner.training.token_draws import draw_tokens
@@ -45,80 +50,131 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def forced(base):
-    model, processor, graph = base
+    model, _, graph = base
     torch.manual_seed(0)
     scheduler = Scheduler.of(graph, SWITCHES).eval()
     for parameter in scheduler.parameters():
         parameter.data.normal_(std=0.3)
     layout = scheduler.layout.under(Workload.default(graph, text_tokens=16, new_tokens=0))
     scheduled = Scheduled(model, graph, scheduler, mask=True)
-    return Forced(scheduled, processor, layout, layout.limit(Budget.of(0.7)))
+    return Forced(scheduled, layout, Budget.of(0.7))
 
 
-def questions(count):
-    return SceneQuestions("val", count, 0, FAMILIES)
+@pytest.fixture(scope="module")
+def some(base):
+    return packed(base[1], SceneQuestions("val", 6, 0, FAMILIES))
 
 
-def rows_of(forced, some):
-    return torch.cat([rows for _, _, rows in forced.answers(some)])
+def spent_by(forced, rows):
+    return [forced.layout.spent(row) for row in rows]
 
 
 # -- plans -----------------------------------------------------------------------------------------
 
 
-def test_one_static_plan_is_for_all_and_keeps_to_the_limit(forced, monkeypatch):
-    from planner.training.experiments import forced_plans
+def test_answers_are_what_greedy_decoding_says(base, forced, some):
+    """Of whole answers, whatever their length."""
+    model, processor, _ = base
+    questions = SceneQuestions("val", 6, 0, FAMILIES)
+    with forced.scheduled.using(0.7, (), forced.layout.load):
+        said = predict(model, processor, questions)
+    assert forced.answers(some).right.tolist() == [
+        score(question.turns[0], answer) for question, answer in zip(questions, said, strict=True)
+    ]
+    # As good as the model gets that would say what it says.
+    told = [
+        replace(q, turns=(Turn(q.turns[0].question, answer),))
+        for q, answer in zip(questions, said, strict=True)
+    ]
+    ended = [len(a.split()) < MAX_NEW_TOKENS for a in said]
+    right = forced.answers(packed(processor, told)).right
+    assert right[torch.tensor(ended)].all()
 
-    monkeypatch.setattr(forced_plans, "_STATIC_COUNTS", 2)
-    some = questions(4)
+
+def test_pictures_are_read_once_for_all_plans(base, forced, some):
+    calls = []
+    tower = base[0].get_encoder("image")
+    hook = tower.register_forward_hook(lambda *_: calls.append(1))
+    first = forced.answers(some)
+    forced.budget = Budget.of(1.0)
+    forced.answers(some)
+    hook.remove()
+    assert len(calls) == len(some)
+    forced.budget, forced.pictures = Budget.of(0.7), {}
+    assert torch.equal(forced.answers(some).loss, first.loss)
+
+
+def test_one_static_plan_is_for_all_and_pays_for_no_controller(base, forced, some, monkeypatch):
+    monkeypatch.setattr(forced_plans, "_STATIC_COUNTS", 3)
     tried = {}
     loss = Forced.loss
 
-    def noting(self, asked):
-        found = loss(self, asked)
-        if self.limit == forced.limit and len(asked) == 4:
-            row = rows_of(self, asked)[0]
-            tried[tuple(row.tolist())] = found
+    def noting(self, batches):
+        found = loss(self, batches)
+        tried[tuple(self.answers(batches).rows[0].tolist())] = found
         return found
 
     monkeypatch.setattr(Forced, "loss", noting)
-    row = best_static(forced, some)
+    row = best_static(forced, some, torch.arange(forced.layout.size).float())
     assert tried[tuple(row.tolist())] == min(tried.values())
     assert len(tried) > 3
-    assert forced.layout.spent(row) <= forced.limit
+    layout = forced.on_grid
+    costs = PlanCosts(base[2], layout.load, "llm")
+    shares = [
+        costs.of(layout.plan(torch.tensor(each), Plan.of(base[2])))["flops"]["fraction"]
+        for each in tried
+    ]
+    assert max(shares) <= 0.7
+    # What a controller would have cost.
+    limit = forced.layout.limit(forced.budget)
+    assert max(spent_by(forced, torch.tensor(list(tried)))) > limit
     forced.plan_all(row)
-    assert rows_of(forced, some).unique(dim=0).tolist() == [row.tolist()]
+    assert forced.answers(some).rows.unique(dim=0).tolist() == [row.tolist()]
 
 
-def test_random_plans_differ_and_keep_to_the_limit(forced):
+def test_a_switch_is_worth_what_its_absence_costs(forced, some):
+    worth = forced.worth(some)
+    forced.budget = Budget.of(1.0)
+    row = torch.ones(1 + forced.layout.size, dtype=torch.long)
+    row[0] = forced.layout.counts[-1]
+    forced.plan_all(row)
+    whole = forced.loss(some)
+    row[3] = 0
+    forced.plan_all(row)
+    assert worth[2] == pytest.approx(forced.loss(some) - whole, abs=1e-6)
+
+
+def test_random_plans_differ_and_keep_to_the_limit(forced, some):
     random_plan(forced, 0)
-    rows = rows_of(forced, questions(6))
+    rows = forced.answers(some).rows
     assert len(rows.unique(dim=0)) == 6
-    assert all(forced.layout.spent(row) <= forced.limit for row in rows)
+    assert max(spent_by(forced, rows)) <= forced.layout.limit(forced.budget)
     forced.controller()
-    own = rows_of(forced, questions(6))
+    own = forced.answers(some).rows
     forced.perturb(0.0, torch.Generator())
-    assert torch.equal(rows_of(forced, questions(6)), own)
+    assert torch.equal(forced.answers(some).rows, own)
 
 
-def test_the_oracle_is_no_worse_than_what_it_tries(forced, monkeypatch):
-    from planner.training.experiments import forced_plans
-
+def test_the_oracle_is_no_worse_than_what_it_tries(forced, some, monkeypatch):
     monkeypatch.setattr(forced_plans, "TRIED", 4)
-    some = questions(5)
-    static = rows_of(forced, some)[0]
+    own = forced.answers(some)
+    static = own.rows[0]
     forced.plan_all(static)
-    losses = [torch.cat([loss for loss, _, _ in forced.answers(some)])]
-    forced.controller()
-    losses.append(torch.cat([loss for loss, _, _ in forced.answers(some)]))
-    right, rows = best_of_tried(forced, some, static, 0)
-    assert right.shape == (5,)
-    assert all(forced.layout.spent(row) <= forced.limit for row in rows)
-    layout = forced.layout
-    forced.scheduled.decide = lambda logits, _: rows[:, 1:].bool()
-    taken = torch.tensor([layout.counts.index(int(row[0])) for row in rows])
-    assert (taken >= 0).all()
-    assert all(bool(torch.isfinite(loss).all()) for loss in losses)
+    fixed = forced.answers(some)
+    found = best_of_tried(forced, some, static, 0)
+    assert (found.loss <= torch.minimum(own.loss, fixed.loss)).all()
+    assert found.loss.sum() < torch.minimum(own.loss, fixed.loss).sum()
+    assert max(spent_by(forced, found.rows)) <= forced.layout.limit(forced.budget)
+    assert found.right.shape == (6,)
+
+
+def test_a_plan_s_price_is_what_the_cost_model_finds_anew(base, forced, some):
+    costs = PlanCosts(base[2], forced.layout.load, "llm")
+    whole = costs.of(Plan.of(base[2]))["flops"]["base"]
+    for row in forced.answers(some).rows:
+        anew = forced.layout.flops_fraction(row, forced.scheduled.base(), costs)
+        priced = (forced.layout.spent(row) + forced.layout.always) / whole
+        assert priced == pytest.approx(anew, rel=1e-9)
 
 
 # -- gradients of token draws ----------------------------------------------------------------------
@@ -237,9 +293,9 @@ def test_cells_are_measured_once(tmp_path, monkeypatch):
 
 
 def test_selectors_keep_to_the_budget(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(Measuring, "_load", lambda self, name: base)
-    monkeypatch.setattr(Measuring, "_right", lambda self, model, processor: {"accuracy": 1.0})
-    bench = Measuring(tmp_path, 0, 2, (), print)
+    monkeypatch.setattr(Measuring, "_load", lambda self, name: controllers._Loaded(*base))
+    monkeypatch.setattr(controllers, "predict", lambda model, processor, asked: ["?"] * len(asked))
+    bench = Measuring(tmp_path, 0, 5, (), print)
     comparison = COMPARISONS["exp1"]
     for variant in comparison.variants:
         if variant.selector is not None and variant.name not in ("prumerge", "prumerge+"):
@@ -277,3 +333,28 @@ def test_a_page_has_its_rows_differences_and_command(tmp_path):
     assert {"variant", "budget", "seed", "accuracy", "cost_fraction", "utilisation"} <= set(
         saved["rows"][0]
     )
+
+
+def test_a_static_plan_s_own_weights_are_trained_for_it(base, tmp_path, monkeypatch):
+    folder = write_small_llava(tmp_path / "base")
+    comparison = COMPARISONS["exp2"]
+    tuned = next(v for v in comparison.variants if v.plans == "tuned")
+    row = [25, *[1] * 26]
+    row[3:10] = [0] * 7
+    cell = Measuring.cell
+
+    def known(self, comparison, variant, budget):
+        if variant.plans == "static":
+            return {"plan": row}
+        return cell(self, comparison, variant, budget)
+
+    monkeypatch.setattr(Measuring, "cell", known)
+    settings = [f"model={folder}", "max_steps=1", "batch_size=2", "least_budget=0.5"]
+    bench = Measuring(tmp_path / "work", 0, 5, tuple(settings), print)
+    found = bench.cell(comparison, tuned, 0.9)
+    assert found["plan"] == row
+    assert found["plans"] == 1
+    trained, *_ = load_model(str(next((tmp_path / "work" / "models").iterdir()) / "model"))
+    first = load_model(str(folder))[0].state_dict()
+    moved = {n for n, tensor in trained.state_dict().items() if not torch.equal(tensor, first[n])}
+    assert any("mlp" in name for name in moved)

@@ -264,7 +264,7 @@ def test_what_is_shared_changes_no_reward(base, monkeypatch):
     rewards = []
     for shared in (True, False):
         if not shared:
-            for name in ("_lower_layers_once", "_encoded_once"):
+            for name in ("_lower_layers_once", "pictures_once"):
                 monkeypatch.setattr(module, name, lambda _: contextlib.nullcontext())
         torch.manual_seed(0)
         config = settings(base, "unused", method="reinforce", switch_draws=3)

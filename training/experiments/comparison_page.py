@@ -19,6 +19,8 @@ from planner.training.experiments.controllers import (
 from planner.training.experiments.results_page import plot, table
 
 Rows = Sequence[Mapping[str, Any]]
+# Of a cell, what is too long for a table: each question's digit, and a static plan's decision.
+_OWN = ("right", "plan")
 
 
 def run_comparison(
@@ -54,7 +56,7 @@ def run_comparison(
         "title": comparison.title,
         "command": f"planner experiment {name} --seeds {listed} --samples {samples}{flags}",
         "samples": samples,
-        "rows": [{k: v for k, v in row.items() if k != "right"} for row in measured],
+        "rows": [{k: v for k, v in row.items() if k not in _OWN} for row in measured],
         "infeasible": [row for row in rows if "right" not in row],
         "differences": list(compared(rows, comparison.against)),
         **({"learning": learning} if learning else {}),

@@ -2,28 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import override
 
-from planner.models.scheduling import Scheduled, UnifiedSwitches
+from planner.ir.cost import Workload
+from planner.ir.graph import Graph
+from planner.models.scheduling import (
+    CostSwitches,
+    Scheduled,
+    Scheduler,
+    UnifiedSwitches,
+)
 from planner.models.scheduling.token_choice import ChosenTokens, best_tokens, picked
 from planner.models.scheduling.vision_controller import TokenScores
 from planner.models.tokens.selectors import DecoderInputs
-from planner.training.adallava import last_answer
+from planner.planning.budgets import Budget
+from planner.solver import Infeasible
+from planner.training.adallava import AdaLlavaConfig, AdaptiveModel, Learner, last_answer
 from planner.training.data import Conversation, Packer
-from planner.training.policy import Reward
+from planner.training.estimators import GumbelSequential
+from planner.training.policy import Reward, pictures_once
 
 # Token counts that static plans are tried with, and plans tried for a question by the oracle.
 _STATIC_COUNTS = 6
 TRIED = 16
 _BATCH = 32
 _TEXT_TOKENS = 64
+
+Batches = Sequence[Mapping[str, Tensor]]
+
+
+def packed(processor: Any, questions: Sequence[Conversation]) -> Batches:
+    """Questions with their answers, as inputs of a model."""
+    packer = Packer(processor, _TEXT_TOKENS, dialogue_share=1.0)
+    starts = range(0, len(questions), _BATCH)
+    return [packer([questions[i] for i in range(len(questions))[s : s + _BATCH]]) for s in starts]
+
+
+@dataclass(frozen=True, eq=False)
+class Answered:
+    """What came of questions, each under the plan that was decided for it.
+
+    Attributes:
+        loss: shape (questions,): mean over the answer's tokens, in nats.
+        right: shape (questions,): 1 where each of the answer's tokens is the likeliest one, so that
+            greedy decoding gives it, else 0.
+        rows: shape (questions, 1 + size): the decisions.
+    """
+
+    loss: Tensor
+    right: Tensor
+    rows: Tensor
+
+    def where(self, better: Tensor, other: Answered) -> Answered:
+        """These where `better`, shape (questions,), else the others."""
+        return Answered(
+            torch.where(better, self.loss, other.loss),
+            torch.where(better, self.right, other.right),
+            torch.where(better[:, None], self.rows, other.rows),
+        )
 
 
 @dataclass(eq=False)
@@ -32,19 +75,24 @@ class Forced:
 
     Attributes:
         scheduled: the model, masking, not attached.
-        processor: of the model.
         layout: of the controller, for the questions' workload.
-        limit: that plans keep to.
+        budget: that plans keep to.
+        pictures: what the model made of pictures; the same for all budgets.
     """
 
     scheduled: Scheduled
-    processor: Any
     layout: UnifiedSwitches
-    limit: int
+    budget: Budget
+    pictures: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def on_grid(self) -> UnifiedSwitches:
+        """The layout, where what stays of the image is a grid."""
+        return replace(self.layout, scorer="uniform")
 
     def plan_all(self, row: Tensor) -> None:
         """Have every question run one decision, shape (1 + size,), on a grid of image tokens."""
-        layout = replace(self.layout, scorer="uniform")
+        layout = self.on_grid
         option = layout.counts.index(int(row[0]))
 
         def tokens(scores: TokenScores, limits: Tensor, inputs: DecoderInputs) -> ChosenTokens:
@@ -76,22 +124,19 @@ class Forced:
         self.scheduled.decide_tokens = self.scheduled.decide = None
 
     @torch.no_grad()
-    def answers(self, questions: Sequence[Conversation]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(loss in nats, 1 where right, decision) of questions, batch by batch.
-
-        Known answers are read along: an answer is right if each of its tokens is the likeliest.
-        """
-        packer = Packer(self.processor, _TEXT_TOKENS, dialogue_share=1.0)
-        self.scheduled.attach_limits(torch.tensor([self.limit]), layout=self.layout)
+    def _passes(self, batches: Batches) -> Iterator[Answered]:
+        """Answers are read along with their questions, batch by batch."""
+        limit = self.layout.limit(self.budget)
+        self.scheduled.attach_limits(torch.tensor([limit]), layout=self.layout)
         try:
-            for start in range(0, len(questions), _BATCH):
-                some = [questions[i] for i in range(start, min(start + _BATCH, len(questions)))]
-                batch = packer(some)
-                labels = batch.pop("labels")
+            for batch in batches:
+                inputs = dict(batch)
+                labels = inputs.pop("labels")
                 self.scheduled.at = last_answer(labels)
-                logits = self.scheduled.model(**batch, use_cache=False).logits
-                free = torch.zeros(len(some))
-                yield (
+                with pictures_once(self.scheduled.model, self.pictures):
+                    logits = self.scheduled.model(**inputs, use_cache=False).logits
+                free = torch.zeros(len(labels))
+                yield Answered(
                     -Reward("nll").of(logits, labels, free),
                     Reward("correct").of(logits, labels, free),
                     self.scheduled.decisions.pop(),
@@ -100,63 +145,84 @@ class Forced:
             self.scheduled.detach()
             self.scheduled.at = None
 
-    def loss(self, questions: Sequence[Conversation]) -> float:
+    def answers(self, batches: Batches) -> Answered:
+        """What comes of questions."""
+        parts = [(each.loss, each.right, each.rows) for each in self._passes(batches)]
+        return Answered(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    def loss(self, batches: Batches) -> float:
         """Mean loss of questions, in nats."""
-        return float(torch.cat([loss for loss, _, _ in self.answers(questions)]).mean())
+        return float(self.answers(batches).loss.mean())
+
+    def mean_logits(self, batches: Batches) -> Tensor:
+        """What the controller says of switches, on average; shape (size,)."""
+        self.controller()
+        found = []
+        for _ in self._passes(batches):
+            assert self.scheduled.logits is not None
+            found.append(self.scheduled.logits)
+        return torch.cat(found).mean(0)
+
+    def worth(self, batches: Batches) -> Tensor:
+        """What each switch's absence adds to the mean loss, everything else on; shape (size,)."""
+        layout = self.layout
+        # What is measured is the model; its token says that everything may be on.
+        whole = replace(self, budget=Budget.of(1.0))
+        dense = torch.ones(1 + layout.size, dtype=torch.long)
+        dense[0] = layout.counts[-1]
+        losses = []
+        for switch in range(layout.size + 1):
+            row = dense.clone()
+            if switch:
+                row[switch] = 0
+            whole.plan_all(row)
+            losses.append(whole.loss(batches))
+        self.controller()
+        return torch.tensor(losses[1:]) - losses[0]
 
 
-def best_static(forced: Forced, questions: Sequence[Conversation]) -> Tensor:
+def static_rows(forced: Forced, orders: Sequence[Tensor]) -> list[Tensor]:
+    """Plans for all questions within the budget, each of shape (1 + size,).
+
+    At some token counts, with switches by each of some scores (size,). A static plan has no
+    controller, and may spend what one would cost.
+    """
+    layout = forced.on_grid
+    plain = CostSwitches(layout.graph, layout.axes, layout.groups, layout.first_layer)
+    fitting: list[tuple[int, CostSwitches, int]] = []
+    for count in layout.counts:
+        switches = plain.under(layout.load, layout.stages_of(count), layout.metric, layout.device)
+        try:
+            limit = switches.limit(forced.budget)
+        except Infeasible:
+            break
+        if limit == switches.steps:
+            # Fewer tokens leave more unused.
+            fitting.clear()
+        fitting.append((count, switches, limit))
+    rows = []
+    for pick in np.unique(np.linspace(0, len(fitting) - 1, _STATIC_COUNTS).round().astype(int)):
+        count, switches, limit = fitting[pick]
+        for scores in orders:
+            taken = switches.decide(scores[None], torch.tensor([limit]))[0]
+            rows.append(torch.cat([torch.tensor([count]), taken.long()]))
+    return rows
+
+
+def best_static(forced: Forced, batches: Batches, worth: Tensor) -> Tensor:
     """The plan that is best for all questions together, shape (1 + size,).
 
-    Tried are token counts that the limit leaves open, each with switches by what leaving one out
-    costs these questions, by the controller's mean logits, and by depth.
+    Tried are `static_rows`, with switches by their `worth`, by the controller's mean logits, and by
+    depth.
     """
-    layout = forced.layout
-    forced.controller()
-    logits = [_mean_logits(forced, questions), _worth(forced, questions)]
-    logits.append(-torch.arange(layout.size).float())
-    opened = layout.open_counts(torch.tensor([forced.limit]))[0].nonzero().flatten()
-    picks = np.linspace(0, len(opened) - 1, _STATIC_COUNTS).round().astype(int)
-    rows = []
-    for option in opened[np.unique(picks)]:
-        options = option[None]
-        left = layout.left(torch.tensor([forced.limit]), options)
-        for scores in logits:
-            taken = layout.decide(scores[None], left, options)
-            rows.append(layout.decision(taken, options)[0])
+    by_depth = -torch.arange(forced.layout.size).float()
+    rows = static_rows(forced, [worth, forced.mean_logits(batches), by_depth])
     losses = []
     for row in rows:
         forced.plan_all(row)
-        losses.append(forced.loss(questions))
+        losses.append(forced.loss(batches))
     forced.controller()
     return rows[int(np.argmin(losses))]
-
-
-def _mean_logits(forced: Forced, questions: Sequence[Conversation]) -> Tensor:
-    found = []
-    for _ in forced.answers(questions):
-        assert forced.scheduled.logits is not None
-        found.append(forced.scheduled.logits)
-    return torch.cat(found).mean(0)
-
-
-def _worth(forced: Forced, questions: Sequence[Conversation]) -> Tensor:
-    """What each switch's absence adds to the mean loss, everything else on; shape (size,)."""
-    layout = forced.layout
-    # Beyond the budget: what is measured is the model.
-    whole = replace(forced, limit=layout.steps)
-    dense = torch.ones(1 + layout.size, dtype=torch.long)
-    dense[0] = layout.counts[-1]
-    few = [questions[index] for index in range(min(_BATCH, len(questions)))]
-    losses = []
-    for switch in (0, *range(1, layout.size + 1)):
-        row = dense.clone()
-        if switch:
-            row[switch] = 0
-        whole.plan_all(row)
-        losses.append(whole.loss(few))
-    forced.controller()
-    return torch.tensor(losses[1:]) - losses[0]
 
 
 def random_plan(forced: Forced, seed: int) -> None:
@@ -164,28 +230,51 @@ def random_plan(forced: Forced, seed: int) -> None:
     forced.perturb(1.0, torch.Generator().manual_seed(seed), own=0.0)
 
 
-def best_of_tried(
-    forced: Forced, questions: Sequence[Conversation], static: Tensor, seed: int
-) -> tuple[npt.NDArray[np.float64], Tensor]:
-    """(1 where right, decisions) of the plans with the least loss of `TRIED`, question by question.
+def best_of_tried(forced: Forced, batches: Batches, static: Tensor, seed: int) -> Answered:
+    """The plans with the least loss of `TRIED`, question by question.
 
     Tried are the controller's plan, the best static one, half of the rest random, and half the
     controller's with noise.
     """
     generator = torch.Generator().manual_seed(seed)
-    best = torch.full((len(questions),), torch.inf)
-    right = torch.zeros(len(questions))
-    rows = torch.zeros(len(questions), 1 + forced.layout.size, dtype=torch.long)
-    for number in range(TRIED):
-        if number == 0:
-            forced.controller()
-        elif number == 1:
+    forced.controller()
+    best = forced.answers(batches)
+    for number in range(1, TRIED):
+        if number == 1:
             forced.plan_all(static)
         else:
             forced.perturb(1.0, generator, own=float(number % 2))
-        parts = list(forced.answers(questions))
-        loss, hits, decisions = (torch.cat(part) for part in zip(*parts, strict=True))
-        better = loss < best
-        best[better], right[better], rows[better] = loss[better], hits[better], decisions[better]
+        found = forced.answers(batches)
+        best = found.where(found.loss < best.loss, best)
     forced.controller()
-    return right.double().numpy(), rows
+    return best
+
+
+class OnePlan(AdaptiveModel):
+    """Trains a model under one plan for all prompts, told one limit; its scheduler stands by."""
+
+    limit = 0
+
+    @override
+    def forward(self, labels: Tensor, limits: Tensor, seeds: Tensor, **inputs: Any) -> Any:
+        return super().forward(labels, torch.full_like(limits, self.limit), seeds, **inputs)
+
+
+def under_one_plan(row: Tensor, budget: Budget) -> Learner:
+    """What trains a model for one decision, shape (1 + size,)."""
+
+    def learner(
+        config: AdaLlavaConfig,
+        model: nn.Module,
+        graph: Graph,
+        scheduler: Scheduler,
+        load: Workload | None,
+    ) -> OnePlan:
+        adaptive = OnePlan(model, graph, scheduler, GumbelSequential(), load)
+        layout = adaptive.layout
+        assert isinstance(layout, UnifiedSwitches)
+        adaptive.limit = layout.limit(budget)
+        Forced(adaptive.scheduled, layout, budget).plan_all(row)
+        return adaptive
+
+    return learner
