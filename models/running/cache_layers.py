@@ -25,7 +25,12 @@ from transformers.cache_utils import (
 from planner.ir.errors import InputError
 from planner.models.running.attention_calls import Recorded
 from planner.models.running.program import LayerProgram
-from planner.models.tokens.answer_cache import AnswerTally, forget_before, forget_last
+from planner.models.tokens.answer_cache import (
+    AnswerTally,
+    forget_before,
+    forget_last,
+    forget_places,
+)
 from planner.models.tokens.kept_tokens import Keys, select_rows
 from planner.models.tokens.selectors import HeavyHitters
 from planner.models.tokens.selectors.h2o import attention_received
@@ -132,6 +137,9 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
             if call.stored is not None:
                 mine = select_rows(call.stored, part.rows, 0)
                 part.keys = forget_last(part.store, part.keys, mine)
+                gone = part.keeper.outdated(self.total)
+                if len(gone):
+                    part.keys = forget_places(part.store, part.keys, gone)
             return
         if part.keeper is None and call.summed_up is not None:
             first = select_rows(call.summed_up.first, part.rows, 0)

@@ -34,7 +34,7 @@ from planner.models.running.growing_cache import GrowingLayer
 from planner.models.running.program import LayerProgram, Program
 from planner.models.tokens.answer_cache import AnswerTally
 from planner.models.tokens.selectors import HeavyHitters
-from planner.planning.selectors import H2O, AnswerTokens, KVPolicy
+from planner.planning.selectors import H2O, AnswerPolicy, KVPolicy
 
 _DYNAMIC = (DynamicLayer, DynamicSlidingWindowLayer)
 _STATIC = (StaticLayer, StaticSlidingWindowLayer)
@@ -149,7 +149,7 @@ def _parts(
 
 
 def _keeper(policy: KVPolicy | None) -> HeavyHitters | AnswerTally | None:
-    if isinstance(policy, AnswerTokens):
+    if isinstance(policy, AnswerPolicy):
         return AnswerTally(policy)
     return HeavyHitters(policy) if isinstance(policy, H2O) else None
 

@@ -32,7 +32,7 @@ from planner.models.tokens.kept_tokens import (
     scatter,
     select_rows,
 )
-from planner.planning.selectors import AnswerTokens, VoCo
+from planner.planning.selectors import AnswerPolicy, VoCo
 
 
 class AttentionForward(Shadow):
@@ -177,7 +177,7 @@ class LayerForward(Shadow):
                 self._look_ahead(call, setup.group, rows, hidden, kwargs)
                 hidden = self.passes.stages.select(call, setup.group, rows, hidden)
             policy = setup.group.kv
-            if isinstance(policy, AnswerTokens) and policy.layer == self.index:
+            if isinstance(policy, AnswerPolicy) and policy.layer == self.index:
                 assert self.passes.answers is not None
                 tally = tally_of(cached, number)
                 self.passes.answers.decide(call, policy, rows, hidden, tally)

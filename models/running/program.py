@@ -15,7 +15,7 @@ from planner.ir.intervals import Intervals
 from planner.models.running.bindings import BoundLayer, BoundSite
 from planner.plan import Plan, TokenStage
 from planner.planning.selectors import (
-    AnswerTokens,
+    AnswerPolicy,
     KVPolicy,
     Needs,
     VoCo,
@@ -73,7 +73,7 @@ class LayerGroup:
     @property
     def drops(self) -> bool:
         """Whether tokens of a pass may be dropped before this layer."""
-        return bool(self.stages) or isinstance(self.kv, AnswerTokens)
+        return bool(self.stages) or isinstance(self.kv, AnswerPolicy)
 
 
 @dataclass(frozen=True)
@@ -141,10 +141,10 @@ class Program:
         return found
 
     @property
-    def answer_policies(self) -> set[AnswerTokens]:
+    def answer_policies(self) -> set[AnswerPolicy]:
         """Those by which some tokens of an answer are kept."""
         groups = (group for layer in self.layers for group in layer.groups)
-        return {group.kv for group in groups if isinstance(group.kv, AnswerTokens)}
+        return {group.kv for group in groups if isinstance(group.kv, AnswerPolicy)}
 
     @property
     def sums_up(self) -> bool:

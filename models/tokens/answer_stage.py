@@ -16,7 +16,7 @@ from planner.models.running.attention_blocks import named
 from planner.models.tokens.answer_cache import AnswerTally
 from planner.models.tokens.kept_tokens import Kept, select_rows
 from planner.models.tokens.predictors import OutputPredictor, load_predictors
-from planner.planning.selectors import AnswerTokens
+from planner.planning.selectors import AnswerPolicy, AnswerRule, AnswerTokens
 
 if TYPE_CHECKING:
     from planner.models.running.cache_layers import Cached
@@ -40,7 +40,7 @@ class AnswerStage:
 
     Args:
         model: the whole model.
-        policies: of the program, `AnswerTokens` all of them.
+        policies: of the program.
         places: carries flags of the model's tokens over to those of the decoder, see `TokenStages`.
 
     Raises:
@@ -50,13 +50,17 @@ class AnswerStage:
     def __init__(
         self,
         model: nn.Module,
-        policies: set[AnswerTokens],
+        policies: set[AnswerPolicy],
         places: Callable[[Tensor, bool], Tensor] | None = None,
     ) -> None:
         self.model = model
         self.arguments: dict[str, Any] = {}  # of the model in this pass
         self._places = places or (lambda known, value: known)
-        self._predictors = {policy: _output_predictor(policy, model) for policy in policies}
+        self._predictors = {
+            policy: _output_predictor(policy, model)
+            for policy in policies
+            if isinstance(policy, AnswerTokens)
+        }
 
     def remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the model was called with, or the part of it that a pass began with."""
@@ -91,7 +95,7 @@ class AnswerStage:
     def decide(
         self,
         call: Call,
-        policy: AnswerTokens,
+        policy: AnswerPolicy,
         rows: Tensor | None,
         hidden: Tensor,
         tally: AnswerTally | None,
@@ -108,17 +112,23 @@ class AnswerStage:
             hidden: what is about to enter the layer, shape (batch, tokens, width).
             tally: of the group in its cache; None without one.
         """
+        is_recent = isinstance(policy, AnswerRule) and policy.rule == "recent"
         if call.cache is not None and call.tokens == 1 and call.past:
             if tally is None:
                 raise InputError(f"{policy}: layer {policy.k} of this model caches no keys")
-            wanted = tally.count(self._worth(policy, select_rows(hidden, rows, 0))[:, 0])
+            tokens = torch.full((1, 1), tally.decoded, device=hidden.device)
+            worth = self._worth(policy, select_rows(hidden, rows, 0), tokens)
+            wanted = tally.count(worth[:, 0])
             if call.stored is None:
                 call.stored = torch.ones(call.batch, dtype=torch.bool, device=hidden.device)
             call.stored[slice(None) if rows is None else rows] = wanted
+        elif call.answer is not None and is_recent:
+            raise InputError(f"{policy} forgets tokens that a cache holds: leave use_cache on")
         elif call.answer is not None:
             answer = select_rows(call.answer, rows, 0)
-            wanted = self._worth(policy, select_rows(hidden, rows, 0))
-            if policy.max < 1:
+            tokens = (answer.cumsum(1) - 1).clamp(min=0)
+            wanted = self._worth(policy, select_rows(hidden, rows, 0), tokens)
+            if isinstance(policy, AnswerTokens) and policy.max < 1:
                 tally, places = AnswerTally(policy), answer.any(0).nonzero().flatten()
                 for place in places:
                     wanted[:, place] = tally.count(wanted[:, place])
@@ -127,8 +137,16 @@ class AnswerStage:
             call.left[slice(None) if rows is None else rows] &= wanted | ~answer
             call.kept = Kept.of(call.left)
 
-    def _worth(self, policy: AnswerTokens, hidden: Tensor) -> Tensor:
-        """Whether tokens are worth keeping, shape (rows, tokens), bool."""
+    def _worth(self, policy: AnswerPolicy, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Whether tokens are worth keeping, shape (rows, tokens), bool.
+
+        `tokens`, shape (rows or 1, tokens), are their numbers in the answer, from 0.
+        """
+        if isinstance(policy, AnswerRule):
+            stored = [policy.stores(token) for token in range(int(tokens.max()) + 1)]
+            by_rule = torch.tensor(stored, device=hidden.device)[tokens]
+            return by_rule.expand(len(hidden), -1)
+        assert isinstance(policy, AnswerTokens)
         predictor = self._predictors[policy].to(hidden.device, hidden.dtype)
         logits: Tensor = predictor(hidden)
         return logits[..., 0] > logits[..., 1]

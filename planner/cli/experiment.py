@@ -17,7 +17,9 @@ def experiment_command(
     console: Console,
     name: Annotated[
         str,
-        typer.Argument(help="table1, table3, baselines, warm-start, smollm2, exp1, exp2, exp3."),
+        typer.Argument(
+            help="table1, table3, baselines, warm-start, dynamic, smollm2, exp1, exp2, exp3."
+        ),
     ],
     seeds: Annotated[str, typer.Option(help="Training runs, by commas.")] = "0,1,2",
     samples: Annotated[int, typer.Option(min=1, help="Test questions per seed.")] = 2000,
@@ -42,12 +44,13 @@ def experiment_command(
     from planner.training.experiments.controllers import COMPARISONS
     from planner.training.experiments.results_page import write_page
     from planner.training.experiments.smollm2 import run_smollm2, smollm2_page
+    from planner.training.experiments.sparse_answers import dynamic_page, run_dynamic
 
     try:
         numbers = [int(part) for part in seeds.split(",")]
     except ValueError:
         raise InputError(f"--seeds '{seeds}' is not a list such as 0,1,2") from None
-    if name not in (known := (*EXPERIMENTS, *COMPARISONS, "smollm2")):
+    if name not in (known := (*EXPERIMENTS, *COMPARISONS, "dynamic", "smollm2")):
         raise InputError(f"unknown experiment '{name}': choose from {', '.join(known)}")
     output_folder(work)
     if output is not None:
@@ -63,6 +66,13 @@ def experiment_command(
                 write_text(output / "smollm2.json", json.dumps(found, indent=1) + "\n")
                 write_text(output / "smollm2.md", smollm2_page(found))
         console.show(found, lambda: print(smollm2_page(found)))
+        return
+    if name == "dynamic":
+        found = run_dynamic(work, numbers, samples, settings or [], progress)
+        if output is not None:
+            write_text(output / "dynamic.json", json.dumps(found, indent=1) + "\n")
+            write_text(output / "dynamic.md", dynamic_page(found))
+        console.show(found, lambda: print(dynamic_page(found)))
         return
     if name in COMPARISONS:
         found = run_comparison(name, work, numbers, samples, settings or [], progress)

@@ -154,7 +154,8 @@ def test_bad_text_says_what_is_wrong(text, message):
 
 def test_bad_kv_policy():
     with pytest.raises(
-        InputError, match=r"There is no KV cache policy 'snapkv'; known: h2o, dynamic-llava, voco\."
+        InputError,
+        match=r"There is no KV cache policy 'snapkv'; known: h2o, dynamic-llava, answer, voco\.",
     ):
         parse_kv_policy("snapkv")
     with pytest.raises(InputError, match="heavy is a share from 0 to 1"):

@@ -7,6 +7,7 @@ seed stands for the training run and for the test questions, so the base model h
 
     definitions   which cells make which table
     cells         training and measuring them
+    kept_results  what was measured, kept in files
     learning      labels to start from, the regret of plans, the losses of training
     paired_bootstrap
                   differences between methods, with intervals
@@ -17,6 +18,8 @@ seed stands for the training run and for the test questions, so the base model h
                   a comparison of controllers as text and pictures
     smollm2       utilities, recovery and healing on a real language model
     packaged      weights and texts that packages bring along
+    sparse_answers
+                  Dynamic-LLaVA's predictors against rules, by perplexity
     layer_regret  how well utilities tell which layers may go
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from planner.files import write_text
 from planner.ir.errors import PlannerError
 from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
@@ -27,6 +25,7 @@ from planner.planning.utilities import Utilities, save_utilities
 from planner.training.data import SceneQuestions
 from planner.training.evaluate import TEXT_TOKENS, UnderBudgets, predict
 from planner.training.experiments.definitions import Cell
+from planner.training.experiments.kept_results import kept_or_measured
 from planner.training.experiments.learning import label_file, losses_of, regret_of
 from planner.training.recipes import load_recipe
 
@@ -74,14 +73,7 @@ class Bench:
             "format": 2,
         }
         path = self.work / "cells" / f"seed-{self.seed}" / f"{name}.json"
-        if path.is_file():
-            known = json.loads(path.read_text())
-            if known["identity"] == identity:
-                return dict(known["result"])
-        result = measure(cell)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({"identity": identity, "result": result}, indent=1) + "\n")
-        return result
+        return kept_or_measured(path, identity, lambda: measure(cell))
 
     def _learned(self, cell: Cell) -> dict[str, Any]:
         folder = self._trained(cell)

@@ -18,7 +18,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from planner.files import write_text
 from planner.ir.cost import Workload
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
@@ -44,6 +43,7 @@ from planner.training.experiments.forced_plans import (
     random_plan,
     under_one_plan,
 )
+from planner.training.experiments.kept_results import kept_or_measured
 from planner.training.experiments.paired_bootstrap import paired_bootstrap
 from planner.training.recipes import load_recipe
 from planner.training.trainer import last_checkpoint
@@ -205,20 +205,17 @@ class Measuring:
         label = f"{variant.name}_{variant.plans}_{budget:g}".replace(" ", "-").replace(",", "")
         identity = [repr(variant), budget, self.samples, list(self.overrides)]
         path = self.work / "controllers" / f"seed-{self.seed}" / f"{label}.json"
-        if path.is_file():
-            known = json.loads(path.read_text())
-            if known["identity"] == identity:
-                return dict(known["result"])
-        self.progress(f"seed {self.seed}: {variant.name} at {budget:g}")
-        measure = self._selected if variant.selector else self._controlled
-        try:
-            found = measure(comparison, variant, budget)
-        except Infeasible as why:
-            found = {"infeasible": str(why)}
-        result = {"variant": variant.name, "budget": budget, "seed": self.seed, **found}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({"identity": identity, "result": result}, indent=1) + "\n")
-        return result
+
+        def measure() -> dict[str, Any]:
+            self.progress(f"seed {self.seed}: {variant.name} at {budget:g}")
+            how = self._selected if variant.selector else self._controlled
+            try:
+                found = how(comparison, variant, budget)
+            except Infeasible as why:
+                found = {"infeasible": str(why)}
+            return {"variant": variant.name, "budget": budget, "seed": self.seed, **found}
+
+        return kept_or_measured(path, identity, measure)
 
     # -- models ------------------------------------------------------------------------------
 

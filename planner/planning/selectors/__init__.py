@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from planner.ir.errors import InputError
 from planner.plan import TokenStage
 from planner.planning.selectors.arguments import read_named
-from planner.planning.selectors.eviction import H2O, KVPolicy, VoCo
+from planner.planning.selectors.eviction import H2O, AnswerPolicy, AnswerRule, KVPolicy, VoCo
 from planner.planning.selectors.in_decoder import (
     DART,
     DivPrune,
@@ -61,6 +61,8 @@ __all__ = [
     "KV_POLICIES",
     "SELECTORS",
     "TRIM",
+    "AnswerPolicy",
+    "AnswerRule",
     "AnswerTokens",
     "CDPruner",
     "DecoderSelector",
@@ -120,6 +122,7 @@ SELECTORS: Mapping[str, type[DecoderSelector] | type[VisionSelector]] = {
 KV_POLICIES: Mapping[str, type[KVPolicy]] = {
     "h2o": H2O,
     "dynamic-llava": AnswerTokens,
+    "answer": AnswerRule,
     "voco": VoCo,
 }
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from math import ceil, floor
+from random import Random
 from typing import ClassVar
 
 from typing_extensions import override
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.planning.selectors.arguments import Arguments, Share
+from planner.planning.selectors.arguments import Arguments, Layer, Share
 
 
 class KVPolicy(Arguments, ABC):
@@ -61,6 +63,73 @@ class H2O(KVPolicy):
     @override
     def kept(self, prompt: int, new: int = 0, image: int = 0) -> int:
         return min(prompt + new, sum(self.budgets(prompt)))
+
+
+class AnswerPolicy(KVPolicy):
+    """Stores prompts whole, in later turns as well, and of an answer some tokens, from layer k on.
+
+    A decoded token attends to itself in any case.
+    """
+
+    k: int
+
+    @property
+    @override
+    def layer(self) -> int:
+        return self.k
+
+    @abstractmethod
+    def most(self, decoded: int) -> int:
+        """How many of so many decoded tokens are stored at most."""
+
+    @override
+    def kept(self, prompt: int, new: int = 0, image: int = 0) -> int:
+        return prompt + self.most(new)
+
+
+@dataclass(frozen=True)
+class AnswerRule(AnswerPolicy):
+    """Store a share of an answer by a rule that looks at nothing: baselines of trained ones.
+
+    ``alternate`` stores tokens at even distances, of a share of 0.5 every other one; ``random`` one
+    at random of each such distance; ``recent`` the latest, and forgets those before. The first two
+    are "Structure" and "Random" in Table 3 of Dynamic-LLaVA (arXiv 2412.00876).
+    """
+
+    name = "answer"
+    leading = "rule"
+    rule: str
+    share: float = 0.5  # of the answer's tokens
+    k: Layer = 2  # the first whose cache leaves tokens out
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rules = ("alternate", "random", "recent")
+        self.check("rule", self.rule in rules, "alternate, random or recent")
+        self.check("share", 0 < self.share <= 1, "a share above 0, up to 1")
+
+    def _turn(self, token: int) -> int:
+        # A share that was given as a quotient means the whole number that it came of.
+        return floor(token * self.share + _ROUNDING)
+
+    def stores(self, token: int) -> bool:
+        """Whether a token of the answer, counted from 0, is stored when it is decoded."""
+        if self.rule == "recent":
+            return True
+        turn = self._turn(token)
+        first = ceil(turn / self.share - _ROUNDING)
+        if self.rule == "alternate":
+            return token == first
+        last = ceil((turn + 1) / self.share - _ROUNDING) - 1
+        return token == Random(f"{self.seed}-{turn}").randint(first, last)
+
+    @override
+    def most(self, decoded: int) -> int:
+        return ceil(decoded * self.share - _ROUNDING)
+
+
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing_extensions import override
 from planner.documents import read_json, validated
 from planner.ir.errors import InputError
 from planner.planning.selectors.arguments import Layer, Share
-from planner.planning.selectors.eviction import KVPolicy
+from planner.planning.selectors.eviction import AnswerPolicy
 from planner.planning.selectors.in_decoder import FromLayer
 from planner.planning.selectors.selector import Needs, Product, Sizes
 
@@ -159,12 +159,11 @@ class DynamicLLaVA(FromLayer):
 
 
 @dataclass(frozen=True)
-class AnswerTokens(KVPolicy):
+class AnswerTokens(AnswerPolicy):
     """From layer k on, cache of a decoded token what a trained predictor says is worth keeping.
 
-    The output predictor reads what enters layer k, each token alone. A token attends to itself in
-    any case; where "keep", the first logit, is the larger one, its keys and values are stored.
-    Prompts are stored whole, in later turns as well. Decoding without a cache drops tokens of the
+    The output predictor reads what enters layer k, each token alone; where "keep", the first logit,
+    is the larger one, its keys and values are stored. Decoding without a cache drops tokens of the
     answer so far from layer k on instead, by the same decisions, but the last, which predicts.
     Huang et al., "Dynamic-LLaVA" (arXiv 2412.00876), equation 6. Without a cache the released code
     keeps as many tokens of each sample as the sample that keeps most; here, as in the paper, every
@@ -188,19 +187,10 @@ class AnswerTokens(KVPolicy):
             arguments = {**arguments, "k": str(PredictorSettings.read(folder).sparse_layer)}
         return super().read(arguments)
 
-    @property
     @override
-    def layer(self) -> int:
-        return self.k
-
     def most(self, decoded: int) -> int:
-        """How many of so many decoded tokens are stored at most."""
         # A share that was given as a quotient means the whole number that it came of.
         return floor(decoded * self.max + 1e-9)
-
-    @override
-    def kept(self, prompt: int, new: int = 0, image: int = 0) -> int:
-        return prompt + self.most(new)
 
     @override
     def parameters(self, width: int) -> int:

@@ -1,0 +1,306 @@
+"""Dynamic-LLaVA's predictors against rules that look at nothing, by the perplexity of answers.
+
+    planner experiment dynamic [--seeds 0,1,2] [--samples 2000]
+
+After Table 3 of arXiv 2412.00876 (an answer's tokens kept by the predictor, at random, every other
+one, the latest ones, by H2O) and its Tables 5 and 17 (keep rates swept). Answers are descriptions
+of rendered scenes, fed token by token into a cache under the policy, and every token's likelihood
+is what the model gave it there. Predictors are trained for tiny-llava as it is, one pair for each
+pair of rates and seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from planner.ir.cost import Workload
+from planner.ir.graph import Graph
+from planner.ir.lowering import lower_model
+from planner.loading import load_model
+from planner.models.running.kv_cache import answers_stored, cache_among, cache_argument
+from planner.models.running.skipping import obeying
+from planner.plan import Plan
+from planner.planning.plan_costs import PlanCosts
+from planner.planning.selectors import stages_of
+from planner.planning.selectors.trained_predictors import WEIGHTS
+from planner.training.data import Conversation, Packer, SceneQuestions
+from planner.training.data.packing import IGNORE
+from planner.training.experiments.cells import Progress
+from planner.training.experiments.kept_results import kept_or_measured
+from planner.training.experiments.paired_bootstrap import paired_bootstrap
+from planner.training.experiments.results_page import table
+from planner.training.recipes import load_recipe
+
+CONFIG = Path(__file__).parent.parent / "configs" / "dynamic-llava.yaml"
+IMAGE_RATE, ANSWER_RATE = 0.2, 0.5
+# Tokens of a question and its answer, the image left out, at most.
+_MOST_TEXT = 400
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        name: for users.
+        tokens: a selector, and `kv` a policy of the cache, "" for none; FOLDER stands for the
+            predictors, COUNT for as many image tokens as they keep.
+        rates: image and answer tokens that the predictors are trained to keep.
+    """
+
+    name: str
+    tokens: str = ""
+    kv: str = ""
+    rates: tuple[float, float] = (IMAGE_RATE, ANSWER_RATE)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it asks predictors."""
+        return "FOLDER" in self.tokens + self.kv
+
+
+_PREDICTED = "dynamic-llava:FOLDER"
+
+
+def _methods() -> Iterator[Method]:
+    yield Method("base model")
+    yield Method("random image tokens", "random:keep=COUNT,k=2")
+    yield Method("image predictor", _PREDICTED)
+    yield Method("both predictors", _PREDICTED, _PREDICTED)
+    for rule in ("random", "alternate", "recent"):
+        yield Method(f"answer: {rule}", _PREDICTED, f"answer:{rule},share={ANSWER_RATE}")
+    yield Method("H2O", _PREDICTED, "h2o:heavy=0.25,recent=0.25")
+    yield Method("H2O, whole image", "", "h2o:heavy=0.25,recent=0.25")
+    for rates in ((IMAGE_RATE, 0.25), (IMAGE_RATE, 0.75), (0.1, ANSWER_RATE), (0.4, ANSWER_RATE)):
+        yield Method("both predictors", _PREDICTED, _PREDICTED, rates)
+
+
+METHODS = tuple(_methods())
+
+
+@dataclass(frozen=True, eq=False)
+class _Bench:
+    """Answers of one seed, and what they lose under methods.
+
+    Attributes:
+        work: where predictors and cells are kept.
+        seed: of predictors and questions.
+        samples: answers.
+        overrides: of the training configuration.
+        progress: told what comes next.
+        batch_size: answers fed together.
+    """
+
+    work: Path
+    seed: int
+    samples: int
+    overrides: tuple[str, ...]
+    progress: Progress
+    batch_size: int = 32
+    _predictors: dict[tuple[float, float], Path] = field(default_factory=dict)
+
+    @cached_property
+    def _model(self) -> tuple[Any, Any, Graph]:
+        model, processor, _ = load_model("tiny-llava")
+        return model, processor, lower_model(model, "tiny-llava")
+
+    def cell(self, method: Method) -> dict[str, Any]:
+        """A method, from its file or measured now."""
+        name = "_".join([method.name, *map(str, method.rates)]).replace(" ", "-").replace(":", "")
+        path = self.work / "dynamic" / f"seed-{self.seed}" / f"{name}.json"
+        identity = [repr(method), self.samples, list(self.overrides)]
+        return kept_or_measured(path, identity, lambda: self._measure(method))
+
+    def _trained(self, rates: tuple[float, float]) -> Path:
+        """The folder of predictors with these rates, trained before or now."""
+        labels = [f"{rates[0]}-{rates[1]}", *self.overrides]
+        label = "_".join(labels).replace("=", "-").replace("/", "-")
+        folder = self.work / "models" / f"dynamic_{label}_seed-{self.seed}"
+        if not (folder / "model" / WEIGHTS).is_file():
+            self.progress(f"seed {self.seed}: training predictors that keep {rates}")
+            train, config = load_recipe(
+                CONFIG,
+                [
+                    f"output_dir={folder / 'run'}",
+                    f"export_dir={folder / 'model'}",
+                    f"seed={self.seed}",
+                    *self.overrides,
+                ],
+            )
+            kept = {"vision_keep_rate": rates[0], "output_text_keep_rate": rates[1]}
+            settings = config.model_dump()
+            settings["predictors"] |= kept
+            train(type(config)(**settings))
+        return folder / "model"
+
+    def _measure(self, method: Method) -> dict[str, Any]:
+        folder = str(self._trained(method.rates)) if method.is_trained else ""
+        model, processor, graph = self._model
+        self.progress(f"seed {self.seed}: {method.name} {method.rates}")
+        of = int(graph.properties["image_tokens"])
+        tokens, kv = (text.replace("FOLDER", folder) for text in (method.tokens, method.kv))
+        tokens = tokens.replace("COUNT", str(int(of * IMAGE_RATE)))
+        plan = Plan.of(graph, tokens=stages_of(tokens, of, of), kv=kv)
+        answers = SceneQuestions("test", self.samples, self.seed, ("describe",))
+        losses, lengths, costs = [], [], []
+        with obeying(model, graph, plan, freeze=True):
+            for start in range(0, len(answers), self.batch_size):
+                chosen = range(len(answers))[start : start + self.batch_size]
+                for told in feed(model, processor, [answers[i] for i in chosen]):
+                    losses.append(told.loss)
+                    lengths.append(told.tokens)
+                    load = Workload.default(graph, of, told.prompt - of, told.tokens - 1)
+                    costs.append(PlanCosts(graph, load, "llm").of(plan, answers=told.stored))
+        return {
+            "method": method.name,
+            "rates": list(method.rates) if method.is_trained else None,
+            "losses": losses,
+            "tokens": lengths,
+            "kv_bytes": mean(cost["kv"]["plan"] for cost in costs),
+            "kv_fraction": mean(cost["kv"]["fraction"] for cost in costs),
+            "flops_fraction": mean(cost["flops"]["fraction"] for cost in costs),
+        }
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a model makes of one answer.
+
+    Attributes:
+        prompt: tokens of the prompt.
+        tokens: of the answer, its end among them.
+        loss: nats of all of them together.
+        stored: how many a policy has stored of those that were fed; None where none decides.
+    """
+
+    prompt: int
+    tokens: int
+    loss: float
+    stored: int | None
+
+
+@torch.inference_mode()
+def feed(model: Any, processor: Any, samples: Sequence[Conversation]) -> list[Told]:
+    """Feed answers token by token into a cache, a batch of them; the plan is whatever holds."""
+    packer = Packer(processor, _MOST_TEXT, dialogue_share=1.0)
+    rows = [packer([sample]) for sample in samples]
+    asked = [row["input_ids"][0, row["labels"][0] == IGNORE] for row in rows]
+    answers = [row["labels"][0, row["labels"][0] != IGNORE] for row in rows]
+    ids, mask = _padded(asked, "left")
+    given, _ = _padded(answers, "right")
+    pixels = torch.cat([row["pixel_values"] for row in rows])
+    lengths = [len(answer) for answer in answers]
+    output = model(input_ids=ids, attention_mask=mask, pixel_values=pixels, logits_to_keep=1)
+    losses = torch.zeros(len(samples))
+    stored: list[int | None] = [None] * len(samples)
+    for step in range(max(lengths)):
+        wanted = given[:, step]
+        each = cross_entropy(output.logits[:, -1].float(), wanted, reduction="none")
+        losses += each * torch.tensor([step < length for length in lengths])
+        cache = cache_among(output)
+        now = answers_stored(cache)
+        for row, length in enumerate(lengths):
+            # All but its last token were fed.
+            if step == length - 1 and now is not None:
+                stored[row] = now[row]
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        if step < max(lengths) - 1:
+            past = {cache_argument(model.forward): cache}
+            output = model(input_ids=wanted[:, None], attention_mask=mask, **past)
+    return [
+        Told(len(prompt), length, float(loss), kept)
+        for prompt, length, loss, kept in zip(asked, lengths, losses, stored, strict=True)
+    ]
+
+
+def _padded(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths as one tensor, padded by 0, and which of it is real, int64."""
+    ids, mask = (
+        torch.nn.utils.rnn.pad_sequence(list(part), batch_first=True, padding_side=side)
+        for part in (rows, [torch.ones_like(row) for row in rows])
+    )
+    return ids, mask
+
+
+def run_dynamic(
+    work: Path, seeds: Sequence[int], samples: int, overrides: Sequence[str], progress: Progress
+) -> dict[str, Any]:
+    """Train and measure what is missing of the table, and give it back whole."""
+    cells: dict[Method, list[dict[str, Any]]] = {method: [] for method in METHODS}
+    for seed in seeds:
+        bench = _Bench(work, seed, samples, tuple(overrides), progress)
+        for method in METHODS:
+            cells[method].append(bench.cell(method))
+    flags = "".join(f" --set {override}" for override in overrides)
+    return {
+        "experiment": "dynamic",
+        "title": "Dynamic-LLaVA's predictors against rules",
+        "command": f"planner experiment dynamic --seeds {','.join(map(str, seeds))} "
+        f"--samples {samples}{flags}",
+        "seeds": list(seeds),
+        "samples": samples,
+        "rows": [_row(method, cells[method], cells[METHODS[0]]) for method in METHODS],
+    }
+
+
+def _row(method: Method, cells: Sequence[Any], base: Sequence[Any]) -> dict[str, Any]:
+    """A method's means over seeds, and its loss a token beside the base model's."""
+    nats = [np.divide(cell["losses"], cell["tokens"]) for cell in cells]
+    of_base = [np.divide(cell["losses"], cell["tokens"]) for cell in base]
+    row: dict[str, Any] = {"method": method.name, "rates": cells[0]["rates"], "kv": method.kv}
+    for name in ("kv_bytes", "kv_fraction", "flops_fraction"):
+        row[name] = mean(cell[name] for cell in cells)
+    each = [float(np.exp(np.sum(c["losses"]) / np.sum(c["tokens"]))) for c in cells]
+    row["perplexities"] = each
+    if method != METHODS[0]:
+        pairs = [own - other for own, other in zip(nats, of_base, strict=True)]
+        row["against_base"] = paired_bootstrap(pairs)
+    return row
+
+
+def dynamic_page(results: Mapping[str, Any]) -> str:
+    """The table in Markdown."""
+    cells = []
+    for row in results["rows"]:
+        image, answer = row["rates"] or ("", "")
+        known = row.get("against_base")
+        cells.append(
+            [
+                row["method"],
+                str(image),
+                str(answer),
+                f"{row['flops_fraction']:.1%}",
+                f"{row['kv_bytes'] / 1024:.1f}",
+                f"{row['kv_fraction']:.1%}",
+                f"{mean(row['perplexities']):.4f}",
+                f"{known['difference']:+.4f} ({known['low']:+.4f} to {known['high']:+.4f})"
+                if known
+                else "",
+            ]
+        )
+    heads = ["method", "image rate", "answer rate", "FLOPs of the prefill", "KiB of KV", "KV"]
+    lines = [
+        f"# {results['title']}",
+        "",
+        f"tiny-llava; {len(results['seeds'])} training runs of the predictors, "
+        f"{results['samples']} descriptions each, fed token by token into the cache. FLOPs and KV "
+        "bytes are over the base model's, the bytes at an answer's end. Differences are of the "
+        "mean loss a token, in nats, with 95 % intervals by a paired bootstrap over runs and "
+        "answers. Rows named after a rule keep the image tokens that the image predictor chooses, "
+        "H2O half of every cache.",
+        "",
+        *table([*heads, "perplexity", "- base, nats a token"], cells),
+        "",
+        f"    {results['command']}",
+    ]
+    return "\n".join(lines) + "\n"
