@@ -8,7 +8,6 @@ survivors, and the kernels where they are run.
     op               what an op is, and how PyTorch gets to know it
     kept_linear      a product with all features
     product_probe    which library multiplies fastest on this CPU
-    run_products     products with features that are kept in several runs
     project_rows     surviving output features: queries, keys, values, an MLP's neurons
     project_columns  a linear over surviving input features: output and down projections
     attend           attention of surviving heads, in stock layouts

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from planner.kernels.ops import product_probe, run_products
-from planner.kernels.ops.run_products import copying_is_faster, product_of_runs, together
+from planner.kernels.ops import product_probe
+from planner.models.running import run_products
+from planner.models.running.run_products import copying_is_faster, product_of_runs, together
 
 RUNS = [((2, 5),), ((0, 1), (3, 8)), ((1, 2), (4, 5), (7, 11)), ((0, 0),)]
 
