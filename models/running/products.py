@@ -26,9 +26,9 @@ from typing_extensions import override
 from planner.ir.intervals import Intervals, count_of
 from planner.kernels.choice import Kernels
 from planner.kernels.ops.kept_linear import kept_linear, suits
-from planner.models.running.run_products import product_of_runs, together
 from planner.models.running.bindings import BoundLinear, BoundSite
 from planner.models.running.patches import Shadow
+from planner.models.running.run_products import product_of_runs, together
 
 
 class Product(ABC):
