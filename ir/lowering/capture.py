@@ -207,6 +207,9 @@ def capture(
     stacks = find_stacks(module)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
+    # Where each operation was called from would take a quarter of the time, and nobody asks.
+    traces = getattr(fx.config, "do_not_emit_stack_traces", False)
+    fx.config.do_not_emit_stack_traces = True
     try:
         with _folded(module, stacks), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -218,6 +221,7 @@ def capture(
                     program = exporter.export(module, dict(inputs), config)
     finally:
         logging.set_verbosity(verbosity)
+        fx.config.do_not_emit_stack_traces = traces
     for node in program.graph.nodes:
         if "val" in node.meta:
             node.meta["val"] = _settled(node.meta["val"], unknown)

@@ -203,7 +203,7 @@ def _add_neurons(layer: TracedLayer, found: Found) -> None:
     for label in layer.labels(hidden):
         if layer.sink(label.source) is not sink or label.source not in layer.nodes:
             raise NoSite("its neurons are read elsewhere too")
-        assignment.add(label.source, [[int(n)] for n in layer.columns(label)])
+        assignment.add(label.source, [[n] for n in layer.columns(label).long().tolist()])
     if not layer.comes_from(hidden, set(assignment.sources)):
         raise NoSite("its neurons meet values that are none of its own")
     bindings = assignment.bindings()

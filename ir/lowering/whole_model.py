@@ -6,9 +6,10 @@ Everything is found by transformers' accessors and by structure; no architecture
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+import json
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -148,14 +149,41 @@ def lower_config(config: Any, name: str) -> Lowered:
 
 
 def lower_model(model: Any, name: str = "model") -> Graph:
-    """Lower a stock model that has weights: a twin without weights is built and captured."""
-    config = copy.deepcopy(model.config)
+    """Lower a stock model that has weights: a twin without weights is built and captured.
+
+    The Graph depends on the model's class, config and precision alone, and models that are alike in
+    those are lowered once in a process.
+    """
+    stock = _Stock(type(model), _facts(model.config), model.dtype.itemsize, model.config)
+    return replace(_lowered(stock), name=name)
+
+
+@dataclass(frozen=True)
+class _Stock:
+    """What the Graph of a stock model depends on."""
+
+    kind: type
+    facts: str  # all that its config says
+    dtype_bytes: int
+    config: Any = field(compare=False)
+
+
+def _facts(config: Any) -> str:
+    known = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+    experts = getattr(config.get_text_config(), "_experts_implementation", None)
+    return json.dumps([known, experts], sort_keys=True, default=repr)
+
+
+@lru_cache(maxsize=64)
+def _lowered(stock: _Stock) -> Graph:
+    config = copy.deepcopy(stock.config)
+    build = cast(Any, stock.kind)._from_config
     with quiet():
         try:
             config._attn_implementation = "sdpa"
-            twin = build_on_meta(copy.deepcopy(config), type(model)._from_config)
+            twin = build_on_meta(copy.deepcopy(config), build)
         except ValueError:
             # An architecture without fused attention.
             config._attn_implementation = "eager"
-            twin = build_on_meta(copy.deepcopy(config), type(model)._from_config)
-    return lower(twin, name, dtype_bytes=model.dtype.itemsize).graph
+            twin = build_on_meta(copy.deepcopy(config), build)
+    return lower(twin, "model", stock.dtype_bytes).graph
