@@ -2,11 +2,10 @@
 
 import os
 import re
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
+import apart
 import pytest
 import typer
 
@@ -50,11 +49,10 @@ def test_the_readme_s_command_lines_parse():
 def test_the_readme_s_example_runs(tmp_path, tmp_path_factory):
     code = textwrap.dedent(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1])
     cache = tmp_path_factory.getbasetemp() / "planner-cache"
-    done = subprocess.run(
-        [sys.executable, "-c", code.replace("llava-7b", "tiny-llava")],
-        cwd=tmp_path, env={**os.environ, "PLANNER_CACHE": str(cache)},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    environment = {"PLANNER_CACHE": str(cache)}
+    done = apart.run(
+        "-c", code.replace("llava-7b", "tiny-llava"), folder=tmp_path, environment=environment
+    )
     assert done.returncode == 0, done.stderr
     assert "optimal" in done.stdout
     assert (tmp_path / "plan.yaml").is_file()

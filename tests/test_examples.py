@@ -1,11 +1,9 @@
 """The examples, on tiny-llava."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import apart
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -17,11 +15,8 @@ def script(tmp_path_factory):
     cache = tmp_path_factory.getbasetemp() / "planner-cache"
 
     def run(path, *arguments, folder):
-        environment = {**os.environ, "PLANNER_CACHE": str(cache), "MPLBACKEND": "Agg"}
-        done = subprocess.run(
-            [sys.executable, str(ROOT / path), *map(str, arguments)],
-            cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+        environment = {"PLANNER_CACHE": str(cache), "MPLBACKEND": "Agg"}
+        done = apart.run(ROOT / path, *arguments, folder=folder, environment=environment)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

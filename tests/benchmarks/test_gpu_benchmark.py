@@ -2,10 +2,10 @@
 
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import apart
 import pytest
 import torch
 
@@ -35,12 +35,8 @@ def decoders(monkeypatch):
 def test_all_parts_run_without_ortools(tmp_path):
     output = tmp_path / "gpu.json"
     arguments = ["--device", "cpu", "--tiny", "--batches", "1", "--rounds", "1", "--budgets", "0.5"]
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCKED, FOLDER / "gpu.py", *arguments, "--output", output],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    arguments += ["--output", output]
+    done = apart.run("-c", BLOCKED, FOLDER / "gpu.py", *arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "they mean nothing" in done.stdout
     document = json.loads(output.read_text())

@@ -1,11 +1,9 @@
 """What wraps, shares or quantises a planned model: looked through and right, or one sentence."""
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import apart
 import pytest
 import torch
 from plans import plan_of
@@ -72,8 +70,15 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("first", ["wrapper", "plan"])
-@pytest.mark.parametrize("name", WRAPPERS)
+# What compiles is slow, and takes one order each.
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        *((name, first) for name in ("holder", "DataParallel") for first in ("wrapper", "plan")),
+        ("compiled", "plan"),
+        ("several", "wrapper"),
+    ],
+)
 def test_wrappers_are_looked_through(model, graph, plan, name, first):
     torch.compiler.reset()
     right = masked(model, graph, plan)
@@ -114,10 +119,8 @@ def test_a_shallow_copy_has_the_parts_of_its_model_and_their_plan(model, plan):
 
 
 def test_two_processes_average_the_gradients_of_what_the_plan_keeps(tmp_path):
-    """Started afresh: a process with threads of its own cannot be forked safely."""
-    command = [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    script = Path(__file__).with_name("two_processes.py")
+    done = apart.run(script, tmp_path, folder=tmp_path, environment={"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr
 
 

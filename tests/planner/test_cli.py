@@ -1,9 +1,8 @@
 import json
 import os
 import re
-import subprocess
-import sys
 
+import apart
 import pytest
 
 from planner import __version__
@@ -193,17 +192,11 @@ def test_a_corrupt_cache_entry_is_rebuilt(cli, cli_json):
 
 
 def test_two_processes_share_the_cache(tmp_path):
-    environment = {**os.environ, "PLANNER_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "planner", "compile", "--model", "tiny-llava", "--json", "-o"]
-    running = [
-        subprocess.Popen(
-            [*command, str(tmp_path / str(i))],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=300) for process in running]
-    assert [process.returncode for process in running] == [0, 0], outputs
+    place = {"folder": tmp_path, "environment": {"PLANNER_CACHE": str(tmp_path / "cache")}}
+    command = ["-m", "planner", "compile", "--model", "tiny-llava", "--json", "-o"]
+    running = [apart.start(*command, tmp_path / str(i), **place) for i in range(2)]
+    done = [program.finish() for program in running]
+    assert [program.returncode for program in done] == [0, 0], done
     plans = [(tmp_path / str(i) / "plan.yaml").read_bytes() for i in range(2)]
     assert plans[0] == plans[1]
     assert not list((tmp_path / "cache").rglob(".*"))

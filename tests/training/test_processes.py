@@ -2,11 +2,10 @@
 
 import itertools
 import json
-import os
 import re
-import subprocess
-import sys
+import socket
 
+import apart
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -52,14 +51,12 @@ def logged(folder):
     return [entry for entry in state["log_history"] if "loss" in entry]
 
 
-def launch(launcher, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", *launcher, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+# gloo on CPUs.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def launch(folder, launcher, *arguments):
+    return apart.run("-m", *launcher, *arguments, folder=folder, environment=ENVIRONMENT)
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +68,11 @@ def one_process(base, tmp_path_factory):
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_train_as_one_with_twice_the_batch(base, tmp_path, one_process, launcher):
-    """gloo on the CPU; the order of sums is all that differs."""
+    """The order of sums is all that differs."""
     config = tmp_path / "config.yaml"
     ours = settings(base, tmp_path / "two", batch_size=2)
     config.write_text(json.dumps({"recipe": "adallava"} | ours))
-    done = launch(LAUNCHERS[launcher], "-m", "planner.training", str(config))
+    done = launch(tmp_path, LAUNCHERS[launcher], "-m", "planner.training", str(config))
     assert done.returncode == 0, done.stderr
     for two, one in zip(logged(tmp_path / "two"), one_process, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=2e-3)
@@ -87,7 +84,7 @@ def test_one_process_where_several_were_asked_for_is_refused(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(f"recipe: adallava\noutput_dir: {tmp_path / 'x'}\n")
     alone = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    done = launch(alone, "-m", "planner.training", str(config))
+    done = launch(tmp_path, alone, "-m", "planner.training", str(config))
     assert "started one process of several" in done.stderr
     assert not (tmp_path / "x").exists()
     check_launch({"ACCELERATE_USE_CPU": "True"})
@@ -165,10 +162,21 @@ def test_sharded_processes_train_as_one(base, tmp_path):
         adallava.train(config(base, one, batch_size=4, export_dir=str(one / "model"), **common))
         common |= {"export_dir": str(two / "model"), **sharded}
         ours.append(settings(base, two, batch_size=2, **common))
-    done = launch(LAUNCHERS["torchrun"], str(script), json.dumps(ours))
-    assert done.returncode == 0, done.stderr
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    environment = ENVIRONMENT | meeting | {"WORLD_SIZE": "2"}
+    running = [
+        apart.start(
+            script, json.dumps(ours), folder=tmp_path,
+            environment=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    done = [process.finish() for process in running]
+    assert [process.returncode for process in done] == [0, 0], done
     # The main process is given back what it exported, which is whole; the other one's is not.
-    assert len(re.findall(r"RESULT (\d+) \1\b", done.stdout)) == 2 * len(ours)
+    whole = [len(re.findall(r"RESULT (\d+) \1\b", process.stdout)) for process in done]
+    assert whole == [0, 2 * len(ours)]
     for switches, turn in itertools.product(SHARDED_SWITCHES, ("started", "resumed")):
         one, two = tmp_path / switches / "one", tmp_path / switches / turn
         for found, expected in zip(logged(two), logged(one), strict=True):

@@ -2,9 +2,9 @@
 
 import json
 import pickle
-import subprocess
 import sys
 
+import apart
 import pytest
 
 from planner.ir.errors import InputError
@@ -114,13 +114,8 @@ def test_processes_that_start_together_share_one_file(tmp_path, cache):
         "from planner.training.data.conversation_table import open_records; "
         "print(len(open_records(Path(sys.argv[1]))))"
     )
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    assert [run.communicate(timeout=300)[0].strip() for run in runs] == ["2000"] * 2
+    runs = [apart.start("-c", program, path, folder=tmp_path) for _ in range(2)]
+    assert [run.finish().stdout.strip() for run in runs] == ["2000"] * 2
     assert len(list(cache.glob("*.arrow*"))) == 2  # and its lock
 
 
