@@ -25,6 +25,19 @@ class Architecture:
     at_odds: str = ""
 
 
+# A whole period of the layers of every one.
+DEPTH = 6
+
+
+def _shallow(config):
+    """With few decoder layers: most are copies of the first, and capturing each takes its time."""
+    text = config.get_text_config()
+    text.num_hidden_layers = DEPTH
+    if vars(text).get("layer_types"):
+        text.layer_types = text.layer_types[:DEPTH]
+    return config
+
+
 def _llava(text=None, vision=None, **options):
     return transformers.LlavaConfig(text_config=text, vision_config=vision, **options)
 
@@ -46,25 +59,43 @@ ARCHITECTURES = {
         576,
     ),
     # A base image and two tiles, line ends among them.
-    "llava_next": lambda: Architecture(transformers.LlavaNextConfig(), 32, 32, 11008, 1176),
+    "llava_next": lambda: Architecture(
+        _shallow(transformers.LlavaNextConfig()), DEPTH, 32, 11008, 1176
+    ),
     "llava_onevision": lambda: Architecture(
-        transformers.LlavaOnevisionConfig(), 32, 32, 22016, 1485
+        _shallow(transformers.LlavaOnevisionConfig()), DEPTH, 32, 22016, 1485
     ),
     "qwen2_5_vl": lambda: Architecture(
-        transformers.Qwen2_5_VLConfig(), 80, 8, 29568, 144, "3584 wide, the decoder 8192"
+        _shallow(transformers.Qwen2_5_VLConfig()),
+        DEPTH,
+        8,
+        29568,
+        144,
+        "3584 wide, the decoder 8192",
     ),
     "qwen3_vl": lambda: Architecture(
-        transformers.Qwen3VLConfig(), 32, 32, 22016, 100, "3584 wide, the decoder 4096"
+        _shallow(transformers.Qwen3VLConfig()), DEPTH, 32, 22016, 100, "3584 wide, the decoder 4096"
     ),
-    "internvl": lambda: Architecture(transformers.InternVLConfig(), 32, 32, 22016, 256),
-    "smolvlm": lambda: Architecture(transformers.SmolVLMConfig(), 32, 32, 11008, 4),
-    "paligemma": lambda: Architecture(transformers.PaliGemmaConfig(), 18, 1, 16384, 256),
+    "internvl": lambda: Architecture(
+        _shallow(transformers.InternVLConfig()), DEPTH, 32, 22016, 256
+    ),
+    "smolvlm": lambda: Architecture(_shallow(transformers.SmolVLMConfig()), DEPTH, 32, 11008, 4),
+    "paligemma": lambda: Architecture(
+        _shallow(transformers.PaliGemmaConfig()), DEPTH, 1, 16384, 256
+    ),
     # Its projector pools 14 x 14 patches to 16 x 16 tokens, which cannot be.
     "gemma3": lambda: Architecture(
-        transformers.Gemma3Config(), 26, 4, 9216, 196, "projector was not captured (RuntimeError"
+        _shallow(transformers.Gemma3Config()),
+        DEPTH,
+        4,
+        9216,
+        196,
+        "projector was not captured (RuntimeError",
     ),
-    "mistral3": lambda: Architecture(transformers.Mistral3Config(), 40, 8, 32768, 3025),
-    "idefics3": lambda: Architecture(transformers.Idefics3Config(), 32, 32, 11008, 4),
+    "mistral3": lambda: Architecture(
+        _shallow(transformers.Mistral3Config()), DEPTH, 8, 32768, 3025
+    ),
+    "idefics3": lambda: Architecture(_shallow(transformers.Idefics3Config()), DEPTH, 32, 11008, 4),
     "phi-2 with siglip": lambda: Architecture(
         _llava(
             transformers.PhiConfig(
@@ -86,11 +117,11 @@ ARCHITECTURES = {
 TEXT_ONLY = {
     "llama": lambda: Architecture(transformers.LlamaConfig(), 32, 32, 11008),
     "qwen3": lambda: Architecture(transformers.Qwen3Config(), 32, 32, 22016),
-    "phi3": lambda: Architecture(transformers.Phi3Config(), 32, 32, 8192),
+    "phi3": lambda: Architecture(_shallow(transformers.Phi3Config()), DEPTH, 32, 8192),
     "opt": lambda: Architecture(transformers.OPTConfig(), 12, 12, 3072),
-    "gpt_neox": lambda: Architecture(transformers.GPTNeoXConfig(), 44, 64, 24576),
-    "mixtral": lambda: Architecture(transformers.MixtralConfig(), 32, 8, 0),
-    "mamba": lambda: Architecture(transformers.MambaConfig(), 32, 0, 0),
+    "gpt_neox": lambda: Architecture(_shallow(transformers.GPTNeoXConfig()), DEPTH, 64, 24576),
+    "mixtral": lambda: Architecture(_shallow(transformers.MixtralConfig()), DEPTH, 8, 0),
+    "mamba": lambda: Architecture(_shallow(transformers.MambaConfig()), DEPTH, 0, 0),
 }
 
 

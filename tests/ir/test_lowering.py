@@ -125,7 +125,7 @@ def test_experts_and_recurrences_are_priced_without_sites(lowered):
     for name, kind in (("mixtral", "experts"), ("mamba", "scan")):
         graph = lowered(name)[1].graph
         operators = [o for o in graph if o.kind == kind]
-        assert {o.layer for o in operators} == set(range(32))
+        assert {o.layer for o in operators} == set(range(graph.layers))
         assert not any(o.narrowed_by for o in operators)
         sizes = Workload(0, text_tokens=10).prefill()
         assert total(price(o, graph, sizes) for o in operators).flops > 0
@@ -133,7 +133,7 @@ def test_experts_and_recurrences_are_priced_without_sites(lowered):
 
 def test_a_state_space_layer_is_a_few_operators(lowered):
     graph = lowered("mamba")[1].graph
-    kinds = [o.kind for o in graph if o.layer == 7]
+    kinds = [o.kind for o in graph if o.layer == 5]
     assert kinds == ["norm", "linear", "scan", "linear", "matmul", "scan", "linear", "add"]
 
 

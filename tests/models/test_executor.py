@@ -276,7 +276,7 @@ def test_decoding_behind_a_token_stage_compiles_to_one_graph(llava):
 
     with obeying(family.model, graph, plan):
         expected = decoded(family.model)
-        compiled = torch.compile(family.model, fullgraph=True, dynamic=True, backend="aot_eager")
+        compiled = torch.compile(family.model, fullgraph=True, dynamic=True, backend="eager")
         got = decoded(compiled)
     for one, other in zip(got, expected, strict=True):
         assert close(one, other)

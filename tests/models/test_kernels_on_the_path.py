@@ -86,8 +86,8 @@ def test_samples_run_plans_of_their_own():
     _assert_near(found[1], found[0])
 
 
-# Images, and heads that share keys; norms of queries and keys; both, with windows.
-@pytest.mark.parametrize("name", ["llava", "qwen3", "gemma3"])
+# Images, and heads that share keys; these and norms of queries and keys, with windows.
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
 def test_compiled_models_run_on_kernels(name):
     """One launch of a kernel serves both samples, each under its plan."""
     family = FAMILIES[name]()
@@ -96,14 +96,14 @@ def test_compiled_models_run_on_kernels(name):
     plans = [plan_of(graph, heads=p.heads, mlp=p.mlp) for p in _plans(family, graph)]
     planner.compile(model, plan=plans[0], kernels="torch")
     with planner.budget(model, plans):
-        want = _decoded(model, inputs, tokens=2)
+        want = _decoded(model, inputs, tokens=1)
     planner.restore(model)
     torch.compiler.reset()
     options = {"inner": "eager", "samples": 2, "kernels": "triton", "utilities": "prior"}
     model.compile(backend="planner", options=options)
     planner.budget(model, plans)
     with counted() as counter:
-        got = _decoded(model, inputs, tokens=2)
+        got = _decoded(model, inputs, tokens=1)
     model._compiled_call_impl = None
     planner.restore(model)
     torch.compiler.reset()

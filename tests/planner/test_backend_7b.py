@@ -5,6 +5,7 @@ import torch
 from plans import plan_of
 from torch._dynamo.utils import counters
 from transformers import LlavaForConditionalGeneration
+from transformers.initialization import no_init_weights
 
 import planner
 from planner.ir.lowering import lower_model
@@ -23,7 +24,13 @@ def llava():
     vision.num_attention_heads = vision.num_hidden_layers = 2
     config.image_token_id = 1000
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration._from_config(config, dtype=torch.bfloat16).eval()
+    with no_init_weights():
+        model = LlavaForConditionalGeneration._from_config(config, dtype=torch.bfloat16).eval()
+    # Drawing every weight would take the longest here. No row begins where another does.
+    noise = 0.02 * torch.randn(1_000_003)
+    for parameter in model.parameters():
+        drawn = noise.repeat(-(-parameter.numel() // len(noise)))[: parameter.numel()]
+        parameter.data.copy_(drawn.view_as(parameter) + (parameter.ndim == 1))
     return model, lower_model(model, "llava-7b")
 
 
@@ -41,7 +48,7 @@ def _counted():
 
 def test_one_graph_for_any_budget(llava):
     model, graph = llava
-    ids = torch.randint(3, 1000, (1, 20), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(3, 1000, (1, 6), generator=torch.Generator().manual_seed(1))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     found = []
     for backend, options in (("eager", {}), ("planner", PLANNER)):
@@ -68,7 +75,7 @@ def test_one_graph_for_any_budget(llava):
     for change in range(100):
         plan = planner.budget(compiled, 0.75 + change / 400).plan
         assert plan.cost["flops"]["fraction"] <= 0.75 + change / 400
-        if change % 20 == 0:
+        if change % 50 == 0:
             _logits(compiled, inputs)
     assert _counted() == before
     torch.compiler.reset()
