@@ -34,6 +34,12 @@ class Running:
     process: BaseProcess
     printed: Path
 
+    @property
+    def said(self) -> str:
+        """On stderr, so far."""
+        path = self.printed / "stderr"
+        return path.read_text() if path.exists() else ""
+
     def finish(self, timeout: float = 300) -> Done:
         """Wait for the end; a program that takes longer is killed."""
         self.process.join(timeout)

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
+import apart
 import httpcore
 import openai
 import pytest
@@ -41,8 +43,8 @@ def value_of(address, name, **labels):
     return 0.0
 
 
-def eventually(condition):
-    for _ in range(600):
+def eventually(condition, seconds=12):
+    for _ in range(50 * seconds):
         if condition():
             return True
         time.sleep(0.02)
@@ -120,31 +122,25 @@ def test_a_schema_s_requests_crash_nothing(address, tmp_path):
 
 def test_the_command_serves_and_finishes_answers_when_it_is_stopped(tmp_path):
     """SIGTERM comes in the middle of an answer."""
-    command = [sys.executable, "-m", "planner", "serve", "-m", "tiny-llava", "--port", "0"]
-    server = subprocess.Popen(
-        [*command, "--budgets", "1", "--utilities", "prior"],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = ["-m", "planner", "serve", "-m", "tiny-llava", "--port", "0"]
+    server = apart.start(*command, "--budgets", "1", "--utilities", "prior", folder=tmp_path)
     try:
-        said = server.stderr.readline()
-        base = said.rpartition(" ")[2].strip()
-        assert base.startswith("http://127.0.0.1:"), said
+        assert eventually(lambda: "\n" in server.said or not server.process.is_alive(), 60)
+        base = server.said.rpartition(" ")[2].strip()
+        assert base.startswith("http://127.0.0.1:"), server.said
         client = openai.OpenAI(base_url=base, api_key="none", max_retries=0)
         with client, client.chat.completions.create(
             model="tiny-llava", messages=messages(COLOURS[0]), stream=True
         ) as stream:  # fmt: skip
             first = next(stream)
-            server.send_signal(signal.SIGTERM)
+            os.kill(server.process.pid, signal.SIGTERM)
             rest = list(stream)
         assert first.choices[0].delta.role == "assistant"
         assert rest[-1].choices[0].finish_reason == "stop"
-        server.wait(60)
     finally:
-        server.kill()
-        server.stderr.close()
-        server.wait()
+        done = server.finish(60)
+    # It ended by itself.
+    assert done.returncode != -signal.SIGKILL
 
 
 def test_bodies_are_bounded(address):
