@@ -61,9 +61,7 @@ class Convention(ABC):
     has_seconds: ClassVar[bool] = True
 
     @abstractmethod
-    def rows(
-        self, graph: Graph, tokens_per_layer: Sequence[int], decodes: bool = False
-    ) -> Iterable[Row]:
+    def rows(self, graph: Graph, tokens: Sequence[int], decodes: bool = False) -> Iterable[Row]:
         """What is counted, for one sample, of a prefill or of a step that `decodes`.
 
         Tokens are as for `cost`. InputError where the graph is outside the convention.
@@ -90,7 +88,7 @@ class Convention(ABC):
     def cost(
         self,
         graph: Graph,
-        tokens_per_layer: Sequence[int],
+        tokens: Sequence[int],
         device: Device | None = None,
         batch: int = 1,
         decodes: bool = False,
@@ -102,7 +100,7 @@ class Convention(ABC):
         """
         if device is not None and not self.has_seconds:
             raise InputError(f"convention {self.name} counts FLOPs alone, so it takes no device")
-        return total(row.cost(device, batch) for row in self.rows(graph, tokens_per_layer, decodes))
+        return total(row.cost(device, batch) for row in self.rows(graph, tokens, decodes))
 
 
 def _check_layers(graph: Graph, tokens: Sequence[int]) -> None:
@@ -131,15 +129,11 @@ class LlmViewer(Convention):
     name = "llm-viewer"
 
     @override
-    def rows(
-        self, graph: Graph, tokens_per_layer: Sequence[int], decodes: bool = False
-    ) -> Iterator[Row]:
-        _check_layers(graph, tokens_per_layer)
-        keys = [max(0, tokens - decodes) for tokens in tokens_per_layer]
+    def rows(self, graph: Graph, tokens: Sequence[int], decodes: bool = False) -> Iterator[Row]:
+        _check_layers(graph, tokens)
+        keys = [max(0, count - decodes) for count in tokens]
         layers: dict[int, None] = {}
-        running = {
-            n: 1 if decodes else tokens for n, tokens in enumerate(tokens_per_layer) if tokens
-        }
+        running = {n: 1 if decodes else count for n, count in enumerate(tokens) if count}
         for operator in graph:
             layer = operator.layer
             if operator.part == "decoder" and layer is not None and layer in running:
@@ -201,15 +195,13 @@ class DynamicLlava(Convention):
         return step or images
 
     @override
-    def rows(
-        self, graph: Graph, tokens_per_layer: Sequence[int], decodes: bool = False
-    ) -> Iterator[Row]:
+    def rows(self, graph: Graph, tokens: Sequence[int], decodes: bool = False) -> Iterator[Row]:
         """Of a step that decodes: of a whole answer, by the same formula over its tokens alone."""
-        _check_layers(graph, tokens_per_layer)
+        _check_layers(graph, tokens)
         width = _hidden(graph)
-        for layer, tokens in enumerate(tokens_per_layer):
-            if tokens:
-                flops = 32 * tokens * width**2 + 4 * tokens**2 * width
+        for layer, count in enumerate(tokens):
+            if count:
+                flops = 32 * count * width**2 + 4 * count**2 * width
                 yield Row(f"layer.{layer}", flops, layer=layer)
 
 

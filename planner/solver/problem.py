@@ -132,15 +132,11 @@ class Problem:
     def utility(self, choice: Choice) -> float:
         """Utility of a choice, recomputed from the tables; the correctly rounded sum."""
         token = self.tokens[choice.token_option]
-        terms = [token.utility]
-        for layer, on in zip(self.layers, choice.layers_on, strict=True):
-            if on:
-                terms.append(layer.utility)
-                for site in layer.sites:
-                    terms += site.utilities[list(choice.kept[site.name])].tolist()
-        layers_off = {
-            layer.name for layer, on in zip(self.layers, choice.layers_on, strict=True) if not on
-        }
+        by_layer = list(zip(self.layers, choice.layers_on, strict=True))
+        terms = [token.utility, *(layer.utility for layer, on in by_layer if on)]
+        for site in self.sites:
+            terms += site.utilities[list(choice.kept[site.name])].tolist()
+        layers_off = {layer.name for layer, on in by_layer if not on}
         off = layers_off | {site.name for site in self.sites if not choice.kept[site.name]}
         terms += [-pair.loss for pair in self.pairs if {pair.first, pair.second} <= off]
         if token.layer_losses is not None:
