@@ -14,16 +14,15 @@ whole numbers, so the bound holds exactly. The core gets the products themselves
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import scipy.sparse as sparse
-from scipy.optimize import linprog
+
+from planner.solver.linear_program import dual_values
 
 if TYPE_CHECKING:
     from planner.solver.branch import Branch
-
 
 Ints = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
@@ -60,18 +59,14 @@ def additive_bound(branch: Branch) -> Branch:
     pairs = branch.pairs
     if pairs is None or not len(pairs.loss):
         return branch
-    constant = 0
+    found = dual_values(branch)
+    size, is_loss = np.abs(pairs.loss), pairs.loss > 0
+    multiplier = size / 2 if found is None else np.clip(found[1], 0.0, size)
+    taken = np.rint(multiplier).astype(np.int64)
+    constant = int(taken[is_loss].sum())
     slope = np.zeros(branch.layers + branch.sites, dtype=np.int64)
-    for a, b, loss, share in zip(pairs.first, pairs.second, pairs.loss, _shares(branch, pairs)):
-        if loss > 0:
-            taken = round(share * int(loss))
-            constant += taken
-            slope[a] -= taken
-            slope[b] -= taken
-        else:
-            taken = round(share * -int(loss))
-            slope[a] += taken
-            slope[b] += -int(loss) - taken
+    np.add.at(slope, pairs.first, np.where(is_loss, -taken, taken))
+    np.add.at(slope, pairs.second, np.where(is_loss, -taken, size - taken))
     gain = branch.gain.copy()
     allowed = branch.value[:, 1:] > -np.inf
     gain[:, 1:] -= np.where(allowed, slope[branch.layers :, None], 0)
@@ -82,71 +77,3 @@ def additive_bound(branch: Branch) -> Branch:
         gain=gain,
         pairs=None,
     )
-
-
-def _shares(branch: Branch, pairs: Pairs) -> npt.NDArray[np.float64]:
-    """The multiplier of each pair as a share of its size, between 0 and 1."""
-    layers, count = branch.layers, len(pairs.loss)
-    site, kept = np.nonzero(branch.value > -np.inf)
-    shares = layers + len(site)
-    size = np.abs(pairs.loss).astype(np.float64)
-    unit = max(float(size.max()), float(np.abs(branch.layer_utility).max(initial=0)), 1.0)
-    # 1 - on of a unit: which variables say "on".
-    running = kept > 0
-    says_on = sparse.csr_matrix(
-        (
-            np.ones(layers + int(running.sum())),
-            (
-                np.concatenate([np.arange(layers), layers + site[running]]),
-                np.concatenate([np.arange(layers), layers + np.flatnonzero(running)]),
-            ),
-        ),
-        shape=(layers + branch.sites, shares),
-    )
-    one, other = says_on[pairs.first], says_on[pairs.second]
-    is_loss = pairs.loss > 0
-    picked = sparse.eye(count, format="csr")
-    # A loss: 1 - on_a - on_b <= z. A gain: z <= 1 - on_a and z <= 1 - on_b.
-    rows = [
-        sparse.hstack([-(one + other)[is_loss], -picked[is_loss]]),
-        sparse.hstack([one[~is_loss], picked[~is_loss]]),
-        sparse.hstack([other[~is_loss], picked[~is_loss]]),
-    ]
-    bounds = [np.full(is_loss.sum(), -1.0), np.ones(2 * (~is_loss).sum())]
-    room = np.maximum(branch.room, 1).astype(np.float64)
-    cost = np.concatenate([branch.layer_cost, branch.cost[:, site, kept]], axis=1) / room[:, None]
-    rows.append(sparse.hstack([sparse.csr_matrix(cost), sparse.csr_matrix((len(room), count))]))
-    bounds.append(branch.room / room)
-    sums = sparse.csr_matrix(
-        (
-            np.concatenate([np.ones(len(site)), -np.ones(branch.sites)]),
-            (
-                np.concatenate([site, branch.site_index]),
-                np.concatenate([layers + np.arange(len(site)), branch.site_layer]),
-            ),
-        ),
-        shape=(branch.sites, shares + count),
-    )
-    worth = np.concatenate([branch.layer_utility, branch.gain[site, kept], -pairs.loss]) / unit
-    # The stubs of this function name no sparse matrices.
-    solver: Any = linprog
-    found = solver(
-        -worth,
-        A_ub=sparse.vstack(rows, format="csr"),
-        b_ub=np.concatenate(bounds),
-        A_eq=sums if branch.sites else None,
-        b_eq=np.zeros(branch.sites) if branch.sites else None,
-        bounds=[
-            *((0.0 if optional else 1.0, 1.0) for optional in branch.optional),
-            *[(0.0, 1.0)] * (len(site) + count),
-        ],
-        method="highs-ds",
-    )
-    if found.x is None:
-        return np.full(count, 0.5)
-    dual = -np.asarray(found.ineqlin.marginals) * unit
-    multiplier = np.empty(count)
-    losses = int(is_loss.sum())
-    multiplier[is_loss] = dual[:losses]
-    multiplier[~is_loss] = dual[losses : losses + count - losses]
-    return np.clip(multiplier / np.maximum(size, 1.0), 0.0, 1.0)

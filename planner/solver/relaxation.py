@@ -7,28 +7,21 @@ With a price per unit of each metric instead of limits, sites and layers decide 
                        + sum over sites of max over n of (gain(n) - prices . cost(n)).
 
 Any prices >= 0 give a valid bound (Everett 1963, doi:10.1287/opre.11.3.399); the tightest equals
-the bound of the linear program over convex combinations, whose dual values they are. GLOP solves
-that program. Forcing one decision that the relaxation does not take lowers the bound by its loss,
-so decisions whose loss exceeds the distance to a known answer are settled (reduced-cost fixing).
+the bound of the linear program over convex combinations, whose dual values they are. Forcing one
+decision that the relaxation does not take lowers the bound by its loss, so decisions whose loss
+exceeds the distance to a known answer are settled (reduced-cost fixing).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import scipy.sparse as sparse
-from ortools.linear_solver.python import model_builder_helper
 
-from planner.solver.branch import FORBIDDEN, Assignment, Branch
+from planner.solver.branch import Assignment, Branch
+from planner.solver.linear_program import Floats, dual_values
 
-Floats = npt.NDArray[np.float64]
-
-# Objective values of the linear program are utilities in these units: around 2^10 at most.
-_LP_UTILITY_UNIT = 2.0**40
 _BISECTIONS = 8
 
 
@@ -73,45 +66,8 @@ def best_prices(branch: Branch, seconds: float = math.inf) -> Floats:
     free = np.zeros(len(branch.room))
     if branch.fits(relax(branch, free).assignment.cost):
         return free
-    if seconds <= 0:
-        return _proportional_prices(branch)
-    site, count = np.nonzero(branch.gain > FORBIDDEN)
-    columns, metrics = len(site), len(branch.room)
-    unit = np.maximum(branch.room, 1).astype(np.float64)
-    value = np.concatenate([branch.layer_utility, branch.gain[site, count]]) / _LP_UTILITY_UNIT
-    cost = np.concatenate([branch.layer_cost, branch.cost[:, site, count]], axis=1) / unit[:, None]
-    # One row per site: the shares of its counts add up to the share of its layer.
-    shares = sparse.csr_matrix(
-        (
-            np.concatenate([np.ones(columns), -np.ones(branch.sites)]),
-            (
-                np.concatenate([site, branch.site_index]),
-                np.concatenate([branch.layers + np.arange(columns), branch.site_layer]),
-            ),
-        ),
-        shape=(branch.sites, branch.layers + columns),
-    )
-    # The stubs of this method name scalars where it takes arrays.
-    model: Any = model_builder_helper.ModelBuilderHelper()
-    model.fill_model_from_sparse_data(
-        np.concatenate([np.where(branch.optional, 0.0, 1.0), np.zeros(columns)]),
-        np.concatenate([np.ones(branch.layers), np.full(columns, np.inf)]),
-        -value,
-        np.concatenate([np.full(metrics, -np.inf), np.zeros(branch.sites)]),
-        np.concatenate([branch.room / unit, np.zeros(branch.sites)]),
-        sparse.vstack([sparse.csr_matrix(cost), shares], format="csr"),
-    )
-    solver = model_builder_helper.ModelSolverHelper("GLOP")
-    solver.set_solver_specific_parameters("use_preprocessing: false")
-    if seconds < math.inf:
-        solver.set_time_limit_in_seconds(seconds)
-    solver.solve(model)
-    if solver.status() != model_builder_helper.SolveStatus.OPTIMAL:
-        return _proportional_prices(branch)
-    dual = np.asarray(solver.dual_values())[:metrics]
-    # A minimisation's duals of "<=" rows are not positive; tolerances may leave a trace.
-    prices: Floats = np.maximum(-dual, 0.0) * _LP_UTILITY_UNIT / unit
-    return prices
+    found = dual_values(branch, seconds) if seconds > 0 else None
+    return _proportional_prices(branch) if found is None else np.maximum(found[0], 0.0)
 
 
 def _proportional_prices(branch: Branch) -> Floats:
