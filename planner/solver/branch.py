@@ -17,11 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.solver.pairs import Pairs
-from planner.solver.problem import Choice, Costs, Problem, top
+from planner.solver.problem import Choice, Costs, Flags, Floats, Ints, Problem, top
 from planner.solver.reach import within_reach
-
-Ints = npt.NDArray[np.int64]
-Flags = npt.NDArray[np.bool_]
 
 #: Utility of a number of switches that may not be kept; no sum of utilities comes near it.
 FORBIDDEN = -(1 << 60)
@@ -117,7 +114,7 @@ class Branch:
         return np.asarray((self.gain > FORBIDDEN).argmax(axis=1), dtype=np.int64)
 
     @cached_property
-    def value(self) -> npt.NDArray[np.float64]:
+    def value(self) -> Floats:
         """`gain` as real numbers, minus infinity where a number of switches may not be kept."""
         return np.where(self.gain > FORBIDDEN, self.gain, -np.inf)
 
@@ -253,7 +250,7 @@ class Tables:
         )
 
 
-def _rounding(utilities: npt.NDArray[np.float64], exponent: int) -> npt.NDArray[np.float64]:
+def _rounding(utilities: Floats, exponent: int) -> Floats:
     """By how much each utility differs from a whole number of units."""
     units = np.ldexp(utilities, exponent)
     return np.asarray(np.abs(units - np.rint(units)))

@@ -23,8 +23,8 @@ from itertools import groupby, pairwise
 
 import numpy as np
 
-from planner.solver.branch import Assignment, Branch, Flags, Ints
-from planner.solver.problem import Costs
+from planner.solver.branch import Assignment, Branch
+from planner.solver.problem import Costs, Flags, Ints
 from planner.solver.relaxation import Relaxation
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from ortools.sat.python import cp_model
 
-from planner.solver.branch import Assignment, Ints
+from planner.solver.branch import Assignment
 from planner.solver.core import ALWAYS_OFF, Core
+from planner.solver.problem import Ints
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from planner.ir.errors import InputError
 from planner.solver.branch import FORBIDDEN, Branch, Tables
-from planner.solver.problem import Problem
+from planner.solver.problem import Ints, Problem
 from planner.solver.search import Candidate, Search
 from planner.solver.solution import (
     Infeasible,
@@ -30,7 +30,6 @@ from planner.solver.solution import (
 )
 
 Rows = npt.NDArray[np.intp]
-Counts = npt.NDArray[np.int64]
 
 _MOST_SETS = 20_000
 
@@ -117,7 +116,7 @@ def _choices(problem: Problem, counts: Mapping[str, Collection[int]]) -> list[li
     return choices
 
 
-def _layer_utility(branch: Branch, kept: Counts) -> npt.NDArray[np.int64]:
+def _layer_utility(branch: Branch, kept: Ints) -> Ints:
     """Utility of each layer, shape (layers, sets), with counts of shape (sites, sets)."""
     gain = np.take_along_axis(branch.gain, kept, axis=1)
     total = np.repeat(branch.layer_utility[:, None], kept.shape[1], axis=1)
@@ -125,7 +124,7 @@ def _layer_utility(branch: Branch, kept: Counts) -> npt.NDArray[np.int64]:
     return np.maximum(total, _IMPOSSIBLE)
 
 
-def _screen(branch: Branch, kept: Counts) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _screen(branch: Branch, kept: Ints) -> tuple[Ints, Ints]:
     """Utility without limits, shape (sets,), and cost of the layers that must run, (metrics, sets).
 
     `kept`: counts, shape (sites, sets).
@@ -138,7 +137,7 @@ def _screen(branch: Branch, kept: Counts) -> tuple[npt.NDArray[np.int64], npt.ND
     return bounds, branch.layer_cost[:, must].sum(axis=1)[:, None] + cost.sum(axis=1)
 
 
-def _tied(branch: Branch, counts: Counts) -> Branch:
+def _tied(branch: Branch, counts: Ints) -> Branch:
     """The branch with the counts of its sites given, so that only layers are left to decide."""
     _, cost = branch.layer_totals(counts)
     return replace(

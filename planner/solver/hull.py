@@ -14,8 +14,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from planner.solver.branch import FORBIDDEN, Branch, Flags, Ints
-from planner.solver.problem import Costs
+from planner.solver.branch import FORBIDDEN, Branch
+from planner.solver.problem import Costs, Flags, Ints
 
 
 @dataclass(frozen=True)

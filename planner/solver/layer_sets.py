@@ -16,11 +16,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from planner.solver.branch import FORBIDDEN, Assignment, Branch
-from planner.solver.pairs import Flags, Pairs
-from planner.solver.relaxation import Floats, relax
+from planner.solver.pairs import Pairs
+from planner.solver.problem import Flags, Floats
+from planner.solver.relaxation import relax
 
 # Partial sets looked at together.
 _CHUNK = 1 << 14
@@ -37,7 +37,7 @@ class LayerSets:
     complete: bool
 
 
-def pairs_of_layers(branch: Branch) -> npt.NDArray[np.float64]:
+def pairs_of_layers(branch: Branch) -> Floats:
     """What is lost when two layers are off, shape (layers, layers), symmetric."""
     found = np.zeros((branch.layers, branch.layers))
     if branch.pairs is not None:

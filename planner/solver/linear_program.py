@@ -10,14 +10,13 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import scipy.sparse as sparse
 from ortools.linear_solver.python import model_builder_helper
 
+from planner.solver.problem import Floats
+
 if TYPE_CHECKING:
     from planner.solver.branch import Branch
-
-Floats = npt.NDArray[np.float64]
 
 # Objective values are utilities in these units: around 2^10 at most.
 _UTILITY_UNIT = 2.0**40

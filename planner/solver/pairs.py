@@ -17,15 +17,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from planner.solver.linear_program import dual_values
+from planner.solver.problem import Flags, Ints
 
 if TYPE_CHECKING:
     from planner.solver.branch import Branch
-
-Ints = npt.NDArray[np.int64]
-Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)

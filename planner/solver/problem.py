@@ -21,9 +21,11 @@ import numpy.typing as npt
 
 from planner.ir.errors import InputError
 
-Costs = npt.NDArray[np.int64]
-# One per switch, shape (switches,), by layer: the layer's own, where it can be off, then those of
-# its sites. The form in which labels and logits hold a choice.
+Ints = npt.NDArray[np.int64]
+Costs = Ints
+Floats = npt.NDArray[np.float64]
+# A choice, in the form of labels and logits, has one per switch, shape (switches,), by layer: the
+# layer's own, where it can be off, then those of its sites.
 Flags = npt.NDArray[np.bool_]
 
 # Sums of costs must stay exact in 64-bit integers, with room for one doubling.
@@ -38,7 +40,7 @@ class SiteChoices:
     """
 
     name: str  # the site's name in the Graph; unique in the Problem
-    utilities: npt.NDArray[np.float64]  # (switches,): worth of keeping each; may be negative
+    utilities: Floats  # (switches,): worth of keeping each; may be negative
     costs: Costs  # (token options, metrics, switches + 1)
     minimum: int = 0  # fewest switches kept while the layer is on
 
@@ -73,7 +75,7 @@ class TokenOption:
     utility: float
     costs: Costs  # (metrics,), non-negative
     # (layers,): what a layer that is off loses with this option besides what it loses by itself
-    layer_losses: npt.NDArray[np.float64] | None = None
+    layer_losses: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ class Problem:
                 parts.append(row)
         return np.concatenate(parts)
 
-    def with_utilities(self, utilities: npt.NDArray[np.float64]) -> Problem:
+    def with_utilities(self, utilities: Floats) -> Problem:
         """The problem with other utilities, shape (switches,); layers always on are worth 0."""
         if utilities.shape != (self.switches,):
             raise InputError(f"{utilities.size} utilities for {self.switches} switches")
@@ -288,7 +290,7 @@ class Choice:
         )
 
 
-def top(utilities: npt.NDArray[np.float64], count: int) -> tuple[int, ...]:
+def top(utilities: Floats, count: int) -> tuple[int, ...]:
     """The `count` most useful switches, ascending; ties go to the lower index."""
     order: Sequence[int] = np.argsort(-utilities, kind="stable")[:count].tolist()
     return tuple(sorted(order))

@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
-from planner.solver.problem import Costs, LayerChoices, Problem, SiteChoices
+from planner.solver.problem import Costs, Flags, LayerChoices, Problem, SiteChoices
 
 
 def within_reach(problem: Problem) -> Problem:
@@ -29,7 +28,7 @@ def within_reach(problem: Problem) -> Problem:
     return replace(problem, tokens=tokens, layers=layers)
 
 
-def _layer(layer: LayerChoices, room: Costs, possible: npt.NDArray[np.bool_]) -> LayerChoices:
+def _layer(layer: LayerChoices, room: Costs, possible: Flags) -> LayerChoices:
     """A layer with what is left of it.
 
     `room`: what the cheapest choice of each option leaves, shape (options, metrics).

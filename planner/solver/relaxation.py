@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.solver.branch import Assignment, Branch
-from planner.solver.linear_program import Floats, dual_values
+from planner.solver.linear_program import dual_values
+from planner.solver.problem import Floats
 
 _BISECTIONS = 8
 

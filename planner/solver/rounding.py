@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from planner.solver.branch import FORBIDDEN, Assignment, Branch, Ints
-from planner.solver.problem import Costs
-from planner.solver.relaxation import Floats, Relaxation, relax
+from planner.solver.branch import FORBIDDEN, Assignment, Branch
+from planner.solver.problem import Costs, Floats, Ints
+from planner.solver.relaxation import Relaxation, relax
 
 # An exchange looks at this many of the most promising moves of either kind.
 _EXCHANGED = 128

@@ -26,8 +26,9 @@ from planner.solver.layer_sets import (
     tightest,
     with_layers,
 )
-from planner.solver.pairs import Flags, additive_bound, without_layer_pairs
-from planner.solver.relaxation import Floats, Relaxation, best_prices, relax
+from planner.solver.pairs import additive_bound, without_layer_pairs
+from planner.solver.problem import Flags, Floats
+from planner.solver.relaxation import Relaxation, best_prices, relax
 from planner.solver.rounding import improve, round_down
 
 # The first core has about this many columns; while it has not settled the branch it is made deeper.
