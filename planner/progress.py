@@ -1,10 +1,13 @@
-"""A progress bar on stderr."""
+"""How long work says how far it is: a line, or a progress bar on stderr."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+# Called with what is being done now.
+Say = Callable[[str], None]
+# Called with the steps done, and with all there are.
 Progress = Callable[[int, int], None]
 
 

@@ -34,6 +34,7 @@ from planner.kernels.triton.tiles import (
     tiles_chosen_by,
 )
 from planner.planning.graph_cache import cache_folder
+from planner.progress import Say
 
 _FILE = TypeAdapter(list[tuple[Product, Tile]])
 
@@ -56,7 +57,7 @@ def local_target(targets: Mapping[str, Target]) -> str:
 def autotuned(
     calls: Iterable[Call],
     target: Target,
-    progress: Callable[[str], None] = lambda stage: None,
+    progress: Say = lambda stage: None,
     *,
     device_name: str | None = None,
     timer: Callable[[Sequence[Launch]], float] | None = None,

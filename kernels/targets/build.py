@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
@@ -24,8 +24,7 @@ from planner.kernels.targets.plan_launches import Tiles, calls_of, launches_and_
 from planner.kernels.targets.sources import Source, load_function, sources_of
 from planner.kernels.triton.tiles import Target
 from planner.plan import Plan, plan_digest
-
-Progress = Callable[[str], None]
+from planner.progress import Say
 
 
 def build_kernels(
@@ -37,7 +36,7 @@ def build_kernels(
     dtype: torch.dtype,
     index_driven: bool = False,
     autotune: bool = False,
-    progress: Progress = lambda stage: None,
+    progress: Say = lambda stage: None,
 ) -> tuple[Manifest, dict[str, bytes]]:
     """The manifest of a plan's kernels, and every file of their folder by path, itself among them.
 
@@ -89,7 +88,7 @@ def build_kernels(
     return manifest, files
 
 
-def _report(progress: Progress, name: str, stage: str) -> None:
+def _report(progress: Say, name: str, stage: str) -> None:
     progress(f"{name}: {stage}")
 
 
@@ -119,7 +118,7 @@ def _row(
 
 
 def _compiled(
-    sources: Sequence[Source], texts: Sequence[str], target: Target, progress: Progress
+    sources: Sequence[Source], texts: Sequence[str], target: Target, progress: Say
 ) -> list[Compiled]:
     """Machine code of sources, compiled on all cores."""
     with tempfile.TemporaryDirectory(prefix="planner-kernels-") as folder:

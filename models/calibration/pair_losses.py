@@ -7,7 +7,7 @@ of one layer, whose absence together is that of the layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -28,9 +28,9 @@ from planner.models.calibration.token_worth import FRACTIONS
 from planner.models.running.masked import MaskedExecutor
 from planner.models.running.skipping import obeying
 from planner.plan import Plan, TokenStage
+from planner.progress import Progress
 
 Array = npt.NDArray[np.float64]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, eq=False)

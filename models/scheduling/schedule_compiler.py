@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from planner.planning.graph_cache import lowered_graph
 from planner.planning.plan_costs import PlanCosts, published_cost
 from planner.planning.request import Request
 from planner.planning.selectors import stages_of
+from planner.progress import Say
 from planner.schedule import Schedule
 
-Progress = Callable[[str], None]
 # AdaLLaVA's released code counts the latency token and one more: its README's prefill of
 # 7,227,678,532,923 FLOPs at 85 % is that of 644.279 tokens, where prompts of MME have 642.279.
 RELEASED_TOKENS = 2
@@ -43,7 +42,7 @@ def scheduler_folder(name: str) -> Path:
 def compile_schedule(
     request: Request,
     scheduler: str,
-    progress: Progress = lambda stage: None,
+    progress: Say = lambda stage: None,
     convention: str = "planner",
 ) -> Schedule:
     """Check that a scheduler fits a model and a budget, and price its plans.

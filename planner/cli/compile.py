@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +28,7 @@ from planner.cli.kernels import (
 )
 from planner.cli.stock_model import load_stock
 from planner.planning.request import Request
+from planner.progress import Say
 
 if TYPE_CHECKING:
     from planner.kernels.targets.manifest import Manifest
@@ -125,7 +126,7 @@ def _print_published(convention: str, cost: Mapping[str, Mapping[str, float]]) -
         )
 
 
-def _by_weight_norms(request: Request, update: Callable[[str], None]) -> Request:
+def _by_weight_norms(request: Request, update: Say) -> Request:
     """A request with a file of what its model's weights say."""
     from planner.models.recovery.recovering import Recovering
 

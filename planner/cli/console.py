@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from planner.progress import Progress, progress_bar
+from planner.progress import Progress, Say, progress_bar
 
 _SHOW_AFTER_SECONDS = 2.0
 
@@ -41,7 +41,7 @@ class Console:
         return not (self.quiet or self.as_json)
 
     @contextmanager
-    def status(self) -> Iterator[Callable[[str], None]]:
+    def status(self) -> Iterator[Say]:
         """Say on stderr what is being done once it takes longer than two seconds.
 
         Yields a function that takes the name of the stage, "" once there is something to see. With

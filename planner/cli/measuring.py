@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -22,6 +22,7 @@ from planner.ir.errors import PlannerError
 from planner.loading import count_image_tokens
 from planner.planning.plan_costs import PlanCosts
 from planner.planning.request import Request
+from planner.progress import Say
 
 
 def measure(
@@ -32,7 +33,7 @@ def measure(
     decode: int,
     repeat: int,
     kernels: str,
-    progress: Callable[[str], None],
+    progress: Say,
 ) -> dict[str, Any]:
     """Time prefill and decoding per budget; see `planner bench`.
 

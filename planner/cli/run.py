@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +18,7 @@ from planner.cli.console import Console, amount
 from planner.cli.explain import layer_rows, print_layers, skipped
 from planner.cli.kernels import KernelsToRun, kernels_to_run
 from planner.planning.request import Request
+from planner.progress import Say
 
 if TYPE_CHECKING:
     from planner.ir.cost import Workload
@@ -40,7 +41,7 @@ class _Question:
     kernels: Kernels
     generated: Loaded | None
     # What is told the answer while it is made; None where nobody reads along.
-    say: Callable[[str], None] | None = None
+    say: Say | None = None
 
     def kernels_used(self) -> AbstractContextManager[Any]:
         """Inside, launches are served by generated kernels, if the user named some."""
@@ -140,9 +141,7 @@ def run_command(
     console.show(document, lambda: _print_facts(document))
 
 
-def _run_planned(
-    plan: Plan | None, request: Request, question: _Question, update: Callable[[str], None]
-) -> _Answer:
+def _run_planned(plan: Plan | None, request: Request, question: _Question, update: Say) -> _Answer:
     """Answer under one plan, made for this prompt where none is given."""
     from planner.api import compile as compile_model
     from planner.api import graph_of, kept_image_tokens, plan_of, prompt_of
@@ -182,7 +181,7 @@ _OF_THE_MODEL = ("model", "budget", "trust_remote_code")
 
 
 def _run_scheduled(
-    schedule: Schedule, request: Request, question: _Question, update: Callable[[str], None]
+    schedule: Schedule, request: Request, question: _Question, update: Say
 ) -> _Answer:
     """Answer under the plan that a scheduler makes."""
     from planner.ir.cost import Workload
@@ -219,7 +218,7 @@ def _run_scheduled(
     return _Answer(facts, plan, graph, prompt, kept, scheduled)
 
 
-def _say(update: Callable[[str], None], text: str) -> None:
+def _say(update: Say, text: str) -> None:
     """Print a piece of the answer, and stop saying what is being done."""
     if text:
         update("")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planner.ir.graph import Graph
 from planner.planning.request import Request
+from planner.progress import Say
 
 if TYPE_CHECKING:
     import torch
@@ -68,9 +69,7 @@ class StockModel:
             return export(self.model, self.graph, plan, output, inputs, self.folder, kind)
 
 
-def load_stock(
-    request: Request, update: Callable[[str], None], dtype: str = "", place: str = "cpu"
-) -> StockModel:
+def load_stock(request: Request, update: Say, dtype: str = "", place: str = "cpu") -> StockModel:
     """Load and lower what a request names, by default in the precision that its config says."""
     from planner.loading import load_model
     from planner.planning.catalog import find_model

@@ -26,11 +26,11 @@ from planner.planning.selectors.eviction import check_layer
 from planner.planning.switches import SwitchSet, with_switches
 from planner.planning.unit_counting import faithful_problem, unfold
 from planner.planning.utilities import Utilities, load_utilities, prior, uniform
+from planner.progress import Say
 from planner.solver import Solution, solve, solve_uniform
 from planner.solver.problem import Choice, Problem
 
 DEFAULT_DEVICE = "a100-40g"
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def find_device(name: str | None) -> Device:
     return read_device(Path(name))
 
 
-def compile_plan(request: Request, progress: Progress = lambda stage: None) -> Compiled:
+def compile_plan(request: Request, progress: Say = lambda stage: None) -> Compiled:
     """Find, lower, price and solve.
 
     InputError for anything wrong with the request, limits that cannot be met among them.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from planner.ir.errors import InputError
+from planner.progress import Say
 from planner.serving.chat_prompts import PromptLimits, PromptReader
 from planner.serving.engine import Engine, EngineLimits
 from planner.serving.governor import Governor
@@ -26,7 +27,7 @@ def open_service(
     prompts: PromptLimits | None = None,
     limits: EngineLimits | None = None,
     kernels: str = "auto",
-    progress: Callable[[str], None] = lambda stage: None,
+    progress: Say = lambda stage: None,
     **options: Any,
 ) -> Service:
     """A service for a model with weights; InputError where it cannot be served so.

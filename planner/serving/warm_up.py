@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from planner.loading import noise_image
 from planner.plan import Plan
+from planner.progress import Say
 from planner.serving.chat_format import ImagePart, ImageUrl, Message, TextPart
 from planner.serving.chat_prompts import Prompt, PromptReader
 from planner.serving.governor import RungTimes
@@ -27,7 +28,7 @@ def make_ladder(
     budgets: Sequence[float],
     kernels: str,
     options: dict[str, Any],
-    progress: Callable[[str], None],
+    progress: Say,
 ) -> Ladder:
     """Compile a model, whose weights stay as they are, for fractions of the base model's FLOPs.
 
@@ -50,7 +51,7 @@ def make_ladder(
 
 
 def measure_rungs(
-    batch: RunningBatch, ladder: Ladder, reader: PromptReader, progress: Callable[[str], None]
+    batch: RunningBatch, ladder: Ladder, reader: PromptReader, progress: Say
 ) -> list[RungTimes]:
     """What every rung takes for a short and a long prompt, and for few and many answers."""
     short, long = _prompt(reader, 1, False), _prompt(reader, 64, True)

@@ -32,7 +32,8 @@ from typing import Any
 
 import numpy as np
 
-from planner.training.experiments.cells import Bench, Progress
+from planner.progress import Say
+from planner.training.experiments.cells import Bench
 from planner.training.experiments.definitions import EXPERIMENTS
 from planner.training.experiments.learning import learned
 from planner.training.experiments.paired_bootstrap import paired_bootstrap
@@ -46,7 +47,7 @@ def run_experiment(
     seeds: Sequence[int] = (0, 1, 2),
     samples: int = 2000,
     overrides: Sequence[str] = (),
-    progress: Progress = lambda text: None,
+    progress: Say = lambda text: None,
 ) -> dict[str, Any]:
     """Train and measure what is missing of a table of `EXPERIMENTS`, and give it back whole.
 

@@ -22,6 +22,7 @@ from planner.planning.catalog import find_model
 from planner.planning.request import Request
 from planner.planning.switches import with_switches
 from planner.planning.utilities import Utilities, save_utilities
+from planner.progress import Say
 from planner.training.data import SceneQuestions
 from planner.training.evaluate import TEXT_TOKENS, UnderBudgets, predict
 from planner.training.experiments.definitions import Cell
@@ -29,7 +30,6 @@ from planner.training.experiments.kept_results import kept_or_measured
 from planner.training.experiments.learning import label_file, losses_of, regret_of
 from planner.training.recipes import load_recipe
 
-Progress = Callable[[str], None]
 # Questions on which skipping and masking must give the same answers.
 PARITY_QUESTIONS = 24
 CALIBRATION_QUESTIONS = 24
@@ -51,7 +51,7 @@ class Bench:
     seed: int
     samples: int
     overrides: tuple[str, ...]
-    progress: Progress
+    progress: Say
     _loaded: dict[Path, tuple[Any, Any, Any]] = field(default_factory=dict)
 
     def measured(self, cell: Cell) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from statistics import mean, stdev
 from typing import Any
 
 from planner.files import write_bytes, write_text
+from planner.progress import Say
 from planner.training.experiments.controllers import (
     COMPARISONS,
     Measuring,
-    Progress,
     compared,
     steps_to_stable,
 )
@@ -29,7 +29,7 @@ def run_comparison(
     seeds: Sequence[int],
     samples: int,
     overrides: Sequence[str],
-    progress: Progress,
+    progress: Say,
 ) -> dict[str, Any]:
     """Train and measure what is missing of a comparison, and give it back whole.
 

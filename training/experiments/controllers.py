@@ -29,6 +29,7 @@ from planner.plan import Plan
 from planner.planning.budgets import Budget
 from planner.planning.plan_costs import PlanCosts
 from planner.planning.selectors import stages_of
+from planner.progress import Say
 from planner.solver import Infeasible
 from planner.training import unified
 from planner.training.adallava import Learner
@@ -49,7 +50,6 @@ from planner.training.recipes import load_recipe
 from planner.training.trainer import last_checkpoint
 from planner.training.unified import UnifiedConfig
 
-Progress = Callable[[str], None]
 FAMILIES = ("existence", "attribute", "count", "spatial", "text")
 # Of the validation split, on which static plans are chosen.
 VALIDATION_QUESTIONS = 96
@@ -196,7 +196,7 @@ class Measuring:
     seed: int
     samples: int
     overrides: tuple[str, ...]
-    progress: Progress
+    progress: Say
     _loaded: dict[str, _Loaded] = field(default_factory=dict)
     _packed: dict[str, Batches] = field(default_factory=dict)
 

@@ -51,11 +51,10 @@ from planner.planning.compiler import plan_graph
 from planner.planning.request import Request
 from planner.planning.switches import with_switches
 from planner.planning.utilities import Utilities, load_utilities, save_utilities
+from planner.progress import Say
 from planner.solver import Infeasible
 from planner.training.experiments.layer_regret import layer_regret
 from planner.training.experiments.packaged import TEXTS, WEIGHTS
-
-Progress = Callable[[str], None]
 
 BUDGETS = (0.9, 0.8, 0.65)
 JOINT = "layers,heads,mlp"
@@ -91,7 +90,7 @@ CLOZE_ITEMS, CLOZE_CONTEXT, CLOZE_CHOICES = 32, 32, 4
 class _Bench:
     """The model, its texts, its utilities, and the cells that were measured."""
 
-    def __init__(self, work: Path, progress: Progress) -> None:
+    def __init__(self, work: Path, progress: Say) -> None:
         self.work = work / "smollm2"
         self.work.mkdir(parents=True, exist_ok=True)
         self.progress = progress
@@ -331,7 +330,7 @@ def _cloze(model: Any, tokenizer: Any, texts: Mapping[str, tuple[Tensor, Tensor]
     return right / CLOZE_ITEMS
 
 
-def run_smollm2(work: Path, progress: Progress) -> Iterator[dict[str, Any]]:
+def run_smollm2(work: Path, progress: Say) -> Iterator[dict[str, Any]]:
     """Measure what is missing of the table, and give back what there is of it after every row."""
     bench = _Bench(work, progress)
     cells = [bench.cell("", "", 1.0, "")]

@@ -33,9 +33,9 @@ from planner.plan import Plan
 from planner.planning.plan_costs import PlanCosts
 from planner.planning.selectors import stages_of
 from planner.planning.selectors.trained_predictors import WEIGHTS
+from planner.progress import Say
 from planner.training.data import Conversation, Packer, SceneQuestions
 from planner.training.data.packing import IGNORE
-from planner.training.experiments.cells import Progress
 from planner.training.experiments.kept_results import kept_or_measured
 from planner.training.experiments.paired_bootstrap import paired_bootstrap
 from planner.training.experiments.results_page import table
@@ -105,7 +105,7 @@ class _Bench:
     seed: int
     samples: int
     overrides: tuple[str, ...]
-    progress: Progress
+    progress: Say
     batch_size: int = 32
     _predictors: dict[tuple[float, float], Path] = field(default_factory=dict)
 
@@ -233,7 +233,7 @@ def _padded(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
 
 
 def run_dynamic(
-    work: Path, seeds: Sequence[int], samples: int, overrides: Sequence[str], progress: Progress
+    work: Path, seeds: Sequence[int], samples: int, overrides: Sequence[str], progress: Say
 ) -> dict[str, Any]:
     """Train and measure what is missing of the table, and give it back whole."""
     cells: dict[Method, list[dict[str, Any]]] = {method: [] for method in METHODS}
