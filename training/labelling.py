@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -23,13 +22,11 @@ from planner.models.calibration.store import Store
 from planner.models.running.masked import MaskedExecutor
 from planner.models.scheduling import Scheduled
 from planner.planning.switches import with_switches
-from planner.solver.problem import Flags, Problem
+from planner.solver.problem import Flags, Floats, Problem
 from planner.training.question_samples import prompt_of
 
 # Switches of which every plan may be tried: 4,096 plans per sample.
 _MOST_SWITCHES = 12
-
-Array = npt.NDArray[np.float64]
 
 
 def label_samples(
@@ -98,7 +95,7 @@ def label_samples(
 @torch.no_grad()
 def _loss_changes(
     executor: MaskedExecutor, replay: Replay, switches: Sequence[Switch], plans: Flags
-) -> Array:
+) -> Floats:
     """Change of one sample's loss under plans (plans, switches), in nats per answer token."""
     parts = []
     for start in range(0, len(plans), replay.rows):
@@ -133,7 +130,7 @@ def _measure(
     executor: MaskedExecutor,
     switches: Sequence[Switch],
     sample: Sample,
-    arrays: dict[str, Array],
+    arrays: dict[str, Floats],
     index: int,
     batch: int,
 ) -> None:
@@ -151,7 +148,7 @@ def _measure(
 
 
 @torch.no_grad()
-def _scheduled_plans(scheduled: Scheduled, sample: Sample, budgets: Sequence[float]) -> Array:
+def _scheduled_plans(scheduled: Scheduled, sample: Sample, budgets: Sequence[float]) -> Floats:
     """The scheduler's plan under every budget, shape (budgets, switches), from one pass."""
     prompt = prompt_of(sample, len(budgets))
     with scheduled.using(list(budgets)):
@@ -165,12 +162,12 @@ def _labels(
     names: tuple[str, ...],
     samples: Sequence[str],
     problems: dict[float, Problem],
-    arrays: dict[str, Array],
+    arrays: dict[str, Floats],
 ) -> Labels:
     """By sample, then by budget."""
     plans: list[Flags] = []
     costs, limits = [], []
-    losses: dict[int, Array] = {}
+    losses: dict[int, Floats] = {}
     for index in range(len(samples)):
         for place, problem in enumerate(problems.values()):
             problem = problem.with_utilities(worth(arrays["utilities"][index]))

@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from planner.ir.graph import Graph, Site
 from planner.models.calibration.replay import Replay
 from planner.models.running.masked import Gates, MaskedExecutor
+from planner.solver.problem import Floats
 
-Array = npt.NDArray[np.float64]
 MEASURES = ("loss", "kl")
 _FIELDS = {"layer": "layers", "heads": "heads", "mlp": "mlp"}
 
@@ -68,7 +66,7 @@ def measure(log_probabilities: Tensor, replay: Replay, kind: str) -> Tensor:
 @torch.no_grad()
 def leave_one_out(
     executor: MaskedExecutor, replay: Replay, switches: Sequence[Switch], kind: str
-) -> Array:
+) -> Floats:
     """What switching each off does to one sample; shape (switches,), positive where it hurts.
 
     Switches are in layer order, and no more than the replay has rows; `kind` is one of `MEASURES`.

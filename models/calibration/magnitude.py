@@ -12,23 +12,21 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from planner.ir.graph import Graph
 from planner.models.running.bindings import BoundLayer, BoundLinear, BoundSite
+from planner.solver.problem import Floats
 
-Array = npt.NDArray[np.float64]
 
-
-def magnitude_worth(graph: Graph, layers: Sequence[BoundLayer]) -> dict[str, Array]:
+def magnitude_worth(graph: Graph, layers: Sequence[BoundLayer]) -> dict[str, Floats]:
     """Utilities of all switches; no unit.
 
     Args:
         graph: with switches assigned.
         layers: of the loaded model.
     """
-    worth: dict[str, Array] = {}
+    worth: dict[str, Floats] = {}
     for layer in layers:
         for site in (layer.heads, layer.mlp):
             if site is not None and not site.obstacle:

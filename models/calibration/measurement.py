@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from scipy.stats import norm, spearmanr
 from torch import nn
@@ -27,8 +26,8 @@ from planner.models.calibration.token_worth import FRACTIONS, fit, token_losses
 from planner.models.running.masked import MaskedExecutor
 from planner.planning.switches import SwitchSet
 from planner.planning.utilities import Utilities
+from planner.solver.problem import Floats
 
-Array = npt.NDArray[np.float64]
 METHODS = ("leave-one-out", "taylor")
 # Before which image tokens are dropped.
 TOKEN_LAYER = SwitchSet.parse("tokens").token_layers[0]
@@ -39,7 +38,7 @@ class Calibrated:
     """What was measured, in nats per answer token."""
 
     # By site name (switches,): mean over samples; with ``loss`` see `not_negative`.
-    sites: dict[str, Array]
+    sites: dict[str, Floats]
     tokens: float  # worth of all image tokens; 0 where there are none
     saturation: float | None  # of their curve, see `Utilities`; None where there are none
     token_losses: tuple[tuple[float, float], ...]  # (kept fraction, mean loss), ascending
@@ -144,7 +143,7 @@ class _Run:
             return "uniform"
         return usual
 
-    def _tokens(self, index: int, selector: str) -> Array:
+    def _tokens(self, index: int, selector: str) -> Floats:
         replay, count = self._replay(index, len(FRACTIONS)), self.image_tokens[index]
         return token_losses(self.graph, replay, count, self.layer, selector, self.measure)
 
@@ -163,7 +162,7 @@ class _Run:
         if "leave_one_out" in arrays:
             self._leave_one_out(index, arrays["leave_one_out"][index])
 
-    def _leave_one_out(self, index: int, row: Array) -> None:
+    def _leave_one_out(self, index: int, row: Floats) -> None:
         replay: Replay | None = None
         for start in range(0, len(self.switches), self.batch):
             stop = start + self.batch
@@ -176,7 +175,7 @@ class _Run:
     def _replay(self, index: int, rows: int) -> Replay:
         return Replay(self.model, self.masked.layers, self.samples[index], rows)
 
-    def _note(self, place: Array, values: Array) -> None:
+    def _note(self, place: Floats, values: Floats) -> None:
         if not np.isfinite(values).all():
             raise InputError(NOT_FINITE)
         place[...] = values
@@ -218,7 +217,7 @@ class _Run:
         )
 
 
-def not_negative(effects: Array) -> Array:
+def not_negative(effects: Floats) -> Floats:
     """Means over samples, given that no switch does harm: (samples, switches) to (switches,).
 
     With few samples, the loss may fall by chance when a switch is off, and plans would then leave
@@ -226,7 +225,7 @@ def not_negative(effects: Array) -> Array:
     distribution: the mean over samples and its standard error, cut off below 0. That is nearly the
     mean if it is clearly positive, and else small and positive.
     """
-    mean: Array = effects.mean(0)
+    mean: Floats = effects.mean(0)
     if len(effects) > 1:
         error = effects.std(0, ddof=1) / np.sqrt(len(effects))
         known = error == 0
@@ -236,7 +235,7 @@ def not_negative(effects: Array) -> Array:
     return mean.clip(min=0)
 
 
-def _spearman(one: Array, other: Array) -> float:
+def _spearman(one: Floats, other: Floats) -> float:
     if np.ptp(one) == 0 or np.ptp(other) == 0:
         return float("nan")
     found: Any = spearmanr(one, other)

@@ -13,7 +13,6 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -29,8 +28,7 @@ from planner.models.running.masked import MaskedExecutor
 from planner.models.running.skipping import obeying
 from planner.plan import Plan, TokenStage
 from planner.progress import Progress
-
-Array = npt.NDArray[np.float64]
+from planner.solver.problem import Floats
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,15 +42,15 @@ class PairLosses:
     """
 
     sites: Mapping[tuple[str, str], float]
-    fractions: Array
-    tokens: Array
+    fractions: Floats
+    tokens: Floats
 
 
 def measure_pairs(
     model: torch.nn.Module,
     graph: Graph,
     samples: Sequence[Sample],
-    worth: Mapping[str, Array],
+    worth: Mapping[str, Floats],
     token_layer: int,
     selector: str = "",
     batch: int = 16,
@@ -113,7 +111,7 @@ def _measure(
     sample: Sample,
     sites: Sequence[Site],
     pairs: Sequence[tuple[int, int]],
-    arrays: Mapping[str, Array],
+    arrays: Mapping[str, Floats],
     stage: tuple[int, str],
     batch: int,
 ) -> Iterator[None]:
@@ -138,7 +136,7 @@ def layer_losses(
     replay: Replay,
     sites: Sequence[Site],
     sets: Sequence[Sequence[int]],
-) -> Array:
+) -> Floats:
     """KL divergence of one sample with sets of layers off.
 
     Args:
@@ -166,15 +164,15 @@ def _with_tokens(
     executor: MaskedExecutor,
     sample: Sample,
     sites: Sequence[Site],
-    alone: Array,
+    alone: Floats,
     stage: tuple[int, str],
-) -> Array:
+) -> Floats:
     """What each layer loses besides when tokens are dropped as well; shape (fractions, layers)."""
     graph = executor.graph
     of = count_image_tokens(executor.model, dict(sample.inputs))
     replay = Replay(executor.model, executor.layers, sample, len(FRACTIONS))
 
-    def losses(off: tuple[int, ...]) -> Array:
+    def losses(off: tuple[int, ...]) -> Floats:
         stages = [TokenStage(stage[0], max(1, int(of * kept)), of, stage[1]) for kept in FRACTIONS]
         plans = [Plan.of(graph, layers_off=off, tokens=(dropped,)) for dropped in stages]
         with obeying(executor.model, graph, plans):

@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from planner.arrays import read_arrays
 from planner.files import write_bytes
 from planner.ir.errors import InputError
+from planner.solver.problem import Floats
 
-Array = npt.NDArray[np.float64]
 # How often to write, at most.
 _SECONDS = 5.0
 
@@ -33,7 +32,7 @@ class Store:
     def __init__(self, path: Path | None, key: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.path = path
         self.key = key
-        self.arrays: dict[str, Array] = {n: np.full(s, np.nan) for n, s in shapes.items()}
+        self.arrays: dict[str, Floats] = {n: np.full(s, np.nan) for n, s in shapes.items()}
         self._written = time.monotonic()
         if path is not None and path.exists():
             self._read(path)

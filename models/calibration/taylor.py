@@ -14,15 +14,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from planner.ir.graph import Site
 from planner.models.calibration.leave_one_out import Switch, as_gates, loss
 from planner.models.calibration.replay import Replay
 from planner.models.running.masked import MaskedExecutor
-
-Array = npt.NDArray[np.float64]
+from planner.solver.problem import Floats
 
 # Answers drawn per sample for the Fisher information; each needs a row's activations.
 DRAWS = 4
@@ -30,7 +28,7 @@ DRAWS = 4
 
 def taylor(
     executor: MaskedExecutor, replay: Replay, switches: Sequence[Switch], kind: str, seed: int
-) -> Array:
+) -> Floats:
     """Estimated effect of switching each off by itself, as `leave_one_out` for one sample.
 
     With ``loss`` it is signed; with ``kl`` never negative, and every row of `replay` is a draw.

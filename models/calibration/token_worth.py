@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from scipy.optimize import minimize_scalar
 
@@ -12,8 +11,7 @@ from planner.models.calibration.leave_one_out import measure
 from planner.models.calibration.replay import Replay
 from planner.models.running.skipping import obeying
 from planner.plan import Plan, TokenStage
-
-Array = npt.NDArray[np.float64]
+from planner.solver.problem import Floats
 
 FRACTIONS = (0.125, 0.25, 0.5, 0.75)
 _SATURATION = (1e-3, 1e6)
@@ -22,7 +20,7 @@ _SATURATION = (1e-3, 1e6)
 @torch.no_grad()
 def token_losses(
     graph: Graph, replay: Replay, image_tokens: int, layer: int, selector: str, kind: str
-) -> Array:
+) -> Floats:
     """What dropping image tokens of a sample before a layer does, by what a selector picks.
 
     The replay has as many rows as there are `FRACTIONS`; `kind` is one of `MEASURES`.
@@ -38,7 +36,7 @@ def token_losses(
     return np.array([[count / image_tokens for count in counts], found.double().tolist()])
 
 
-def fit(fractions: Array, losses: Array) -> tuple[float, float]:
+def fit(fractions: Floats, losses: Floats) -> tuple[float, float]:
     """(worth of all image tokens, saturation) of the curve that utilities use.
 
     A fraction r of the tokens is worth ``tokens * log(1 + s r) / log(1 + s)``, so dropping the rest
@@ -46,8 +44,8 @@ def fit(fractions: Array, losses: Array) -> tuple[float, float]:
     linear in `tokens`, a search over s.
     """
 
-    def shape(saturation: float) -> Array:
-        worth: Array = np.log1p(saturation * fractions) / np.log1p(saturation)
+    def shape(saturation: float) -> Floats:
+        worth: Floats = np.log1p(saturation * fractions) / np.log1p(saturation)
         return 1 - worth
 
     def tokens(saturation: float) -> float:

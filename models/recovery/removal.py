@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from scipy.optimize import isotonic_regression
 from torch import Tensor
@@ -25,8 +24,8 @@ from planner.ir.graph import Graph
 from planner.models.recovery.arranging import can_move, lane_features, switch_features
 from planner.models.recovery.moments import Moments, damped, narrowable
 from planner.models.running.bindings import BoundLayer, BoundSite
+from planner.solver.problem import Floats
 
-Array = npt.NDArray[np.float64]
 # Of a chain of single neurons, so many steps are taken.
 _STEPS = 48
 
@@ -41,7 +40,7 @@ class Chain:
     """
 
     order: Tensor
-    costs: Array
+    costs: Floats
 
 
 def removal_chain(
@@ -99,7 +98,7 @@ def chain_of(site: BoundSite, moments: Moments) -> Chain:
 
 def chain_worth(
     graph: Graph, layers: Sequence[BoundLayer], chain: Callable[[BoundSite], Chain]
-) -> dict[str, Array]:
+) -> dict[str, Floats]:
     """Utilities of every switch of the graph, by the removal chain of its site.
 
     Where neurons can move, refitting puts those that are worth most into the switches that a plan
@@ -114,7 +113,7 @@ def chain_worth(
     Returns:
         Site name -> shape (switches,), in nats per answer token.
     """
-    worth: dict[str, Array] = {}
+    worth: dict[str, Floats] = {}
     for site in narrowable(layers):
         removed, switches = chain(site), site.site.switches
         costs, order = removed.costs, removed.order.numpy()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from planner.solver import take_while_fits
-from planner.solver.problem import Flags, Problem
+from planner.solver.problem import Flags, Floats, Problem
 
 # How far below 0 a utility must be, in mean sizes of utilities, to be worth next to nothing.
 _SOFTNESS = 0.05
 
 
-def worth(utilities: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def worth(utilities: Floats) -> Floats:
     """Measured utilities made positive, in the same order: what plans are decided by.
 
     For one sample the loss often falls when a switch is off by itself. But several such switches
@@ -24,7 +23,7 @@ def worth(utilities: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """
     size = np.abs(utilities).mean(axis=-1, keepdims=True)
     softness = np.where(size > 1e-300, _SOFTNESS * size, 1.0)
-    positive: npt.NDArray[np.float64] = softness * np.logaddexp(0, utilities / softness)
+    positive: Floats = softness * np.logaddexp(0, utilities / softness)
     return positive
 
 
@@ -45,5 +44,5 @@ def decide(problem: Problem) -> Flags:
     return problem.flags_of(take_while_fits(problem.with_utilities(np.concatenate(scores))))
 
 
-def _per_cost(utilities: npt.NDArray[np.float64], cost: float) -> npt.NDArray[np.float64]:
+def _per_cost(utilities: Floats, cost: float) -> Floats:
     return utilities / max(cost, 1e-300)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from planner.files import MEBIBYTE, read_bytes, write_bytes
 from planner.ir.errors import InputError
@@ -22,15 +21,13 @@ from planner.ir.graph import Graph
 from planner.planning.compiler import pose
 from planner.planning.request import Request
 from planner.planning.switches import SwitchSet
-from planner.solver.problem import Problem
+from planner.solver.problem import Flags, Floats, Ints, Problem
 
 FORMAT = 1
 _MOST_BYTES = 256 * MEBIBYTE
 _MOST_VALUES = 20_000_000
 _KEY = b"planner_labels"
 _COLUMNS = ("sample", "budget", "utilities", "plan", "cost", "limit", "losses")
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -82,9 +79,9 @@ class Labels:
     samples: tuple[str, ...]  # one per label
     budgets: Floats  # (labels,)
     utilities: Floats  # (labels, switches)
-    plans: npt.NDArray[np.bool_]  # (labels, switches)
-    costs: npt.NDArray[np.int64]  # (labels,)
-    limits: npt.NDArray[np.int64]  # (labels,)
+    plans: Flags  # (labels, switches)
+    costs: Ints  # (labels,)
+    limits: Ints  # (labels,)
     losses: dict[int, Floats]  # label -> (2 ^ switches,), where they were measured
 
     def __len__(self) -> int:

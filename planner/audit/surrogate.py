@@ -15,9 +15,9 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from planner.audit.heuristic import decide, worth
-from planner.audit.label_file import Floats, Labels
+from planner.audit.label_file import Labels
 from planner.audit.verdicts import Verdict
-from planner.solver.problem import Flags, Problem
+from planner.solver.problem import Flags, Floats, Problem
 
 
 @dataclass(frozen=True, eq=False)

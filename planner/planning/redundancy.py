@@ -12,11 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from planner.solver.problem import LayerChoices
+from planner.solver.problem import Flags, Floats, LayerChoices
 
-Losses = npt.NDArray[np.float64]
 # What is lost with a set is at least this share of what its members lose alone, added up.
 _LEAST = 0.1
 # A set that breaks this by less is left.
@@ -26,8 +24,8 @@ _TOLERANCE = 1e-9
 def without_gains(
     layers: Sequence[LayerChoices],
     pairs: Mapping[tuple[str, str], float],
-    with_tokens: Sequence[Losses | None],
-) -> tuple[dict[tuple[str, str], float], list[Losses | None]]:
+    with_tokens: Sequence[Floats | None],
+) -> tuple[dict[tuple[str, str], float], list[Floats | None]]:
     """Pairs' losses and, by token option, the layers' losses besides, shape (layers,).
 
     Sets that would be lost at a gain are looked for by local search, from every layer and from all
@@ -61,12 +59,12 @@ def without_gains(
 class _Interactions:
     """What n units lose alone, (n,), and what each two of them lose besides, (n, n)."""
 
-    alone: Losses
+    alone: Floats
 
     def __post_init__(self) -> None:
         self.together = np.zeros((len(self.alone), len(self.alone)))
 
-    def scaled(self, beside: Losses | None) -> Losses | None:
+    def scaled(self, beside: Floats | None) -> Floats | None:
         """What the first units lose besides, scaled; pairs are scaled in place."""
         linear = np.zeros_like(self.alone)
         if beside is not None:
@@ -86,7 +84,7 @@ class _Interactions:
             self.together += (share - 1) * pair_gains
             linear += (share - 1) * gains
 
-    def _worst(self, linear: Losses) -> npt.NDArray[np.bool_]:
+    def _worst(self, linear: Floats) -> Flags:
         """The set that loses least beside what it has to, as local search finds it."""
         own = (1 - _LEAST) * self.alone + linear
         count = len(own)
@@ -100,5 +98,5 @@ class _Interactions:
             rows = improves.nonzero()[0]
             sets[rows, best[rows]] = 1 - sets[rows, best[rows]]
         values = sets @ own + ((sets @ self.together) * sets).sum(1) / 2
-        worst: npt.NDArray[np.bool_] = sets[values.argmin()].astype(bool)
+        worst: Flags = sets[values.argmin()].astype(bool)
         return worst

@@ -19,8 +19,7 @@ from planner.arrays import read_arrays
 from planner.files import write_bytes
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Site
-
-Array = npt.NDArray[np.float64]
+from planner.solver.problem import Floats
 
 # How much of the model's whole worth hangs on the image tokens, and how fast it saturates: half of
 # the tokens keep 80 % of it, an eighth 46 %. Token pruning papers report losses of that order.
@@ -37,7 +36,7 @@ class Utilities:
     """Worth of switches."""
 
     name: str  # ``prior``, ``uniform`` or the file's name
-    sites: Mapping[str, Array]  # site name -> (switches,) for heads, mlp and layer sites
+    sites: Mapping[str, Floats]  # site name -> (switches,) for heads, mlp and layer sites
     tokens: float  # worth of all image tokens
     # A fraction r of them is worth tokens * log(1 + saturation * r) / log(1 + saturation).
     saturation: float = _TOKEN_SATURATION
@@ -46,11 +45,11 @@ class Utilities:
     pairs: Mapping[tuple[str, str], float] = field(default_factory=dict)
     # Of image tokens kept, ascending; and (fractions, layers): what a layer that is off loses
     # besides, at each.
-    token_fractions: Array = field(default_factory=lambda: np.zeros(0))
-    token_losses: Array = field(default_factory=lambda: np.zeros((0, 0)))
+    token_fractions: Floats = field(default_factory=lambda: np.zeros(0))
+    token_losses: Floats = field(default_factory=lambda: np.zeros((0, 0)))
     recover: str = ""  # the recovery without which plans made of these values are worth nothing
 
-    def with_tokens(self, fraction: float, layers: int) -> Array | None:
+    def with_tokens(self, fraction: float, layers: int) -> Floats | None:
         """What each layer that is off loses besides at a fraction of the image tokens."""
         if not len(self.token_fractions):
             return None
@@ -62,7 +61,7 @@ class Utilities:
         """Worth of keeping a fraction of the image tokens."""
         return self.tokens * math.log1p(self.saturation * fraction) / math.log1p(self.saturation)
 
-    def of_site(self, site: Site) -> Array:
+    def of_site(self, site: Site) -> Floats:
         """Worth of a site's switches."""
         if site.name not in self.sites:
             raise InputError(f"the utilities '{self.name}' say nothing about {site.name}")
@@ -106,7 +105,7 @@ def prior(graph: Graph, work: Mapping[str, float]) -> Utilities:
     `work`: site name -> cost of all its switches, in any one unit.
     """
     whole = sum(work.values()) or 1.0
-    sites: dict[str, Array] = {}
+    sites: dict[str, Floats] = {}
     for site in graph.sites:
         share = work.get(site.name, 0.0) / whole * depth_weight(site.layer, graph.layers)
         ranks = np.arange(site.switches, dtype=np.float64)
@@ -212,7 +211,7 @@ def load_utilities(path: Path, graph: Graph) -> Utilities:
     return Utilities(path.name, sites, tokens, saturation, pairs, fractions, by_layer, recover)
 
 
-def _numbers(path: Path, name: str, values: npt.NDArray[np.generic]) -> Array:
+def _numbers(path: Path, name: str, values: npt.NDArray[np.generic]) -> Floats:
     if values.dtype.kind == "U":
         raise InputError(f"the utilities in '{path}' are text for {name}, not numbers")
     numbers = values.astype(np.float64)

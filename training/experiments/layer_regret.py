@@ -12,7 +12,6 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy.stats import spearmanr
 from torch import nn
 
@@ -22,8 +21,8 @@ from planner.models.calibration.replay import Replay
 from planner.models.calibration.samples import Sample
 from planner.models.running.masked import MaskedExecutor
 from planner.planning.utilities import Utilities
+from planner.solver.problem import Floats
 
-Array = npt.NDArray[np.float64]
 Layers = tuple[int, ...]
 # Sets at one layer's distance from each plan's, random sets, and how many are measured at once.
 NEIGHBOURS, RANDOM, _BATCH = 15, 16, 16
@@ -93,7 +92,7 @@ def tried_sets(plans: Sequence[Layers], layers: int, seed: int) -> list[Layers]:
     return sorted(found)
 
 
-def predicted_losses(utilities: Utilities, sites: Sequence[Site], sets: Sequence[Layers]) -> Array:
+def predicted_losses(utilities: Utilities, sites: Sequence[Site], sets: Sequence[Layers]) -> Floats:
     """What utilities, and pairs where there are any, say that sets of layers lose."""
     alone = [float(utilities.of_site(site).sum()) for site in sites]
 
