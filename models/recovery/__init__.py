@@ -6,6 +6,7 @@ plan removes, and utilities that count on it.
     moments       one calibration pass: how a site's features vary together, what errors cost
     arranging     neurons that change places, so that a plan keeps the best of them
     removal       worth of switches when the rest is refitted
+    trials        that worth, held against what narrowing each site alone really costs
     refit         least squares: kept features say what removed ones did
     compensation  means of what is off, for plans that change from input to input
     recovering    one model, its samples and a way to recover: utilities and weights of plans

@@ -25,7 +25,8 @@ from planner.models.calibration.samples import Sample
 from planner.models.recovery.arranging import can_move
 from planner.models.recovery.moments import Moments, narrowable, site_moments
 from planner.models.recovery.refit import refitted
-from planner.models.recovery.removal import Chain, chain_of, chain_worth
+from planner.models.recovery.removal import Chain, chain_of
+from planner.models.recovery.trials import tried_worth
 from planner.models.running.bindings import BoundLayer, BoundSite, bind
 from planner.models.running.program import Program
 from planner.models.running.session import Session, stock_copy
@@ -41,7 +42,7 @@ from planner.progress import progress_bar
 # Least squares of a site want some ten tokens a feature; built-in text is cheap to write.
 REFIT_SAMPLES = 64
 # Changes of what is measured make files in the cache unreachable.
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,9 @@ class Recovering:
         A file ``utilities.npz`` beside the weights counts where it was measured on them and the
         user gives no samples; then what is in the cache. Without a recovery half the Fisher
         information of every switch is measured (`planner.models.calibration.taylor`), under
-        ``refit`` heads and MLP groups by the removal chain of their site. Where built-in samples
-        cannot be made or run, and where a backward pass does not fit in memory, weight norms say,
-        as they do where the request asks for ``magnitude``.
+        ``refit`` heads and MLP groups by the removal chain of their site, held against trials.
+        Where built-in samples cannot be made or run, and where a backward pass does not fit in
+        memory, weight norms say, as they do where the request asks for ``magnitude``.
         """
         asked = request.utilities == "magnitude"
         if asked and self.recover == "refit":
@@ -174,7 +175,9 @@ class Recovering:
         if self.recover != "refit":
             how = f"first-order KL on {len(samples)} {own}samples"
             return _saved(path, found.utilities(path.name), graph, how)
-        sites = found.sites | chain_worth(graph, bind(self.model, graph), self.chain)
+        layers = bind(self.model, graph)
+        measured = (self.moments, self.chain, samples, self.progress)
+        sites = found.sites | tried_worth(self.model, graph, layers, *measured)
         utilities = replace(found, sites=sites).utilities(path.name)
         utilities = replace(utilities, recover=self.recover)
         return _saved(path, utilities, graph, f"removal chains on {own}samples")

@@ -125,7 +125,12 @@ def chain_worth(
         # The solver keeps the most useful switches of a site, those with lower numbers first.
         values[order] = isotonic_regression(costs).x + 1e-12 * np.arange(len(costs))
         worth[site.site.name] = values
+    return with_layers(graph, worth)
+
+
+def with_layers(graph: Graph, worth: dict[str, Array]) -> dict[str, Array]:
+    """Utilities of heads and MLPs with those of layers: what all switches inside are worth."""
     for layer in graph.sites_of("layer"):
-        inside = [s.name for s in graph.sites_at(layer.layer) if s.name in worth]
+        inside = [s.name for s in graph.sites_at(layer.layer) if s.name in worth and s != layer]
         worth[layer.name] = np.array([sum(worth[name].sum() for name in inside)])
     return worth

@@ -65,8 +65,10 @@ def calibrate_utilities_command(
     )
     from planner.models.calibration.measurement import TOKEN_LAYER
     from planner.models.calibration.pair_losses import measure_pairs
-    from planner.models.recovery import chain_of, chain_worth, site_moments
+    from planner.models.recovery import chain_of, site_moments
+    from planner.models.recovery.moments import narrowable
     from planner.models.recovery.oneshot import read_inputs
+    from planner.models.recovery.trials import tried_worth
     from planner.models.running.bindings import bind
     from planner.planning.switches import with_switches
     from planner.planning.utilities import save_utilities
@@ -112,9 +114,20 @@ def calibrate_utilities_command(
             with console.progress_bar("moments") as progress:
                 layers = bind(stock, graph)
                 moments = site_moments(stock, layers, chosen, seed, progress)
-            sites = found.sites | chain_worth(
-                graph, layers, lambda site: chain_of(site, moments[site.site.name])
-            )
+            chains = {
+                site.site.name: chain_of(site, moments[site.site.name])
+                for site in narrowable(layers)
+            }
+            with console.progress_bar("trials") as progress:
+                sites = found.sites | tried_worth(
+                    stock,
+                    graph,
+                    layers,
+                    moments,
+                    lambda site: chains[site.site.name],
+                    chosen,
+                    progress,
+                )
             found = replace(found, sites=sites, method=method)
         utilities = found.utilities(output.name)
         if method == "refit":

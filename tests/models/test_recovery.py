@@ -1,6 +1,7 @@
 """Recovery: least squares against lstsq, removal chains against brute force, models that profit."""
 
 import functools
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -20,13 +21,16 @@ from planner.models.recovery import (
     refitted,
     removal_chain,
     replaced,
+    trials,
 )
 from planner.models.recovery.arranging import can_move, moved
 from planner.models.recovery.healing import Healing, heal
 from planner.models.recovery.moments import RIDGE, Moments, damped, site_moments
+from planner.models.recovery.trials import tried_worth
 from planner.models.running.bindings import bind
 from planner.models.running.program import Program
 from planner.models.running.skipping import obeying
+from planner.plan import Plan
 from planner.planning.switches import with_switches
 
 
@@ -183,6 +187,31 @@ def test_chain_worth_values_every_switch_and_layers_as_the_sum():
         assert worth[site.name].shape == (site.switches,)
         assert (worth[site.name] >= 0).all()
     assert worth["layer.1"][0] == pytest.approx(worth["heads.1"].sum() + worth["mlp.1"].sum())
+
+
+def test_utilities_under_refit_add_up_to_what_narrowing_a_site_loses(monkeypatch):
+    """Of a quarter of an MLP's switches, as the skipping model under the plan says."""
+    monkeypatch.setattr(trials, "faster_products", lambda model: nullcontext())
+    family, graph, layers, samples, moments = measured()
+    some, model, chain = samples[:4], family.model, chains(moments)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    worth = tried_worth(model, graph, layers, moments, chain, some)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert worth["layer.1"][0] == pytest.approx(worth["heads.1"].sum() + worth["mlp.1"].sum())
+    order = np.argsort(worth["mlp.1"], kind="stable")
+    count, switches = round(len(order) / 4), len(order)
+    kept = tuple(sorted(order[count:].tolist()))
+    plan = Plan.of(graph, mlp={1: kept}, mlp_switches={1: switches})
+    weights = refitted(Program.build([plan], graph, layers), moments, chain)
+    lost = 0.0
+    for sample in some:
+        answer = slice(-sample.answer - 1, -1)
+        with torch.no_grad():
+            base = model(**sample.inputs).logits[0, answer].log_softmax(-1)
+            with replaced(model, weights), obeying(model, graph, plan):
+                found = model(**sample.inputs).logits[0, answer].log_softmax(-1)
+        lost += float((base.exp() * (base - found)).sum(-1).mean()) / len(some)
+    assert worth["mlp.1"][order[:count]].sum() == pytest.approx(lost, rel=0.01)
 
 
 def test_passages_are_spread_over_the_text():

@@ -36,13 +36,13 @@ from planner.models.recovery import (
     Chain,
     Moments,
     chain_of,
-    chain_worth,
     refitted,
     replaced,
     site_moments,
 )
 from planner.models.recovery.healing import Healing, heal
 from planner.models.recovery.moments import faster_products, narrowable
+from planner.models.recovery.trials import TRIALS, tried_worth
 from planner.models.running.bindings import BoundSite, bind
 from planner.models.running.masked import Gates, MaskedExecutor
 from planner.models.running.program import Program
@@ -190,7 +190,8 @@ class _Bench:
 
     def _measured(self, name: str) -> Utilities:
         if name == "chain":
-            worth = chain_worth(self.graph, self.layers, self.chain)
+            some = self.samples(STATISTICS)
+            worth = tried_worth(self.model, self.graph, self.layers, self.moments, self.chain, some)
             return Utilities(name, worth, 0.0, recover="refit")
         if name == "first-order":
             some = self.samples(FIRST_ORDER)
@@ -311,7 +312,7 @@ def _cloze(model: Any, tokenizer: Any, texts: Mapping[str, tuple[Tensor, Tensor]
 
     Only tokens that begin a word of four letters or more are asked for.
     """
-    ids = torch.cat([test for _, test in texts.values()])
+    ids = torch.cat([texts[name][1] for name in CALIBRATED_ON])
     words = [tokenizer.decode([token]) for token in range(len(tokenizer))]
     is_word = torch.tensor([len(w) > 4 and w[0] == " " and w[1:].isalpha() for w in words])
     places = [(r, c) for r, c in product(range(len(ids)), range(CLOZE_CONTEXT, ids.shape[1]))]
@@ -364,10 +365,11 @@ def smollm2_page(results: Mapping[str, Any]) -> str:
         f"# {results['title']}",
         "",
         f"Perplexity over the base model's at {', '.join(map(str, BUDGETS))} of FLOPs, and "
-        f"accuracy of a cloze task of {CLOZE_ITEMS} items with {CLOZE_CHOICES} choices. Texts: "
+        f"accuracy of a cloze task of {CLOZE_ITEMS} items with {CLOZE_CHOICES} choices, made from "
+        f"what is tested of {' and '.join(CALIBRATED_ON)}. Texts: "
         f"{sources}. Of each, {TESTED} passages of {PASSAGE_TOKENS} tokens are tested on. "
         f"Calibrated on are other passages of {' and '.join(CALIBRATED_ON)}, and nothing of "
-        f"{' and '.join(tested)}: {STATISTICS} for chains and refit, "
+        f"{' and '.join(tested)}: {STATISTICS} for chains and refit, {TRIALS} of them for trials, "
         f"{FIRST_ORDER} for first-order, {LEFT_OUT} for leave-one-out and pairs, {HEALED_ON} for "
         f"{Healing.steps} steps of healing. Products are in bfloat16 where the CPU multiplies "
         f"tiles of it, but for rows marked float32. Weights: {WEIGHTS.requirement}. Seed 0. "
