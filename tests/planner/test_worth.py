@@ -209,6 +209,9 @@ def test_text_calibrates_too(cli_json, tmp_path):
     found = cli_json(*asked, "--method", "taylor", "-o", "u.npz")
     assert found["samples"] == 2
     cli_json("compile", "--model", "tiny-llava", "--utilities", "u.npz", "-o", "out")
+    cli_json(*asked, "--method", "refit", "-o", "r.npz")
+    cli_json("compile", "--model", "tiny-llava", "--utilities", "r.npz", "-o", "refit")
+    assert load_plan(tmp_path / "refit/plan.yaml").provenance["recover"] == "refit"
 
 
 @pytest.mark.parametrize(
