@@ -128,7 +128,7 @@ def chain_worth(
     return with_layers(graph, worth)
 
 
-def with_layers(graph: Graph, worth: dict[str, Array]) -> dict[str, Array]:
+def with_layers(graph: Graph, worth: dict[str, Floats]) -> dict[str, Floats]:
     """Utilities of heads and MLPs with those of layers: what all switches inside are worth."""
     for layer in graph.sites_of("layer"):
         inside = [s.name for s in graph.sites_at(layer.layer) if s.name in worth and s != layer]

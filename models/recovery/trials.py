@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from planner.ir.graph import Graph, Site
@@ -25,8 +24,8 @@ from planner.models.running.bindings import BoundLayer, BoundSite
 from planner.models.running.masked import Gates, MaskedExecutor
 from planner.models.running.program import Program
 from planner.plan import Plan
+from planner.solver.problem import Floats
 
-Array = npt.NDArray[np.float64]
 # Samples that are tried, and the share of a site's switches that is off.
 TRIALS = 6
 _SHARE = 0.25
@@ -42,7 +41,7 @@ def tried_worth(
     chain: Callable[[BoundSite], Chain],
     samples: Sequence[Sample],
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Array]:
+) -> dict[str, Floats]:
     """Utilities by removal chains (`chain_worth`), each site's scaled to a trial.
 
     Args:
@@ -64,7 +63,7 @@ def tried_worth(
         replays = [Replay(model, masked.layers, samples[number], 1) for number in chosen]
     for done, own in enumerate(sites, 1):
         site, values = own.site, worth[own.site.name]
-        off = np.argsort(values, kind="stable")[: max(1, round(_SHARE * site.switches))]
+        off = np.argsort(values, kind="stable")[: max(1, round(_SHARE * site.switches))].tolist()
         plan = _without(graph, site, off)
         weights = refitted(Program.build([plan], graph, layers), moments, chain)
         # Autocast keeps rounded weights while it is on, so it is left after every trial.
@@ -86,7 +85,7 @@ def tried_worth(
     return with_layers(graph, worth)
 
 
-def _without(graph: Graph, site: Site, off: Array) -> Plan:
+def _without(graph: Graph, site: Site, off: Sequence[int]) -> Plan:
     """The plan that switches off some of one site's switches, and nothing else."""
     kept = {site.layer: tuple(n for n in range(site.switches) if n not in off)}
     if site.kind == "heads":
