@@ -4,13 +4,12 @@ import functools
 
 import pytest
 import torch
-from families import FAMILIES, randomise
+from grouped import with_groups
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.ir.cost import Workload
 from planner.ir.errors import InputError
-from planner.ir.lowering import lower_model
 from planner.models.scheduling import (
     CostSwitches,
     Scheduled,
@@ -166,15 +165,6 @@ def test_the_token_says_what_share_may_be_on(tiny_llava):
 # -- running ---------------------------------------------------------------------------------------
 
 
-def family_of(name):
-    """With four KV groups where the family has several heads."""
-    family = FAMILIES[name]()
-    family.model.config.get_text_config().num_key_value_heads = 4
-    torch.manual_seed(0)
-    model = randomise(type(family.model)(family.model.config).eval(), 0)
-    return type(family)(**{**vars(family), "model": model}), lower_model(model, name)
-
-
 def scheduler_of(graph, switches):
     torch.manual_seed(1)
     scheduler = Scheduler.of(graph, switches)
@@ -183,10 +173,15 @@ def scheduler_of(graph, switches):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("switches", ["layers,heads,mlp", "heads,mlp:groups=3"])
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "phi"])
+@pytest.mark.parametrize(
+    ("name", "switches"),
+    [
+        ("llava", "heads,mlp:groups=3"),
+        *((name, "layers,heads,mlp") for name in ("llava", "qwen2_5_vl", "gemma3", "phi")),
+    ],
+)
 def test_skipping_answers_as_masking_does(name, switches):
-    family, graph = family_of(name)
+    family, graph = with_groups(name)
     scheduler = scheduler_of(graph, switches)
     inputs = family.inputs(batch=3, before=(3, 1), after=(5, 2, 4))
     real = inputs["attention_mask"] == 1
@@ -209,7 +204,7 @@ def test_skipping_answers_as_masking_does(name, switches):
 
 @torch.no_grad()
 def test_tokens_and_switches_share_a_budget_at_run_time():
-    family, graph = family_of("llava")
+    family, graph = with_groups("llava")
     scheduler = scheduler_of(graph, "layers,heads,mlp")
     inputs = family.inputs(batch=2, after=(5, 3))
     load = Workload.default(graph, family.image_tokens, 8, 0)
@@ -231,7 +226,7 @@ def test_tokens_and_switches_share_a_budget_at_run_time():
 
 def test_a_layer_that_is_off_can_come_back():
     """In training its switches have a gradient, which a closed gate would hide."""
-    _, graph = family_of("llava")
+    _, graph = with_groups("llava")
     layout = layout_of("layers,heads,mlp", graph)
     taken = torch.zeros(1, layout.size, requires_grad=True)
     gates = layout.gates(taken)

@@ -6,7 +6,8 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from families import FAMILIES, IMAGE, randomise
+from families import FAMILIES, IMAGE
+from grouped import with_groups
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from restored import same_state, snapshot
@@ -130,16 +131,7 @@ def tiny():
 @pytest.fixture(scope="module")
 def wide():
     """Four KV groups, so that a quarter of them is a unit."""
-    return _with_groups("llava", 4)
-
-
-def _with_groups(name, groups):
-    family = FAMILIES[name]()
-    config = family.model.config.get_text_config()
-    config.num_key_value_heads = groups
-    torch.manual_seed(0)
-    model = type(family.model)(family.model.config).eval()
-    return type(family)(**{**vars(family), "model": randomise(model, 0)}), lower_model(model, name)
+    return with_groups("llava")
 
 
 @settings(max_examples=30, deadline=None)
@@ -218,7 +210,7 @@ def test_switches_begin_where_they_are_told_to(wide, tmp_path, name, first, step
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "phi"])
 @pytest.mark.parametrize("switches", ["adallava-l", "adallava-h", "adallava-h:unit=2,first=1"])
 def test_skipping_answers_as_masking_does(name, switches):
-    family, graph = _with_groups(name, 4)
+    family, graph = with_groups(name)
     scheduler = scheduler_of(graph, switches)
     inputs = family.inputs(batch=3, before=(3, 1), after=(5, 2, 4))
     budgets = [0.5, 0.75, 1.0]
@@ -459,7 +451,7 @@ def gated_layer(layer, gate, hidden_states, **kwargs):
     ],
 )
 def test_a_layer_s_branches_are_what_it_adds(name, branches):
-    _, graph = _with_groups(name, 4)
+    _, graph = with_groups(name)
     for layer in (0, 3):
         site = graph.sites_by_name[f"layer.{layer}"]
         found = {path.removeprefix(f"{site.module}.") for path in residual_branches(graph, site)}

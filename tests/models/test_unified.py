@@ -5,13 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import FAMILIES, randomise
+from grouped import with_groups
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.ir.cost import Workload
 from planner.ir.errors import InputError
-from planner.ir.lowering import lower_model
 from planner.models.scheduling import (
     Scheduled,
     Scheduler,
@@ -143,14 +142,6 @@ def test_a_rule_can_stand_in_for_the_vision_side():
 # -- running ---------------------------------------------------------------------------------------
 
 
-def family_of(name):
-    family = FAMILIES[name]()
-    family.model.config.get_text_config().num_key_value_heads = 4
-    torch.manual_seed(0)
-    model = randomise(type(family.model)(family.model.config).eval(), 0)
-    return type(family)(**{**vars(family), "model": model}), lower_model(model, name)
-
-
 def scheduler_of(graph, switches):
     torch.manual_seed(1)
     scheduler = Scheduler.of(graph, switches)
@@ -160,11 +151,19 @@ def scheduler_of(graph, switches):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("switches", ["tokens,layers,heads,mlp", "tokens", "tokens,heads"])
-@pytest.mark.parametrize("name", ["llava", "gemma3"])
+@pytest.mark.parametrize(
+    ("name", "switches"),
+    [
+        ("gemma3", "tokens,layers,heads,mlp"),
+        *(
+            ("llava", switches)
+            for switches in ("tokens,layers,heads,mlp", "tokens", "tokens,heads")
+        ),
+    ],
+)
 def test_skipping_answers_as_masking_does(name, switches):
     """Every sample of a batch under its own budget, with tokens, layers and heads of its own."""
-    family, graph = family_of(name)
+    family, graph = with_groups(name)
     scheduler = scheduler_of(graph, switches)
     inputs = family.inputs(batch=3, before=(3, 1), after=(5, 2, 4))
     real = inputs["attention_mask"] == 1
@@ -193,7 +192,7 @@ def test_skipping_answers_as_masking_does(name, switches):
 
 @torch.no_grad()
 def test_a_sample_does_not_depend_on_its_batch():
-    family, graph = family_of("llava")
+    family, graph = with_groups("llava")
     scheduler = scheduler_of(graph, "tokens,layers,heads,mlp")
     inputs = family.inputs(batch=2, after=(5, 5))
     load = Workload.default(graph, family.image_tokens, 8, 0)
@@ -207,7 +206,7 @@ def test_a_sample_does_not_depend_on_its_batch():
 
 @torch.no_grad()
 def test_a_prompt_without_images_keeps_to_its_budget():
-    family, graph = family_of("llava")
+    family, graph = with_groups("llava")
     scheduler = scheduler_of(graph, "tokens,layers,heads,mlp")
     ids = torch.randint(3, 100, (2, 9))
     scheduled = Scheduled(family.model, graph, scheduler)
@@ -269,7 +268,7 @@ def test_budgets_and_stages_that_cannot_be_are_refused():
     blind = replace(graph_of(), properties={**graph_of().properties, "image_tokens": 0})
     with pytest.raises(InputError, match="has no image tokens"):
         layout_of("tokens,layers", blind)
-    family, graph = family_of("llava")
+    family, graph = with_groups("llava")
     with Scheduled(family.model, graph, scheduler_of(graph, "tokens")).using(0.95):
         embeds = torch.zeros(1, 4, 64)
         with pytest.raises(InputError, match="call the whole model"):
@@ -287,7 +286,7 @@ def test_all_tokens_can_stay_with_the_controller_s_cost_counted():
     costs = PlanCosts(layout.graph, layout.load, "llm")
     plan = layout.plan(row, Plan.of(layout.graph))
     assert costs.of(plan)["flops"]["fraction"] < layout.flops_fraction(row, plan, costs) <= 0.7
-    family, graph = family_of("llava")
+    family, graph = with_groups("llava")
     scheduler = scheduler_of(graph, "tokens,heads,mlp:scorer=all")
     assert scheduler.vision is None
     with Scheduled(family.model, graph, scheduler).using(0.8) as _:
