@@ -50,14 +50,7 @@ from by_hand import cut_by_hand
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    CLIPVisionConfig,
-    DynamicCache,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from transformers import DynamicCache
 
 from planner.cli.console import print_json, table
 from planner.documents import read_json
@@ -66,6 +59,7 @@ from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
 from planner.kernels.ops.kept_linear import kept_linear
 from planner.models.profiling.device_profile import machine_of
+from planner.models.profiling.whole_passes import IMAGE, random_model
 from planner.models.running.kv_cache import cache_argument, kv_bytes
 from planner.models.running.masked import Gates, MaskedExecutor
 from planner.models.running.session import Session
@@ -75,9 +69,9 @@ from planner.plan import Plan, TokenStage
 from planner.planning.selectors import Uniform
 from planner.planning.switches import mlp_switches
 
-LAYERS, WIDTH, HEADS, NEURONS, TOKENS = 8, 1024, 16, 2752, 640
-GROUPS = mlp_switches(NEURONS, HEADS)
-IMAGE_TOKENS, IMAGE = 576, 1000
+LAYERS, WIDTH, HEADS, TOKENS = 8, 1024, 16, 640
+GROUPS = mlp_switches(WIDTH * 43 // 16, HEADS)
+IMAGE_SIZE, IMAGE_TOKENS = 336, 576
 BUDGETS = (0.5, 0.65, 0.85)
 DTYPES = ("float32", "bfloat16")
 PLANS = ("layers", "heads and mlp", "tokens", "mixed")
@@ -105,32 +99,13 @@ class Invalid(Exception):
 
 def build(kind: str, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
     """A random model and its prompt of `TOKENS` tokens."""
-    torch.manual_seed(0)
-    text = LlamaConfig(
-        vocab_size=1024,
-        hidden_size=WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        intermediate_size=NEURONS,
-    )
+    model = random_model(WIDTH, LAYERS, 0 if kind == "decoder" else IMAGE_SIZE).to(dtype)
     ids = torch.randint(3, 999, (1, TOKENS))
     if kind == "decoder":
-        return LlamaForCausalLM(text).eval().to(dtype), {"input_ids": ids}
-    vision = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=336,
-        patch_size=14,
-    )
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
-    )
+        return model, {"input_ids": ids}
     ids[:, 32 : 32 + IMAGE_TOKENS] = IMAGE
-    pixels = torch.randn(1, 3, 336, 336, dtype=dtype)
-    return model.eval().to(dtype), {"input_ids": ids, "pixel_values": pixels}
+    pixels = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=dtype)
+    return model, {"input_ids": ids, "pixel_values": pixels}
 
 
 def draw(graph: Graph, kind: str, budget: float, seed: int) -> Plan:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from statistics import median
 from typing import Any
 
@@ -39,7 +38,7 @@ from planner.planning.compiler import specialised
 from planner.planning.switches import with_switches
 from planner.progress import Progress
 
-_IMAGE, _IMAGE_TOKENS = 900, 144
+IMAGE = 1000  # token of images in random models
 # A decoded token is timed over so many of them.
 _STEPS = 4
 # Rows, in and out features of a product that tells how fast the machine is just now.
@@ -73,6 +72,37 @@ class Pass:
         return seconds + device.pass_seconds(graph.dtype_bytes)
 
 
+def random_model(width: int, layers: int, image_size: int = 0) -> Any:
+    """A LLaMA-shaped decoder of random weights in evaluation mode, or a LLaVA with one.
+
+    Args:
+        width: of the decoder, a multiple of 64.
+        layers: of the decoder.
+        image_size: pixels along a side, in patches of 14; 0 for the decoder alone.
+    """
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        intermediate_size=width * 43 // 16,
+    )
+    if not image_size:
+        return LlamaForCausalLM(text).eval()
+    vision = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=image_size,
+        patch_size=14,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
+    return LlavaForConditionalGeneration(config).eval()
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model with random weights, of which passes are timed."""
@@ -84,36 +114,11 @@ class Subject:
 
     @staticmethod
     def of(bench: Bench, width: int, layers: int, sees: bool = False) -> Subject:
-        """A LLaMA-shaped decoder, or a LLaVA with one."""
-        torch.manual_seed(0)
-        text = LlamaConfig(
-            vocab_size=1024,
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 64,
-            num_key_value_heads=width // 64,
-            intermediate_size=width * 43 // 16,
-        )
-        model: Any = LlamaForCausalLM(text)
-        if sees:
-            vision = CLIPVisionConfig(
-                hidden_size=128,
-                intermediate_size=512,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                image_size=168,
-                patch_size=14,
-            )
-            config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=_IMAGE)
-            model = LlavaForConditionalGeneration(config)
-        model = model.eval().to(bench.place, bench.dtype)
+        """See `random_model`."""
+        model = random_model(width, layers, 168 if sees else 0)
+        model = model.to(bench.place, bench.dtype)
         graph = with_switches(lower_model(model, f"random-{width}"))
         return Subject(bench, model, graph, session_on(model, graph, freeze=True))
-
-    @cached_property
-    def cache_name(self) -> str:
-        """The argument that takes a cache."""
-        return cache_argument(self.model.forward)
 
     def draw(self, rng: random.Random, most_tokens: int, decodes: bool) -> Pass:
         """A random plan on a prompt of random length."""
@@ -147,7 +152,7 @@ class Subject:
         ids = torch.randint(3, 800, (1, load.prompt_tokens), device=place)
         if not load.image_tokens:
             return {"input_ids": ids}
-        ids[:, 1 : 1 + load.image_tokens] = _IMAGE
+        ids[:, 1 : 1 + load.image_tokens] = IMAGE
         size = self.model.config.vision_config.image_size
         return {"input_ids": ids, "pixel_values": self.bench.random(1, 3, size, size)}
 
@@ -160,7 +165,7 @@ class Subject:
         inputs, word = self._inputs(one), torch.tensor([[5]], device=self.bench.place)
 
         def prepared() -> Callable[[], Any]:
-            cached = {self.cache_name: DynamicCache()}
+            cached = {cache_argument(self.model.forward): DynamicCache()}
             self.model(**inputs, logits_to_keep=1, **cached)
 
             def steps() -> None:

@@ -42,7 +42,7 @@ def test_a_run_is_added_to_those_before(realised, tmp_path):
 
 
 def test_models_are_in_the_precision_that_is_asked_for(realised, monkeypatch):
-    for name, value in {"WIDTH": 32, "HEADS": 2, "NEURONS": 64, "LAYERS": 1}.items():
+    for name, value in {"WIDTH": 64, "LAYERS": 1}.items():
         monkeypatch.setattr(realised, name, value)
     for kind in ("decoder", "llava"):
         model, inputs = realised.build(kind, torch.bfloat16)
