@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import combinations, permutations
 
 import torch
@@ -160,12 +161,17 @@ def _mean_of_units(case: Case, heads: int, unit: int, logits: Tensor) -> Tensor:
 
 def exact_gradient(case: Case, method: str) -> Tensor:
     """Gradient of the mean of f over a method's samples, by enumeration; shape (switches,)."""
+    return _enumerated(case, method.removeprefix(_SCORE).startswith("simple"))
+
+
+@cache
+def _enumerated(case: Case, is_simple: bool) -> Tensor:
     logits = case.logits.clone().requires_grad_()
     if case.units:
         (gradient,) = torch.autograd.grad(_mean_of_units(case, *case.units, logits), logits)
         return gradient
     subsets = fillings(case.costs.tolist(), case.limit)
-    if method.removeprefix(_SCORE).startswith("simple"):
+    if is_simple:
         chances = torch.stack([logits[list(subset)].sum() for subset in subsets]).softmax(0)
         members = subsets
     else:
