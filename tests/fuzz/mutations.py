@@ -26,20 +26,19 @@ _TOKEN = re.compile(r"\d+|[A-Za-z_.]+|\s+|.", re.DOTALL)
 @st.composite
 def mutated_text(draw, texts):
     """One of the texts with one to four changes of its words, numbers and lines."""
-    text = draw(st.sampled_from(texts))
+    lines = draw(st.sampled_from(texts)).splitlines(keepends=True)
     for _ in range(draw(st.integers(1, 4))):
+        if not lines:
+            break
         how = draw(st.integers(0, 5))
+        first = draw(st.integers(0, len(lines) - 1))
         if how <= 2:
-            tokens = _TOKEN.findall(text)
-            if not tokens:
-                return text
+            tokens = _TOKEN.findall(lines[first])
             at = draw(st.integers(0, len(tokens) - 1))
             word = draw(st.sampled_from(_WORDS))
             tokens[at] = {0: word, 1: tokens[at] + word, 2: ""}[how]
-            text = "".join(tokens)
+            lines[first : first + 1] = "".join(tokens).splitlines(keepends=True)
             continue
-        lines = text.splitlines(keepends=True) or [""]
-        first = draw(st.integers(0, len(lines) - 1))
         other = draw(st.integers(0, len(lines) - 1))
         if how == 3:
             lines[first], lines[other] = lines[other], lines[first]
@@ -47,8 +46,7 @@ def mutated_text(draw, texts):
             lines.insert(first, lines[other])
         else:
             del lines[first : first + 1 + other % 3]
-        text = "".join(lines)
-    return text
+    return "".join(lines)
 
 
 def _places(value, path=()):
