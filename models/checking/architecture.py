@@ -9,23 +9,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from planner.ir.cost import Workload
-from planner.ir.cost.price import operator_flops
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.ir.graph_text import parse_graph, print_graph
 from planner.ir.lowering import lower_config, lower_model
 from planner.ir.lowering.attempts import quiet, sentence
-from planner.ir.passes import Specialise
 from planner.ir.verify import verify
 from planner.models.checking.small_config import default, small_default
 from planner.models.checking.small_prompt import Prompts, prompts_of
+from planner.models.running.counted_flops import CountedFlops
 from planner.models.running.masked import Gates, MaskedExecutor
 from planner.models.running.planning import Planning
-from planner.models.running.skipping import obeying
+from planner.models.running.skipping import obeying, session_for
 from planner.plan import Plan
+from planner.planning.budgets import Budget
+from planner.planning.plan_costs import PlanCosts
 from planner.planning.request import Request
 
 # What is checked, in order, and what it means.
@@ -34,7 +33,8 @@ CHECKS = {
     "small config is; the default one is not, see the remark)",
     "runs": "the small model runs under a plan for 60 % of its FLOPs",
     "exact": "it computes what the same plan computes by masks, and the dense plan what stock does",
-    "flops": "the FLOPs of stock and of the plan are those that they are priced at",
+    "flops": "the FLOPs of stock and of the plan are those that they are priced at, and within the "
+    "budget",
     "cached": "generating with a KV cache gives the logits of generating without one",
     "batch": "rows of a padded batch get the logits that they get alone",
 }
@@ -127,6 +127,7 @@ class _Trial:
         self.model: Any = None
         self.graph: Any = None
         self.made: Any = None
+        self.load: Any = None
         self.prompts = Prompts()
 
     def build(self) -> None:
@@ -145,19 +146,16 @@ class _Trial:
             self.row.remarks.append("small: runs on words alone")
 
     def plan(self) -> None:
-        """Make a plan."""
-        request = Request(
-            self.row.model_type,
-            image_tokens=self.prompts.image_tokens,
-            text_tokens=_LENGTHS[0],
-            new_tokens=0,
-            switches="layers,heads,mlp",
-        )
+        """Make a plan for a prompt."""
+        with session_for(self.model, self.graph) as session:
+            self.load = session.implementation.prompt_of(self._prompt_for_last())
+        request = Request(self.row.model_type, new_tokens=0, switches="layers,heads,mlp")
         try:
-            self.made = Planning(self.graph, request).plan(BUDGET)
+            self.made = Planning(self.graph, request).plan_on(Budget.of(BUDGET), self.load)
         except InputError:
             # Small images weigh more than few words.
-            self.made = Planning(self.graph, replace(request, scope="llm")).plan(BUDGET)
+            request = replace(request, scope="llm")
+            self.made = Planning(self.graph, request).plan_on(Budget.of(BUDGET), self.load)
             self.row.remarks.append(f"small: {BUDGET} is of the language model")
 
     @torch.no_grad()
@@ -187,37 +185,32 @@ class _Trial:
     def count(self) -> None:
         """Count its FLOPs."""
         self.row.answers["flops"] = _NO
-        self.model.set_attn_implementation("eager")
-        load = Workload.default(self.graph, self.prompts.image_tokens, _LENGTHS[0], 0)
-        narrow = Specialise(self.made).apply(self.graph)
-        priced = [
-            sum(operator_flops(operator, load.prefill()) for operator in graph)
-            for graph in (self.graph, narrow)
-        ]
-        counted = [self._flops()]
+        prompt = self._prompt_for_last()
+        cost = PlanCosts(self.graph, self.load, "model").of(self.made)["flops"]
+        priced = [cost["base"], cost["plan"]]
+        counted = [self._flops(prompt)]
         with obeying(self.model, self.graph, self.made):
-            counted.append(self._flops())
-        if counted == priced:
+            counted.append(self._flops(prompt))
+        exceeds = counted[1] > BUDGET * counted[0] and self.made.provenance["scope"] == "model"
+        if counted == priced and not exceeds:
             self.row.answers["flops"] = _YES
-        else:
+        if counted != priced:
             ratios = ", ".join(f"{c / p:.3f}" for c, p in zip(counted, priced, strict=True))
             self.row.remarks.append(f"small: runs {ratios} of the FLOPs priced, stock and planned")
-        if counted[1] > BUDGET * counted[0] and self.made.provenance["scope"] == "model":
+        if exceeds:
             part = counted[1] / counted[0]
             self.row.remarks.append(f"small: the plan for {BUDGET} runs {part:.3f} of the FLOPs")
 
-    def _flops(self) -> int:
+    def _prompt_for_last(self) -> dict[str, Any]:
+        """A prompt, as generation reads it: it wants the logits of the last token alone."""
         known: Any = inspect.signature(self.model.forward).parameters
         last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-        counter = FlopCounterMode(display=False)
-        with counter:
-            self.model(**self.prompts.of(_LENGTHS[0]), **last)
-        total: int = counter.get_total_flops()
-        head = self.model.get_output_embeddings()
-        if not last and head is not None:
-            # Generation needs the logits of the last token alone, and is priced so.
-            total -= 2 * (_LENGTHS[0] + self.prompts.image_tokens - 1) * head.weight.numel()
-        return total
+        return {**self.prompts.of(_LENGTHS[0]), **last}
+
+    def _flops(self, prompt: dict[str, Any]) -> int:
+        with CountedFlops() as counter:
+            self.model(**prompt)
+        return counter.total
 
     def cache(self) -> None:
         """Generate with a cache and without one."""

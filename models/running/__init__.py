@@ -4,7 +4,9 @@ Imports `planner.ir`, `planner.plan`, `planner.kernels` and `planner.models.toke
 
     session            a model's session: what is known of it, and which plans hold where
     planning           plans of one model, by budget and by prompt
-    prompts            how large a prompt is, and what its encoders cost
+    prompts            how large a prompt is
+    encoders           what runs in front of the decoder, and what that costs
+    counted_flops      FLOPs as they run
     saving             the plan beside the weights that `save_pretrained` writes
     program            a plan (or one per sample) as what every layer does
     skipping           passes that run a program, and nothing else

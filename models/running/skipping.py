@@ -133,7 +133,7 @@ class Skipping:
     def prepare(self, graph: Graph) -> None:
         """For prompts that decide what is narrowed: learn ahead what that takes."""
         self.preparing.prepare(graph)
-        self.prompts.watch()
+        self.prompts.encoders.watch()
 
     def changed(self) -> None:
         """Other plans are active in this context: what torch.compile has traced runs them next."""
@@ -157,7 +157,7 @@ class Skipping:
         with self.alone():
             for handle in self._handles:
                 handle.remove()
-            self.prompts.close()
+            self.prompts.encoders.close()
             if isinstance(self.session.model.__dict__.get(BATCHING), _Batching):
                 del self.session.model.__dict__[BATCHING]
             self.preparing.close()
@@ -266,7 +266,8 @@ class Skipping:
 
     def _close(self) -> None:
         self._running = self._call = None
-        self.prompts.forget()
+        # What encoders did is of no prompt to come.
+        self.prompts.encoders.take_spent()
         try:
             if self._standing is not None:
                 self._standing.end()
@@ -301,7 +302,7 @@ class Skipping:
             raise _Read(self.prompts.read((model, (), inputs), given, self._new_tokens))
 
         with self.alone(), torch.no_grad():
-            self.prompts.watch()
+            self.prompts.encoders.watch()
             handle = decoder.register_forward_pre_hook(stop, with_kwargs=True)
             try:
                 model(**inputs)
