@@ -19,8 +19,9 @@ class Dim:
     """``constant + sum(coefficient * symbol)`` with non-negative integer coefficients.
 
     The symbols used by the lowering are ``batch`` (samples), ``images`` (runs of the vision
-    encoder), ``query`` (decoder tokens being processed), ``context`` (decoder tokens attended to)
-    and, after a token stage at layer k, ``query.k`` and ``context.k``.
+    encoder), ``query`` (decoder tokens being processed), ``context`` (decoder tokens attended to),
+    ``encoding`` and ``encoded`` (the same of an encoder's output that a decoder attends to beside
+    its tokens) and, after a token stage at layer k, ``query.k`` and ``context.k``.
     """
 
     constant: int = 0

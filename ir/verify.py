@@ -28,7 +28,7 @@ Rule = Callable[[Graph], Iterator[str]]
 PROPERTIES = ("decoder_layers", "dtype_bytes", "hidden_size", "image_tokens")
 # Characters that the text form uses between names.
 _RESERVED = frozenset(" \t\n,()[]{}%=:;")
-_SYMBOL = re.compile(r"batch|images|(query|context)(\.\d+)?", re.ASCII)
+_SYMBOL = re.compile(r"batch|images|encoding|encoded|(query|context)(\.\d+)?", re.ASCII)
 
 
 def _names(graph: Graph) -> Iterator[str]:

@@ -16,7 +16,7 @@ DEFAULT_NEW_TOKENS = 64
 
 _LEAST = {"image_tokens": 0, "text_tokens": 0, "new_tokens": 0, "batch": 1}
 # What is known of a prompt at hand besides.
-_COUNTED = ("logits", "encoder_flops")
+_COUNTED = ("encoded_tokens", "logits", "encoder_flops")
 # Of each count; what they come to together is for pricing to judge.
 _MOST = 10**8
 
@@ -25,7 +25,7 @@ _MOST = 10**8
 class Workload:
     """Token counts of one request, per sample, and how many requests run together."""
 
-    image_tokens: int  # visual tokens that enter the decoder
+    image_tokens: int  # visual tokens among the decoder's
     text_tokens: int = DEFAULT_TEXT_TOKENS  # prompt tokens besides them
     new_tokens: int = DEFAULT_NEW_TOKENS  # tokens generated after the first one: decode steps
     batch: int = 1
@@ -34,9 +34,10 @@ class Workload:
     # FLOPs of what runs in front of the decoder, where they were counted; None leaves them to the
     # Graph.
     encoder_flops: int | None = None
+    encoded_tokens: int = 0  # of an encoder's output that the decoder attends to beside its own
 
     def __post_init__(self) -> None:
-        for name, least in {**_LEAST, "logits": 0}.items():
+        for name, least in {**_LEAST, "logits": 0, "encoded_tokens": 0}.items():
             _check(name, getattr(self, name), least, _MOST)
         if self.encoder_flops is not None:
             _check("encoder_flops", self.encoder_flops, 0, _MOST**2)
@@ -51,10 +52,16 @@ class Workload:
         new_tokens: int = DEFAULT_NEW_TOKENS,
         batch: int = 1,
     ) -> Workload:
-        """One image (one run of the vision encoder) and 64 text tokens unless told otherwise."""
-        per_run = int(graph.properties.get("image_tokens", 0))
+        """One image (one run of the vision encoder) and 64 text tokens unless told otherwise.
+
+        Where the decoder attends to image features beside its tokens, they are the image tokens; an
+        encoder of words is given as many as the decoder.
+        """
+        beside = "encoded_tokens" in graph.properties
+        per_run = int(graph.properties.get("encoded_tokens" if beside else "image_tokens", 0))
         images = per_run if image_tokens is None else image_tokens
-        return Workload(images, text_tokens, new_tokens, batch, per_run)
+        load = Workload(0 if beside else images, text_tokens, new_tokens, batch, per_run)
+        return replace(load, encoded_tokens=images or text_tokens) if beside else load
 
     @staticmethod
     def stated(graph: Graph, facts: Mapping[str, Any]) -> Workload | None:
@@ -83,15 +90,17 @@ class Workload:
     @property
     def images(self) -> int:
         """Runs of the vision encoder, per batch."""
-        if not self.image_tokens or not self.image_tokens_per_run:
+        if not self.image_tokens_per_run:
             return 0
-        return self.batch * math.ceil(self.image_tokens / self.image_tokens_per_run)
+        seen = self.image_tokens + self.encoded_tokens
+        return self.batch * math.ceil(seen / self.image_tokens_per_run)
 
     def prefill(self, kept: Mapping[int, int] | None = None) -> dict[str, int]:
         """Sizes of all symbols in the prefill; `kept` are image tokens left after a token stage,
         by its layer."""
         sizes = {"batch": self.batch, "images": self.images}
         sizes["query"] = sizes["context"] = self.prompt_tokens
+        sizes["encoding"] = sizes["encoded"] = self.encoded_tokens
         for layer, tokens in (kept or {}).items():
             sizes[f"query.{layer}"] = sizes[f"context.{layer}"] = self.text_tokens + tokens
         return sizes
@@ -100,6 +109,7 @@ class Workload:
         """Sizes of all symbols in decode step `step` (1 is the first after the prefill)."""
         sizes = {"batch": self.batch, "images": 0, "query": 1}
         sizes["context"] = self.prompt_tokens + step
+        sizes |= {"encoding": 0, "encoded": self.encoded_tokens}
         for layer, tokens in (kept or {}).items():
             sizes[f"query.{layer}"] = 1
             sizes[f"context.{layer}"] = self.text_tokens + tokens + step

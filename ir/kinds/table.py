@@ -108,11 +108,19 @@ def attended_keys(operator: Operator, sizes: Sizes) -> int:
     being processed, and drops the others; a prompt that begins with an empty cache is computed
     in full, whatever the window.
     """
-    keys = Dim.of(operator["keys"]).evaluate(sizes)
+    dim = Dim.of(operator["keys"])
+    keys = dim.evaluate(sizes)
     if operator.get("window") is None:
         return keys
+    # A window is of the decoder's own tokens.
+    own = keys - beside(dim, sizes)
     queries = operator.shape[-2].evaluate(sizes)
-    return queries + min(keys - queries, operator.integer("window") - 1)
+    return keys - own + queries + min(own - queries, operator.integer("window") - 1)
+
+
+def beside(keys: Dim, sizes: Sizes) -> int:
+    """How many of an attention's keys are of an encoder's output."""
+    return sum(count * sizes[symbol] for symbol, count in keys.terms if symbol == "encoded")
 
 
 def _attention_shape(operator: Operator) -> str | None:
@@ -134,11 +142,11 @@ def _attention_reads(operator: Operator, sizes: Sizes, inputs: Iterable[int]) ->
 
 
 def _cached(operator: Operator, sizes: Sizes) -> int:
-    """Keys and values of a decoder, unless there is always the same number of them."""
+    """Keys and values of a decoder's own tokens, unless there is always the same number of them."""
     keys = Dim.of(operator["keys"])
     if operator.part != "decoder" or keys.is_constant:
         return 0
-    tokens = keys.evaluate(sizes)
+    tokens = keys.evaluate(sizes) - beside(keys, sizes)
     if operator.get("window") is not None:
         tokens = min(tokens, operator.integer("window") - 1)
     per_token = operator.integer("head_dim") + operator.integer("value_dim")

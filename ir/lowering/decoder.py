@@ -13,8 +13,14 @@ from planner.ir.graph import Operator
 from planner.ir.lowering.aten import opname
 from planner.ir.lowering.attempts import NotLowered, first_success, sentence
 from planner.ir.lowering.capture import Captured, capture, path_of
-from planner.ir.lowering.example_inputs import decoder_inputs, token_marker
+from planner.ir.lowering.example_inputs import decoder_inputs, token_markers
 from planner.ir.lowering.raising import Raised, Surroundings, raise_operators
+
+
+def decoder_of(model: Any) -> Any:
+    """The decoder of a transformers model; that inside it, where it is an encoder beside one."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    return decoder if decoder is model else decoder_of(decoder)
 
 
 def lower_decoder(model: Any, embeddings: nn.Module) -> tuple[Raised, int]:
@@ -23,12 +29,12 @@ def lower_decoder(model: Any, embeddings: nn.Module) -> tuple[Raised, int]:
     The model is on the meta device; embeddings are those of the decoder's tokens. NotLowered where
     the decoder cannot be captured.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder = decoder_of(model)
     width = int(embeddings.weight.shape[-1])  # type: ignore[index]
-    marker = token_marker(decoder)
+    markers = token_markers(decoder)
     attempts = (
-        partial(capture, decoder, inputs, activations, marker)
-        for inputs, activations in decoder_inputs(decoder, width, marker)
+        partial(capture, decoder, inputs, activations, markers.tokens)
+        for inputs, activations in decoder_inputs(decoder, width, markers.tokens, markers.encoded)
     )
     captured, failure = first_success(attempts)
     if captured is None:
@@ -36,7 +42,7 @@ def lower_decoder(model: Any, embeddings: nn.Module) -> tuple[Raised, int]:
     main, layers = _main_stack(captured)
     path = path_of(model, decoder)
     prefix = path + "." if path else ""
-    around = Surroundings(prefix, lambda module: "decoder", "batch", marker, main)
+    around = Surroundings(prefix, lambda module: "decoder", "batch", markers, main)
     raised = raise_operators(captured, around)
     raised = replace(raised, operators=_with_windows(model, raised.operators))
     return _with_head(model, raised, embeddings), layers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
@@ -48,26 +49,52 @@ def kind_of(node: fx.Node, flow: Flow) -> str:
     return "matmul"
 
 
-def symbolic_shape(sizes: Sequence[int], kind: str, samples: str, marker: int) -> tuple[Dim, ...]:
-    """The shape of an operator: samples first; multiples of the marker are token counts.
+@dataclass(frozen=True)
+class Markers:
+    """Sizes that a module was captured with, whose multiples are therefore counts of tokens.
 
-    The marker is the token count that was captured with, 0 where every size is fixed.
+    Attributes:
+        tokens: that it processes; 0 where every size is fixed.
+        encoded: that its attention reads beside them, an encoder's output; 0 without any.
     """
+
+    tokens: int = 0
+    encoded: int = 0
+
+    def count(self, size: int) -> Dim | None:
+        """A size of an activation as a count of tokens; None where it is none."""
+        for marker, symbol in ((self.tokens, "query"), (self.encoded, "encoding")):
+            if marker and size and size % marker == 0:
+                return Dim.of(symbol) * (size // marker)
+        both = self.encoded and size == self.tokens + self.encoded
+        return Dim.of("query+encoding") if both else None
+
+    def keys(self, size: int) -> Dim | int:
+        """What a query of an attention meets."""
+        if not self.tokens or size < self.tokens:
+            return size
+        known = {
+            self.tokens: "context",
+            self.encoded: "encoded",
+            self.tokens + self.encoded: "context+encoded",
+        }
+        return Dim.of(known.get(size, size))
+
+
+def symbolic_shape(
+    sizes: Sequence[int], kind: str, samples: str, markers: Markers
+) -> tuple[Dim, ...]:
+    """The shape of an operator: samples first, then counts of tokens and of features."""
+    marker = markers.tokens
     # A projection without a token count is of something else, image states say.
     projected = kind in ("linear", "attention", "norm")
-    if marker and not projected and not any(_counts_tokens(s, marker) for s in sizes):
+    if marker and not projected and not any(markers.count(s) for s in sizes):
         # Work on chunks of tokens: shared out evenly.
         return (Dim.of(samples), Dim.of("query"), Dim(math.ceil(math.prod(sizes) / marker)))
-    dims = tuple(
-        Dim.of("query") * (s // marker) if _counts_tokens(s, marker) else Dim(s) for s in sizes
-    )
+    dims = tuple(markers.count(s) or Dim(s) for s in sizes)
     if dims and dims[0] == Dim(1):
         dims = dims[1:]
     return (Dim.of(samples), *dims)
-
-
-def _counts_tokens(size: int, marker: int) -> bool:
-    return bool(marker and size and size % marker == 0)
 
 
 # -- attributes -----------------------------------------------------------------------------------
@@ -76,8 +103,8 @@ def _counts_tokens(size: int, marker: int) -> bool:
 class _Described:
     """One operator about to be described; `node` is the last of its nodes, with its output."""
 
-    def __init__(self, nodes: Sequence[fx.Node], weight: fx.Node | None, marker: int) -> None:
-        self.nodes, self.node, self.weight, self.marker = nodes, nodes[-1], weight, marker
+    def __init__(self, nodes: Sequence[fx.Node], weight: fx.Node | None, markers: Markers) -> None:
+        self.nodes, self.node, self.weight, self.markers = nodes, nodes[-1], weight, markers
 
     @property
     def input_shapes(self) -> list[tuple[int, ...]]:
@@ -112,21 +139,21 @@ def _attention(it: _Described) -> dict[str, Value]:
     def heads(operand: Tensor) -> int:
         # Attention among the states of one token has the tokens where heads stand.
         count = int(operand.shape[1])
-        return count // it.marker if _counts_tokens(count, it.marker) else count
+        return count // it.markers.tokens if it.markers.count(count) else count
 
     described: dict[str, Value] = {
         "heads": heads(query),
         "kv_heads": heads(key),
         "head_dim": int(query.shape[-1]),
         "value_dim": int(value.shape[-1]),
-        "keys": Dim.of("context") if it.marker and keys == it.marker else keys,
+        "keys": it.markers.keys(keys),
     }
     return described | ({"capped": 1} if it.node.meta.get(CAPPED) else {})
 
 
 def _experts(it: _Described) -> dict[str, Value]:
     shapes = it.input_shapes
-    stacks = [s for s in shapes if len(s) == 3 and not any(_counts_tokens(n, it.marker) for n in s)]
+    stacks = [s for s in shapes if len(s) == 3 and not any(map(it.markers.count, s))]
     out = int(it.node.meta["val"].shape[-1])
     return {"in": shapes[0][-1], "out": out, "experts": stacks[-1][0] if stacks else 1}
 
@@ -137,7 +164,7 @@ def _matmul(it: _Described) -> dict[str, Value]:
 
 def _scan(it: _Described) -> dict[str, Value]:
     flops = sum(_product_flops(node) for node in it.nodes if opname(node) in HEAVY)
-    return {"flops_per_row": math.ceil(flops / it.marker)}
+    return {"flops_per_row": math.ceil(flops / it.markers.tokens)}
 
 
 def _embedding(it: _Described) -> dict[str, Value]:
@@ -194,15 +221,15 @@ _ATTRIBUTES: dict[str, Callable[[_Described], dict[str, Value]]] = {
 
 
 def attributes_of(
-    kind: str, nodes: Sequence[fx.Node], weight: fx.Node | None, marker: int
+    kind: str, nodes: Sequence[fx.Node], weight: fx.Node | None, markers: Markers
 ) -> tuple[tuple[str, Value], ...]:
     """What the kind's cost formulas need, sorted by name, of an operator made of some nodes.
 
-    `weight` is the parameter that it multiplies with; for the marker see `symbolic_shape`.
+    `weight` is the parameter that it multiplies with.
     """
     if kind not in _ATTRIBUTES:
         return ()
-    return tuple(sorted(_ATTRIBUTES[kind](_Described(nodes, weight, marker)).items()))
+    return tuple(sorted(_ATTRIBUTES[kind](_Described(nodes, weight, markers)).items()))
 
 
 def _product_flops(node: fx.Node) -> int:

@@ -8,7 +8,7 @@ candidates are tried in order.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,43 +16,48 @@ import torch
 from torch import nn
 
 from planner.ir.cost.workload import DEFAULT_TEXT_TOKENS
+from planner.ir.lowering.describing import Markers
 
 _PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101)
 _DEFAULT_IMAGE = 336
-# Image features that layers attend to beside the prompt: about four tiles of 40 x 40 patches.
-_CROSS_TOKENS = 6400
+# Arguments of decoders: an encoder's output, which layers attend to beside the prompt.
+ENCODED = ("encoder_hidden_states", "cross_attention_states")
 
 
-def token_marker(module: nn.Module) -> int:
-    """A token count that can be told apart: the smallest prime that divides no weight's size.
+def token_markers(module: nn.Module) -> Markers:
+    """Token counts that can be told apart: the smallest primes that divide no weight's size.
 
-    Every multiple of it in a captured shape is then a token count. Capturing at a marked length
+    Every multiple of one in a captured shape is then a token count. Capturing at a marked length
     instead of with symbolic sizes keeps to one code path per model: none specialises or guards.
     """
     sizes = {int(s) for p in module.parameters() for s in p.shape}
-    return next(p for p in _PRIMES if not any(s % p == 0 for s in sizes))
+    tokens, encoded, *_ = (p for p in _PRIMES if not any(s % p == 0 for s in sizes))
+    return Markers(tokens, encoded)
 
 
 def decoder_inputs(
-    decoder: nn.Module, width: int, tokens: int
+    decoder: nn.Module, width: int, tokens: int, encoded: int
 ) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
-    """Candidate keyword arguments for a decoder, with the names of those that are activations."""
+    """Candidate keyword arguments for a decoder, with the names of those that are activations.
+
+    Args:
+        decoder: the decoder.
+        width: of its hidden state.
+        tokens: that it is given.
+        encoded: tokens of an encoder's output, where it attends to one.
+    """
     hidden = torch.zeros(1, tokens, width, device="meta")
     accepted = inspect.signature(decoder.forward).parameters
     base = {"inputs_embeds": hidden, "use_cache": False}
-    if "cross_attention_states" in accepted:
-        # An image beside the prompt; its size is no multiple of the token count.
-        image = torch.zeros(1, _CROSS_TOKENS // tokens * tokens + 1, width, device="meta")
-        yield (
-            {**base, "cross_attention_states": image},
-            ("inputs_embeds", "cross_attention_states"),
-        )
+    # First: without them layers leave that attention out.
+    for name in ENCODED:
+        for features in _widths(decoder, width) if name in accepted else ():
+            states = torch.zeros(1, encoded, features, device="meta")
+            yield {**base, name: states}, ("inputs_embeds", name)
     yield base, ("inputs_embeds",)
-    encoded = torch.zeros(1, 2 * tokens, width, device="meta")
-    if "encoder_hidden_states" in accepted:
-        yield {**base, "encoder_hidden_states": encoded}, ("inputs_embeds",)
     if "decoder_inputs_embeds" in accepted:
-        inputs = {"decoder_inputs_embeds": hidden, "inputs_embeds": encoded, "use_cache": False}
+        states = torch.zeros(1, encoded, width, device="meta")
+        inputs = {"decoder_inputs_embeds": hidden, "inputs_embeds": states, "use_cache": False}
         yield inputs, ("inputs_embeds", "decoder_inputs_embeds")
     positions = torch.arange(tokens).expand(3, 1, tokens)
     if "position_ids" in accepted:
@@ -64,6 +69,12 @@ def decoder_inputs(
         mask = torch.ones(1, tokens, 1, device="meta")
         extra = {"image_encoder_embeddings": images, "image_attention_mask": mask}
         yield {**base, **extra}, ("inputs_embeds",)
+
+
+def _widths(decoder: nn.Module, width: int) -> Iterable[int]:
+    """How wide an encoder's output may be: as the decoder's state, or what a linear takes."""
+    linears = (module for module in decoder.modules() if isinstance(module, nn.Linear))
+    return dict.fromkeys([width, *(linear.in_features for linear in linears)])
 
 
 def _first(config: Any, *names: str, default: Any = None) -> Any:

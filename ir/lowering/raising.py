@@ -8,7 +8,7 @@ layers are expanded by copying the operators of the layer they are like.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx
 
@@ -16,7 +16,7 @@ from planner.ir.dims import Dim
 from planner.ir.graph import Operator, Site
 from planner.ir.lowering.aten import VIEWS, opname
 from planner.ir.lowering.capture import Captured
-from planner.ir.lowering.describing import attributes_of, kind_of, symbolic_shape
+from planner.ir.lowering.describing import Markers, attributes_of, kind_of, symbolic_shape
 from planner.ir.lowering.flow import Flow
 from planner.ir.lowering.folding import Span, copies, layer_of, narrowed_alike, sites_alike
 from planner.ir.lowering.grouping import Group, group_nodes
@@ -31,9 +31,7 @@ class Surroundings:
     prefix: str  # path of the module inside the model, with a trailing dot, or ""
     part: Callable[[str], str]  # module path -> part of the Graph
     samples: str  # symbol of the leading dimension (``batch`` or ``images``)
-    # The token count that the module was captured with; sizes that are multiples of it are token
-    # counts. 0 where every size is fixed.
-    marker: int = 0
+    markers: Markers = field(default_factory=Markers)
     main_stack: str | None = None  # path of the stack whose layers can be switched
 
 
@@ -53,7 +51,7 @@ class _Raiser:
     def __init__(self, captured: Captured, around: Surroundings) -> None:
         self.captured, self.around = captured, around
         self.flow = Flow(captured)
-        self.groups = group_nodes(self.flow, recurrences=bool(around.marker))
+        self.groups = group_nodes(self.flow, recurrences=bool(around.markers.tokens))
         self.tracer = LaneTracer()
         self.operators: list[Operator] = []
         self.taken: dict[str, int] = {}
@@ -81,7 +79,7 @@ class _Raiser:
         return Raised(self.operators, sites, reasons, outputs)
 
     def _visit(self, node: fx.Node) -> None:
-        if self.around.marker:
+        if self.around.markers.tokens:
             self.tracer.visit(node)
         group = self.groups.get(node)
         if opname(node) == "mark":
@@ -111,7 +109,7 @@ class _Raiser:
         shape: tuple[Dim, ...] = ()
         if value is not None:
             sizes = tuple(map(int, value.shape))
-            shape = symbolic_shape(sizes, group.kind, around.samples, around.marker)
+            shape = symbolic_shape(sizes, group.kind, around.samples, around.markers)
         operator = Operator(
             name="",
             kind=group.kind,
@@ -120,7 +118,7 @@ class _Raiser:
             module=around.prefix + path if path else around.prefix.rstrip("."),
             part=around.part(around.prefix + path),
             layer=layer_of(path, self.captured.stacks),
-            attributes=attributes_of(group.kind, group.nodes, weight, around.marker),
+            attributes=attributes_of(group.kind, group.nodes, weight, around.markers),
         )
         named_by_path = group.kind in ("linear", "norm", "conv") and path
         suffix = group.suffix or ("" if named_by_path else group.kind)
@@ -163,7 +161,7 @@ class _Raiser:
         elif role == "end":
             self.spans[path] = replace(self.spans[path], stop=here, end=before)
             self.traced[path] = TracedLayer(
-                path, self.begun[path], node, self.flow, self.tracer, self.around.marker
+                path, self.begun[path], node, self.flow, self.tracer, self.around.markers.tokens
             )
         else:
             self.source[node] = self._repeat(path, before)

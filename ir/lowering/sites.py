@@ -52,6 +52,10 @@ def _add_heads(layer: TracedLayer, found: Found) -> None:
         for node in layer.nodes
         if opname(node) in ATTENTION and int(node.meta["val"].shape[1]) % layer.tokens
     ]
+    # Beside attention to an encoder's output, the attention among the layer's own tokens.
+    own = [node for node in attentions if _keys(node) % layer.tokens == 0]
+    if len(attentions) > 1 and own:
+        attentions = own
     if len(attentions) > 1:
         found.reasons.append(f"{layer.path}: {len(attentions)} attention operators in one layer")
     if len(attentions) != 1:
@@ -81,6 +85,10 @@ class _Grouping:
 def _operands(attention: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
     query, key, value = cast(tuple[fx.Node, ...], attention.args[:3])
     return query, key, value
+
+
+def _keys(attention: fx.Node) -> int:
+    return int(_operands(attention)[1].meta["val"].shape[-2])
 
 
 def _per_head(label: Label, heads: int) -> list[list[int]]:

@@ -20,7 +20,7 @@ from planner.ir.graph import Graph, Operator
 from planner.ir.graph_text import fingerprint
 from planner.ir.lowering.attempts import NotLowered, first_success, quiet, sentence
 from planner.ir.lowering.capture import build_on_meta, path_of
-from planner.ir.lowering.decoder import lower_decoder
+from planner.ir.lowering.decoder import decoder_of, lower_decoder
 from planner.ir.lowering.vision_side import lower_vision
 from planner.ir.structure import (
     exit_of,
@@ -65,8 +65,7 @@ def _build(config: Any) -> tuple[nn.Module, list[str]]:
 def lower(model: Any, name: str, dtype_bytes: int = 2) -> Lowered:
     """Lower a transformers model on the meta device, which the user calls `name`; NotLowered says
     why not."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    embeddings = decoder.get_input_embeddings() or model.get_input_embeddings()
+    embeddings = decoder_of(model).get_input_embeddings() or model.get_input_embeddings()
     entries, width = (int(size) for size in embeddings.weight.shape)
     with quiet(), torch.no_grad():
         decoded, layers = lower_decoder(model, embeddings)
@@ -81,18 +80,23 @@ def lower(model: Any, name: str, dtype_bytes: int = 2) -> Lowered:
     )
     if any(operator.name == table.name for operator in (*vision.operators, *decoded.operators)):
         table = replace(table, name=table.name + ".table")
-    first, *others = decoded.operators
-    if first.kind == "input":
-        embedded = (table.name, vision.output) if vision.output else (table.name,)
-        first = replace(first, inputs=embedded)
+    # Image features join the words, or layers attend to them beside.
+    sees = (vision.output,) if vision.output else ()
+    entering = [operator for operator in decoded.operators if operator.kind == "input"]
+    encoded = {o.name for o in entering if any("encoding" in dim.symbols for dim in o.shape)}
+    words = (table.name,) if encoded else (table.name, *sees)
+    fed = {o.name: sees if o.name in encoded else words for o in entering}
+    decoder = [replace(o, inputs=fed.get(o.name, o.inputs)) for o in decoded.operators]
     properties: dict[str, int | str] = {
         "model_type": str(model.config.model_type),
         "hidden_size": width,
         "decoder_layers": layers,
-        "image_tokens": vision.tokens,
+        "image_tokens": 0 if encoded else vision.tokens,
         "dtype_bytes": dtype_bytes,
     }
-    operators = (*vision.operators, table, first, *others)
+    if encoded:
+        properties["encoded_tokens"] = vision.tokens
+    operators = (*vision.operators, table, *decoder)
     graph, shared = without_shared(Graph(name, operators, tuple(decoded.sites), properties))
     graph = replace(graph, properties={**properties, "fingerprint": fingerprint(graph)})
     verify(graph)

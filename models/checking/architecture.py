@@ -210,7 +210,8 @@ class _Trial:
     def _flops(self, prompt: dict[str, Any]) -> int:
         with CountedFlops() as counter:
             self.model(**prompt)
-        return counter.total
+        total: int = counter.total
+        return total
 
     def cache(self) -> None:
         """Generate with a cache and without one."""

@@ -26,6 +26,7 @@ from planner.documents import read_json
 from planner.ir.errors import InputError, first_line
 from planner.ir.graph import Graph
 from planner.ir.intervals import count_of
+from planner.ir.lowering.decoder import decoder_of
 from planner.models import projectors
 from planner.models.export.weights import cast, kept_weights
 from planner.models.running.attention_blocks import AttentionBlock, headless, probe
@@ -98,7 +99,7 @@ def _attention(model: Any, graph: Graph, program: Program) -> dict[str, Any]:
             continue
         if site.behaviour not in blocks:
             width = int(graph.properties["hidden_size"])
-            blocks[site.behaviour] = probe(model.get_decoder(), site, width)
+            blocks[site.behaviour] = probe(decoder_of(model), site, width)
         block = blocks[site.behaviour]
         by_head = block.arguments or block.parameters or any(block.handed_on)
         if by_head or block.added or not site.projects:

@@ -129,9 +129,7 @@ def arguments_of(decoder: nn.Module, module: nn.Module, width: int) -> Given:
     """How the decoder calls a module of its own, given a few tokens; InputError if it does not."""
     failure = ""
     with module.register_forward_pre_hook(_stop, with_kwargs=True):
-        candidates = [inputs for inputs, _ in decoder_inputs(decoder, width, PROBE_TOKENS)]
-        # Layers return more where they attend to an encoder's states as well.
-        for inputs in sorted(candidates, key=lambda inputs: "encoder_hidden_states" not in inputs):
+        for inputs, _ in decoder_inputs(decoder, width, PROBE_TOKENS, 2 * PROBE_TOKENS):
             try:
                 decoder(**_drawn(inputs, next(module.parameters())))
             except _Reached as reached:

@@ -70,7 +70,7 @@ class Planning:
 
     def _made(self, budget: Budget, prompt: Workload) -> Plan:
         usual, load = self.plan(budget), self.request.workload(self.graph)
-        sizes = ("image_tokens", "text_tokens", "batch")
+        sizes = ("image_tokens", "encoded_tokens", "text_tokens", "batch")
         as_usual = all(getattr(load, name) == getattr(prompt, name) for name in sizes)
         metrics = [limit.metric for limit in budget.limits]
         # Units are counted whatever the prompt is.
@@ -79,7 +79,13 @@ class Planning:
         if self.request.uniform or not set(metrics) <= set(WEIGHED):
             if as_usual:
                 return usual
-            request = replace(self.request, budget=budget, **{n: getattr(prompt, n) for n in sizes})
+            request = replace(
+                self.request,
+                budget=budget,
+                image_tokens=prompt.image_tokens or prompt.encoded_tokens,
+                text_tokens=prompt.text_tokens,
+                batch=prompt.batch,
+            )
             return plan_graph(self.graph, request).plan
         prompt = replace(prompt, image_tokens_per_run=load.image_tokens_per_run)
         on_prompt = self._costs_in(metrics[0]).on(prompt)

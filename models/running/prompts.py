@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from planner.ir.cost import Workload
+from planner.ir.lowering.example_inputs import ENCODED
 from planner.loading import visual_tokens
 from planner.models.running.attention_blocks import named
 from planner.models.running.encoders import OF_TEXT, Encoders
@@ -47,6 +48,7 @@ class Prompts:
         ids, images = arguments.get("input_ids"), 0
         if isinstance(ids, Tensor) and tuple(ids.shape) == (batch, tokens):
             images = int(is_visual(ids, self._way[0]).sum(1).min())
+        encoded = [given[name] for name in ENCODED if isinstance(given.get(name), Tensor)]
         spent = self.encoders.take_spent()
         sees = any(
             value is not None and name not in OF_TEXT
@@ -60,6 +62,7 @@ class Prompts:
             batch,
             logits=self._logits(call[0], arguments.get("logits_to_keep", 0), tokens),
             encoder_flops=spent if sees else 0,
+            encoded_tokens=sum(states.shape[:-1].numel() // batch for states in encoded),
         )
 
     def _logits(self, module: nn.Module, keep: Any, tokens: int) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.ir.intervals import count_of
+from planner.ir.lowering.decoder import decoder_of
 from planner.models.running.attention_blocks import AttentionBlock, probe
 from planner.models.running.attention_calls import RECORDING
 from planner.models.running.bindings import BoundSite
@@ -212,7 +213,7 @@ class Preparing:
     def _rotary(self) -> nn.Module | None:
         """What makes position ids into arguments of the decoder's layers."""
         model: Any = self.session.model
-        for module in model.get_decoder().children():
+        for module in decoder_of(model).children():
             if list(inspect.signature(module.forward).parameters)[:2] == ["x", "position_ids"]:
                 return cast(nn.Module, module)
         return None
@@ -316,7 +317,7 @@ class Preparing:
             raise InputError("a plan of a new kind was set in the middle of a pass")
         model: Any = self.session.model
         with self.runs.alone():
-            yield model.get_decoder(), int(self.session.graph.properties["hidden_size"])
+            yield decoder_of(model), int(self.session.graph.properties["hidden_size"])
 
     def _attributes(
         self, program: LayerProgram, group: LayerGroup, block: AttentionBlock | None, passes: Passes

@@ -23,6 +23,7 @@ from planner.ir.cost import Workload
 from planner.ir.cost.workload import DEFAULT_NEW_TOKENS
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
+from planner.ir.lowering.decoder import decoder_of
 from planner.kernels.choice import Kernels
 from planner.models.running.attention_blocks import named
 from planner.models.running.forward_pass import Call
@@ -80,8 +81,8 @@ class Skipping:
         self.preparing = Preparing(session, products, self)
         self.decider: Decider | None = None
         self._begin_anew()
-        model: Any = session.model
-        self._decoder: nn.Module = model.get_decoder()
+        model = session.model
+        self._decoder: nn.Module = decoder_of(model)
         # A pass begins with the first of them that is called.
         self._entries = _way(session.model, self._decoder)
         self._handles = [

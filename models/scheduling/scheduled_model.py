@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from planner.ir.cost import Workload
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
+from planner.ir.lowering.decoder import decoder_of
 from planner.models.running.attention_blocks import named
 from planner.models.running.kv_cache import cache_among, cache_argument
 from planner.models.running.masked import Gates, MaskedExecutor, TokenState
@@ -208,7 +209,7 @@ class Scheduled:
         if self._masked is None:
             self._skipping.preparing.prepare(session.graph)
         self._attached.callback(self._gates.close)
-        self._decoder: Any = cast(Any, session.model).get_decoder()
+        self._decoder: Any = decoder_of(session.model)
         self._cache_argument = cache_argument(type(self._decoder).forward)
         self.always_run = [bound.module for bound in session.layers[: self.layout.first]]
         last = self.always_run[-1]

@@ -82,7 +82,7 @@ def prompt_of(session: Session, ids: Tensor, pixels: Tensor | None, new: int) ->
 
 def _encoder_flops(graph: Graph) -> int:
     """FLOPs of one run of the encoder."""
-    one = {"batch": 1, "images": 1, "query": 1, "context": 1}
+    one = dict.fromkeys(("batch", "images", "query", "context", "encoding", "encoded"), 1)
     return sum(operator_flops(o, one) for o in graph if o.part in ("vision", "projector"))
 
 

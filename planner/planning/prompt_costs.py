@@ -28,8 +28,11 @@ from planner.solver.problem import COST_CEILING, Costs, Problem, TokenOption
 
 # Metrics that are weighted sums of terms. Seconds are not: a roofline is no polynomial.
 WEIGHED = ("flops", "kv")
-# FLOPs of a layer whatever the prompt, per token and per pair of tokens; bytes per cached token.
-_TERMS = ("each", "token", "pair", "cached")
+# FLOPs of a layer whatever the prompt, per token, per pair of tokens, per token of an encoder's
+# output and per pair of the two; bytes per cached token.
+_TERMS = ("each", "token", "pair", "encoded", "crossed", "cached")
+# Prompts that tell them apart: tokens, and an encoder's.
+_UNITS = ((1, 0), (2, 0), (3, 0), (1, 1), (2, 1))
 # Where Pricing has both, see `COUNTED`.
 _FLOPS, _KV = 0, 2
 
@@ -54,7 +57,7 @@ class PromptCosts:
         graph, options = pricing.graph, pricing.token_options
         self._span_of = [_span(pricing, layer) for layer in range(graph.layers)]
         self._spans = sorted(set(self._span_of))
-        self._units = [_unit(pricing, tokens) for tokens in (1, 2, 3)]
+        self._units = [_unit(pricing, *tokens) for tokens in _UNITS]
         names = [f"{term}.{number}" for number in range(len(self._spans)) for term in _TERMS]
         self.problem = Problem(
             metrics=tuple(names),
@@ -77,7 +80,7 @@ class PromptCosts:
         typical = [self.weights(pricing.workload, option)[row] for option in options]
         self.frontier = Frontier(self.problem, np.stack(typical))
         plain = replace(pricing, switches=replace(pricing.switches, kv=None))
-        units = [_unit(plain, tokens) for tokens in (1, 2, 3)]
+        units = [_unit(plain, *tokens) for tokens in _UNITS]
         self.base = np.sum([self._fixed(n, (), units) for n in range(graph.layers)], axis=0)
 
     # -- terms -------------------------------------------------------------------------------
@@ -92,15 +95,18 @@ class PromptCosts:
         return self._terms(site.layer, [unit.table(site, ()) for unit in self._units])
 
     def _terms(self, layer: int, costs: Sequence[Costs]) -> Costs:
-        """Terms of a layer from what it costs with one, two and three tokens."""
-        one, two, three = (cost[_FLOPS] for cost in costs)
+        """Terms of a layer from what it costs with the prompts of `_UNITS`."""
+        one, two, three, one_beside, two_beside = (cost[_FLOPS] for cost in costs)
         pair = (three - 2 * two + one) // 2
         token = two - one - 3 * pair
+        crossed = two_beside - two - (one_beside - one)
         terms = np.zeros((len(self._spans), len(_TERMS), *one.shape), dtype=np.int64)
         terms[self._spans.index(self._span_of[layer])] = [
             one - token - pair,
             token,
             pair,
+            one_beside - one - crossed,
+            crossed,
             costs[0][_KV],
         ]
         return terms.reshape(-1, *one.shape)
@@ -121,8 +127,10 @@ class PromptCosts:
                 cached = policy.kept(seen, load.new_tokens, kept)
             elif span.window:
                 cached = min(cached, span.window)
-            weights[0, row, :3] = load.batch, load.batch * seen, load.batch * seen**2
-            weights[1, row, 3] = load.batch * cached
+            beside = load.encoded_tokens
+            per_sample = 1, seen, seen**2, beside, seen * beside
+            weights[0, row, :-1] = [load.batch * count for count in per_sample]
+            weights[1, row, -1] = load.batch * cached
         return weights.reshape(len(WEIGHED), -1)
 
     def on(self, load: Workload) -> OnPrompt:
@@ -223,9 +231,10 @@ class OnPrompt:
         return Prices(tuple(limits), np.array(list(limits.values())), weights, outside)
 
 
-def _unit(pricing: Pricing, tokens: int) -> Pricing:
+def _unit(pricing: Pricing, tokens: int, encoded: int) -> Pricing:
     """Pricing of one sample of a few tokens of text, none of them generated."""
-    return replace(pricing, workload=Workload(0, tokens, 0), _layer_memo={})
+    load = Workload(0, tokens, 0, encoded_tokens=encoded)
+    return replace(pricing, workload=load, _layer_memo={})
 
 
 def _span(pricing: Pricing, layer: int) -> _Span:
