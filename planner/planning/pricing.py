@@ -60,6 +60,12 @@ class Pricing:
     scope: str = "model"  # counts everything, ``llm`` the decoder and lm_head alone
     _layer_memo: dict[object, Costs] = field(default_factory=dict)
 
+    def on(self, workload: Workload, switches: SwitchSet) -> Pricing:
+        """The same model's costs on another prompt."""
+        other = replace(self, workload=workload, switches=switches, _layer_memo={})
+        other.__dict__["_by_layer"] = self._by_layer
+        return other
+
     # -- tokens ------------------------------------------------------------------------------
 
     @cached_property

@@ -24,7 +24,7 @@ from planner.planning.pricing import Pricing, compared, limits_of
 from planner.planning.selectors import counted
 from planner.planning.utilities import Utilities
 from planner.solver.frontier import Frontier, Prices
-from planner.solver.problem import COST_CEILING, Costs, Problem, TokenOption
+from planner.solver.problem import COST_CEILING, Choice, Costs, Problem, TokenOption
 
 # Metrics that are weighted sums of terms. Seconds are not: a roofline is no polynomial.
 WEIGHED = ("flops", "kv")
@@ -76,12 +76,22 @@ class PromptCosts:
                 lambda site: _repeated(self._table(site), len(options)),
             ),
         )
+        chosen = [site for layer in self.problem.layers for site in layer.sites]
+        self._sites = [graph.sites_by_name[site.name] for site in chosen]
+        self._layer_terms = np.stack([layer.costs[0] for layer in self.problem.layers])
+        # Of one lane; every one of a site costs the same.
+        self._lane_terms = np.zeros((len(chosen), len(names)), dtype=np.int64)
+        for row, (choices, site) in enumerate(zip(chosen, self._sites, strict=True)):
+            self._lane_terms[row] = choices.costs[0, :, -1] // site.lanes
         row = WEIGHED.index(metric)
         typical = [self.weights(pricing.workload, option)[row] for option in options]
         self.frontier = Frontier(self.problem, np.stack(typical))
         plain = replace(pricing, switches=replace(pricing.switches, kv=None))
         units = [_unit(plain, *tokens) for tokens in _UNITS]
         self.base = np.sum([self._fixed(n, (), units) for n in range(graph.layers)], axis=0)
+        self._ends = _each_token_pair([unit.ends[_FLOPS] for unit in self._units[:3]])
+        without = replace(self._units[0].workload, logits=0)
+        self._logit = self._units[0].ends[_FLOPS] - replace(pricing, workload=without).ends[_FLOPS]
 
     # -- terms -------------------------------------------------------------------------------
 
@@ -96,20 +106,38 @@ class PromptCosts:
 
     def _terms(self, layer: int, costs: Sequence[Costs]) -> Costs:
         """Terms of a layer from what it costs with the prompts of `_UNITS`."""
-        one, two, three, one_beside, two_beside = (cost[_FLOPS] for cost in costs)
-        pair = (three - 2 * two + one) // 2
-        token = two - one - 3 * pair
+        one, two, _, one_beside, two_beside = flops = [cost[_FLOPS] for cost in costs]
         crossed = two_beside - two - (one_beside - one)
         terms = np.zeros((len(self._spans), len(_TERMS), *one.shape), dtype=np.int64)
         terms[self._spans.index(self._span_of[layer])] = [
-            one - token - pair,
-            token,
-            pair,
+            *_each_token_pair(flops[:3]),
             one_beside - one - crossed,
             crossed,
             costs[0][_KV],
         ]
         return terms.reshape(-1, *one.shape)
+
+    def terms_of(self, plan: Plan) -> Costs:
+        """Terms of a plan that was made of these choices, shape (terms,)."""
+        on = [layer not in plan.layers_off for layer in range(len(self._layer_terms))]
+        lanes = [plan.kept(site).count if on[site.layer] else 0 for site in self._sites]
+        return np.array(on) @ self._layer_terms + np.array(lanes, np.int64) @ self._lane_terms
+
+    def terms_of_choice(self, choice: Choice) -> Costs:
+        """The same of a choice."""
+        lanes = [0] * len(self._sites)
+        for row, site in enumerate(self._sites):
+            bounds = site.bounds
+            lanes[row] = sum(bounds[s + 1] - bounds[s] for s in choice.kept[site.name])
+        on = np.array(choice.layers_on)
+        return on @ self._layer_terms + np.array(lanes, np.int64) @ self._lane_terms
+
+    def ends(self, load: Workload) -> int:
+        """FLOPs of the decoder besides its layers, output embedding included."""
+        seen = load.prompt_tokens
+        each, token, pair = self._ends
+        flops = each + token * seen + pair * seen**2 + (load.logits - 1) * self._logit
+        return load.batch * int(flops)
 
     def weights(self, load: Workload, option: Sequence[int], evicts: bool = True) -> Costs:
         """Weights of the terms on a prompt, shape (metrics, terms); see `WEIGHED`.
@@ -141,8 +169,7 @@ class PromptCosts:
         elif switches.selector is not None:
             counts = counted(switches.selector, load.image_tokens, load.image_tokens_per_run)
             switches = replace(switches, token_counts=counts)
-        at = replace(self.pricing, workload=load, switches=switches, _layer_memo={})
-        return OnPrompt(self, at)
+        return OnPrompt(self, self.pricing.on(load, switches))
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +187,7 @@ class OnPrompt:
             encoder = 0
         elif encoder is None:
             encoder = int(self.pricing.encoder[_FLOPS])
-        return encoder + int(self.pricing.ends[_FLOPS])
+        return encoder + self.costs.ends(self.pricing.workload)
 
     @cached_property
     def base(self) -> dict[str, int]:
@@ -171,15 +198,11 @@ class OnPrompt:
 
     def cost(self, plan: Plan) -> dict[str, int]:
         """FLOPs and KV bytes of a plan that was made of these choices for so many image tokens."""
+        return self._cost(plan, self.costs.terms_of(plan))
+
+    def _cost(self, plan: Plan, terms: Costs) -> dict[str, int]:
         option = self.pricing.option_of(plan)
-        total = np.zeros_like(self.costs.base)
-        for index, layer in enumerate(self.costs.problem.layers):
-            if index not in plan.layers_off:
-                total += layer.costs[0]
-                for choices in layer.sites:
-                    site = self.pricing.graph.sites_by_name[choices.name]
-                    total += choices.costs[0, :, -1] // site.lanes * plan.kept(site).count
-        flops, kv = (self.costs.weights(self.pricing.workload, option) @ total).tolist()
+        flops, kv = (self.costs.weights(self.pricing.workload, option) @ terms).tolist()
         selection = int(self.pricing.selection(option, plan)[_FLOPS])
         return {"flops": flops + self.outside + selection, "kv": kv}
 
@@ -195,7 +218,7 @@ class OnPrompt:
         solution = self.costs.frontier.at(self._prices(limits))
         keep = options[solution.choice.token_option]
         plan = written(self.pricing, solution.choice, keep, budget, self.costs.utilities)
-        costs = self.cost(plan)
+        costs = self._cost(plan, self.costs.terms_of_choice(solution.choice))
         return replace(
             plan,
             cost=compared(costs, self.base, WEIGHED),
@@ -224,11 +247,24 @@ class OnPrompt:
         shape = len(self.costs.problem.tokens), len(rows)
         weights = np.zeros((*shape, self.costs.base.size), dtype=np.int64)
         outside = np.full(shape, COST_CEILING, dtype=np.int64)
+        selections: dict[object, int] = {}
         for index, option in enumerate(self._options):
             weights[index] = self.costs.weights(self.pricing.workload, option)[rows]
-            selection = int(self.pricing.selection(option)[_FLOPS])
-            outside[index] = np.array([self.outside + selection, 0])[rows]
+            # What scoring costs depends on where tokens are dropped and among how many, no more.
+            before = (self.pricing.workload.image_tokens, *option)
+            drops = tuple(b if b > k else 0 for b, k in zip(before, option))
+            if drops not in selections:
+                selections[drops] = int(self.pricing.selection(option)[_FLOPS])
+            outside[index] = np.array([self.outside + selections[drops], 0])[rows]
         return Prices(tuple(limits), np.array(list(limits.values())), weights, outside)
+
+
+def _each_token_pair(flops: Sequence[Costs]) -> tuple[Costs, Costs, Costs]:
+    """FLOPs whatever the tokens, per token and per pair, from those of one, two and three."""
+    one, two, three = flops
+    pair = (three - 2 * two + one) // 2
+    token = two - one - 3 * pair
+    return one - token - pair, token, pair
 
 
 def _unit(pricing: Pricing, tokens: int, encoded: int) -> Pricing:

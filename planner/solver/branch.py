@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.solver.pairs import Pairs
-from planner.solver.problem import Choice, Costs, Flags, Floats, Ints, Problem, top
+from planner.solver.problem import Choice, Costs, Flags, Floats, Ints, Problem, ranked
 from planner.solver.reach import within_reach
 
 #: Utility of a number of switches that may not be kept; no sum of utilities comes near it.
@@ -193,6 +193,8 @@ class Tables:
             ]
         )
         self._pairs = self._paired() if problem.pairs else None
+        # Switches of every site, the most useful first.
+        self._ranked = [ranked(site.utilities) for site in problem.sites]
 
     def _paired(self) -> Pairs:
         names = [layer.name for layer in self.problem.layers]
@@ -238,7 +240,8 @@ class Tables:
         """The choice that keeps the best switches, as many as the assignment says."""
         counts = assignment.counts.tolist()
         kept = {
-            site.name: top(site.utilities, count) for site, count in zip(self.problem.sites, counts)
+            site.name: tuple(sorted(order[:count]))
+            for site, order, count in zip(self.problem.sites, self._ranked, counts)
         }
         return Choice(option, tuple(assignment.on.tolist()), kept)
 

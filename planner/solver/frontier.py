@@ -11,15 +11,16 @@ bound says how far from the best that is at most.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from planner.ir.errors import InputError
-from planner.solver.branch import Assignment, Branch, Tables
+from planner.solver.branch import Assignment, Branch, Flags, Ints, Tables
 from planner.solver.hull import Hull
 from planner.solver.problem import Costs, Problem
-from planner.solver.relaxation import Relaxation, relax
+from planner.solver.relaxation import Floats, relax
 from planner.solver.rounding import improve
 from planner.solver.solution import Solution, certified, within_limits
 
@@ -51,6 +52,7 @@ class Frontier:
             raise InputError("the problem counts pairs, which a frontier does not")
         self._tables = Tables(problem)
         self._branches = [self._tables.branch(option) for option in range(len(problem.tokens))]
+        self._bounds = _Bounds.of(self._branches)
         self._hulls = []
         for branch, typical in zip(self._branches, weights):
             # Ordered by the typical cost, and the terms besides.
@@ -64,43 +66,110 @@ class Frontier:
         smallest = problem.smallest_costs()[:, None] @ prices.weights.swapaxes(1, 2)
         costs = prices.outside + smallest[:, 0]
         options = within_limits(prices.metrics, prices.limits, costs, problem.tokens)
-        begun = {option: self._begun(option, prices) for option in options}
-        options.sort(key=lambda option: -begun[option][1].bound)
+        multipliers = np.zeros(prices.outside.shape)
+        taken = {option: self._fitting(option, prices, multipliers) for option in options}
+        bounds = self._bounds.at(prices, multipliers)
+        options.sort(key=lambda option: -bounds[option])
         best: tuple[int, Assignment] | None = None
         for option in options[:_TRIED]:
-            branch, relaxation, taken = begun[option]
-            if best is not None and best[1].utility >= relaxation.bound:
+            if best is not None and best[1].utility >= bounds[option]:
                 break
+            room = prices.limits - prices.outside[option]
+            branch = _weighed(self._branches[option], prices.weights[option], room)
             start = branch.cheapest()
-            if taken >= 0:
-                start = branch.assign(*self._hulls[option].first(taken))
-            found = improve(branch, start, relaxation)
+            if taken[option] >= 0:
+                start = branch.assign(*self._hulls[option].first(taken[option]))
+            found = improve(branch, start, relax(branch, multipliers[option]))
             if best is None or found.utility > best[1].utility:
                 best = option, found
         assert best is not None
-        bound = max(begun[options[0]][1].bound, best[1].utility)
+        bound = max(int(bounds[options[0]]), best[1].utility)
         used = prices.outside[best[0]] + best[1].cost
         cost = dict(zip(prices.metrics, used.tolist()))
         negligible = self._tables.scale.negligible
         return certified(self._tables, *best, bound, cost, negligible, time.perf_counter() - begin)
 
-    def _begun(self, option: int, prices: Prices) -> tuple[Branch, Relaxation, int]:
-        """A token option on a prompt: its branch, a bound, and how much of its frontier fits.
+    def _fitting(self, option: int, prices: Prices, multipliers: Floats) -> int:
+        """How much of a token option's frontier fits; also writes its multipliers.
 
         None of it (-1) fits where what is free on a typical prompt is too much on this one.
         """
-        hull, weights = self._hulls[option], prices.weights[option]
-        room = prices.limits - prices.outside[option]
-        branch = _weighed(self._branches[option], weights, room)
-        cost = weights @ hull.cost[1:]
+        hull, room = self._hulls[option], prices.limits - prices.outside[option]
+        cost = prices.weights[option] @ hull.cost[1:]
         taken = int((cost <= room[:, None]).all(axis=0).cumprod().sum()) - 1
-        multipliers = np.zeros(len(room))
         if 0 <= taken < len(hull.utility) - 1:
             before, after = cost[:, taken], cost[:, taken + 1]
             tight = int(np.argmax((after - room) / np.maximum(room, 1)))
             gain = float(hull.utility[taken + 1] - hull.utility[taken])
-            multipliers[tight] = gain / max(float((after - before)[tight]), 1.0)
-        return branch, relax(branch, multipliers), taken
+            multipliers[option, tight] = gain / max(float((after - before)[tight]), 1.0)
+        return taken
+
+
+@dataclass(frozen=True, eq=False)
+class _Bounds:
+    """Upper bounds of all token options at once, as `relax` has them of one.
+
+    Attributes:
+        utility: shape (options,).
+        layer_utility: shape (options, layers).
+        value: shape (sites, most switches + 1), of every count; -inf where it may not be kept.
+        layer_cost: terms, shape (options, terms, layers).
+        cost: terms, shape (options, terms, sites x counts).
+        largest_cost: terms, shape (options, terms).
+        optional: shape (layers,).
+        inside: 1 where a site is of a layer, shape (sites, layers).
+        largest_utility: of anything.
+    """
+
+    utility: Floats
+    layer_utility: Floats
+    value: Floats
+    layer_cost: Floats
+    cost: Floats
+    largest_cost: Floats
+    optional: Flags
+    inside: Floats
+    largest_utility: float
+
+    @staticmethod
+    def of(branches: Sequence[Branch]) -> _Bounds:
+        """Of a frontier's branches, whose metrics are terms."""
+        first, options = branches[0], len(branches)
+        terms = len(first.room)
+        layer_cost = np.array([branch.layer_cost for branch in branches], np.float64)
+        cost = np.array([branch.cost for branch in branches], np.float64)
+        return _Bounds(
+            utility=np.array([branch.utility for branch in branches], np.float64),
+            layer_utility=np.array([branch.layer_utility for branch in branches], np.float64),
+            value=first.value,
+            layer_cost=layer_cost,
+            cost=cost.reshape(options, terms, -1),
+            largest_cost=layer_cost.sum(axis=2) + cost.max(axis=3).sum(axis=2),
+            optional=first.optional,
+            inside=np.eye(first.layers)[first.site_layer],
+            largest_utility=float(max(branch.largest_utility for branch in branches)),
+        )
+
+    def at(self, prices: Prices, multipliers: Floats) -> Ints:
+        """Bounds on a prompt; shape (options,).
+
+        Args:
+            prices: of the prompt.
+            multipliers: shape (options, metrics).
+        """
+        each = multipliers[:, None] @ prices.weights.astype(np.float64)
+        value = self.value - (each @ self.cost).reshape(len(each), *self.value.shape)
+        worth = self.layer_utility - (each @ self.layer_cost)[:, 0]
+        worth += value.max(axis=2) @ self.inside
+        room = prices.limits - prices.outside
+        bound = self.utility + (multipliers * room).sum(axis=1)
+        bound += np.where(self.optional, np.maximum(worth, 0.0), worth).sum(axis=1)
+        # Twice the a-priori error of these sums, as in `relax`.
+        magnitude = self.largest_utility + (multipliers * np.abs(room)).sum(axis=1)
+        magnitude += (each[:, 0] * self.largest_cost).sum(axis=1)
+        summed = each.shape[2] + room.shape[1] + sum(self.inside.shape) + 16
+        margin = 2.0 * summed * float(np.finfo(np.float64).eps) * magnitude
+        return np.floor(bound + margin).astype(np.int64)
 
 
 def _weighed(branch: Branch, weights: Costs, room: Costs) -> Branch:

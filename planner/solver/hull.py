@@ -10,6 +10,7 @@ linear relaxation of the branch: a prefix is its optimum at the prefix's cost (S
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -73,12 +74,17 @@ class Hull:
     def first(self, count: int) -> tuple[Flags, Ints]:
         """Which layers are on, and how much sites keep, where so many segments are taken."""
         on, counts = ~self.branch.optional, self._entry.copy()
-        for segment in self._segments[:count]:
-            if segment.site < 0:
-                on[segment.layer] = True
-            else:
-                counts[segment.site] = segment.count
+        layers, sites, kept = self._steps[:, :count]
+        on[layers[sites < 0]] = True
+        # Of a site that is taken several times the last counts.
+        counts[sites[sites >= 0]] = kept[sites >= 0]
         return on, counts
+
+    @cached_property
+    def _steps(self) -> Ints:
+        """Layer, site and count of every segment; shape (3, segments)."""
+        found = [(segment.layer, segment.site, segment.count) for segment in self._segments]
+        return np.array(found, dtype=np.int64).reshape(-1, 3).T
 
 
 def _upper_hull(branch: Branch, site: int) -> list[int]:

@@ -290,10 +290,15 @@ class Choice:
         )
 
 
+def ranked(utilities: Floats) -> list[int]:
+    """Switches, the most useful first; ties go to the lower index."""
+    order: list[int] = np.argsort(-utilities, kind="stable").tolist()
+    return order
+
+
 def top(utilities: Floats, count: int) -> tuple[int, ...]:
     """The `count` most useful switches, ascending; ties go to the lower index."""
-    order: Sequence[int] = np.argsort(-utilities, kind="stable")[:count].tolist()
-    return tuple(sorted(order))
+    return tuple(sorted(ranked(utilities)[:count]))
 
 
 def _check_site(site: SiteChoices, options: int, metrics: int) -> None:

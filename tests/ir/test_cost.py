@@ -170,8 +170,9 @@ def test_devices_are_consistent():
 
 def test_workload_sizes():
     load = Workload(576, 64, 10, batch=2, image_tokens_per_run=576)
-    assert load.prefill() == {"batch": 2, "images": 2, "query": 640, "context": 640}
-    assert load.decode(3) == {"batch": 2, "images": 0, "query": 1, "context": 643}
+    beside = {"encoding": 0, "encoded": 0}
+    assert load.prefill() == {"batch": 2, "images": 2, "query": 640, "context": 640} | beside
+    assert load.decode(3) == {"batch": 2, "images": 0, "query": 1, "context": 643} | beside
     kept = {2: 100, 16: 0}
     assert load.prefill(kept)["query.2"] == load.prefill(kept)["context.2"] == 164
     assert load.prefill(kept)["query.16"] == 64
@@ -181,6 +182,18 @@ def test_workload_sizes():
     assert Workload(5 * 576, image_tokens_per_run=576).images == 5
     assert Workload(577, image_tokens_per_run=576).images == 2
     assert Workload(0, 5).images == 0
+
+
+def test_an_encoder_s_output_is_computed_once_and_attended_to_by_every_token():
+    graph = Graph("reading", (), (), {"image_tokens": 0, "encoded_tokens": 32})
+    load = Workload.default(graph, batch=3)
+    assert (load.image_tokens, load.encoded_tokens, load.images) == (0, 32, 3)
+    assert load.prefill()["encoding"] == load.prefill()["encoded"] == 32
+    assert (load.decode(1)["encoding"], load.decode(1)["encoded"]) == (0, 32)
+    assert Workload.stated(graph, load.facts) == load
+    # An encoder of words has no size of its own.
+    words = Graph("writing", (), (), {"image_tokens": 0, "encoded_tokens": 0})
+    assert Workload.default(words, text_tokens=9).encoded_tokens == 9
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,141 @@
+"""Whatever runs in front of a decoder, or is attended to beside it, is in the price of a plan."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import planner
+from planner.ir.lowering import lower_model
+from planner.models.checking.architecture import randomised
+from planner.models.checking.small_config import small_default
+from planner.models.checking.small_prompt import prompts_of
+from planner.models.running.counted_flops import CountedFlops
+from planner.models.running.encoders import Encoders
+from planner.solver import Infeasible
+
+# A text encoder with pictures; a picture encoder; tiles that some layers attend to.
+BESIDE = ["udop", "vision-encoder-decoder", "mllama"]
+
+
+def built(model_type):
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = small_default(model_type)
+    sees = type(config) in AutoModelForImageTextToText._model_mapping
+    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    torch.manual_seed(0)
+    return randomised(auto.from_config(config).float().eval())
+
+
+def counted(model, inputs):
+    with torch.no_grad(), CountedFlops() as counter:
+        model(**inputs)
+    return counter.total
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_budget_counts_what_is_attended_to_beside_the_prompt(name):
+    model = built(name)
+    prompts = prompts_of(model)
+    planner.compile(model, 1.0, utilities="prior", new_tokens=1)
+    for length in (7, 40):
+        inputs = prompts.of(length)
+        base = counted(model, inputs)
+        with planner.budget(model, 0.999):
+            cost = planner.cost_of(model, inputs)["flops"]
+            assert cost["base"] == base
+            assert counted(model, inputs) == cost["plan"] <= 0.999 * base
+
+
+def test_a_budget_that_an_encoder_alone_exceeds_is_refused():
+    model = built("vision-encoder-decoder")
+    inputs = prompts_of(model).of(5)
+    planner.compile(model, 1.0, utilities="prior")
+    with planner.budget(model, 0.2), pytest.raises(Infeasible, match="cannot be met"):
+        model(**inputs)
+
+
+def test_products_of_experts_are_counted():
+    model = built("mixtral")
+    inputs = {"input_ids": torch.arange(3, 15)[None]}
+    grouped = counted(model, inputs)
+    model.set_experts_implementation("eager")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.set_attn_implementation("eager")
+        model(**inputs)
+    assert grouped == counter.get_total_flops()
+
+
+class _Pair(nn.Module):
+    """An encoder beside a decoder, and an output embedding that is no encoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.towers = nn.ModuleList([nn.Linear(4, 8), nn.Linear(8, 4)])
+        self.decoder = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 4)
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+@pytest.fixture
+def pair():
+    model = _Pair()
+    encoders = Encoders([model, model.decoder])
+    encoders.watch()
+    return model, encoders
+
+
+def test_encoders_are_counted_the_first_time_and_known_from_then_on(pair):
+    model, encoders = pair
+    for _ in range(2):
+        model.towers[1](model.towers[0](torch.ones(3, 4)))
+        model.head(model.decoder(torch.ones(3, 4)))
+        assert encoders.take_spent() == 2 * 2 * 3 * 4 * 8
+        assert encoders.take_spent() == 0
+    encoders.close()
+    model.towers[0](torch.ones(3, 4))
+    assert encoders.take_spent() == 0
+
+
+def test_an_encoder_that_fails_or_is_cut_short_leaves_nothing_behind(pair, monkeypatch):
+    model, encoders = pair
+
+    def stop(*args):
+        raise error
+
+    for error in (ValueError(), KeyboardInterrupt()):
+        with monkeypatch.context() as patch:
+            patch.setattr(model.towers[0], "forward", stop)
+            with pytest.raises(type(error)):
+                model.towers[0](torch.ones(3, 4))
+        assert encoders.take_spent() == 0
+        assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+    model.towers[0](torch.ones(3, 4))
+    assert encoders.take_spent() == 2 * 3 * 4 * 8
+
+
+def test_threads_and_copies_count_for_themselves(pair):
+    model, encoders = pair
+    model.towers[0](torch.ones(3, 4))
+    found = []
+    thread = threading.Thread(target=lambda: found.append(encoders.take_spent()))
+    thread.start()
+    thread.join()
+    other, others = copy.deepcopy((model, encoders))
+    other.towers[0](torch.ones(5, 4))
+    assert found == [0]
+    assert others.take_spent() == 2 * 5 * 4 * 8
+    assert encoders.take_spent() == 2 * 3 * 4 * 8
+
+
+def test_layers_that_attend_to_pictures_beside_can_still_lose_heads():
+    graph = lower_model(built("vision-encoder-decoder"))
+    assert sum(1 for _ in graph.sites_of("heads")) == graph.layers
+    keys = {str(o["keys"]) for o in graph if o.kind == "attention" and o.part == "decoder"}
+    assert keys == {"context", "encoded"}
