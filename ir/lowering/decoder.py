@@ -20,7 +20,9 @@ from planner.ir.lowering.raising import Raised, Surroundings, raise_operators
 def decoder_of(model: Any) -> Any:
     """The decoder of a transformers model; that inside it, where it is an encoder beside one."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    return decoder if decoder is model else decoder_of(decoder)
+    if decoder is model or not decoder.config.is_encoder_decoder:
+        return decoder
+    return decoder_of(decoder)
 
 
 def lower_decoder(model: Any, embeddings: nn.Module) -> tuple[Raised, int]:

@@ -78,6 +78,8 @@ class PromptCosts:
         )
         chosen = [site for layer in self.problem.layers for site in layer.sites]
         self._sites = [graph.sites_by_name[site.name] for site in chosen]
+        # Lanes of every switch.
+        self._switches = [np.diff(site.bounds).tolist() for site in self._sites]
         self._layer_terms = np.stack([layer.costs[0] for layer in self.problem.layers])
         # Of one lane; every one of a site costs the same.
         self._lane_terms = np.zeros((len(chosen), len(names)), dtype=np.int64)
@@ -121,16 +123,18 @@ class PromptCosts:
         """Terms of a plan that was made of these choices, shape (terms,)."""
         on = [layer not in plan.layers_off for layer in range(len(self._layer_terms))]
         lanes = [plan.kept(site).count if on[site.layer] else 0 for site in self._sites]
-        return np.array(on) @ self._layer_terms + np.array(lanes, np.int64) @ self._lane_terms
+        return self._total(on, lanes)
 
     def terms_of_choice(self, choice: Choice) -> Costs:
         """The same of a choice."""
-        lanes = [0] * len(self._sites)
-        for row, site in enumerate(self._sites):
-            bounds = site.bounds
-            lanes[row] = sum(bounds[s + 1] - bounds[s] for s in choice.kept[site.name])
-        on = np.array(choice.layers_on)
-        return on @ self._layer_terms + np.array(lanes, np.int64) @ self._lane_terms
+        kept = [choice.kept[site.name] for site in self._sites]
+        lanes = [sum(map(sizes.__getitem__, some)) for sizes, some in zip(self._switches, kept)]
+        return self._total(choice.layers_on, lanes)
+
+    def _total(self, on: Sequence[bool], lanes: Sequence[int]) -> Costs:
+        counts = np.array(lanes, dtype=np.int64)
+        total: Costs = np.array(on) @ self._layer_terms + counts @ self._lane_terms
+        return total
 
     def ends(self, load: Workload) -> int:
         """FLOPs of the decoder besides its layers, output embedding included."""

@@ -169,7 +169,7 @@ class _Bounds:
         magnitude += (each[:, 0] * self.largest_cost).sum(axis=1)
         summed = each.shape[2] + room.shape[1] + sum(self.inside.shape) + 16
         margin = 2.0 * summed * float(np.finfo(np.float64).eps) * magnitude
-        return np.floor(bound + margin).astype(np.int64)
+        return np.asarray(np.floor(bound + margin), dtype=np.int64)
 
 
 def _weighed(branch: Branch, weights: Costs, room: Costs) -> Branch:

@@ -53,10 +53,12 @@ def test_a_budget_counts_what_is_attended_to_beside_the_prompt(name):
 
 def test_a_budget_that_an_encoder_alone_exceeds_is_refused():
     model = built("vision-encoder-decoder")
-    inputs = prompts_of(model).of(5)
-    planner.compile(model, 1.0, utilities="prior")
-    with planner.budget(model, 0.2), pytest.raises(Infeasible, match="cannot be met"):
-        model(**inputs)
+    prompts = prompts_of(model)
+    planner.compile(model, 1.0, utilities="prior", text_tokens=400)
+    with planner.budget(model, 0.7):
+        model(**prompts.of(100))
+        with pytest.raises(Infeasible, match="cannot be met"):
+            model(**prompts.of(5))
 
 
 def test_products_of_experts_are_counted():
