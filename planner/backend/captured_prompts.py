@@ -64,7 +64,7 @@ def begin(session: Session, places: Places, inputs: Sequence[Any]) -> None:
 
 
 def prompt_of(session: Session, ids: Tensor, pixels: Tensor | None, new: int) -> Workload:
-    """A prompt whose logits are all computed, and whose encoders cost what the Graph says.
+    """A prompt whose logits are all computed, and whose encoders cost no more than is said.
 
     `ids`: shape (batch, tokens). `pixels`: None where features were computed before.
     """
@@ -72,18 +72,23 @@ def prompt_of(session: Session, ids: Tensor, pixels: Tensor | None, new: int) ->
     by_row = is_visual(ids, session.model).sum(1)
     every, least = int(by_row.sum()), int(by_row.min())
     per_run = int(session.graph.properties.get("image_tokens", 0))
-    runs = math.ceil(every / per_run) if per_run else 0
+    runs, size = math.ceil(every / per_run) if per_run else 0, 1
     if pixels is not None and pixels.ndim > 3:
         runs = math.prod(pixels.shape[:-3])
-    return Workload(
-        least, tokens - least, new, batch, per_run, tokens, runs * _encoder_flops(session.graph)
-    )
+    elif runs:
+        # Patches of pictures of any size: as one large picture they would cost most.
+        runs, size = 1, runs
+    encoder = runs * _encoder_flops(session.graph, size)
+    return Workload(least, tokens - least, new, batch, per_run, tokens, encoder)
 
 
-def _encoder_flops(graph: Graph) -> int:
-    """FLOPs of one run of the encoder."""
+def _encoder_flops(graph: Graph, size: int) -> int:
+    """FLOPs of one run of the encoder, on a picture of so many times the patches it has there."""
     one = dict.fromkeys(("batch", "images", "query", "context", "encoding", "encoded"), 1)
-    return sum(operator_flops(o, one) for o in graph if o.part in ("vision", "projector"))
+    encoder = [operator for operator in graph if operator.part in ("vision", "projector")]
+    # What patches do with each other grows by the square.
+    pairs = sum(operator_flops(o, one) for o in encoder if o.kind in ("attention", "matmul"))
+    return size * sum(operator_flops(o, one) for o in encoder) + (size**2 - size) * pairs
 
 
 def program_of(session: Session) -> Any:

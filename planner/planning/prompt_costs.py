@@ -91,6 +91,9 @@ class PromptCosts:
         plain = replace(pricing, switches=replace(pricing.switches, kv=None))
         units = [_unit(plain, *tokens) for tokens in _UNITS]
         self.base = np.sum([self._fixed(n, (), units) for n in range(graph.layers)], axis=0)
+        # What a plan says of worth that its solver did not count.
+        together = utilities.pairs or len(utilities.token_fractions)
+        self.left_out = {"pairs": "left out"} if together else {}
         self._ends = _each_token_pair([unit.ends[_FLOPS] for unit in self._units[:3]])
         without = replace(self._units[0].workload, logits=0)
         self._logit = self._units[0].ends[_FLOPS] - replace(pricing, workload=without).ends[_FLOPS]
@@ -227,7 +230,7 @@ class OnPrompt:
             plan,
             cost=compared(costs, self.base, WEIGHED),
             utilisation={metric: costs[metric] / limit for metric, limit in limits.items()},
-            solver=solution.facts,
+            solver=solution.facts | self.costs.left_out,
         )
 
     @cached_property

@@ -17,11 +17,13 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import planner
+from planner.backend.captured_prompts import prompt_of
 from planner.backend.compile_options import Options
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
+from planner.models.running.counted_flops import CountedFlops
 from planner.models.running.masked import Gates, MaskedExecutor
-from planner.models.running.skipping import obeying
+from planner.models.running.skipping import obeying, session_on
 from planner.plan import TokenStage
 
 TOLERANCE = 1e-5
@@ -591,3 +593,22 @@ def test_blocks_with_adapters_stay_whole():
     assert_near(got, masked(model, graph, plan, inputs))
     with pytest.raises(InputError, match=r"narrows heads\.0"):
         planner.budget(run, plan_of(graph, heads={0: (0,)}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", [1, 2, 3])
+def test_pictures_larger_than_the_captured_one_are_never_priced_too_low(side):
+    built, graph = family("qwen2_5_vl")
+    model = built.model
+    session = session_on(copy.deepcopy(model), graph)
+    config = model.config.vision_config
+    per_run = graph.properties["image_tokens"]
+    rows = side * round((per_run * config.spatial_merge_size**2) ** 0.5)
+    patch = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    pixels = torch.randn(rows * rows, patch)
+    with CountedFlops() as counter:
+        model.get_image_features(pixels, torch.tensor([[1, rows, rows]]))
+    ids = torch.full((1, side**2 * per_run + 3), 5)
+    ids[:, 3:] = model.config.image_token_id
+    priced = prompt_of(session, ids, pixels, 1).encoder_flops
+    assert priced == counter.total if side == 1 else priced >= counter.total

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from planner.ir.cost import Workload
 from planner.ir.lowering import lower_model
+from planner.plan import dump_plan, load_plan
 from planner.planning.budgets import Budget
 from planner.planning.compiler import pose
 from planner.planning.figures import check_figures
@@ -99,3 +100,15 @@ def test_a_workload_is_stated_whole():
         assert Workload.stated(graph, stated.facts) == stated
     assert load.facts.keys() == {"image_tokens", "text_tokens", "new_tokens", "batch"}
     assert Workload.stated(graph, {"batch": 1}) is None
+
+
+def test_plans_of_other_prompts_say_that_pairs_are_left_out(tmp_path):
+    costs, _, utilities = costs_of(1)
+    paired = replace(utilities, pairs={("layer.1", "layer.2"): 0.5})
+    load = Workload(16, 40, 8)
+    for worth, said in ((utilities, None), (paired, "left out")):
+        plan = PromptCosts(costs.pricing, worth, "flops").on(load).plan(Budget.of(0.8))
+        assert plan.solver.get("pairs") == said
+        path = tmp_path / "plan.yaml"
+        path.write_text(dump_plan(plan))
+        assert load_plan(path) == plan
