@@ -13,6 +13,7 @@ from planner.ir.graph import Operator
 from planner.ir.lowering.aten import opname
 from planner.ir.lowering.attempts import NotLowered, first_success, sentence
 from planner.ir.lowering.capture import Captured, capture, path_of
+from planner.ir.lowering.describing import Markers
 from planner.ir.lowering.example_inputs import decoder_inputs, token_markers
 from planner.ir.lowering.raising import Raised, Surroundings, raise_operators
 
@@ -34,13 +35,17 @@ def lower_decoder(model: Any, embeddings: nn.Module) -> tuple[Raised, int]:
     decoder = decoder_of(model)
     width = int(embeddings.weight.shape[-1])  # type: ignore[index]
     markers = token_markers(decoder)
-    attempts = (
-        partial(capture, decoder, inputs, activations, markers.tokens)
-        for inputs, activations in decoder_inputs(decoder, width, markers.tokens, markers.encoded)
-    )
-    captured, failure = first_success(attempts)
-    if captured is None:
+
+    def attempt(inputs: dict[str, Any], activations: tuple[str, ...]) -> tuple[Captured, Markers]:
+        captured = capture(decoder, inputs, activations, markers.tokens)
+        # Tokens alone enter most decoders.
+        return captured, markers if len(activations) > 1 else Markers(markers.tokens)
+
+    candidates = decoder_inputs(decoder, width, markers.tokens, markers.encoded)
+    found, failure = first_success(partial(attempt, *candidate) for candidate in candidates)
+    if found is None:
         raise NotLowered(f"its decoder cannot be captured ({sentence(failure)})")
+    captured, markers = found
     main, layers = _main_stack(captured)
     path = path_of(model, decoder)
     prefix = path + "." if path else ""

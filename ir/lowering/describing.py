@@ -71,14 +71,10 @@ class Markers:
 
     def keys(self, size: int) -> Dim | int:
         """What a query of an attention meets."""
-        if not self.tokens or size < self.tokens:
-            return size
-        known = {
-            self.tokens: "context",
-            self.encoded: "encoded",
-            self.tokens + self.encoded: "context+encoded",
-        }
-        return Dim.of(known.get(size, size))
+        known = {self.tokens: "context"} if self.tokens else {}
+        if self.encoded:
+            known |= {self.encoded: "encoded", self.tokens + self.encoded: "context+encoded"}
+        return Dim.of(known[size]) if size in known else size
 
 
 def symbolic_shape(

@@ -31,8 +31,8 @@ def token_markers(module: nn.Module) -> Markers:
     instead of with symbolic sizes keeps to one code path per model: none specialises or guards.
     """
     sizes = {int(s) for p in module.parameters() for s in p.shape}
-    tokens, encoded, *_ = (p for p in _PRIMES if not any(s % p == 0 for s in sizes))
-    return Markers(tokens, encoded)
+    tokens, *others = (p for p in _PRIMES if not any(s % p == 0 for s in sizes))
+    return Markers(tokens, next(p for p in others if tokens + p not in sizes))
 
 
 def decoder_inputs(

@@ -11,8 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig
 
 from planner.ir.cost import Workload, price, total
+from planner.ir.dims import Dim
 from planner.ir.graph_text import fingerprint, parse_graph, print_graph
 from planner.ir.lowering import NotLowered, lower_config, lower_model
+from planner.ir.lowering.describing import Markers
 from planner.ir.verify import verify
 
 EVERY = {**ARCHITECTURES, **TEXT_ONLY}
@@ -311,3 +313,20 @@ def test_prices_are_those_of_the_model(lowered):
     assert costs.parameters == 32 * (block + 2 * 4096) + 4096 + 2 * 32000 * 4096
     attention = 4 * tokens * tokens * 4096
     assert costs.flops == 32 * (2 * tokens * block + attention) + 2 * 4096 * 32000
+
+
+def test_sizes_of_what_does_not_enter_are_no_counts_of_tokens():
+    """Of a decoder with nothing beside its tokens, whatever sizes its features have."""
+    alone = Markers(11)
+    assert [str(alone.count(size)) for size in (11, 22, 13, 24)] == [
+        "query", "2*query", "None", "None"
+    ]  # fmt: skip
+    assert [alone.keys(size) for size in (11, 24)] == [Dim.of("context"), 24]
+    beside = Markers(11, 13)
+    assert [str(beside.count(size)) for size in (11, 26, 24, 7)] == [
+        "query", "2*encoding", "encoding+query", "None"
+    ]  # fmt: skip
+    assert [str(beside.keys(size)) for size in (11, 13, 24, 7)] == [
+        "context", "encoded", "context+encoded", "7"
+    ]  # fmt: skip
+    assert Markers().keys(0) == 0
