@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.ir.errors import InputError
-from planner.solver.branch import Assignment, Branch, Flags, Ints, Tables
+from planner.solver.branch import Assignment, Branch, Tables
 from planner.solver.hull import Hull
-from planner.solver.problem import Costs, Problem
-from planner.solver.relaxation import Floats, relax
+from planner.solver.problem import Costs, Flags, Floats, Ints, Problem
+from planner.solver.relaxation import relax
 from planner.solver.rounding import improve
 from planner.solver.solution import Solution, certified, within_limits
 
