@@ -174,13 +174,14 @@ class VisionStage:
             )
         whole = self._local.seen["features"]
         # A CLS token is the one token more that the tower has, in front.
-        if whole.shape[1] != patches + 1:
+        has_cls = whole.shape[1] == patches + 1
+        if not has_cls and not (self.selector.without_cls and whole.shape[1] == patches):
             return VisionInputs(features)
         attention = {}
         for index, heads in self._heads.items():
             query, key = self._local.seen[f"query {index}"], self._local.seen[f"key {index}"]
-            attention[index] = TowerAttention(query[:, 0], key, heads)
-        return VisionInputs(features, whole[:, 0], attention)
+            attention[index] = TowerAttention(query[:, 0] if has_cls else query, key, heads)
+        return VisionInputs(features, whole[:, 0] if has_cls else None, attention)
 
 
 def _text_tower(selector: TextGuided, model: nn.Module) -> TextTower:

@@ -288,13 +288,14 @@ class Pricing:
         return Graph("", tuple(operators), (), self.graph.properties)
 
     @cached_property
-    def _tower(self) -> tuple[int, int]:
-        """(width, attention heads) of the vision tower's attention; (0, 1) without any."""
+    def _tower(self) -> tuple[int, int, int]:
+        """(width, heads, queries that rank patches) of the tower's attention, see `Sizes`."""
         for operator in self.graph:
             if operator.part == "vision" and operator.kind == "attention":
-                heads = operator.integer("heads")
-                return heads * operator.integer("head_dim"), heads
-        return 0, 1
+                heads, patches = operator.integer("heads"), self.workload.image_tokens_per_run
+                has_cls = operator.shape[-2] != Dim(patches)
+                return heads * operator.integer("head_dim"), heads, 1 if has_cls else patches
+        return 0, 1, 1
 
     def _widths_near(self, stage: int) -> tuple[int, int]:
         """(query, key) features of the attention nearest to a stage; (0, 0) without one."""

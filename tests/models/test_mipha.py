@@ -58,3 +58,20 @@ def test_it_is_compiled_and_runs_whole(mipha, capsys, tmp_path):
     assert {"heads in layers", "MLP groups in layers"} <= document["skipped"].keys()
     dense, _ = ran(mipha, capsys, "--budget", "1")
     assert dense["kv_bytes"] > document["kv_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("selector", "left"),
+    [("visionzip:dominant=5,contextual=2", 7), ("fastervlm:keep=4", 4), ("vispruner:keep=6", 6)],
+)
+def test_selectors_rank_patches_without_a_cls_token(mipha, capsys, selector, left):
+    document, status = ran(mipha, capsys, "--tokens", selector, "--budget", "1")
+    assert status == 0
+    assert document["image_tokens"] == [{"layer": 0, "of": 16, "kept": left}]
+
+
+@pytest.mark.parametrize("selector", ["prumerge+:ratio=0.25", "hired"])
+def test_selectors_that_were_published_with_a_cls_token_say_so(mipha, capsys, selector):
+    error, status = ran(mipha, capsys, "--tokens", selector, "--budget", "1")
+    assert status == 2
+    assert "take visionzip, fastervlm or vispruner" in error

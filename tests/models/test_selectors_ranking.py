@@ -155,7 +155,7 @@ def test_cls_attention_equals_a_loop_over_heads(heads):
             for run in range(3)
         ]
     )
-    weights = TowerAttention(torch.from_numpy(query), torch.from_numpy(key), heads).of_cls()
+    weights = TowerAttention(torch.from_numpy(query), torch.from_numpy(key), heads).received()
     torch.testing.assert_close(weights, torch.from_numpy(expected))
 
 
@@ -176,5 +176,5 @@ def test_cls_attention_is_what_a_stock_clip_tower_computes():
         module.register_forward_hook(lambda _, __, output, name=name: caught.update({name: output}))
     with torch.no_grad():
         outputs = tower(torch.randn(2, 3, 28, 28), output_attentions=True)
-    weights = TowerAttention(caught["q_proj"][:, 0], caught["k_proj"], 4).of_cls()
+    weights = TowerAttention(caught["q_proj"][:, 0], caught["k_proj"], 4).received()
     torch.testing.assert_close(weights, outputs.attentions[-2][:, :, 0, 1:])

@@ -1,5 +1,6 @@
 """Selectors before the projector, each against a few lines of numpy, picture by picture."""
 
+from dataclasses import replace
 from math import sqrt
 
 import numpy as np
@@ -27,17 +28,18 @@ few = settings(max_examples=15, deadline=None)
 HEADS, WIDTH = 2, 8
 
 
-def random_inputs(rng, runs, patches, sharpness=2.0, **more):
+def random_inputs(rng, runs, patches, sharpness=2.0, cls=True, **more):
     def tower():
+        queries = (runs, WIDTH) if cls else (runs, patches, WIDTH)
         return TowerAttention(
-            torch.from_numpy(rng.normal(size=(runs, WIDTH)) * sharpness),
-            torch.from_numpy(rng.normal(size=(runs, 1 + patches, WIDTH))),
+            torch.from_numpy(rng.normal(size=queries) * sharpness),
+            torch.from_numpy(rng.normal(size=(runs, cls + patches, WIDTH))),
             HEADS,
         )
 
     return VisionInputs(
         features=torch.from_numpy(rng.normal(size=(runs, patches, 5))),
-        cls_feature=torch.from_numpy(rng.normal(size=(runs, 5))),
+        cls_feature=torch.from_numpy(rng.normal(size=(runs, 5))) if cls else None,
         tower={0: tower(), -1: tower(), -2: tower()},
         patch_embeddings=torch.from_numpy(rng.normal(size=(runs, patches, 3))),
         text_embeddings=torch.from_numpy(rng.normal(size=(runs, 3)) * sharpness),
@@ -51,11 +53,15 @@ def softmax(logits):
 
 
 def cls_row(inputs, layer, run, heads):
-    """Summed over heads."""
-    query, key = inputs.tower[layer].query[run].numpy(), inputs.tower[layer].key[run].numpy()
+    """Summed over heads; without a CLS token of all patches, averaged over them."""
+    queries, key = inputs.tower[layer].query[run].numpy(), inputs.tower[layer].key[run].numpy()
     d = WIDTH // heads
+    if queries.ndim == 2:
+        parts = [slice(h * d, (h + 1) * d) for h in range(heads)]
+        every = [[softmax(key[:, p] @ q[p] / sqrt(d)) for q in queries] for p in parts]
+        return np.sum(np.mean(every, axis=1), axis=0)
     rows = [
-        softmax(key[:, h * d : (h + 1) * d] @ query[h * d : (h + 1) * d] / sqrt(d))[1:]
+        softmax(key[:, h * d : (h + 1) * d] @ queries[h * d : (h + 1) * d] / sqrt(d))[1:]
         for h in range(heads)
     ]
     return np.sum(rows, axis=0)
@@ -179,6 +185,19 @@ def test_prumerge_plus_fixed(seed, patches, ratio):
         assert len(selection.features[run]) == selector.counts(patches)[0]
 
 
+def test_prumerge_loses_no_outlier_to_rounding():
+    """The reference keeps int(n (k / n)) of k outliers, which may be one fewer."""
+    assert int(49 * (4 / 49)) == 3
+    key = torch.zeros(1, 50, WIDTH, dtype=torch.float64)
+    key[0, 1:5, 0] = torch.linspace(4, 5, 4, dtype=torch.float64)
+    query = torch.zeros(1, WIDTH, dtype=torch.float64)
+    query[0, 0] = WIDTH**0.5
+    inputs = random_inputs(np.random.default_rng(0), 1, 49)
+    inputs = replace(inputs, tower={-1: TowerAttention(query, key, HEADS)})
+    (index,) = select_features(PruMerge(), inputs).indices
+    assert index.tolist() == [3, 2, 1, 0, -1]
+
+
 def test_prumerge_plus_gives_the_145_tokens_of_the_reference():
     assert PruMergePlus(ratio=1 / 8).counts(576) == (145,)
     inputs = random_inputs(np.random.default_rng(1), 2, 576)
@@ -197,17 +216,19 @@ def test_prumerge_plus_gives_the_145_tokens_of_the_reference():
     patches=st.integers(1, 40),
     dominant=st.integers(1, 45),
     contextual=st.integers(0, 12),
+    cls=st.booleans(),
 )
-@example(seed=0, patches=40, dominant=9, contextual=5)
-def test_visionzip(seed, patches, dominant, contextual):
-    inputs = random_inputs(np.random.default_rng(seed), 2, patches)
+@example(seed=0, patches=40, dominant=9, contextual=5, cls=True)
+@example(seed=0, patches=40, dominant=9, contextual=5, cls=False)
+def test_visionzip(seed, patches, dominant, contextual, cls):
+    inputs = random_inputs(np.random.default_rng(seed), 2, patches, cls=cls)
     selector = VisionZip(dominant, contextual)
     selection = select_features(selector, inputs)
     for run in range(2):
         x = inputs.features[run].numpy()
-        keys = inputs.tower[-2].key[run, 1:].numpy().reshape(patches, HEADS, -1).mean(1)
+        keys = inputs.tower[-2].key[run, int(cls) :].numpy().reshape(patches, HEADS, -1).mean(1)
         keys = keys / np.linalg.norm(keys, axis=1, keepdims=True)
-        kept = sorted(falling(cls_row(inputs, -2, run, HEADS))[: dominant - 1])
+        kept = sorted(falling(cls_row(inputs, -2, run, HEADS))[: dominant - cls])
         rest = [i for i in range(patches) if i not in kept]
         count = min(contextual, len(rest))
         targets = rest[:: max(1, len(rest) // max(count, 1))][:count]
@@ -215,11 +236,12 @@ def test_visionzip(seed, patches, dominant, contextual):
         for i in rest:
             if i not in targets and targets:
                 joined[max(targets, key=lambda t: keys[i] @ keys[t])].append(x[i])
-        expected = [inputs.cls_feature[run].numpy(), *x[kept]]
+        expected = [*([inputs.cls_feature[run].numpy()] if cls else []), *x[kept]]
         expected += [x[t] + (np.mean(joined[t], axis=0) if joined[t] else 0) for t in targets]
         np.testing.assert_allclose(selection.features[run].numpy(), np.array(expected), atol=1e-12)
-        assert selection.indices[run].tolist() == [-1, *kept, *[-1] * count]
-        assert len(expected) == selector.counts(patches)[0]
+        assert selection.indices[run].tolist() == [-1] * cls + [*kept, *[-1] * count]
+        promised = selector.counts(patches)[0]
+        assert len(expected) == (promised if cls else min(promised, patches))
 
 
 def test_visionzip_counts_of_the_paper():
@@ -348,11 +370,12 @@ def naive_vispruner(x, attention, keep, important):
     patches=st.integers(1, 60),
     keep=st.integers(0, 40),
     important=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
+    cls=st.booleans(),
 )
-@example(seed=0, patches=60, keep=9, important=0.5)
-@example(seed=0, patches=57, keep=3, important=0.5)
-def test_vispruner(seed, patches, keep, important):
-    inputs = random_inputs(np.random.default_rng(seed), 2, patches)
+@example(seed=0, patches=60, keep=9, important=0.5, cls=True)
+@example(seed=0, patches=57, keep=3, important=0.5, cls=False)
+def test_vispruner(seed, patches, keep, important, cls):
+    inputs = random_inputs(np.random.default_rng(seed), 2, patches, cls=cls)
     for selector in (VisPruner(keep, important), FasterVLM(keep)):
         selection = select_features(selector, inputs)
         for run in range(2):

@@ -30,8 +30,8 @@ def tile_counts(marked: Tensor, rows: int, columns: int) -> Tensor:
 def hired(selector: HiRED, inputs: VisionInputs) -> VisionSelection:
     """Set every run's budget, then rank all runs at once."""
     early, late = (inputs.attention(layer, selector.name) for layer in selector.tower_layers)
-    content = early.of_cls().sum(1)
-    scores = late.of_cls().sum(1)
+    content = early.received().sum(1)
+    scores = late.received().sum(1)
     budgets = _budgets(selector, content, inputs.tiles or ((0, 0),) * len(scores))
     indices = tuple(
         row[:budget] for row, budget in zip(descending(scores), budgets.tolist(), strict=True)

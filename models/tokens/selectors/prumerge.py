@@ -41,7 +41,7 @@ def merge(
 def prumerge(selector: PruMerge, inputs: VisionInputs) -> VisionSelection:
     """Choose, then merge, picture by picture."""
     tower = inputs.attention(selector.tower_layers[0], selector.name)
-    attention = tower.of_cls(heads=1)[:, 0]
+    attention = tower.received(heads=1)[:, 0]
     if isinstance(selector, PruMergePlus):
         chosen = _with_grid(selector, attention)
     else:
@@ -50,7 +50,7 @@ def prumerge(selector: PruMerge, inputs: VisionInputs) -> VisionSelection:
     for run, kept in enumerate(chosen):
         kept = _capped(selector, kept, attention[run])
         merged = merge(
-            inputs.features[run], tower.key[run, 1:], attention[run], kept, selector.neighbours
+            inputs.features[run], tower.patch_keys[run], attention[run], kept, selector.neighbours
         )
         features.append(merged)
         indices.append(torch.cat([kept, kept.new_full((len(merged) - len(kept),), -1)]))

@@ -50,24 +50,39 @@ def _without_rule(selector: Selector) -> TypeError:
 
 @dataclass(frozen=True)
 class TowerAttention:
-    """Queries and keys of one attention layer of a vision tower with a CLS token."""
+    """Queries and keys of one attention layer of a vision tower, with a CLS token or without."""
 
-    query: Tensor  # (runs, width), the output of ``q_proj`` at the CLS token
-    key: Tensor  # (runs, 1 + patches, width), the output of ``k_proj``, CLS token first
+    # (runs, width), the output of ``q_proj`` at the CLS token; (runs, patches, width) without one
+    query: Tensor
+    key: Tensor  # (runs, tokens, width), the output of ``k_proj``, the CLS token first
     heads: int  # of the layer; width is heads * head_dim
 
-    def of_cls(self, heads: int | None = None) -> Tensor:
+    @property
+    def has_cls(self) -> bool:
+        """Whether there is a CLS token."""
+        return self.query.ndim == 2
+
+    @property
+    def patch_keys(self) -> Tensor:
+        """Keys of the patches, (runs, patches, width)."""
+        return self.key[:, 1:] if self.has_cls else self.key
+
+    def received(self, heads: int | None = None) -> Tensor:
         """Attention of the CLS token to every patch, CLS itself left out after the softmax.
 
-        Of one wide head the scale is 1/sqrt(width), as in LLaVA-PruMerge. Shape (runs, heads,
-        patches), float32 or wider; rows sum to less than one.
+        Without a CLS token the mean of what a patch receives from all patches, as the authors of
+        VisionZip (arXiv 2412.04467) and VisPruner do. Of one wide head the scale is 1/sqrt(width),
+        as in LLaVA-PruMerge. Shape (runs, heads, patches), float32 or wider.
         """
-        (runs, width), heads = self.query.shape, heads or self.heads
+        runs, width, heads = len(self.query), self.query.shape[-1], heads or self.heads
         dtype = torch.promote_types(self.query.dtype, torch.float32)
-        query = self.query.to(dtype).view(runs, heads, 1, width // heads)
-        key = self.key.to(dtype).view(runs, -1, heads, width // heads).transpose(1, 2)
+        query, key = (
+            part.to(dtype).view(runs, -1, heads, width // heads).transpose(1, 2)
+            for part in (self.query, self.key)
+        )
         logits: Tensor = query @ key.mT * (width // heads) ** -0.5
-        return logits.softmax(-1)[:, :, 0, 1:]
+        weights = logits.softmax(-1).mean(2)
+        return weights[..., 1:] if self.has_cls else weights
 
 
 @dataclass(frozen=True)
@@ -93,7 +108,8 @@ class VisionInputs:
         if layer not in self.tower:
             raise InputError(
                 f"{selector} ranks patches by the attention of a CLS token, which this vision tower"
-                " does not have; take a selector that works in the decoder, such as fastv."
+                " does not have; take visionzip, fastervlm or vispruner, which do without, or a"
+                " selector that works in the decoder, such as fastv."
             )
         return self.tower[layer]
 

@@ -46,14 +46,14 @@ def contextual_tokens(features: Tensor, keys: Tensor, targets: int) -> tuple[Ten
 def visionzip(selector: VisionZip, inputs: VisionInputs) -> VisionSelection:
     """All runs at once; they keep equal numbers."""
     tower = inputs.attention(selector.tower_layers[0], selector.name)
-    cls_feature, features = supplied(inputs.cls_feature, "cls_feature"), inputs.features
+    features = inputs.features
     runs, patches = features.shape[:2]
-    scores = tower.of_cls().sum(1)
-    counts = torch.full((runs,), selector.dominant - 1, device=scores.device)
+    scores = tower.received().sum(1)
+    counts = torch.full((runs,), selector.dominant - tower.has_cls, device=scores.device)
     dominant = top_mask(scores, torch.ones_like(scores, dtype=torch.bool), counts)
     kept, _ = pack(dominant, "right")
     rest, _ = pack(~dominant, "right")
-    keys = tower.key[:, 1:].view(runs, patches, tower.heads, -1).mean(2)
+    keys = tower.patch_keys.view(runs, patches, tower.heads, -1).mean(2)
     tokens, targets = contextual_tokens(
         features.take_along_dim(rest[..., None], 1),
         keys.take_along_dim(rest[..., None], 1),
@@ -61,7 +61,10 @@ def visionzip(selector: VisionZip, inputs: VisionInputs) -> VisionSelection:
     )
     picked = features.take_along_dim(kept[..., None], 1)
     nowhere = kept.new_full((runs, 1), -1)
+    first, place = features[:, :0], nowhere[:, :0]
+    if tower.has_cls:
+        first, place = supplied(inputs.cls_feature, "cls_feature")[:, None], nowhere
     return VisionSelection(
-        tuple(torch.cat([cls_feature[:, None], picked, tokens], dim=1)),
-        tuple(torch.cat([nowhere, kept, nowhere.expand(-1, len(targets))], dim=1)),
+        tuple(torch.cat([first, picked, tokens], dim=1)),
+        tuple(torch.cat([place, kept, nowhere.expand(-1, len(targets))], dim=1)),
     )

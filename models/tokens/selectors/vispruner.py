@@ -14,7 +14,7 @@ from planner.planning.selectors import FasterVLM, VisPruner
 @select_features.register(FasterVLM)
 def fastervlm(selector: FasterVLM, inputs: VisionInputs) -> VisionSelection:
     """All runs at once; they keep equal numbers."""
-    attention = inputs.attention(selector.tower_layers[0], selector.name).of_cls().mean(1)
+    attention = inputs.attention(selector.tower_layers[0], selector.name).received().mean(1)
     kept = order = descending(attention)
     if isinstance(selector, VisPruner):
         chosen, wanted = selector.split(order.shape[1])

@@ -53,7 +53,8 @@ class PruMerge(Adaptive):
     batch, which is one picture there). Kept tokens come by falling attention, as in the reference,
     then the sum of the others; a picture without outliers becomes that one token. Shang et al.,
     "LLaVA-PruMerge" (arXiv 2403.15388), Algorithm 1; the neighbours' weighted sum is
-    added, not their weighted mean, as in the code.
+    added, not their weighted mean, as in the code. That takes int(n (k / n)) of k outliers, which
+    may be one fewer in floating point; here all are kept.
 
     The paper's rule may keep everything. With a cap at most int(n max) tokens are left of a
     picture, the sum of the others among them: where the rule says more, the patches with the
@@ -124,12 +125,14 @@ class VisionZip(VisionSelector):
     averaged over heads. Yang et al., "VisionZip" (arXiv 2412.04467). In the code the
     CLS token is one of the dominant tokens: the default 54 + 10 are CLS, 53 patches and 10
     contextual tokens, the 64 of the paper's tables. A contextual token is its target patch plus the
-    mean of what joined it, as in the code.
+    mean of what joined it, as in the code. In towers without a CLS token the dominant tokens are
+    all patches, by the mean attention that each receives from all.
     """
 
     name = "visionzip"
     needs = Needs.TOWER_ATTENTION | Needs.CLS_FEATURE
     tower_layers: ClassVar[tuple[int, ...]] = (-2,)
+    without_cls = True
     dominant: Several = 54  # tokens kept by attention, CLS among them
     contextual: Count = 10  # tokens merged from the rest
 
@@ -147,7 +150,7 @@ class VisionZip(VisionSelector):
         targets = min(self.contextual, rest)
         joins = rest - targets
         return (
-            (1, patches + 1, width),
+            sizes.tower_attention,
             (joins, targets, width // sizes.tower_heads),
             (targets, width, joins),
         )
@@ -190,13 +193,15 @@ class FasterVLM(VisionSelector):
     """Keep the patches that CLS attends to most, in raster order.
 
     CLS attention is that of the tower's second last layer, which feeds the projector, averaged
-    over heads. Zhang et al., "[CLS] Attention is All You Need for Training-Free Visual Token
-    Pruning" (arXiv 2412.01818).
+    over heads; in towers without a CLS token the mean that a patch receives from all patches, as
+    the authors advise. Zhang et al., "[CLS] Attention is All You Need for Training-Free Visual
+    Token Pruning" (arXiv 2412.01818).
     """
 
     name = "fastervlm"
     needs = Needs.TOWER_ATTENTION
     tower_layers: ClassVar[tuple[int, ...]] = (-2,)
+    without_cls = True
     keep: Count  # of each picture or tile
 
     @override
@@ -206,7 +211,7 @@ class FasterVLM(VisionSelector):
     @override
     def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
         """CLS attention."""
-        return ((1, sizes.image_tokens + 1, sizes.tower),)
+        return (sizes.tower_attention,)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,14 @@ class Sizes:
     hidden: int = 0  # width of the hidden states
     tower: int = 0  # width of the vision tower
     tower_heads: int = 1
+    # Tokens whose attention ranks patches: the CLS token, or all where there is none.
+    tower_queries: int = 1
+
+    @property
+    def tower_attention(self) -> Product:
+        """Scores of one layer of the tower."""
+        keys = self.image_tokens + (self.tower_queries == 1)
+        return self.tower_queries, keys, self.tower
 
 
 class Selector(Arguments, ABC):
@@ -134,6 +142,8 @@ class VisionSelector(Positioned):
     """
 
     tower_layers: ClassVar[tuple[int, ...]] = ()
+    # Whether there is a published variant for towers without a CLS token, such as SigLIP's.
+    without_cls: ClassVar[bool] = False
 
     @property
     @override
