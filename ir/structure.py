@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
@@ -16,6 +17,19 @@ def outputs(graph: Graph) -> tuple[str, ...]:
     """The operators that the model is run for: its head, or the last one of a model without."""
     head = tuple(operator.name for operator in graph if operator.part == "head")
     return head or tuple(operator.name for operator in graph.operators[-1:])
+
+
+def tiles(graph: Graph) -> tuple[int, int]:
+    """Of one image (the runs of its vision tower, patches of each that reach the projector).
+
+    Several runs where images are cut into tiles; (1, 0) where there is no telling.
+    """
+    for operator in graph:
+        if operator.part == "projector" and operator.kind == "linear" and len(operator.shape) > 2:
+            first, *between, patches, _ = operator.shape
+            runs = max(dict(first.terms).get("images", 1), 1)
+            return runs * math.prod(dim.constant for dim in between), patches.constant
+    return 1, 0
 
 
 def needed(graph: Graph) -> set[str]:

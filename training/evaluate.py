@@ -19,6 +19,7 @@ import torch
 
 from planner.ir.cost import Workload
 from planner.ir.graph import Graph
+from planner.ir.structure import tiles
 from planner.models.running.skipping import obeying
 from planner.models.scheduling import Scheduled
 from planner.models.tokens.text_tower import question
@@ -186,8 +187,8 @@ class UnderBudgets:
     @cached_property
     def stages(self) -> tuple[TokenStage, ...]:
         """Of the token selector."""
-        load = self.workload
-        return stages_of(self.request.tokens or "", load.image_tokens, load.image_tokens_per_run)
+        load, text = self.workload, self.request.tokens or ""
+        return stages_of(text, load.image_tokens, load.image_tokens_per_run, tiles(self.graph))
 
     def measure(self, budget: float) -> dict[str, Any]:
         """What `evaluate` measures, and how the plans kept to the budget.

@@ -18,6 +18,7 @@ import torch
 
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
+from planner.ir.structure import tiles
 from planner.models.projectors import fitted_processor, with_projector
 from planner.models.running.skipping import obeying
 from planner.models.tokens.summed_up import TOKEN_ID, SummedUp, add_voco_tokens
@@ -84,7 +85,7 @@ def build_trainer(config: FineTuningConfig, stack: ExitStack) -> tuple[RunTraine
     if config.tokens:
         graph = lower_model(model, name)
         tokens = int(graph.properties["image_tokens"])
-        stages = stages_of(config.tokens, tokens, tokens)
+        stages = stages_of(config.tokens, tokens, tokens, tiles(graph))
         fingerprint = str(graph.properties["fingerprint"])
         plan = Plan(graph.name, fingerprint, graph.layers, tokens=stages)
         stack.enter_context(obeying(model, graph, plan))

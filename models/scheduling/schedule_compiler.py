@@ -9,6 +9,7 @@ from typing import Any
 from planner.ir.cost import Workload
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
+from planner.ir.structure import tiles
 from planner.loading import load_model
 from planner.models.scheduling.scheduled_model import Scheduled
 from planner.models.scheduling.scheduler import load_scheduler
@@ -63,7 +64,8 @@ def compile_schedule(
     layout = network.layout
     load = Workload.default(graph, request.image_tokens, request.text_tokens, 0)
     progress("price")
-    stages = stages_of(request.tokens or "", load.image_tokens, load.image_tokens_per_run)
+    per_run = load.image_tokens_per_run
+    stages = stages_of(request.tokens or "", load.image_tokens, per_run, tiles(graph))
     chip = request.device or DEFAULT_DEVICE
     layout = layout.under(load, stages, wanted.limits[0].metric, chip)
     limit = layout.limit(wanted)

@@ -185,6 +185,7 @@ def _run_scheduled(
 ) -> _Answer:
     """Answer under the plan that a scheduler makes."""
     from planner.ir.cost import Workload
+    from planner.ir.structure import tiles
     from planner.loading import count_image_tokens, prompt_inputs
     from planner.models.running.skipping import session_on
     from planner.models.scheduling import load_scheduled
@@ -200,7 +201,8 @@ def _run_scheduled(
     inputs = prompt_inputs(model, processor, question.prompt, *question.pictures)
     image_tokens = count_image_tokens(model, inputs)
     text_tokens = int(inputs["input_ids"].shape[1]) - image_tokens
-    stages = stages_of(schedule.tokens, image_tokens, int(graph.properties["image_tokens"]))
+    per_run = int(graph.properties["image_tokens"])
+    stages = stages_of(schedule.tokens, image_tokens, per_run, tiles(graph))
     workload = Workload.default(graph, image_tokens, text_tokens, request.new_tokens)
     session = session_on(model, graph, kernels=question.kernels)
     prompt = session.implementation.prompt_of(inputs)

@@ -14,6 +14,7 @@ from planner.ir.cost.device_table import Device, device
 from planner.ir.errors import InputError, PlannerError
 from planner.ir.graph import Graph
 from planner.ir.passes import NarrowTokens, Specialise, run
+from planner.ir.structure import tiles
 from planner.plan import Plan, TokenStage
 from planner.planning.budgets import Budget
 from planner.planning.catalog import Source, find_model, utilities_beside
@@ -122,7 +123,7 @@ def pose(graph: Graph, request: Request) -> tuple[Pricing, Utilities, Problem]:
     load = request.workload(graph)
     if request.tokens is not None:
         switches = switches.with_selector(
-            request.tokens, load.image_tokens, load.image_tokens_per_run
+            request.tokens, load.image_tokens, load.image_tokens_per_run, tiles(graph)
         )
         last = max(switches.token_layers)
         if last >= graph.layers:

@@ -19,7 +19,7 @@ from planner.ir.cost.memory import peak_bytes
 from planner.ir.dims import Dim
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator, Site
-from planner.ir.structure import narrowed
+from planner.ir.structure import narrowed, tiles
 from planner.plan import Plan
 from planner.planning.budgets import Budget
 from planner.planning.selectors import (
@@ -292,9 +292,10 @@ class Pricing:
         """(width, heads, queries that rank patches) of the tower's attention, see `Sizes`."""
         for operator in self.graph:
             if operator.part == "vision" and operator.kind == "attention":
-                heads, patches = operator.integer("heads"), self.workload.image_tokens_per_run
+                heads, (_, patches) = operator.integer("heads"), tiles(self.graph)
                 has_cls = operator.shape[-2] != Dim(patches)
-                return heads * operator.integer("head_dim"), heads, 1 if has_cls else patches
+                queries = 1 if has_cls else self.workload.image_tokens_per_run
+                return heads * operator.integer("head_dim"), heads, queries
         return 0, 1, 1
 
     def _widths_near(self, stage: int) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from planner.ir.cost import Workload
 from planner.ir.graph import Site
+from planner.ir.structure import tiles
 from planner.plan import Plan
 from planner.planning.budgets import Budget
 from planner.planning.compiler import written
@@ -174,7 +175,8 @@ class PromptCosts:
         if not self.pricing.stages:
             switches = replace(switches, axes=tuple(a for a in switches.axes if a != "tokens"))
         elif switches.selector is not None:
-            counts = counted(switches.selector, load.image_tokens, load.image_tokens_per_run)
+            per_run, of_tower = load.image_tokens_per_run, tiles(self.pricing.graph)
+            counts = counted(switches.selector, load.image_tokens, per_run, of_tower)
             switches = replace(switches, token_counts=counts)
         return OnPrompt(self, self.pricing.on(load, switches))
 

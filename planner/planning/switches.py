@@ -49,13 +49,15 @@ class SwitchSet:
             )
         return SwitchSet(text, tuple(axis for axis in AXES if axis in axes))
 
-    def with_selector(self, text: str, image_tokens: int, per_run: int = 0) -> SwitchSet:
+    def with_selector(
+        self, text: str, image_tokens: int, per_run: int = 0, tiles: tuple[int, int] = (1, 0)
+    ) -> SwitchSet:
         """The same switches with image tokens dropped as ``fastv:k=2,r=0.5``, say, has it.
 
-        `per_run`: as for `planner.planning.selectors.counted`, whose errors it raises.
+        `per_run`, `tiles`: as for `planner.planning.selectors.counted`, whose errors it raises.
         """
         selector = parse(text)
-        counts = counted(selector, image_tokens, per_run)
+        counts = counted(selector, image_tokens, per_run, tiles)
         return replace(
             self,
             axes=tuple(axis for axis in AXES if axis in (*self.axes, "tokens")),

@@ -2,6 +2,7 @@
 
 import functools
 import tempfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from planner.ir.cost import Workload
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
+from planner.ir.structure import tiles
 from planner.models.running.kv_cache import cache_among, kv_bytes
 from planner.models.running.skipping import session_on
 from planner.planning.compiler import plan_graph
 from planner.planning.plan_costs import PlanCosts
 from planner.planning.request import Request
-from planner.planning.selectors import stages_of
+from planner.planning.selectors import Sizes, parse, stages_of
 
 ADAPTIVE = ["prumerge:max=0.2", "prumerge:max=0.7", "prumerge+:max=0.3", "prumerge+:max=0.9"]
 FIXED = [
@@ -166,3 +168,44 @@ def test_more_tokens_than_an_image_has_are_refused():
         pytest.raises(InputError, match="makes 17 tokens of an image's 16"),
     ):
         family.model(**family.inputs())
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+@pytest.mark.parametrize(
+    "text", ["prumerge:max=0.3", "visionzip:dominant=2,contextual=1", "fastervlm:keep=1"]
+)
+@torch.no_grad()
+def test_tiles_keep_what_was_promised_or_say_that_nothing_can_be(lowered_family, name, text):
+    """Five runs of four patches, and four ends of lines; cut to the picture's shape there are 4."""
+    family, graph = lowered_family(name)
+    assert tiles(graph) == (5, 4)
+    if name == "llava_onevision" and text.startswith("prumerge"):
+        return
+    inputs = family.inputs()
+    words = inputs["input_ids"].shape[1] - 24
+    plan = plan_graph(graph, Request(name, 1.0, tokens=text, image_tokens=24, text_tokens=words))
+    (stage,) = plan.plan.tokens
+    with session_on(family.model, graph).under(plan.plan):
+        family.model(**inputs)
+        kept = session_on(family.model, graph).implementation.kept_image_tokens
+    assert kept == {0: [stage.keep]}
+    with pytest.raises(InputError, match="cut to its shape"):
+        plan_graph(graph, Request(name, 1.0, tokens=text, image_tokens=4, text_tokens=words))
+
+
+@torch.no_grad()
+def test_ranking_by_the_attention_of_all_patches_is_priced(lowered_family):
+    """A tower without a CLS token; the counter sees every product of the model and the rule."""
+    family, graph = lowered_family("phi")
+    inputs, of = family.inputs(), family.image_tokens
+    words = inputs["input_ids"].shape[1] - of
+    request = Request("phi", 1.0, image_tokens=of, text_tokens=words, new_tokens=0)
+    plan = plan_graph(graph, replace(request, tokens="vispruner:keep=5")).plan
+    before = family.model.config._attn_implementation
+    family.model.set_attn_implementation("eager")
+    with session_on(family.model, graph).under(plan), FlopCounterMode(display=False) as counter:
+        family.model(**inputs, logits_to_keep=1)
+    family.model.set_attn_implementation(before)
+    assert counter.get_total_flops() <= plan.cost["flops"]["plan"]
+    scores, *_ = parse("vispruner:keep=5").products(0, Sizes(of, tower=32, tower_queries=of))
+    assert scores == (of, of, 32)

@@ -143,13 +143,15 @@ def scores_by_attention(selector: str) -> bool:
     return kind is not None and kind.scores_by_attention
 
 
-def counted(selector: Selector, image_tokens: int, per_run: int = 0) -> tuple[int, ...]:
+def counted(
+    selector: Selector, image_tokens: int, per_run: int = 0, tiles: tuple[int, int] = (1, 0)
+) -> tuple[int, ...]:
     """Image tokens of one sample that a selector leaves at each of its layers, at most.
 
-    `per_run`: image tokens that one run of the vision encoder yields; 0 where unknown. InputError
+    `per_run` and `tiles`: as for `Selector.counts_of_sample`, whose errors it raises. InputError
     where the number depends on content and has no cap, so that no cost can be promised.
     """
-    counts = selector.counts_of_sample(image_tokens, per_run)
+    counts = selector.counts_of_sample(image_tokens, per_run, tiles)
     known = tuple(count for count in counts if count is not None)
     if len(known) < len(counts):
         raise InputError(
@@ -160,15 +162,17 @@ def counted(selector: Selector, image_tokens: int, per_run: int = 0) -> tuple[in
     return known
 
 
-def stages_of(text: str, image_tokens: int, per_run: int = 0) -> tuple[TokenStage, ...]:
+def stages_of(
+    text: str, image_tokens: int, per_run: int = 0, tiles: tuple[int, int] = (1, 0)
+) -> tuple[TokenStage, ...]:
     """The token stages of a selector such as ``fastv:k=2,r=0.5``, or of "", on one sample's tokens.
 
-    `per_run`: as for `counted`, whose errors it raises, and those of `parse`.
+    `per_run` and `tiles`: as for `counted`, whose errors it raises, and those of `parse`.
     """
     if not text:
         return ()
     selector = parse(text)
-    counts = zip(selector.layers, counted(selector, image_tokens, per_run), strict=True)
+    counts = zip(selector.layers, counted(selector, image_tokens, per_run, tiles), strict=True)
     return tuple(TokenStage(layer, n, image_tokens, str(selector)) for layer, n in counts)
 
 

@@ -15,6 +15,7 @@ from typing import ClassVar, Self
 
 from typing_extensions import override
 
+from planner.ir.errors import InputError
 from planner.planning.selectors.arguments import Arguments
 
 # Rows, columns and inner size of a product of two matrices: 2 * rows * columns * inner FLOPs.
@@ -94,10 +95,13 @@ class Selector(Arguments, ABC):
         None where it depends on the content, and may be all of them.
         """
 
-    def counts_of_sample(self, image_tokens: int, per_run: int = 0) -> tuple[int | None, ...]:
+    def counts_of_sample(
+        self, image_tokens: int, per_run: int = 0, tiles: tuple[int, int] = (1, 0)
+    ) -> tuple[int | None, ...]:
         """The same for one sample, as `counts` says it for what the selector looks at.
 
-        `per_run`: image tokens that one run of the vision encoder yields; 0 where unknown.
+        `per_run`: image tokens that one run of the vision encoder yields; 0 where unknown. `tiles`:
+        runs of its tower in that, and patches of each, see `planner.ir.structure.tiles`.
         """
         return self.counts(image_tokens)
 
@@ -151,10 +155,30 @@ class VisionSelector(Positioned):
         return (0,)
 
     @override
-    def counts_of_sample(self, image_tokens: int, per_run: int = 0) -> tuple[int | None, ...]:
-        """Run by run; tokens that no run yields, such as the ends of lines between tiles, stay."""
+    def counts_of_sample(
+        self, image_tokens: int, per_run: int = 0, tiles: tuple[int, int] = (1, 0)
+    ) -> tuple[int | None, ...]:
+        """Run by run; tokens that no run yields, such as the ends of lines between tiles, stay.
+
+        Raises:
+            InputError: tiles have lost their padding, so it is not known how much is left of each.
+        """
         if not per_run:
             return self.counts(image_tokens)
+        of_tower, patches = tiles
+        if of_tower > 1:
+            images, rest = divmod(image_tokens, per_run)
+            if rest:
+                raise InputError(
+                    f"{self} picks patches tile by tile, and this picture's tiles are cut to its "
+                    f"shape, so how many tokens are left cannot be promised; take a selector that "
+                    f"works in the decoder, such as fastv"
+                )
+            ends = per_run - of_tower * patches
+            return tuple(
+                None if count is None else images * (of_tower * count + ends)
+                for count in self.counts(patches)
+            )
         runs, others = -(-image_tokens // per_run), image_tokens % per_run
         return tuple(
             None if count is None else min(image_tokens, runs * count + others)
