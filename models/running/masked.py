@@ -239,6 +239,7 @@ def _attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    output_attentions: bool = False,
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention with gated keys: softmax weights exp(s) g / sum exp(s) g, a token's own gate 1.
@@ -254,6 +255,7 @@ def _attend(
         scaling: factor on the scores; None is 1/sqrt(head_dim).
         dropout: on the weights.
         softcap: bound on the scores.
+        output_attentions: whether the weights are wanted too.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -271,7 +273,7 @@ def _attend(
     diagonal = own ^ own.tril(keys - queries - 1)
     gates = torch.where(diagonal, 1, gates[:, None, None, :])
     dropout = dropout if module.training else 0.0
-    if not gates.requires_grad and softcap is None:
+    if not (gates.requires_grad or output_attentions or softcap):
         attended = nn.functional.scaled_dot_product_attention(
             query, key, value, mask + gates.log(), dropout, scale=scaling
         )

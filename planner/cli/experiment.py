@@ -41,7 +41,7 @@ def experiment_command(
         run_comparison,
         write_comparison,
     )
-    from planner.training.experiments.controllers import COMPARISONS
+    from planner.training.experiments.comparisons import COMPARISONS
     from planner.training.experiments.results_page import write_page
     from planner.training.experiments.smollm2 import run_smollm2, smollm2_page
     from planner.training.experiments.sparse_answers import dynamic_page, run_dynamic
@@ -75,9 +75,9 @@ def experiment_command(
         console.show(found, lambda: print(dynamic_page(found)))
         return
     if name in COMPARISONS:
-        found = run_comparison(name, work, numbers, samples, settings or [], progress)
-        if output is not None:
-            write_comparison(found, output)
+        for found in run_comparison(name, work, numbers, samples, settings or [], progress):
+            if output is not None:
+                write_comparison(found, output)
         console.show(found, lambda: print(comparison_markdown(found)))
         return
     results = run_experiment(name, work, numbers, samples, settings or [], progress)

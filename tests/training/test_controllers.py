@@ -20,10 +20,14 @@ from planner.planning.plan_costs import PlanCosts
 from planner.training.data import SceneQuestions, Turn
 from planner.training.estimators import parse
 from planner.training.evaluate import MAX_NEW_TOKENS, predict, score
-from planner.training.experiments import controllers, forced_plans
-from planner.training.experiments.comparison_page import comparison_markdown, write_comparison
+from planner.training.experiments import controllers, forced_plans, plan_pictures
+from planner.training.experiments.comparison_page import (
+    comparison_markdown,
+    run_comparison,
+    write_comparison,
+)
+from planner.training.experiments.comparisons import COMPARISONS
 from planner.training.experiments.controllers import (
-    COMPARISONS,
     FAMILIES,
     Measuring,
     compared,
@@ -155,6 +159,34 @@ def test_random_plans_differ_and_keep_to_the_limit(forced, some):
     assert torch.equal(forced.answers(some).rows, own)
 
 
+def test_parts_of_a_controller_are_taken_one_by_one(forced, some):
+    own = forced.answers(some).rows
+    scores = torch.arange(forced.layout.size).float()
+    forced.fix_switches(scores)
+    fixed = forced.answers(some)
+    assert torch.equal(fixed.rows[:, 0], own[:, 0])
+    layout = forced.layout
+    options = torch.tensor([layout.counts.index(int(row[0])) for row in own])
+    left = layout.left(torch.full((6,), layout.limit(forced.budget)), options)
+    expected = layout.decide(scores.expand(6, -1), left, options)
+    assert torch.equal(fixed.rows[:, 1:].bool(), expected)
+    assert not torch.equal(fixed.rows, own)
+    forced.controller()
+    forced.fix_tokens()
+    for _ in forced.read(some):
+        chosen, image = forced.scheduled.chosen, forced.scheduled.scores.image
+    kept = {}
+    for row, option in enumerate(chosen.options.tolist()):
+        grid = chosen.keep[row][image[row]]
+        assert grid.sum() == layout.counts[option]
+        assert torch.equal(kept.setdefault(option, grid), grid)
+    forced.controller()
+    forced.answers(some)
+    assert not torch.equal(forced.scheduled.chosen.keep, chosen.keep)
+    forced.fix_tokens()
+    assert torch.equal(forced.answers(some).rows[:, 0], own[:, 0])
+
+
 def test_the_oracle_is_no_worse_than_what_it_tries(forced, some, monkeypatch):
     monkeypatch.setattr(forced_plans, "TRIED", 4)
     own = forced.answers(some)
@@ -273,6 +305,51 @@ def test_variants_have_files_and_configurations_of_their_own(name, tmp_path):
     for variant in comparison.variants:
         settings = [f"output_dir={tmp_path}", *variant.settings]
         assert load_recipe(controllers.CONFIG, settings)[1].recipe == "unified"
+
+
+def test_a_comparison_tells_how_it_stands(base, tmp_path, monkeypatch):
+    """Variant by variant, and again only what is new; at last with what was decided."""
+    folder = write_small_llava(tmp_path / "base")
+    comparison = COMPARISONS["exp2"]
+    some = tuple(v for v in comparison.variants if v.name in ("all", "random", "static"))
+    monkeypatch.setitem(
+        COMPARISONS, "exp2", replace(comparison, variants=some, budgets=(0.9, 0.05))
+    )
+    settings = [f"model={folder}", "max_steps=1", "batch_size=2", "least_budget=0.5"]
+    call = "exp2", tmp_path / "work", (0,), 10, settings, print
+    stands = list(run_comparison(*call))
+    assert [len(found["rows"]) for found in stands] == [1, 2, 3, 3]
+    assert [row["variant"] for row in stands[-1]["rows"]] == ["all", "static", "random"]
+    assert {row["variant"] for row in stands[-1]["infeasible"]} == {"all", "static", "random"}
+    (again,) = run_comparison(*call)
+    assert again == stands[-1]
+    write_comparison(json.loads(json.dumps(again)), tmp_path)
+    text = (tmp_path / "exp2.md").read_text()
+    gain = 100 * (again["rows"][0]["accuracy"] - again["rows"][1]["accuracy"])
+    assert f"| static | 90% | {gain:+.1f} |" in text
+    assert "![plans of a question of each family](exp2-plans.svg)" in text
+    assert (tmp_path / "exp2-plans.svg").read_text().count("<image") >= 15
+    facts = again["plans"]
+    assert [row["family"] for row in facts["families"]] == list(FAMILIES)
+    for example in facts["examples"]:
+        assert len(example["kept"]) == example["decision"][0]
+        assert sum(example["attention"]) < 1
+        # What was dropped is not attended to.
+        off = set(range(49)) - set(example["kept"])
+        assert not any(example["attention"][token] for token in off)
+
+
+def test_how_plans_differ_is_counted_over_pairs():
+    names = ("layer.2", "heads.2[0]", "mlp.2[0]", "mlp.2[1]")
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 2, (20, 5), generator=generator)
+    found = plan_pictures._by_family(rows, names)
+    first, others = rows[0::5, 1:], rows[[i for i in range(20) if i % 5], 1:]
+    within = torch.stack([(a != b).double().mean() for a in first for b in first]).mean()
+    between = torch.stack([(a != b).double().mean() for a in first for b in others]).mean()
+    assert found[0]["within"] == pytest.approx(float(within))
+    assert found[0]["between"] == pytest.approx(float(between))
+    assert found[0]["mlp"] == pytest.approx(float(first[:, 2:].double().mean()))
 
 
 def test_cells_are_measured_once(tmp_path, monkeypatch):

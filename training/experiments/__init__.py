@@ -12,8 +12,11 @@ seed stands for the training run and for the test questions, so the base model h
     paired_bootstrap
                   differences between methods, with intervals
     results_page  tables as text and pictures
-    controllers   which controllers are compared, trained and measured
+    comparisons   which controllers are compared
+    controllers   training and measuring them
     forced_plans  plans that take a controller's place on its weights
+    plan_pictures
+                  what a controller decides, by family and in pictures
     comparison_page
                   a comparison of controllers as text and pictures
     smollm2       utilities, recovery and healing on a real language model

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from planner.files import write_bytes, write_text
 from planner.progress import Say
+from planner.training.experiments.comparisons import COMPARISONS, Comparison, Variant
 from planner.training.experiments.controllers import (
-    COMPARISONS,
     Measuring,
     compared,
     steps_to_stable,
 )
+from planner.training.experiments.plan_pictures import plan_facts, plan_picture
 from planner.training.experiments.results_page import plot, table
 
 Rows = Sequence[Mapping[str, Any]]
@@ -30,36 +31,48 @@ def run_comparison(
     samples: int,
     overrides: Sequence[str],
     progress: Say,
-) -> dict[str, Any]:
-    """Train and measure what is missing of a comparison, and give it back whole.
+) -> Iterator[dict[str, Any]]:
+    """Train and measure what is missing of a comparison; tell how it stands, the last time whole.
 
     Every seed is a training run with so many test questions.
     """
     comparison = COMPARISONS[name]
-    rows, learning = [], []
-    for seed in seeds:
-        bench = Measuring(work, seed, samples, tuple(overrides), progress)
-        for variant in comparison.variants:
-            rows += [bench.cell(comparison, variant, budget) for budget in comparison.budgets]
-        if name == "exp3":
-            for variant in (v for v in comparison.variants if v.plans == "controller"):
-                curve = bench.curve(comparison, variant)
-                stable = steps_to_stable(curve)
-                learning.append(
-                    {"variant": variant.name, "seed": seed, "steps": stable, "curve": curve}
-                )
+    benches = [Measuring(work, seed, samples, tuple(overrides), progress) for seed in seeds]
     flags = "".join(f" --set {override}" for override in overrides)
     listed = ",".join(map(str, seeds))
-    measured = [row for row in rows if "right" in row]
-    return {
+    told = {
         "experiment": name,
         "title": comparison.title,
         "command": f"planner experiment {name} --seeds {listed} --samples {samples}{flags}",
         "samples": samples,
+    }
+    rows: list[dict[str, Any]] = []
+    learning: list[dict[str, Any]] = []
+    for bench in benches:
+        for variant in comparison.variants:
+            known = all(bench.knows(variant, budget) for budget in comparison.budgets)
+            rows += [bench.cell(comparison, variant, budget) for budget in comparison.budgets]
+            if name == "exp3" and variant.plans == "controller":
+                learning.append(_learned(bench, comparison, variant))
+            if not known:
+                yield told | _results(comparison, rows, learning)
+    shown = {"plans": plan_facts(benches[0], comparison)} if name == "exp2" else {}
+    yield told | _results(comparison, rows, learning) | shown
+
+
+def _learned(bench: Measuring, comparison: Comparison, variant: Variant) -> dict[str, Any]:
+    curve = bench.curve(comparison, variant)
+    steps = steps_to_stable(curve)
+    return {"variant": variant.name, "seed": bench.seed, "steps": steps, "curve": curve}
+
+
+def _results(comparison: Comparison, rows: Rows, learning: Rows) -> dict[str, Any]:
+    measured = [row for row in rows if "right" in row]
+    return {
         "rows": [{k: v for k, v in row.items() if k not in _OWN} for row in measured],
         "infeasible": [row for row in rows if "right" not in row],
         "differences": list(compared(rows, comparison.against)),
-        **({"learning": learning} if learning else {}),
+        **({"learning": list(learning)} if learning else {}),
     }
 
 
@@ -110,6 +123,7 @@ def comparison_markdown(results: Mapping[str, Any]) -> str:
         *table(heads, cells),
         "",
         *_differences(results["differences"]),
+        *_where_it_pays(rows, families),
         *_learning(results.get("learning", ())),
         *(
             f"{r['variant']} at {r['budget']:.0%}: {r['infeasible']}."
@@ -118,6 +132,7 @@ def comparison_markdown(results: Mapping[str, Any]) -> str:
         "",
         f"![accuracy over FLOPs]({results['experiment']}.svg)",
         "",
+        *_plans(results.get("plans")),
         f"    {results['command']}",
     ]
     return "\n".join(lines) + "\n"
@@ -146,6 +161,69 @@ def _differences(rows: Rows) -> list[str]:
     ]
 
 
+def _where_it_pays(rows: Rows, families: Sequence[str]) -> list[str]:
+    """By family, what is gained over the best static plan, and over it with weights of its own."""
+    known = {(row["method"], row["budget"]): row for row in rows}
+    cells = []
+    for static in ("static", "static, tuned"):
+        for budget in dict.fromkeys(row["budget"] for row in rows):
+            own, other = known.get(("all", budget)), known.get((static, budget))
+            if own and other:
+                gains = [own["families"][f] - other["families"][f] for f in families]
+                mean_gain = own["accuracy"] - other["accuracy"]
+                points = [f"{100 * gain:+.1f}" for gain in (mean_gain, *gains)]
+                cells.append([static, f"{budget:.0%}", *points])
+    if not cells:
+        return []
+    return [
+        "What *all* gains over one plan for all questions, in percentage points, by family:",
+        "",
+        *table(["over", "budget", "all families", *families], cells),
+        "",
+    ]
+
+
+def _plans(facts: Mapping[str, Any] | None) -> list[str]:
+    if facts is None:
+        return []
+    cells = [
+        [
+            row["family"],
+            f"{row['image_tokens']:.1f} ± {row['image_tokens_spread']:.1f}",
+            *(f"{row[axis]:.1%}" for axis in ("layers", "heads", "mlp")),
+            f"{row['within']:.1%}",
+            f"{row['between']:.1%}",
+        ]
+        for row in facts["families"]
+    ]
+    heads = [
+        "family",
+        "image tokens",
+        "layers on",
+        "heads on",
+        "MLP groups on",
+        "within",
+        "between",
+    ]
+    return [
+        f"## Plans at {facts['budget']:.0%}",
+        "",
+        f"Of *all*, seed {facts['seed']}: image tokens kept, and of what may be switched what is "
+        "on. *within* and *between*: the share of switches in which the plans of two questions "
+        "differ, of one family and of two.",
+        "",
+        *table(heads, cells),
+        "",
+        "![plans of a question of each family](exp2-plans.svg)",
+        "",
+        "A question of each family: the picture, with the tokens that were dropped faded; what the "
+        "latency token attends to in the image, in the last layer that always runs, mean over "
+        "heads; and the layers that may be switched, heads left and MLP groups right, dark where "
+        "they run.",
+        "",
+    ]
+
+
 def _learning(rows: Rows) -> list[str]:
     if not rows:
         return []
@@ -170,3 +248,5 @@ def write_comparison(results: Mapping[str, Any], folder: Path) -> None:
     write_text(folder / f"{name}.json", json.dumps(results, indent=1) + "\n")
     write_text(folder / f"{name}.md", comparison_markdown(results))
     write_bytes(folder / f"{name}.svg", plot(summary(results["rows"])))
+    if "plans" in results:
+        write_bytes(folder / f"{name}-plans.svg", plan_picture(results["plans"]))

@@ -1,15 +1,13 @@
-"""The experiments on controllers: which variants, and how one is trained and measured.
+"""One cell of a comparison of controllers after the other: trained, measured, kept.
 
-exp1: image tokens, adaptive against selectors. exp2: one axis, two or all three. exp3: how a
-controller learns. Questions have short answers, so a question is right or wrong.
+Questions have short answers, so a question is right or wrong.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,9 @@ from planner.training import unified
 from planner.training.adallava import Learner
 from planner.training.data import SceneQuestions
 from planner.training.evaluate import TEXT_TOKENS, predict, score
+from planner.training.experiments.comparisons import Comparison, Variant
 from planner.training.experiments.forced_plans import (
+    Answered,
     Batches,
     Forced,
     best_of_tried,
@@ -44,7 +44,7 @@ from planner.training.experiments.forced_plans import (
     random_plan,
     under_one_plan,
 )
-from planner.training.experiments.kept_results import kept_or_measured
+from planner.training.experiments.kept_results import kept, kept_or_measured
 from planner.training.experiments.paired_bootstrap import paired_bootstrap
 from planner.training.recipes import load_recipe
 from planner.training.trainer import last_checkpoint
@@ -56,112 +56,6 @@ VALIDATION_QUESTIONS = 96
 # Of the test questions, those that an oracle answers: it tries many plans.
 ORACLE_QUESTIONS = 192
 CONFIG = Path(__file__).parent.parent / "configs" / "unified.yaml"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One line of a plot.
-
-    Attributes:
-        name: for users.
-        settings: of the training configuration.
-        start: name of the variant whose weights this one goes on from; "" for the base model.
-        plans: ``controller``, or what takes its place on the same weights: ``static``, the best
-            plan for all questions, ``random`` or ``oracle``; ``tuned`` is the static plan on the
-            base model's weights, trained for it.
-        selector: the text of a token selector that keeps n of N tokens; it runs on the base model.
-    """
-
-    name: str
-    settings: tuple[str, ...] = ()
-    start: str = ""
-    plans: str = "controller"
-    selector: Callable[[int, int], str] | None = field(default=None, compare=False, repr=False)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """An experiment: its variants, and which one the others are held against."""
-
-    title: str
-    budgets: tuple[float, ...]
-    variants: tuple[Variant, ...]
-    against: str
-
-
-def _switches(text: str) -> tuple[str, ...]:
-    return (f"switches={text}",)
-
-
-_ALL = "tokens,layers,heads,mlp:groups=8"
-# The axes on which every estimator works.
-_ADDITIVE = "tokens,heads,mlp:groups=8"
-
-
-def _method(method: str, *others: str) -> Variant:
-    settings = (*_switches(_ADDITIVE), f"method={method}", "freeze_model=true", *others)
-    return Variant(method.partition(":")[0], settings, "elastic")
-
-
-# A step of a policy takes about seven thirds of the passes of an estimator's.
-_FEWER = "max_steps=65"
-
-COMPARISONS: Mapping[str, Comparison] = {
-    "exp1": Comparison(
-        "Image tokens: an adaptive controller against selectors",
-        (0.8, 0.65, 0.55, 0.45, 0.35),
-        (
-            Variant("adaptive", _switches("tokens")),
-            Variant("uniform, trained", _switches("tokens:scorer=uniform")),
-            Variant("random, trained", _switches("tokens:scorer=random")),
-            Variant("prumerge", selector=lambda n, of: f"prumerge:max={n / of}"),
-            Variant("prumerge+", selector=lambda n, of: f"prumerge+:ratio={n / of}"),
-            Variant("fastv", selector=lambda n, of: f"fastv:k=2,r={1 - n / of}"),
-            Variant("visionzip", selector=lambda n, of: _visionzip(n)),
-            Variant("uniform", selector=lambda n, of: f"uniform:keep={n}"),
-            Variant("random", selector=lambda n, of: f"random:keep={n}"),
-            Variant("downsample", selector=lambda n, of: f"downsample:side={isqrt(n)}"),
-        ),
-        "adaptive",
-    ),
-    "exp2": Comparison(
-        "One axis, two or all three",
-        (0.8, 0.65, 0.55, 0.45, 0.35, 0.25),
-        (
-            Variant("all", _switches(_ALL)),
-            Variant("static", _switches(_ALL), plans="static"),
-            Variant("random", _switches(_ALL), plans="random"),
-            Variant("oracle", _switches(_ALL), plans="oracle"),
-            Variant("tokens", _switches("tokens")),
-            Variant("depth+width", _switches("tokens,layers,heads,mlp:groups=8,scorer=all")),
-            Variant("width", _switches("tokens,heads,mlp:groups=8,scorer=all")),
-            Variant("depth", _switches("tokens,layers:scorer=all")),
-            Variant("static, tuned", _switches(_ALL), plans="tuned"),
-        ),
-        "all",
-    ),
-    "exp3": Comparison(
-        "How a controller learns, on one elastic model",
-        (0.65, 0.45, 0.3),
-        (
-            _method("gumbel:temperature=5"),
-            _method("simple"),
-            _method("imitation", _FEWER),
-            _method("reinforce", _FEWER),
-            _method("grpo", _FEWER),
-            _method("ppo", _FEWER),
-            Variant("elastic", _switches(_ADDITIVE)),
-            Variant("random", _switches(_ADDITIVE), plans="random"),
-        ),
-        "gumbel",
-    ),
-}
-
-
-def _visionzip(tokens: int) -> str:
-    """In the paper's proportion: 54 dominant tokens of 64, the others contextual."""
-    contextual = max(0, round(tokens * 10 / 64))
-    return f"visionzip:dominant={tokens - contextual},contextual={contextual}"
 
 
 @dataclass(eq=False)
@@ -202,9 +96,6 @@ class Measuring:
 
     def cell(self, comparison: Comparison, variant: Variant, budget: float) -> dict[str, Any]:
         """A variant at a budget, from its file or measured now; `right` has a digit a question."""
-        label = f"{variant.name}_{variant.plans}_{budget:g}".replace(" ", "-").replace(",", "")
-        identity = [repr(variant), budget, self.samples, list(self.overrides)]
-        path = self.work / "controllers" / f"seed-{self.seed}" / f"{label}.json"
 
         def measure() -> dict[str, Any]:
             self.progress(f"seed {self.seed}: {variant.name} at {budget:g}")
@@ -215,7 +106,17 @@ class Measuring:
                 found = {"infeasible": str(why)}
             return {"variant": variant.name, "budget": budget, "seed": self.seed, **found}
 
-        return kept_or_measured(path, identity, measure)
+        return kept_or_measured(*self._file(variant, budget), measure)
+
+    def knows(self, variant: Variant, budget: float) -> bool:
+        """Whether a cell was measured before."""
+        return kept(*self._file(variant, budget)) is not None
+
+    def _file(self, variant: Variant, budget: float) -> tuple[Path, list[Any]]:
+        """A cell's file, and what it must be of."""
+        label = f"{variant.name}_{variant.plans}_{budget:g}".replace(" ", "-").replace(",", "")
+        identity = [repr(variant), budget, self.samples, list(self.overrides)]
+        return self.work / "controllers" / f"seed-{self.seed}" / f"{label}.json", identity
 
     # -- models ------------------------------------------------------------------------------
 
@@ -224,12 +125,12 @@ class Measuring:
         label = "_".join([label, *(o.replace("=", "-").replace("/", "-") for o in self.overrides)])
         return self.work / "models" / f"unified_{label}_seed-{self.seed}"
 
-    def _trained(self, comparison: Comparison, variant: Variant) -> Path:
+    def trained(self, comparison: Comparison, variant: Variant) -> Path:
         """The folder of a variant's model, trained before or now."""
         start = []
         if variant.start:
             first = next(v for v in comparison.variants if v.name == variant.start)
-            start = [f"start={self._trained(comparison, first)}"]
+            start = [f"start={self.trained(comparison, first)}"]
         folder = self._folder(variant.settings)
         return self._train(variant.name, folder, [*start, *self.overrides, *variant.settings])
 
@@ -253,7 +154,7 @@ class Measuring:
 
     def curve(self, comparison: Comparison, variant: Variant) -> list[tuple[int, float]]:
         """(step, mean loss of the plans drawn, in nats) of a variant's training."""
-        checkpoint = last_checkpoint(self._trained(comparison, variant).parent / "run")
+        checkpoint = last_checkpoint(self.trained(comparison, variant).parent / "run")
         assert checkpoint is not None
         history = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["log_history"]
         logged = [entry for entry in history if "loss" in entry]
@@ -270,14 +171,28 @@ class Measuring:
 
     # -- measures ----------------------------------------------------------------------------
 
-    def _questions(self, split: str, count: int) -> SceneQuestions:
+    def questions(self, split: str, count: int) -> SceneQuestions:
+        """Of the seed."""
         return SceneQuestions(split, count, self.seed, FAMILIES)
 
-    def _batches(self, split: str, count: int, processor: Any) -> Batches:
+    def batches(self, split: str, count: int, processor: Any) -> Batches:
         """Questions as inputs, which are the same for all models of an experiment."""
         if split not in self._packed:
-            self._packed[split] = packed(processor, self._questions(split, count))
+            self._packed[split] = packed(processor, self.questions(split, count))
         return self._packed[split]
+
+    def processor(self, folder: Path) -> Any:
+        """Of a trained model."""
+        return self._load(str(folder)).processor
+
+    def forced(self, folder: Path, budget: float) -> Forced:
+        """A trained model, whose controller decides until something else is forced on it."""
+        known = self._load(str(folder))
+        graph = known.graph
+        scheduled = Scheduled(known.model, graph, load_scheduler(folder, graph), mask=True)
+        layout = scheduled.scheduler.layout.under(_workload(graph))
+        assert isinstance(layout, UnifiedSwitches)
+        return Forced(scheduled, layout, Budget.of(budget), known.pictures)
 
     def _controlled(
         self, comparison: Comparison, variant: Variant, budget: float
@@ -291,53 +206,58 @@ class Measuring:
             assert static is not None
             folder = self._trained_for(variant, budget, static)
         else:
-            folder = self._trained(comparison, variant)
-        known = self._load(str(folder))
-        graph, load = known.graph, _workload(known.graph)
-        scheduled = Scheduled(known.model, graph, load_scheduler(folder, graph), mask=True)
-        layout = scheduled.scheduler.layout.under(load)
-        assert isinstance(layout, UnifiedSwitches)
-        forced = Forced(scheduled, layout, Budget.of(budget), known.pictures)
-        test = self._batches("test", self.samples, known.processor)
+            folder = self.trained(comparison, variant)
+        forced, processor = self.forced(folder, budget), self.processor(folder)
+        test = self.batches("test", self.samples, processor)
+        few = self.batches("val", VALIDATION_QUESTIONS, processor)
+        if variant.plans == "static":
+            known = self._load(str(folder))
+            if known.worth is None:
+                known.worth = forced.worth(few[:1])
+            static = best_static(forced, few, known.worth)
         if variant.plans == "oracle":
             assert static is not None
             some = test[: -(-ORACLE_QUESTIONS // len(test[0]["labels"]))]
-            found = best_of_tried(forced, some, static, self.seed)
-        else:
-            if variant.plans == "static":
-                few = self._batches("val", VALIDATION_QUESTIONS, known.processor)
-                if known.worth is None:
-                    known.worth = forced.worth(few[:1])
-                static = best_static(forced, few, known.worth)
-            if static is not None:
-                forced.plan_all(static)
-            elif variant.plans == "random":
-                random_plan(forced, self.seed)
-            found = forced.answers(test)
-        costs = PlanCosts(graph, load, "llm")
-        if static is not None and variant.plans != "oracle":
-            # It has no controller, and pays for none.
-            plan = forced.on_grid.plan(static, Plan.of(graph))
-            share = costs.of(plan)["flops"]["fraction"]
-            used = {"cost_fraction": share, "utilisation": share / budget, "plan": static.tolist()}
-            beyond = int(share > budget) * len(found.rows)
-        else:
+            return self._summed_up(forced, best_of_tried(forced, some, static, self.seed), None)
+        if static is not None:
+            forced.plan_all(static)
+        elif variant.plans == "random":
+            random_plan(forced, self.seed)
+        elif variant.plans == "same switches":
+            forced.fix_switches(forced.mean_logits(few))
+        elif variant.plans == "grid":
+            forced.fix_tokens()
+        return self._summed_up(forced, forced.answers(test), static)
+
+    def _summed_up(self, forced: Forced, found: Answered, static: Tensor | None) -> dict[str, Any]:
+        """A cell's numbers; a static plan has no controller, and pays for none."""
+        layout = forced.layout
+        costs = PlanCosts(layout.graph, layout.load, "llm")
+        used: dict[str, Any]
+        if static is None:
             limit = layout.limit(forced.budget)
             spent = [layout.spent(row) for row in found.rows]
-            whole = costs.of(Plan.of(graph))["flops"]["base"]
+            whole = costs.of(Plan.of(layout.graph))["flops"]["base"]
             used = {
                 "cost_fraction": (float(np.mean(spent)) + layout.always) / whole,
                 "utilisation": layout.utilisation(spent, limit),
+                "violations": sum(each > limit for each in spent),
             }
-            beyond = sum(each > limit for each in spent)
-        plans = len(found.rows.unique(dim=0))
-        summary = _summary(found.right.numpy())
+        else:
+            plan = forced.on_grid.plan(static, Plan.of(layout.graph))
+            share = costs.of(plan)["flops"]["fraction"]
+            budget = float(forced.budget.limits[0].value)
+            used = {
+                "plan": static.tolist(),
+                "cost_fraction": share,
+                "utilisation": share / budget,
+                "violations": int(share > budget) * len(found.rows),
+            }
         return {
-            **summary,
+            **_summary(found.right.numpy()),
             "loss": float(found.loss.mean()),
             **used,
-            "violations": beyond,
-            "plans": plans,
+            "plans": len(found.rows.unique(dim=0)),
         }
 
     def _selected(self, comparison: Comparison, variant: Variant, budget: float) -> dict[str, Any]:
@@ -360,7 +280,7 @@ class Measuring:
                 break
         else:
             raise Infeasible(f"{variant.name} cannot keep to {budget:g}")
-        questions = self._questions("test", self.samples)
+        questions = self.questions("test", self.samples)
         with obeying(known.model, graph, plan):
             answers = predict(known.model, known.processor, questions)
         right = [score(q.turns[0], a) for q, a in zip(questions, answers, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -119,31 +120,51 @@ class Forced:
 
         self.scheduled.decide_tokens, self.scheduled.decide = tokens, switches
 
+    def fix_switches(self, logits: Tensor) -> None:
+        """Have the controller choose image tokens, and take switches by scores (size,) for all."""
+        layout = self.layout
+
+        def switches(own: Tensor, limits: Tensor) -> Tensor:
+            chosen = self.scheduled.chosen
+            options = None if chosen is None else chosen.options
+            return layout.decide(logits.expand_as(own), limits, options)
+
+        self.scheduled.decide = switches
+
+    def fix_tokens(self) -> None:
+        """Have the controller choose how many image tokens stay, on a grid, and the switches."""
+        self.scheduled.decide_tokens = partial(best_tokens, self.on_grid)
+
     def controller(self) -> None:
         """Have the controller decide again."""
         self.scheduled.decide_tokens = self.scheduled.decide = None
 
     @torch.no_grad()
-    def _passes(self, batches: Batches) -> Iterator[Answered]:
-        """Answers are read along with their questions, batch by batch."""
+    def read(self, batches: Batches, **options: Any) -> Iterator[Any]:
+        """The model's outputs, batch by batch; answers are read along with their questions.
+
+        `options` are the model's. What was decided for a batch is in `scheduled` meanwhile.
+        """
         limit = self.layout.limit(self.budget)
         self.scheduled.attach_limits(torch.tensor([limit]), layout=self.layout)
         try:
             for batch in batches:
                 inputs = dict(batch)
-                labels = inputs.pop("labels")
-                self.scheduled.at = last_answer(labels)
+                self.scheduled.at = last_answer(inputs.pop("labels"))
                 with pictures_once(self.scheduled.model, self.pictures):
-                    logits = self.scheduled.model(**inputs, use_cache=False).logits
-                free = torch.zeros(len(labels))
-                yield Answered(
-                    -Reward("nll").of(logits, labels, free),
-                    Reward("correct").of(logits, labels, free),
-                    self.scheduled.decisions.pop(),
-                )
+                    yield self.scheduled.model(**inputs, use_cache=False, **options)
         finally:
             self.scheduled.detach()
             self.scheduled.at = None
+
+    def _passes(self, batches: Batches) -> Iterator[Answered]:
+        for batch, output in zip(batches, self.read(batches), strict=True):
+            labels, free = batch["labels"], torch.zeros(len(batch["labels"]))
+            yield Answered(
+                -Reward("nll").of(output.logits, labels, free),
+                Reward("correct").of(output.logits, labels, free),
+                self.scheduled.decisions.pop(),
+            )
 
     def answers(self, batches: Batches) -> Answered:
         """What comes of questions."""

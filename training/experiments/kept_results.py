@@ -10,14 +10,21 @@ from typing import Any
 from planner.files import write_text
 
 
+def kept(path: Path, identity: Any) -> dict[str, Any] | None:
+    """The result in a file; None where there is none of this identity (JSON)."""
+    if not path.is_file():
+        return None
+    known = json.loads(path.read_text())
+    return dict(known["result"]) if known["identity"] == identity else None
+
+
 def kept_or_measured(
     path: Path, identity: Any, measure: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """The result in a file, or a new one where there is none of the same identity (JSON)."""
-    if path.is_file():
-        known = json.loads(path.read_text())
-        if known["identity"] == identity:
-            return dict(known["result"])
+    """The result in a file, or a new one where there is none of the same identity."""
+    known = kept(path, identity)
+    if known is not None:
+        return known
     result = measure()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps({"identity": identity, "result": result}, indent=1) + "\n")

@@ -1,0 +1,120 @@
+"""Which controllers are compared.
+
+exp1: image tokens, adaptive against selectors. exp2: one axis, two or all three. exp3: how a
+controller learns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import isqrt
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of a plot.
+
+    Attributes:
+        name: for users.
+        settings: of the training configuration.
+        start: name of the variant whose weights this one goes on from; "" for the base model.
+        plans: ``controller``, or what takes its place on the same weights: ``static``, the best
+            plan for all questions, ``random`` or ``oracle``; ``tuned`` is the static plan on the
+            base model's weights, trained for it. Or a part of the controller: ``same switches``
+            has one order of switches for all questions, ``grid`` a grid of image tokens.
+        selector: the text of a token selector that keeps n of N tokens; it runs on the base model.
+    """
+
+    name: str
+    settings: tuple[str, ...] = ()
+    start: str = ""
+    plans: str = "controller"
+    selector: Callable[[int, int], str] | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An experiment: its variants, and which one the others are held against."""
+
+    title: str
+    budgets: tuple[float, ...]
+    variants: tuple[Variant, ...]
+    against: str
+
+
+def _switches(text: str) -> tuple[str, ...]:
+    return (f"switches={text}",)
+
+
+_ALL = "tokens,layers,heads,mlp:groups=8"
+# The axes on which every estimator works.
+_ADDITIVE = "tokens,heads,mlp:groups=8"
+
+
+def _method(method: str, *others: str) -> Variant:
+    settings = (*_switches(_ADDITIVE), f"method={method}", "freeze_model=true", *others)
+    return Variant(method.partition(":")[0], settings, "elastic")
+
+
+# A step of a policy takes about seven thirds of the passes of an estimator's.
+_FEWER = "max_steps=65"
+
+COMPARISONS: Mapping[str, Comparison] = {
+    "exp1": Comparison(
+        "Image tokens: an adaptive controller against selectors",
+        (0.8, 0.65, 0.55, 0.45, 0.35),
+        (
+            Variant("adaptive", _switches("tokens")),
+            Variant("uniform, trained", _switches("tokens:scorer=uniform")),
+            Variant("random, trained", _switches("tokens:scorer=random")),
+            Variant("prumerge", selector=lambda n, of: f"prumerge:max={n / of}"),
+            Variant("prumerge+", selector=lambda n, of: f"prumerge+:ratio={n / of}"),
+            Variant("fastv", selector=lambda n, of: f"fastv:k=2,r={1 - n / of}"),
+            Variant("visionzip", selector=lambda n, of: _visionzip(n)),
+            Variant("uniform", selector=lambda n, of: f"uniform:keep={n}"),
+            Variant("random", selector=lambda n, of: f"random:keep={n}"),
+            Variant("downsample", selector=lambda n, of: f"downsample:side={isqrt(n)}"),
+        ),
+        "adaptive",
+    ),
+    "exp2": Comparison(
+        "One axis, two or all three",
+        (0.8, 0.65, 0.55, 0.45, 0.35, 0.25),
+        (
+            Variant("all", _switches(_ALL)),
+            Variant("static", _switches(_ALL), plans="static"),
+            Variant("random", _switches(_ALL), plans="random"),
+            Variant("oracle", _switches(_ALL), plans="oracle"),
+            Variant("all, same switches", _switches(_ALL), plans="same switches"),
+            Variant("all, tokens on a grid", _switches(_ALL), plans="grid"),
+            Variant("tokens", _switches("tokens")),
+            Variant("depth+width", _switches("tokens,layers,heads,mlp:groups=8,scorer=all")),
+            Variant("width", _switches("tokens,heads,mlp:groups=8,scorer=all")),
+            Variant("depth", _switches("tokens,layers:scorer=all")),
+            Variant("static, tuned", _switches(_ALL), plans="tuned"),
+        ),
+        "all",
+    ),
+    "exp3": Comparison(
+        "How a controller learns, on one elastic model",
+        (0.65, 0.45, 0.3),
+        (
+            _method("gumbel:temperature=5"),
+            _method("simple"),
+            _method("imitation", _FEWER),
+            _method("reinforce", _FEWER),
+            _method("grpo", _FEWER),
+            _method("ppo", _FEWER),
+            Variant("elastic", _switches(_ADDITIVE)),
+            Variant("random", _switches(_ADDITIVE), plans="random"),
+        ),
+        "gumbel",
+    ),
+}
+
+
+def _visionzip(tokens: int) -> str:
+    """In the paper's proportion: 54 dominant tokens of 64, the others contextual."""
+    contextual = max(0, round(tokens * 10 / 64))
+    return f"visionzip:dominant={tokens - contextual},contextual={contextual}"
