@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import fx
 
 
@@ -9,6 +11,18 @@ def opname(node: fx.Node) -> str:
     """Base name of the operation a node calls: ``linear``, ``mul``, ``mark`` (no overload)."""
     name = getattr(node.target, "__name__", str(node.target))
     return str(name).split(".")[0].lstrip("_")
+
+
+def upstream(end: fx.Node, passes: Callable[[fx.Node], bool]) -> dict[fx.Node, None]:
+    """A node and all that it is computed from, as far as nodes that do not let pass, included."""
+    met, pending = {end: None}, [end]
+    while pending:
+        node = pending.pop()
+        if passes(node):
+            fresh = [n for n in node.all_input_nodes if n not in met]
+            met |= dict.fromkeys(fresh)
+            pending += fresh
+    return met
 
 
 def _words(text: str) -> frozenset[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from planner.ir.lowering.aten import ACTIVATIONS, ATTENTION, HEAVY, NORMS, VIEWS, opname
+from planner.ir.lowering.aten import ACTIVATIONS, ATTENTION, HEAVY, NORMS, VIEWS, opname, upstream
 from planner.ir.lowering.flow import Flow, is_light
 
 # Products that may be of two activations; a recurrence is made of those.
@@ -67,17 +67,15 @@ def _leaf(flow: Flow, members: list[fx.Node]) -> Group | None:
 def _rotations(flow: Flow, attention: fx.Node, groups: dict[fx.Node, Group]) -> list[Group]:
     """Light work between the projections and the attention: rotation by position."""
     found: list[Group] = []
+    calls = set(flow.calls)
+
+    def is_free(node: fx.Node) -> bool:
+        known = node in groups or any(node in group.nodes for group in found)
+        return not known and node in calls and is_light(node)
+
     for argument, letter in zip(attention.args[:2], "qk", strict=False):
-        members: set[fx.Node] = set()
-        pending = [argument] if isinstance(argument, fx.Node) else []
-        while pending:
-            node = pending.pop()
-            known = node in members or node in groups or any(node in g.nodes for g in found)
-            if known or node not in flow.live or node.op != "call_function" or not is_light(node):
-                continue
-            members.add(node)
-            pending.extend(node.all_input_nodes)
-        chain = [n for n in flow.calls if n in members]
+        members = upstream(argument, is_free) if isinstance(argument, fx.Node) else {}
+        chain = [n for n in flow.calls if n in members and is_free(n)]
         # A value that others read as well stays an operator of its own.
         while (last := _read_outside(flow, chain, attention)) is not None:
             chain = chain[last + 1 :]

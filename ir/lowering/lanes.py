@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from planner.ir.graph import Block
 from planner.ir.intervals import intervals_of
-from planner.ir.lowering.aten import ACTIVATIONS, HEAVY, NORMS, REDUCTIONS, VIEWS, opname
+from planner.ir.lowering.aten import ACTIVATIONS, HEAVY, NORMS, REDUCTIONS, VIEWS, opname, upstream
 from planner.ir.lowering.flow import Flow
 
 # More labels than this on one value means that features are being mixed, not arranged.
@@ -229,16 +229,10 @@ class TracedLayer:
 
         What comes from elsewhere would keep its width when the sources are narrowed.
         """
-        pending, seen = [end], set()
-        while pending:
-            node = pending.pop()
-            if node in sources or node in seen:
-                continue
-            seen.add(node)
-            if opname(node) in HEAVY or opname(node) == "mark":
-                return False
-            pending.extend(n for n in node.all_input_nodes if n in self.flow.live)
-        return True
+        inside = {end} | self.flow.live
+        met = upstream(end, lambda node: node in inside and node not in sources)
+        others = met.keys() & inside - sources
+        return not any(opname(node) in HEAVY or opname(node) == "mark" for node in others)
 
     def columns(self, label: Label) -> Tensor:
         """The numbers that a label gives to the features a linear reads, for one token."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from planner.ir.lowering.aten import HEAVY, VIEWS, opname
+from planner.ir.lowering.aten import HEAVY, VIEWS, opname, upstream
 
 # Key of a fused attention's meta: its scores go through tanh.
 CAPPED = "planner_capped"
@@ -153,16 +153,13 @@ def _reached(graph: fx.Graph, activations: Container[str]) -> set[fx.Node]:
 
 def _scores(softmax: fx.Node, reached: set[fx.Node]) -> fx.Node | None:
     """The one product that a softmax is taken of, through elementwise work."""
-    pending, seen, products = [softmax], set(), []
-    while pending:
-        for node in pending.pop().all_input_nodes:
-            if node not in reached or node in seen:
-                continue
-            seen.add(node)
-            if opname(node) in HEAVY or node.op == "placeholder" or opname(node) == "mark":
-                products.append(node)
-            else:
-                pending.append(node)
+
+    def passes(node: fx.Node) -> bool:
+        ends = node.op == "placeholder" or opname(node) in HEAVY or opname(node) == "mark"
+        return node in reached and not ends
+
+    met = upstream(softmax, passes)
+    products = [node for node in met if node in reached and not passes(node)]
     if len(products) != 1 or opname(products[0]) not in _PRODUCTS:
         return None
     (product,) = products
@@ -172,13 +169,8 @@ def _scores(softmax: fx.Node, reached: set[fx.Node]) -> fx.Node | None:
 
 def _is_capped(softmax: fx.Node, scores: fx.Node) -> bool:
     """Whether the work between scores and softmax bounds the scores."""
-    pending, seen = [softmax], {scores}
-    while pending:
-        for node in pending.pop().all_input_nodes:
-            if node not in seen:
-                seen.add(node)
-                pending.append(node)
-    return any(opname(node) == "tanh" for node in seen)
+    between = upstream(softmax, lambda node: node is not scores)
+    return any(opname(node) == "tanh" for node in between)
 
 
 def _output(softmax: fx.Node) -> fx.Node | None:

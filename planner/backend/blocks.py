@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from planner.ir.lowering.aten import ATTENTION, VIEWS, opname
+from planner.ir.lowering.aten import ATTENTION, VIEWS, opname, upstream
 from planner.kernels.ops.project_rows import ACTIVATIONS
 from planner.models.running.bindings import BoundLinear, BoundSite
 
@@ -184,16 +184,9 @@ def _pieces(bound: BoundLinear, lanes: int) -> list[slice]:
 
 def _between(sources: Sequence[fx.Node], sink: Product) -> tuple[fx.Node, ...]:
     """Nodes from some products to the input of another, which nothing else reads or feeds."""
-    inner: set[fx.Node] = set()
-    pending = [sink.x]
-    while pending:
-        node = pending.pop()
-        if node in inner or node in sources:
-            continue
-        if node.op not in ("call_function", "call_method"):
-            raise Unmatched("its neurons meet values that are none of its own")
-        inner.add(node)
-        pending.extend(node.all_input_nodes)
+    inner = upstream(sink.x, lambda node: node not in sources).keys() - set(sources)
+    if any(node.op not in ("call_function", "call_method") for node in inner):
+        raise Unmatched("its neurons meet values that are none of its own")
     allowed = inner | {sink.node}
     if any(user not in allowed for node in (*sources, *inner) for user in node.users):
         raise Unmatched("its neurons are read elsewhere too")
