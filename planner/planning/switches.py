@@ -114,6 +114,8 @@ def with_switches(graph: Graph, groups: int | None = None, like_heads: bool = Fa
 
     InputError where an MLP cannot be divided into so many groups.
     """
+    if groups is not None and groups < 1:
+        raise InputError(f"mlp-groups must be at least 1, not {groups}")
     heads = {s.layer: _query_heads(graph, s) for s in graph.sites_of("heads")}
     usual = max(heads.values(), default=32)
     sites: Sequence[Site] = [
