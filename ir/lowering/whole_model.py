@@ -6,7 +6,6 @@ Everything is found by transformers' accessors and by structure; no architecture
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, cast
@@ -175,7 +174,7 @@ class _Stock:
 def _facts(config: Any) -> str:
     known = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
     experts = getattr(config.get_text_config(), "_experts_implementation", None)
-    return json.dumps([known, experts], sort_keys=True, default=repr)
+    return repr([known, experts])
 
 
 @lru_cache(maxsize=64)
