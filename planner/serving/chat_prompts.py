@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ class Prompt:
     inputs: dict[str, Any]  # a batch of one, on the CPU
     tokens: int  # of images too
     image_tokens: int
+    asked: tuple[str, ...]  # about each picture
 
 
 class PromptReader:
@@ -68,7 +69,8 @@ class PromptReader:
         tokens = int(inputs["input_ids"].shape[1])
         if not tokens:
             raise InputError("the prompt is empty")
-        return Prompt(inputs, tokens, count_image_tokens(self._model, inputs))
+        image_tokens = count_image_tokens(self._model, inputs)
+        return Prompt(inputs, tokens, image_tokens, tuple(_questions(messages)))
 
     def _pictures(self, messages: Sequence[Message]) -> list[Any]:
         urls = [
@@ -100,6 +102,15 @@ class PromptReader:
             for part in parts
         ]
         return {"role": message.role, "content": content}
+
+
+def _questions(messages: Sequence[Message]) -> Iterator[str]:
+    """What is asked about each picture: the text beside it, or else the last of all."""
+    texts = ["\n".join(_texts(message)) for message in messages]
+    last = next((text for text in reversed(texts) if text), "")
+    for message, text in zip(messages, texts, strict=True):
+        if not isinstance(message.content, str):
+            yield from (text or last for part in message.content if isinstance(part, ImagePart))
 
 
 def _texts(message: Message) -> list[str]:

@@ -264,6 +264,7 @@ class Engine:
                 [job.prompt.inputs for job in jobs],
                 [self.ladder.rungs[rung].plan for rung in rungs],
                 [job.sampler for job in jobs],
+                [text for job in jobs for text in job.prompt.asked],
             )
         except Exception as error:
             if len(jobs) == 1:

@@ -17,6 +17,7 @@ from planner.models.running.joined_cache import CachedAnswer, can_be_joined, joi
 from planner.models.running.kv_cache import cache_argument
 from planner.models.running.session import Setting
 from planner.models.running.skipping import session_on
+from planner.models.tokens.text_tower import question
 from planner.plan import Plan
 
 
@@ -103,18 +104,20 @@ class RunningBatch:
         prompts: Sequence[Mapping[str, Tensor]],
         plans: Sequence[Plan],
         samplers: Sequence[Sampler],
+        asked: Sequence[str] = (),
     ) -> list[Answer]:
         """Read prompts, whose answers join the batch with their first tokens.
 
-        `prompts` are inputs of the model, a batch of one each, that `alike` says go together.
-        PlannerError where there is no answer to some prompt.
+        `prompts` are inputs of the model, a batch of one each, that `alike` says go together;
+        `asked` is the question about each picture in them. PlannerError where there is no answer to
+        some prompt.
         """
         cache = DynamicCache(config=self.model.config)
         lengths = [prompt["input_ids"].shape[1] for prompt in prompts]
         inputs = _padded(prompts, max(lengths), self.model.device)
         if len(prompts) > 1:
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        with self._session.under(plans):
+        with self._session.under(plans), question(asked):
             output = self._run(cache, inputs)
             kept = self._session.implementation.kept_image_tokens
         answers = [

@@ -105,7 +105,7 @@ def _step_seconds(batch: RunningBatch, prompts: Sequence[Prompt], plan: Plan) ->
 
 
 def _read(batch: RunningBatch, prompt: Prompt, plan: Plan) -> None:
-    batch.read([prompt.inputs], [plan], [Sampler(0.0)])
+    batch.read([prompt.inputs], [plan], [Sampler(0.0)], prompt.asked)
 
 
 def _clear(batch: RunningBatch) -> None:

@@ -1,13 +1,13 @@
 """Selectors that compare images with the question, on stock models beside a CLIP model."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
-from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, set_seed
+from small_clip import LENGTH, WORDS, write_clip
+from transformers import CLIPModel
 
 import planner
 from planner.ir.errors import InputError
@@ -18,32 +18,11 @@ from planner.planning.selectors import parse
 from planner.planning.selectors.selector import Sizes
 from tests.plans import plan_of
 
-WORDS = ["<s>", "</s>", "what", "is", "red", "blue", "left", "of", "the", "circle"]
-LENGTH = 8
-
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     """A CLIP model as wide as the vision tower of the small LLaVA, in a folder."""
-    folder = tmp_path_factory.mktemp("clip")
-    set_seed(0)
-    side = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
-    text = {
-        "vocab_size": len(WORDS), "max_position_embeddings": LENGTH, "num_attention_heads": 2,
-        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, **side,
-    }  # fmt: skip
-    vision = {**side, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
-    CLIPModel(config).save_pretrained(folder)
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="the"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="the"
-    ).save_pretrained(folder)
-    return folder
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 def test_one_question_is_embedded_as_clip_does_it(clip):
@@ -135,3 +114,60 @@ def test_the_text_tower_is_priced(clip):
 
 def _is_matrix(name, parameter):
     return parameter.ndim == 2 and "embedding" not in name
+
+
+@pytest.fixture
+def guided(lowered_family, clip):
+    """A copy of the small LLaVA, planned to keep what a question is about, and its inputs."""
+    family, graph = lowered_family("llava")
+    model = copy.deepcopy(family.model)
+    stage = TokenStage(0, 5, 16, f"cdpruner:keep=5,clip={clip}")
+    planner.compile(model, plan=plan_of(graph, tokens=(stage,)))
+    yield model, family.inputs()
+    planner.restore(model)
+
+
+QUESTIONS = ["what is red", "blue circle left of the circle", "what", "the blue circle"]
+
+
+@torch.no_grad()
+def asked(model, inputs, text):
+    with planner.question(text):
+        return model(**inputs).logits
+
+
+@torch.no_grad()
+def test_threads_ask_each_their_own_question(guided):
+    model, inputs = guided
+    alone = [asked(model, inputs, text) for text in QUESTIONS]
+    assert not torch.equal(alone[0], alone[1])
+
+    def often(n):
+        return all(torch.equal(asked(model, inputs, QUESTIONS[n]), alone[n]) for _ in range(4))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(often, range(4)))
+        # A question holds where it was said: another thread was told none.
+        with planner.question("what is red"), pytest.raises(InputError, match="says what is asked"):
+            pool.submit(model, **inputs).result()
+
+
+@torch.no_grad()
+def test_a_copy_asks_by_itself(guided):
+    model, inputs = guided
+    expected, made = asked(model, inputs, "what is red"), copy.deepcopy(model)
+    torch.testing.assert_close(asked(made, inputs, "what is red"), expected)
+    planner.restore(made)
+    torch.testing.assert_close(asked(model, inputs, "what is red"), expected)
+
+
+@torch.no_grad()
+def test_saving_leaves_the_clip_model_out_and_a_plan_finds_it_again(guided, tmp_path):
+    model, inputs = guided
+    expected, plan = asked(model, inputs, "what is red"), planner.plan_of(model)
+    model.save_pretrained(tmp_path / "model")
+    planner.save_plan(plan, tmp_path / "plan.yaml")
+    again, found = type(model).from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not found["unexpected_keys"]
+    planner.compile(again.eval(), plan=planner.load_plan(tmp_path / "plan.yaml"))
+    torch.testing.assert_close(asked(again, inputs, "what is red"), expected)

@@ -1,12 +1,14 @@
 """tiny-llava behind a server of its own, on loopback."""
 
 import contextlib
+import copy
 import socket
 import threading
 
 import openai
 import pytest
 import uvicorn
+from small_clip import write_clip
 
 from planner.loading import load_model
 from planner.serving.chat_prompts import PromptLimits
@@ -53,3 +55,19 @@ def address(service):
 def client(address):
     with openai.OpenAI(base_url=f"{address}/v1", api_key="second-key", max_retries=0) as client:
         yield client
+
+
+@pytest.fixture
+def guided(tiny, tmp_path):
+    """(client, service, model) of one that keeps the patches that a question is about."""
+    model = copy.deepcopy(tiny[0])
+    service = open_service(
+        "tiny-llava", model, tiny[1], [1.0],
+        prompts=PromptLimits(256, images=3, pixels=10**6), limits=EngineLimits(answers=4),
+        utilities="prior", tokens=f"cdpruner:keep=9,clip={write_clip(tmp_path, 128)}",
+    )  # fmt: skip
+    with (
+        running(http_app(service, ["key"], 2**20)) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="key", max_retries=0) as client,
+    ):
+        yield client, service, model

@@ -101,3 +101,25 @@ def test_a_long_deadline_runs_the_whole_model_and_a_short_one_less(client, servi
     """Between what the two rungs are expected to take, the cheap one is picked."""
     assert ask(client, COLOURS[0], deadline_ms=60_000).usage.plan["budget"] == 1
     assert ask(client, COLOURS[0], headers={"x-llm-d-slo-ttft-ms": "60000"}).usage.plan["budget"]
+
+
+def test_a_question_picks_the_patches_that_are_about_it(guided, tiny):
+    """Requests together, with one picture, several and none; each is asked by its own text."""
+    client, service, model = guided
+    processor, (rung,) = tiny[1], service.engine.ladder.rungs
+    questions, expected = ("what is red", "blue circle left"), []
+    for text in questions:
+        spoken = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+        prompt = processor.apply_chat_template(spoken, add_generation_prompt=True, tokenize=False)
+        picture = Image.new("RGB", (56, 56), COLOURS[0])
+        inputs = processor(text=prompt, images=picture, return_tensors="pt")
+        with torch.no_grad(), planner.budget(model, rung.plan), planner.question(text):
+            ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        new = ids[0, inputs["input_ids"].shape[1] :]
+        expected.append(processor.decode(new, skip_special_tokens=True))
+    asked = [(questions[0], 1), (questions[1], 1), (questions[0], 2), ("what", 0)]
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda a: ask(client, *COLOURS[: a[1]], text=a[0]), asked))
+    assert [answer.choices[0].message.content for answer in answers[:2]] == expected
+    kept = [answer.usage.plan["image_tokens"] for answer in answers]
+    assert kept == [{"0": 9}, {"0": 9}, {"0": 18}, {}]
