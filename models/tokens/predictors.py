@@ -19,8 +19,9 @@ from planner.ir.errors import InputError
 from planner.planning.selectors import PredictorSettings
 from planner.planning.selectors.trained_predictors import BLOCKS, SETTINGS, WEIGHTS
 
-# Standard deviation of untrained linear weights.
+# Standard deviation of untrained linear weights, and the decoder's width that it was chosen for.
 _SPREAD = 0.02
+_PUBLISHED_WIDTH = 4096
 _MOST_BYTES = 1024 * MEBIBYTE
 
 
@@ -122,7 +123,8 @@ class OutputPredictor(nn.Module):
 class Predictors(nn.Module):
     """Both predictors, or one of them, beside a decoder of a width.
 
-    Untrained: linear weights of N(0, 0.02), biases 0.
+    Untrained: linear weights of N(0, 0.02), biases 0. Where a predictor is narrower than published,
+    weights are wider in proportion: of equally small ones logits would hardly depend on tokens.
     """
 
     def __init__(self, width: int, settings: PredictorSettings | None = None) -> None:
@@ -133,14 +135,18 @@ class Predictors(nn.Module):
         self.output = (
             OutputPredictor(width, settings) if settings.use_output_text_predictor else None
         )
-        self.apply(_initialise)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                self._initialise(module)
 
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=_SPREAD)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    def _initialise(self, linear: nn.Linear) -> None:
+        published = PredictorSettings()
+        narrower = published.inner_width / self.settings.inner_width
+        if linear.in_features == self.width:
+            narrower = _PUBLISHED_WIDTH / self.width
+        nn.init.normal_(linear.weight, std=_SPREAD * max(1, narrower) ** 0.5)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
 
 
 def save_predictors(predictors: Predictors, folder: str | Path) -> None:

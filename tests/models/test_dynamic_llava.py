@@ -89,6 +89,20 @@ def test_predictors_have_the_published_sizes():
     assert [published.image_parameters(4096), published.output_parameters(4096)] == counts
 
 
+@torch.no_grad()
+def test_untrained_small_ones_tell_tokens_apart_as_the_published_do():
+    def spread(width, inner):
+        torch.manual_seed(0)
+        predictors = Predictors(width, PredictorSettings(inner_width=inner))
+        tokens = torch.randn(2, 24, width)
+        whole = torch.ones(2, 24, dtype=torch.bool)
+        both = predictors.image(tokens, whole), predictors.output(tokens)
+        return [float((logits[..., 0] - logits[..., 1]).std(1).mean()) for logits in both]
+
+    for small, published in zip(spread(128, 64), spread(4096, 512), strict=True):
+        assert published / 4 < small < 4 * published
+
+
 @few
 @given(seed=st.integers(0, 99), lengths=st.lists(st.integers(0, 7), min_size=1, max_size=4))
 def test_predictors_equal_loops_over_tokens(seed, lengths):
