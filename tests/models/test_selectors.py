@@ -100,7 +100,7 @@ def test_text_form_of_lists_flags_and_defaults():
     ("text", "message"),
     [
         ("fastvv", "There is no token selector 'fastvv'; known: fastv, sparsevlm, "),
-        ("h2o", "There is no token selector 'h2o'"),
+        ("h2o", "'h2o' is a policy of the KV cache"),
         ("fastv:keep=3", "fastv has no field 'keep'; its fields: k, r."),
         ("fastv:k=two", "fastv:k=two cannot be read: k is a whole number."),
         ("fastv:k=2.0", "fastv:k=2.0 cannot be read: k is a whole number."),
@@ -150,6 +150,11 @@ def test_bad_text_says_what_is_wrong(text, message):
         parse(text)
     assert message in str(error.value)
     assert str(error.value).endswith(".")
+
+
+def test_a_policy_is_no_selector():
+    with pytest.raises(InputError, match="give it as --kv voco"):
+        parse("voco")
 
 
 def test_bad_kv_policy():

@@ -129,6 +129,9 @@ KV_POLICIES: Mapping[str, type[KVPolicy]] = {
 
 def parse(text: str) -> DecoderSelector | VisionSelector:
     """Read a selector, for example ``fastv:k=2,r=0.5``; InputError says what is wrong."""
+    name = text.strip().partition(":")[0]
+    if name in KV_POLICIES and name not in SELECTORS:
+        raise InputError(f"'{name}' is a policy of the KV cache: give it as --kv {text}.")
     return read_named(text, SELECTORS, "token selector")
 
 
