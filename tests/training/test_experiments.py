@@ -5,7 +5,7 @@ import json
 import pytest
 
 from planner.training.experiments import EXPERIMENTS, summarise
-from planner.training.experiments.cells import Bench
+from planner.training.experiments.cells import TableBench
 from planner.training.experiments.learning import learned
 from planner.training.experiments.results_page import markdown, write_page
 
@@ -99,10 +99,11 @@ def test_cells_have_files_of_their_own(name):
 
 def test_cells_are_measured_once_and_again_when_something_changed(tmp_path, monkeypatch):
     measured = []
-    monkeypatch.setattr(Bench, "_measure", lambda self, c: measured.append(c) or {"accuracy": 0.5})
+    found = {"accuracy": 0.5}
+    monkeypatch.setattr(TableBench, "_measure", lambda self, c: measured.append(c) or found)
     first = EXPERIMENTS["table1"].cells[1]
     for samples, overrides in ((5, ()), (5, ()), (6, ()), (6, ("max_steps=2",))):
-        bench = Bench(tmp_path, 0, samples, overrides, print)
+        bench = TableBench(tmp_path, 0, samples, overrides, print)
         assert bench.measured(first) == {"accuracy": 0.5}
     assert len(measured) == 3
 

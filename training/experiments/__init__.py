@@ -7,7 +7,7 @@ seed stands for the training run and for the test questions, so the base model h
 
     definitions   which cells make which table
     cells         training and measuring them
-    kept_results  what was measured, kept in files
+    kept_results  what benches of experiments share: results kept in files, training runs
     learning      labels to start from, the regret of plans, the losses of training
     paired_bootstrap
                   differences between methods, with intervals
@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 
 from planner.progress import Say
-from planner.training.experiments.cells import Bench
+from planner.training.experiments.cells import TableBench
 from planner.training.experiments.definitions import EXPERIMENTS
 from planner.training.experiments.learning import learned
 from planner.training.experiments.paired_bootstrap import paired_bootstrap
@@ -63,7 +63,7 @@ def run_experiment(
     rows, learning = [], []
     methods = {cell.method: cell for cell in experiment.cells if experiment.learning}
     for seed in seeds:
-        bench = Bench(work, seed, samples, tuple(overrides), progress)
+        bench = TableBench(work, seed, samples, tuple(overrides), progress)
         for cell in experiment.cells:
             rows.append({"seed": seed, **bench.measured(cell)})
         for cell in methods.values():

@@ -22,11 +22,10 @@ from planner.planning.catalog import find_model
 from planner.planning.request import Request
 from planner.planning.switches import with_switches
 from planner.planning.utilities import Utilities, save_utilities
-from planner.progress import Say
 from planner.training.data import SceneQuestions
 from planner.training.evaluate import TEXT_TOKENS, UnderBudgets, predict
 from planner.training.experiments.definitions import Cell
-from planner.training.experiments.kept_results import kept_or_measured
+from planner.training.experiments.kept_results import Bench, kept_or_measured
 from planner.training.experiments.learning import label_file, losses_of, regret_of
 from planner.training.recipes import load_recipe
 
@@ -36,22 +35,9 @@ CALIBRATION_QUESTIONS = 24
 
 
 @dataclass(frozen=True, eq=False)
-class Bench:
-    """Models of one seed, trained and loaded when they are needed, and their measured cells.
+class TableBench(Bench):
+    """Models of one seed and their measured cells."""
 
-    Attributes:
-        work: where models and cells are kept.
-        seed: of the training runs and of the test questions.
-        samples: test questions.
-        overrides: of every training configuration.
-        progress: told what comes next.
-    """
-
-    work: Path
-    seed: int
-    samples: int
-    overrides: tuple[str, ...]
-    progress: Say
     _loaded: dict[Path, tuple[Any, Any, Any]] = field(default_factory=dict)
 
     def measured(self, cell: Cell) -> dict[str, Any]:
@@ -78,7 +64,7 @@ class Bench:
     def _learned(self, cell: Cell) -> dict[str, Any]:
         folder = self._trained(cell)
         model, processor, graph = self._load(folder)
-        self.progress(f"seed {self.seed}: regret of {cell.method}")
+        self.say(f"regret of {cell.method}")
         scheduled = Scheduled(model, graph, load_scheduler(folder, graph), mask=True)
         return {
             "method": cell.method,
@@ -89,7 +75,7 @@ class Bench:
     def _measure(self, cell: Cell) -> dict[str, Any]:
         folder = self._trained(cell) if cell.config else _shipped()
         model, processor, graph = self._load(folder)
-        self.progress(f"seed {self.seed}: {cell.method} {cell.tokens} at {cell.budget:g}")
+        self.say(f"{cell.method} {cell.tokens} at {cell.budget:g}")
         scheduled, utilities = None, "prior"
         if cell.config:
             scheduler = load_scheduler(folder, graph)
@@ -124,19 +110,12 @@ class Bench:
         label = "_".join([Path(cell.config).stem, *(o.replace("=", "-") for o in (*before, *own))])
         folder = self.work / "models" / f"{label}_seed-{self.seed}"
         if not (folder / "model" / "scheduler.json").is_file():
-            self.progress(f"seed {self.seed}: training {label}")
+            self.say(f"training {label}")
             config = Path(__file__).parent.parent / "configs" / cell.config
             if cell.labels:
                 base = self._load(_shipped())
                 before = [f"labels={label_file(*base, cell.labels, self.work)}"]
-            settings = [
-                f"output_dir={folder / 'run'}",
-                f"export_dir={folder / 'model'}",
-                f"seed={self.seed}",
-                *before,
-                *own,
-            ]
-            train, parsed = load_recipe(config, settings)
+            train, parsed = load_recipe(config, [*self.run_settings(folder), *before, *own])
             train(parsed)
         return folder / "model"
 

@@ -5,7 +5,6 @@ Questions have short answers, so a question is right or wrong.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,6 @@ from planner.plan import Plan
 from planner.planning.budgets import Budget
 from planner.planning.plan_costs import PlanCosts
 from planner.planning.selectors import stages_of
-from planner.progress import Say
 from planner.solver import Infeasible
 from planner.training import unified
 from planner.training.adallava import Learner
@@ -44,10 +42,14 @@ from planner.training.experiments.forced_plans import (
     random_plan,
     under_one_plan,
 )
-from planner.training.experiments.kept_results import kept, kept_or_measured
+from planner.training.experiments.kept_results import (
+    Bench,
+    kept,
+    kept_or_measured,
+    losses_logged,
+)
 from planner.training.experiments.paired_bootstrap import paired_bootstrap
 from planner.training.recipes import load_recipe
-from planner.training.trainer import last_checkpoint
 from planner.training.unified import UnifiedConfig
 
 FAMILIES = ("existence", "attribute", "count", "spatial", "text")
@@ -75,22 +77,9 @@ class _Loaded:
 
 
 @dataclass(frozen=True, eq=False)
-class Measuring:
-    """Variants of one seed, trained, loaded and measured when they are needed, and kept.
+class Measuring(Bench):
+    """Variants of controllers, of one seed."""
 
-    Attributes:
-        work: where models and cells are kept.
-        seed: of the training runs and of the test questions.
-        samples: test questions.
-        overrides: of every training configuration.
-        progress: told what comes next.
-    """
-
-    work: Path
-    seed: int
-    samples: int
-    overrides: tuple[str, ...]
-    progress: Say
     _loaded: dict[str, _Loaded] = field(default_factory=dict)
     _packed: dict[str, Batches] = field(default_factory=dict)
 
@@ -98,7 +87,7 @@ class Measuring:
         """A variant at a budget, from its file or measured now; `right` has a digit a question."""
 
         def measure() -> dict[str, Any]:
-            self.progress(f"seed {self.seed}: {variant.name} at {budget:g}")
+            self.say(f"{variant.name} at {budget:g}")
             how = self._selected if variant.selector else self._controlled
             try:
                 found = how(comparison, variant, budget)
@@ -138,9 +127,8 @@ class Measuring:
         self, name: str, folder: Path, settings: Sequence[str], learner: Learner | None = None
     ) -> Path:
         if not (folder / "model" / "scheduler.json").is_file():
-            self.progress(f"seed {self.seed}: training {name}")
-            places = [f"output_dir={folder / 'run'}", f"export_dir={folder / 'model'}"]
-            _, config = load_recipe(CONFIG, [*places, f"seed={self.seed}", *settings])
+            self.say(f"training {name}")
+            _, config = load_recipe(CONFIG, [*self.run_settings(folder), *settings])
             assert isinstance(config, UnifiedConfig)
             unified.train(config, learner or unified.learner)
         return folder / "model"
@@ -154,10 +142,7 @@ class Measuring:
 
     def curve(self, comparison: Comparison, variant: Variant) -> list[tuple[int, float]]:
         """(step, mean loss of the plans drawn, in nats) of a variant's training."""
-        checkpoint = last_checkpoint(self.trained(comparison, variant).parent / "run")
-        assert checkpoint is not None
-        history = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["log_history"]
-        logged = [entry for entry in history if "loss" in entry]
+        logged = losses_logged(self.trained(comparison, variant).parent / "run")
         # A policy's own loss says nothing of its plans; the likelihood of answers is its reward.
         return [(e["step"], -e["reward"] if "reward" in e else e["loss"]) for e in logged]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -12,9 +11,9 @@ from planner.audit import Labels, Terms, audit, write_labels
 from planner.ir.graph import Graph
 from planner.models.scheduling import Scheduled
 from planner.training.evaluate import TEXT_TOKENS
+from planner.training.experiments.kept_results import losses_logged
 from planner.training.labelling import label_samples
 from planner.training.question_samples import scene_samples
-from planner.training.trainer import last_checkpoint
 
 # One, two and three of tiny-llava's four switches.
 BUDGETS = (0.65, 0.75, 0.9)
@@ -60,10 +59,7 @@ def _labels(model: Any, graph: Graph, samples: Sequence[Any], **options: Any) ->
 
 def losses_of(run: Path) -> list[tuple[int, float]]:
     """(step, mean loss since the step before) of a training run, from its last checkpoint."""
-    checkpoint = last_checkpoint(run)
-    assert checkpoint is not None
-    history = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["log_history"]
-    return [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    return [(entry["step"], entry["loss"]) for entry in losses_logged(run)]
 
 
 def learned(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ from planner.planning.selectors.trained_predictors import WEIGHTS
 from planner.progress import Say
 from planner.training.data import Conversation, Packer, SceneQuestions
 from planner.training.data.packing import IGNORE
-from planner.training.experiments.kept_results import kept_or_measured
+from planner.training.experiments.kept_results import Bench, kept_or_measured
 from planner.training.experiments.paired_bootstrap import paired_bootstrap
 from planner.training.experiments.results_page import table
 from planner.training.recipes import load_recipe
@@ -89,23 +89,9 @@ METHODS = tuple(_methods())
 
 
 @dataclass(frozen=True, eq=False)
-class _Bench:
-    """Answers of one seed, and what they lose under methods.
+class _Bench(Bench):
+    """Answers of one seed, and what they lose under methods; `batch_size` are fed together."""
 
-    Attributes:
-        work: where predictors and cells are kept.
-        seed: of predictors and questions.
-        samples: answers.
-        overrides: of the training configuration.
-        progress: told what comes next.
-        batch_size: answers fed together.
-    """
-
-    work: Path
-    seed: int
-    samples: int
-    overrides: tuple[str, ...]
-    progress: Say
     batch_size: int = 32
     _predictors: dict[tuple[float, float], Path] = field(default_factory=dict)
 
@@ -127,16 +113,8 @@ class _Bench:
         label = "_".join(labels).replace("=", "-").replace("/", "-")
         folder = self.work / "models" / f"dynamic_{label}_seed-{self.seed}"
         if not (folder / "model" / WEIGHTS).is_file():
-            self.progress(f"seed {self.seed}: training predictors that keep {rates}")
-            train, config = load_recipe(
-                CONFIG,
-                [
-                    f"output_dir={folder / 'run'}",
-                    f"export_dir={folder / 'model'}",
-                    f"seed={self.seed}",
-                    *self.overrides,
-                ],
-            )
+            self.say(f"training predictors that keep {rates}")
+            train, config = load_recipe(CONFIG, [*self.run_settings(folder), *self.overrides])
             kept = {"vision_keep_rate": rates[0], "output_text_keep_rate": rates[1]}
             settings = config.model_dump()
             settings["predictors"] |= kept
@@ -146,7 +124,7 @@ class _Bench:
     def _measure(self, method: Method) -> dict[str, Any]:
         folder = str(self._trained(method.rates)) if method.is_trained else ""
         model, processor, graph = self._model
-        self.progress(f"seed {self.seed}: {method.name} {method.rates}")
+        self.say(f"{method.name} {method.rates}")
         of = int(graph.properties["image_tokens"])
         tokens, kv = (text.replace("FOLDER", folder) for text in (method.tokens, method.kv))
         tokens = tokens.replace("COUNT", str(int(of * IMAGE_RATE)))
