@@ -39,22 +39,30 @@ class Healing:
         steps: of the optimiser.
         batch: samples a step.
         rank: of the low-rank changes; 0 trains the weights themselves.
-        learning_rate: at its highest; it rises over a tenth of the steps, and falls to 0.
+        learning_rate: at its highest; it rises over a tenth of the steps, and falls to 0. By
+            default 2e-3 for low-rank changes, and 1e-4 for the weights themselves.
         seed: which samples come when, and how changes begin.
     """
 
     steps: int = 100
     batch: int = 4
     rank: int = 32
-    learning_rate: float = 2e-3
+    learning_rate: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch", 1), ("rank", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        if not self.learning_rate > 0:
+        if not self.highest_rate > 0:
             raise InputError(f"the learning rate must be above 0, not {self.learning_rate}")
+
+    @property
+    def highest_rate(self) -> float:
+        """The learning rate at its highest."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 2e-3 if self.rank else 1e-4
 
 
 @dataclass(frozen=True)
@@ -118,9 +126,9 @@ def heal(
     own = {name: model.get_parameter(name) for name in linears}
     losses = []
     with replaced(model, {**own, **weights}), _trained(model, linears, settings) as parameters:
-        optimiser = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+        optimiser = torch.optim.AdamW(parameters, lr=settings.highest_rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimiser, settings.learning_rate, settings.steps + 1, pct_start=0.1
+            optimiser, settings.highest_rate, settings.steps + 1, pct_start=0.1
         )
         drawn = _drawn(len(samples), settings.steps * settings.batch, order)
         for step in range(settings.steps):

@@ -26,7 +26,9 @@ def heal_command(
     rank: Annotated[
         int, typer.Option(help="Of LoRA's matrices; 0 trains the weights themselves.")
     ] = 32,
-    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 2e-3,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="At its highest; 2e-3, or 1e-4 at rank 0.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Which samples come when.")] = 0,
 ) -> None:
     """Refit a plan's weights, train them on the base model's outputs, and export the result."""
