@@ -1,8 +1,12 @@
 """What the tests of serving ask a server of tiny-llava."""
 
 import base64
+import contextlib
 import io
+import socket
+import threading
 
+import uvicorn
 from PIL import Image
 
 COLOURS = ((200, 30, 30), (30, 200, 30), (30, 30, 200))
@@ -26,3 +30,16 @@ def ask(client, *colours, text=QUESTION, **own):
         model="tiny-llava", messages=messages(*colours, text=text), max_tokens=own.pop("most", 8),
         extra_body=own, extra_headers=headers,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def running(app):
+    """The address of a server that runs an application."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none"))
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()

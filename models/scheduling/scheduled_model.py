@@ -222,6 +222,12 @@ class Scheduled:
         self._attached.close()
         self.prompts = self._current = None
 
+    def release(self, cache: Cache) -> None:
+        """Leave a cache to others, to whom its latency token is a token like any other."""
+        known = self._prompts.pop(cache, None)
+        if known is not None and known.lengths is not None:
+            del cache.__dict__["get_seq_length"], cache.__dict__["get_mask_sizes"]
+
     def plans(self) -> list[Plan]:
         """What was decided for the last prompt, a plan per sample."""
         if self.taken is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from planner.cli.command_options import (
     Dtype,
     KernelChoice,
     Place,
+    Scheduler,
     command,
     parse_fractions,
 )
@@ -57,6 +59,7 @@ def serve_command(
         Path | None, typer.Option(help="File of keys, one a line: others get 401.")
     ] = None,
     grace: Annotated[int, typer.Option(min=0, help="Seconds to finish answers when stopped.")] = 30,
+    scheduler: Scheduler = None,
     dtype: Dtype = "auto",
     place: Place = "cpu",
     kernels: KernelChoice = "auto",
@@ -71,16 +74,25 @@ def serve_command(
     except ModuleNotFoundError as error:
         raise InputError(f"serving needs {error.name}: pip install 'planner[serve]'") from None
     from planner.loading import load_model
+    from planner.models.scheduling import compile_schedule, load_scheduled
     from planner.serving.engine import EngineLimits
     from planner.serving.opening import open_service, prompt_limits
 
     fractions = parse_fractions(budgets)
+    own = (request.switches, request.tokens, request.utilities)
+    if scheduler is not None and own != (Request.switches, Request.tokens, Request.utilities):
+        raise InputError("--scheduler makes plans: leave --switches, --tokens and --utilities out")
     keys = [] if api_keys is None else _keys_in(api_keys)
     with _listening(host, port) as listener, console.status() as update:
         update("load")
-        model, processor, source = load_model(request.model, dtype, place)
+        scheduled = None
+        if scheduler is None:
+            model, processor, _ = load_model(request.model, dtype, place)
+        else:
+            schedule = compile_schedule(replace(request, budget=max(fractions)), scheduler)
+            model, processor, scheduled = load_scheduled(schedule, dtype, place)
         service = open_service(
-            source.name,
+            request.model,
             model,
             processor,
             fractions,
@@ -88,6 +100,7 @@ def serve_command(
             limits=EngineLimits(answers, waiting, seconds),
             kernels=kernels,
             progress=update,
+            scheduled=scheduled,
             switches=request.switches,
             tokens=request.tokens,
             utilities=request.utilities,
@@ -107,10 +120,10 @@ def serve_command(
             say("planner: everyone who reaches this address can use it: give --api-keys")
         url = f"http://{name}:{number}/v1"
         if console.as_json:
-            print_json({"model": source.name, "url": url})
+            print_json({"model": request.model, "url": url})
             sys.stdout.flush()
         elif not console.quiet:
-            say(f"planner: {source.name} is served on {url}")
+            say(f"planner: {request.model} is served on {url}")
         uvicorn.Server(config).run([listener])
 
 

@@ -14,6 +14,8 @@ In: a stock model with weights, and the budgets of a ladder. Out: an ASGI applic
     governor       predicts seconds, picks a rung for a deadline, learns
     ladder         the plans there are
     running_batch  prompts and answers under different plans, read and decoded together
+    scheduled_batch
+                   the same, where a scheduler plans each prompt
     answer_text    tokens become text; stop texts
     metrics        what Prometheus is told
     warm_up        before all of them: plans made, run, and timed

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from planner.ir.errors import InputError, PlannerError
+from planner.plan import Plan
 from planner.serving.answer_text import AnswerText
 from planner.serving.chat_prompts import Prompt
 from planner.serving.governor import Deadline, Governor
@@ -51,6 +52,7 @@ class Done:
     reason: Literal["stop", "length"]
     tokens: int
     rung: int
+    plan: Plan
     kept: Mapping[int, int]  # layer of a token stage -> image tokens left
 
 
@@ -262,7 +264,7 @@ class Engine:
         try:
             answers = self._batch.read(
                 [job.prompt.inputs for job in jobs],
-                [self.ladder.rungs[rung].plan for rung in rungs],
+                [self.ladder.rungs[rung] for rung in rungs],
                 [job.sampler for job in jobs],
                 [text for job in jobs for text in job.prompt.asked],
             )
@@ -343,7 +345,8 @@ class Engine:
             self._leave(running)
             reason: Literal["stop", "length"] = "stop" if is_end or text.is_stopped else "length"
             self._note(running, reason)
-            job.emit(Done(reason, len(answer.tokens), running.rung, answer.kept))
+            count = len(answer.tokens)
+            job.emit(Done(reason, count, running.rung, answer.plan, answer.kept))
 
     def _note(self, running: _Running, reason: str) -> None:
         """An answer is complete."""

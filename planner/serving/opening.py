@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from planner.ir.errors import InputError
+from planner.kernels.choice import Kernels
+from planner.models.running.skipping import session_on
+from planner.models.scheduling import Scheduled
 from planner.progress import Say
 from planner.serving.chat_prompts import PromptLimits, PromptReader
 from planner.serving.engine import Engine, EngineLimits
 from planner.serving.governor import Governor
 from planner.serving.metrics import Metrics
 from planner.serving.running_batch import RunningBatch
+from planner.serving.scheduled_batch import ScheduledBatch, scheduled_ladder
 from planner.serving.service import Service
 from planner.serving.warm_up import make_ladder, measure_rungs
 
@@ -28,6 +32,7 @@ def open_service(
     limits: EngineLimits | None = None,
     kernels: str = "auto",
     progress: Say = lambda stage: None,
+    scheduled: Scheduled | None = None,
     **options: Any,
 ) -> Service:
     """A service for a model with weights; InputError where it cannot be served so.
@@ -41,6 +46,7 @@ def open_service(
         limits: of the batch and its queue.
         kernels, options: as for `planner.compile`.
         progress: told what is being done.
+        scheduled: the model under a scheduler, not attached; it plans every prompt by itself.
     """
     from planner.api import graph_of
 
@@ -48,8 +54,14 @@ def open_service(
         raise InputError("a cache that evicts cannot be served: serve without a KV policy")
     prompts = prompts or prompt_limits(model)
     reader = PromptReader(model, processor, prompts)
-    ladder = make_ladder(model, processor, budgets, kernels, options, progress)
-    batch = RunningBatch(model)
+    batch: RunningBatch
+    if scheduled is None:
+        ladder = make_ladder(model, processor, budgets, kernels, options, progress)
+        graph, batch = graph_of(model), RunningBatch(model)
+    else:
+        graph = scheduled.graph
+        session_on(model, graph, freeze=True, kernels=Kernels.of(kernels))
+        ladder, batch = scheduled_ladder(scheduled, budgets), ScheduledBatch(scheduled)
     governor = Governor(measure_rungs(batch, ladder, reader, progress))
     metrics = Metrics(name)
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -58,7 +70,7 @@ def open_service(
     )
     config = model.generation_config
     temperature = float(config.temperature or 1.0) if config.do_sample else 0.0
-    return Service(name, graph_of(model), engine, reader, metrics, temperature)
+    return Service(name, graph, engine, reader, metrics, temperature)
 
 
 def prompt_limits(

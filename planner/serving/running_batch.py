@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from planner.models.running.session import Setting
 from planner.models.running.skipping import session_on
 from planner.models.tokens.text_tower import question
 from planner.plan import Plan
+from planner.serving.ladder import Rung
 
 
 class Sampler:
@@ -89,6 +90,8 @@ def _padded(
 class RunningBatch:
     """Reads prompts, and decodes all answers together, for a model that was compiled."""
 
+    is_scheduled: ClassVar[bool] = False
+
     def __init__(self, model: Any) -> None:
         self.model = model
         self.answers: list[Answer] = []  # that run now
@@ -102,7 +105,7 @@ class RunningBatch:
     def read(
         self,
         prompts: Sequence[Mapping[str, Tensor]],
-        plans: Sequence[Plan],
+        rungs: Sequence[Rung],
         samplers: Sequence[Sampler],
         asked: Sequence[str] = (),
     ) -> list[Answer]:
@@ -112,6 +115,7 @@ class RunningBatch:
         `asked` is the question about each picture in them. PlannerError where there is no answer to
         some prompt.
         """
+        plans = [rung.plan for rung in rungs]
         cache = DynamicCache(config=self.model.config)
         lengths = [prompt["input_ids"].shape[1] for prompt in prompts]
         inputs = _padded(prompts, max(lengths), self.model.device)

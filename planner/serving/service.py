@@ -16,6 +16,7 @@ from typing import Any
 from planner.ir.cost import Workload
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
+from planner.plan import Plan
 from planner.planning.plan_costs import PlanCosts
 from planner.serving.chat_format import ChatRequest, PlanUsed, Usage
 from planner.serving.chat_prompts import PromptReader
@@ -52,7 +53,7 @@ class Service:
         self._graph, self._reader, self._temperature = graph, reader, temperature
         # One thread: tokenizers are not for several.
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="planner-prompts")
-        self._cost = lru_cache(maxsize=1024)(self._cost_of)
+        self._known_cost = lru_cache(maxsize=1024)(self._cost_of_rung)
 
     @asynccontextmanager
     async def asked(
@@ -98,24 +99,30 @@ class Service:
         """What an answer took, beside the base model's cost of it."""
         prompt, rung = asked.job.prompt, self.engine.ladder.rungs[done.rung]
         kept = tuple(sorted(done.kept.items()))
+        sizes = prompt.image_tokens, prompt.tokens, done.tokens, kept
+        # A scheduler's plans are of one prompt each.
+        is_known = done.plan is rung.plan
+        cost = self._known_cost(done.rung, *sizes) if is_known else self._cost(done.plan, *sizes)
         return Usage(
             prompt_tokens=prompt.tokens,
             completion_tokens=done.tokens,
             total_tokens=prompt.tokens + done.tokens,
-            cost=self._cost(done.rung, prompt.image_tokens, prompt.tokens, done.tokens, kept),
+            cost=cost,
             plan=PlanUsed(
                 budget=rung.budget,
-                layers_off=list(rung.plan.layers_off),
+                layers_off=list(done.plan.layers_off),
                 image_tokens=dict(kept),
             ),
         )
 
-    def _cost_of(
-        self, rung: int, image_tokens: int, tokens: int, new_tokens: int, kept: tuple[Any, ...]
+    def _cost_of_rung(self, rung: int, *sizes: Any) -> dict[str, dict[str, float]]:
+        return self._cost(self.engine.ladder.rungs[rung].plan, *sizes)
+
+    def _cost(
+        self, plan: Plan, image_tokens: int, tokens: int, new_tokens: int, kept: tuple[Any, ...]
     ) -> dict[str, dict[str, float]]:
         text_tokens = tokens - image_tokens
         load = Workload.default(self._graph, image_tokens, text_tokens, new_tokens - 1)
-        plan = self.engine.ladder.rungs[rung].plan
         return PlanCosts(self._graph, load).of(plan, dict(kept))
 
     def _new_tokens(self, request: ChatRequest, prompt_tokens: int) -> int:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from planner.loading import noise_image
-from planner.plan import Plan
 from planner.progress import Say
 from planner.serving.chat_format import ImagePart, ImageUrl, Message, TextPart
 from planner.serving.chat_prompts import Prompt, PromptReader
@@ -54,17 +53,18 @@ def measure_rungs(
     batch: RunningBatch, ladder: Ladder, reader: PromptReader, progress: Say
 ) -> list[RungTimes]:
     """What every rung takes for a short and a long prompt, and for few and many answers."""
-    short, long = _prompt(reader, 1, False), _prompt(reader, 64, True)
+    # A few words alone may be too little for a scheduler, which is paid for by the prompt.
+    short, long = _prompt(reader, 1, batch.is_scheduled), _prompt(reader, 64, True)
     times = []
     for rung in ladder.rungs:
         progress(f"warm up {rung.budget:g}")
-        low, high = (_prompt_seconds(batch, prompt, rung.plan) for prompt in (short, long))
+        low, high = (_prompt_seconds(batch, prompt, rung) for prompt in (short, long))
         per_token = max(0.0, high - low) / (long.tokens - short.tokens)
         fixed = max(low - per_token * short.tokens, 0.0)
-        alone = _step_seconds(batch, [short], rung.plan)
+        alone = _step_seconds(batch, [short], rung)
         per_answer = alone / _TOGETHER
         if batch.can_join:
-            together = _step_seconds(batch, [short] * _TOGETHER, rung.plan)
+            together = _step_seconds(batch, [short] * _TOGETHER, rung)
             per_answer = max(0.0, together - alone) / (_TOGETHER - 1)
         times.append(RungTimes(fixed, per_token, max(alone - per_answer, 1e-6), per_answer))
     return times
@@ -80,21 +80,21 @@ def _prompt(reader: PromptReader, words: int, with_image: bool) -> Prompt:
     return reader.read([Message(role="user", content=parts)])
 
 
-def _prompt_seconds(batch: RunningBatch, prompt: Prompt, plan: Plan) -> float:
+def _prompt_seconds(batch: RunningBatch, prompt: Prompt, rung: Rung) -> float:
     """The second time, once everything is warm."""
     seconds = 0.0
     for _ in range(2):
         begun = time.perf_counter()
-        _read(batch, prompt, plan)
+        _read(batch, prompt, rung)
         seconds = time.perf_counter() - begun
         _clear(batch)
     return seconds
 
 
-def _step_seconds(batch: RunningBatch, prompts: Sequence[Prompt], plan: Plan) -> float:
+def _step_seconds(batch: RunningBatch, prompts: Sequence[Prompt], rung: Rung) -> float:
     """Of a later step: the first one joins."""
     for prompt in prompts:
-        _read(batch, prompt, plan)
+        _read(batch, prompt, rung)
     batch.step()
     begun = time.perf_counter()
     for _ in range(_STEPS):
@@ -104,8 +104,8 @@ def _step_seconds(batch: RunningBatch, prompts: Sequence[Prompt], plan: Plan) ->
     return seconds
 
 
-def _read(batch: RunningBatch, prompt: Prompt, plan: Plan) -> None:
-    batch.read([prompt.inputs], [plan], [Sampler(0.0)], prompt.asked)
+def _read(batch: RunningBatch, prompt: Prompt, rung: Rung) -> None:
+    batch.read([prompt.inputs], [rung], [Sampler(0.0)], prompt.asked)
 
 
 def _clear(batch: RunningBatch) -> None:

@@ -1,13 +1,10 @@
 """tiny-llava behind a server of its own, on loopback."""
 
-import contextlib
 import copy
-import socket
-import threading
 
 import openai
 import pytest
-import uvicorn
+from chats import running
 from small_clip import write_clip
 
 from planner.loading import load_model
@@ -15,19 +12,6 @@ from planner.serving.chat_prompts import PromptLimits
 from planner.serving.engine import EngineLimits
 from planner.serving.http_app import http_app
 from planner.serving.opening import open_service
-
-
-@contextlib.contextmanager
-def running(app):
-    """The address of a server that runs an application."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none"))
-        thread = threading.Thread(target=server.run, args=([listening],))
-        thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(60)
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from plans import plan_of
 
 from planner.ir.lowering import lower_model
 from planner.models.running.skipping import session_on
+from planner.serving.ladder import Rung
 from planner.serving.running_batch import RunningBatch, Sampler
 
 
@@ -22,7 +23,7 @@ def test_an_answer_alone_is_that_of_generate(name):
     batch = RunningBatch(family.model)
     assert not batch.can_join
     for _ in range(2):
-        (answer,) = batch.read([prompt], [plan], [Sampler(0.0)])
+        (answer,) = batch.read([prompt], [Rung(1.0, plan)], [Sampler(0.0)])
         for _ in range(3):
             batch.step()
         assert answer.failure is None

@@ -217,12 +217,12 @@ def test_a_prompt_that_fails_fails_alone(client, service, monkeypatch):
     batch = service.engine._batch
     read, sizes = batch.read, []
 
-    def failing(prompts, plans, samplers):
+    def failing(prompts, *others):
         sizes.append(len(prompts))
         time.sleep(0.3)
         if any(prompt["input_ids"].shape[1] > 75 for prompt in prompts):
             raise PlannerError("this one")
-        return read(prompts, plans, samplers)
+        return read(prompts, *others)
 
     monkeypatch.setattr(batch, "read", failing)
     with ThreadPoolExecutor(4) as pool:

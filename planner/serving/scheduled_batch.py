@@ -1,0 +1,77 @@
+"""A running batch whose prompts a scheduler plans: the budget is the rung's, the plan the prompt's.
+
+A prompt is read under the scheduler, by itself, since others would have other costs. What follows
+is an answer like any other: it runs the plan that its prompt was given, on a cache that holds the
+latency token too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+from typing_extensions import override
+
+from planner.ir.cost import Workload
+from planner.loading import count_image_tokens
+from planner.models.running.joined_cache import CachedAnswer
+from planner.models.scheduling import Scheduled
+from planner.serving.ladder import Ladder, Rung
+from planner.serving.running_batch import Answer, RunningBatch, Sampler
+
+
+class ScheduledBatch(RunningBatch):
+    """Reads prompts under a scheduler, and decodes all answers together.
+
+    Args:
+        scheduled: a model, not attached.
+    """
+
+    is_scheduled: ClassVar[bool] = True
+
+    def __init__(self, scheduled: Scheduled) -> None:
+        super().__init__(scheduled.model)
+        self._scheduled = scheduled
+
+    @override
+    @torch.no_grad()
+    def read(
+        self,
+        prompts: Sequence[Mapping[str, Tensor]],
+        rungs: Sequence[Rung],
+        samplers: Sequence[Sampler],
+        asked: Sequence[str] = (),
+    ) -> list[Answer]:
+        answers = [self._one(*job) for job in zip(prompts, rungs, samplers, strict=True)]
+        self.answers += answers
+        return answers
+
+    def _one(self, prompt: Mapping[str, Tensor], rung: Rung, sampler: Sampler) -> Answer:
+        scheduled = self._scheduled
+        inputs = {name: value.to(self.model.device) for name, value in prompt.items()}
+        length = inputs["input_ids"].shape[1]
+        image = count_image_tokens(self.model, inputs)
+        load = Workload.default(scheduled.graph, image, length - image, 0)
+        cache = DynamicCache(config=self.model.config)
+        with scheduled.using(rung.budget, (), load):
+            logits = self._run(cache, inputs).logits
+            kept = {layer: counts[0] for layer, counts in scheduled.kept_image_tokens.items()}
+            (plan,) = scheduled.plans()
+            scheduled.release(cache)
+        token = sampler.pick(logits[:1, -1])
+        return Answer(plan, sampler, CachedAnswer(cache, 0, length + 1), [token], kept)
+
+
+def scheduled_ladder(scheduled: Scheduled, budgets: Sequence[float]) -> Ladder:
+    """A rung for each budget, with the plan of a typical prompt.
+
+    InputError where the scheduler cannot keep to one.
+    """
+    rungs = []
+    for budget in sorted(set(budgets)):
+        with scheduled.using(budget):
+            rungs.append(Rung(budget, scheduled.layout.example(int(scheduled.limits[0]))))
+    return Ladder(tuple(rungs))
