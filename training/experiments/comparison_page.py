@@ -104,7 +104,7 @@ def comparison_markdown(results: Mapping[str, Any]) -> str:
             row["method"],
             f"{row['budget']:.0%}",
             f"{row['cost_fraction']:.1%}",
-            f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_spread']:.1f}",
+            f"{100 * row['accuracy']:.1f}" + f" ± {100 * row['accuracy_spread']:.1f}" * (seeds > 1),
             f"{row['utilisation']:.1%}",
             f"{row['violations']:g}",
             f"{row['plans']:.0f}",
@@ -116,9 +116,11 @@ def comparison_markdown(results: Mapping[str, Any]) -> str:
     lines = [
         f"# {results['title']}",
         "",
-        f"{seeds} training runs, {results['samples']} test questions each; accuracy as mean ± "
-        "standard deviation over runs, in percent. FLOPs are of the language model's prefill, the "
-        "controller's own among them, over the base model's.",
+        (f"{seeds} training runs, " if seeds > 1 else "One training run, ")
+        + f"{results['samples']} test questions each; accuracy in percent"
+        + ", as mean ± standard deviation over runs" * (seeds > 1)
+        + ". FLOPs are of the language model's prefill, the controller's own among them, over the "
+        "base model's. What the variants are: [unified](../unified.md#experiments).",
         "",
         *table(heads, cells),
         "",
