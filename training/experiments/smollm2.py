@@ -62,7 +62,7 @@ JOINT = "layers,heads,mlp"
 CALIBRATED_ON = ("news", "documentation")
 # Utilities, axes and budget of what is healed: that takes minutes a plan, and comes last.
 HEALED = (("chain", JOINT, 0.8),)
-HEALING = Healing(steps=40, rank=0)
+HEALING = Healing(steps=100, rank=0)
 # Rows that are measured in float32 as well.
 PRECISE = (("chain", JOINT, "refit"),)
 # Of which utilities sets of layers are tried.
@@ -84,7 +84,7 @@ ROWS = (
 )
 # Passages of 192 tokens: for statistics, first-order, leave-one-out with pairs, healing; and, of
 # each text, for tests.
-STATISTICS, FIRST_ORDER, LEFT_OUT, HEALED_ON, TESTED = 96, 8, 2, 160, 12
+STATISTICS, FIRST_ORDER, LEFT_OUT, HEALED_ON, TESTED = 96, 8, 2, 400, 12
 CLOZE_ITEMS, CLOZE_CONTEXT, CLOZE_CHOICES = 32, 32, 4
 
 
