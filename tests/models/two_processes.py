@@ -4,6 +4,7 @@ python tests/models/two_processes.py FOLDER
 """
 
 import copy
+import os
 import sys
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def train(rank, model, plan, folder):
     planned.model.layers[0].requires_grad_(False)
     gradients(DistributedDataParallel(planned), IDS)
     destroy_process_group()
+    # Taking apart what DistributedDataParallel holds now and then waits for the group's threads.
+    os._exit(0)
 
 
 if __name__ == "__main__":
