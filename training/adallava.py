@@ -187,17 +187,12 @@ class BudgetCollator:
 
     So both are drawn anew in every epoch and for records that share an id, as in the authors' code,
     and do not depend on how records are split over processes.
-
-    Attributes:
-        packer: makes dialogues.
-        steps: the largest limit; limits are uniform from the smallest to it.
-        seed: of the draws.
-        turns: how many turns conversations may have; every batch draws one of these numbers.
     """
 
-    packer: Packer
-    steps: int
-    seed: int
+    packer: Packer  # makes dialogues
+    steps: int  # the largest limit; limits are uniform from the smallest to it
+    seed: int  # of the draws
+    # How many turns conversations may have; every batch draws one of these numbers.
     turns: Sequence[int]
     least: int = 0  # the smallest limit
 

@@ -36,18 +36,15 @@ Noise = torch.Generator | Sequence[torch.Generator] | None
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """Sampled switches.
+    """Sampled switches."""
 
-    Attributes:
-        gates: shape (batch, switches), 0 or 1 in value; the estimator's gradient flows through.
-        log_probability: shape (batch,), differentiable: of `order`, or of the set `taken` if there
-            is no order; None if the estimator does not know it.
-        order: shape (batch, draws), int64: switches in the order drawn, -1 after the last; None if
-            they were not drawn one by one.
-    """
-
+    # Shape (batch, switches), 0 or 1 in value; the estimator's gradient flows through.
     gates: Tensor
+    # Shape (batch,), differentiable: of `order`, or of the set `taken` if there is no order; None
+    # if the estimator does not know it.
     log_probability: Tensor | None = None
+    # Shape (batch, draws), int64: switches in the order drawn, -1 after the last; None if they were
+    # not drawn one by one.
     order: Tensor | None = None
 
     @property
@@ -108,13 +105,10 @@ class GumbelSequential(Estimator):
     Switches are drawn one after the other, each time with fresh Gumbel noise and with the switches
     already drawn at -inf. Every draw is one-hot, with the gradient of its softmax (Jang et al.,
     arXiv 1611.01144), and the gates are the sum of the draws.
-
-    Attributes:
-        temperature: of the softmax; it does not change what is drawn.
     """
 
     name: ClassVar[str] = "gumbel"
-    temperature: float = 5.0
+    temperature: float = 5.0  # of the softmax; it does not change what is drawn
 
     def __post_init__(self) -> None:
         self.check("temperature", self.temperature > 0, "more than 0")
@@ -200,13 +194,10 @@ class GumbelTopK(Estimator):
     The best k under Gumbel noise are a sample without replacement (Kool et al., arXiv 1903.06059).
     The gradient is that of k softmaxes; after each of them, log(1 - p) is added to the logits, to
     push down what was taken with probability p (Xie and Ermon, arXiv 1901.10517, section 4).
-
-    Attributes:
-        temperature: of the relaxation; it does not change what is drawn.
     """
 
     name: ClassVar[str] = "gumbel-topk"
-    temperature: float = 1.0
+    temperature: float = 1.0  # of the relaxation; it does not change what is drawn
 
     def __post_init__(self) -> None:
         self.check("temperature", self.temperature > 0, "more than 0")
@@ -233,13 +224,10 @@ class Simple(Estimator):
 
     The distribution is that of `Subsets`. Costs must add up; the room that rounding them leaves is
     filled by logit.
-
-    Attributes:
-        columns: largest number of steps in which a limit is counted.
     """
 
     name: ClassVar[str] = "simple"
-    columns: int = 1024
+    columns: int = 1024  # largest number of steps in which a limit is counted
 
     def __post_init__(self) -> None:
         self.check("columns", self.columns > 0, "at least 1")
@@ -272,13 +260,10 @@ class Deterministic(Estimator):
     """The paper's ablation (arXiv 2503.10905, section 3.3 and Table 3): a hard plan, no sampling.
 
     A switch is on where its logit is positive, whatever the limit; the loss has `penalty` added.
-
-    Attributes:
-        weight: lambda, the weight of the penalty.
     """
 
     name: ClassVar[str] = "deterministic"
-    weight: float = 1.0
+    weight: float = 1.0  # lambda, the weight of the penalty
 
     def __post_init__(self) -> None:
         self.check("weight", self.weight >= 0, "0 or more")

@@ -158,26 +158,17 @@ def _mean(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True, eq=False)
 class UnderBudgets:
-    """One model to be measured under one budget after the other.
+    """One model to be measured under one budget after the other."""
 
-    Attributes:
-        model: a stock image-text model.
-        processor: its processor.
-        graph: its Graph.
-        samples: what is asked; the first turn of each.
-        scheduled: decides sample by sample; None for static plans.
-        request: the token selector in front of everything, the workload that costs are of, and how
-            static plans are made.
-        batch_size: questions asked together.
-    """
-
-    model: Any
+    model: Any  # a stock image-text model
     processor: Any
     graph: Graph
-    samples: Sequence[Conversation]
-    scheduled: Scheduled | None = None
+    samples: Sequence[Conversation]  # what is asked; the first turn of each
+    scheduled: Scheduled | None = None  # decides sample by sample; None for static plans
+    # The token selector in front of everything, the workload that costs are of, and how static
+    # plans are made.
     request: Request = field(default_factory=lambda: Request("model", text_tokens=TEXT_TOKENS))
-    batch_size: int = 64
+    batch_size: int = 64  # questions asked together
 
     @cached_property
     def workload(self) -> Workload:

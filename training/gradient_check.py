@@ -26,24 +26,15 @@ from planner.training.switch_costs import AdditiveCosts
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A function of switches, and who may be on.
+    """A function of switches, and who may be on."""
 
-    Attributes:
-        name: of the case.
-        logits: shape (switches,).
-        costs: shape (switches,), int64.
-        limit: of the cost.
-        linear: shape (switches,): what f adds for a gate.
-        pairs: shape (switches, switches): what f adds for two gates.
-        units: (heads of a layer, heads of a unit) where switches are drawn in units.
-    """
-
-    name: str
-    logits: Tensor
-    costs: Tensor
-    limit: int
-    linear: Tensor
-    pairs: Tensor
+    name: str  # of the case
+    logits: Tensor  # shape (switches,)
+    costs: Tensor  # shape (switches,), int64
+    limit: int  # of the cost
+    linear: Tensor  # shape (switches,): what f adds for a gate
+    pairs: Tensor  # shape (switches, switches): what f adds for two gates
+    # (heads of a layer, heads of a unit) where switches are drawn in units.
     units: tuple[int, int] | None = None
 
     def f(self, gates: Tensor) -> Tensor:
@@ -53,23 +44,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Check:
-    """One method's gradient in one case.
+    """One method's gradient in one case."""
 
-    Attributes:
-        method: as `planner.training.estimators.parse` reads it; "score of ..." for score functions.
-        case: name of the case.
-        bias: norm of (mean gradient - exact gradient), relative to the exact gradient.
-        bias_error: standard error of the mean gradient, in the same unit; a smaller bias is chance.
-        cosine: between the mean gradient and the exact one.
-        deviation: root of the summed variances of one draw, in the same unit.
-    """
-
+    # As `planner.training.estimators.parse` reads it; "score of ..." for score functions.
     method: str
-    case: str
-    bias: float
+    case: str  # name of the case
+    bias: float  # norm of (mean gradient - exact gradient), relative to the exact gradient
+    # Standard error of the mean gradient, in the same unit; a smaller bias is chance.
     bias_error: float
-    cosine: float
-    deviation: float
+    cosine: float  # between the mean gradient and the exact one
+    deviation: float  # root of the summed variances of one draw, in the same unit
 
 
 def _cases() -> tuple[Case, ...]:

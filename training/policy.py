@@ -43,15 +43,12 @@ _SALT = 7919
 
 @dataclass(frozen=True)
 class Reward:
-    """What a plan is worth to a prompt with a known answer.
+    """What a plan is worth to a prompt with a known answer."""
 
-    Attributes:
-        kind: ``nll``, the mean log-likelihood of the answer's tokens, or ``correct``, whether each
-            of them is the most likely one.
-        flops_penalty: taken off for all of the base model's cost, and in proportion for less.
-    """
-
+    # ``nll``, the mean log-likelihood of the answer's tokens, or ``correct``, whether each of them
+    # is the most likely one.
     kind: str = "nll"
+    # Taken off for all of the base model's cost, and in proportion for less.
     flops_penalty: float = 0.0
 
     def __post_init__(self) -> None:
@@ -73,17 +70,12 @@ class Reward:
 
 @dataclass(eq=False)
 class TokenDraw:
-    """Image tokens that were drawn for a batch, and the sets of switches drawn behind them.
+    """Image tokens that were drawn for a batch, and the sets of switches drawn behind them."""
 
-    Attributes:
-        chosen: what is kept; None where there is no vision side.
-        order: shape (batch, draws), int64: tokens in the order drawn, -1 after the last.
-        switches: the same for each set of switches.
-    """
-
-    chosen: ChosenTokens | None
+    chosen: ChosenTokens | None  # what is kept; None where there is no vision side
+    # Shape (batch, draws), int64: tokens in the order drawn, -1 after the last.
     order: Tensor | None
-    switches: list[Tensor]
+    switches: list[Tensor]  # the same for each set of switches
 
 
 class PolicyTrainer(RunTrainer):

@@ -23,35 +23,24 @@ from planner.planning.selectors.arguments import Arguments, read_named
 
 @dataclass(frozen=True, eq=False)
 class Tried:
-    """Plans that were drawn for a batch of prompts, and what came of them.
+    """Plans that were drawn for a batch of prompts, and what came of them."""
 
-    Attributes:
-        log_chances: shape (plans, prompts, draws), differentiable: of each draw now, 0 for none.
-        drawn_with: the same when it was drawn.
-        reference: the same under the policy to stay close to; None where there is none.
-        rewards: shape (plans, prompts).
-        values: shape (prompts,), differentiable: the reward that a critic expects.
-    """
-
+    # Shape (plans, prompts, draws), differentiable: of each draw now, 0 for none.
     log_chances: Tensor
-    drawn_with: Tensor
-    reference: Tensor | None
-    rewards: Tensor
-    values: Tensor
+    drawn_with: Tensor  # the same when it was drawn
+    reference: Tensor | None  # the same under the policy to stay close to; None where there is none
+    rewards: Tensor  # shape (plans, prompts)
+    values: Tensor  # shape (prompts,), differentiable: the reward that a critic expects
 
 
 @dataclass(frozen=True)
 class PolicyMethod(Arguments):
-    """Turns what was tried into a loss.
+    """Turns what was tried into a loss."""
 
-    Attributes:
-        kl: weight of the divergence from the reference policy, summed over a plan's draws, by the
-            estimator r - 1 - log r of positive values (Schulman, "Approximating KL Divergence").
-        epochs: updates for each set of plans tried.
-    """
-
+    # Weight of the divergence from the reference policy, summed over a plan's draws, by the
+    # estimator r - 1 - log r of positive values (Schulman, "Approximating KL Divergence").
     kl: float = field(default=0.0, kw_only=True)
-    epochs: int = field(default=1, kw_only=True)
+    epochs: int = field(default=1, kw_only=True)  # updates for each set of plans tried
 
     def __post_init__(self) -> None:
         self.check("kl", self.kl >= 0, "0 or more")

@@ -18,19 +18,12 @@ from planner.training.switch_costs import Costs
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """One draw for every sample that still has candidates.
+    """One draw for every sample that still has candidates."""
 
-    Attributes:
-        candidates: shape (batch, switches), bool: not taken, and fitting what is left.
-        active: shape (batch,), bool: whether the sample has candidates.
-        pick: shape (batch,), int64: the switch taken, where active.
-        taken: shape (batch, switches), bool: after the draw.
-    """
-
-    candidates: Tensor
-    active: Tensor
-    pick: Tensor
-    taken: Tensor
+    candidates: Tensor  # shape (batch, switches), bool: not taken, and fitting what is left
+    active: Tensor  # shape (batch,), bool: whether the sample has candidates
+    pick: Tensor  # shape (batch,), int64: the switch taken, where active
+    taken: Tensor  # shape (batch, switches), bool: after the draw
 
 
 def draws(

@@ -24,21 +24,13 @@ _LOG_ZERO = -1e300
 
 @dataclass(frozen=True, eq=False)
 class Subsets:
-    """P(subset) proportional to the product of exp(weight) over its items; in float64.
+    """P(subset) proportional to the product of exp(weight) over its items; in float64."""
 
-    Attributes:
-        weights: shape (batch, items), float64, items by ascending cost.
-        costs: shape (batch, items), int64, ascending; more than the limit counts as limit + 1.
-        limits: shape (batch,), int64.
-        order: shape (batch, items): which item stands at each place.
-        exact: whether costs are as given, and not rounded up to coarser units.
-    """
-
-    weights: Tensor
-    costs: Tensor
-    limits: Tensor
-    order: Tensor
-    exact: bool
+    weights: Tensor  # shape (batch, items), float64, items by ascending cost
+    costs: Tensor  # shape (batch, items), int64, ascending; more than the limit counts as limit + 1
+    limits: Tensor  # shape (batch,), int64
+    order: Tensor  # shape (batch, items): which item stands at each place
+    exact: bool  # whether costs are as given, and not rounded up to coarser units
 
     @staticmethod
     def of(weights: Tensor, costs: Tensor, limits: Tensor, columns: int) -> Subsets:

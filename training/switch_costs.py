@@ -51,13 +51,9 @@ class Costs(ABC):
 
 @dataclass(frozen=True, eq=False)
 class AdditiveCosts(Costs):
-    """A switch costs the same whatever else is on.
+    """A switch costs the same whatever else is on."""
 
-    Attributes:
-        prices: shape (batch or 1, switches), int64, not negative.
-    """
-
-    prices: Tensor
+    prices: Tensor  # shape (batch or 1, switches), int64, not negative
 
     def __post_init__(self) -> None:
         if self.prices.dtype != torch.int64 or self.prices.ndim != 2 or (self.prices < 0).any():
@@ -89,18 +85,15 @@ class SiteCosts(Costs):
     Switches are in the order of `planner.solver.problem.Flags`. A layer's own switch costs what the
     layer needs with its sites at their minimum. The switches of its sites can be taken only after
     it, and each costs the next step of its site's table.
-
-    Attributes:
-        needs: shape (switches,): the own switch of the layer that a switch is in, -1 where the
-            layer is always on, and for own switches.
-        group: shape (switches,): the site of a switch, counted in model order; a layer's own switch
-            is a group by itself.
-        steps: shape (batch or 1, groups, most switches + 1): cost from n to n + 1 switches.
     """
 
+    # Shape (switches,): the own switch of the layer that a switch is in, -1 where the layer is
+    # always on, and for own switches.
     needs: Tensor
+    # Shape (switches,): the site of a switch, counted in model order; a layer's own switch is a
+    # group by itself.
     group: Tensor
-    steps: Tensor
+    steps: Tensor  # shape (batch or 1, groups, most switches + 1): cost from n to n + 1 switches
 
     @staticmethod
     def of(problem: Problem, token_options: Sequence[int] = (0,)) -> SiteCosts:

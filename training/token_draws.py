@@ -27,15 +27,11 @@ def token_costs(image: Tensor) -> AdditiveCosts:
 
 @dataclass(frozen=True, eq=False)
 class DrawnTokens:
-    """Sampled image tokens.
+    """Sampled image tokens."""
 
-    Attributes:
-        chosen: what is kept; its gates have a gradient.
-        allowance: shape (batch,), 1 in value: what the counts leave for the switches, in proportion
-            to what the drawn one leaves.
-    """
-
-    chosen: ChosenTokens
+    chosen: ChosenTokens  # what is kept; its gates have a gradient
+    # Shape (batch,), 1 in value: what the counts leave for the switches, in proportion to what the
+    # drawn one leaves.
     allowance: Tensor
 
 

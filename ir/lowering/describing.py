@@ -51,15 +51,10 @@ def kind_of(node: fx.Node, flow: Flow) -> str:
 
 @dataclass(frozen=True)
 class Markers:
-    """Sizes that a module was captured with, whose multiples are therefore counts of tokens.
+    """Sizes that a module was captured with, whose multiples are therefore counts of tokens."""
 
-    Attributes:
-        tokens: that it processes; 0 where every size is fixed.
-        encoded: that its attention reads beside them, an encoder's output; 0 without any.
-    """
-
-    tokens: int = 0
-    encoded: int = 0
+    tokens: int = 0  # that it processes; 0 where every size is fixed
+    encoded: int = 0  # that its attention reads beside them, an encoder's output; 0 without any
 
     def count(self, size: int) -> Dim | None:
         """A size of an activation as a count of tokens; None where it is none."""

@@ -33,17 +33,12 @@ from planner.solver.problem import Floats
 
 @dataclass(frozen=True, eq=False)
 class PairLosses:
-    """Means over samples, in nats per answer token.
+    """Means over samples, in nats per answer token."""
 
-    Attributes:
-        sites: (site, site) -> what both lose together besides what each loses alone.
-        fractions: of image tokens kept, ascending; empty where there are none.
-        tokens: shape (fractions, layers): what a layer that is off loses besides, at each.
-    """
-
+    # (site, site) -> what both lose together besides what each loses alone.
     sites: Mapping[tuple[str, str], float]
-    fractions: Floats
-    tokens: Floats
+    fractions: Floats  # of image tokens kept, ascending; empty where there are none
+    tokens: Floats  # shape (fractions, layers): what a layer that is off loses besides, at each
 
 
 def measure_pairs(

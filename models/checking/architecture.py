@@ -48,21 +48,16 @@ _YES, _NO, _SMALL = "yes", "no", "small"
 
 @dataclass
 class Checked:
-    """A row of the table.
+    """A row of the table."""
 
-    Attributes:
-        model_type: as transformers maps it.
-        answers: check -> ``yes``, ``no``, ``small`` (see `CHECKS`), or ``stock``: the stock model
-            does not do it either. Empty for what could not be tried.
-        sites: kind of site -> how many the Graph has, of the small model where the default config
-            is not lowered.
-        remarks: reasons, one sentence each.
-    """
-
-    model_type: str
+    model_type: str  # as transformers maps it
+    # Check -> ``yes``, ``no``, ``small`` (see `CHECKS`), or ``stock``: the stock model does not do
+    # it either. Empty for what could not be tried.
     answers: dict[str, str] = field(default_factory=dict)
+    # Kind of site -> how many the Graph has, of the small model where the default config is not
+    # lowered.
     sites: dict[str, int] = field(default_factory=dict)
-    remarks: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)  # reasons, one sentence each
 
 
 def lowered_row(model_type: str) -> Checked:

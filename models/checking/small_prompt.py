@@ -24,22 +24,15 @@ _MARKS = ("token_type_ids", "position_mask")
 
 @dataclass(frozen=True)
 class Prompts:
-    """Makes prompts of one model.
+    """Makes prompts of one model."""
 
-    Attributes:
-        image_tokens: placeholders of one image; 0 where prompts are words alone, or layers attend
-            to the image beside them.
-        placeholder: the token that stands for image features.
-        opening: the token before it; -1 for any word.
-        pixels: arguments for one image.
-        accepted: names of all that the model takes.
-    """
-
+    # Placeholders of one image; 0 where prompts are words alone, or layers attend to the image
+    # beside them.
     image_tokens: int = 0
-    placeholder: int = -1
-    opening: int = -1
-    pixels: dict[str, Tensor] = field(default_factory=dict)
-    accepted: tuple[str, ...] = ("input_ids", "attention_mask")
+    placeholder: int = -1  # the token that stands for image features
+    opening: int = -1  # the token before it; -1 for any word
+    pixels: dict[str, Tensor] = field(default_factory=dict)  # arguments for one image
+    accepted: tuple[str, ...] = ("input_ids", "attention_mask")  # names of all that the model takes
 
     def of(self, *lengths: int) -> dict[str, Tensor]:
         """A prompt of so many words a row, padded on the left; a length always has the same words.

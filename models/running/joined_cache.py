@@ -24,17 +24,11 @@ from planner.models.tokens.kept_tokens import Keys
 
 @dataclass(frozen=True, eq=False)
 class CachedAnswer:
-    """Where the keys and values of one answer are: a row of a cache, alone or with others'.
+    """Where the keys and values of one answer are: a row of a cache, alone or with others'."""
 
-    Attributes:
-        cache: filled by a stock model or under a plan without a KV policy.
-        row: of its batch.
-        length: tokens that have passed, without padding.
-    """
-
-    cache: Cache
-    row: int
-    length: int
+    cache: Cache  # filled by a stock model or under a plan without a KV policy
+    row: int  # of its batch
+    length: int  # tokens that have passed, without padding
 
 
 @dataclass(frozen=True, eq=False)

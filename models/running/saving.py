@@ -58,18 +58,12 @@ class _Settings(BaseModel):
 
 @dataclass(frozen=True)
 class Saved:
-    """A plan that was saved beside a model's weights.
+    """A plan that was saved beside a model's weights."""
 
-    Attributes:
-        plans: one for all samples, or one per sample.
-        budget: that holds for every prompt; None where the plans do.
-        options: of `planner.compile`.
-        means: see `planner.models.recovery.compensation`; empty where nothing is compensated.
-    """
-
-    plans: tuple[Plan, ...]
-    budget: Budget | None
-    options: dict[str, Any]
+    plans: tuple[Plan, ...]  # one for all samples, or one per sample
+    budget: Budget | None  # that holds for every prompt; None where the plans do
+    options: dict[str, Any]  # of `planner.compile`
+    # See `planner.models.recovery.compensation`; empty where nothing is compensated.
     means: Mapping[str, Tensor]
 
 

@@ -17,15 +17,10 @@ from planner.planning.selectors import DecoderSelector, selector_of
 
 @dataclass(frozen=True, eq=False)
 class ChosenTokens:
-    """What the vision side decided for a batch of prompts.
+    """What the vision side decided for a batch of prompts."""
 
-    Attributes:
-        options: shape (batch,), int64: one of the layout's token counts, by index.
-        keep: shape (batch, tokens): bool, or 0 and 1 with a gradient; text stays.
-    """
-
-    options: Tensor
-    keep: Tensor
+    options: Tensor  # shape (batch,), int64: one of the layout's token counts, by index
+    keep: Tensor  # shape (batch, tokens): bool, or 0 and 1 with a gradient; text stays
 
 
 # Scores, limits (batch,) above what always runs, and the prompt to what is kept.

@@ -19,19 +19,12 @@ from planner.planning.selectors.in_decoder import BUDGET_FEATURES
 
 @dataclass(frozen=True, eq=False)
 class TokenScores:
-    """What the vision side says of a batch of prompts.
+    """What the vision side says of a batch of prompts."""
 
-    Attributes:
-        counts: shape (batch, counts), float32: a logit per token count.
-        tokens: shape (batch, tokens), float32: a score per token; it means nothing for text.
-        image: shape (batch, tokens), bool: which are image tokens.
-        summary: shape (batch, 2 width): what counts are scored by.
-    """
-
-    counts: Tensor
-    tokens: Tensor
-    image: Tensor
-    summary: Tensor
+    counts: Tensor  # shape (batch, counts), float32: a logit per token count
+    tokens: Tensor  # shape (batch, tokens), float32: a score per token; it means nothing for text
+    image: Tensor  # shape (batch, tokens), bool: which are image tokens
+    summary: Tensor  # shape (batch, 2 width): what counts are scored by
 
 
 class VisionSide(nn.Module):

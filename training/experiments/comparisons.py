@@ -13,23 +13,18 @@ from math import isqrt
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of a plot.
+    """One line of a plot."""
 
-    Attributes:
-        name: for users.
-        settings: of the training configuration.
-        start: name of the variant whose weights this one goes on from; "" for the base model.
-        plans: ``controller``, or what takes its place on the same weights: ``static``, the best
-            plan for all questions, ``random`` or ``oracle``; ``tuned`` is the static plan on the
-            base model's weights, trained for it. Or a part of the controller: ``same switches``
-            has one order of switches for all questions, ``grid`` a grid of image tokens.
-        selector: the text of a token selector that keeps n of N tokens; it runs on the base model.
-    """
-
-    name: str
-    settings: tuple[str, ...] = ()
+    name: str  # for users
+    settings: tuple[str, ...] = ()  # of the training configuration
+    # Name of the variant whose weights this one goes on from; "" for the base model.
     start: str = ""
+    # ``controller``, or what takes its place on the same weights: ``static``, the best plan for all
+    # questions, ``random`` or ``oracle``; ``tuned`` is the static plan on the base model's weights,
+    # trained for it. Or a part of the controller: ``same switches`` has one order of switches for
+    # all questions, ``grid`` a grid of image tokens.
     plans: str = "controller"
+    # The text of a token selector that keeps n of N tokens; it runs on the base model.
     selector: Callable[[int, int], str] | None = field(default=None, compare=False, repr=False)
 
 

@@ -62,18 +62,14 @@ CONFIG = Path(__file__).parent.parent / "configs" / "unified.yaml"
 
 @dataclass(eq=False)
 class _Loaded:
-    """A model, and what is known of it for all cells.
-
-    Attributes:
-        worth: of each switch, see `Forced.worth`; None until a static plan is wanted.
-        pictures: see `Forced`.
-    """
+    """A model, and what is known of it for all cells."""
 
     model: Any
     processor: Any
     graph: Graph
+    # Of each switch, see `Forced.worth`; None until a static plan is wanted.
     worth: Tensor | None = None
-    pictures: dict[Any, Any] = field(default_factory=dict)
+    pictures: dict[Any, Any] = field(default_factory=dict)  # see `Forced`
 
 
 @dataclass(frozen=True, eq=False)

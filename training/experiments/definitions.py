@@ -12,28 +12,18 @@ BASE = "tiny-llava"
 
 @dataclass(frozen=True)
 class Cell:
-    """One measured accuracy.
+    """One measured accuracy."""
 
-    Attributes:
-        method: the row's name.
-        budget: of the base model.
-        tokens: a token selector, "" for none.
-        config: file name of the training configuration; "" for the model as it is shipped.
-        overrides: of that configuration.
-        rule: how a trained model's switches are chosen: ``scheduler``, ``random``, ``depth`` or
-            ``threshold``; or, without training, ``base``, ``prior`` or ``calibrated``.
-        switches: of a static plan.
-        labels: on how many samples' labels the scheduler is trained before; 0 for none.
-    """
-
-    method: str
-    budget: float
-    tokens: str = ""
-    config: str = ""
-    overrides: tuple[str, ...] = ()
+    method: str  # the row's name
+    budget: float  # of the base model
+    tokens: str = ""  # a token selector, "" for none
+    config: str = ""  # file name of the training configuration; "" for the model as it is shipped
+    overrides: tuple[str, ...] = ()  # of that configuration
+    # How a trained model's switches are chosen: ``scheduler``, ``random``, ``depth`` or
+    # ``threshold``; or, without training, ``base``, ``prior`` or ``calibrated``.
     rule: str = "scheduler"
-    switches: str = ""
-    labels: int = 0
+    switches: str = ""  # of a static plan
+    labels: int = 0  # on how many samples' labels the scheduler is trained before; 0 for none
 
     @property
     def key(self) -> str:

@@ -48,18 +48,13 @@ def packed(processor: Any, questions: Sequence[Conversation]) -> Batches:
 
 @dataclass(frozen=True, eq=False)
 class Answered:
-    """What came of questions, each under the plan that was decided for it.
+    """What came of questions, each under the plan that was decided for it."""
 
-    Attributes:
-        loss: shape (questions,): mean over the answer's tokens, in nats.
-        right: shape (questions,): 1 where each of the answer's tokens is the likeliest one, so that
-            greedy decoding gives it, else 0.
-        rows: shape (questions, 1 + size): the decisions.
-    """
-
-    loss: Tensor
+    loss: Tensor  # shape (questions,): mean over the answer's tokens, in nats
+    # Shape (questions,): 1 where each of the answer's tokens is the likeliest one, so that greedy
+    # decoding gives it, else 0.
     right: Tensor
-    rows: Tensor
+    rows: Tensor  # shape (questions, 1 + size): the decisions
 
     def where(self, better: Tensor, other: Answered) -> Answered:
         """These where `better`, shape (questions,), else the others."""
@@ -72,18 +67,12 @@ class Answered:
 
 @dataclass(eq=False)
 class Forced:
-    """A model under its controller, whose decisions others may take.
+    """A model under its controller, whose decisions others may take."""
 
-    Attributes:
-        scheduled: the model, masking, not attached.
-        layout: of the controller, for the questions' workload.
-        budget: that plans keep to.
-        pictures: what the model made of pictures; the same for all budgets.
-    """
-
-    scheduled: Scheduled
-    layout: UnifiedSwitches
-    budget: Budget
+    scheduled: Scheduled  # the model, masking, not attached
+    layout: UnifiedSwitches  # of the controller, for the questions' workload
+    budget: Budget  # that plans keep to
+    # What the model made of pictures; the same for all budgets.
     pictures: dict[Any, Any] = field(default_factory=dict)
 
     @property

@@ -36,21 +36,13 @@ def kept_or_measured(
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """What is trained and measured of one seed, when it is needed, and kept.
+    """What is trained and measured of one seed, when it is needed, and kept."""
 
-    Attributes:
-        work: where models and results are kept.
-        seed: of the training runs and of the test questions.
-        samples: test questions.
-        overrides: of every training configuration.
-        progress: told what comes next.
-    """
-
-    work: Path
-    seed: int
-    samples: int
-    overrides: tuple[str, ...]
-    progress: Say
+    work: Path  # where models and results are kept
+    seed: int  # of the training runs and of the test questions
+    samples: int  # test questions
+    overrides: tuple[str, ...]  # of every training configuration
+    progress: Say  # told what comes next
 
     def say(self, what: str) -> None:
         """Tell what comes next of this seed."""

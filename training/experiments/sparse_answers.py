@@ -49,18 +49,14 @@ _MOST_TEXT = 400
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table.
+    """A row of the table."""
 
-    Attributes:
-        name: for users.
-        tokens: a selector, and `kv` a policy of the cache, "" for none; FOLDER stands for the
-            predictors, COUNT for as many image tokens as they keep.
-        rates: image and answer tokens that the predictors are trained to keep.
-    """
-
-    name: str
+    name: str  # for users
+    # A selector, and `kv` a policy of the cache, "" for none; FOLDER stands for the predictors,
+    # COUNT for as many image tokens as they keep.
     tokens: str = ""
     kv: str = ""
+    # Image and answer tokens that the predictors are trained to keep.
     rates: tuple[float, float] = (IMAGE_RATE, ANSWER_RATE)
 
     @property
@@ -152,18 +148,12 @@ class _Bench(Bench):
 
 @dataclass(frozen=True)
 class Told:
-    """What a model makes of one answer.
+    """What a model makes of one answer."""
 
-    Attributes:
-        prompt: tokens of the prompt.
-        tokens: of the answer, its end among them.
-        loss: nats of all of them together.
-        stored: how many a policy has stored of those that were fed; None where none decides.
-    """
-
-    prompt: int
-    tokens: int
-    loss: float
+    prompt: int  # tokens of the prompt
+    tokens: int  # of the answer, its end among them
+    loss: float  # nats of all of them together
+    # How many a policy has stored of those that were fed; None where none decides.
     stored: int | None
 
 
