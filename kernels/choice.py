@@ -78,9 +78,8 @@ def linear_product(x: torch.Tensor, columns: int, depth: int, parts: int = 1) ->
 def product_is_faster(product: Product, pieces: int) -> bool:
     """Whether Triton is faster for a product with some of a weight's rows or columns.
 
-    Args:
-        product: on a GPU; what is left out not counted.
-        pieces: runs of kept features, each a launch of cuBLAS.
+    `product`: on a GPU; what is left out not counted. `pieces`: runs of kept features, each a
+    launch of cuBLAS.
     """
     return _triton_seconds(product) < _torch_seconds(product, pieces)
 
@@ -91,9 +90,8 @@ def mlp_is_faster(inner: Product, pieces: int) -> bool:
 
     PyTorch writes what gate and up give, and reads it for the activation.
 
-    Args:
-        inner: of its kept neurons, with two parts where there is a gate.
-        pieces: as of `product_is_faster`.
+    `inner`: of its kept neurons, with two parts where there is a gate. `pieces`: as of
+    `product_is_faster`.
     """
     outer = replace(inner, columns=inner.depth, depth=inner.columns, parts=1)
     triton = _triton_seconds(inner) + _triton_seconds(outer)

@@ -66,8 +66,7 @@ class Survivors:
             width: lanes per unit; at most 31 where a unit survives in part.
             device: of the tensors.
 
-        Raises:
-            InputError: a lane is out of range or repeated, or the shapes do not fit.
+        Raises InputError: a lane is out of range or repeated, or the shapes do not fit.
         """
         runs = []
         for lanes in map(sorted, kept):

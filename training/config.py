@@ -46,8 +46,7 @@ C = TypeVar("C", bound=RunConfig)
 def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """Read a YAML file and apply overrides such as ``"learning_rate=1e-3"`` (values are YAML).
 
-    Raises:
-        InputError: there is no such file, or it does not hold keys and values.
+    Raises InputError: there is no such file, or it does not hold keys and values.
     """
     path = Path(path)
     values = read_yaml(path, "configuration") or {}

@@ -67,8 +67,7 @@ class Estimator(Arguments):
             limits: shape (batch,), int64: what every sample may spend.
             noise: where random numbers come from.
 
-        Raises:
-            InputError: a limit is negative, or the estimator cannot work with such costs.
+        Raises InputError: a limit is negative, or the estimator cannot work with such costs.
         """
 
 
@@ -275,8 +274,7 @@ class Deterministic(Estimator):
     def penalty(self, gates: Tensor, costs: Costs, limits: Tensor) -> Tensor:
         """lambda * max(0, cost - limit) / limit, shape (batch,), differentiable; a limit of 0 is 1.
 
-        Raises:
-            InputError: costs do not add up.
+        Raises InputError: costs do not add up.
         """
         prices = _prices(costs, "the penalty", gates).double()
         limit = limits.to(prices).clamp(min=1)

@@ -186,10 +186,8 @@ class UnderBudgets:
 
         `cost_fraction` is the mean FLOPs of a prefill under the plans, over the base model's, the
         language model alone. `violations` is how many plans were beyond the budget, `utilisation`
-        the mean share of it that they used, both in the unit of the scheduler's limits.
-
-        Raises:
-            InputError: the budget cannot be met.
+        the mean share of it that they used, both in the unit of the scheduler's limits. Raises
+        InputError: the budget cannot be met.
         """
         measured = self._scheduled(budget) if self.scheduled else self._static(budget)
         return {"budget": budget, **measured}

@@ -56,8 +56,7 @@ def label_samples(
         partial: where to keep partial results; the same call continues from them.
         progress: called with the number of samples done, and of all.
 
-    Raises:
-        InputError: bad arguments, outputs that are not finite, or a budget that cannot be met.
+    Raises InputError: bad arguments, outputs that are not finite, or a budget that cannot be met.
     """
     problems = {budget: terms.problem(graph, budget) for budget in budgets}
     names = next(iter(problems.values())).switch_names

@@ -47,8 +47,7 @@ class StepBytes:
 def step_bytes(config: AdaLlavaConfig, cards: int) -> StepBytes:
     """What a step of a configuration takes on each of some cards.
 
-    Raises:
-        InputError: the model cannot be had, or there are no cards.
+    Raises InputError: the model cannot be had, or there are no cards.
     """
     if cards < 1:
         raise InputError("a step is estimated for one card or more")

@@ -59,8 +59,7 @@ class Asked:
         images: folder of the user's pictures, where names are of those.
         prompts: JSON lines for them.
 
-    Raises:
-        InputError: a name is neither a drawn scene's nor that of one of the user's questions.
+    Raises InputError: a name is neither a drawn scene's nor that of one of the user's questions.
     """
 
     def __init__(

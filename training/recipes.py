@@ -25,8 +25,7 @@ def load_recipe(
 ) -> tuple[Callable[[Any], Any], RunConfig]:
     """Read a configuration with ``key=value`` overrides: what trains by it, and the configuration.
 
-    Raises:
-        InputError: no such file, recipe or key, or a value that does not fit.
+    Raises InputError: no such file, recipe or key, or a value that does not fit.
     """
     values = read_settings(path, overrides)
     name = str(values.get("recipe"))

@@ -94,8 +94,7 @@ def log_chances(order: Tensor, logits: Tensor, costs: Costs, limits: Tensor) -> 
         costs: that the order was drawn with.
         limits: shape (batch,), likewise.
 
-    Returns:
-        Shape (batch, draws).
+    Returns shape (batch, draws).
     """
     scores = logits.float()
     columns = iter(order.unbind(1))

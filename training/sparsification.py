@@ -95,9 +95,8 @@ class SparseModel(nn.Module):
     def forward(self, labels: Tensor, **inputs: Any) -> Any:
         """The stock model's output; its loss has the penalty on keep rates in it.
 
-        Args:
-            labels: shape (batch, tokens); of several answers the last is sparsified.
-            inputs: the model's other arguments.
+        `labels`: shape (batch, tokens); of several answers the last is sparsified. `inputs`: the
+        model's other arguments.
         """
         self._image = is_visual(inputs["input_ids"], self.model)
         places = torch.arange(labels.shape[1], device=labels.device)

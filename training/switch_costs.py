@@ -99,8 +99,7 @@ class SiteCosts(Costs):
     def of(problem: Problem, token_options: Sequence[int] = (0,)) -> SiteCosts:
         """The costs of a Problem's switches, under every sample's token option, or one for all.
 
-        Raises:
-            InputError: the problem has several metrics, or none.
+        Raises InputError: the problem has several metrics, or none.
         """
         if len(problem.metrics) != 1:
             given = ", ".join(problem.metrics) or "none"

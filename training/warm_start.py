@@ -55,8 +55,7 @@ def warm_start(
         arguments: of the training; a batch counts samples, each under all of its budgets.
         encoder_rate: learning rate of the latency encoder, whose token predicts the answer too.
 
-    Raises:
-        InputError: the labels are of another model or of other switches.
+    Raises InputError: the labels are of another model or of other switches.
     """
     layout = scheduled.layout
     trainer = RunTrainer(
@@ -92,10 +91,8 @@ def target_plans(labels: Labels, layout: Layout) -> Flags:
 
     Labels for the scheduler's own switches hold these plans. For other labels, the scheduler's rule
     makes plans of the utilities that were measured: ``adallava-h``, for one, has no labels of its
-    own, but its heads and MLP groups have utilities.
-
-    Raises:
-        InputError: labels of another model, or without a utility for some switch.
+    own, but its heads and MLP groups have utilities. Raises InputError: labels of another model, or
+    without a utility for some switch.
     """
     labels.problems(layout.graph)
     names = layout.switch_names

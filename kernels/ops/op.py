@@ -62,10 +62,8 @@ class Op(ABC):
         """Compute the op, by Triton (interpreted on CPU tensors) or by PyTorch.
 
         Without a need for gradients it is computed at once, not through PyTorch's dispatcher, whose
-        checks take longer than a product of a decoded token.
-
-        Raises:
-            InputError: shapes do not fit, or survivors are neither one plan nor one per sample.
+        checks take longer than a product of a decoded token. Raises InputError: shapes do not fit,
+        or survivors are neither one plan nor one per sample.
         """
         if self._is_plain():
             return self._compute(triton)

@@ -48,9 +48,8 @@ def build_kernels(
         autotune: time tiles on the GPU at hand, for its target.
         progress: told what is being done.
 
-    Raises:
-        InputError: the plan does not fit the graph, no tile fits a target, or there is no GPU to
-            time tiles on.
+    Raises InputError: the plan does not fit the graph, no tile fits a target, or there is no GPU to
+    time tiles on.
     """
     tuned = local_target(targets) if autotune else None
     calls, left_out = calls_of(graph, plan, workload, dtype, any_plan=index_driven)

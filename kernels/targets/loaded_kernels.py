@@ -122,10 +122,8 @@ class Loaded:
 def load_kernels(folder: Path, device: torch.device | str = "cpu") -> Loaded:
     """Load the kernels that ``planner compile --target`` wrote into a folder, for a device.
 
-    The CPU takes the first target of the folder.
-
-    Raises:
-        InputError: there are none, or none for this GPU, or files were changed.
+    The CPU takes the first target of the folder. Raises InputError: there are none, or none for
+    this GPU, or files were changed.
     """
     manifest = read_manifest(folder)
     targets = list(dict.fromkeys(row.target for row in manifest.kernels))

@@ -56,8 +56,7 @@ class Program:
             generic: parameters of which Triton is not to compile in any value, besides those that
                 the function names.
 
-        Raises:
-            NotImplementedError: the function is written in a way that no kernel has needed yet.
+        Raises NotImplementedError: the function is written in a way that no kernel has needed yet.
         """
         key = (function, single, *sorted(known.items(), key=lambda item: item[0]))
         if key not in self._made:

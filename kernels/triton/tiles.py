@@ -61,9 +61,7 @@ def target_of(capability: tuple[int, int]) -> Target:
     """The target of a compute capability: the closest described one that is not newer.
 
     Consumer Blackwell (12.x) has the shared memory of sm_89 and no wgmma, so it is tiled like that.
-
-    Raises:
-        InputError: older than every described target.
+    Raises InputError: older than every described target.
     """
     number = capability[0] * 10 + capability[1] if capability[0] < 12 else 89
     older = [target for target in TARGETS.values() if target.capability <= number]

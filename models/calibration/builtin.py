@@ -31,8 +31,7 @@ def builtin_samples(
             needs none.
         count: of samples.
 
-    Raises:
-        NoProcessor: an image-text model has none.
+    Raises NoProcessor: an image-text model has none.
     """
     if not takes_pictures(model):
         return written_samples(model, count)

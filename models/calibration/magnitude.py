@@ -22,9 +22,7 @@ from planner.solver.problem import Floats
 def magnitude_worth(graph: Graph, layers: Sequence[BoundLayer]) -> dict[str, Floats]:
     """Utilities of all switches; no unit.
 
-    Args:
-        graph: with switches assigned.
-        layers: of the loaded model.
+    `graph`: with switches assigned. `layers`: of the loaded model.
     """
     worth: dict[str, Floats] = {}
     for layer in layers:

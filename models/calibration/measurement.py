@@ -85,8 +85,7 @@ def calibrate(
         partial: where to keep partial results; whoever keeps what comes out removes it.
         progress: called with the number of measurements done, and of all.
 
-    Raises:
-        InputError: for bad arguments, and for outputs that are not finite.
+    Raises InputError: for bad arguments, and for outputs that are not finite.
     """
     if method not in METHODS:
         raise InputError(f"unknown method '{method}': choose from {', '.join(METHODS)}")

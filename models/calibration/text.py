@@ -19,8 +19,7 @@ PASSAGE_TOKENS = 192
 def read_text(path: Path) -> str:
     """The text of a file.
 
-    Raises:
-        InputError: it is missing, unreadable or empty.
+    Raises InputError: it is missing, unreadable or empty.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -42,11 +41,8 @@ def passages(tokenizer: Any, text: str, count: int, tokens: int = PASSAGE_TOKENS
         count: most passages to take.
         tokens: of a passage.
 
-    Returns:
-        Token ids, shape (passages, tokens).
-
-    Raises:
-        InputError: the text is shorter than a passage.
+    Returns token ids, shape (passages, tokens). Raises InputError: the text is shorter than a
+    passage.
     """
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -60,8 +56,7 @@ def passages(tokenizer: Any, text: str, count: int, tokens: int = PASSAGE_TOKENS
 def text_samples(ids: Tensor) -> list[Sample]:
     """Passages as calibration samples, in which every token but the first is to be predicted.
 
-    Args:
-        ids: shape (passages, tokens).
+    `ids`: shape (passages, tokens).
     """
     return [Sample({"input_ids": row[None]}, len(row) - 1) for row in ids]
 

@@ -23,10 +23,8 @@ def token_losses(
 ) -> Floats:
     """What dropping image tokens of a sample before a layer does, by what a selector picks.
 
-    The replay has as many rows as there are `FRACTIONS`; `kind` is one of `MEASURES`.
-
-    Returns:
-        Shape (2, fractions): kept fractions, which are whole counts, and the loss at each.
+    The replay has as many rows as there are `FRACTIONS`; `kind` is one of `MEASURES`. Returns shape
+    (2, fractions): kept fractions, which are whole counts, and the loss at each.
     """
     counts = [max(1, int(image_tokens * fraction)) for fraction in FRACTIONS]
     stages = [TokenStage(layer, count, image_tokens, selector) for count in counts]

@@ -63,8 +63,7 @@ class Checked:
 def lowered_row(model_type: str) -> Checked:
     """Lower one architecture's default config.
 
-    Args:
-        model_type: that transformers maps to a config, and that to a model.
+    `model_type`: that transformers maps to a config, and that to a model.
     """
     row = Checked(model_type)
     for size, make in ((_YES, default), (_SMALL, small_default)):
@@ -90,8 +89,7 @@ def lowered_row(model_type: str) -> Checked:
 def run_row(model_type: str) -> Checked:
     """Run a small model of one architecture, and see whether it is right.
 
-    Args:
-        model_type: that transformers maps to a config, and that to a model.
+    `model_type`: that transformers maps to a config, and that to a model.
     """
     row = Checked(model_type)
     trial = _Trial(row)

@@ -51,8 +51,7 @@ def check_types(
             `only` names them, or other versions of libraries are installed.
         progress: told before each check: how many are done, of how many, and what is next.
 
-    Raises:
-        InputError: for a model type that is not in the table.
+    Raises InputError: for a model type that is not in the table.
     """
     known = (*image_text_types(), *TEXT_TYPES)
     unknown = sorted(set(only) - set(known))

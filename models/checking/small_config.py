@@ -199,12 +199,8 @@ def _set(config: Any, values: Mapping[str, Any]) -> None:
 def small(config: PreTrainedConfig) -> PreTrainedConfig:
     """The same architecture, a few layers deep and a few dozen features wide.
 
-    Args:
-        config: left as it is.
-
-    Returns:
-        A config that keeps what is peculiar of the architecture: its kinds of layers, whether
-        heads share keys and values, what it does with special tokens.
+    `config`: left as it is. Returns a config that keeps what is peculiar of the architecture: its
+    kinds of layers, whether heads share keys and values, what it does with special tokens.
     """
     config = copy.deepcopy(config)
     parts = list(_parts(config))

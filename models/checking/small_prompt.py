@@ -39,8 +39,7 @@ class Prompts:
 
         A decoder beside an encoder of words gets the same as that.
 
-        Args:
-            lengths: words of each row; each row has one image besides.
+        `lengths`: words of each row; each row has one image besides.
         """
         longest = max(lengths) + self.image_tokens
         ids = torch.zeros(len(lengths), longest, dtype=torch.long)
@@ -76,11 +75,7 @@ class Prompts:
 def prompts_of(model: Any) -> Prompts:
     """Prompts with an image where one is found that the model takes; of words otherwise.
 
-    Args:
-        model: with weights.
-
-    Raises:
-        InputError: it takes neither.
+    `model`: with weights. Raises InputError: it takes neither.
     """
     words = 5
     accepted = tuple(

@@ -63,9 +63,8 @@ def convert(
             does not hold its weights, or it is none of OpenAI's large ones.
         allow_pickle: read tensors from ``.bin`` files where there are no safetensors.
 
-    Raises:
-        InputError: the folder is in no such layout; keys that are missing, left over or of another
-            shape are named, as the authors call them.
+    Raises InputError: the folder is in no such layout; keys that are missing, left over or of
+    another shape are named, as the authors call them.
     """
     check_new(output)
     authors = AuthorsConfig.read(source)

@@ -49,8 +49,7 @@ class AuthorsConfig:
     def read(folder: Path) -> AuthorsConfig:
         """Read a folder's config.
 
-        Raises:
-            InputError: there is none, or it is of no such model, or stock LLaVA cannot say it.
+        Raises InputError: there is none, or it is of no such model, or stock LLaVA cannot say it.
         """
         values = find_model(str(folder)).config
         if not isinstance(values.get("mm_vision_tower"), str):

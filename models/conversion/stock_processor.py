@@ -75,10 +75,7 @@ def as_llava_v1(processor: Any) -> LlavaProcessor:
     """A LLaVA's processor with LLaVA-1.5's conversation "v1", and pictures padded to a square.
 
     The padding has the mean colour, as in the authors' code. Stock LLaVA-1.5 cuts pictures to a
-    square, and its prompts have no system message.
-
-    Raises:
-        InputError: the processor is no LLaVA's.
+    square, and its prompts have no system message. Raises InputError: the processor is no LLaVA's.
     """
     if not isinstance(processor, LlavaProcessor):
         raise InputError(

@@ -19,12 +19,9 @@ SAFE, PICKLE = "model.safetensors", "pytorch_model.bin"
 def read_tensors(folder: Path, allow_pickle: bool = False) -> dict[str, Tensor]:
     """All tensors of a checkpoint by name, in one file or in several with an index.
 
-    Args:
-        folder: with the files, under the names that transformers gives them.
-        allow_pickle: read ``.bin`` files where there are no others; only tensors are read of them.
-
-    Raises:
-        InputError: no such files, a broken one, or one that lacks what the index promises.
+    `folder`: with the files, under the names that transformers gives them. `allow_pickle`: read
+    ``.bin`` files where there are no others; only tensors are read of them. Raises InputError: no
+    such files, a broken one, or one that lacks what the index promises.
     """
     for name, pickled in ((SAFE, False), (PICKLE, True)):
         index = folder / f"{name}.index.json"

@@ -27,11 +27,7 @@ def save_plain(
 ) -> Any:
     """Write config and weights, for arguments as of `save_planned`.
 
-    Returns:
-        The model, read back by the stock loader.
-
-    Raises:
-        NotPlain: there is no such config.
+    Returns the model, read back by the stock loader. Raises NotPlain: there is no such config.
     """
     kept = [layer for layer in program.layers if layer.groups[0].on]
     config = _smaller_config(model, program, kept)

@@ -79,9 +79,8 @@ def _kept(partial: Path, facts: Any) -> dict[str, list[float]]:
 def table_of(name: str, seconds: Mapping[tuple[int, ...], float]) -> Table:
     """A table that grows along every axis.
 
-    Args:
-        name: of the table.
-        seconds: by sizes; what is missing grows in proportion to the size that it has more of.
+    `name`: of the table. `seconds`: by sizes; what is missing grows in proportion to the size that
+    it has more of.
     """
     axes = AXES[name]
     grid = np.empty([len(axis) for axis in axes])

@@ -38,8 +38,7 @@ class BoundLinear:
     def weight(self) -> Tensor:
         """Shape (out features, in features); a view of the module's own parameter.
 
-        Raises:
-            InputError: it was a matrix when the plan was made, and is none any more.
+        Raises InputError: it was a matrix when the plan was made, and is none any more.
         """
         weight = self.parameter
         if (type(weight) is not nn.Parameter or weight.is_meta) and not _is_matrix(weight):

@@ -54,9 +54,7 @@ def can_be_joined(model: Any) -> bool:
 def join(answers: Sequence[CachedAnswer], program: Program) -> DynamicCache:
     """One cache of several answers, the i-th of them in row i.
 
-    Args:
-        answers: at least one; nothing of theirs is changed.
-        program: of their plans, in this order.
+    `answers`: at least one; nothing of theirs is changed. `program`: of their plans, in this order.
     """
     total = max(answer.length for answer in answers)
     cache = DynamicCache()

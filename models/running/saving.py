@@ -118,8 +118,7 @@ def saved_files(session: Session) -> dict[str, bytes]:
 def read_saved(folder: Path) -> Saved:
     """What `saved_files` were written to a folder.
 
-    Raises:
-        InputError: there are none, they are broken, or name files that are not among them.
+    Raises InputError: there are none, they are broken, or name files that are not among them.
     """
     path = folder / SETTINGS
     if folder.is_dir() and not path.exists():
@@ -158,8 +157,7 @@ def _means(folder: Path) -> dict[str, Tensor]:
 class SavePretrained:
     """Stands in for `save_pretrained` of a planned model, or of what wraps it.
 
-    Args:
-        owner: whose method it is.
+    `owner`: whose method it is.
     """
 
     def __init__(self, owner: Any) -> None:

@@ -232,8 +232,7 @@ class Session:
     def plans_on(self, prompt: Workload) -> tuple[Plan, ...]:
         """What this context runs on a prompt.
 
-        Raises:
-            InputError: the budget cannot be met on it.
+        Raises InputError: the budget cannot be met on it.
         """
         setting = self.setting
         if setting is None:

@@ -456,8 +456,7 @@ def session_on(
         freeze: promise that weights stay as they are, see `planner.models.running.products`.
         kernels: who computes, at first PyTorch. None leaves this and `freeze` as said before.
 
-    Raises:
-        InputError: there is no language model, or torch.compile's backend ``planner`` has it.
+    Raises InputError: there is no language model, or torch.compile's backend ``planner`` has it.
     """
     known = language_model(model)
     if known is None:

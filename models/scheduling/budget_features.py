@@ -20,9 +20,8 @@ def sinusoid(level: Tensor, steps: int) -> Tensor:
     frequencies 10000^(-i / 128). Where switches differ in cost, k is K times the share of their
     cost that may be on, which with equal costs is the same.
 
-    Args:
-        level: k, how much is switched on, from 0 to `steps`; shape (batch,).
-        steps: K, how many switches there are.
+    `level`: k, how much is switched on, from 0 to `steps`; shape (batch,). `steps`: K, how many
+    switches there are.
     """
     exponents = torch.arange(FREQUENCIES, device=level.device, dtype=torch.float32) / FREQUENCIES
     angle = (2 * math.pi / (steps + 1)) * level.float()[:, None] * float(BASE) ** -exponents

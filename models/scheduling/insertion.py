@@ -73,10 +73,8 @@ class Insertion:
     def into_any_mask(self, mask: Any, seen: int | None = None) -> Any:
         """A decoder's attention mask, of any kind that transformers passes, with the token.
 
-        Args:
-            mask: a tensor, several by kind of layer, or None.
-            seen: tokens seen so far, the new ones and the inserted one among them; None for a
-                prompt.
+        `mask`: a tensor, several by kind of layer, or None. `seen`: tokens seen so far, the new
+        ones and the inserted one among them; None for a prompt.
         """
         if isinstance(mask, dict):
             return {kind: self.into_any_mask(value, seen) for kind, value in mask.items()}

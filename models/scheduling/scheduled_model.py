@@ -168,8 +168,7 @@ class Scheduled:
                 and 64 text tokens.
             device: that a budget in seconds is of.
 
-        Raises:
-            InputError: a budget that the layout cannot keep to, or stages behind the switches.
+        Raises InputError: a budget that the layout cannot keep to, or stages behind the switches.
         """
         self.detach()
         several = budgets if isinstance(budgets, list | tuple) else [budgets]

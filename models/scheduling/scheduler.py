@@ -38,8 +38,7 @@ _MOST_BYTES = 512 * MEBIBYTE
 def layout_of(name: str, graph: Graph) -> Layout:
     """The layout that users call `name`, such as ``adallava-h:unit=8`` or ``layers,heads,mlp``.
 
-    Raises:
-        InputError: there is none, or the model cannot have it.
+    Raises InputError: there is none, or the model cannot have it.
     """
     counting = counting_of(name)
     layout: Layout
@@ -146,8 +145,7 @@ def save_scheduler(scheduler: Scheduler, folder: str | Path) -> None:
 def load_scheduler(folder: str | Path, graph: Graph) -> Scheduler:
     """Read a scheduler for a model.
 
-    Raises:
-        InputError: the folder holds none, it is broken, or it was made for another model.
+    Raises InputError: the folder holds none, it is broken, or it was made for another model.
     """
     folder = Path(folder)
     if not (folder / DESCRIPTION).exists():

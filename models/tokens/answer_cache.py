@@ -77,8 +77,7 @@ def forget_last(store: Any, keys: Keys, stored: Tensor) -> Keys:
         keys: where its entries stood, shape (rows, n).
         stored: shape (rows,), bool.
 
-    Returns:
-        Where they stand now.
+    Returns where they stand now.
     """
     if stored.all():
         return keys

@@ -43,8 +43,7 @@ class AnswerStage:
         policies: of the program.
         places: carries flags of the model's tokens over to those of the decoder, see `TokenStages`.
 
-    Raises:
-        InputError: a policy's folder holds no output predictor for this model.
+    Raises InputError: a policy's folder holds no output predictor for this model.
     """
 
     def __init__(

@@ -160,8 +160,7 @@ def save_predictors(predictors: Predictors, folder: str | Path) -> None:
 def load_predictors(folder: str | Path, width: int) -> Predictors:
     """Read predictors for a decoder of a width, in the type of their file.
 
-    Raises:
-        InputError: the folder holds none, they are broken, or they are for another width.
+    Raises InputError: the folder holds none, they are broken, or they are for another width.
     """
     folder, settings = Path(folder), PredictorSettings.read(folder)
     try:

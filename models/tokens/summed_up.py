@@ -65,12 +65,8 @@ class SummedUp:
 class SummingStage:
     """Finds the VoCo tokens of a prompt.
 
-    Args:
-        model: the whole model.
-        places: carries flags of the model's tokens over to those of the decoder, see `TokenStages`.
-
-    Raises:
-        InputError: the model was not trained with such tokens.
+    `model`: the whole model. `places`: carries flags of the model's tokens over to those of the
+    decoder, see `TokenStages`. Raises InputError: the model was not trained with such tokens.
     """
 
     def __init__(
@@ -95,8 +91,7 @@ class SummingStage:
     def enter(self, call: Call) -> None:
         """Note in a pass of several tokens where the VoCo tokens are, before layer 0.
 
-        Raises:
-            InputError: there is no telling, or they do not stand for all images.
+        Raises InputError: there is no telling, or they do not stand for all images.
         """
         ids = self.arguments.get("input_ids")
         if ids is None:
@@ -123,10 +118,8 @@ def add_voco_tokens(model: Any, processor: Any, count: int) -> None:
     """Give a LLaVA a VoCo token, and its chat template an image and `count` of them in front.
 
     The template then says what the authors' prompts do: the image, a line end, the tokens, a line
-    end, and the conversation without the image.
-
-    Raises:
-        InputError: the processor has no chat template.
+    end, and the conversation without the image. Raises InputError: the processor has no chat
+    template.
     """
     if not processor.chat_template:
         raise InputError("VoCo tokens go into a chat template, and the model's processor has none")

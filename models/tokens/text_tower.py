@@ -25,8 +25,7 @@ _asked: ContextVar[tuple[str, ...]] = ContextVar("planner_asked", default=())
 def question(asked: str | Sequence[str]) -> Iterator[None]:
     """Say what is asked about the images of the calls inside, for selectors that compare them.
 
-    Args:
-        asked: the question alone, without a chat template; or one for each image of a batch.
+    `asked`: the question alone, without a chat template; or one for each image of a batch.
     """
     token = _asked.set((asked,) if isinstance(asked, str) else tuple(asked))
     try:
@@ -38,11 +37,8 @@ def question(asked: str | Sequence[str]) -> Iterator[None]:
 class TextTower(nn.Module):
     """The text tower and both projections of a CLIP model.
 
-    Args:
-        folder: of the CLIP model, in transformers' format, with its tokenizer.
-
-    Raises:
-        InputError: there is no such model in the folder.
+    `folder`: of the CLIP model, in transformers' format, with its tokenizer. Raises InputError:
+    there is no such model in the folder.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -74,13 +70,9 @@ class TextTower(nn.Module):
     def read(self, runs: int, whole: bool) -> Tensor:
         """What is asked about each run of the vision encoder, in the joint space, (runs, d).
 
-        Args:
-            runs: of the vision encoder.
-            whole: take all chunks that a question has, each a direction, and their mean; else the
-                first alone, as it is.
-
-        Raises:
-            InputError: nobody said what is asked, or there is no telling to which run it belongs.
+        `runs`: of the vision encoder. `whole`: take all chunks that a question has, each a
+        direction, and their mean; else the first alone, as it is. Raises InputError: nobody said
+        what is asked, or there is no telling to which run it belongs.
         """
         asked = _asked.get()
         if not asked:

@@ -45,8 +45,7 @@ class TokenStages:
         kernels: who scores, ranks and gathers tokens.
         norm: the decoder's last; None where it has none.
 
-    Raises:
-        InputError: a stage cannot be carried out on this model.
+    Raises InputError: a stage cannot be carried out on this model.
     """
 
     def __init__(
@@ -163,10 +162,8 @@ class TokenStages:
     def select(self, call: Call, group: LayerGroup, rows: Tensor | None, hidden: Tensor) -> Tensor:
         """Let a group's last stage choose what goes on of its batch rows (None: all of them).
 
-        What is left is noted in the call, a pass that has images.
-
-        Returns:
-            What is about to enter the stage's layer: a copy where the selector changed some.
+        What is left is noted in the call, a pass that has images. Returns what is about to enter
+        the stage's layer: a copy where the selector changed some.
         """
         stage, earlier = group.stages[-1], call.has_dropped(group)
         if call.left is None:

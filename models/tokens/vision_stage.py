@@ -58,8 +58,7 @@ class VisionStage:
         is_active: whether this stage is to work now; asked wherever the projector runs, since
             images may be encoded ahead of the model's forward pass.
 
-    Raises:
-        InputError: the model has no tower and projector that the selector can work with.
+    Raises InputError: the model has no tower and projector that the selector can work with.
     """
 
     def __init__(

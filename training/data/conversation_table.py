@@ -50,10 +50,8 @@ def open_records(path: Path) -> Dataset:
 
     The Arrow file is in the cache folder, under a name that follows from path, size and time of the
     JSON file; one process writes it and others wait. Where the cache folder cannot be written to,
-    every process has a temporary file of its own.
-
-    Raises:
-        InputError: there is no such file, it is no list in JSON, or `datasets` is not installed.
+    every process has a temporary file of its own. Raises InputError: there is no such file, it is
+    no list in JSON, or `datasets` is not installed.
     """
     require_extras()
     from datasets import Dataset

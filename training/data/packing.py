@@ -55,11 +55,8 @@ class Packer:
 
     The batch, for B conversations padded to T tokens: `input_ids`, `labels`, `position_ids` (B, T),
     `attention_mask` (B, 1, T, T) boolean, `pixel_values` (images, 3, height, width) when there are
-    images.
-
-    Raises:
-        InputError: the processor has no chat template, one that rewrites earlier turns, or one that
-            takes all of `max_text_tokens` itself.
+    images. Raises InputError: the processor has no chat template, one that rewrites earlier turns,
+    or one that takes all of `max_text_tokens` itself.
     """
 
     def __init__(self, processor: Any, max_text_tokens: int, dialogue_share: float = 0.0):

@@ -55,9 +55,7 @@ def run_experiment(
     """Train and measure what is missing of a table of `EXPERIMENTS`, and give it back whole.
 
     Every seed is a training run with so many test questions; the other arguments are `Bench`'s.
-
-    Raises:
-        PlannerError: skipping and masking disagree; nothing is reported then.
+    Raises PlannerError: skipping and masking disagree; nothing is reported then.
     """
     experiment = EXPERIMENTS[name]
     rows, learning = [], []

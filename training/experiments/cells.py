@@ -172,8 +172,7 @@ def _rule(name: str, seed: int, scheduler: Decide) -> Decide:
 def _check_parity(scheduled: Scheduled, bench: UnderBudgets, cell: Cell) -> None:
     """Cells are measured by masks, which many plans in a batch do not slow down.
 
-    Raises:
-        PlannerError: skipping answers otherwise.
+    Raises PlannerError: skipping answers otherwise.
     """
     if cell.rule == "random":
         return

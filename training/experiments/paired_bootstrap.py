@@ -14,10 +14,8 @@ Scores = npt.NDArray[np.floating[Any]]
 def paired_bootstrap(pairs: Sequence[Scores], resamples: int = 2000) -> dict[str, float]:
     """Mean difference over runs, its standard error, and the 95 % interval from `low` to `high`.
 
-    Args:
-        pairs: differences question by question, an array for each run. Runs are resampled, and in
-            each the questions.
-        resamples: how often.
+    `pairs`: differences question by question, an array for each run. Runs are resampled, and in
+    each the questions. `resamples`: how often.
     """
     random = np.random.default_rng(0)
     means = []

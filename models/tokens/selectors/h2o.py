@@ -75,10 +75,8 @@ class HeavyHitters:
         one left it, with new entries appended.
 
         Takes what `attention_received` returns, and `valid` keys, shape (batch, keys), bool.
-
-        Returns:
-            What to gather from keys and values, each head in its order, padded on the left: shape
-            (batch, kv_heads, left), int64; and which of it is valid, shape (batch, left), bool.
+        Returns what to gather from keys and values, each head in its order, padded on the left:
+        shape (batch, kv_heads, left), int64; and which of it is valid, shape (batch, left), bool.
         """
         if self.scores is None:
             budgets = [self.policy.budgets(n) for n in valid.sum(1).tolist()]

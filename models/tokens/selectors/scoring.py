@@ -73,13 +73,9 @@ def outliers(scores: Tensor) -> Tensor:
 def pack(keep: Tensor, side: str) -> tuple[Tensor, Tensor]:
     """Gather indices that move the kept entries of each row together, in their order.
 
-    Args:
-        keep: shape (..., n), bool.
-        side: ``left`` or ``right``: where rows with fewer kept entries are padded.
-
-    Returns:
-        Source positions, shape (..., longest), int64, where padding holds some dropped position;
-        and which are no padding, bool.
+    `keep`: shape (..., n), bool. `side`: ``left`` or ``right``: where rows with fewer kept entries
+    are padded. Returns source positions, shape (..., longest), int64, where padding holds some
+    dropped position; and which are no padding, bool.
     """
     longest = int(keep.sum(-1).max())
     flags = keep.to(torch.uint8)

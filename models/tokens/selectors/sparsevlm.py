@@ -50,11 +50,8 @@ def cluster(tokens: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     A token's density is exp(-mean squared distance to its k nearest, itself among them); centres
     have the largest products of density and distance to the nearest denser token. Each token joins
     the nearest centre. Distances are divided by sqrt(width). The reference adds random noise of
-    1e-6 to break ties in density; here ties go to the lower index.
-
-    Returns:
-        Positions of the centres, shape (clusters,), and the centre of each of n tokens (n, width),
-        shape (n,); int64.
+    1e-6 to break ties in density; here ties go to the lower index. Returns positions of the
+    centres, shape (clusters,), and the centre of each of n tokens (n, width), shape (n,); int64.
     """
     distance = torch.cdist(tokens, tokens, compute_mode="donot_use_mm_for_euclid_dist")
     distance = distance / tokens.shape[-1] ** 0.5

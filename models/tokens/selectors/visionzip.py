@@ -24,9 +24,8 @@ def contextual_tokens(features: Tensor, keys: Tensor, targets: int) -> tuple[Ten
     target gains the mean of those that joined it.
 
     `features` have shape (runs, n, width), `keys` (runs, n, key width); of n targets at most.
-
-    Returns:
-        Tokens, shape (runs, targets, width), and which patches they were, shape (targets,), int64.
+    Returns tokens, shape (runs, targets, width), and which patches they were, shape (targets,),
+    int64.
     """
     n = features.shape[1]
     dtype = torch.promote_types(features.dtype, torch.float32)
