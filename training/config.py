@@ -14,6 +14,10 @@ from planner.ir.errors import InputError
 from planner.training.data.conversations import FAMILY_WEIGHTS
 
 
+# Folder of the configurations that planner comes with.
+CONFIGS = Path(__file__).parent / "configs"
+
+
 class RunConfig(BaseModel):
     """What every training run has; immutable, and a key that it does not know is an error."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,6 @@ from torch import Tensor
 
 from planner.ir.errors import PlannerError
 from planner.ir.graph import Graph
-from planner.ir.lowering import lower_model
-from planner.loading import load_model
 from planner.models.calibration import calibrate, read_samples
 from planner.models.calibration.samples import Question
 from planner.models.scheduling import Scheduled, load_scheduler
@@ -22,6 +20,7 @@ from planner.planning.catalog import find_model
 from planner.planning.request import Request
 from planner.planning.switches import with_switches
 from planner.planning.utilities import Utilities, save_utilities
+from planner.training.config import CONFIGS
 from planner.training.data import SceneQuestions
 from planner.training.evaluate import TEXT_TOKENS, UnderBudgets, predict
 from planner.training.experiments.definitions import Cell
@@ -37,8 +36,6 @@ CALIBRATION_QUESTIONS = 24
 @dataclass(frozen=True, eq=False)
 class TableBench(Bench):
     """Models of one seed and their measured cells."""
-
-    _loaded: dict[Path, tuple[Any, Any, Any]] = field(default_factory=dict)
 
     def measured(self, cell: Cell) -> dict[str, Any]:
         """A cell, from its file or measured now."""
@@ -63,18 +60,20 @@ class TableBench(Bench):
 
     def _learned(self, cell: Cell) -> dict[str, Any]:
         folder = self._trained(cell)
-        model, processor, graph = self._load(folder)
+        known = self.load(str(folder))
         self.say(f"regret of {cell.method}")
-        scheduled = Scheduled(model, graph, load_scheduler(folder, graph), mask=True)
+        scheduler = load_scheduler(folder, known.graph)
+        scheduled = Scheduled(known.model, known.graph, scheduler, mask=True)
         return {
             "method": cell.method,
-            "regret": regret_of(scheduled, processor, self.seed),
+            "regret": regret_of(scheduled, known.processor, self.seed),
             "losses": losses_of(folder.parent / "run"),
         }
 
     def _measure(self, cell: Cell) -> dict[str, Any]:
         folder = self._trained(cell) if cell.config else _shipped()
-        model, processor, graph = self._load(folder)
+        known = self.load(str(folder))
+        model, processor, graph = known.model, known.processor, known.graph
         self.say(f"{cell.method} {cell.tokens} at {cell.budget:g}")
         scheduled, utilities = None, "prior"
         if cell.config:
@@ -106,26 +105,20 @@ class TableBench(Bench):
     def _trained(self, cell: Cell) -> Path:
         """The folder of a trained model; what was trained already is found again."""
         own = (*cell.overrides, *self.overrides)
-        before = [f"labels={cell.labels}"] if cell.labels else []
-        label = "_".join([Path(cell.config).stem, *(o.replace("=", "-") for o in (*before, *own))])
-        folder = self.work / "models" / f"{label}_seed-{self.seed}"
-        if not (folder / "model" / "scheduler.json").is_file():
-            self.say(f"training {label}")
-            config = Path(__file__).parent.parent / "configs" / cell.config
-            if cell.labels:
-                base = self._load(_shipped())
-                before = [f"labels={label_file(*base, cell.labels, self.work)}"]
-            train, parsed = load_recipe(config, [*self.run_settings(folder), *before, *own])
-            train(parsed)
-        return folder / "model"
+        before = [f"labels-{cell.labels}"] if cell.labels else []
+        label = "_".join([Path(cell.config).stem, *before, *(o.replace("=", "-") for o in own)])
 
-    def _load(self, folder: Path) -> tuple[Any, Any, Any]:
-        if folder not in self._loaded:
-            # One at a time: tables go through models in order.
-            self._loaded.clear()
-            model, processor, _ = load_model(str(folder))
-            self._loaded[folder] = (model, processor, lower_model(model, "tiny-llava"))
-        return self._loaded[folder]
+        def train(settings: list[str]) -> None:
+            if cell.labels:
+                base = self.load(str(_shipped()))
+                labels = label_file(
+                    base.model, base.processor, base.graph, cell.labels, self.work
+                )
+                settings = [*settings, f"labels={labels}"]
+            run, parsed = load_recipe(CONFIGS / cell.config, [*settings, *own])
+            run(parsed)
+
+        return self.trained(label, label, "scheduler.json", train)
 
 
 def _shipped() -> Path:

@@ -2,50 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
-from planner.files import write_bytes, write_text
-from planner.progress import Say
 from planner.training.experiments.comparisons import COMPARISONS, Comparison, Variant
 from planner.training.experiments.controllers import (
     Measuring,
     compared,
     steps_to_stable,
 )
+from planner.training.experiments.kept_results import Runs
+from planner.training.experiments.over_seeds import grouped, means
 from planner.training.experiments.plan_pictures import plan_facts, plan_picture
-from planner.training.experiments.results_page import plot, table
+from planner.training.experiments.results_page import Rows, plot, table
 
-Rows = Sequence[Mapping[str, Any]]
 # Of a cell, what is too long for a table: each question's digit, and a static plan's decision.
 _OWN = ("right", "plan")
 
 
-def run_comparison(
-    name: str,
-    work: Path,
-    seeds: Sequence[int],
-    samples: int,
-    overrides: Sequence[str],
-    progress: Say,
-) -> Iterator[dict[str, Any]]:
+def run_comparison(runs: Runs) -> Iterator[dict[str, Any]]:
     """Train and measure what is missing of a comparison; tell how it stands, the last time whole.
 
     Every seed is a training run with so many test questions.
     """
-    comparison = COMPARISONS[name]
-    benches = [Measuring(work, seed, samples, tuple(overrides), progress) for seed in seeds]
-    flags = "".join(f" --set {override}" for override in overrides)
-    listed = ",".join(map(str, seeds))
-    told = {
-        "experiment": name,
-        "title": comparison.title,
-        "command": f"planner experiment {name} --seeds {listed} --samples {samples}{flags}",
-        "samples": samples,
-    }
+    name, comparison = runs.name, COMPARISONS[runs.name]
+    benches = runs.benches(Measuring)
+    told = runs.facts | {"title": comparison.title}
     rows: list[dict[str, Any]] = []
     learning: list[dict[str, Any]] = []
     for bench in benches:
@@ -78,20 +60,9 @@ def _results(comparison: Comparison, rows: Rows, learning: Rows) -> dict[str, An
 
 def summary(rows: Rows) -> list[dict[str, Any]]:
     """Mean and standard deviation over seeds of every variant at every budget."""
-    groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["variant"], row["budget"]), []).append(row)
-    found = []
-    for (variant, budget), members in groups.items():
-        entry: dict[str, Any] = {"method": variant, "tokens": "", "budget": budget}
-        for measure in ("accuracy", "cost_fraction", "utilisation", "violations", "plans"):
-            values = [float(member[measure]) for member in members]
-            entry[measure] = mean(values)
-            entry[f"{measure}_spread"] = stdev(values) if len(values) > 1 else 0.0
-        families = members[0]["families"]
-        entry["families"] = {f: mean(m["families"][f] for m in members) for f in families}
-        found.append(entry)
-    return found
+    measures = ("accuracy", "cost_fraction", "utilisation", "violations", "plans")
+    summed_up = means(rows, ("variant", "budget"), measures)
+    return [{"method": entry["variant"], "tokens": "", **entry} for entry, _ in summed_up]
 
 
 def comparison_markdown(results: Mapping[str, Any]) -> str:
@@ -229,12 +200,9 @@ def _plans(facts: Mapping[str, Any] | None) -> list[str]:
 def _learning(rows: Rows) -> list[str]:
     if not rows:
         return []
-    methods: dict[str, list[Any]] = {}
-    for row in rows:
-        methods.setdefault(row["variant"], []).append(row["steps"])
     cells = [
-        [name, ", ".join("never" if s is None else str(s) for s in steps)]
-        for name, steps in methods.items()
+        [name, ", ".join("never" if r["steps"] is None else str(r["steps"]) for r in members)]
+        for (name,), members in grouped(rows, "variant").items()
     ]
     return [
         "Steps after which the loss of the plans drawn stays within a tenth of its fall, by run:",
@@ -244,11 +212,7 @@ def _learning(rows: Rows) -> list[str]:
     ]
 
 
-def write_comparison(results: Mapping[str, Any], folder: Path) -> None:
-    """Write NAME.json, NAME.md and NAME.svg."""
-    name = results["experiment"]
-    write_text(folder / f"{name}.json", json.dumps(results, indent=1) + "\n")
-    write_text(folder / f"{name}.md", comparison_markdown(results))
-    write_bytes(folder / f"{name}.svg", plot(summary(results["rows"])))
-    if "plans" in results:
-        write_bytes(folder / f"{name}-plans.svg", plan_picture(results["plans"]))
+def comparison_pictures(results: Mapping[str, Any]) -> dict[str, bytes]:
+    """The plot, and where it is known what was decided, that."""
+    pictures = {"": plot(summary(results["rows"]))}
+    return pictures | ({"-plans": plan_picture(results["plans"])} if "plans" in results else {})

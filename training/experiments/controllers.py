@@ -18,8 +18,6 @@ from torch import Tensor
 from planner.ir.cost import Workload
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.ir.lowering import lower_model
-from planner.loading import load_model
 from planner.models.running.skipping import obeying
 from planner.models.scheduling import Scheduled, UnifiedSwitches, load_scheduler
 from planner.plan import Plan
@@ -29,6 +27,7 @@ from planner.planning.selectors import stages_of
 from planner.solver import Infeasible
 from planner.training import unified
 from planner.training.adallava import Learner
+from planner.training.config import CONFIGS
 from planner.training.data import SceneQuestions
 from planner.training.evaluate import TEXT_TOKENS, predict, score
 from planner.training.experiments.comparisons import Comparison, Variant
@@ -48,7 +47,7 @@ from planner.training.experiments.kept_results import (
     kept_or_measured,
     losses_logged,
 )
-from planner.training.experiments.paired_bootstrap import paired_bootstrap
+from planner.training.experiments.over_seeds import paired_bootstrap
 from planner.training.recipes import load_recipe
 from planner.training.unified import UnifiedConfig
 
@@ -57,26 +56,13 @@ FAMILIES = ("existence", "attribute", "count", "spatial", "text")
 VALIDATION_QUESTIONS = 96
 # Of the test questions, those that an oracle answers: it tries many plans.
 ORACLE_QUESTIONS = 192
-CONFIG = Path(__file__).parent.parent / "configs" / "unified.yaml"
-
-
-@dataclass(eq=False)
-class _Loaded:
-    """A model, and what is known of it for all cells."""
-
-    model: Any
-    processor: Any
-    graph: Graph
-    # Of each switch, see `Forced.worth`; None until a static plan is wanted.
-    worth: Tensor | None = None
-    pictures: dict[Any, Any] = field(default_factory=dict)  # see `Forced`
+CONFIG = CONFIGS / "unified.yaml"
 
 
 @dataclass(frozen=True, eq=False)
 class Measuring(Bench):
     """Variants of controllers, of one seed."""
 
-    _loaded: dict[str, _Loaded] = field(default_factory=dict)
     _packed: dict[str, Batches] = field(default_factory=dict)
 
     def cell(self, comparison: Comparison, variant: Variant, budget: float) -> dict[str, Any]:
@@ -105,50 +91,45 @@ class Measuring(Bench):
 
     # -- models ------------------------------------------------------------------------------
 
-    def _folder(self, settings: Sequence[str]) -> Path:
-        label = "_".join(settings).replace("=", "-").replace(":", "-").replace(",", "-")
-        label = "_".join([label, *(o.replace("=", "-").replace("/", "-") for o in self.overrides)])
-        return self.work / "models" / f"unified_{label}_seed-{self.seed}"
-
-    def trained(self, comparison: Comparison, variant: Variant) -> Path:
+    def variant_trained(self, comparison: Comparison, variant: Variant) -> Path:
         """The folder of a variant's model, trained before or now."""
         start = []
         if variant.start:
             first = next(v for v in comparison.variants if v.name == variant.start)
-            start = [f"start={self.trained(comparison, first)}"]
-        folder = self._folder(variant.settings)
-        return self._train(variant.name, folder, [*start, *self.overrides, *variant.settings])
+            start = [f"start={self.variant_trained(comparison, first)}"]
+        return self._train(variant.name, variant.settings, start=start)
 
     def _train(
-        self, name: str, folder: Path, settings: Sequence[str], learner: Learner | None = None
+        self,
+        name: str,
+        settings: Sequence[str],
+        also: str = "",
+        start: Sequence[str] = (),
+        learner: Learner = unified.learner,
     ) -> Path:
-        if not (folder / "model" / "scheduler.json").is_file():
-            self.say(f"training {name}")
-            _, config = load_recipe(CONFIG, [*self.run_settings(folder), *settings])
+        """The folder of a model with some settings; `also` tells it from others with the same."""
+        told = [*settings, also] if also else settings
+        label = "_".join(told).replace("=", "-").replace(":", "-").replace(",", "-")
+        label = "_".join([label, *(o.replace("=", "-").replace("/", "-") for o in self.overrides)])
+
+        def train(places: list[str]) -> None:
+            _, config = load_recipe(CONFIG, [*places, *start, *self.overrides, *settings])
             assert isinstance(config, UnifiedConfig)
-            unified.train(config, learner or unified.learner)
-        return folder / "model"
+            unified.train(config, learner)
+
+        return self.trained(name, f"unified_{label}", "scheduler.json", train)
 
     def _trained_for(self, variant: Variant, budget: float, row: Tensor) -> Path:
         """The folder of the base model, trained for one plan."""
-        folder = self._folder((*variant.settings, f"static={budget:g}"))
-        settings = [*self.overrides, *variant.settings]
-        name = f"{variant.name} at {budget:g}"
-        return self._train(name, folder, settings, under_one_plan(row, Budget.of(budget)))
+        learner = under_one_plan(row, Budget.of(budget))
+        name, also = f"{variant.name} at {budget:g}", f"static={budget:g}"
+        return self._train(name, variant.settings, also, learner=learner)
 
     def curve(self, comparison: Comparison, variant: Variant) -> list[tuple[int, float]]:
         """(step, mean loss of the plans drawn, in nats) of a variant's training."""
-        logged = losses_logged(self.trained(comparison, variant).parent / "run")
+        logged = losses_logged(self.variant_trained(comparison, variant).parent / "run")
         # A policy's own loss says nothing of its plans; the likelihood of answers is its reward.
         return [(e["step"], -e["reward"] if "reward" in e else e["loss"]) for e in logged]
-
-    def _load(self, name: str) -> _Loaded:
-        if name not in self._loaded:
-            # One at a time: variants go through models in order.
-            self._loaded.clear()
-            model, processor, _ = load_model(name)
-            self._loaded[name] = _Loaded(model, processor, lower_model(model, "model"))
-        return self._loaded[name]
 
     # -- measures ----------------------------------------------------------------------------
 
@@ -162,18 +143,14 @@ class Measuring(Bench):
             self._packed[split] = packed(processor, self.questions(split, count))
         return self._packed[split]
 
-    def processor(self, folder: Path) -> Any:
-        """Of a trained model."""
-        return self._load(str(folder)).processor
-
     def forced(self, folder: Path, budget: float) -> Forced:
         """A trained model, whose controller decides until something else is forced on it."""
-        known = self._load(str(folder))
+        known = self.load(str(folder))
         graph = known.graph
         scheduled = Scheduled(known.model, graph, load_scheduler(folder, graph), mask=True)
         layout = scheduled.scheduler.layout.under(_workload(graph))
         assert isinstance(layout, UnifiedSwitches)
-        return Forced(scheduled, layout, Budget.of(budget), known.pictures)
+        return Forced(scheduled, layout, Budget.of(budget), known.notes.setdefault("pictures", {}))
 
     def _controlled(
         self, comparison: Comparison, variant: Variant, budget: float
@@ -187,15 +164,14 @@ class Measuring(Bench):
             assert static is not None
             folder = self._trained_for(variant, budget, static)
         else:
-            folder = self.trained(comparison, variant)
-        forced, processor = self.forced(folder, budget), self.processor(folder)
-        test = self.batches("test", self.samples, processor)
-        few = self.batches("val", VALIDATION_QUESTIONS, processor)
+            folder = self.variant_trained(comparison, variant)
+        forced, known = self.forced(folder, budget), self.load(str(folder))
+        test = self.batches("test", self.samples, known.processor)
+        few = self.batches("val", VALIDATION_QUESTIONS, known.processor)
         if variant.plans == "static":
-            known = self._load(str(folder))
-            if known.worth is None:
-                known.worth = forced.worth(few[:1])
-            static = best_static(forced, few, known.worth)
+            if "worth" not in known.notes:
+                known.notes["worth"] = forced.worth(few[:1])
+            static = best_static(forced, few, known.notes["worth"])
         if variant.plans == "oracle":
             assert static is not None
             some = test[: -(-ORACLE_QUESTIONS // len(test[0]["labels"]))]
@@ -244,7 +220,7 @@ class Measuring(Bench):
     def _selected(self, comparison: Comparison, variant: Variant, budget: float) -> dict[str, Any]:
         """Of a selector on the base model, with as many tokens as the budget allows."""
         _, config = load_recipe(CONFIG, self.overrides)
-        known = self._load(config.model_dump()["model"])
+        known = self.load(config.model_dump()["model"])
         graph, load = known.graph, _workload(known.graph)
         costs = PlanCosts(graph, load, "llm")
         assert variant.selector is not None

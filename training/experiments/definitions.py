@@ -33,7 +33,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Experiment:
+class Table:
     """A table with cells in the order of its rows.
 
     With `learning`, the regret of plans and the losses of training belong to it.
@@ -96,9 +96,9 @@ def _warm_start() -> Iterator[Cell]:
             yield Cell(method, budget, "", "adallava-l.yaml", overrides, labels=labels)
 
 
-EXPERIMENTS: Mapping[str, Experiment] = {
-    "table1": Experiment("Accuracy under budgets, with and without token selection", [*_table1()]),
-    "baselines": Experiment("The scheduler against simpler ways to decide", [*_baselines()]),
-    "table3": Experiment("Probabilistic against deterministic scheduling", [*_table3()]),
-    "warm-start": Experiment("Labels before joint training", [*_warm_start()], learning=True),
+TABLES: Mapping[str, Table] = {
+    "table1": Table("Accuracy under budgets, with and without token selection", [*_table1()]),
+    "baselines": Table("The scheduler against simpler ways to decide", [*_baselines()]),
+    "table3": Table("Probabilistic against deterministic scheduling", [*_table3()]),
+    "warm-start": Table("Labels before joint training", [*_warm_start()], learning=True),
 }

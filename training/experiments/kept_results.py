@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from planner.files import write_text
+from planner.ir.graph import Graph
+from planner.ir.lowering import lower_model
+from planner.loading import load_model
 from planner.progress import Say
 from planner.training.trainer import last_checkpoint
 
@@ -34,6 +37,16 @@ def kept_or_measured(
     return result
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A model, and what experiments found out about it, for what comes next."""
+
+    model: Any
+    processor: Any
+    graph: Graph
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, eq=False)
 class Bench:
     """What is trained and measured of one seed, when it is needed, and kept."""
@@ -43,18 +56,66 @@ class Bench:
     samples: int  # test questions
     overrides: tuple[str, ...]  # of every training configuration
     progress: Say  # told what comes next
+    _loaded: dict[str, Loaded] = field(default_factory=dict)
 
     def say(self, what: str) -> None:
         """Tell what comes next of this seed."""
         self.progress(f"seed {self.seed}: {what}")
 
-    def run_settings(self, folder: Path) -> list[str]:
-        """Settings of a training run of this seed, which leaves its model in ``folder/model``."""
-        return [
-            f"output_dir={folder / 'run'}",
-            f"export_dir={folder / 'model'}",
-            f"seed={self.seed}",
-        ]
+    def trained(
+        self, what: str, label: str, marks: str, train: Callable[[list[str]], Any]
+    ) -> Path:
+        """The folder of the model with a label, trained before or now; it has a file `marks`.
+
+        `train` is given the settings of a training run of this seed.
+        """
+        folder = self.work / "models" / f"{label}_seed-{self.seed}"
+        if not (folder / "model" / marks).is_file():
+            self.say(f"training {what}")
+            places = [f"output_dir={folder / 'run'}", f"export_dir={folder / 'model'}"]
+            train([*places, f"seed={self.seed}"])
+        return folder / "model"
+
+    def load(self, name: str) -> Loaded:
+        """A model; one at a time is held, since experiments go through models in order."""
+        if name not in self._loaded:
+            self._loaded.clear()
+            model, processor, _ = load_model(name)
+            self._loaded[name] = Loaded(model, processor, lower_model(model, "model"))
+        return self._loaded[name]
+
+
+B = TypeVar("B", bound=Bench)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What an experiment is to measure: a bench for each seed."""
+
+    name: str  # of the experiment
+    work: Path
+    seeds: Sequence[int]
+    samples: int  # test questions of each
+    overrides: Sequence[str]
+    progress: Say
+
+    def benches(self, kind: type[B]) -> list[B]:
+        """One of this kind for each seed."""
+        same = self.samples, tuple(self.overrides), self.progress
+        return [kind(self.work, seed, *same) for seed in self.seeds]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What results say of how they came about."""
+        flags = "".join(f" --set {override}" for override in self.overrides)
+        seeds = ",".join(map(str, self.seeds))
+        return {
+            "experiment": self.name,
+            "command": f"planner experiment {self.name} --seeds {seeds} "
+            f"--samples {self.samples}{flags}",
+            "seeds": list(self.seeds),
+            "samples": self.samples,
+        }
 
 
 def losses_logged(run: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from planner.ir.graph import Graph
 from planner.models.scheduling import Scheduled
 from planner.training.evaluate import TEXT_TOKENS
 from planner.training.experiments.kept_results import losses_logged
+from planner.training.experiments.over_seeds import grouped
 from planner.training.labelling import label_samples
 from planner.training.question_samples import scene_samples
 
@@ -67,11 +68,8 @@ def learned(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     `loss` is a list of (last step of the window, mean).
     """
-    methods: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        methods.setdefault(row["method"], []).append(row)
     found = []
-    for method, members in methods.items():
+    for (method,), members in grouped(rows, "method").items():
         regrets = zip(*(member["regret"] for member in members), strict=True)
         windows: dict[int, list[float]] = {}
         for member in members:

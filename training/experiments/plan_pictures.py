@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping, Sequence
 from math import isqrt
@@ -18,6 +17,7 @@ from planner.training.data import Conversation, SceneQuestions, Turn
 from planner.training.experiments.comparisons import Comparison
 from planner.training.experiments.controllers import FAMILIES, Measuring
 from planner.training.experiments.forced_plans import Batches, Forced, packed
+from planner.training.experiments.results_page import figure_as_svg
 
 # Where plans differ most: all axes have room.
 BUDGET = 0.35
@@ -31,8 +31,8 @@ def plan_facts(bench: Measuring, comparison: Comparison) -> dict[str, Any]:
     its and one of another family's. `examples`: a question of each.
     """
     variant = next(v for v in comparison.variants if v.name == comparison.against)
-    folder = bench.trained(comparison, variant)
-    forced, processor = bench.forced(folder, BUDGET), bench.processor(folder)
+    folder = bench.variant_trained(comparison, variant)
+    forced, processor = bench.forced(folder, BUDGET), bench.load(str(folder)).processor
     rows = forced.answers(bench.batches("test", bench.samples, processor)).rows
     questions = bench.questions("test", bench.samples)
     return {
@@ -103,16 +103,9 @@ def _example(forced: Forced, batches: Batches) -> dict[str, Any]:
 
 def plan_picture(facts: Mapping[str, Any]) -> bytes:
     """The examples of `plan_facts` side by side; SVG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     questions = SceneQuestions("test", facts["samples"], facts["seed"], FAMILIES)
-    with pyplot.rc_context({"svg.hashsalt": "planner", "font.size": 7}):
-        figure, axes = pyplot.subplots(
-            3, len(facts["examples"]), figsize=(9, 5.6), layout="constrained"
-        )
+    with figure_as_svg((9, 5.6), font_size=7) as (figure, drawn):
+        axes = figure.subplots(3, len(facts["examples"]))
         for column, example in zip(axes.T, facts["examples"], strict=True):
             turn, picture = _asked(questions[example["index"]])
             column[0].imshow(_faded(picture, example["kept"], len(example["attention"])))
@@ -128,10 +121,7 @@ def plan_picture(facts: Mapping[str, Any]) -> bytes:
         labels = ("tokens kept", "latency token's attention", "layers: heads, MLP groups")
         for axis, label in zip(axes[:, 0], labels, strict=True):
             axis.set_ylabel(label)
-        stream = io.BytesIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None})
-        pyplot.close(figure)
-    return stream.getvalue()
+    return drawn.getvalue()
 
 
 def _asked(question: Conversation) -> tuple[Turn, npt.NDArray[np.float64]]:

@@ -12,8 +12,7 @@ pair of rates and seed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -24,24 +23,20 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from planner.ir.cost import Workload
-from planner.ir.graph import Graph
-from planner.ir.lowering import lower_model
-from planner.loading import load_model
 from planner.models.running.kv_cache import answers_stored, cache_among, cache_argument
 from planner.models.running.skipping import obeying
 from planner.plan import Plan
 from planner.planning.plan_costs import PlanCosts
 from planner.planning.selectors import stages_of
 from planner.planning.selectors.trained_predictors import WEIGHTS
-from planner.progress import Say
+from planner.training.config import CONFIGS
 from planner.training.data import Conversation, Packer, SceneQuestions
 from planner.training.data.packing import IGNORE
-from planner.training.experiments.kept_results import Bench, kept_or_measured
-from planner.training.experiments.paired_bootstrap import paired_bootstrap
+from planner.training.experiments.kept_results import Bench, Runs, kept_or_measured
+from planner.training.experiments.over_seeds import paired_bootstrap
 from planner.training.experiments.results_page import table
 from planner.training.recipes import load_recipe
 
-CONFIG = Path(__file__).parent.parent / "configs" / "dynamic-llava.yaml"
 IMAGE_RATE, ANSWER_RATE = 0.2, 0.5
 # Tokens of a question and its answer, the image left out, at most.
 _MOST_TEXT = 400
@@ -89,12 +84,6 @@ class _Bench(Bench):
     """Answers of one seed, and what they lose under methods; `batch_size` are fed together."""
 
     batch_size: int = 32
-    _predictors: dict[tuple[float, float], Path] = field(default_factory=dict)
-
-    @cached_property
-    def _model(self) -> tuple[Any, Any, Graph]:
-        model, processor, _ = load_model("tiny-llava")
-        return model, processor, lower_model(model, "tiny-llava")
 
     def cell(self, method: Method) -> dict[str, Any]:
         """A method, from its file or measured now."""
@@ -105,21 +94,22 @@ class _Bench(Bench):
 
     def _trained(self, rates: tuple[float, float]) -> Path:
         """The folder of predictors with these rates, trained before or now."""
-        labels = [f"{rates[0]}-{rates[1]}", *self.overrides]
+        labels = [f"dynamic_{rates[0]}-{rates[1]}", *self.overrides]
         label = "_".join(labels).replace("=", "-").replace("/", "-")
-        folder = self.work / "models" / f"dynamic_{label}_seed-{self.seed}"
-        if not (folder / "model" / WEIGHTS).is_file():
-            self.say(f"training predictors that keep {rates}")
-            train, config = load_recipe(CONFIG, [*self.run_settings(folder), *self.overrides])
+
+        def train(settings: list[str]) -> None:
+            run, config = load_recipe(CONFIGS / "dynamic-llava.yaml", [*settings, *self.overrides])
+            changed = config.model_dump()
             kept = {"vision_keep_rate": rates[0], "output_text_keep_rate": rates[1]}
-            settings = config.model_dump()
-            settings["predictors"] |= kept
-            train(type(config)(**settings))
-        return folder / "model"
+            changed["predictors"] |= kept
+            run(type(config)(**changed))
+
+        return self.trained(f"predictors that keep {rates}", label, WEIGHTS, train)
 
     def _measure(self, method: Method) -> dict[str, Any]:
         folder = str(self._trained(method.rates)) if method.is_trained else ""
-        model, processor, graph = self._model
+        known = self.load("tiny-llava")
+        model, processor, graph = known.model, known.processor, known.graph
         self.say(f"{method.name} {method.rates}")
         of = int(graph.properties["image_tokens"])
         tokens, kv = (text.replace("FOLDER", folder) for text in (method.tokens, method.kv))
@@ -200,23 +190,14 @@ def _padded(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def run_dynamic(
-    work: Path, seeds: Sequence[int], samples: int, overrides: Sequence[str], progress: Say
-) -> dict[str, Any]:
+def run_dynamic(runs: Runs) -> Iterator[dict[str, Any]]:
     """Train and measure what is missing of the table, and give it back whole."""
     cells: dict[Method, list[dict[str, Any]]] = {method: [] for method in METHODS}
-    for seed in seeds:
-        bench = _Bench(work, seed, samples, tuple(overrides), progress)
+    for bench in runs.benches(_Bench):
         for method in METHODS:
             cells[method].append(bench.cell(method))
-    flags = "".join(f" --set {override}" for override in overrides)
-    return {
-        "experiment": "dynamic",
+    yield runs.facts | {
         "title": "Dynamic-LLaVA's predictors against rules",
-        "command": f"planner experiment dynamic --seeds {','.join(map(str, seeds))} "
-        f"--samples {samples}{flags}",
-        "seeds": list(seeds),
-        "samples": samples,
         "rows": [_row(method, cells[method], cells[METHODS[0]]) for method in METHODS],
     }
 
