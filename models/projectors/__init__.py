@@ -4,6 +4,7 @@ In: a stock LLaVA and a projector's name, ``token-packer:2``. Out: the same mode
 projector, untrained: trained, planned, lowered and priced as any other.
 
     projected_llava  the projectors by name, and LLaVA with one of them
+    projector        what a projector is
     token_packer     TokenPacker: each token attends to its own square of patches
     c_abstractor     Honeybee's C-Abstractor: convolutions around a mean over squares
     resampler        Honeybee's Resampler: six layers of queries that attend to patches

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from planner.models.projectors.projector import Projector, Sizes, tokens_of
+
 _EPS = 1e-6
 _BLOCKS = 3
 
@@ -51,23 +53,18 @@ def _block(channels: int) -> nn.Module:
     )
 
 
-class CAbstractor(nn.Module):
-    """Three blocks, a mean over squares, three blocks, and LLaVA's MLP with SiLU.
+class CAbstractor(Projector):
+    """Three blocks, a mean over squares, three blocks, and LLaVA's MLP with SiLU."""
 
-    Args:
-        width: of the features.
-        grid: patches along a side.
-        text_width: of the decoder.
-        side: tokens along a side.
-    """
+    counts, default = "side", 12
 
-    def __init__(self, width: int, grid: int, text_width: int, side: int) -> None:
-        super().__init__()
-        self.grid = grid
-        self.places = nn.Parameter(torch.zeros(1, grid * grid, width))
+    def __init__(self, sizes: Sizes, number: int) -> None:
+        super().__init__(sizes, number)
+        width, text_width = sizes.width, sizes.text_width
+        self.places = nn.Parameter(torch.zeros(1, sizes.grid**2, width))
         nn.init.trunc_normal_(self.places, std=0.02)
         self.before = nn.ModuleList(_block(width) for _ in range(_BLOCKS))
-        self.mean = nn.AdaptiveAvgPool2d(side)
+        self.mean = nn.AdaptiveAvgPool2d(number)
         self.after = nn.ModuleList(_block(width) for _ in range(_BLOCKS))
         self.output = nn.Sequential(
             nn.Linear(width, text_width), nn.SiLU(), nn.Linear(text_width, text_width)
@@ -75,12 +72,11 @@ class CAbstractor(nn.Module):
 
     @override
     def forward(self, features: Tensor) -> Tensor:
-        """Tokens (batch, side^2, text_width) of features (batch, grid^2, width)."""
-        image = (features + self.places).transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        image = self.image_of(features + self.places)
         for block in self.before:
             image = nn.functional.silu(image + block(image))
         image = self.mean(image)
         for block in self.after:
             image = nn.functional.silu(image + block(image))
-        tokens: Tensor = self.output(image.flatten(2).transpose(1, 2))
+        tokens: Tensor = self.output(tokens_of(image))
         return tokens

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -20,44 +19,20 @@ from planner.ir.errors import InputError
 from planner.models.projectors.c_abstractor import CAbstractor
 from planner.models.projectors.ldp import LdpV2
 from planner.models.projectors.pixel_shuffle import PixelShuffle
+from planner.models.projectors.projector import Projector, Sizes
 from planner.models.projectors.qwen_resampler import QwenResampler
 from planner.models.projectors.resampler import Resampler
 from planner.models.projectors.token_packer import TokenPacker
 from planner.planning.catalog import Source
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """What a projector is built for."""
-
-    width: int  # of the vision tower
-    grid: int  # patches along a side
-    text_width: int
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """One projector: how it is made, and how its argument counts tokens."""
-
-    build: Callable[[_Sizes, int], nn.Module]
-    default: int
-    # "scale": patches along the side of a token's square; "side": tokens along a side; "tokens".
-    counts: str
-
-
-#: TokenPacker reads layers 12, 16, 22 and 23 of a tower of 24.
-_PACKED_LAYERS = 4
-_KINDS: Mapping[str, _Kind] = {
-    "token-packer": _Kind(
-        lambda s, n: TokenPacker(s.width, _PACKED_LAYERS, s.grid, s.text_width, n), 2, "scale"
-    ),
-    "c-abstractor": _Kind(lambda s, n: CAbstractor(s.width, s.grid, s.text_width, n), 12, "side"),
-    "resampler": _Kind(lambda s, n: Resampler(s.width, s.text_width, n), 144, "tokens"),
-    "qwen-resampler": _Kind(
-        lambda s, n: QwenResampler(s.width, s.grid, s.text_width, n), 16, "side"
-    ),
-    "pixel-shuffle": _Kind(lambda s, n: PixelShuffle(s.width, s.grid, s.text_width, n), 2, "scale"),
-    "ldp-v2": _Kind(lambda s, n: LdpV2(s.width, s.grid, s.text_width, n), 12, "side"),
+_PROJECTORS: Mapping[str, type[Projector]] = {
+    "token-packer": TokenPacker,
+    "c-abstractor": CAbstractor,
+    "resampler": Resampler,
+    "qwen-resampler": QwenResampler,
+    "pixel-shuffle": PixelShuffle,
+    "ldp-v2": LdpV2,
 }
 
 
@@ -75,8 +50,8 @@ class ProjectedLlavaForConditionalGeneration(LlavaForConditionalGeneration):  # 
 
     def __init__(self, config: ProjectedLlavaConfig) -> None:
         super().__init__(config)
-        kind, argument = _parse(config.projector, config)
-        self.model.multi_modal_projector = kind.build(_sizes(config), argument)
+        kind, number = _parse(config.projector, config)
+        self.model.multi_modal_projector = kind(_sizes(config), number)
 
 
 AutoConfig.register(ProjectedLlavaConfig.model_type, ProjectedLlavaConfig)
@@ -96,15 +71,13 @@ def projected_config(config: Any, projector: str) -> ProjectedLlavaConfig:
     """
     if getattr(config, "model_type", "") != "llava":
         raise InputError("--projector is for LLaVA's architecture (llava-7b, llava-13b)")
-    kind, argument = _parse(projector, config)
-    sizes = _sizes(config)
+    kind, number = _parse(projector, config)
     values = {key: value for key, value in config.to_dict().items() if key != "model_type"}
     values |= {"projector": projector, "architectures": ["ProjectedLlavaForConditionalGeneration"]}
-    side = sizes.grid // argument if kind.counts == "scale" else argument
-    values["image_seq_length"] = argument if kind.counts == "tokens" else side * side
-    if projector.partition(":")[0] == "token-packer":
-        depth = config.vision_config.num_hidden_layers
-        values["vision_feature_layer"] = [depth // 2, 2 * depth // 3, depth - 2, depth - 1]
+    side = _sizes(config).grid // number if kind.counts == "scale" else number
+    values["image_seq_length"] = number if kind.counts == "tokens" else side * side
+    if layers := kind.feature_layers(config.vision_config.num_hidden_layers):
+        values["vision_feature_layer"] = layers
     made: ProjectedLlavaConfig = ProjectedLlavaConfig.from_dict(values)
     return made
 
@@ -127,8 +100,8 @@ def with_projector(
     config = projected_config(model.config, projector)
     with torch.device("meta"):
         made = ProjectedLlavaForConditionalGeneration(config)
-    kind, argument = _parse(projector, config)
-    fresh = kind.build(_sizes(config), argument)
+    kind, number = _parse(projector, config)
+    fresh = kind(_sizes(config), number)
     made.model.vision_tower = model.model.vision_tower
     made.model.language_model = model.model.language_model
     made.model.multi_modal_projector = fresh.to(device=model.device, dtype=model.dtype)
@@ -147,25 +120,25 @@ def fitted_processor(processor: Any, config: ProjectedLlavaConfig) -> Any:
     return made
 
 
-def _sizes(config: LlavaConfig) -> _Sizes:
+def _sizes(config: LlavaConfig) -> Sizes:
     vision = config.vision_config
-    return _Sizes(
+    return Sizes(
         vision.hidden_size, vision.image_size // vision.patch_size, config.text_config.hidden_size
     )
 
 
-def _parse(projector: str, config: LlavaConfig) -> tuple[_Kind, int]:
-    """(kind, argument) of ``name:argument``, checked against the tower's grid."""
+def _parse(projector: str, config: LlavaConfig) -> tuple[type[Projector], int]:
+    """(kind, number) of ``name:number``, checked against the tower's grid."""
     name, _, text = projector.partition(":")
-    if name not in _KINDS:
-        raise InputError(f"unknown projector '{name}': choose from {', '.join(_KINDS)}")
-    kind = _KINDS[name]
-    argument = int(text) if text.isdecimal() else 0 if text else kind.default
+    if name not in _PROJECTORS:
+        raise InputError(f"unknown projector '{name}': choose from {', '.join(_PROJECTORS)}")
+    kind = _PROJECTORS[name]
+    number = int(text) if text.isdecimal() else 0 if text else kind.default
     grid = _sizes(config).grid
     most = 1024 if kind.counts == "tokens" else grid
-    if not 0 < argument <= most or (kind.counts == "scale" and grid % argument):
+    if not 0 < number <= most or (kind.counts == "scale" and grid % number):
         raise InputError(
             f"projector '{projector}': {kind.counts} must be from 1 to {most}"
             + (f" and divide {grid} patches" if kind.counts == "scale" else "")
         )
-    return kind, argument
+    return kind, number

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from planner.models.projectors.projector import Projector, Sizes
+
 _EPS = 1e-6
 
 
@@ -20,29 +22,27 @@ def _sines(side: int, width: int) -> Tensor:
     return torch.cat([columns, rows], -1).flatten(0, 1).float()
 
 
-class QwenResampler(nn.Module):
-    """Queries at the places of a `side` x `side` grid attend to the patches.
+class QwenResampler(Projector):
+    """Queries at the places of a square grid attend to the patches.
 
-    Args:
-        width: of the features.
-        grid: patches along a side.
-        text_width: of the decoder, a multiple of 4.
-        side: tokens along a side.
+    The decoder's width is a multiple of 4.
     """
 
+    counts, default = "side", 16
     places: Tensor
     patch_places: Tensor
 
-    def __init__(self, width: int, grid: int, text_width: int, side: int) -> None:
-        super().__init__()
-        places = _sines(side, text_width)
+    def __init__(self, sizes: Sizes, number: int) -> None:
+        super().__init__(sizes, number)
+        grid, text_width = sizes.grid, sizes.text_width
+        places = _sines(number, text_width)
         self.register_buffer("places", places, persistent=False)
-        image = places.T.reshape(1, text_width, side, side)
+        image = places.T.reshape(1, text_width, number, number)
         resized = nn.functional.interpolate(image, size=(grid, grid), mode="bicubic")
         self.register_buffer("patch_places", resized.flatten(2)[0].T, persistent=False)
-        self.queries = nn.Parameter(torch.zeros(side * side, text_width))
+        self.queries = nn.Parameter(torch.zeros(number**2, text_width))
         nn.init.trunc_normal_(self.queries, std=0.02)
-        self.input = nn.Linear(width, text_width, bias=False)
+        self.input = nn.Linear(sizes.width, text_width, bias=False)
         self.query_norm, self.image_norm, self.output_norm = (
             nn.LayerNorm(text_width, eps=_EPS) for _ in range(3)
         )
@@ -52,7 +52,6 @@ class QwenResampler(nn.Module):
 
     @override
     def forward(self, features: Tensor) -> Tensor:
-        """Tokens (batch, side^2, text_width) of features (batch, grid^2, width)."""
         image = self.image_norm(self.input(features))
         queries = self.query_norm(self.queries) + self.places.to(image.dtype)
         attended, _ = self.attention(

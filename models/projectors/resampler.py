@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from planner.models.projectors.projector import Projector, Sizes
+
 _LAYERS = 6
 _EPS = 1e-6
 
@@ -35,28 +37,25 @@ class _Layer(nn.Module):
         return queries + added
 
 
-class Resampler(nn.Module):
+class Resampler(Projector):
     """Six layers of queries between two linears.
 
     Queries start at random; in the reference they start at zero, and those that are alike stay so.
-
-    Args:
-        width: of the features.
-        text_width: of the decoder.
-        tokens: how many queries.
     """
 
-    def __init__(self, width: int, text_width: int, tokens: int) -> None:
-        super().__init__()
-        self.queries = nn.Parameter(torch.zeros(1, tokens, width))
+    counts, default = "tokens", 144
+
+    def __init__(self, sizes: Sizes, number: int) -> None:
+        super().__init__(sizes, number)
+        width = sizes.width
+        self.queries = nn.Parameter(torch.zeros(1, number, width))
         nn.init.normal_(self.queries, std=0.02)
         self.input = nn.Linear(width, width)
         self.layers = nn.ModuleList(_Layer(width) for _ in range(_LAYERS))
-        self.output = nn.Linear(width, text_width)
+        self.output = nn.Linear(width, sizes.text_width)
 
     @override
     def forward(self, features: Tensor) -> Tensor:
-        """Tokens (batch, tokens, text_width) of features (batch, patches, width)."""
         image = self.input(features)
         queries = self.queries.expand(len(features), -1, -1)
         for layer in self.layers:

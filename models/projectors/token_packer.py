@@ -5,32 +5,30 @@ from __future__ import annotations
 from torch import Tensor, nn
 from typing_extensions import override
 
+from planner.models.projectors.projector import Projector, Sizes, tokens_of
+
 _EPS = 1e-6
+_LAYERS = 4
 
 
-class TokenPacker(nn.Module):
-    """One token for each `scale` x `scale` patches.
+class TokenPacker(Projector):
+    """One token for each square of patches.
 
     A token's query is its square in a smaller image of the last features, resized; keys and values
-    are the square's patches, of several layers of the tower. Nothing is added to what is attended.
-
-    Args:
-        width: of one layer's features.
-        layers: how many layers' features come side by side, the last one last.
-        grid: patches along a side; a multiple of `scale`.
-        text_width: of the decoder.
-        scale: patches along a square's side.
+    are the square's patches, of four layers of the tower. Nothing is added to what is attended.
     """
 
-    def __init__(self, width: int, layers: int, grid: int, text_width: int, scale: int) -> None:
-        super().__init__()
-        self.width, self.grid, self.scale = width, grid, scale
+    counts, default = "scale", 2
+
+    def __init__(self, sizes: Sizes, number: int) -> None:
+        super().__init__(sizes, number)
+        width, text_width = sizes.width, sizes.text_width
         self.query = nn.Sequential(
             nn.Linear(width, width, bias=False), nn.LayerNorm(width, eps=_EPS)
         )
         self.key, self.value = (
             nn.Sequential(
-                nn.Linear(layers * width, width),
+                nn.Linear(_LAYERS * width, width),
                 nn.GELU(),
                 nn.Linear(width, width),
                 nn.LayerNorm(width, eps=_EPS),
@@ -42,25 +40,24 @@ class TokenPacker(nn.Module):
             nn.Linear(width, text_width), nn.GELU(), nn.Linear(text_width, text_width)
         )
 
+    @staticmethod
+    @override
+    def feature_layers(depth: int) -> list[int]:
+        """12, 16, 22 and 23 of a tower of 24."""
+        return [depth // 2, 2 * depth // 3, depth - 2, depth - 1]
+
     @override
     def forward(self, features: Tensor) -> Tensor:
-        """Tokens (batch, squares, text_width) of features (batch, grid^2, layers * width)."""
-        batch, side = len(features), self.grid // self.scale
-        last = features[..., -self.width :].transpose(1, 2)
-        last = last.reshape(batch, self.width, self.grid, self.grid)
+        """Features are those of four layers side by side, (batch, grid^2, 4 * width)."""
+        side = self.sizes.grid // self.number
+        last = self.image_of(features[..., -self.sizes.width :])
         small = nn.functional.interpolate(last, size=(side, side), mode="bilinear")
-        query = self.query(small.flatten(2).transpose(1, 2))
+        query = self.query(tokens_of(small))
         attended, _ = self.attention(
-            query.reshape(batch * side * side, 1, self.width),
-            self._squares(self.key(features)),
-            self._squares(self.value(features)),
+            query.flatten(0, 1)[:, None],
+            self.squares_of(self.key(features)).flatten(0, 1),
+            self.squares_of(self.value(features)).flatten(0, 1),
             need_weights=False,
         )
-        tokens: Tensor = self.output(attended.reshape(batch, side * side, self.width))
+        tokens: Tensor = self.output(attended.reshape_as(query))
         return tokens
-
-    def _squares(self, patches: Tensor) -> Tensor:
-        """(batch, grid^2, width) -> (batch * squares, scale^2, width)."""
-        side = self.grid // self.scale
-        apart = patches.reshape(len(patches), side, self.scale, side, self.scale, self.width)
-        return apart.transpose(2, 3).reshape(-1, self.scale**2, self.width)
