@@ -1,4 +1,5 @@
 import json
+import logging
 
 import pytest
 
@@ -37,3 +38,23 @@ def cli_json(cli):
         return json.loads(out)
 
     return call
+
+
+@pytest.fixture
+def fresh_compiler():
+    """torch.compile knows of nothing that was compiled before."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    torch.set_num_threads(1)
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def logged(caplog):
+    """Messages of planner's own logger."""
+    caplog.set_level(logging.INFO, logger="planner")
+    return lambda: [r.getMessage() for r in caplog.records if r.name == "planner"]
