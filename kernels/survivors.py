@@ -64,7 +64,6 @@ class Survivors:
             kept: per plan, distinct lanes below `total`, in any order.
             total: lanes of the site, a multiple of `width`.
             width: lanes per unit; at most 31 where a unit survives in part.
-            device: of the tensors.
 
         Raises InputError: a lane is out of range or repeated, or the shapes do not fit.
         """

@@ -124,7 +124,6 @@ class AdaptiveModel(nn.Module):
             labels: shape (batch, tokens); the latency token stands before the last answer.
             limits: shape (batch,), in the layout's measure.
             seeds: shape (batch,): of every sample's noise, so that draws do not depend on a batch.
-            inputs: the model's other arguments.
         """
         self.scheduled.at = last_answer(labels)
         self.scheduled.limits = limits

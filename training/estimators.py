@@ -61,11 +61,8 @@ class Estimator(Arguments):
     def draw(self, logits: Tensor, costs: Costs, limits: Tensor, noise: Noise = None) -> Drawn:
         """Sample switches, for training.
 
-        Args:
-            logits: shape (batch, switches).
-            costs: of the switches.
-            limits: shape (batch,), int64: what every sample may spend.
-            noise: where random numbers come from.
+        `logits`: shape (batch, switches). `limits`: shape (batch,), int64: what every sample may
+        spend.
 
         Raises InputError: a limit is negative, or the estimator cannot work with such costs.
         """
@@ -149,7 +146,6 @@ class GumbelSequential(Estimator):
             limits: shape (batch,), of units.
             heads: of a layer, which are as many as groups.
             unit: heads, and groups, that a draw takes.
-            noise: where random numbers come from.
         """
         shape = len(logits), -1, 2, heads
         scores = logits.float().view(shape)

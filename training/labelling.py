@@ -46,15 +46,12 @@ def label_samples(
 
     Args:
         model: dense, in evaluation mode; left as it was.
-        graph: of the model, as lowered.
         samples: name and contents, with the true answer.
-        terms: what the labels are for.
         budgets: fractions of the base model.
         tried: of how many samples every plan's true loss is measured as well.
         batch: plans that run at once.
         scheduled: makes the plans; None for the heuristic.
         partial: where to keep partial results; the same call continues from them.
-        progress: called with the number of samples done, and of all.
 
     Raises InputError: bad arguments, outputs that are not finite, or a budget that cannot be met.
     """

@@ -101,13 +101,9 @@ class PolicyModel(AdaptiveModel):
 
     Args:
         model: stock; its weights get no gradient.
-        graph: of the model.
         scheduler: what learns. The policy to stay close to is this one as it is now.
-        method: how it learns.
-        reward: what plans are worth.
         tokens: sets of image tokens drawn for a prompt.
         switches: sets of switches drawn for each.
-        load: that costs are of.
     """
 
     trainer: ClassVar[type[RunTrainer]] = PolicyTrainer
@@ -290,7 +286,6 @@ def plan_chances(
     """Log-probability of every draw of plans, (prompts, draws) for each set of switches.
 
     Args:
-        layout: of the scheduler.
         draw: the plans, which have their image tokens in common.
         scores: of the vision side; None without one.
         logits: of the switches, shape (prompts, size).

@@ -54,8 +54,6 @@ class Asked:
 
     Args:
         model: answers itself where a picture's question has no answer.
-        processor: of the model.
-        names: that will be asked for.
         images: folder of the user's pictures, where names are of those.
         prompts: JSON lines for them.
 

@@ -34,7 +34,6 @@ def draws(
     Args:
         choose: candidates (batch, switches) -> one of them for each sample, (batch,).
         taken: shape (batch, switches), bool: on at the start, and not charged to the limits.
-        costs: of the switches.
         limits: shape (batch,).
     """
     check_limits(limits)

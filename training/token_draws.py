@@ -46,10 +46,7 @@ def draw_tokens(
     """Draw a token count by Gumbel noise, and so many tokens by an estimator.
 
     Args:
-        layout: of the scheduler.
-        scores: of the vision side.
         limits: shape (batch,), above what always runs.
-        inputs: the prompt.
         estimator: draws tokens, where they are not picked by a rule.
         noise: one generator for every sample.
     """

@@ -58,11 +58,8 @@ class MuonAdamW(Optimizer):
     Both move a weight by about the learning rate (`adjust_lr_fn`), so they share it. Muon is
     Keller Jordan's, as `torch.optim.Muon` computes it.
 
-    Args:
-        parameters: by name; Muon's are the matrices with ``.layers.`` in their names.
-        lr: learning rate.
-        weight_decay: decoupled, of both.
-        betas: AdamW's.
+    `parameters`: by name; Muon's are the matrices with ``.layers.`` in their names. `weight_decay`:
+    decoupled, of both.
     """
 
     def __init__(

@@ -40,11 +40,7 @@ def decoder_inputs(
 ) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
     """Candidate keyword arguments for a decoder, with the names of those that are activations.
 
-    Args:
-        decoder: the decoder.
-        width: of its hidden state.
-        tokens: that it is given.
-        encoded: tokens of an encoder's output, where it attends to one.
+    `encoded`: tokens of an encoder's output, where it attends to one.
     """
     hidden = torch.zeros(1, tokens, width, device="meta")
     accepted = inspect.signature(decoder.forward).parameters

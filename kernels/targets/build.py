@@ -43,10 +43,8 @@ def build_kernels(
     Args:
         graph: of the base model that the plan is made for.
         workload: whose token counts tiles are chosen for.
-        dtype: of activations and weights.
         index_driven: survivors as data, for plans that change with the input.
         autotune: time tiles on the GPU at hand, for its target.
-        progress: told what is being done.
 
     Raises InputError: the plan does not fit the graph, no tile fits a target, or there is no GPU to
     time tiles on.

@@ -50,7 +50,6 @@ class Program:
         """Specialise a kernel or a device function, and what it calls.
 
         Args:
-            function: to specialise.
             known: by parameter name: a number, text, None, or a `Table`.
             single: axis of the grid that has a single program.
             generic: parameters of which Triton is not to compile in any value, besides those that

@@ -25,11 +25,8 @@ def builtin_samples(
 ) -> list[Sample]:
     """Samples for a model, its own words in all of them.
 
-    Args:
-        model: with weights.
-        processor: of an image-text model, by default the one beside its weights; a language model
-            needs none.
-        count: of samples.
+    `model`: with weights. `processor`: of an image-text model, by default the one beside its
+    weights; a language model needs none.
 
     Raises NoProcessor: an image-text model has none.
     """

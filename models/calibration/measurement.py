@@ -76,14 +76,12 @@ def calibrate(
     Args:
         model: dense, in evaluation mode; left as it was.
         graph: with switches assigned (`planner.planning.switches.with_switches`).
-        samples: at least one.
         measure: ``loss`` judges by the answers' loss, ``kl`` by the output distribution.
         method: ``leave-one-out`` switches each off (and runs ``taylor`` as well, to compare);
             ``taylor`` alone takes one backward pass per sample.
         batch: switches measured at once.
         seed: of the answers that ``taylor`` draws with ``kl``.
         partial: where to keep partial results; whoever keeps what comes out removes it.
-        progress: called with the number of measurements done, and of all.
 
     Raises InputError: for bad arguments, and for outputs that are not finite.
     """

@@ -59,13 +59,11 @@ def measure_pairs(
     Args:
         model: dense, in evaluation mode.
         graph: with switches assigned.
-        samples: at least one.
         worth: additive utilities by site, which pairs inside a layer correct.
         token_layer: before which image tokens are dropped.
         selector: what picks image tokens; "" where there are none.
         batch: pairs measured at once.
         partial: where to keep partial results; whoever keeps what comes out removes it.
-        progress: called with the number of measurements done, and of all.
     """
     sites = graph.sites_of("layer")
     pairs = list(combinations(range(len(sites)), 2))
@@ -137,7 +135,6 @@ def layer_losses(
     Args:
         executor: of the replayed model.
         replay: the sample; its rows are measured at once.
-        sites: of layers.
         sets: numbers of `sites`, none empty; neighbours should begin with the same layer.
     """
     found: list[float] = []

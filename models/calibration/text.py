@@ -71,7 +71,6 @@ def written_samples(
         model: draws from its distribution, from the first token on.
         count: passages.
         tokens: of a passage.
-        seed: of the draws.
     """
     start = _first_token(model)
     ids = torch.full((count, 1), start, device=model.device)

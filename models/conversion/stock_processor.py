@@ -34,11 +34,8 @@ _PROMPT = (
 def stock_processor(folder: Path, config: LlavaConfig, tower: str, pads: bool) -> LlavaProcessor:
     """The processor of a checkpoint, whose tokenizer knows ``<image>`` and ``<pad>``.
 
-    Args:
-        folder: the authors', with a tokenizer.
-        config: the stock config.
-        tower: folder of the vision tower, whose picture statistics are taken if it is there.
-        pads: whether pictures are padded to a square with the mean colour, or else cut to one.
+    `tower`: folder of the vision tower, whose picture statistics are taken if it is there. `pads`:
+    whether pictures are padded to a square with the mean colour, or else cut to one.
     """
     own_file = folder / "tokenizer.model"
     if own_file.exists() and not (folder / "tokenizer.json").exists():

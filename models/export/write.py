@@ -57,8 +57,6 @@ def export(
 
     Args:
         model: the base model, dense, in evaluation mode; left as it was.
-        graph: of the model.
-        plan: what to keep.
         folder: to be made; an empty one may be there.
         inputs: arguments of the model, images included, on which what was written is compared.
         companions: folder to copy processor and tokenizer files from.

@@ -37,11 +37,9 @@ def profile(
     """Measure a device with numbers of one precision.
 
     Args:
-        name: of the device.
         bench: where, and of which precision.
         rounds: how often each operator is timed.
         partial: file that keeps what was timed, from which a run that was cut short goes on.
-        bar: makes a progress bar.
     """
     machine = machine_of(bench.place)
     facts = [machine, str(bench.dtype)]

@@ -40,12 +40,9 @@ def sweep(
     """Median seconds of every case, by its key.
 
     Args:
-        bench: where they run.
         cases: what is timed, in a random order in every round.
-        rounds: how often.
         partial: where what was timed is kept meanwhile.
         facts: that hold of this machine; what was timed under others is begun anew.
-        progress: told of cases.
     """
     found = _kept(partial, facts)
     watch, total, done = stopwatch_for(bench.place), rounds * len(cases), 0

@@ -75,10 +75,8 @@ class Pass:
 def random_model(width: int, layers: int, image_size: int = 0) -> Any:
     """A LLaMA-shaped decoder of random weights in evaluation mode, or a LLaVA with one.
 
-    Args:
-        width: of the decoder, a multiple of 64.
-        layers: of the decoder.
-        image_size: pixels along a side, in patches of 14; 0 for the decoder alone.
+    `width`: of the decoder, a multiple of 64. `image_size`: pixels along a side, in patches of 14;
+    0 for the decoder alone.
     """
     torch.manual_seed(0)
     text = LlamaConfig(

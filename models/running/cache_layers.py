@@ -128,7 +128,6 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
             layer: that this is, for errors.
             group: of the layer, with a policy.
             seen: what the block computed with, where the policy asks for it.
-            call: the pass.
         """
         part = self.parts[group]
         if part.store is None or part.keys is None:

@@ -253,9 +253,7 @@ def _attend(
         key: shape (batch, kv heads, keys, head_dim), and `value` alike.
         mask: None, or shape (batch or 1, 1, queries, keys), bool or additive.
         scaling: factor on the scores; None is 1/sqrt(head_dim).
-        dropout: on the weights.
         softcap: bound on the scores.
-        output_attentions: whether the weights are wanted too.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

@@ -41,10 +41,8 @@ CHECKPOINTS, CHECKPOINT = "gradient_checkpointing", "_gradient_checkpointing_fun
 class Ready:
     """What stands where while a program runs.
 
-    Args:
-        program: what to run.
-        stages: its token stages; None where no token is dropped.
-        again: runs a layer again in a backward pass, see `Skipping.again`.
+    `stages`: its token stages; None where no token is dropped. `again`: runs a layer again in a
+    backward pass, see `Skipping.again`.
     """
 
     def __init__(

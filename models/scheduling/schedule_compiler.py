@@ -52,7 +52,6 @@ def compile_schedule(
         request: the model, one limit that the scheduler's switches can keep to, a token selector in
             front of them, and the prompt's tokens.
         scheduler: see `scheduler_folder`.
-        progress: told the name of each stage.
         convention: of published tables, which costs are also counted by.
     """
     wanted = Budget.of(request.budget)

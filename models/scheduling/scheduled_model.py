@@ -163,7 +163,6 @@ class Scheduled:
 
         Args:
             budgets: one for all samples, or a list with one per sample.
-            tokens: token stages in front of the switches.
             workload: of the prompts, which budgets in cost are kept under; by default one image
                 and 64 text tokens.
             device: that a budget in seconds is of.

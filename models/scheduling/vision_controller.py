@@ -34,10 +34,7 @@ class VisionSide(nn.Module):
     MLP makes of them with the budget, and how well the best words match them (log-sum-exp of scaled
     dot products). Counts are scored from the mean features of image and words, with the budget.
 
-    Args:
-        hidden: width of embeddings.
-        counts: how many token counts there are.
-        width: of features.
+    `hidden`: width of embeddings.
     """
 
     def __init__(self, hidden: int, counts: int, width: int = Learned.width) -> None:

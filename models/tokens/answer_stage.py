@@ -38,10 +38,7 @@ _decoding: ContextVar[_Decoding | None] = ContextVar("planner_decoding", default
 class AnswerStage:
     """Decides which tokens of an answer go on, for the layers behind a KV policy's first.
 
-    Args:
-        model: the whole model.
-        policies: of the program.
-        places: carries flags of the model's tokens over to those of the decoder, see `TokenStages`.
+    `places`: carries flags of the model's tokens over to those of the decoder, see `TokenStages`.
 
     Raises InputError: a policy's folder holds no output predictor for this model.
     """
@@ -104,12 +101,8 @@ class AnswerStage:
         What a decoded token's keys and values are stored of, or what is left of a pass without a
         cache, is noted in the call. Prompts, and turns of several tokens, are kept whole.
 
-        Args:
-            call: the pass.
-            policy: of the group.
-            rows: of the batch.
-            hidden: what is about to enter the layer, shape (batch, tokens, width).
-            tally: of the group in its cache; None without one.
+        `hidden`: what is about to enter the layer, shape (batch, tokens, width). `tally`: of the
+        group in its cache; None without one.
         """
         is_recent = isinstance(policy, AnswerRule) and policy.rule == "recent"
         if call.cache is not None and call.tokens == 1 and call.past:

@@ -90,9 +90,7 @@ def narrow_argument(
     returned as it is.
 
     Args:
-        value: of the argument.
         batch: rows of the pass.
-        tokens: of the pass.
         rows: to pick; None for all.
         index: of the tokens to pick, shape (rows, picked); None for all.
         leading: first dimension of the argument where there is one sample; None where unknown.

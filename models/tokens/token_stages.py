@@ -42,7 +42,6 @@ class TokenStages:
         visions: gives the vision stage of a selector.
         places: carries what is known of the model's tokens, shape (batch, tokens), over to the
             tokens that the decoder gets, with the given value for those in addition.
-        kernels: who scores, ranks and gathers tokens.
         norm: the decoder's last; None where it has none.
 
     Raises InputError: a stage cannot be carried out on this model.

@@ -51,12 +51,8 @@ class _Local(threading.local):
 class VisionStage:
     """Runs a vision selector between a stock model's vision tower and its projector.
 
-    Args:
-        model: a stock image-text model.
-        graph: says where tower and projector are.
-        selector: what picks.
-        is_active: whether this stage is to work now; asked wherever the projector runs, since
-            images may be encoded ahead of the model's forward pass.
+    `is_active`: whether this stage is to work now; asked wherever the projector runs, since images
+    may be encoded ahead of the model's forward pass.
 
     Raises InputError: the model has no tower and projector that the selector can work with.
     """

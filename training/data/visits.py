@@ -41,12 +41,8 @@ class Visits(Sampler[int]):
     left out of the epoch. The order depends on the arguments alone: a run that goes on skips what
     it has met, and processes share it.
 
-    Args:
-        kinds: of the records, by index; None if all are alike.
-        records: how many there are.
-        step: records of an optimiser's step, on all processes.
-        steps: of the run.
-        seed: of the orders.
+    `kinds`: of the records, by index; None if all are alike. `step`: records of an optimiser's
+    step, on all processes.
     """
 
     def __init__(

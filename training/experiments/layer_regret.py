@@ -40,11 +40,8 @@ def layer_regret(
 
     Args:
         model: dense, in evaluation mode.
-        graph: of the model, with switches.
         samples: to judge on.
-        known: utilities by name.
         off: layers that each plan by them leaves off.
-        seed: of the sets that are drawn.
 
     Returns:
         ``sets``, the number tried; ``best``, the least loss of any, in nats per token; and
@@ -74,10 +71,7 @@ def layer_regret(
 def tried_sets(plans: Sequence[Layers], layers: int, seed: int) -> list[Layers]:
     """Sets to try, each once, in ascending order.
 
-    Args:
-        plans: layers off, ascending.
-        layers: of the model.
-        seed: of what is drawn.
+    `plans`: layers off, ascending.
     """
     random = np.random.default_rng(seed)
     found = set(plans)
