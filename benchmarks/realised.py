@@ -36,7 +36,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from functools import partial
 from itertools import count
@@ -146,9 +146,23 @@ class Bench:
     planned: Any
     inputs: dict[str, Tensor]
     graph: Graph
-    session: Session
     clock: Callable[[], float]
     rounds: int
+    session: Session | None = None
+
+    @staticmethod
+    def of(name: str, dtype: torch.dtype, options: argparse.Namespace) -> Bench:
+        """Of the random model of a name."""
+        model, inputs = build(name, dtype)
+        twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+        clock = time.perf_counter if options.clock == "wall" else time.process_time
+        return Bench(name, model, twin, inputs, lower_model(model, name), clock, options.rounds)
+
+    def masked(self, plan: Plan) -> Tensor:
+        """Logits of the last token by masks, which what is narrowed must give too."""
+        gates = {stage.layer: self.keep(stage).float() for stage in plan.tokens}
+        with MaskedExecutor(self.stock, self.graph).using(Gates.of([plan], self.graph, gates)):
+            return self.prefill(self.stock)
 
     def prefill(self, model: Any) -> Tensor:
         """Logits of the last token."""
@@ -264,9 +278,7 @@ def check_parity(bench: Bench, plan: Plan, by_hand: Any) -> Tensor:
     Returns:
         The masked model's logits.
     """
-    gates = {stage.layer: bench.keep(stage).float() for stage in plan.tokens}
-    with MaskedExecutor(bench.stock, bench.graph).using(Gates.of([plan], bench.graph, gates)):
-        expected = bench.prefill(bench.stock)
+    expected = bench.masked(plan)
     bench.session.begin_anew(None)
     with bench.session.under(plan):
         once = bench.prefill(bench.planned)
@@ -410,20 +422,26 @@ def measure(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
                 yield dispatch(case)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="budget 0.65, eager, three rounds")
+def options_of(doc: str, budgets: Sequence[float]) -> argparse.ArgumentParser:
+    """The options of a benchmark that times models side by side."""
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--budgets", nargs="+", type=float, default=budgets)
+    parser.add_argument("--rounds", type=int, default=9, help="timed runs of each side")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    return parser
+
+
+def main() -> int:
+    parser = options_of(__doc__, BUDGETS)
+    parser.add_argument("--quick", action="store_true", help="budget 0.65, eager, three rounds")
     parser.add_argument("--models", nargs="+", default=["decoder", "llava"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=dtypes_at_hand())
     parser.add_argument("--history", type=Path, help="JSON file that the run is added to")
     parser.add_argument("--plans", nargs="+", choices=PLANS, default=PLANS)
-    parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS)
     parser.add_argument("--modes", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--rounds", type=int, default=9, help="timed runs of each side")
     parser.add_argument("--decode", type=int, default=32, help="tokens decoded")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--show", action="store_true", help="print the --history, and run nothing")
     options = parser.parse_args()
     if options.show:
@@ -438,20 +456,9 @@ def main() -> int:
     rows = []
     try:
         for name, dtype in itertools.product(options.models, options.dtypes):
-            model, inputs = build(name, getattr(torch, dtype))
-            graph = lower_model(model, name)
-            twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-            clock = time.perf_counter if options.clock == "wall" else time.process_time
-            bench = Bench(
-                name,
-                model,
-                twin,
-                inputs,
-                graph,
-                session_on(twin, graph, freeze=True),
-                clock,
-                options.rounds,
-            )
+            bench = Bench.of(name, getattr(torch, dtype), options)
+            session = session_on(bench.planned, bench.graph, freeze=True)
+            bench = replace(bench, session=session)
             for row in measure(bench, options):
                 rows.append(row)
                 print(_line(row), file=sys.stderr)
