@@ -7,6 +7,7 @@ integer has more than 64 bits.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -111,6 +112,12 @@ def _check_contents(document: Any, what: str) -> None:
         level = [item for items in lists for item in items]
     if level:
         raise InputError(f"{what} is nested too deeply")
+
+
+def digest_of(facts: Any) -> str:
+    """Tells facts apart, which may be of any types: SHA-256 of them as JSON, 64 digits."""
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_yaml(path: Path, what: str) -> Any:

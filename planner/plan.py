@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +16,7 @@ from pydantic import (
     WrapValidator,
 )
 
-from planner.documents import check_format, dump_yaml, parse_yaml, read_yaml, validated
+from planner.documents import check_format, digest_of, dump_yaml, parse_yaml, read_yaml, validated
 from planner.files import write_text
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Site
@@ -284,8 +282,7 @@ def _document(plan: Plan) -> dict[str, Any]:
 
 def _digest(document: Mapping[str, Any]) -> str:
     body = {key: value for key, value in document.items() if key != "digest"}
-    text = json.dumps(body, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest_of(body)[:16]
 
 
 def _readable(plan: Plan) -> dict[str, Any]:

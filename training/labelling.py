@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from planner.audit import Labels, Terms, decide, worth
 from planner.audit.surrogate import all_plans
+from planner.documents import digest_of
 from planner.ir.errors import InputError
-from planner.ir.graph import Graph, Site
+from planner.ir.graph import Graph
 from planner.models.calibration import Sample, weights_digest
-from planner.models.calibration.leave_one_out import Switch, as_gates, measure
+from planner.models.calibration.leave_one_out import Switch, losses_without
 from planner.models.calibration.replay import NOT_FINITE, Replay
 from planner.models.calibration.store import Store
 from planner.models.running.masked import MaskedExecutor
@@ -88,26 +87,12 @@ def label_samples(
     return labels
 
 
-@torch.no_grad()
 def _loss_changes(
     executor: MaskedExecutor, replay: Replay, switches: Sequence[Switch], plans: Flags
 ) -> Floats:
     """Change of one sample's loss under plans (plans, switches), in nats per answer token."""
-    parts = []
-    for start in range(0, len(plans), replay.rows):
-        some = plans[start : start + replay.rows]
-        # Rows to spare keep everything on.
-        rows = np.ones((replay.rows, len(switches)), dtype=np.bool_)
-        rows[: len(some)] = some
-        columns: dict[Site, Tensor] = {}
-        for switch, column in zip(switches, rows.T, strict=True):
-            gates = columns.setdefault(switch.site, torch.ones(replay.rows, switch.site.switches))
-            gates[:, switch.index] = torch.from_numpy(column.astype(np.float32))
-        off = [s.site.layer for s, column in zip(switches, rows.T, strict=True) if not column.all()]
-        with executor.using(as_gates(columns)):
-            found = replay.log_probabilities(min(off, default=0))
-        parts.append(measure(found, replay, "loss")[: len(some)].double().cpu().numpy())
-    changes = np.concatenate(parts)
+    off = [[switches[index] for index in np.flatnonzero(~plan)] for plan in plans]
+    changes = losses_without(executor, replay, off, "loss")
     if not np.isfinite(changes).all():
         raise InputError(NOT_FINITE)
     return changes
@@ -194,4 +179,4 @@ def _key(
 ) -> str:
     """Equal for calls that give equal labels."""
     facts = [repr(terms), list(budgets), [(name, sample.digest()) for name, sample in samples]]
-    return hashlib.sha256(json.dumps([*facts, weights_digest(model)]).encode()).hexdigest()
+    return digest_of([*facts, weights_digest(model)])

@@ -8,7 +8,6 @@ kept in the user's cache folder. So are those to other questions of this kind.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import platform
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from planner.documents import read_json
+from planner.documents import digest_of, read_json
 from planner.files import write_text
 from planner.ir.errors import InputError
 from planner.planning.graph_cache import cache_folder
@@ -85,8 +84,7 @@ def _keep(path: Path, faster: tuple[bool, ...]) -> None:
 def path_of(threads: int, *question: object) -> Path:
     """Where the answer to a question is kept; without one, oneDNN's."""
     facts = [_cpu(), torch.__version__, threads, MEASURED, _WEIGHTS, *question]
-    name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
-    return cache_folder() / "products" / f"{name}.json"
+    return cache_folder() / "products" / f"{digest_of(facts)[:32]}.json"
 
 
 def cpu_name() -> str:

@@ -1,4 +1,4 @@
-"""Leave-one-out: every switch off by itself, a different one on every row of a batch."""
+"""Switches left out: what an output is off by, a different set of them on every row of a batch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,18 +65,24 @@ def measure(log_probabilities: Tensor, replay: Replay, kind: str) -> Tensor:
 
 
 @torch.no_grad()
-def leave_one_out(
-    executor: MaskedExecutor, replay: Replay, switches: Sequence[Switch], kind: str
+def losses_without(
+    executor: MaskedExecutor, replay: Replay, sets: Sequence[Sequence[Switch]], kind: str
 ) -> Floats:
-    """What switching each off does to one sample; shape (switches,), positive where it hurts.
+    """What switching sets off does to one sample; shape (sets,), positive where it hurts.
 
-    Switches are in layer order, and no more than the replay has rows; `kind` is one of `MEASURES`.
+    As many are measured at once as the replay has rows, so sets that begin with the same layer
+    should be neighbours; `kind` is one of `MEASURES`.
     """
-    columns: dict[Site, Tensor] = {}
-    for row, switch in enumerate(switches):
-        if switch.site not in columns:
-            columns[switch.site] = torch.ones(replay.rows, switch.site.switches)
-        columns[switch.site][row, switch.index] = 0
-    with executor.using(as_gates(columns)):
-        found = replay.log_probabilities(switches[0].site.layer)
-    return measure(found, replay, kind)[: len(switches)].double().cpu().numpy()
+    found = []
+    for start in range(0, len(sets), replay.rows):
+        some = sets[start : start + replay.rows]
+        columns: dict[Site, Tensor] = {}
+        for row, off in enumerate(some):
+            for switch in off:
+                ones = torch.ones(replay.rows, switch.site.switches)
+                columns.setdefault(switch.site, ones)[row, switch.index] = 0
+        with executor.using(as_gates(columns)):
+            first = min((site.layer for site in columns), default=0)
+            outputs = replay.log_probabilities(first)
+        found.append(measure(outputs, replay, kind)[: len(some)].double().cpu().numpy())
+    return np.concatenate(found)

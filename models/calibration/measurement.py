@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,11 @@ import torch
 from scipy.stats import norm, spearmanr
 from torch import nn
 
+from planner.documents import digest_of
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.loading import count_image_tokens
-from planner.models.calibration.leave_one_out import MEASURES, leave_one_out, switches_of
+from planner.models.calibration.leave_one_out import MEASURES, losses_without, switches_of
 from planner.models.calibration.replay import NOT_FINITE, Replay
 from planner.models.calibration.samples import Sample
 from planner.models.calibration.store import Store
@@ -166,8 +166,8 @@ class _Run:
             if not np.isnan(row[start:stop]).any():
                 continue
             replay = replay or self._replay(index, self.batch)
-            some = self.switches[start:stop]
-            self._note(row[start:stop], leave_one_out(self.masked, replay, some, self.measure))
+            some = [[switch] for switch in self.switches[start:stop]]
+            self._note(row[start:stop], losses_without(self.masked, replay, some, self.measure))
 
     def _replay(self, index: int, rows: int) -> Replay:
         return Replay(self.model, self.masked.layers, self.samples[index], rows)
@@ -250,7 +250,7 @@ def settings_key(
         "samples": [sample.digest() for sample in samples],
         "options": list(options),
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return digest_of(facts)
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from planner.ir.graph import Graph, Site
 from planner.loading import count_image_tokens
-from planner.models.calibration.leave_one_out import as_gates, measure
+from planner.models.calibration.leave_one_out import Switch, losses_without, measure
 from planner.models.calibration.measurement import settings_key
 from planner.models.calibration.replay import Replay
 from planner.models.calibration.samples import Sample
@@ -123,32 +123,15 @@ def _measure(
         yield
 
 
-@torch.no_grad()
 def layer_losses(
     executor: MaskedExecutor,
     replay: Replay,
     sites: Sequence[Site],
     sets: Sequence[Sequence[int]],
 ) -> Floats:
-    """KL divergence of one sample with sets of layers off.
-
-    Args:
-        executor: of the replayed model.
-        replay: the sample; its rows are measured at once.
-        sets: numbers of `sites`, none empty; neighbours should begin with the same layer.
-    """
-    found: list[float] = []
-    for start in range(0, len(sets), replay.rows):
-        some = sets[start : start + replay.rows]
-        columns: dict[Site, Tensor] = {}
-        for row, off in enumerate(some):
-            for number in off:
-                gates = columns.setdefault(sites[number], torch.ones(replay.rows, 1))
-                gates[row] = 0
-        with executor.using(as_gates(columns)):
-            outputs = replay.log_probabilities(min(site.layer for site in columns))
-        found += measure(outputs, replay, "kl")[: len(some)].tolist()
-    return np.array(found)
+    """KL divergence of one sample with sets of layers off: numbers of `sites`, none empty."""
+    off = [[Switch(sites[number], 0) for number in some] for some in sets]
+    return losses_without(executor, replay, off, "kl")
 
 
 @torch.no_grad()

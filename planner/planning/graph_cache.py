@@ -20,7 +20,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from planner import __version__
-from planner.documents import parse_json
+from planner.documents import digest_of, parse_json
 from planner.files import MEBIBYTE, read_text, write_text
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
@@ -53,8 +53,7 @@ def graph_key(source: Source) -> str:
     """What an entry depends on, as a file name."""
     versions = [__version__, version("torch"), version("transformers")]
     facts = [source.config, versions, _lowering_source(), source.trust_remote_code]
-    text = json.dumps(facts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return digest_of(facts)[:32]
 
 
 def _read(path: Path) -> tuple[Graph, tuple[str, ...]] | None:

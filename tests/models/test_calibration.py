@@ -17,7 +17,7 @@ from planner.ir.cost.device_table import device
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
 from planner.models.calibration import Sample, calibrate, read_questions, sample_of
-from planner.models.calibration.leave_one_out import as_gates, leave_one_out, measure, switches_of
+from planner.models.calibration.leave_one_out import as_gates, losses_without, measure, switches_of
 from planner.models.calibration.measurement import not_negative
 from planner.models.calibration.replay import Replay
 from planner.models.calibration.store import Store
@@ -93,7 +93,7 @@ def test_leave_one_out_equals_one_narrowed_run_per_switch(each_family, kind):
     # The first and the last, and one that shares its batch with later layers.
     for start in (0, 8, len(switches) - 4):
         some = switches[start : start + 4]
-        found = leave_one_out(masked, replay, some, kind)
+        found = losses_without(masked, replay, [[switch] for switch in some], kind)
         for switch, value in zip(some, found, strict=True):
             plan = switch_off(graph, switch)
             expected = naive(family.model, session, plan, sample, kind)
@@ -109,7 +109,8 @@ def test_image_features_are_computed_once_per_sample(llava):
         masked = MaskedExecutor(family.model, graph)
         replay = Replay(family.model, masked.layers, samples_of(family, 1)[0], 3)
         for _ in range(2):
-            leave_one_out(masked, replay, switches_of(graph)[:3], "kl")
+            some = [[switch] for switch in switches_of(graph)[:3]]
+            losses_without(masked, replay, some, "kl")
     finally:
         hook.remove()
     assert len(calls) == 1
