@@ -13,6 +13,7 @@ Imports `planner.ir`, `planner.plan`, `planner.kernels` and `planner.models.toke
     traced             whether what torch.compile has traced is what its caller wants
     pass_lock          one pass at a time, in the order of asking
     ready              a program made ready for a model: what stands where while it runs
+    refusals           what a model under a plan refuses
     layer_results      what a layer returns, and does where it is left out
     products           what linears, MLP blocks and attention compute with
     run_products       a product with features that are kept in several runs

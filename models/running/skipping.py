@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from planner.ir.cost import Workload
 from planner.ir.cost.workload import DEFAULT_NEW_TOKENS
@@ -35,6 +34,7 @@ from planner.models.running.products import Products
 from planner.models.running.program import Program
 from planner.models.running.prompts import Prompts
 from planner.models.running.ready import Preparing, Ready
+from planner.models.running.refusals import BATCHING, Batching, check_gradients_come
 from planner.models.running.session import Session, Setting, language_model
 from planner.models.running.traced import asked, ticket
 from planner.models.tokens.vision_stage import VisionStage
@@ -44,8 +44,6 @@ from planner.plan import Plan
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 # A module with its arguments.
 Called = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
-# Method of stock models that continuous batching begins with.
-BATCHING = "init_continuous_batching"
 # Attribute of a KV cache: the plans that it was filled under, where a budget has chosen them.
 PLANS = "_planner_plans"
 
@@ -97,7 +95,7 @@ class Skipping:
         # A graph that was compiled before does not look for hooks, but at `forward` it does.
         model.__dict__.setdefault("forward", model.forward)
         if hasattr(model, BATCHING):
-            model.__dict__.setdefault(BATCHING, _Batching(session))
+            model.__dict__.setdefault(BATCHING, Batching(session))
 
     def _begin_anew(self) -> None:
         self._lock = PassLock()
@@ -159,7 +157,7 @@ class Skipping:
             for handle in self._handles:
                 handle.remove()
             self.prompts.encoders.close()
-            if isinstance(self.session.model.__dict__.get(BATCHING), _Batching):
+            if isinstance(self.session.model.__dict__.get(BATCHING), Batching):
                 del self.session.model.__dict__[BATCHING]
             self.preparing.close()
         own: Any = self.session.model.__dict__.get("forward")
@@ -226,7 +224,7 @@ class Skipping:
     def _run(self, ready: Ready | None, call: Called) -> None:
         """Have a pass run what is ready, from here on."""
         if ready is not None:
-            _check_gradients_come(ready.program)
+            check_gradients_come(ready.program)
         self._place(ready)
         if ready is not None:
             ready.begin(*call)
@@ -378,50 +376,6 @@ class Skipping:
         decider = self.decider
         ready = decider.prompts if decider is not None else self._ready()
         return ready is not None and ready.stages is not None and ready.stages.vision is vision
-
-
-def _check_gradients_come(program: Program) -> None:
-    """Raise InputError where DistributedDataParallel would wait for gradients that never come.
-
-    It says so itself, but in the next step, when weights have been changed without an average.
-    """
-    ddp = DistributedDataParallel._get_active_ddp_module()
-    if ddp is None or not torch.is_grad_enabled() or not ddp.require_backward_grad_sync:
-        return
-    if ddp.find_unused_parameters or ddp.static_graph:
-        return
-    for layer in program.layers:
-        for group in layer.groups:
-            left_out = layer.layer.module if not group.on else None
-            if group.heads == () and layer.layer.heads is not None:
-                left_out = layer.layer.heads.module
-            if left_out is not None and any(p.requires_grad for p in left_out.parameters()):
-                raise InputError(
-                    f"the plan leaves {layer.layer.path} out, at least in part, and "
-                    "DistributedDataParallel waits for its gradients: wrap the model with "
-                    "find_unused_parameters=True"
-                )
-
-
-class _Batching:
-    """Stands for the method that continuous batching begins with, and refuses it under a plan.
-
-    It runs the model in a thread of its own, on a cache in pages that no plan can fill, and what is
-    raised there is lost.
-    """
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the stock method."""
-        program, model = self.session.program, self.session.model
-        if program is not None and not program.is_dense:
-            raise InputError(
-                "continuous batching keeps keys and values in pages, which no plan can fill: call "
-                "generate, or planner.restore the model before"
-            )
-        return getattr(type(model), BATCHING)(model, *args, **kwargs)
 
 
 class _Read(Exception):
