@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 
-from planner.cli.console import Console
 from planner.ir.errors import InputError
 from planner.planning.request import Request
 
@@ -75,26 +74,37 @@ Settings = Annotated[
 def command(*names: str, **helps: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function the command of a command line.
 
-    Besides its own parameters it takes `console`, and `request` where it names fields of one.
-    `helps`: field -> what its option means for this command, where that is something else.
+    A parameter whose type is a dataclass, such as `console`, is made of options that the fields
+    declare; `request` of the fields that are named here. `helps`: field -> what its option means
+    for this command, where that is something else.
     """
 
     def make(function: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(function, include_extras=True)
+        own = dict(inspect.signature(function).parameters)
+        # In the help a Request's options come first, and those of all commands last.
+        own.pop("request", None)
+        own["console"] = own.pop("console")
         parameters = _request_parameters(names, helps)
-        for name, own in inspect.signature(function).parameters.items():
-            if name not in ("request", "console"):
-                parameters.append(_parameter(name, hints[name], own.default))
-        printing = get_type_hints(Console, include_extras=True)
-        parameters += [_parameter(f.name, printing[f.name], f.default) for f in fields(Console)]
+        groups: dict[str, Any] = {}
+        for name, parameter in own.items():
+            if is_dataclass(hints[name]):
+                groups[name] = hints[name]
+                declared = get_type_hints(hints[name], include_extras=True)
+                parts = fields(groups[name])
+                parameters += [_parameter(f.name, declared[f.name], f.default) for f in parts]
+            else:
+                parameters.append(_parameter(name, hints[name], parameter.default))
 
         def run(**values: Any) -> None:
-            own = {name: value for name, value in values.items() if name in hints}
-            console = Console(**{field.name: values[field.name] for field in fields(Console)})
-            if not names:
-                return function(console=console, **own)
-            given = {name: values[name] for name in names if values[name] is not None}
-            return function(request=Request(**given), console=console, **own)
+            given = {
+                name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+                for name, group in groups.items()
+            }
+            if names:
+                chosen = {name: values.pop(name) for name in names}
+                given["request"] = Request(**{n: v for n, v in chosen.items() if v is not None})
+            return function(**given, **values)
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__doc__ = function.__doc__

@@ -19,13 +19,7 @@ from planner.cli.command_options import (
     command,
 )
 from planner.cli.console import Console, amount, print_records, say, table
-from planner.cli.kernels import (
-    Autotune,
-    IndexDriven,
-    KernelDtype,
-    Targets,
-    kernel_builder,
-)
+from planner.cli.kernels import KernelOptions
 from planner.cli.stock_model import load_stock
 from planner.planning.request import Request
 from planner.progress import Say
@@ -40,6 +34,7 @@ if TYPE_CHECKING:
 def compile_command(
     request: Request,
     console: Console,
+    kernels: KernelOptions,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder [default: build/<model>].")
     ] = None,
@@ -49,10 +44,6 @@ def compile_command(
     samples: Samples = 64,
     scheduler: Scheduler = None,
     convention: Convention = "planner",
-    target: Targets = None,
-    index_driven: IndexDriven = False,
-    autotune: Autotune = False,
-    dtype: KernelDtype = "auto",
     print_between_passes: Annotated[
         bool, typer.Option("--print-between-passes", help="Print the graph after every pass.")
     ] = False,
@@ -68,16 +59,16 @@ def compile_command(
     from planner.planning.compiler import compile_plan
     from planner.planning.plan_costs import published_cost
 
-    if target and scheduler is not None:
+    if kernels.target and scheduler is not None:
         raise InputError("--target is not for --scheduler: index-driven kernels serve any plan")
-    build = kernel_builder(request, target, dtype, index_driven, autotune)
+    build = kernels.builder(request)
     level = debug_level()
     folder = output or Path("build") / Path(request.model.rstrip("/")).name
     if scheduler is not None:
         _compile_schedule(request, scheduler, folder, console, convention)
         return
     if recover or images or text:
-        if target:
+        if kernels.target:
             raise InputError("--target is for plans alone: give it without --recover or data")
         if convention != "planner":
             raise InputError("--convention is for plans alone: give it without --recover or data")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,19 +20,6 @@ if TYPE_CHECKING:
     from planner.kernels.targets.loaded_kernels import Loaded
     from planner.kernels.targets.manifest import CompiledKernel, Manifest
 
-Targets = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--target",
-        help="Compile kernels for this GPU too: sm_80, sm_86, sm_89 or sm_90; repeatable.",
-    ),
-]
-IndexDriven = Annotated[
-    bool,
-    typer.Option(
-        "--index-driven", help="Kernels that read what survives from tensors: for any plan."
-    ),
-]
 KernelsToRun = Annotated[
     str,
     typer.Option(
@@ -39,56 +27,74 @@ KernelsToRun = Annotated[
         "--target, whose kernels then run.",
     ),
 ]
-KernelDtype = Annotated[
-    str, typer.Option(help="Of the kernels' tensors [default: what the config names].")
-]
-Autotune = Annotated[
-    bool,
-    typer.Option("--autotune", help="Time tiles on the GPU at hand; remembered for the next time."),
-]
 
 
-def kernel_builder(
-    request: Request,
-    target: Sequence[str] | None,
-    dtype: str,
-    index_driven: bool,
-    autotune: bool,
-) -> Callable[..., tuple[Manifest, dict[str, bytes]]] | None:
-    """`build_kernels` as the options of ``planner compile`` ask for it; None for no kernels.
+@dataclass(frozen=True)
+class KernelOptions:
+    """What ``planner compile`` is told of kernels to write."""
 
-    InputError where a target or dtype is none of the kernels', or Triton is not there.
-    """
-    from planner.ir.errors import InputError
-    from planner.planning.catalog import find_model
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Compile kernels for this GPU too: sm_80, sm_86, sm_89 or sm_90; repeatable."
+        ),
+    ] = None
+    index_driven: Annotated[
+        bool,
+        typer.Option(
+            "--index-driven", help="Kernels that read what survives from tensors: for any plan."
+        ),
+    ] = False
+    autotune: Annotated[
+        bool,
+        typer.Option(
+            "--autotune", help="Time tiles on the GPU at hand; remembered for the next time."
+        ),
+    ] = False
+    dtype: Annotated[
+        str, typer.Option(help="Of the kernels' tensors [default: what the config names].")
+    ] = "auto"
 
-    if not target:
-        if index_driven or autotune or dtype != "auto":
+    def builder(
+        self, request: Request
+    ) -> Callable[..., tuple[Manifest, dict[str, bytes]]] | None:
+        """`build_kernels` as these options ask for it; None for no kernels.
+
+        InputError where a target or dtype is none of the kernels', or Triton is not there.
+        """
+        from planner.ir.errors import InputError
+        from planner.planning.catalog import find_model
+
+        if not self.target:
+            if self.index_driven or self.autotune or self.dtype != "auto":
+                raise InputError(
+                    "--index-driven, --autotune and --dtype are about kernels: name a --target too"
+                )
+            return None
+        # Torch comes with these.
+        from planner.kernels.triton.tiles import targets_of
+
+        targets = targets_of(self.target)
+        if find_spec("triton") is None:
             raise InputError(
-                "--index-driven, --autotune and --dtype are about kernels: name a --target too"
+                "--target needs triton, which is not installed (there is one for Linux)"
             )
-        return None
-    # Torch comes with these.
-    from planner.kernels.triton.tiles import targets_of
+        dtype = self.dtype
+        if dtype == "auto":
+            dtype = find_model(request.model, request.trust_remote_code).dtype
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise InputError(f"no kernel computes in {dtype}: choose float32, bfloat16 or float16")
+        import torch
 
-    targets = targets_of(target)
-    if find_spec("triton") is None:
-        raise InputError("--target needs triton, which is not installed (there is one for Linux)")
-    if dtype == "auto":
-        dtype = find_model(request.model, request.trust_remote_code).dtype
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise InputError(f"no kernel computes in {dtype}: choose float32, bfloat16 or float16")
-    import torch
+        from planner.kernels.targets.build import build_kernels
 
-    from planner.kernels.targets.build import build_kernels
-
-    return partial(
-        build_kernels,
-        targets=targets,
-        dtype=getattr(torch, dtype),
-        index_driven=index_driven,
-        autotune=autotune,
-    )
+        return partial(
+            build_kernels,
+            targets=targets,
+            dtype=getattr(torch, dtype),
+            index_driven=self.index_driven,
+            autotune=self.autotune,
+        )
 
 
 def kernels_to_run(option: str, place: str) -> tuple[Kernels, Loaded | None]:
