@@ -17,6 +17,7 @@ from planner.cli.command_options import (
     parse_fractions,
 )
 from planner.cli.console import Console, print_records
+from planner.cli.stock_model import load_deciding
 from planner.planning.request import Request
 
 
@@ -45,42 +46,32 @@ def eval_command(
 ) -> None:
     """Measure accuracy per question family under budgets, through generate()."""
     from planner.ir.errors import InputError
-    from planner.ir.lowering import lower_model
-    from planner.loading import load_model
     from planner.models.recovery.recovering import Recovering
-    from planner.models.scheduling import compile_schedule, load_scheduled
     from planner.planning.utilities import OF_WEIGHTS
     from planner.training.data import SceneQuestions
     from planner.training.evaluate import TEXT_TOKENS, UnderBudgets, language_prior
 
-    model, trust = request.model, request.trust_remote_code
     fractions = parse_fractions(budgets)
     if mask and scheduler is None:
         raise InputError("--mask is for a --scheduler")
     questions = SceneQuestions(split, samples, seed)
     results: list[dict[str, Any]] = []
     with console.status() as update:
-        update("load")
-        scheduled = None
-        if scheduler is not None:
-            schedule = compile_schedule(replace(request, budget=fractions[0]), scheduler)
-            loaded, processor, scheduled = load_scheduled(schedule, dtype, device, trust, mask)
-            graph = scheduled.graph
-        else:
-            loaded, processor, _ = load_model(model, dtype, device, trust)
-            update("lower")
-            graph = lower_model(loaded, model)
+        stock, scheduled = load_deciding(
+            request, scheduler, fractions[0], update, dtype, device, mask
+        )
+        model, processor, graph = stock.model, stock.processor, stock.graph
         how = replace(request, text_tokens=TEXT_TOKENS)
         if scheduled is None and how.utilities in OF_WEIGHTS:
             update("measure what switches are worth")
-            known = Recovering(loaded, graph, processor=processor).utilities(how)
+            known = Recovering(model, graph, processor=processor).utilities(how)
             how = replace(how, utilities=known.path)
-        bench = UnderBudgets(loaded, processor, graph, questions, scheduled, how, batch)
+        bench = UnderBudgets(model, processor, graph, questions, scheduled, how, batch)
         for fraction in fractions:
             update(f"budget {fraction:g}")
             results.append(bench.measure(fraction))
     document: dict[str, Any] = {
-        "model": model,
+        "model": request.model,
         "scheduler": scheduler,
         "tokens": request.tokens,
         "split": split,

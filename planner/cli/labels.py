@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +19,7 @@ from planner.cli.command_options import (
     parse_fractions,
 )
 from planner.cli.console import Console
+from planner.cli.stock_model import load_deciding
 from planner.planning.request import Request
 
 
@@ -60,13 +60,11 @@ def labels_command(
     from planner.audit import Terms, require_arrow, write_labels
     from planner.files import output_folder
     from planner.ir.errors import InputError
-    from planner.ir.lowering import lower_model
-    from planner.loading import load_model
     from planner.training.evaluate import TEXT_TOKENS
     from planner.training.labelling import label_samples
     from planner.training.question_samples import picture_samples, scene_samples
 
-    model, trust = request.model, request.trust_remote_code
+    model = request.model
     fractions = list(dict.fromkeys(parse_fractions(budgets)))
     if output.suffix != ".parquet":
         raise InputError(f"the output '{output}' must be a .parquet file")
@@ -77,23 +75,15 @@ def labels_command(
     output_folder(output.parent)
     started = time.perf_counter()
     with console.status() as update:
-        update("load")
-        scheduled = None
-        if scheduler is not None:
-            from planner.models.scheduling import compile_schedule, load_scheduled
-
-            schedule = compile_schedule(replace(request, budget=fractions[0]), scheduler)
-            stock, processor, scheduled = load_scheduled(schedule, dtype, device, trust, mask=True)
-            if scheduled.layout.name != switches:
-                raise InputError(
-                    f"the scheduler decides {scheduled.layout.name}, and the labels are for "
-                    f"{switches}: give --switches {scheduled.layout.name}"
-                )
-            graph = scheduled.graph
-        else:
-            stock, processor, _ = load_model(model, dtype, device, trust)
-            update("lower")
-            graph = lower_model(stock, model)
+        loaded, scheduled = load_deciding(
+            request, scheduler, fractions[0], update, dtype, device, mask=True
+        )
+        if scheduled is not None and scheduled.layout.name != switches:
+            raise InputError(
+                f"the scheduler decides {scheduled.layout.name}, and the labels are for "
+                f"{switches}: give --switches {scheduled.layout.name}"
+            )
+        stock, processor, graph = loaded.model, loaded.processor, loaded.graph
         terms = Terms(
             model=model,
             fingerprint=str(graph.properties["fingerprint"]),
