@@ -13,7 +13,6 @@ from planner.documents import parse_yaml, read_yaml
 from planner.ir.errors import InputError
 from planner.training.data.conversations import FAMILY_WEIGHTS
 
-
 # Folder of the configurations that planner comes with.
 CONFIGS = Path(__file__).parent / "configs"
 

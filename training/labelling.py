@@ -91,7 +91,7 @@ def _loss_changes(
     executor: MaskedExecutor, replay: Replay, switches: Sequence[Switch], plans: Flags
 ) -> Floats:
     """Change of one sample's loss under plans (plans, switches), in nats per answer token."""
-    off = [[switches[index] for index in np.flatnonzero(~plan)] for plan in plans]
+    off = [[s for s, on in zip(switches, plan, strict=True) if not on] for plan in plans]
     changes = losses_without(executor, replay, off, "loss")
     if not np.isfinite(changes).all():
         raise InputError(NOT_FINITE)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from planner.ir.graph import Graph, Site
 from planner.loading import count_image_tokens

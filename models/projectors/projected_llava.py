@@ -25,7 +25,6 @@ from planner.models.projectors.resampler import Resampler
 from planner.models.projectors.token_packer import TokenPacker
 from planner.planning.catalog import Source
 
-
 _PROJECTORS: Mapping[str, type[Projector]] = {
     "token-packer": TokenPacker,
     "c-abstractor": CAbstractor,

@@ -36,12 +36,14 @@ class Projector(nn.Module):
 
     def image_of(self, patches: Tensor) -> Tensor:
         """(batch, grid^2, channels) -> (batch, channels, grid, grid)."""
-        return patches.transpose(1, 2).unflatten(2, (self.sizes.grid, self.sizes.grid))
+        side = self.sizes.grid
+        image: Tensor = patches.transpose(1, 2).unflatten(2, (side, side))
+        return image
 
     def squares_of(self, patches: Tensor) -> Tensor:
         """(batch, grid^2, channels) -> (batch, squares, scale^2, channels)."""
         side = self.sizes.grid // self.number
-        apart = patches.unflatten(1, (side, self.number, side, self.number))
+        apart: Tensor = patches.unflatten(1, (side, self.number, side, self.number))
         return apart.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 

@@ -55,9 +55,7 @@ class KernelOptions:
         str, typer.Option(help="Of the kernels' tensors [default: what the config names].")
     ] = "auto"
 
-    def builder(
-        self, request: Request
-    ) -> Callable[..., tuple[Manifest, dict[str, bytes]]] | None:
+    def builder(self, request: Request) -> Callable[..., tuple[Manifest, dict[str, bytes]]] | None:
         """`build_kernels` as these options ask for it; None for no kernels.
 
         InputError where a target or dtype is none of the kernels', or Triton is not there.

@@ -111,9 +111,7 @@ class TableBench(Bench):
         def train(settings: list[str]) -> None:
             if cell.labels:
                 base = self.load(str(_shipped()))
-                labels = label_file(
-                    base.model, base.processor, base.graph, cell.labels, self.work
-                )
+                labels = label_file(base.model, base.processor, base.graph, cell.labels, self.work)
                 settings = [*settings, f"labels={labels}"]
             run, parsed = load_recipe(CONFIGS / cell.config, [*settings, *own])
             run(parsed)

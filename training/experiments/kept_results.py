@@ -62,9 +62,7 @@ class Bench:
         """Tell what comes next of this seed."""
         self.progress(f"seed {self.seed}: {what}")
 
-    def trained(
-        self, what: str, label: str, marks: str, train: Callable[[list[str]], Any]
-    ) -> Path:
+    def trained(self, what: str, label: str, marks: str, train: Callable[[list[str]], Any]) -> Path:
         """The folder of the model with a label, trained before or now; it has a file `marks`.
 
         `train` is given the settings of a training run of this seed.
