@@ -20,12 +20,13 @@ from planner.planning.plan_costs import PlanCosts
 from planner.training.data import SceneQuestions, Turn
 from planner.training.estimators import parse
 from planner.training.evaluate import MAX_NEW_TOKENS, predict, score
-from planner.training.experiments import controllers, forced_plans, plan_pictures
-from planner.training.experiments.comparison_page import (
-    comparison_markdown,
-    run_comparison,
-    write_comparison,
+from planner.training.experiments import (
+    controllers,
+    forced_plans,
+    plan_pictures,
+    write_results,
 )
+from planner.training.experiments.comparison_page import comparison_markdown, run_comparison
 from planner.training.experiments.comparisons import COMPARISONS
 from planner.training.experiments.controllers import (
     FAMILIES,
@@ -40,6 +41,7 @@ from planner.training.experiments.forced_plans import (
     packed,
     random_plan,
 )
+from planner.training.experiments.kept_results import Loaded, Runs
 from planner.training.token_draws import draw_tokens
 
 SWITCHES = "tokens,layers,heads,mlp"
@@ -316,14 +318,14 @@ def test_a_comparison_tells_how_it_stands(base, tmp_path, monkeypatch):
         COMPARISONS, "exp2", replace(comparison, variants=some, budgets=(0.9, 0.05))
     )
     settings = [f"model={folder}", "max_steps=1", "batch_size=2", "least_budget=0.5"]
-    call = "exp2", tmp_path / "work", (0,), 10, settings, print
-    stands = list(run_comparison(*call))
+    call = Runs("exp2", tmp_path / "work", (0,), 10, settings, print)
+    stands = list(run_comparison(call))
     assert [len(found["rows"]) for found in stands] == [1, 2, 3, 3]
     assert [row["variant"] for row in stands[-1]["rows"]] == ["all", "static", "random"]
     assert {row["variant"] for row in stands[-1]["infeasible"]} == {"all", "static", "random"}
-    (again,) = run_comparison(*call)
+    (again,) = run_comparison(call)
     assert again == stands[-1]
-    write_comparison(json.loads(json.dumps(again)), tmp_path)
+    write_results(json.loads(json.dumps(again)), tmp_path)
     text = (tmp_path / "exp2.md").read_text()
     gain = 100 * (again["rows"][0]["accuracy"] - again["rows"][1]["accuracy"])
     assert f"| static | 90% | {gain:+.1f} |" in text
@@ -370,7 +372,7 @@ def test_cells_are_measured_once(tmp_path, monkeypatch):
 
 
 def test_selectors_keep_to_the_budget(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(Measuring, "_load", lambda self, name: controllers._Loaded(*base))
+    monkeypatch.setattr(Measuring, "load", lambda self, name: Loaded(*base))
     monkeypatch.setattr(controllers, "predict", lambda model, processor, asked: ["?"] * len(asked))
     bench = Measuring(tmp_path, 0, 5, (), print)
     comparison = COMPARISONS["exp1"]
@@ -393,7 +395,7 @@ def test_a_page_has_its_rows_differences_and_command(tmp_path):
         "differences": list(compared(rows, "all", resamples=50)),
         "learning": [{"variant": "grpo", "seed": 0, "steps": None, "curve": []}],
     }
-    write_comparison(json.loads(json.dumps(results)), tmp_path)
+    write_results(json.loads(json.dumps(results)), tmp_path)
     text = (tmp_path / "exp2.md").read_text()
     assert text == comparison_markdown(results)
     for part in (

@@ -1,13 +1,16 @@
 """Tables of results: what is averaged, what is kept, and how pages say it."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from planner.training.experiments import EXPERIMENTS, summarise
+from planner.training.experiments import write_results
 from planner.training.experiments.cells import TableBench
+from planner.training.experiments.definitions import TABLES
+from planner.training.experiments.kept_results import Runs
 from planner.training.experiments.learning import learned
-from planner.training.experiments.results_page import markdown, write_page
+from planner.training.experiments.table_page import summarise, table_markdown
 
 
 def cell(method, budget, accuracy, tokens="", seed=0):
@@ -42,12 +45,9 @@ def results():
         learning("a", 1, [(50, 3.0), (100, 6.0)]),
         learning("b", 1, []),
     ]
-    return {
-        "experiment": "example",
+    runs = Runs("baselines", Path("work"), (0, 1), 7, ["max_steps=3"], print)
+    return runs.facts | {
         "title": "An example",
-        "seeds": [0, 1],
-        "samples": 7,
-        "overrides": ["max_steps=3"],
         "cells": cells,
         "summary": summarise(cells),
         "learning": rows,
@@ -70,30 +70,30 @@ def test_losses_are_means_of_fifty_steps_and_regret_of_seeds():
 
 
 def test_a_page_holds_its_tables_plot_and_command(tmp_path):
-    write_page(json.loads(json.dumps(results())), tmp_path)
-    text = (tmp_path / "example.md").read_text()
+    write_results(json.loads(json.dumps(results())), tmp_path)
+    text = (tmp_path / "baselines.md").read_text()
     for line in (
         "| a | all | 100% | 100.0% | 60.0 ± 14.1 | 60.0 | 100.0 |",
         "| method | 1-50 | 51-100 |",
         "| a | 2.0000 | 6.0000 |",
         "| a | 75% | 1.2500 | 0.0000 | 1.0000 | 2.0000 |",
-        "    planner experiment example --seeds 0,1 --samples 7 --set max_steps=3",
+        "    planner experiment baselines --seeds 0,1 --samples 7 --set max_steps=3",
     ):
         assert line in text.splitlines()
     assert "| b | 0" not in text
-    assert (tmp_path / "example.svg").read_text().count("</svg>") == 1
-    assert json.loads((tmp_path / "example.json").read_text())["samples"] == 7
+    assert (tmp_path / "baselines.svg").read_text().count("</svg>") == 1
+    assert json.loads((tmp_path / "baselines.json").read_text())["samples"] == 7
 
 
 def test_pages_without_learning_have_one_table():
     plain = {k: v for k, v in results().items() if not k.startswith("learn")}
-    assert sum(line.startswith("|---|") for line in markdown(plain).splitlines()) == 1
-    assert sum(line.startswith("|---|") for line in markdown(results()).splitlines()) == 3
+    assert sum(line.startswith("|---|") for line in table_markdown(plain).splitlines()) == 1
+    assert sum(line.startswith("|---|") for line in table_markdown(results()).splitlines()) == 3
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", TABLES)
 def test_cells_have_files_of_their_own(name):
-    cells = EXPERIMENTS[name].cells
+    cells = TABLES[name].cells
     assert len({c.key for c in cells}) == len(cells)
 
 
@@ -101,7 +101,7 @@ def test_cells_are_measured_once_and_again_when_something_changed(tmp_path, monk
     measured = []
     found = {"accuracy": 0.5}
     monkeypatch.setattr(TableBench, "_measure", lambda self, c: measured.append(c) or found)
-    first = EXPERIMENTS["table1"].cells[1]
+    first = TABLES["table1"].cells[1]
     for samples, overrides in ((5, ()), (5, ()), (6, ()), (6, ("max_steps=2",))):
         bench = TableBench(tmp_path, 0, samples, overrides, print)
         assert bench.measured(first) == {"accuracy": 0.5}
@@ -120,7 +120,7 @@ def test_differences_are_paired_with_the_base_model():
     assert -1 <= found["low"] < -0.375 < found["high"] <= 0
     assert (equal["against_base"]["low"], equal["against_base"]["high"]) == (0, 0)
     page = {**results(), "summary": [base, worse, equal], "learned": ()}
-    lines = [line for line in markdown(page).splitlines() if line.startswith("| ")]
+    lines = [line for line in table_markdown(page).splitlines() if line.startswith("| ")]
     assert lines[0].split(" | ")[5] == "- base, 95 %"
     assert lines[1].split(" | ")[5] == ""
     assert lines[2].split(" | ")[5].startswith("-37.5 (")
@@ -128,10 +128,10 @@ def test_differences_are_paired_with_the_base_model():
 
 @pytest.mark.parametrize("name", ["table1", "table3", "baselines"])
 def test_the_base_model_is_beside(name):
-    assert [c for c in EXPERIMENTS[name].cells if c.rule == "base" and not c.tokens]
+    assert [c for c in TABLES[name].cells if c.rule == "base" and not c.tokens]
 
 
 def test_positions_are_compared_in_the_first_table():
-    tokens = [c.tokens for c in EXPERIMENTS["table1"].cells if c.rule == "base"]
+    tokens = [c.tokens for c in TABLES["table1"].cells if c.rule == "base"]
     assert "prumerge+:ratio=0.125" in tokens
     assert "prumerge+:ratio=0.125,positions=original" in tokens
