@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from planner.ir.errors import InputError
-from planner.planning.selectors.arguments import Arguments, read_named
+from planner.planning.selectors.arguments import (
+    Arguments,
+    NotNegative,
+    Positive,
+    Several,
+    read_named,
+)
 from planner.training.sequential_draws import (
     best_draws,
     check_limits,
@@ -104,10 +110,7 @@ class GumbelSequential(Estimator):
     """
 
     name: ClassVar[str] = "gumbel"
-    temperature: float = 5.0  # of the softmax; it does not change what is drawn
-
-    def __post_init__(self) -> None:
-        self.check("temperature", self.temperature > 0, "more than 0")
+    temperature: Positive = 5.0  # of the softmax; it does not change what is drawn
 
     @override
     def draw(self, logits: Tensor, costs: Costs, limits: Tensor, noise: Noise = None) -> Drawn:
@@ -192,10 +195,7 @@ class GumbelTopK(Estimator):
     """
 
     name: ClassVar[str] = "gumbel-topk"
-    temperature: float = 1.0  # of the relaxation; it does not change what is drawn
-
-    def __post_init__(self) -> None:
-        self.check("temperature", self.temperature > 0, "more than 0")
+    temperature: Positive = 1.0  # of the relaxation; it does not change what is drawn
 
     @override
     def draw(self, logits: Tensor, costs: Costs, limits: Tensor, noise: Noise = None) -> Drawn:
@@ -222,10 +222,7 @@ class Simple(Estimator):
     """
 
     name: ClassVar[str] = "simple"
-    columns: int = 1024  # largest number of steps in which a limit is counted
-
-    def __post_init__(self) -> None:
-        self.check("columns", self.columns > 0, "at least 1")
+    columns: Several = 1024  # largest number of steps in which a limit is counted
 
     @override
     def draw(self, logits: Tensor, costs: Costs, limits: Tensor, noise: Noise = None) -> Drawn:
@@ -258,10 +255,7 @@ class Deterministic(Estimator):
     """
 
     name: ClassVar[str] = "deterministic"
-    weight: float = 1.0  # lambda, the weight of the penalty
-
-    def __post_init__(self) -> None:
-        self.check("weight", self.weight >= 0, "0 or more")
+    weight: NotNegative = 1.0  # lambda, the weight of the penalty
 
     @override
     def draw(self, logits: Tensor, costs: Costs, limits: Tensor, noise: Noise = None) -> Drawn:

@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from planner.planning.selectors.arguments import Arguments, read_named
+from planner.planning.selectors.arguments import (
+    Arguments,
+    NotNegative,
+    Positive,
+    Several,
+    read_named,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +45,8 @@ class PolicyMethod(Arguments):
 
     # Weight of the divergence from the reference policy, summed over a plan's draws, by the
     # estimator r - 1 - log r of positive values (Schulman, "Approximating KL Divergence").
-    kl: float = field(default=0.0, kw_only=True)
-    epochs: int = field(default=1, kw_only=True)  # updates for each set of plans tried
-
-    def __post_init__(self) -> None:
-        self.check("kl", self.kl >= 0, "0 or more")
-        self.check("epochs", self.epochs >= 1, "a count from 1 on")
+    kl: NotNegative = field(default=0.0, kw_only=True)
+    epochs: Several = field(default=1, kw_only=True)  # updates for each set of plans tried
 
     def loss(self, tried: Tried) -> Tensor:
         """To be minimised; a scalar."""
@@ -92,11 +94,7 @@ class GRPO(PolicyMethod):
     """
 
     name: ClassVar[str] = "grpo"
-    clip: float = 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check("clip", self.clip > 0, "more than 0")
+    clip: Positive = 0.2
 
     @override
     def objective(self, tried: Tried) -> Tensor:
@@ -114,14 +112,9 @@ class PPO(PolicyMethod):
     """
 
     name: ClassVar[str] = "ppo"
-    clip: float = 0.2
-    value: float = 0.5  # weight of the critic's error
-    epochs: int = field(default=4, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check("clip", self.clip > 0, "more than 0")
-        self.check("value", self.value > 0, "more than 0")
+    clip: Positive = 0.2
+    value: Positive = 0.5  # weight of the critic's error
+    epochs: Several = field(default=4, kw_only=True)
 
     @override
     def objective(self, tried: Tried) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from math import inf
+from sys import float_info
 from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_type_hints
 
 from planner.ir.errors import InputError
@@ -21,6 +22,9 @@ class Within:
 
 
 Share = Annotated[float, Within(0, 1, "a share from 0 to 1")]
+Part = Annotated[float, Within(float_info.min, 1, "a share above 0, up to 1")]
+Positive = Annotated[float, Within(float_info.min, inf, "more than 0")]
+NotNegative = Annotated[float, Within(0, inf, "0 or more")]
 Count = Annotated[int, Within(0, inf, "a count from 0 on")]
 Several = Annotated[int, Within(1, inf, "a count from 1 on")]
 Layer = Annotated[int, Within(0, inf, "a layer from 0 on")]

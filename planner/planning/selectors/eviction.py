@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.planning.selectors.arguments import Arguments, Layer, Share
+from planner.planning.selectors.arguments import Arguments, Layer, Part, Share
 
 
 class KVPolicy(Arguments, ABC):
@@ -99,7 +99,7 @@ class AnswerRule(AnswerPolicy):
     name = "answer"
     leading = "rule"
     rule: str
-    share: float = 0.5  # of the answer's tokens
+    share: Part = 0.5  # of the answer's tokens
     k: Layer = 2  # the first whose cache leaves tokens out
     seed: int = 0
 
@@ -107,7 +107,6 @@ class AnswerRule(AnswerPolicy):
         super().__post_init__()
         rules = ("alternate", "random", "recent")
         self.check("rule", self.rule in rules, "alternate, random or recent")
-        self.check("share", 0 < self.share <= 1, "a share above 0, up to 1")
 
     def _turn(self, token: int) -> int:
         # A share that was given as a quotient means the whole number that it came of.

@@ -9,7 +9,7 @@ from typing import ClassVar
 from typing_extensions import override
 
 from planner.ir.errors import InputError
-from planner.planning.selectors.arguments import Count, Several, Share
+from planner.planning.selectors.arguments import Count, Part, Several, Share
 from planner.planning.selectors.selector import Needs, Product, Sizes, VisionSelector
 
 
@@ -95,11 +95,7 @@ class PruMergePlus(PruMerge):
     """
 
     name = "prumerge+"
-    ratio: float | None = None  # share of patches kept by attention; None is adaptive
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check("ratio", self.ratio is None or 0 < self.ratio <= 1, "a share above 0, up to 1")
+    ratio: Part | None = None  # of patches kept by attention; None is adaptive
 
     @override
     def counts(self, tokens: int) -> tuple[int | None, ...]:
