@@ -12,12 +12,12 @@ model folder that stock transformers loads. May import every other part of plann
     adallava              the recipe of a scheduler together with its model
     sparsification        the recipe of Dynamic-LLaVA's predictors together with their model
     fine_tuning           the recipe of a LLaVA with fewer image tokens
-    conversation_runs     what these have in common
     unified               the recipe of a controller over tokens, heads and layers
+    conversation_runs     what these have in common
     token_draws           image tokens drawn for training, as switches are
     policy                a scheduler as a policy, which tries plans
-    memory_estimate       what a training step takes of a card
     policy_methods        how a policy learns from what it tried
+    memory_estimate       what a training step takes of a card
     warm_start            a scheduler taught by labels first
     trainer               transformers' Trainer, for runs that stop and go on
     estimators            switches drawn from logits, with a gradient

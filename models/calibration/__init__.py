@@ -5,7 +5,7 @@ becomes a utilities file for the solver. Everything is in nats per answer token.
 
     samples        images and prompts as model inputs with an answer behind them
     replay         one sample's forward pass, many rows at once, from any layer on
-    leave_one_out  how far an output is off; every switch off by itself, one per row of a batch
+    leave_one_out  how far an output is off, with sets of switches off, one a row of a batch
     taylor         the same estimated from one backward pass
     token_worth    what image tokens are worth, and the curve through that
     pair_losses    what two layers, or tokens and a layer, lose together

@@ -17,7 +17,7 @@ Imports `planner.ir`, `planner.plan`, `planner.kernels` and `planner.models.toke
     layer_results      what a layer returns, and does where it is left out
     products           what linears, MLP blocks and attention compute with
     run_products       a product with features that are kept in several runs
-    kernel_products    the same by planner's kernels, on stock weights in place
+    kernel_products    products by planner's kernels, on stock weights in place
     attention_calls    attention by planner's kernel, or seen: transformers' table of functions
     layers             what stands in for `forward` of layers and attention blocks
     forward_pass       one forward pass: rows, past, images, what is left

@@ -4,7 +4,7 @@ Enters: a stock model, its Graph, and a `Scheduler` (trained by `planner.trainin
 model obeying, sample by sample, the plans that the scheduler makes.
 
     budget_features    a budget as numbers that a network reads
-    insertion          that token put into a prompt unseen by the model, and its output taken out
+    insertion          the latency token in a prompt and its output out of it, unseen by the model
     layouts            which switches the logits stand for, and the plans that logits make of them
     cost_layout        the layout that budgets in cost, over layers, heads and MLP groups
     unified_layout     the one that budgets image tokens besides
