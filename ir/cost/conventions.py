@@ -139,7 +139,7 @@ class LlmViewer(Convention):
             if operator.part == "decoder" and layer is not None and layer in running:
                 layers[layer] = None
                 yield from _operator_rows(operator, running[layer], keys[layer], decodes)
-            elif operator.part == "head":
+            elif operator.part == "head" and operator.kind == "linear":
                 read, written = operator.integer("in"), operator.integer("out")
                 weights = read * written
                 # sic: not twice the weights

@@ -161,11 +161,20 @@ def _taps(operator: Operator) -> int:
 
 
 def _scan_flops(operator: Operator, sizes: Sizes) -> int:
-    """Products inside the recurrence, shared out evenly over the tokens."""
+    """Products inside the recurrence; those of a chunk are shared out evenly in a decoding step."""
     symbols = {symbol for dim in operator.shape for symbol in dim.symbols}
     # After a token stage at layer k the tokens are counted by query.k.
     (query,) = (symbol for symbol in symbols if symbol.startswith("query"))
-    return sizes["batch"] * sizes[query] * operator.integer("flops_per_row")
+    tokens, context = sizes[query], sizes[query.replace("query", "context")]
+    chunk = operator.get("chunk", 1)
+    done = math.ceil(context / chunk)
+    in_chunks = operator.get("flops_per_chunk", 0) + done * operator.get("flops_per_chunk_pair", 0)
+    flops = tokens * operator.integer("flops_per_row")
+    if tokens < context:
+        flops += math.ceil(tokens * in_chunks / chunk)
+    else:
+        flops += done * in_chunks + operator.get("flops", 0)
+    return int(sizes["batch"] * flops)
 
 
 def _keeps_too_many(operator: Operator) -> str | None:
@@ -254,8 +263,15 @@ _RECORDS = (
     ),
     Kind(
         "scan",
-        "a state-space or linear-attention recurrence",
-        (Attribute("flops_per_row"),),
+        "a state-space or linear-attention recurrence, and what else a layer multiplies between "
+        "its projections: `flops` once, others a token, or a chunk of so many",
+        (
+            Attribute("chunk", optional=True),
+            Attribute("flops", least=0, optional=True),
+            Attribute("flops_per_chunk", least=0, optional=True),
+            Attribute("flops_per_chunk_pair", least=0, optional=True),
+            Attribute("flops_per_row", least=0),
+        ),
         flops=_scan_flops,
     ),
     _copy(

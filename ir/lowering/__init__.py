@@ -15,6 +15,8 @@ out. From the whole to the parts:
     flow             which nodes carry activations
     grouping         nodes that together are one operator
     describing       kind, shape and attributes of an operator
+    recurrences      FLOPs of state-space and linear-attention layers, counted as they run
+    counted_flops    a counter of FLOPs as they run
     folding          copies of a traced layer, for the layers that are like it
     sites            what can be narrowed in one traced layer: its heads, its neurons
     lanes            one traced layer: its nodes, and features followed through views

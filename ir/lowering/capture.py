@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from planner.ir.lowering.rewrites import fuse_attention, join_writes, use_linear
 
@@ -151,7 +153,7 @@ class _Marker:
 
 
 @contextlib.contextmanager
-def _folded(module: nn.Module, stacks: dict[str, Stack]) -> Iterator[None]:
+def folded(module: nn.Module, stacks: dict[str, Stack]) -> Iterator[None]:
     """Trace like layers once: swap the forward of every stack entry for a `_Marker`."""
     outputs: dict[str, Any] = {}
     changed: list[nn.Module] = []
@@ -170,6 +172,34 @@ def _folded(module: nn.Module, stacks: dict[str, Stack]) -> Iterator[None]:
     finally:
         for layer in changed:
             del layer.forward
+
+
+class _Slices(TorchFunctionMode):
+    """Has what a list picks of a tensor, one after another, be a slice.
+
+    Of a list the trace would have the shape alone, and not say which features it picks.
+    """
+
+    @override
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.__getitem__:
+            args = (args[0], _sliced(args[1]))
+        return func(*args, **(kwargs or {}))
+
+
+def _sliced(place: Any) -> Any:
+    places = place if isinstance(place, tuple) else (place,)
+    lists = [one for one in places if isinstance(one, list)]
+    basic = all(one is None or one is ... or isinstance(one, list | slice) for one in places)
+    if len(lists) != 1 or not lists[0] or not basic or not all(type(n) is int for n in lists[0]):
+        return place
+    first, last = lists[0][0], lists[0][-1]
+    if lists[0] != list(range(first, last + 1)):
+        return place
+    run = slice(first, last + 1 or None)
+    return tuple(run if isinstance(one, list) else one for one in places)
 
 
 def _settled(value: Any, unknown: int) -> Any:
@@ -211,7 +241,7 @@ def capture(
     traces = getattr(fx.config, "do_not_emit_stack_traces", False)
     fx.config.do_not_emit_stack_traces = True
     try:
-        with _folded(module, stacks), warnings.catch_warnings():
+        with folded(module, stacks), _Slices(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exporter, config = DynamoExporter(), DynamoConfig()
             if hasattr(exporter, "export_program"):
@@ -222,10 +252,10 @@ def capture(
     finally:
         logging.set_verbosity(verbosity)
         fx.config.do_not_emit_stack_traces = traces
+    signature = program.graph_signature
     for node in program.graph.nodes:
         if "val" in node.meta:
             node.meta["val"] = _settled(node.meta["val"], unknown)
-    signature = program.graph_signature
     parameters = {
         **signature.inputs_to_parameters,
         **signature.inputs_to_buffers,

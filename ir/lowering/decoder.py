@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from torch import nn
@@ -16,6 +19,7 @@ from planner.ir.lowering.capture import Captured, capture, path_of
 from planner.ir.lowering.describing import Markers
 from planner.ir.lowering.example_inputs import decoder_inputs, token_markers
 from planner.ir.lowering.raising import Raised, Surroundings, raise_operators
+from planner.ir.lowering.recurrences import counted_as_run
 
 
 def decoder_of(model: Any) -> Any:
@@ -24,6 +28,13 @@ def decoder_of(model: Any) -> Any:
     if decoder is model or not decoder.config.is_encoder_decoder:
         return decoder
     return decoder_of(decoder)
+
+
+def head_of(model: Any) -> Any:
+    """The output embedding of a transformers model, which its decoder may have; None without."""
+    owners = (model, decoder_of(model))
+    heads = (o.get_output_embeddings() for o in owners if hasattr(o, "get_output_embeddings"))
+    return next((head for head in heads if head is not None), None)
 
 
 def lower_decoder(model: Any, embeddings: nn.Module) -> tuple[Raised, int]:
@@ -36,21 +47,42 @@ def lower_decoder(model: Any, embeddings: nn.Module) -> tuple[Raised, int]:
     width = int(embeddings.weight.shape[-1])  # type: ignore[index]
     markers = token_markers(decoder)
 
-    def attempt(inputs: dict[str, Any], activations: tuple[str, ...]) -> tuple[Captured, Markers]:
+    head = head_of(model)
+    accepted = inspect.signature(decoder.forward).parameters
+    # With an output embedding of its own it computes the last token's logits, as in generation.
+    last = {}
+    if head is not None and path_of(decoder, head) and "logits_to_keep" in accepted:
+        last["logits_to_keep"] = 1
+
+    def candidates(tokens: int) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
+        for inputs, activations in decoder_inputs(decoder, width, tokens, markers.encoded):
+            yield inputs | last, activations
+
+    def attempt(
+        number: int, inputs: dict[str, Any], activations: tuple[str, ...]
+    ) -> tuple[Captured, Markers, int]:
         captured = capture(decoder, inputs, activations, markers.tokens)
         # Tokens alone enter most decoders.
-        return captured, markers if len(activations) > 1 else Markers(markers.tokens)
+        return captured, markers if len(activations) > 1 else Markers(markers.tokens), number
 
-    candidates = decoder_inputs(decoder, width, markers.tokens, markers.encoded)
-    found, failure = first_success(partial(attempt, *candidate) for candidate in candidates)
+    attempts = enumerate(candidates(markers.tokens))
+    found, failure = first_success(partial(attempt, n, *candidate) for n, candidate in attempts)
     if found is None:
         raise NotLowered(f"its decoder cannot be captured ({sentence(failure)})")
-    captured, markers = found
+    captured, markers, number = found
+
+    def inputs(tokens: int) -> dict[str, Any]:
+        """For so many tokens, as they are in generation."""
+        taken, _ = next(islice(candidates(tokens), number, None))
+        return taken | {"use_cache": True}
+
     main, layers = _main_stack(captured)
     path = path_of(model, decoder)
     prefix = path + "." if path else ""
     around = Surroundings(prefix, lambda module: "decoder", "batch", markers, main)
     raised = raise_operators(captured, around)
+    if main is not None:
+        raised = counted_as_run(raised, captured.stacks[main], decoder, inputs, markers.encoded)
     raised = replace(raised, operators=_with_windows(model, raised.operators))
     return _with_head(model, raised, embeddings), layers
 
@@ -89,7 +121,7 @@ def _with_windows(model: Any, operators: list[Operator]) -> list[Operator]:
 
 def _with_head(model: Any, raised: Raised, embeddings: nn.Module) -> Raised:
     """The decoder with the output embedding as its last operator, as it runs in ``generate()``."""
-    head = model.get_output_embeddings()
+    head = head_of(model)
     if getattr(head, "weight", None) is None:
         return raised
     path = path_of(model, head)
@@ -97,8 +129,8 @@ def _with_head(model: Any, raised: Raised, embeddings: nn.Module) -> Raised:
     for position, operator in enumerate(operators):
         if path and operator.module == path and operator.kind == "linear":
             # The decoder's own forward ends in it. What follows, a scaling of the logits say,
-            # goes with it.
-            operators, source = operators[:position], operator.inputs[0]
+            # goes with it, and what comes before it is of as many tokens as have logits.
+            operators, source = _last_alone(operators[:position]), operator.inputs[0]
             break
     rows, columns = (int(size) for size in head.weight.shape)
     operator = Operator(
@@ -113,3 +145,16 @@ def _with_head(model: Any, raised: Raised, embeddings: nn.Module) -> Raised:
     if head.weight is embeddings.weight:
         operator = operator.having(tied=1)
     return replace(raised, operators=[*operators, operator])
+
+
+def _last_alone(operators: Sequence[Operator]) -> list[Operator]:
+    """Operators of a decoder, of which those that its last token alone goes through are the
+    head's."""
+    layers = [n for n, operator in enumerate(operators) if operator.layer is not None]
+    behind = max(layers, default=len(operators))
+    return [
+        replace(operator, part="head")
+        if n > behind and all(dim.is_constant for dim in operator.shape[1:])
+        else operator
+        for n, operator in enumerate(operators)
+    ]

@@ -44,7 +44,7 @@ def decoder_inputs(
     """
     hidden = torch.zeros(1, tokens, width, device="meta")
     accepted = inspect.signature(decoder.forward).parameters
-    base = {"inputs_embeds": hidden, "use_cache": False}
+    base: dict[str, Any] = {"inputs_embeds": hidden, "use_cache": False}
     # First: without them layers leave that attention out.
     for name in ENCODED:
         for features in _widths(decoder, width) if name in accepted else ():
@@ -61,10 +61,10 @@ def decoder_inputs(
         yield {**base, "position_ids": positions[0]}, ("inputs_embeds",)
     if "image_encoder_embeddings" in accepted:
         config: Any = decoder.config
-        images = torch.zeros(1, 1, 64, int(config.vision_config.embed_dim), device="meta")
+        images = torch.zeros(1, 1, encoded, int(config.vision_config.embed_dim), device="meta")
         mask = torch.ones(1, tokens, 1, device="meta")
         extra = {"image_encoder_embeddings": images, "image_attention_mask": mask}
-        yield {**base, **extra}, ("inputs_embeds",)
+        yield {**base, **extra}, ("inputs_embeds", "image_encoder_embeddings")
 
 
 def _widths(decoder: nn.Module, width: int) -> Iterable[int]:

@@ -15,6 +15,7 @@ from torch import SymInt, Tensor, fx
 
 from planner.ir.lowering.aten import HEAVY, VIEWS, opname
 from planner.ir.lowering.capture import WRAPPED, Captured
+from planner.ir.lowering.rewrites import REPLACED
 
 
 def is_light(node: fx.Node) -> bool:
@@ -31,9 +32,10 @@ class Flow:
 
     @cached_property
     def live(self) -> frozenset[fx.Node]:
-        """Nodes that activations flow through on their way to the output or to any linear.
+        """Nodes that activations flow through on their way to the output or to any product.
 
-        Stock code computes some for nothing, such as a vision tower's pooling head.
+        Stock code computes some for nothing, such as a vision tower's pooling head, and some that
+        masks are made of: which keys a query is to meet. Their products run, and cost.
         """
         graph = self.captured.graph
         reached: set[fx.Node] = set()
@@ -50,7 +52,8 @@ class Flow:
         needed: set[fx.Node] = set()
         for node in reversed(list(graph.nodes)):
             is_used = node.op == "output" or any(user in needed for user in node.users)
-            if is_used or (node in reached and opname(node) == "linear"):
+            runs = opname(node) in HEAVY and not node.meta.get(REPLACED)
+            if is_used or (node in reached and runs):
                 needed.add(node)
         positions = {n for n in needed if n.op == "call_function" and opname(n) in HEAVY}
         return frozenset((reached & needed) | positions)

@@ -117,7 +117,7 @@ class _Raiser:
             shape=shape,
             module=around.prefix + path if path else around.prefix.rstrip("."),
             part=around.part(around.prefix + path),
-            layer=layer_of(path, self.captured.stacks),
+            layer=self._layer(path),
             attributes=attributes_of(group.kind, group.nodes, weight, around.markers),
         )
         named_by_path = group.kind in ("linear", "norm", "conv") and path
@@ -174,11 +174,16 @@ class _Raiser:
         renamed = {span.entry: before}
 
         def layer(module: str) -> int | None:
-            return layer_of(module[len(prefix) :], self.captured.stacks)
+            return self._layer(module[len(prefix) :])
 
         traced = self.operators[span.start : span.stop]
         self.operators += copies(traced, prefix + like, prefix + path, renamed, self._unique, layer)
         return renamed.get(span.end, before)
+
+    def _layer(self, path: str) -> int | None:
+        """Index of the layer that a module is in; blocks between layers have their own stack."""
+        main = self.around.main_stack
+        return layer_of(path, self.captured.stacks if main is None else [main])
 
     # -- sites -------------------------------------------------------------------------------
 

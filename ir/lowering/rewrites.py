@@ -15,6 +15,8 @@ from planner.ir.lowering.aten import HEAVY, VIEWS, opname, upstream
 
 # Key of a fused attention's meta: its scores go through tanh.
 CAPPED = "planner_capped"
+# Key of a product's meta: another node computes it now.
+REPLACED = "planner_replaced"
 _PRODUCTS = frozenset(["matmul", "bmm", "baddbmm"])
 # New tensors of an activation's size, for masks.
 _CREATIONS = frozenset(
@@ -41,6 +43,7 @@ def use_linear(graph: fx.Graph, weights: Container[str]) -> None:
         turned.meta = {**weight.meta, "val": weight.meta["val"].t()}
         linear.meta = dict(product.meta)
         product.replace_all_uses_with(linear)
+        graph.erase_node(product)
 
 
 def _viewed(node: fx.Node) -> fx.Node:
@@ -117,6 +120,7 @@ def fuse_attention(graph: fx.Graph, activations: Container[str]) -> None:
         with graph.inserting_before(output):
             fused = _fused(graph, output, query, keys, output.args[1])
         output.replace_all_uses_with(fused)
+        scores.meta[REPLACED] = output.meta[REPLACED] = True
 
 
 def _fused(graph: fx.Graph, output: fx.Node, query: Any, keys: Any, value: Any) -> fx.Node:

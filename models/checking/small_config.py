@@ -130,6 +130,9 @@ _PARTICULAR: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             }
             for model_type, names in _CODE_NAMES.items()
         },
+        # Layers of both kinds, as every checkpoint has them.
+        "bamba": {"attn_layer_indices": [1]},
+        "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
         "cohere_compass": {
             "text_config": {
                 "rope_parameters": {
@@ -155,6 +158,14 @@ _PARTICULAR: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "spatial_target_layers": [0, 1, 2, 3],
         },
         "hunyuan_vl": {"text_config": {"head_dim": HEAD_DIM}},
+        "llama4": {
+            "vision_config": {
+                "intermediate_size": 4 * WIDTH,
+                "projector_input_dim": WIDTH,
+                "projector_output_dim": WIDTH,
+                "vision_output_dim": WIDTH,
+            }
+        },
         "mllama": {"vision_config": {"vision_output_dim": 6 * WIDTH}},
         "nemotron": {"num_key_value_heads": 2},
         "step3p7": {"text_config": {"sliding_window": 16}},

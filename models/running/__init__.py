@@ -6,7 +6,6 @@ Imports `planner.ir`, `planner.plan`, `planner.kernels` and `planner.models.toke
     planning           plans of one model, by budget and by prompt
     prompts            how large a prompt is
     encoders           what runs in front of the decoder, and what that costs
-    counted_flops      FLOPs as they run
     saving             the plan beside the weights that `save_pretrained` writes
     program            a plan (or one per sample) as what every layer does
     skipping           passes that run a program, and nothing else

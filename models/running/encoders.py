@@ -1,17 +1,19 @@
-"""What runs in front of a decoder: encoders of images, videos and words, and projectors.
+"""What runs in front of a decoder's layers: encoders of images, videos and words, and projectors.
 
 They run when a model is called, or ahead of that (`generate` does so): modules beside the decoder,
-or methods of the model. What they cost is counted product by product the first time that inputs of
-some sizes come, whether the Graph has them or not.
+methods of the model, or modules that the decoder itself calls before its layers. What they cost is
+counted product by product the first time that inputs of some sizes come, whether the Graph has them
+or not.
 """
 
 from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass
 from itertools import count
 from types import MappingProxyType
 from typing import Any
@@ -19,8 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from planner.ir.errors import InputError
+from planner.ir.lowering.counted_flops import CountedFlops
+from planner.ir.lowering.example_inputs import ENCODED
 from planner.models.running.attention_blocks import named
-from planner.models.running.counted_flops import CountedFlops
 
 # Methods of stock models that run encoders, whatever these are.
 _METHODS = ("get_image_features", "get_video_features")
@@ -31,6 +35,19 @@ _REMEMBERED = 1024
 # Key of `Encoders` -> FLOPs that this thread or task has spent in them since its last prompt.
 _spent: ContextVar[Mapping[int, int]] = ContextVar("planner_spent", default=MappingProxyType({}))
 _keys = count()
+
+
+@dataclass(frozen=True)
+class Entered:
+    """What a decoder has made of its arguments when its first layer begins."""
+
+    flops: int  # of encoders inside it
+    tokens: int  # of a sample, those of pictures among them
+    encoded: int  # rows that the last of these encoders has put out, of all samples
+
+
+class _FirstLayer(Exception):
+    """Ends a pass that was made to see what reaches the first layer."""
 
 
 class Encoders:
@@ -46,6 +63,9 @@ class Encoders:
         self._numbers: dict[nn.Module, int] = {}
         # What encoders were given -> FLOPs.
         self._known: dict[object, int] = {}
+        # Of what a decoder was given.
+        self._entered: dict[object, Entered] = {}
+        self._inside: list[nn.Module] = []
         self._begin_anew()
 
     def _begin_anew(self) -> None:
@@ -53,26 +73,34 @@ class Encoders:
 
     def __getstate__(self) -> dict[str, Any]:
         """For a copy of the model."""
-        return {name: self.__dict__[name] for name in ("_way", "_handles", "_numbers", "_known")}
+        kept = ("_way", "_handles", "_numbers", "_known", "_entered", "_inside")
+        return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._begin_anew()
 
-    def watch(self) -> None:
-        """Count what they do from now on."""
+    def watch(self, known: Iterable[str]) -> None:
+        """Count what they do from now on.
+
+        Args:
+            known: paths of modules of the decoder that are priced without it.
+        """
         if self._handles:
             return
-        for number, module in enumerate(self._beside()):
-            self._numbers[module] = number
-            self._handles += [
-                module.register_forward_pre_hook(self._enter, with_kwargs=True),
-                module.register_forward_hook(self._leave, always_call=True),
-            ]
+        beside, self._inside = list(self._beside()), list(self._unknown(set(known)))
+        self._numbers = {module: n for n, module in enumerate((*beside, *self._inside))}
+        self._handles = [handle for module in beside for handle in self._hooks(module)]
         for module in self._way[:-1]:
             for name in _METHODS:
                 if hasattr(type(module), name):
                     module.__dict__.setdefault(name, _Method(self, module, name))
+
+    def _hooks(self, module: nn.Module) -> list[Any]:
+        return [
+            module.register_forward_pre_hook(self._enter, with_kwargs=True),
+            module.register_forward_hook(self._leave, always_call=True),
+        ]
 
     def close(self) -> None:
         """Give the model back as it was."""
@@ -96,7 +124,68 @@ class Encoders:
             elif module not in self._way and all(inner is not head for inner in module.modules()):
                 yield module
 
+    def _unknown(self, known: Set[str]) -> Iterator[nn.Module]:
+        """The largest modules of the decoder that nothing known is in, and that have weights."""
+        decoder = self._way[-1]
+        way = next(name for name, module in self._way[0].named_modules() if module is decoder)
+        above = {path[:end] for path in known for end, c in enumerate(path) if c == "."}
+        pending = [(f"{way}.{name}" if way else name, m) for name, m in decoder.named_children()]
+        while pending:
+            path, module = pending.pop()
+            if path in known or not any(True for _ in module.parameters()):
+                continue
+            if path in above:
+                pending += [(f"{path}.{name}", inner) for name, inner in module.named_children()]
+            else:
+                yield module
+
     # -- counting ----------------------------------------------------------------------------
+
+    def entering(self, given: Mapping[str, Any], first: nn.Module) -> Entered | None:
+        """What a decoder makes of its arguments; None where no encoder is inside it.
+
+        A plan is made when the decoder begins, and these come later. So the first time that inputs
+        of some sizes come, the decoder runs once more, as far as its first layer. Call `take_spent`
+        before, for what ran until now.
+        """
+        if not self._inside or not any(_is_picture(*item) for item in given.items()):
+            return None
+        inputs = tuple((name, _sizes(name, value)) for name, value in given.items())
+        if inputs not in self._entered:
+            tokens, encoded = self._until(first, given)
+            if len(self._entered) >= _REMEMBERED:
+                self._entered.clear()
+            self._entered[inputs] = Entered(self.take_spent(), tokens, encoded)
+        return self._entered[inputs]
+
+    def _until(self, first: nn.Module, given: Mapping[str, Any]) -> tuple[int, int]:
+        """Run the decoder as far as its first layer: `Entered.tokens` and `Entered.encoded`."""
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            states = getattr(output, "last_hidden_state", output)
+            if isinstance(states, Tensor):
+                rows.append(states.shape[:-1].numel())
+
+        def stop(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            values = (*args, *kwargs.values())
+            states = next(v for v in values if isinstance(v, Tensor) and v.is_floating_point())
+            raise _FirstLayer(states.shape[1])
+
+        rows = [0]
+        handles = [first.register_forward_pre_hook(stop, with_kwargs=True)]
+        for module in self._inside:
+            handles += [*self._hooks(module), module.register_forward_hook(note)]
+        # Some decoders add to their arguments in place.
+        copied = {n: v.clone() if isinstance(v, Tensor) else v for n, v in given.items()}
+        try:
+            with torch.no_grad():
+                self._way[-1].forward(**copied)
+        except _FirstLayer as reached:
+            return reached.args[0], rows[-1]
+        finally:
+            for handle in handles:
+                handle.remove()
+        raise InputError("the decoder has not called its first layer: there is no prompt")
 
     def take_spent(self) -> int:
         """FLOPs for the prompt that is read now; those of the next count from zero."""
@@ -210,3 +299,9 @@ def _sizes(name: object, value: Any) -> object:
     # Empty pictures, which pad samples that have fewer, are left out by some models.
     pictures = int(value.flatten(2).any(-1).sum()) if value.ndim == 5 else 0
     return tuple(value.shape), pictures
+
+
+def _is_picture(name: str, value: Any) -> bool:
+    """Whether a decoder's argument is for an encoder inside it."""
+    is_state = name in ENCODED or name.endswith(("mask", "embeds"))
+    return isinstance(value, Tensor) and value.is_floating_point() and not is_state

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from planner.ir.cost import Workload
+from planner.ir.lowering.decoder import head_of
 from planner.ir.lowering.example_inputs import ENCODED
 from planner.loading import visual_tokens
 from planner.models.running.attention_blocks import named
@@ -30,7 +31,11 @@ class Prompts:
         self.encoders = Encoders(way)
 
     def read(
-        self, call: tuple[nn.Module, Any, Any], given: Mapping[str, Any], new: int
+        self,
+        call: tuple[nn.Module, Any, Any],
+        given: Mapping[str, Any],
+        new: int,
+        first: nn.Module,
     ) -> Workload:
         """The prompt that a decoder is given.
 
@@ -41,6 +46,7 @@ class Prompts:
             call: a module of the way and its arguments: what the pass began with.
             given: the decoder's arguments by name.
             new: tokens that will be generated.
+            first: the decoder's first layer.
         """
         arguments = named(*call)
         embeddings = given.get("inputs_embeds")
@@ -48,8 +54,15 @@ class Prompts:
         ids, images = arguments.get("input_ids"), 0
         if isinstance(ids, Tensor) and tuple(ids.shape) == (batch, tokens):
             images = int(is_visual(ids, self._way[0]).sum(1).min())
-        encoded = [given[name] for name in ENCODED if isinstance(given.get(name), Tensor)]
+        states = [given[name] for name in ENCODED if isinstance(given.get(name), Tensor)]
+        encoded = sum(state.shape[:-1].numel() // batch for state in states)
         spent = self.encoders.take_spent()
+        entered = self.encoders.entering(given, first)
+        if entered is not None:
+            spent += entered.flops
+            # What encoders inside the decoder put out has joined the words, or lies beside them.
+            encoded += entered.encoded // batch if entered.tokens == tokens else 0
+            tokens = entered.tokens
         sees = any(
             value is not None and name not in OF_TEXT
             for name, value in arguments.items()
@@ -62,13 +75,13 @@ class Prompts:
             batch,
             logits=self._logits(call[0], arguments.get("logits_to_keep", 0), tokens),
             encoder_flops=spent if sees else 0,
-            encoded_tokens=sum(states.shape[:-1].numel() // batch for states in encoded),
+            encoded_tokens=encoded,
         )
 
     def _logits(self, module: nn.Module, keep: Any, tokens: int) -> int:
         """Tokens of a sample that the output embedding is computed for, at most."""
         model: Any = self._way[0]
-        if model.get_output_embeddings() is None:
+        if head_of(model) is None:
             return 0
         # What a wrapper calls may lie inside the model, and the output embedding outside of that.
         if module is not model:

@@ -132,7 +132,7 @@ class Skipping:
     def prepare(self, graph: Graph) -> None:
         """For prompts that decide what is narrowed: learn ahead what that takes."""
         self.preparing.prepare(graph)
-        self.prompts.encoders.watch()
+        self._watch_encoders(graph)
 
     def changed(self) -> None:
         """Other plans are active in this context: what torch.compile has traced runs them next."""
@@ -238,7 +238,7 @@ class Skipping:
         cache = cache_among(given)
         plans: tuple[Plan, ...] = getattr(cache, PLANS, setting.plans)
         if cache is None or not cache.get_seq_length():
-            plans = session.plans_on(self.prompts.read(self._call, given, self._new_tokens))
+            plans = session.plans_on(self._read(self._call, given))
             session.note(plans)
         elif plans[0].budget != setting.plans[0].budget:
             plans = setting.plans
@@ -292,16 +292,26 @@ class Skipping:
         planning = self.session.planning
         return DEFAULT_NEW_TOKENS if planning is None else planning.request.new_tokens
 
+    def _watch_encoders(self, graph: Graph) -> None:
+        """Count what they do, apart from what the Graph has of the decoder."""
+        known = {operator.module for operator in graph if operator.part == "decoder"}
+        stack = self.session.layers[0].path.rpartition(".")[0]
+        self.prompts.encoders.watch(known | {stack})
+
+    def _read(self, call: Called, given: Mapping[str, Any]) -> Workload:
+        """The prompt that the decoder is given, see `Prompts.read`."""
+        return self.prompts.read(call, given, self._new_tokens, self.session.layers[0].module)
+
     def prompt_of(self, inputs: Mapping[str, Any]) -> Workload:
         """The prompt that the decoder would be given; what comes before it runs."""
         model, decoder = self.session.model, self._decoder
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = named(decoder, args, kwargs)
-            raise _Read(self.prompts.read((model, (), inputs), given, self._new_tokens))
+            raise _Read(self._read((model, (), dict(inputs)), given))
 
         with self.alone(), torch.no_grad():
-            self.prompts.encoders.watch()
+            self._watch_encoders(self.session.graph)
             handle = decoder.register_forward_pre_hook(stop, with_kwargs=True)
             try:
                 model(**inputs)

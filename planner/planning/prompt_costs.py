@@ -1,9 +1,10 @@
 """Plans for the prompt at hand, from a frontier that is computed once.
 
-A layer's FLOPs are a polynomial of the tokens that it computes, and its keys and values a multiple
-of those that stay cached. Both add up over the layers that compute and cache as many. So all that
-can be switched is priced once, by term, and what it costs on any prompt is a weighted sum of a few
-terms - to the last FLOP and byte what `Pricing` says of that prompt.
+A layer's FLOPs are a polynomial of the tokens that it computes and of the chunks that a recurrence
+makes of them, and its keys and values a multiple of the tokens that stay cached. Both add up over
+the layers that compute and cache as many. So all that can be switched is priced once, by term, and
+what it costs on any prompt is a weighted sum of a few terms - to the last FLOP and byte what
+`Pricing` says of that prompt.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from planner.solver.problem import COST_CEILING, Choice, Costs, Problem, TokenOp
 # Metrics that are weighted sums of terms. Seconds are not: a roofline is no polynomial.
 WEIGHED = ("flops", "kv")
 # FLOPs of a layer whatever the prompt, per token, per pair of tokens, per token of an encoder's
-# output and per pair of the two; bytes per cached token.
-_TERMS = ("each", "token", "pair", "encoded", "crossed", "cached")
-# Prompts that tell them apart: tokens, and an encoder's.
-_UNITS = ((1, 0), (2, 0), (3, 0), (1, 1), (2, 1))
+# output and per pair of the two, per chunk and per pair of chunks; bytes per cached token.
+_TERMS = ("each", "token", "pair", "encoded", "crossed", "chunk", "chunk_pair", "cached")
+# The fewest tokens of a chunk that can be told from tokens.
+_TOLD = 3
 # Where Pricing has both, see `COUNTED`.
 _FLOPS, _KV = 0, 2
 
@@ -58,7 +59,9 @@ class PromptCosts:
         graph, options = pricing.graph, pricing.token_options
         self._span_of = [_span(pricing, layer) for layer in range(graph.layers)]
         self._spans = sorted(set(self._span_of))
-        self._units = [_unit(pricing, *tokens) for tokens in _UNITS]
+        # Tokens that a recurrence takes at once; where there is none, any number does.
+        self._chunk = max([_TOLD, *(int(operator.get("chunk", 1)) for operator in graph)])
+        self._units = self._units_of(pricing)
         names = [f"{term}.{number}" for number in range(len(self._spans)) for term in _TERMS]
         self.problem = Problem(
             metrics=tuple(names),
@@ -89,17 +92,37 @@ class PromptCosts:
         row = WEIGHED.index(metric)
         typical = [self.weights(pricing.workload, option)[row] for option in options]
         self.frontier = Frontier(self.problem, np.stack(typical))
-        plain = replace(pricing, switches=replace(pricing.switches, kv=None))
-        units = [_unit(plain, *tokens) for tokens in _UNITS]
+        units = self._units_of(replace(pricing, switches=replace(pricing.switches, kv=None)))
         self.base = np.sum([self._fixed(n, (), units) for n in range(graph.layers)], axis=0)
         # What a plan says of worth that its solver did not count.
         together = utilities.pairs or len(utilities.token_fractions)
         self.left_out = {"pairs": "left out"} if together else {}
-        self._ends = _each_token_pair([unit.ends[_FLOPS] for unit in self._units[:3]])
+        self._ends = np.stack(self._flops_terms([unit.ends[_FLOPS] for unit in self._units]))
         without = replace(self._units[0].workload, logits=0)
         self._logit = self._units[0].ends[_FLOPS] - replace(pricing, workload=without).ends[_FLOPS]
 
     # -- terms -------------------------------------------------------------------------------
+
+    def _units_of(self, pricing: Pricing) -> list[Pricing]:
+        """Prompts that tell terms apart: a few tokens, an encoder's beside them, more chunks."""
+        more = [self._chunk * count + 1 for count in (1, 2)]
+        tokens = [(1, 0), (2, 0), (3, 0), (1, 1), (2, 1), (more[0], 0), (more[1], 0)]
+        return [_unit(pricing, *counts) for counts in tokens]
+
+    def _flops_terms(self, flops: Sequence[Costs]) -> list[Costs]:
+        """Terms of FLOPs, as `_TERMS` has them, from those of `_units_of`."""
+        one, two, three, one_beside, two_beside, *longer = flops
+        pair = (three - 2 * two + one) // 2
+        token = two - one - 3 * pair
+        start = one - token - pair
+        crossed = two_beside - two - (one_beside - one)
+        # What the second chunk adds, and the second and third.
+        lengths = [self._chunk * count + 1 for count in (1, 2)]
+        second, both = (f - start - token * n - pair * n**2 for f, n in zip(longer, lengths))
+        chunk_pair = (both - 2 * second) // 2
+        chunk = second - 3 * chunk_pair
+        each = start - chunk - chunk_pair
+        return [each, token, pair, one_beside - one - crossed, crossed, chunk, chunk_pair]
 
     def _fixed(self, layer: int, sites: Sequence[Site], units: Sequence[Pricing] = ()) -> Costs:
         """Terms of a layer besides its sites, shape (terms,)."""
@@ -111,17 +134,12 @@ class PromptCosts:
         return self._terms(site.layer, [unit.table(site, ()) for unit in self._units])
 
     def _terms(self, layer: int, costs: Sequence[Costs]) -> Costs:
-        """Terms of a layer from what it costs with the prompts of `_UNITS`."""
-        one, two, _, one_beside, two_beside = flops = [cost[_FLOPS] for cost in costs]
-        crossed = two_beside - two - (one_beside - one)
-        terms = np.zeros((len(self._spans), len(_TERMS), *one.shape), dtype=np.int64)
-        terms[self._spans.index(self._span_of[layer])] = [
-            *_each_token_pair(flops[:3]),
-            one_beside - one - crossed,
-            crossed,
-            costs[0][_KV],
-        ]
-        return terms.reshape(-1, *one.shape)
+        """Terms of a layer from what it costs with the prompts of `_units_of`."""
+        kv = costs[0][_KV]
+        terms = np.zeros((len(self._spans), len(_TERMS), *kv.shape), dtype=np.int64)
+        row = self._spans.index(self._span_of[layer])
+        terms[row] = [*self._flops_terms([cost[_FLOPS] for cost in costs]), kv]
+        return terms.reshape(-1, *kv.shape)
 
     def terms_of(self, plan: Plan) -> Costs:
         """Terms of a plan that was made of these choices, shape (terms,)."""
@@ -142,10 +160,14 @@ class PromptCosts:
 
     def ends(self, load: Workload) -> int:
         """FLOPs of the decoder besides its layers, output embedding included."""
-        seen = load.prompt_tokens
-        each, token, pair = self._ends
-        flops = each + token * seen + pair * seen**2 + (load.logits - 1) * self._logit
-        return load.batch * int(flops)
+        flops = self._counts(load.prompt_tokens, load) @ self._ends
+        return load.batch * int(flops + (load.logits - 1) * self._logit)
+
+    def _counts(self, seen: int, load: Workload) -> npt.NDArray[np.int64]:
+        """How often each term of FLOPs counts, of a sample with so many tokens."""
+        beside, chunks = load.encoded_tokens, -(-seen // self._chunk)
+        counts = [1, seen, seen**2, beside, seen * beside, chunks, chunks**2]
+        return np.array(counts, dtype=np.int64)
 
     def weights(self, load: Workload, option: Sequence[int], evicts: bool = True) -> Costs:
         """Weights of the terms on a prompt, shape (metrics, terms); see `WEIGHED`.
@@ -163,9 +185,7 @@ class PromptCosts:
                 cached = policy.kept(seen, load.new_tokens, kept)
             elif span.window:
                 cached = min(cached, span.window)
-            beside = load.encoded_tokens
-            per_sample = 1, seen, seen**2, beside, seen * beside
-            weights[0, row, :-1] = [load.batch * count for count in per_sample]
+            weights[0, row, :-1] = load.batch * self._counts(seen, load)
             weights[1, row, -1] = load.batch * cached
         return weights.reshape(len(WEIGHED), -1)
 
@@ -266,14 +286,6 @@ class OnPrompt:
                 selections[drops] = int(self.pricing.selection(option)[_FLOPS])
             outside[index] = np.array([self.outside + selections[drops], 0])[rows]
         return Prices(tuple(limits), np.array(list(limits.values())), weights, outside)
-
-
-def _each_token_pair(flops: Sequence[Costs]) -> tuple[Costs, Costs, Costs]:
-    """FLOPs whatever the tokens, per token and per pair, from those of one, two and three."""
-    one, two, three = flops
-    pair = (three - 2 * two + one) // 2
-    token = two - one - 3 * pair
-    return one - token - pair, token, pair
 
 
 def _unit(pricing: Pricing, tokens: int, encoded: int) -> Pricing:

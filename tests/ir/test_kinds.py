@@ -105,7 +105,7 @@ ROWS = {
     "scan": Row(
         tokens(6),
         (tokens(6), tokens(2)),
-        {"flops_per_row": 13},
+        {"flops_per_row": 13, "chunk": 4, "flops": 5},
         flops=10 * 13,
         moved=10 * (6 + 2 + 6),
     ),

@@ -1,6 +1,7 @@
 """Whatever runs in front of a decoder, or is attended to beside it, is in the price of a plan."""
 
 import copy
+import itertools
 import threading
 
 import pytest
@@ -10,15 +11,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import planner
 from planner.ir.lowering import lower_model
+from planner.ir.lowering.counted_flops import CountedFlops
 from planner.models.checking.architecture import randomised
 from planner.models.checking.small_config import small_default
 from planner.models.checking.small_prompt import prompts_of
-from planner.models.running.counted_flops import CountedFlops
-from planner.models.running.encoders import Encoders
+from planner.models.running.encoders import Encoders, Entered
 from planner.solver import Infeasible
 
-# A text encoder with pictures; a picture encoder; tiles that some layers attend to.
-BESIDE = ["udop", "vision-encoder-decoder", "mllama"]
+# A text encoder with pictures; a picture encoder; tiles that some layers attend to; encoders in the
+# decoder, whose rows join the words (git) or are attended to by blocks between layers (idefics); an
+# output embedding with more of the model before it (blip).
+BESIDE = ["udop", "vision-encoder-decoder", "mllama", "git", "idefics", "blip"]
 
 
 def built(model_type):
@@ -41,10 +44,11 @@ def counted(model, inputs):
 def test_a_budget_counts_what_is_attended_to_beside_the_prompt(name):
     model = built(name)
     prompts = prompts_of(model)
+    last = {"logits_to_keep": 1} if "logits_to_keep" in prompts.accepted else {}
+    every = [prompts.of(n) | logits for n, logits in itertools.product((7, 40), ({}, last))]
+    bases = [counted(model, inputs) for inputs in every]
     planner.compile(model, 1.0, utilities="prior", new_tokens=1)
-    for length in (7, 40):
-        inputs = prompts.of(length)
-        base = counted(model, inputs)
+    for inputs, base in zip(every, bases, strict=True):
         with planner.budget(model, 0.999):
             cost = planner.cost_of(model, inputs)["flops"]
             assert cost["base"] == base
@@ -72,6 +76,41 @@ def test_products_of_experts_are_counted():
     assert grouped == counter.get_total_flops()
 
 
+class _Outer(nn.Module):
+    """A decoder that calls an encoder of pictures itself, and adds to what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.eye, self.unused = nn.Linear(4, 8), nn.Linear(8, 8)
+        self.layers = nn.ModuleList([nn.Linear(8, 8)])
+
+    def forward(self, inputs_embeds, pixels=None):
+        inputs_embeds += 1
+        if pixels is not None:
+            inputs_embeds = torch.cat([self.eye(pixels), inputs_embeds], 1)
+        return self.layers[0](inputs_embeds)
+
+    def get_output_embeddings(self):
+        return None
+
+
+def test_encoders_inside_a_decoder_are_run_ahead_once_for_every_size():
+    decoder = _Outer()
+    encoders = Encoders([decoder])
+    encoders.watch({"layers"})
+    first, calls = decoder.layers[0], []
+    decoder.eye.register_forward_hook(lambda *_: calls.append(1))
+    for pictures, runs in ((3, 1), (3, 1), (5, 2)):
+        given = {"inputs_embeds": torch.zeros(2, 7, 8), "pixels": torch.ones(2, pictures, 4)}
+        entered = encoders.entering(given, first)
+        assert entered == Entered(2 * 2 * pictures * 4 * 8, 7 + pictures, 2 * pictures)
+        assert len(calls) == runs
+        assert not given["inputs_embeds"].any()
+    assert encoders.entering({"inputs_embeds": torch.zeros(2, 7, 8)}, first) is None
+    decoder(**given)
+    assert encoders.take_spent() == 0  # of no prompt to come
+
+
 class _Pair(nn.Module):
     """An encoder beside a decoder, and an output embedding that is no encoder."""
 
@@ -89,7 +128,7 @@ class _Pair(nn.Module):
 def pair():
     model = _Pair()
     encoders = Encoders([model, model.decoder])
-    encoders.watch()
+    encoders.watch(())
     return model, encoders
 
 

@@ -55,8 +55,8 @@ def small_model(model_type):
 
 # Weights stored transposed (GPT-2), biases by head and a residual inside the attention block
 # (Bloom), biases by head that are three-dimensional (MPT), MLPs on all samples' tokens in one
-# dimension (OPT).
-BLOCKS = ("gpt2", "bloom", "mpt", "opt")
+# dimension (OPT), keys and values picked by index from the projection of all heads (Falcon).
+BLOCKS = ("gpt2", "bloom", "mpt", "opt", "falcon")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import planner
 from planner.backend.captured_prompts import prompt_of
 from planner.backend.compile_options import Options
 from planner.ir.errors import InputError
-from planner.models.running.counted_flops import CountedFlops
+from planner.ir.lowering.counted_flops import CountedFlops
 from planner.models.running.skipping import session_on
 from planner.plan import TokenStage
 

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from planner.ir.cost import Workload
-from planner.ir.lowering import lower_model
+from planner.ir.lowering import lower_config, lower_model
+from planner.models.checking.small_config import small_default
 from planner.plan import dump_plan, load_plan
 from planner.planning.budgets import Budget
 from planner.planning.compiler import pose
@@ -18,7 +19,8 @@ from planner.planning.prompt_costs import WEIGHED, PromptCosts
 from planner.planning.request import Request
 from planner.solver import Infeasible, solve
 
-# Sliding windows; a selector with rows of its own; a cache that evicts; half of the model alone.
+# Sliding windows; a selector with rows of its own; a cache that evicts; half of the model alone;
+# recurrences in chunks, some beside attention.
 REQUESTS = [
     ("gemma3", {}),
     ("llava", {}),
@@ -27,11 +29,18 @@ REQUESTS = [
     ("llava", {"kv": "h2o:heavy=0.2,recent=0.2"}),
     ("llava", {"scope": "llm", "switches": "tokens,heads"}),
     ("qwen3", {}),
+    ("mamba2", {}),
+    ("qwen3_5_text", {}),
 ]
+
+
+WORDS = ("qwen3", "mamba2", "qwen3_5_text")
 
 
 @functools.cache
 def graph_of(name):
+    if name not in FAMILIES:
+        return lower_config(small_default(name), name).graph
     return lower_model(FAMILIES[name]().model, name)
 
 
@@ -59,7 +68,7 @@ def test_terms_are_the_costs_and_plans_keep_to_budgets(
     number, images, text, new, batch, logits, encoder, budget
 ):
     costs, pricing, utilities = costs_of(number)
-    images = 0 if REQUESTS[number][0] == "qwen3" else 16 * images
+    images = 0 if REQUESTS[number][0] in WORDS else 16 * images
     load = replace(
         pricing.workload, image_tokens=images, text_tokens=text, new_tokens=new, batch=batch,
         logits=logits, encoder_flops=encoder,
