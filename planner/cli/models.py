@@ -35,6 +35,7 @@ def models_command(
         Path | None,
         typer.Option(
             "-o",
+            "--output",
             help="With --check: keep the table in this Markdown file, and go on where it stopped.",
         ),
     ] = None,
