@@ -133,8 +133,8 @@ def read_json(path: Path, what: str) -> Any:
     return parse_json(read_text(path, what, _MOST_BYTES), f"the {what} '{path}'")
 
 
-def check_format(document: Any, key: str, number: int, path: Path, what: str) -> None:
-    """Raise InputError unless a document of planner's own has the format `number` under a key.
+def of_format(document: Any, key: str, number: int, path: Path, what: str) -> dict[str, Any]:
+    """A document of planner's own without its key; InputError unless that says format `number`.
 
     `what`: it should be, for messages: ``plan``.
     """
@@ -144,6 +144,7 @@ def check_format(document: Any, key: str, number: int, path: Path, what: str) ->
         raise InputError(
             f"the {what} '{path}' has format {document[key]}, this planner reads {number}"
         )
+    return {name: value for name, value in document.items() if name != key}
 
 
 def validated(schema: type[T], document: Any, what: str) -> T:

@@ -16,7 +16,7 @@ from pydantic import (
     WrapValidator,
 )
 
-from planner.documents import check_format, digest_of, dump_yaml, parse_yaml, read_yaml, validated
+from planner.documents import digest_of, dump_yaml, of_format, parse_yaml, read_yaml, validated
 from planner.files import write_text
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Site
@@ -312,7 +312,7 @@ def save_plan(plan: Plan, path: Path) -> None:
 def load_plan(path: Path) -> Plan:
     """Read and validate a plan file; every fault is one sentence in an InputError."""
     document = read_yaml(Path(path), "plan")
-    check_format(document, "planner_plan", FORMAT, Path(path), "plan")
+    of_format(document, "planner_plan", FORMAT, Path(path), "plan")
     parsed = validated(_File, document, f"the plan '{path}'")
     try:
         digest = _digest(document)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from pydantic import ConfigDict
 
-from planner.documents import check_format, dump_yaml, read_yaml, validated
+from planner.documents import dump_yaml, of_format, read_yaml, validated
 from planner.files import write_text
 from planner.ir.errors import InputError
 
@@ -55,9 +55,7 @@ def save_schedule(schedule: Schedule, path: Path) -> None:
 
 def load_schedule(path: Path) -> Schedule:
     """Read and validate a schedule file; every fault is one sentence in an InputError."""
-    document = read_yaml(path, "schedule")
-    check_format(document, _KEY, FORMAT, path, "schedule")
-    del document[_KEY]
+    document = of_format(read_yaml(path, "schedule"), _KEY, FORMAT, path, "schedule")
     return validated(Schedule, document, f"the schedule '{path}'")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from planner.documents import check_format, read_json, validated
+from planner.documents import of_format, read_json, validated
 from planner.ir.errors import InputError
 from planner.kernels.triton.tiles import Product, Tile
 from planner.plan import load_plan, plan_digest
@@ -87,7 +87,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise InputError(f"there are no kernels in '{folder}': planner compile --target makes them")
     document = read_json(path, "manifest")
-    check_format(document, "planner_kernels", FORMAT, path, "manifest")
+    of_format(document, "planner_kernels", FORMAT, path, "manifest")
     manifest = validated(Manifest, document, f"'{path}'")
     _check_files(manifest, home)
     plan = folder / "plan.yaml"

@@ -22,7 +22,7 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from planner.documents import read_json
+from planner.documents import of_format, read_json
 from planner.ir.errors import InputError, first_line
 from planner.ir.graph import Graph
 from planner.ir.intervals import count_of
@@ -135,18 +135,15 @@ def load(folder: str | Path) -> Any:
         raise InputError(f"'{folder}' holds no model that can be loaded") from None
     if not (folder / RECORD).is_file():
         return model_class.from_pretrained(folder, dtype="auto").eval()
-    record = read_json(folder / RECORD, "export")
+    record = of_format(
+        read_json(folder / RECORD, "export"), "planner_export", FORMAT, folder / RECORD, "export"
+    )
     try:
         state: dict[str, Tensor] = {}
         for path in sorted(folder.glob(_WEIGHTS.format(suffix="*"))):
             state |= load_file(path)
     except Exception as error:
         raise InputError(f"the export in '{folder}' is broken: {first_line(error)}") from None
-    if not isinstance(record, dict) or record.get("planner_export") != FORMAT:
-        raise InputError(
-            f"the export in '{folder}' has format {record.get('planner_export')}, this planner "
-            f"reads {FORMAT}"
-        )
     with torch.device("meta"), no_init_weights():
         model = model_class(config)
     for path, index in record["skipped_layers"].items():

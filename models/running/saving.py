@@ -20,11 +20,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from planner.arrays import read_arrays
-from planner.documents import dump_yaml, read_yaml
+from planner.documents import dump_yaml, read_yaml, validated
 from planner.files import MEBIBYTE, output_folder, read_bytes, write_bytes
 from planner.ir.errors import InputError
 from planner.models.running.session import Session, language_model
@@ -126,13 +126,7 @@ def read_saved(folder: Path) -> Saved:
             f"'{folder}' has no {SETTINGS}: no plan was saved there, so load the model as it is "
             "and call planner.compile"
         )
-    try:
-        settings = _Settings.model_validate(read_yaml(path, "settings"))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))[:80]
-        reason = first["msg"].lower()
-        raise InputError(f"the settings '{path}' are broken at {where}: {reason}") from None
+    settings = validated(_Settings, read_yaml(path, "settings"), f"the settings file '{path}'")
     request = settings.request
     known = {field.name for field in fields(Request)} - set(_LEFT_OUT)
     if unknown := set(request) - known:

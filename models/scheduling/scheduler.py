@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from planner.documents import read_json
+from planner.documents import of_format, read_json
 from planner.files import MEBIBYTE, output_folder, read_bytes, write_bytes, write_text
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
@@ -150,13 +150,12 @@ def load_scheduler(folder: str | Path, graph: Graph) -> Scheduler:
     folder = Path(folder)
     if not (folder / DESCRIPTION).exists():
         raise InputError(f"'{folder}' is no scheduler: it has no {DESCRIPTION}")
-    description = read_json(folder / DESCRIPTION, "scheduler")
+    path = folder / DESCRIPTION
+    description = of_format(read_json(path, "scheduler"), "format", FORMAT, path, "scheduler")
     try:
         weights = load(read_bytes(folder / WEIGHTS, "scheduler", _MOST_BYTES))
     except (ValueError, SafetensorError) as error:
         raise InputError(f"the scheduler in '{folder}' is broken: {error}") from None
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise InputError(f"the scheduler in '{folder}' is of another format than {FORMAT}")
     made_for = description.get("fingerprint")
     if made_for != graph.properties["fingerprint"]:
         raise InputError(

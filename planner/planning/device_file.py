@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from planner.documents import check_format, read_json, validated
+from planner.documents import of_format, read_json, validated
 from planner.files import write_text
 from planner.ir.cost.measured_device import MeasuredDevice
 
@@ -27,9 +27,7 @@ def read_device(path: Path) -> MeasuredDevice:
 
 @cache
 def _read(path: Path, changed: int) -> MeasuredDevice:
-    document = read_json(path, _WHAT)
-    check_format(document, _KEY, FORMAT, path, _WHAT)
-    facts = {name: value for name, value in document.items() if name != _KEY}
+    facts = of_format(read_json(path, _WHAT), _KEY, FORMAT, path, _WHAT)
     # Its place is its name, by which a plan finds it again.
     facts["name"] = str(path)
     return validated(MeasuredDevice, facts, f"the {_WHAT} '{path}'")
