@@ -116,7 +116,7 @@ def compile(
         bar = progress_bar("measure what switches are worth", sys.stderr.isatty())
         with nullcontext(progress) if progress else bar as shown:
             stock = stock_copy(session)
-            samples = samples_of(stock, processor, inputs)
+            samples = samples_of(stock, processor, inputs, recover)
             recovering = Recovering(stock, graph, recover, samples, processor, shown)
             if not isinstance(wanted, Plan) and request.utilities in OF_WEIGHTS:
                 # What is wrong with the request comes up before a minute of measuring.
@@ -348,7 +348,7 @@ def oneshot(
         bar = progress_bar("calibrate", sys.stderr.isatty())
         with bar as shown:
             stock = stock_copy(session)
-            samples = samples_of(stock, processor, inputs)
+            samples = samples_of(stock, processor, inputs, recover)
             recovering = Recovering(stock, graph, recover, samples, processor, shown)
             done = oneshot_on(recovering, request, folder, companions)
         if folder is None:

@@ -17,19 +17,26 @@ import torch
 from torch import Tensor, nn
 
 from planner.ir.errors import InputError
-from planner.models.calibration.samples import Sample
+from planner.models.calibration.samples import Sample, together
 from planner.models.running.bindings import BoundLayer
 from planner.models.running.patches import Patches
 
 NOT_FINITE = "the model's output is not finite for a sample: look for broken weights or images"
 
 
+def last_logits(model: nn.Module, count: int) -> dict[str, int]:
+    """The argument by which a model computes logits of its last tokens alone, where it has one."""
+    known = inspect.signature(type(model).forward).parameters
+    return {"logits_to_keep": count} if "logits_to_keep" in known else {}
+
+
 @dataclass(eq=False)
 class Replay:
     """A sample on `rows` equal rows, run by a dense stock transformers model.
 
-    `base` is what that says: log-probabilities at the answer, shape (answer, vocabulary). Raises
-    InputError where they are not finite.
+    `base` is what that says: log-probabilities at the answer, shape (answer, vocabulary); of a
+    sample of several rows (`planner.models.calibration.samples.together`), at all of their
+    answers. Raises InputError where they are not finite.
     """
 
     model: nn.Module
@@ -38,15 +45,11 @@ class Replay:
     rows: int
 
     def __post_init__(self) -> None:
-        # Along the first axis a batch is made of every layout of image arguments: whole images,
-        # tiles, or patches with their grids.
         self._inputs = {
-            name: torch.cat([value] * self.rows) if isinstance(value, Tensor) else value
-            for name, value in self.sample.inputs.items()
+            **next(together([self.sample] * self.rows, self.rows)).inputs,
+            **last_logits(self.model, self.sample.answer + 1),
+            "use_cache": False,
         }
-        self._inputs["use_cache"] = False
-        if "logits_to_keep" in inspect.signature(type(self.model).forward).parameters:
-            self._inputs["logits_to_keep"] = self.sample.answer + 1
         self._features: dict[nn.Module, Any] = {}
         self._outputs: dict[int, Tensor] = {}
         # Run the dense model once, noting what every layer returns for one row.
@@ -64,13 +67,13 @@ class Replay:
                 f"{type(module).__name__} returns a tuple, as layers did before transformers 5; "
                 "use a newer version"
             )
-        self._outputs[index] = output[:1].clone()
+        self._outputs[index] = output[: len(output) // self.rows].clone()
 
     def log_probabilities(self, start: int) -> Tensor:
         """What the model says at the answer under the gates that are active now.
 
         No gate acts before the decoder layer `start`; earlier layers are not run. Shape (rows,
-        answer, vocabulary), float32.
+        answer, vocabulary), float32; as `base` where the sample has rows of its own.
         """
         with Patches() as patches:
             for module in self.model.modules():
@@ -79,7 +82,8 @@ class Replay:
             for layer in self.layers[:start]:
                 patches.set(layer.module, "forward", self._past(layer.index))
             logits: Tensor = self.model(**self._inputs).logits
-        return logits[:, -self.sample.answer - 1 : -1].float().log_softmax(-1)
+        answers = logits[:, -self.sample.answer - 1 : -1].float().log_softmax(-1)
+        return answers.view(self.rows, -1, answers.shape[-1])
 
     def _remembered(self, module: Any) -> Callable[..., Any]:
         stock = module.get_image_features
@@ -94,6 +98,7 @@ class Replay:
 
     def _past(self, index: int) -> Callable[..., Tensor]:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
-            return self._outputs[index].expand(self.rows, -1, -1)
+            known, is_one = self._outputs[index], len(self._outputs[index]) == 1
+            return known.expand(self.rows, -1, -1) if is_one else known.repeat(self.rows, 1, 1)
 
         return forward

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ DEFAULT_PROMPT = "Describe this image."
 OWN_ANSWER_TOKENS = 16
 # Of a file of prompts.
 _MOST_BYTES = 64 * MEBIBYTE
+_T = TypeVar("_T")
 _SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 
 
@@ -41,9 +42,10 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One prompt followed by its answer."""
+    """One prompt followed by its answer; or several of equal shapes, see `together`."""
 
-    inputs: Mapping[str, Any]  # arguments of the model, one row; ``input_ids`` ends with the answer
+    # Arguments of the model, one row each; ``input_ids`` ends with the answer.
+    inputs: Mapping[str, Any]
     answer: int  # how many of the last tokens are the answer; at least 1
 
     @property
@@ -60,6 +62,34 @@ class Sample:
             if isinstance(value, Tensor):
                 found.update(value.detach().cpu().float().numpy().tobytes())
         return found.hexdigest()[:16]
+
+
+def drawn(some: Sequence[_T], count: int, seed: int = 0) -> list[_T]:
+    """At most `count` of them at random, in their order: whatever turns they come in."""
+    chosen = random.Random(seed).sample(range(len(some)), min(count, len(some)))
+    return [some[index] for index in sorted(chosen)]
+
+
+def together(samples: Sequence[Sample], rows: int) -> Iterator[Sample]:
+    """Samples of equal shapes and answers as one, of at most `rows` rows."""
+    alike: dict[object, list[Sample]] = {}
+    for sample in samples:
+        shapes = [(name, getattr(value, "shape", value)) for name, value in sample.inputs.items()]
+        alike.setdefault((sample.answer, str(shapes)), []).append(sample)
+    for group in alike.values():
+        for start in range(0, len(group), rows):
+            some = [sample.inputs for sample in group[start : start + rows]]
+            # Along the first axis a batch is made of every layout of image arguments: whole
+            # images, tiles, or patches with their grids.
+            yield Sample(
+                {
+                    name: torch.cat([one[name] for one in some])
+                    if isinstance(value, Tensor)
+                    else value
+                    for name, value in some[0].items()
+                },
+                group[0].answer,
+            )
 
 
 def read_questions(images: Path, prompts: Path | None) -> list[Question]:
@@ -112,8 +142,7 @@ def read_samples(
     model: nn.Module, processor: Any, questions: Sequence[Question], count: int, seed: int = 0
 ) -> list[Sample]:
     """At most `count` of the questions, drawn by the seed, as samples."""
-    chosen = random.Random(seed).sample(range(len(questions)), min(count, len(questions)))
-    some = [questions[index] for index in sorted(chosen)]
+    some = drawn(questions, count, seed)
     return [answered(model, processor, q.prompt, load_image(q.image), q.answer) for q in some]
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from planner.ir.errors import InputError
-from planner.models.calibration.replay import NOT_FINITE
-from planner.models.calibration.samples import Sample
+from planner.models.calibration.replay import NOT_FINITE, last_logits
+from planner.models.calibration.samples import Sample, drawn, together
 from planner.models.running.bindings import BoundLayer, BoundSite
 
 
@@ -28,26 +28,34 @@ class Moments:
     Attributes:
         inputs: shape (features, features): mean of x x^T over tokens.
         mean: shape (features,): mean of x.
-        gradients: shape (outputs, outputs): sum of g g^T over tokens, divided by the number of
-            answer tokens, where g is the gradient of the log-probability of an answer that the
-            model itself draws. An error e at the output then costs e^T gradients e / 2 nats per
-            answer token, to second order (the Fisher information).
+        gradients: shape (outputs, outputs): sum of g g^T over tokens of `GRADED` samples, divided
+            by the number of their answer tokens, where g is the gradient of the log-probability of
+            an answer that the model itself draws. An error e at the output then costs
+            e^T gradients e / 2 nats per answer token, to second order (the Fisher information).
+        tokens: how many `inputs` is the mean over.
     """
 
     inputs: Tensor
     mean: Tensor
     gradients: Tensor
+    tokens: int
+
+    def damped(self) -> Tensor:
+        """`inputs` in float64 with the ridge on its diagonal.
+
+        What least squares take for a relation among features that is none shrinks as tokens become
+        more, and so does the ridge.
+        """
+        moment = self.inputs.double()
+        least = torch.finfo(moment.dtype).tiny
+        ridge = RIDGE * len(moment) / self.tokens * moment.diagonal().mean().clamp(min=least)
+        return moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
 
 
-# lambda, as a share of the mean diagonal.
-RIDGE = 0.01
-
-
-def damped(moment: Tensor) -> Tensor:
-    """A second moment in float64 with the ridge on its diagonal."""
-    moment = moment.double()
-    ridge = RIDGE * moment.diagonal().mean().clamp(min=torch.finfo(moment.dtype).tiny)
-    return moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+# The ridge as a share of the mean diagonal, where there is one token a feature.
+RIDGE = 2.0
+# Samples that gradients are taken of, and how many of the others run together.
+GRADED, _ROWS = 96, 8
 
 
 def narrowable(layers: Sequence[BoundLayer]) -> Iterator[BoundSite]:
@@ -58,11 +66,15 @@ def narrowable(layers: Sequence[BoundLayer]) -> Iterator[BoundSite]:
                 yield site
 
 
-def faster_products(model: nn.Module) -> Any:
-    """Products of the model in bfloat16 where the CPU multiplies tiles of it: far quicker."""
+def multiplies_tiles(model: nn.Module) -> bool:
+    """Whether the model is on a CPU that multiplies tiles of bfloat16, far quicker than float32."""
     device = next(model.parameters()).device
-    tiles = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
-    return torch.autocast("cpu", torch.bfloat16, enabled=tiles)
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+def faster_products(model: nn.Module) -> Any:
+    """Products of the model in bfloat16 where the CPU multiplies tiles of it."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=multiplies_tiles(model))
 
 
 def site_moments(
@@ -72,13 +84,13 @@ def site_moments(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Moments]:
-    """Moments of every narrowable site: a forward and a backward pass a sample.
+    """Moments of every narrowable site: a forward pass a sample, and a backward pass of some.
 
     Args:
         model: dense, in evaluation mode; left as it was.
         layers: its decoder layers.
-        samples: some ten tokens a feature make a good estimate.
-        seed: of the answers that the model draws.
+        samples: some fifty tokens a feature make a good estimate.
+        seed: of the answers that the model draws, and of which samples gradients are taken.
         progress: called with the number of samples done, and of all.
 
     Raises:
@@ -87,11 +99,18 @@ def site_moments(
     sites = list(narrowable(layers))
     sums = {site.site.name: _Sums(site) for site in sites}
     generator = torch.Generator().manual_seed(seed)
+    numbers = range(len(samples))
+    graded = drawn(numbers, GRADED, seed)
+    others = [samples[number] for number in numbers if number not in graded]
+    done = 0
     with _frozen(model), faster_products(model):
-        for done, sample in enumerate(samples, 1):
-            _add(model, sites, sums, sample, generator)
-            progress(done, len(samples))
-    answers = sum(sample.answer for sample in samples)
+        for number in graded:
+            _add(model, sites, sums, samples[number], generator)
+            progress(done := done + 1, len(samples))
+        for some in together(others, _ROWS):
+            _add_inputs(model, sites, sums, some)
+            progress(done := done + len(some.inputs["input_ids"]), len(samples))
+    answers = sum(samples[number].answer for number in graded)
     return {name: total.means(answers) for name, total in sums.items()}
 
 
@@ -107,23 +126,32 @@ class _Sums:
         self.tokens = 0
 
     def add_inputs(self, inputs: Tensor) -> None:
-        rows = inputs.detach().flatten(0, -2).float()
+        rows = inputs.detach().flatten(0, -2)
         _add_products(self.inputs, rows)
-        self.mean += rows.sum(0)
+        self.mean += rows.float().sum(0)
         self.tokens += len(rows)
 
     def add_gradients(self, gradient: Tensor) -> None:
-        _add_products(self.gradients, gradient.flatten(0, -2).float())
+        _add_products(self.gradients, gradient.flatten(0, -2))
 
     def means(self, answers: int) -> Moments:
-        return Moments(self.inputs / self.tokens, self.mean / self.tokens, self.gradients / answers)
+        inputs, mean = self.inputs / self.tokens, self.mean / self.tokens
+        return Moments(inputs, mean, self.gradients / answers, self.tokens)
 
 
 @torch.no_grad()
 def _add_products(total: Tensor, rows: Tensor) -> None:
-    """Add rows^T rows, in float32 whatever the model multiplies in."""
-    with torch.autocast(rows.device.type, enabled=False):
-        total.addmm_(rows.T, rows)
+    """Add rows^T rows, summed in float32 whatever the model multiplies in."""
+    onednn: Any = torch.backends.mkldnn
+    before, numbers = onednn.matmul.fp32_precision, rows.float()
+    # Products of numbers in bfloat16 are exact, so the CPU may multiply tiles of them.
+    if rows.dtype == torch.bfloat16:
+        onednn.matmul.fp32_precision = "bf16"
+    try:
+        with torch.autocast(rows.device.type, enabled=False):
+            total.addmm_(numbers.T, numbers)
+    finally:
+        onednn.matmul.fp32_precision = before
 
 
 def _add(
@@ -163,6 +191,23 @@ def _add(
             hook.remove()
     for name, gradient in zip(outputs, gradients, strict=True):
         sums[name].add_gradients(gradient)
+
+
+def _add_inputs(
+    model: Any, sites: Sequence[BoundSite], sums: dict[str, _Sums], some: Sample
+) -> None:
+    def watch(site: BoundSite) -> Callable[..., None]:
+        return lambda module, inputs: sums[site.site.name].add_inputs(inputs[0])
+
+    hooks = [site.sink.module.register_forward_pre_hook(watch(site)) for site in sites]
+    try:
+        with torch.no_grad():
+            logits = model(**some.inputs, **last_logits(model, 1), use_cache=False).logits
+        if not torch.isfinite(logits).all():
+            raise InputError(NOT_FINITE)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -45,7 +45,12 @@ class Oneshot:
     exported: Exported | None
 
 
-def samples_of(model: Any, processor: Any, inputs: Any) -> list[Sample] | None:
+# What is calibrated on by default. Least squares want some fifty tokens a feature: passages of text
+# take one forward pass, many at once, while a picture's answer has to be generated.
+FEW, PASSAGES = 64, 768
+
+
+def samples_of(model: Any, processor: Any, inputs: Any, recover: str = "") -> list[Sample] | None:
     """Samples from what `planner.oneshot` takes as inputs; None for built-in ones."""
     if inputs is None:
         return None
@@ -55,7 +60,7 @@ def samples_of(model: Any, processor: Any, inputs: Any) -> list[Sample] | None:
     if processor is None:
         raise InputError(f"reading '{path}' takes the model's processor: give processor=...")
     images, text = (path, None) if path.is_dir() else (None, path)
-    return read_inputs(model, processor, images, text)
+    return read_inputs(model, processor, images, text, recover=recover)
 
 
 def read_inputs(
@@ -63,9 +68,10 @@ def read_inputs(
     processor: Any,
     images: Path | None,
     text: Path | None,
-    count: int = 64,
+    count: int | None = None,
     prompts: Path | None = None,
     seed: int = 0,
+    recover: str = "",
 ) -> list[Sample]:
     """Calibration samples from files.
 
@@ -74,13 +80,18 @@ def read_inputs(
         processor: of the model, or its tokenizer.
         images: folder of pictures.
         text: a file of text, instead.
-        count: most samples to take.
+        count: most samples to take; by default 768 of text for ``refit``, and else 64.
         prompts: see `planner.models.calibration.read_questions`.
         seed: which pictures are drawn.
+        recover: what they are for.
 
     Raises:
-        InputError: neither or both are given, or cannot be read.
+        InputError: neither or both are given, or cannot be read; the count is below 1.
     """
+    if count is None:
+        count = PASSAGES if text is not None and recover == "refit" else FEW
+    if count < 1:
+        raise InputError(f"the number of samples must be at least 1, not {count}")
     if (images is None) == (text is None):
         raise InputError("give either a folder of images or a text file")
     if text is not None:

@@ -18,10 +18,10 @@ from planner.arrays import read_arrays
 from planner.files import output_folder
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.models.calibration.builtin import builtin_samples, folder_of
+from planner.models.calibration.builtin import BUILTIN_SAMPLES, builtin_samples, folder_of
 from planner.models.calibration.magnitude import magnitude_worth
 from planner.models.calibration.measurement import calibrate, weights_digest
-from planner.models.calibration.samples import Sample
+from planner.models.calibration.samples import Sample, drawn
 from planner.models.recovery.arranging import can_move
 from planner.models.recovery.moments import Moments, narrowable, site_moments
 from planner.models.recovery.refit import refitted
@@ -39,10 +39,10 @@ from planner.planning.switches import SwitchSet, with_switches
 from planner.planning.utilities import OF_WEIGHTS, RECOVERIES, Utilities, save_utilities
 from planner.progress import progress_bar
 
-# Least squares of a site want some ten tokens a feature; built-in text is cheap to write.
+# Least squares of a site want many tokens a feature; a minute writes so much built-in text.
 REFIT_SAMPLES = 64
 # Changes of what is measured make files in the cache unreachable.
-_VERSION = 3
+_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,10 @@ class Recovering:
 
     def _measured(self, graph: Graph, path: Path) -> Measured:
         samples = self.samples or builtin_samples(self.model, self.processor)
+        # Under refit only what chains do not know is taken from this: a few samples do.
+        few = drawn(samples, BUILTIN_SAMPLES if self.recover == "refit" else len(samples))
         found = calibrate(
-            self.model, graph, samples, measure="kl", method="taylor", progress=self.progress
+            self.model, graph, few, measure="kl", method="taylor", progress=self.progress
         )
         own = "" if self.samples else "built-in "
         if self.recover != "refit":

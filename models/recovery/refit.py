@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from planner.ir.intervals import Intervals
 from planner.models.recovery.arranging import can_move, lane_features, moved, stored
-from planner.models.recovery.moments import Moments, damped
+from planner.models.recovery.moments import Moments
 from planner.models.recovery.removal import Chain
 from planner.models.running.bindings import BoundSite
 from planner.models.running.program import Program
@@ -27,13 +27,13 @@ def refit(weight: Tensor, inputs: Tensor, kept: Tensor) -> Tensor:
 
     Args:
         weight: shape (outputs, features).
-        inputs: second moment of the features, shape (features, features).
+        inputs: second moment of the features with its ridge, shape (features, features).
         kept: feature numbers, shape (kept,).
 
     Returns:
         Shape (outputs, kept), float64.
     """
-    rows = damped(inputs)[kept]
+    rows = inputs[kept]
     solution: Tensor = torch.linalg.solve(rows[:, kept], rows @ weight.double().T)
     return solution.T
 
@@ -57,7 +57,7 @@ def refitted(
         group = layer.groups[0]
         for site, lanes in ((layer.layer.heads, group.heads), (layer.layer.mlp, group.mlp)):
             if site is not None and lanes and group.on:
-                found |= _site_weights(site, lanes, moments[site.site.name].inputs, chain)
+                found |= _site_weights(site, lanes, moments[site.site.name].damped(), chain)
     return found
 
 

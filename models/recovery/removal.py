@@ -22,7 +22,7 @@ from torch import Tensor
 
 from planner.ir.graph import Graph
 from planner.models.recovery.arranging import can_move, lane_features, switch_features
-from planner.models.recovery.moments import Moments, damped, narrowable
+from planner.models.recovery.moments import Moments, narrowable
 from planner.models.running.bindings import BoundLayer, BoundSite
 from planner.solver.problem import Floats
 
@@ -54,7 +54,7 @@ def removal_chain(
         groups: feature numbers of each group, disjoint.
         at_once: groups removed in one step; its cost is shared among them.
     """
-    inverse = torch.linalg.inv(damped(moments.inputs))
+    inverse = torch.linalg.inv(moments.damped())
     # With F = L L^T and rest = L^T W, costs are sums of squares.
     values, vectors = torch.linalg.eigh(moments.gradients.double())
     rest = (vectors * values.clamp(min=0).sqrt()).T @ weight.double()

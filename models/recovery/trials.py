@@ -8,6 +8,7 @@ of the model's output measured. All of the site's utilities are scaled to that.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from planner.ir.graph import Graph, Site
 from planner.models.calibration.leave_one_out import measure
 from planner.models.calibration.replay import Replay
-from planner.models.calibration.samples import Sample
+from planner.models.calibration.samples import Sample, drawn, together
 from planner.models.recovery.moments import Moments, faster_products, narrowable
 from planner.models.recovery.refit import refitted, replaced
 from planner.models.recovery.removal import Chain, chain_worth, with_layers
@@ -26,8 +27,9 @@ from planner.models.running.program import Program
 from planner.plan import Plan
 from planner.solver.problem import Floats
 
-# Samples that are tried, and the share of a site's switches that is off.
-TRIALS = 6
+# Samples that are tried, of each the last so many tokens, and how many run together.
+TRIALS, JUDGED, _ROWS = 12, 96, 6
+# Of a site's switches that are off.
 _SHARE = 0.25
 # Most that utilities are scaled by, either way: trials of a few samples have errors as well.
 _MOST = 10.0
@@ -50,7 +52,7 @@ def tried_worth(
         layers: of the model, with the graph's switches.
         moments: by site.
         chain: of a site.
-        samples: calibration samples; as many as `TRIALS`, at equal distances, are tried.
+        samples: calibration samples; as many as `TRIALS` are drawn from them.
         progress: called with the number of sites done, and of all.
 
     Returns:
@@ -58,9 +60,10 @@ def tried_worth(
     """
     worth = chain_worth(graph, layers, chain)
     masked, sites = MaskedExecutor(model, graph), list(narrowable(layers))
-    chosen = np.linspace(0, len(samples) - 1, min(TRIALS, len(samples))).astype(int)
+    tried = [replace(s, answer=min(s.answer, JUDGED)) for s in drawn(samples, TRIALS)]
     with torch.no_grad(), faster_products(model):
-        replays = [Replay(model, masked.layers, samples[number], 1) for number in chosen]
+        replays = [Replay(model, masked.layers, some, 1) for some in together(tried, _ROWS)]
+    rows = [len(replay.sample.inputs["input_ids"]) for replay in replays]
     for done, own in enumerate(sites, 1):
         site, values = own.site, worth[own.site.name]
         off = np.argsort(values, kind="stable")[: max(1, round(_SHARE * site.switches))].tolist()
@@ -73,12 +76,11 @@ def tried_worth(
             masked.using(Gates.of([plan], graph)),
             faster_products(model),
         ):
-            lost = np.mean(
-                [
-                    float(measure(replay.log_probabilities(site.layer), replay, "kl")[0])
-                    for replay in replays
-                ]
-            )
+            found = [
+                float(measure(replay.log_probabilities(site.layer), replay, "kl")[0])
+                for replay in replays
+            ]
+        lost = np.average(found, weights=rows)
         predicted = max(float(values[off].sum()), np.finfo(float).tiny)
         worth[site.name] = values * np.clip(lost / predicted, 1 / _MOST, _MOST)
         progress(done, len(sites))

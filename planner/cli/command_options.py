@@ -56,7 +56,12 @@ Recover = Annotated[
 ]
 Images = Annotated[Path | None, typer.Option(help="Calibrate on this folder.")]
 Text = Annotated[Path | None, typer.Option(help="Calibrate on this text file.")]
-Samples = Annotated[int, typer.Option(help="Most samples to calibrate on.")]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        help="Most samples to calibrate on [default: 64; of text for refit 768 passages]."
+    ),
+]
 Prompts = Annotated[
     Path | None,
     typer.Option(

@@ -41,7 +41,7 @@ def compile_command(
     recover: Recover = "",
     images: Images = None,
     text: Text = None,
-    samples: Samples = 64,
+    samples: Samples = None,
     scheduler: Scheduler = None,
     convention: Convention = "planner",
     print_between_passes: Annotated[
@@ -131,7 +131,7 @@ def _compile_recovered(
     recover: str,
     images: Path | None,
     text: Path | None,
-    samples: int,
+    samples: int | None,
     folder: Path,
     console: Console,
 ) -> None:

@@ -32,7 +32,7 @@ def export_command(
     recover: Recover = "",
     images: Images = None,
     text: Text = None,
-    samples: Samples = 64,
+    samples: Samples = None,
 ) -> None:
     """Write the weights that a plan keeps as a checkpoint of their own.
 

@@ -48,14 +48,16 @@ class StockModel:
         return getattr(torch, _DTYPES[known[0]]) if known else None
 
     def recovering(
-        self, recover: str, images: Path | None, text: Path | None, samples: int
+        self, recover: str, images: Path | None, text: Path | None, samples: int | None
     ) -> Recovering:
         """A way to recover what plans lose, calibrated on data where there is some."""
         from planner.models.recovery.oneshot import read_inputs
         from planner.models.recovery.recovering import Recovering
 
         stock = self.model, self.processor
-        known = read_inputs(*stock, images, text, samples) if images or text else None
+        known = None
+        if images or text:
+            known = read_inputs(*stock, images, text, samples, recover=recover)
         return Recovering(self.model, self.graph, recover, known, self.processor)
 
     def export(

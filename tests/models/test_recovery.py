@@ -12,7 +12,8 @@ from plans import MLP_SWITCHES, plan_of
 
 import planner
 from planner.ir.lowering import lower_model
-from planner.models.calibration import sample_of
+from planner.models.calibration import Sample, sample_of
+from planner.models.calibration.samples import together
 from planner.models.calibration.text import passages, text_samples, written_samples
 from planner.models.recovery import (
     chain_of,
@@ -23,9 +24,10 @@ from planner.models.recovery import (
     replaced,
     trials,
 )
+from planner.models.recovery import moments as recovery_moments
 from planner.models.recovery.arranging import can_move, moved
 from planner.models.recovery.healing import Healing, heal
-from planner.models.recovery.moments import RIDGE, Moments, damped, site_moments
+from planner.models.recovery.moments import RIDGE, Moments, site_moments
 from planner.models.recovery.trials import tried_worth
 from planner.models.running.bindings import bind
 from planner.models.running.program import Program
@@ -53,14 +55,14 @@ def random_site(features=12, outputs=5, seed=0):
     rows = torch.randn(400, features, generator=generator, dtype=torch.float64) @ mix
     weight = torch.randn(outputs, features, generator=generator, dtype=torch.float64)
     g = torch.randn(outputs, outputs, generator=generator, dtype=torch.float64)
-    return rows, weight, Moments(rows.T @ rows / len(rows), rows.mean(0), g @ g.T)
+    return rows, weight, Moments(rows.T @ rows / len(rows), rows.mean(0), g @ g.T, len(rows))
 
 
 def test_refit_is_ridge_regression_on_the_kept_features_towards_the_weight():
     rows, weight, moments = random_site()
     kept = torch.tensor([0, 1, 4, 5, 9])
-    found = refit(weight, moments.inputs, kept)
-    ridge = RIDGE * moments.inputs.diagonal().mean()
+    found = refit(weight, moments.damped(), kept)
+    ridge = RIDGE * 12 / len(rows) * moments.inputs.diagonal().mean()
     pull = (len(rows) * ridge).sqrt()
     padded = torch.cat([rows[:, kept], pull * torch.eye(5)])
     target = torch.cat([rows @ weight.T, pull * weight[:, kept].T])
@@ -75,7 +77,7 @@ def test_chain_costs_add_up_to_what_refitting_leaves(seed):
     groups = list(torch.arange(12).view(4, 3))
     chain = removal_chain(weight, moments, groups)
     order, costs = chain.order.tolist(), chain.costs
-    moment = damped(moments.inputs)
+    moment = moments.damped()
     for length in range(1, 5):
         removed = torch.cat([groups[g] for g in order[:length]])
         rest = torch.tensor([f for f in range(12) if f not in removed], dtype=torch.long)
@@ -90,7 +92,8 @@ def test_chain_costs_add_up_to_what_refitting_leaves(seed):
 def test_a_feature_that_another_repeats_is_worth_nothing_until_that_is_gone():
     rows, weight, _ = random_site()
     rows[:, 6:9] = rows[:, [5, 3, 4]] * torch.tensor([2.0, -1.0, 0.5])
-    moments = Moments(rows.T @ rows / len(rows), rows.mean(0), torch.eye(5, dtype=torch.float64))
+    known = torch.eye(5, dtype=torch.float64)
+    moments = Moments(rows.T @ rows / len(rows), rows.mean(0), known, tokens=10**6)
     chain = removal_chain(weight, moments, list(torch.arange(12).view(4, 3)))
     order, costs = chain.order.tolist(), chain.costs
     assert order[0] in (1, 2)
@@ -98,8 +101,12 @@ def test_a_feature_that_another_repeats_is_worth_nothing_until_that_is_gone():
     assert {1, 2} - {order[0]} != {order[1]}
 
 
-def test_moments_are_those_of_a_plain_loop():
-    family, _, layers, samples, moments = measured()
+@pytest.mark.parametrize("graded", [24, 5])
+def test_moments_are_those_of_a_plain_loop(monkeypatch, graded):
+    """Of samples that gradients are taken of, and of those that only run, several at once."""
+    monkeypatch.setattr(recovery_moments, "GRADED", graded)
+    family, _, layers, samples, _ = measured()
+    moments = site_moments(family.model, layers, samples)
     sink = layers[1].mlp.sink
     rows = []
     hook = sink.module.register_forward_pre_hook(lambda m, args: rows.append(args[0].flatten(0, 1)))
@@ -212,6 +219,18 @@ def test_utilities_under_refit_add_up_to_what_narrowing_a_site_loses(monkeypatch
                 found = model(**sample.inputs).logits[0, answer].log_softmax(-1)
         lost += float((base.exp() * (base - found)).sum(-1).mean()) / len(some)
     assert worth["mlp.1"][order[:count]].sum() == pytest.approx(lost, rel=0.01)
+
+
+def test_samples_of_equal_shapes_run_together():
+    def text(first, tokens, answer):
+        return Sample({"input_ids": torch.full((1, tokens), first), "use": True}, answer)
+
+    some = [text(0, 5, 4), text(1, 6, 5), text(2, 5, 4), text(3, 5, 2), text(4, 5, 4)]
+    found = [
+        (one.inputs["input_ids"][:, 0].tolist(), one.answer, one.inputs["use"])
+        for one in together(some, 2)
+    ]
+    assert found == [([0, 2], 4, True), ([4], 4, True), ([1], 5, True), ([3], 2, True)]
 
 
 def test_passages_are_spread_over_the_text():

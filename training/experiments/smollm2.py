@@ -41,7 +41,7 @@ from planner.models.recovery import (
     site_moments,
 )
 from planner.models.recovery.healing import Healing, heal
-from planner.models.recovery.moments import faster_products, narrowable
+from planner.models.recovery.moments import GRADED, faster_products, narrowable
 from planner.models.recovery.trials import TRIALS, tried_worth
 from planner.models.running.bindings import BoundSite, bind
 from planner.models.running.masked import Gates, MaskedExecutor
@@ -82,9 +82,9 @@ ROWS = (
     ("pairs", "layers", ""),
     ("pairs", JOINT, "refit"),
 )
-# Passages of 192 tokens: for statistics, first-order, leave-one-out with pairs, healing; and, of
-# each text, for tests.
-STATISTICS, FIRST_ORDER, LEFT_OUT, HEALED_ON, TESTED = 96, 8, 2, 400, 12
+# Passages of 192 tokens: for statistics and healing, first-order, leave-one-out with pairs; and, of
+# each text, for tests. Few are the first of so many that are spread over the texts.
+CALIBRATED, FIRST_ORDER, LEFT_OUT, TESTED, SPREAD = 640, 8, 2, 12, 96
 CLOZE_ITEMS, CLOZE_CONTEXT, CLOZE_CHOICES = 32, 32, 4
 
 
@@ -142,7 +142,7 @@ class _Bench:
 
     def samples(self, count: int) -> list[Any]:
         """Calibration samples, texts in turn."""
-        each = max(count, STATISTICS) // len(CALIBRATED_ON)
+        each = max(count, SPREAD) // len(CALIBRATED_ON)
         turns = zip(*(_spread(self.texts[name][0], each) for name in CALIBRATED_ON), strict=True)
         return text_samples(torch.stack([row for turn in turns for row in turn])[:count])
 
@@ -151,8 +151,8 @@ class _Bench:
         """Of all sites, from the calibration passages."""
         path = self.work / "moments.pt"
         if not path.is_file():
-            self.progress(f"moments of {STATISTICS} passages")
-            found = site_moments(self.model, self.layers, self.samples(STATISTICS))
+            self.progress(f"moments of {CALIBRATED} passages")
+            found = site_moments(self.model, self.layers, self.samples(CALIBRATED))
             torch.save({name: vars(moments) for name, moments in found.items()}, path)
         known = torch.load(path, weights_only=True)
         return {name: Moments(**moments) for name, moments in known.items()}
@@ -191,7 +191,7 @@ class _Bench:
 
     def _measured(self, name: str) -> Utilities:
         if name == "chain":
-            some = self.samples(STATISTICS)
+            some = self.samples(CALIBRATED)
             worth = tried_worth(self.model, self.graph, self.layers, self.moments, self.chain, some)
             return Utilities(name, worth, 0.0, recover="refit")
         if name == "first-order":
@@ -231,7 +231,7 @@ class _Bench:
         def shown(step: int, loss: float) -> None:
             self.progress(f"healing, step {step} of {HEALING.steps}: {loss:.3f} nats")
 
-        some = self.samples(HEALED_ON)
+        some = self.samples(CALIBRATED)
         return heal(self.model, self.graph, plan, weights, some, HEALING, shown).weights
 
     def measured(
@@ -373,10 +373,10 @@ def smollm2_page(results: Mapping[str, Any]) -> str:
         f"what is tested of {' and '.join(CALIBRATED_ON)}. Texts: "
         f"{sources}. Of each, {TESTED} passages of {PASSAGE_TOKENS} tokens are tested on. "
         f"Calibrated on are other passages of {' and '.join(CALIBRATED_ON)}, and nothing of "
-        f"{' and '.join(tested)}: {STATISTICS} for chains and refit, {TRIALS} of them for trials, "
-        f"{FIRST_ORDER} for first-order, {LEFT_OUT} for leave-one-out and pairs, {HEALED_ON} for "
-        f"{HEALING.steps} steps of healing all weights. Products are in bfloat16 where the CPU "
-        f"multiplies tiles of it, but for rows marked float32. Weights: {WEIGHTS.requirement}. "
+        f"{' and '.join(tested)}: {CALIBRATED} for refit, chains ({GRADED} of them for gradients, "
+        f"{TRIALS} for trials) and {HEALING.steps} steps of healing all weights, {FIRST_ORDER} for "
+        f"first-order, {LEFT_OUT} for leave-one-out and pairs. Products are in bfloat16 where the "
+        f"CPU multiplies tiles of it, but for rows marked float32. Weights: {WEIGHTS.requirement}. "
         f"Seed 0. Machine: {results['machine']}.",
         "",
         "Base model: perplexity "
