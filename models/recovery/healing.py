@@ -1,7 +1,7 @@
 """Healing: a short training under a plan towards what the base model says.
 
-The student is the model with the plan's switches masked and the recovered weights of its sites,
-which computes what the narrowed model does; the teacher is the same model without plan and changes.
+The student is the model as it runs under the plan, with the recovered weights of its sites; the
+teacher is the same model without plan and changes.
 The loss is KL(teacher || student) at every token (Hinton et al., arXiv 1503.02531). Trained are
 either low-rank changes of the decoder's linears (LoRA, arXiv 2106.09685), added to the weights at
 the end, or the weights themselves.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,14 +21,17 @@ from torch.nn.utils import parametrize
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.models.calibration.samples import Sample
-from planner.models.recovery.moments import faster_products
+from planner.models.calibration.samples import Sample, together
+from planner.models.recovery.moments import faster_products, multiplies_tiles
 from planner.models.recovery.refit import replaced
-from planner.models.running.masked import Gates, MaskedExecutor
+from planner.models.running.bindings import BoundLayer, bind
+from planner.models.running.skipping import obeying
 from planner.plan import Plan
 
-# Whose logits are compared at once.
-_TOKENS = 64
+# Tokens that run together at most, and those whose logits are compared at once.
+_TOGETHER, _TOKENS = 4096, 64
+# A hundred steps are too few for AdamW's longer memory of squared gradients.
+_BETAS = (0.9, 0.95)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Healing:
     """
 
     steps: int = 100
-    batch: int = 4
+    batch: int = 8
     rank: int = 32
     learning_rate: float | None = None
     seed: int = 0
@@ -120,23 +123,38 @@ def heal(
         raise InputError("healing needs samples to train on")
     # Its weights stay as they are while the student's change.
     teacher = copy.deepcopy(model).requires_grad_(False)
-    masked, gates = MaskedExecutor(model, graph), Gates.of([plan], graph)
-    linears = _linears(masked, plan)
+    tiles = multiplies_tiles(model)
+    plan = replace(plan, tokens=(), kv="")
+    linears = _linears(bind(model, graph), plan)
     order = torch.Generator().manual_seed(settings.seed)
     own = {name: model.get_parameter(name) for name in linears}
     losses = []
-    with replaced(model, {**own, **weights}), _trained(model, linears, settings) as parameters:
-        optimiser = torch.optim.AdamW(parameters, lr=settings.highest_rate, weight_decay=0.0)
+    with (
+        replaced(model, {**own, **weights}),
+        _trained(model, linears, settings) as parameters,
+        # What stays as it is sets the precision of hidden states, which sums and casts depend on.
+        _rounded([*teacher.parameters(), *_others(model, linears)] if tiles else []),
+        obeying(model, graph, plan),
+    ):
+        optimiser = torch.optim.AdamW(
+            parameters, lr=settings.highest_rate, betas=_BETAS, weight_decay=0.0, fused=True
+        )
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimiser, settings.highest_rate, settings.steps + 1, pct_start=0.1
+            optimiser,
+            settings.highest_rate,
+            settings.steps + 1,
+            pct_start=0.1,
+            cycle_momentum=False,
         )
         drawn = _drawn(len(samples), settings.steps * settings.batch, order)
         for step in range(settings.steps):
-            some = [samples[next(drawn)].inputs for _ in range(settings.batch)]
+            some = [samples[next(drawn)] for _ in range(settings.batch)]
+            longest = max(sample.inputs["input_ids"].shape[1] for sample in some)
             total = 0.0
-            for inputs, count in _batches(some):
-                with faster_products(model), masked.using(gates):
-                    total += _pull(model, teacher, inputs, count / settings.batch)
+            for alike in together(some, max(1, _TOGETHER // longest)):
+                share = len(alike.inputs["input_ids"]) / settings.batch
+                with faster_products(model):
+                    total += _pull(model, teacher, alike.inputs, share)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
             optimiser.zero_grad()
@@ -155,25 +173,6 @@ def _drawn(of: int, count: int, generator: torch.Generator) -> Iterator[int]:
     )
 
 
-def _batches(some: Sequence[Mapping[str, Any]]) -> Iterator[tuple[dict[str, Any], int]]:
-    """Inputs of equal shapes together, with how many they are."""
-    alike: dict[object, list[Mapping[str, Any]]] = {}
-    for inputs in some:
-        shape = [(name, getattr(value, "shape", value)) for name, value in inputs.items()]
-        alike.setdefault(str(shape), []).append(inputs)
-    for group in alike.values():
-        first = group[0]
-        yield (
-            {
-                name: torch.cat([one[name] for one in group])
-                if isinstance(value, Tensor)
-                else value
-                for name, value in first.items()
-            },
-            len(group),
-        )
-
-
 def _pull(student: Any, teacher: Any, inputs: Mapping[str, Any], share: float) -> float:
     """Add the gradients of a share of KL(teacher || student), mean over tokens; returns it.
 
@@ -185,26 +184,45 @@ def _pull(student: Any, teacher: Any, inputs: Mapping[str, Any], share: float) -
     logits = student(**inputs, use_cache=False).logits.flatten(0, 1)
     gradient, lost = torch.empty_like(logits), 0.0
     weight = share / len(logits)
-    for rows in torch.arange(len(logits)).split(_TOKENS):
-        wanted = base[rows].float().log_softmax(-1)
-        found = logits.detach()[rows].float().log_softmax(-1)
+    parts = (base, logits.detach(), gradient)
+    for theirs, own, slope in zip(*(part.split(_TOKENS) for part in parts), strict=True):
+        wanted, found = theirs.float().log_softmax(-1), own.float().log_softmax(-1)
         chances = wanted.exp()
         lost += float((chances * (wanted - found)).sum()) * weight
-        gradient[rows] = ((found.exp() - chances) * weight).to(gradient)
+        slope.copy_((found.exp() - chances) * weight)
     logits.backward(gradient)
     return lost
 
 
-def _linears(masked: MaskedExecutor, plan: Plan) -> dict[str, Any]:
+def _linears(layers: Sequence[BoundLayer], plan: Plan) -> dict[str, Any]:
     """Parameter name -> linear, of all sites in layers that are on."""
     return {
         f"{linear.path}.weight": linear.module
-        for layer in masked.layers
+        for layer in layers
         if layer.index not in plan.layers_off
         for site in (layer.heads, layer.mlp)
         if site is not None
         for linear in site.linears
     }
+
+
+def _others(model: nn.Module, linears: Mapping[str, Any]) -> list[nn.Parameter]:
+    """Parameters of everything else."""
+    own = {id(p) for linear in linears.values() for p in linear.parameters()}
+    return [p for p in model.parameters() if id(p) not in own]
+
+
+@contextmanager
+def _rounded(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Parameters in bfloat16, for a block; buffers, such as frequencies, stay precise."""
+    before = [parameter.data for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data.to(torch.bfloat16)
+    try:
+        yield
+    finally:
+        for parameter, values in zip(parameters, before, strict=True):
+            parameter.data = values
 
 
 @contextmanager

@@ -20,9 +20,9 @@ def heal_command(
     output: NewFolder,
     images: Images = None,
     text: Text = None,
-    samples: Samples = 64,
+    samples: Samples = None,
     steps: Annotated[int, typer.Option(help="Steps of the optimiser.")] = 100,
-    batch: Annotated[int, typer.Option(help="Samples a step.")] = 4,
+    batch: Annotated[int, typer.Option(help="Samples a step.")] = 8,
     rank: Annotated[
         int, typer.Option(help="Of LoRA's matrices; 0 trains the weights themselves.")
     ] = 32,
@@ -48,7 +48,7 @@ def heal_command(
         model, graph = stock.model, stock.graph
         check_figures(wanted, graph)
         update("read the samples")
-        known = read_inputs(model, stock.processor, images, text, samples)
+        known = read_inputs(model, stock.processor, images, text, samples, recover="refit")
         update("refit")
         weights = Recovering(model, graph, "refit", known, stock.processor).weights(wanted)
     with console.progress_bar("heal") as progress:

@@ -214,10 +214,20 @@ def test_text_calibrates_too(cli_json, tmp_path):
     assert load_plan(tmp_path / "refit/plan.yaml").provenance["recover"] == "refit"
 
 
+def test_heal_trains_a_plan_and_writes_what_it_learned(cli_json, tmp_path):
+    (tmp_path / "text.txt").write_text("how many red circles are there ? " * 200)
+    cli_json("compile", "--model", "tiny-llava", "--utilities", "prior", "-o", "plan")
+    asked = ("heal", "--model", "tiny-llava", "--plan", "plan/plan.yaml", "--text", "text.txt")
+    found = cli_json(*asked, "--samples", "4", "--steps", "12", "--rank", "0", "-o", "healed")
+    assert found["kl_after"] < found["kl_before"]
+    assert list((tmp_path / "healed").glob("*.safetensors"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (("--keep", "wing.0"), "wing.0"),
+        (("--text", "nothing.txt", "--samples", "0"), "at least 1"),
         (("--recover", "prayer"), "unknown recovery"),
         (("--text", "nothing.txt"), "no text file"),
         (("--text", "a", "--images", "b"), "either"),
