@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 # What a user typed, a file held or a library said may be in a sentence.
 _LONGEST = 800
 
@@ -27,6 +29,13 @@ class InputError(PlannerError):
     """The user's input is bad; the message is one clear sentence (exit code 2)."""
 
     exit_code = 2
+
+
+def check_known(what: str, name: object, known: Iterable[object]) -> None:
+    """Raise InputError, which lists the known names, where a name is none of them."""
+    known = list(known)
+    if name not in known:
+        raise InputError(f"unknown {what} '{name!s:.80}': choose from {', '.join(map(str, known))}")
 
 
 def first_line(error: BaseException) -> str:

@@ -63,6 +63,13 @@ def output_folder(path: Path) -> Path:
     return path
 
 
+def check_output(path: Path, suffix: str) -> None:
+    """Check a file's name before the work for it, and make its folder; else InputError."""
+    if path.suffix != suffix:
+        raise InputError(f"the output '{path}' must be a file with the suffix {suffix}")
+    output_folder(path.parent)
+
+
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     """Write a folder whole, in place of one that may be there; `files`: contents by path inside."""
     with whole_folder(path, replaces=True) as folder:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from planner.ir.errors import InputError
+from planner.ir.errors import InputError, check_known
 from planner.loading import load_image
 from planner.models.calibration import Sample, answered, read_questions, read_samples
 from planner.models.calibration.samples import Question
@@ -22,8 +22,7 @@ def scene_samples(
     model: Any, processor: Any, split: str, count: int, seed: int
 ) -> list[tuple[str, Sample]]:
     """Questions about drawn scenes, by the scene's id."""
-    if split not in SPLITS:
-        raise InputError(f"unknown split '{split}': choose from {', '.join(SPLITS)}")
+    check_known("split", split, SPLITS)
     questions = SceneQuestions(split, count, seed)
     return [(q.id, _scene_sample(model, processor, q)) for q in questions]
 

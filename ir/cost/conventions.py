@@ -16,7 +16,7 @@ from typing_extensions import override
 from planner.ir.cost.device_table import Device
 from planner.ir.cost.price import Cost, total
 from planner.ir.cost.workload import Workload
-from planner.ir.errors import InputError
+from planner.ir.errors import InputError, check_known
 from planner.ir.graph import Graph, Operator
 from planner.ir.kinds import kind_of
 
@@ -211,6 +211,5 @@ CONVENTIONS: Mapping[str, Convention] = {c.name: c for c in (LlmViewer(), Dynami
 
 def convention(name: str) -> Convention:
     """One convention by name; InputError lists the known ones."""
-    if name not in CONVENTIONS:
-        raise InputError(f"unknown convention '{name}': choose one of {', '.join(CONVENTIONS)}")
+    check_known("convention", name, CONVENTIONS)
     return CONVENTIONS[name]

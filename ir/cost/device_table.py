@@ -9,7 +9,7 @@ from importlib.resources import files
 import yaml
 
 from planner.ir.dims import Sizes
-from planner.ir.errors import InputError
+from planner.ir.errors import check_known
 from planner.ir.graph import Operator
 
 
@@ -67,6 +67,5 @@ def devices() -> dict[str, Device]:
 def device(name: str) -> Device:
     """One device by name; InputError lists the known ones."""
     known = devices()
-    if name not in known:
-        raise InputError(f"unknown device '{name}': choose one of {', '.join(known)}")
+    check_known("device", name, known)
     return known[name]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from inspect import signature
 from typing import Protocol
 
-from planner.ir.errors import InputError
+from planner.ir.errors import check_known
 from planner.ir.graph import Graph
 from planner.ir.passes.drop_dead import DropDead
 from planner.ir.passes.fuse_norm import FuseNorm
@@ -64,8 +64,7 @@ def find_passes(names: str) -> list[Pass]:
     known = {name: made for name, made in PASSES.items() if not signature(made).parameters}
     chosen = names.split(",") if names else []
     for name in chosen:
-        if name not in known:
-            raise InputError(f"unknown pass '{name}': choose of {', '.join(known)}")
+        check_known("pass", name, known)
     return [known[name]() for name in chosen]
 
 

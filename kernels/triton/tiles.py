@@ -18,7 +18,7 @@ from math import ceil, sqrt
 from typing import TYPE_CHECKING, TypeVar
 
 from planner.ir.cost.device_table import device
-from planner.ir.errors import InputError
+from planner.ir.errors import InputError, check_known
 
 if TYPE_CHECKING:
     import torch
@@ -81,8 +81,7 @@ def target_of_device(gpu: torch.device) -> Target:
 def targets_of(names: Collection[str]) -> dict[str, Target]:
     """Targets by name, each once; InputError where one is unknown."""
     for name in names:
-        if name not in TARGETS:
-            raise InputError(f"unknown target '{name}': choose from {', '.join(TARGETS)}")
+        check_known("target", name, TARGETS)
     return {name: TARGETS[name] for name in names}
 
 

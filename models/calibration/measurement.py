@@ -14,7 +14,7 @@ from scipy.stats import norm, spearmanr
 from torch import nn
 
 from planner.documents import digest_of
-from planner.ir.errors import InputError
+from planner.ir.errors import InputError, check_known
 from planner.ir.graph import Graph
 from planner.loading import count_image_tokens
 from planner.models.calibration.leave_one_out import MEASURES, losses_without, switches_of
@@ -85,10 +85,8 @@ def calibrate(
 
     Raises InputError: for bad arguments, and for outputs that are not finite.
     """
-    if method not in METHODS:
-        raise InputError(f"unknown method '{method}': choose from {', '.join(METHODS)}")
-    if measure not in MEASURES:
-        raise InputError(f"unknown measure '{measure}': choose from {', '.join(MEASURES)}")
+    check_known("method", method, METHODS)
+    check_known("measure", measure, MEASURES)
     if not samples or batch < 1:
         raise InputError("a calibration needs at least one sample, and a batch of at least 1")
     run = _Run(model, graph, samples, measure, method, batch, seed, partial, progress)

@@ -15,7 +15,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from planner.ir.errors import InputError
+from planner.ir.errors import InputError, check_known
 from planner.models.projectors.c_abstractor import CAbstractor
 from planner.models.projectors.ldp import LdpV2
 from planner.models.projectors.pixel_shuffle import PixelShuffle
@@ -129,8 +129,7 @@ def _sizes(config: LlavaConfig) -> Sizes:
 def _parse(projector: str, config: LlavaConfig) -> tuple[type[Projector], int]:
     """(kind, number) of ``name:number``, checked against the tower's grid."""
     name, _, text = projector.partition(":")
-    if name not in _PROJECTORS:
-        raise InputError(f"unknown projector '{name}': choose from {', '.join(_PROJECTORS)}")
+    check_known("projector", name, _PROJECTORS)
     kind = _PROJECTORS[name]
     number = int(text) if text.isdecimal() else 0 if text else kind.default
     grid = _sizes(config).grid

@@ -21,7 +21,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from planner.ir.cost import Workload
-from planner.ir.errors import InputError
+from planner.ir.errors import InputError, check_known
 from planner.ir.graph import Graph
 from planner.models.running.masked import Gates
 from planner.models.scheduling.cost_layout import (
@@ -67,8 +67,7 @@ class UnifiedSwitches(PricedSwitches):
         """Read ``tokens,layers,heads,mlp:groups=16,scorer=uniform``."""
         axes, numbers, words = read_axes(text, ("scorer",))
         scorer = words.get("scorer", "learned")
-        if scorer not in SCORERS:
-            raise InputError(f"unknown scorer '{scorer}': choose from {', '.join(SCORERS)}")
+        check_known("scorer", scorer, SCORERS)
         if not graph.properties.get("image_tokens"):
             raise InputError(f"'{graph.name}' has no image tokens to choose from")
         rest = tuple(axis for axis in axes if axis != "tokens")

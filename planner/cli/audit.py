@@ -33,20 +33,17 @@ def audit_command(
     """Solve every label's problem to proven optimality and say how far off the label is."""
     from planner.audit import audit, read_labels
     from planner.audit.audit_page import page
-    from planner.files import output_folder, write_text
-    from planner.ir.errors import InputError
+    from planner.files import check_output, write_text
     from planner.planning.catalog import find_model
     from planner.planning.graph_cache import lowered_graph
 
-    if output is not None and output.suffix != ".html":
-        raise InputError(f"the output '{output}' must be an .html file")
+    if output is not None:
+        check_output(output, ".html")
     with console.status() as update:
         update("read the labels")
         read = read_labels(labels)
         update("lower")
         graph = lowered_graph(find_model(model or read.terms.model, trust_remote_code))[0]
-    if output is not None:
-        output_folder(output.parent)
     with console.progress_bar("labels") as progress:
         found = audit(read, graph, exact=exact, progress=progress)
     if output is not None:

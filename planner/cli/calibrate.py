@@ -32,19 +32,17 @@ def calibrate_command(
     """
     import torch
 
-    from planner.files import output_folder
+    from planner.files import check_output
     from planner.ir.errors import InputError
     from planner.models.profiling import profile
     from planner.models.profiling.operator_cases import Bench
     from planner.planning.device_file import read_device, save_device
 
-    if output.suffix != ".json":
-        raise InputError(f"the output '{output}' must be a .json file")
     if rounds < 1 or threads < 0:
         raise InputError("--rounds must be at least 1, and --threads not negative")
     if place == "cuda" and not torch.cuda.is_available():
         raise InputError("there is no CUDA device here")
-    output_folder(output.parent)
+    check_output(output, ".json")
     before = read_device(output) if output.is_file() else None
     if threads:
         torch.set_num_threads(threads)

@@ -54,8 +54,8 @@ def calibrate_utilities_command(
 
     A killed run continues when the same command is given again.
     """
-    from planner.files import output_folder
-    from planner.ir.errors import InputError
+    from planner.files import check_output
+    from planner.ir.errors import InputError, check_known
     from planner.models.calibration import (
         MEASURES,
         METHODS,
@@ -75,19 +75,15 @@ def calibrate_utilities_command(
 
     if samples < 1 or batch < 1:
         raise InputError("--samples and --batch must be at least 1")
-    if method not in (*METHODS, "refit"):
-        raise InputError(f"unknown method '{method}': choose from {', '.join(METHODS)}, refit")
-    if output.suffix != ".npz":
-        raise InputError(f"the output '{output}' must be an .npz file")
+    check_known("method", method, (*METHODS, "refit"))
     answered = images is not None and read_questions(images, prompts)[0].answer is not None
     if prompts is not None and images is None:
         raise InputError("--prompts are about --images: give that folder too")
     measure = measure or ("loss" if answered else "kl")
-    if measure not in MEASURES:
-        raise InputError(f"unknown measure '{measure}': choose from {', '.join(MEASURES)}")
+    check_known("measure", measure, MEASURES)
     if measure == "loss" and not answered:
         raise InputError("--measure loss needs answers in the prompts file")
-    output_folder(output.parent)
+    check_output(output, ".npz")
     started = time.perf_counter()
     with console.status() as update:
         loaded = load_stock(request, update, dtype, device)

@@ -33,15 +33,14 @@ def experiment_command(
 ) -> None:
     """Train and measure one table of results; what is there already is not done again."""
     from planner.files import output_folder
-    from planner.ir.errors import InputError
+    from planner.ir.errors import InputError, check_known
     from planner.training.experiments import EXPERIMENTS, Runs, write_results
 
     try:
         numbers = [int(part) for part in seeds.split(",")]
     except ValueError:
         raise InputError(f"--seeds '{seeds}' is not a list such as 0,1,2") from None
-    if name not in EXPERIMENTS:
-        raise InputError(f"unknown experiment '{name}': choose from {', '.join(EXPERIMENTS)}")
+    check_known("experiment", name, EXPERIMENTS)
     output_folder(work)
     if output is not None:
         output_folder(output)

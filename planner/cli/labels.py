@@ -58,7 +58,7 @@ def labels_command(
     A killed run continues when the same command is given again.
     """
     from planner.audit import Terms, require_arrow, write_labels
-    from planner.files import output_folder
+    from planner.files import check_output
     from planner.ir.errors import InputError
     from planner.training.evaluate import TEXT_TOKENS
     from planner.training.labelling import label_samples
@@ -66,13 +66,11 @@ def labels_command(
 
     model = request.model
     fractions = list(dict.fromkeys(parse_fractions(budgets)))
-    if output.suffix != ".parquet":
-        raise InputError(f"the output '{output}' must be a .parquet file")
     if prompts is not None and images is None:
         raise InputError("--prompts needs --images")
     # Said before hours of measuring rather than after.
     require_arrow()
-    output_folder(output.parent)
+    check_output(output, ".parquet")
     started = time.perf_counter()
     with console.status() as update:
         loaded, scheduled = load_deciding(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from planner.ir.errors import InputError
+from planner.ir.errors import InputError, check_known
 
 # metric -> what a user means by it
 METRICS: Mapping[str, str] = {
@@ -56,11 +56,7 @@ class Limit:
         if not equals:
             metric, quantity = "flops", text
         metric = metric.strip()
-        if metric not in METRICS:
-            raise InputError(
-                f"unknown metric '{metric:.40}' in budget '{text:.80}': "
-                f"choose one of {', '.join(METRICS)}"
-            )
+        check_known("metric of a budget", metric, METRICS)
         match = _QUANTITY.fullmatch(quantity)
         units = _UNITS["kv" if metric == "memory" else metric]
         if match is None or (match[2] not in units and match[2] not in ("", "%")):

@@ -164,7 +164,7 @@ def test_devices_are_consistent():
         # Operations for each byte read: between those of a V100 and an H100 PCIe, with room.
         assert 100 < known.operations_per_second / known.bytes_per_second < 500
         assert 8 <= known.memory_gb <= 300
-    with pytest.raises(InputError, match="unknown device 'abacus': choose one of v100, "):
+    with pytest.raises(InputError, match="unknown device 'abacus': choose from v100, "):
         device("abacus")
 
 

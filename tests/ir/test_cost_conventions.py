@@ -287,5 +287,5 @@ def test_bad_arguments():
     mixture = graph.replacing([*graph.operators, routed])
     with pytest.raises(InputError, match="no row for moe, of kind experts"):
         convention("llm-viewer").cost(mixture, [1] * 32)
-    with pytest.raises(InputError, match="choose one of llm-viewer, dynamic-llava"):
+    with pytest.raises(InputError, match="choose from llm-viewer, dynamic-llava"):
         convention("mine")

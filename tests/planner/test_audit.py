@@ -273,7 +273,7 @@ def test_the_command(graph, cli, cli_json, tmp_path):
     write_labels(tmp_path / "others.parquet", other)
     for arguments, words in [
         (["none.parquet"], "there is no file of labels"),
-        (["labels.parquet", "-o", "audit.txt"], "must be an .html file"),
+        (["labels.parquet", "-o", "audit.txt"], "must be a file with the suffix .html"),
         (["others.parquet"], "are for 'tiny-llava' (another)"),
         (["audit.html"], "truncated or not a Parquet file"),
     ]:

@@ -165,7 +165,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         (["--split", "dev"], "'dev' is not one of"),
         (["--switches", "tokens"], "no labels for the switches"),
         (["--prompts", "p.jsonl"], "--prompts needs --images"),
-        (["-o", "labels.csv"], "must be a .parquet file"),
+        (["-o", "labels.csv"], "must be a file with the suffix .parquet"),
     ]:
         capsys.readouterr()
         assert run([*arguments, *wrong]) == 2
