@@ -13,19 +13,24 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from planner.solver import Frontier, Prices, Solution
 from planner.solver.problem import (
     COST_CEILING,
+    Choice,
     LayerChoices,
+    Pair,
     Problem,
     SiteChoices,
     TokenOption,
+    top,
 )
 
 __all__ = [
     "best_by_enumeration",
     "best_by_mixed_integer_program",
     "best_by_table",
+    "best_by_trying",
     "best_uniform_by_enumeration",
     "frontier_of",
     "medium_problem",
+    "paired_problem",
     "problems",
 ]
 
@@ -301,6 +306,80 @@ def medium_problem(
     return Problem(names, limits, tuple(tokens), tuple(layers))
 
 
+def paired_problem(seed: int) -> Problem:
+    """Up to four layers of one or two small sites, any pairs among layers and sites."""
+    rng = np.random.default_rng(seed)
+    metrics, options = int(rng.integers(1, 3)), int(rng.integers(1, 3))
+
+    def table(*shape: int) -> np.ndarray:
+        return rng.integers(0, 9, shape)
+
+    layers = []
+    for index in range(int(rng.integers(2, 5))):
+        sites = []
+        for kind in ("heads", "mlp")[: int(rng.integers(0, 3))]:
+            switches = int(rng.integers(1, 4))
+            costs = np.cumsum(table(options, metrics, switches + 1), axis=-1)
+            worth = rng.normal(0.5, 1, switches).round(int(rng.integers(0, 4)))
+            sites.append(SiteChoices(f"{kind}.{index}", worth, costs, int(rng.integers(0, 2))))
+        layers.append(
+            LayerChoices(
+                f"layer.{index}",
+                float(rng.normal(0.5, 1)),
+                table(options, metrics),
+                tuple(sites),
+                bool(rng.integers(0, 4)),
+            )
+        )
+    tokens = tuple(
+        TokenOption(
+            (n,),
+            float(rng.normal()),
+            table(metrics),
+            rng.normal(0, 1, len(layers)) if rng.integers(0, 2) else None,
+        )
+        for n in range(options)
+    )
+    units = [x.name for x in layers] + [s.name for x in layers for s in x.sites]
+    pairs = tuple(
+        Pair(a, b, round(float(rng.normal(0, 1)), int(rng.integers(0, 6))))
+        for a, b in combinations(units, 2)
+        if rng.integers(0, 3)
+    )
+    free = Problem(tuple("ab"[:metrics]), np.zeros(metrics, np.int64), tokens, tuple(layers), pairs)
+    most = free.cost(Choice.everything(free))
+    least = free.smallest_costs().max(axis=0)
+    share = rng.random()
+    limits = np.maximum(least, (least + (most - least) * share).astype(np.int64))
+    return replace(free, limits=limits.astype(np.int64))
+
+
+def best_by_trying(problem: Problem) -> float:
+    """The utility of the best of all choices; which switches of a site is a matter of utility."""
+    per_layer = []
+    for layer in problem.layers:
+        ways = [
+            (True, dict(zip([s.name for s in layer.sites], kept)))
+            for kept in product(
+                *(
+                    [top(s.utilities, n) for n in range(s.minimum, s.switches + 1)]
+                    for s in layer.sites
+                )
+            )
+        ]
+        if layer.optional:
+            ways.append((False, {site.name: () for site in layer.sites}))
+        per_layer.append(ways)
+    best = -np.inf
+    for option in range(len(problem.tokens)):
+        for ways in product(*per_layer):
+            kept = {name: some for _, sites in ways for name, some in sites.items()}
+            choice = Choice(option, tuple(on for on, _ in ways), kept)
+            if (problem.cost(choice) <= problem.limits).all():
+                best = max(best, problem.utility(choice))
+    return float(best)
+
+
 def frontier_of(problem: Problem, metric: str) -> Callable[[int], Solution]:
     """Answers for any limit of one metric, with the problem's own limits of the others.
 
@@ -311,14 +390,13 @@ def frontier_of(problem: Problem, metric: str) -> Callable[[int], Solution]:
     tokens = tuple(replace(token, costs=np.zeros_like(token.costs)) for token in problem.tokens)
     one = np.eye(len(problem.metrics), dtype=np.int64)
     row = problem.metrics.index(metric)
-    frontier = Frontier(
-        replace(problem, limits=ceilings, tokens=tokens), np.tile(one[row], (len(tokens), 1))
-    )
+    every = np.tile(one, (len(tokens), 1, 1))
+    limitless = replace(problem, limits=ceilings, tokens=tokens)
+    frontier = Frontier(limitless, problem.metrics, every)
 
     def at(limit: int) -> Solution:
         limits = problem.limits.copy()
         limits[row] = limit
-        weights = np.tile(one, (len(tokens), 1, 1))
-        return frontier.at(Prices(problem.metrics, limits, weights, outside))
+        return frontier.at(Prices(problem.metrics, limits, every, outside))
 
     return at

@@ -206,8 +206,7 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the masks that stock code builds, as if nothing were dropped."""
-        # Also where there is a state beside the keys.
-        if isinstance(self.stock, DynamicLayer) and not self.is_sliding:
+        if type(self.stock) is DynamicLayer:
             return self.total + query_length, 0
         sizes: tuple[int, int] = self.stock.get_mask_sizes(query_length)
         return sizes

@@ -31,7 +31,7 @@ class Planning:
     measuring: Callable[[Graph, Request], Request] | None = None
     plans: dict[str, Plan] = field(default_factory=dict)
     _on_prompts: OrderedDict[object, Plan] = field(default_factory=OrderedDict)
-    _costs: dict[str, PromptCosts] = field(default_factory=dict)
+    _costs: PromptCosts | None = None
 
     def plan(self, value: Any) -> Plan:
         """The plan for a budget on the workload of the request.
@@ -88,18 +88,18 @@ class Planning:
             )
             return plan_graph(self.graph, request).plan
         prompt = replace(prompt, image_tokens_per_run=load.image_tokens_per_run)
-        on_prompt = self._costs_in(metrics[0]).on(prompt)
+        on_prompt = self._prompt_costs().on(prompt)
         fits = as_usual or usual.is_dense
         return usual if fits and on_prompt.allows(usual, budget) else on_prompt.plan(budget)
 
-    def _costs_in(self, metric: str) -> PromptCosts:
-        """Costs on any prompt, where a metric is mostly limited."""
-        if metric not in self._costs:
-            request = replace(self.request, budget={metric: 1})
+    def _prompt_costs(self) -> PromptCosts:
+        """Costs on any prompt."""
+        if self._costs is None:
+            request = replace(self.request, budget=1.0)
             if not request.image_tokens:
                 # Of a prompt without images nobody could say what dropping their tokens saves.
                 per_run = int(self.graph.properties.get("image_tokens", 0))
                 request = replace(request, image_tokens=per_run)
             pricing, utilities, _ = pose(self.graph, request)
-            self._costs[metric] = PromptCosts(pricing, utilities, metric)
-        return self._costs[metric]
+            self._costs = PromptCosts(pricing, utilities, request.keep)
+        return self._costs

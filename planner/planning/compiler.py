@@ -139,7 +139,7 @@ def pose(graph: Graph, request: Request) -> tuple[Pricing, Utilities, Problem]:
     utilities = _utilities(request.utilities, graph, pricing)
     if switches.counting:
         return pricing, utilities, faithful_problem(graph, budget, utilities, switches.counting)
-    return pricing, utilities, _keeping(pricing.problem(budget, utilities), request.keep)
+    return pricing, utilities, keeping_whole(pricing.problem(budget, utilities), request.keep)
 
 
 def _plain_counts(source: Source, graph: Graph) -> dict[str, Collection[int]]:
@@ -158,7 +158,7 @@ def _shipped(request: Request, source: Source) -> str | Path:
     return utilities_beside(source.folder) or request.utilities
 
 
-def _keeping(problem: Problem, names: str | Sequence[str]) -> Problem:
+def keeping_whole(problem: Problem, names: str | Sequence[str]) -> Problem:
     """The problem with some layers, heads or MLPs left whole, such as ``layer.0,heads.3``;
     InputError where there is nothing of that name to switch."""
     if isinstance(names, str):
@@ -249,7 +249,7 @@ def _utilisation(costs: Mapping[str, float], limits: Mapping[str, int]) -> dict[
     for metric, limit in limits.items():
         if round(costs[metric] * COUNTED[metric]) > limit:
             raise PlannerError(f"the plan exceeds its {metric} limit: this is a bug in planner")
-    return {metric: costs[metric] * COUNTED[metric] / limit for metric, limit in limits.items()}
+    return {m: costs[m] * COUNTED[m] / max(limit, 1) for m, limit in limits.items()}
 
 
 def specialised(

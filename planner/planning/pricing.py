@@ -420,13 +420,31 @@ class Pricing:
         limits = self.limits(budget)
         rows = [list(COUNTED).index(metric) for metric in limits]
         options = self.token_options
-        layers = self.choices(
+        return self.posed(
+            limits,
             utilities,
             lambda layer, sites: np.stack([self.fixed(layer, o, sites)[rows] for o in options]),
             lambda site: np.stack([self.table(site, option)[rows] for option in options]),
+            [(self.outside + self.selection(option))[rows] for option in options],
         )
+
+    def posed(
+        self,
+        limits: Mapping[str, int],
+        utilities: Utilities,
+        fixed: Callable[[int, Sequence[Site]], Costs],
+        table: Callable[[Site], Costs],
+        outside: Sequence[Costs],
+    ) -> Problem:
+        """The Problem under other limits, where things cost otherwise.
+
+        `fixed` gives costs of a layer besides its sites, shape (token options, metrics); `table`
+        those of a site, shape (token options, metrics, switches + 1); `outside` has those of
+        everything else, by token option.
+        """
+        layers = self._choices(utilities, fixed, table)
         count = self.graph.layers
-        shares = [self.share_kept(option) for option in options]
+        shares = [self.share_kept(option) for option in self.token_options]
         units = {x.name for x in layers if x.optional} | {s.name for x in layers for s in x.sites}
         losses = {names: loss for names, loss in utilities.pairs.items() if set(names) <= units}
         with_tokens = [utilities.with_tokens(share, count) for share in shares]
@@ -436,29 +454,22 @@ class Pricing:
 
             losses, with_tokens = without_gains(layers, losses, with_tokens)
         tokens = tuple(
-            TokenOption(
-                keep=option,
-                utility=utilities.of_tokens(share),
-                costs=(self.outside + self.selection(option))[rows],
-                layer_losses=layer_losses,
+            TokenOption(option, utilities.of_tokens(share), costs, layer_losses)
+            for option, share, costs, layer_losses in zip(
+                self.token_options, shares, outside, with_tokens, strict=True
             )
-            for option, share, layer_losses in zip(options, shares, with_tokens, strict=True)
         )
         maxima = np.array(list(limits.values()), dtype=np.int64)
         pairs = tuple(Pair(*names, loss) for names, loss in losses.items())
         return Problem(tuple(limits), maxima, tokens, layers, pairs)
 
-    def choices(
+    def _choices(
         self,
         utilities: Utilities,
         fixed: Callable[[int, Sequence[Site]], Costs],
         table: Callable[[Site], Costs],
     ) -> tuple[LayerChoices, ...]:
-        """Every layer's switches.
-
-        `fixed` gives costs of a layer besides its sites, shape (token options, metrics); `table`
-        those of a site, shape (token options, metrics, switches + 1).
-        """
+        """Every layer's switches; costs as for `posed`."""
         usable = {site.name for site in self.switches.usable(self.graph)}
         layers = []
         for layer in range(self.graph.layers):

@@ -21,12 +21,12 @@ from planner.ir.graph import Site
 from planner.ir.structure import tiles
 from planner.plan import Plan
 from planner.planning.budgets import Budget
-from planner.planning.compiler import written
+from planner.planning.compiler import keeping_whole, written
 from planner.planning.pricing import Pricing, compared, limits_of
 from planner.planning.selectors import counted
 from planner.planning.utilities import Utilities
 from planner.solver.frontier import Frontier, Prices
-from planner.solver.problem import COST_CEILING, Choice, Costs, Problem, TokenOption
+from planner.solver.problem import COST_CEILING, Choice, Costs, ranked
 
 # Metrics that are weighted sums of terms. Seconds are not: a roofline is no polynomial.
 WEIGHED = ("flops", "kv")
@@ -51,10 +51,12 @@ class _Span:
 class PromptCosts:
     """What the choices for one model cost on any prompt.
 
-    `pricing` is for a typical prompt; of `WEIGHED` mostly `metric` is limited.
+    `pricing` is for a typical prompt; `keep` names what stays whole, as in a `Request`.
     """
 
-    def __init__(self, pricing: Pricing, utilities: Utilities, metric: str) -> None:
+    def __init__(
+        self, pricing: Pricing, utilities: Utilities, keep: str | Sequence[str] = ()
+    ) -> None:
         self.pricing, self.utilities = pricing, utilities
         graph, options = pricing.graph, pricing.token_options
         self._span_of = [_span(pricing, layer) for layer in range(graph.layers)]
@@ -63,40 +65,29 @@ class PromptCosts:
         self._chunk = max([_TOLD, *(int(operator.get("chunk", 1)) for operator in graph)])
         self._units = self._units_of(pricing)
         names = [f"{term}.{number}" for number in range(len(self._spans)) for term in _TERMS]
-        self.problem = Problem(
-            metrics=tuple(names),
-            limits=np.full(len(names), COST_CEILING, dtype=np.int64),
-            tokens=tuple(
-                TokenOption(
-                    keep=option,
-                    utility=utilities.of_tokens(pricing.share_kept(option)),
-                    costs=np.zeros(len(names), dtype=np.int64),
-                )
-                for option in options
-            ),
-            layers=pricing.choices(
-                utilities,
-                lambda layer, sites: _repeated(self._fixed(layer, sites), len(options)),
-                lambda site: _repeated(self._table(site), len(options)),
-            ),
+        problem = pricing.posed(
+            dict.fromkeys(names, COST_CEILING),
+            utilities,
+            lambda layer, sites: _repeated(self._fixed(layer, sites), len(options)),
+            lambda site: _repeated(self._table(site), len(options)),
+            [np.zeros(len(names), dtype=np.int64)] * len(options),
         )
-        chosen = [site for layer in self.problem.layers for site in layer.sites]
+        self.problem = keeping_whole(problem, keep)
+        chosen = self.problem.sites
         self._sites = [graph.sites_by_name[site.name] for site in chosen]
-        # Lanes of every switch.
-        self._switches = [np.diff(site.bounds).tolist() for site in self._sites]
+        # Of the best 0, 1, ... switches of every site.
+        widest = max((site.switches for site in chosen), default=0)
+        self._lanes = np.zeros((len(chosen), widest + 1), dtype=np.int64)
         self._layer_terms = np.stack([layer.costs[0] for layer in self.problem.layers])
         # Of one lane; every one of a site costs the same.
         self._lane_terms = np.zeros((len(chosen), len(names)), dtype=np.int64)
         for row, (choices, site) in enumerate(zip(chosen, self._sites, strict=True)):
+            widths = np.diff(site.bounds)[ranked(choices.utilities)]
+            self._lanes[row, 1 : site.switches + 1] = np.cumsum(widths)
             self._lane_terms[row] = choices.costs[0, :, -1] // site.lanes
-        row = WEIGHED.index(metric)
-        typical = [self.weights(pricing.workload, option)[row] for option in options]
-        self.frontier = Frontier(self.problem, np.stack(typical))
+        self.frontier = Frontier(self.problem, WEIGHED, self.weights(pricing.workload, options))
         units = self._units_of(replace(pricing, switches=replace(pricing.switches, kv=None)))
         self.base = np.sum([self._fixed(n, (), units) for n in range(graph.layers)], axis=0)
-        # What a plan says of worth that its solver did not count.
-        together = utilities.pairs or len(utilities.token_fractions)
-        self.left_out = {"pairs": "left out"} if together else {}
         self._ends = np.stack(self._flops_terms([unit.ends[_FLOPS] for unit in self._units]))
         without = replace(self._units[0].workload, logits=0)
         self._logit = self._units[0].ends[_FLOPS] - replace(pricing, workload=without).ends[_FLOPS]
@@ -145,17 +136,16 @@ class PromptCosts:
         """Terms of a plan that was made of these choices, shape (terms,)."""
         on = [layer not in plan.layers_off for layer in range(len(self._layer_terms))]
         lanes = [plan.kept(site).count if on[site.layer] else 0 for site in self._sites]
-        return self._total(on, lanes)
+        return self._total(on, np.array(lanes, dtype=np.int64))
 
     def terms_of_choice(self, choice: Choice) -> Costs:
-        """The same of a choice."""
-        kept = [choice.kept[site.name] for site in self._sites]
-        lanes = [sum(map(sizes.__getitem__, some)) for sizes, some in zip(self._switches, kept)]
+        """The same of a choice of the best switches."""
+        counts = [len(choice.kept[site.name]) for site in self._sites]
+        lanes = self._lanes[np.arange(len(counts)), np.array(counts, dtype=np.int64)]
         return self._total(choice.layers_on, lanes)
 
-    def _total(self, on: Sequence[bool], lanes: Sequence[int]) -> Costs:
-        counts = np.array(lanes, dtype=np.int64)
-        total: Costs = np.array(on) @ self._layer_terms + counts @ self._lane_terms
+    def _total(self, on: Sequence[bool], lanes: Costs) -> Costs:
+        total: Costs = np.array(on) @ self._layer_terms + lanes @ self._lane_terms
         return total
 
     def ends(self, load: Workload) -> int:
@@ -169,25 +159,29 @@ class PromptCosts:
         counts = [1, seen, seen**2, beside, seen * beside, chunks, chunks**2]
         return np.array(counts, dtype=np.int64)
 
-    def weights(self, load: Workload, option: Sequence[int], evicts: bool = True) -> Costs:
-        """Weights of the terms on a prompt, shape (metrics, terms); see `WEIGHED`.
+    def weights(
+        self, load: Workload, options: Sequence[Sequence[int]], evicts: bool = True
+    ) -> Costs:
+        """Weights of the terms on a prompt, shape (options, metrics, terms); see `WEIGHED`.
 
-        `option`: image tokens left behind each stage, () where none is dropped. `evicts`: whether
+        `options`: image tokens left behind each stage, () where none is dropped. `evicts`: whether
         the cache does, if it may.
         """
-        weights = np.zeros((len(WEIGHED), len(self._spans), len(_TERMS)), dtype=np.int64)
+        weights = np.zeros((len(options), len(WEIGHED), len(self._spans), len(_TERMS)), np.int64)
         policy = self.pricing.switches.kv if evicts else None
-        for row, span in enumerate(self._spans):
-            kept = option[span.stages - 1] if span.stages and option else load.image_tokens
-            seen = load.text_tokens + kept
-            cached = seen + load.new_tokens
-            if policy is not None and span.has_policy:
-                cached = policy.kept(seen, load.new_tokens, kept)
-            elif span.window:
-                cached = min(cached, span.window)
-            weights[0, row, :-1] = load.batch * self._counts(seen, load)
-            weights[1, row, -1] = load.batch * cached
-        return weights.reshape(len(WEIGHED), -1)
+        for index, option in enumerate(options):
+            for row, span in enumerate(self._spans):
+                kept = option[span.stages - 1] if span.stages and option else load.image_tokens
+                seen = load.text_tokens + kept
+                cached = seen + load.new_tokens
+                if policy is not None and span.has_policy:
+                    cached = policy.kept(seen, load.new_tokens, kept)
+                elif span.window:
+                    cached = min(cached, span.window)
+                weights[index, 0, row, :-1] = self._counts(seen, load)
+                weights[index, 1, row, -1] = cached
+        weights *= load.batch
+        return weights.reshape(len(options), len(WEIGHED), -1)
 
     def on(self, load: Workload) -> OnPrompt:
         """The same on one prompt."""
@@ -221,7 +215,7 @@ class OnPrompt:
     @cached_property
     def base(self) -> dict[str, int]:
         """FLOPs and KV bytes of the base model."""
-        weights = self.costs.weights(self.pricing.workload, (), evicts=False)
+        (weights,) = self.costs.weights(self.pricing.workload, [()], evicts=False)
         flops, kv = (weights @ self.costs.base).tolist()
         return {"flops": flops + self.outside, "kv": kv}
 
@@ -231,7 +225,8 @@ class OnPrompt:
 
     def _cost(self, plan: Plan, terms: Costs) -> dict[str, int]:
         option = self.pricing.option_of(plan)
-        flops, kv = (self.costs.weights(self.pricing.workload, option) @ terms).tolist()
+        (weights,) = self.costs.weights(self.pricing.workload, [option])
+        flops, kv = (weights @ terms).tolist()
         selection = int(self.pricing.selection(option, plan)[_FLOPS])
         return {"flops": flops + self.outside + selection, "kv": kv}
 
@@ -251,8 +246,8 @@ class OnPrompt:
         return replace(
             plan,
             cost=compared(costs, self.base, WEIGHED),
-            utilisation={metric: costs[metric] / limit for metric, limit in limits.items()},
-            solver=solution.facts | self.costs.left_out,
+            utilisation={m: costs[m] / max(limit, 1) for m, limit in limits.items()},
+            solver=solution.facts,
         )
 
     @cached_property
@@ -272,13 +267,15 @@ class OnPrompt:
         ]
 
     def _prices(self, limits: Mapping[str, int]) -> Prices:
-        rows = [WEIGHED.index(metric) for metric in limits]
+        rows, options = [WEIGHED.index(metric) for metric in limits], self._options
+        known = self.costs.weights(self.pricing.workload, options)[:, rows]
+        # Options that this prompt does not have fit no limit.
         shape = len(self.costs.problem.tokens), len(rows)
-        weights = np.zeros((*shape, self.costs.base.size), dtype=np.int64)
+        weights = np.zeros((*shape, known.shape[2]), dtype=np.int64)
+        weights[: len(options)] = known
         outside = np.full(shape, COST_CEILING, dtype=np.int64)
         selections: dict[object, int] = {}
-        for index, option in enumerate(self._options):
-            weights[index] = self.costs.weights(self.pricing.workload, option)[rows]
+        for index, option in enumerate(options):
             # What scoring costs depends on where tokens are dropped and among how many, no more.
             before = (self.pricing.workload.image_tokens, *option)
             drops = tuple(b if b > k else 0 for b, k in zip(before, option))

@@ -17,8 +17,9 @@ or a bare `Choice` from the rule. Nothing here knows of graphs, models or device
     search          branches in the order of their bounds
     exact           the exact solver, of all of these
     equal_widths    the best choice with equal counts in every layer
-    hull            the best choices along one metric
-    frontier        answers for any prompt and any limits in milliseconds, read off hulls
+    option_bounds   bounds of all token options at once
+    rungs           the best choices at falling prices
+    frontier        answers for any prompt and any limits in about a millisecond, from rungs
     greedy          the rule: take switches while they fit
 """
 

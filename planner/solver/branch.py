@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -131,6 +131,16 @@ class Branch:
         total = np.abs(self.room) + self.layer_cost.sum(axis=1)
         return np.asarray(total + self.cost.max(axis=2).sum(axis=1))
 
+    def weighed(self, weights: Costs, room: Costs) -> Branch:
+        """Where metrics are terms: the branch with sums of these, weighed, (metrics, terms), as
+        metrics."""
+        return replace(
+            self,
+            room=room,
+            layer_cost=weights @ self.layer_cost,
+            cost=np.tensordot(weights, self.cost, 1),
+        )
+
     def layer_totals(self, counts: Ints) -> tuple[Ints, Costs]:
         """Utility, shape (layers,), and cost, (metrics, layers), with sites at given counts."""
         utility, cost = self.layer_utility.copy(), self.layer_cost.T.copy()
@@ -193,8 +203,10 @@ class Tables:
             ]
         )
         self._pairs = self._paired() if problem.pairs else None
-        # Switches of every site, the most useful first.
+        # Switches of every site, the most useful first; and, once asked for, the best few of them.
         self._ranked = [ranked(site.utilities) for site in problem.sites]
+        self._best: dict[tuple[int, int], tuple[int, ...]] = {}
+        self._names = [site.name for site in problem.sites]
 
     def _paired(self) -> Pairs:
         names = [layer.name for layer in self.problem.layers]
@@ -238,11 +250,12 @@ class Tables:
 
     def choice(self, option: int, assignment: Assignment) -> Choice:
         """The choice that keeps the best switches, as many as the assignment says."""
-        counts = assignment.counts.tolist()
-        kept = {
-            site.name: tuple(sorted(order[:count]))
-            for site, order, count in zip(self.problem.sites, self._ranked, counts)
-        }
+        kept = {}
+        for site in enumerate(assignment.counts.tolist()):
+            if site not in self._best:
+                row, count = site
+                self._best[site] = tuple(sorted(self._ranked[row][:count]))
+            kept[self._names[site[0]]] = self._best[site]
         return Choice(option, tuple(assignment.on.tolist()), kept)
 
     def assignment(self, choice: Choice) -> Assignment:

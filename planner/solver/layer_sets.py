@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.solver.branch import FORBIDDEN, Assignment, Branch
-from planner.solver.pairs import Pairs
+from planner.solver.pairs import Pairs, together
 from planner.solver.problem import Flags, Floats
 from planner.solver.relaxation import relax
 
@@ -39,13 +39,7 @@ class LayerSets:
 
 def pairs_of_layers(branch: Branch) -> Floats:
     """What is lost when two layers are off, shape (layers, layers), symmetric."""
-    found = np.zeros((branch.layers, branch.layers))
-    if branch.pairs is not None:
-        inside = (branch.pairs.first < branch.layers) & (branch.pairs.second < branch.layers)
-        for a, b, loss in zip(*(x[inside] for x in vars(branch.pairs).values())):
-            found[a, b] += loss
-            found[b, a] += loss
-    return found
+    return together(branch)[: branch.layers, : branch.layers]
 
 
 def layer_sets(branch: Branch, above: Branch, prices: Floats, target: int, most: int) -> LayerSets:

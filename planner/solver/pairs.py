@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from planner.solver.linear_program import dual_values
-from planner.solver.problem import Flags, Ints
+from planner.solver.problem import Flags, Floats, Ints
 
 if TYPE_CHECKING:
     from planner.solver.branch import Branch
@@ -37,6 +37,23 @@ class Pairs:
         """What an assignment loses, by which layers are on and which sites keep anything."""
         off = ~np.concatenate([on, running])
         return int(self.loss[off[self.first] & off[self.second]].sum())
+
+
+def together(branch: Branch) -> Floats:
+    """What is lost when two units are off besides what each loses, whole numbers; symmetric, shape
+    (units, units)."""
+    units = branch.layers + branch.sites
+    found = np.zeros((units, units))
+    if branch.pairs is not None:
+        np.add.at(found, (branch.pairs.first, branch.pairs.second), branch.pairs.loss)
+    return np.asarray(found + found.T)
+
+
+def members(branch: Branch) -> Floats:
+    """1 where a unit is a layer itself or a site of it; shape (layers, units)."""
+    layers = np.arange(branch.layers)
+    unit_layer = np.concatenate([layers, branch.site_layer])
+    return np.asarray(layers[:, None] == unit_layer, dtype=np.float64)
 
 
 def without_layer_pairs(branch: Branch) -> Branch:

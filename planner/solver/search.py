@@ -169,7 +169,8 @@ class Search:
     def round(self, node: _Node, relaxation: Relaxation) -> None:
         """Offer what prices lead to."""
         rounded = round_down(node.above, relaxation)
-        rounded = improve(node.above, rounded, relaxation, self.deadline)
+        entry = relaxation.assignment.counts
+        rounded = improve(node.above, rounded, relaxation.prices, entry, self.deadline)
         self.offer(node.index, node.whole(rounded))
 
     def divided(self, node: _Node, relaxation: Relaxation) -> list[tuple[_Node, int]] | None:

@@ -22,11 +22,11 @@ class Solution:
     """A feasible choice, and how far at most it is from the best one."""
 
     choice: Choice
-    utility: float  # of the choice, recomputed from the problem
+    utility: float  # of the choice
     bound: float  # no feasible choice has a larger utility
     gap: float  # (bound - utility) / max(|utility|, `Scale.negligible`)
     status: Literal["optimal", "feasible"]  # optimal where the gap is at most `TOLERANCE`
-    cost: Mapping[str, int]  # metric -> cost of the choice, recomputed from the problem
+    cost: Mapping[str, int]  # metric -> cost of the choice
     seconds: float = field(compare=False)  # of the search
 
     @property
@@ -100,25 +100,23 @@ def certify(
     cost = dict(zip(problem.metrics, problem.cost(choice).tolist()))
     # Of what fits the problem's own limits, which may be lower than those of the tables.
     negligible = Scale.of(within_reach(problem)).negligible
-    return certified(tables, option, assignment, bound, cost, negligible, seconds)
+    utility = problem.utility(choice)
+    return certified(tables.scale, choice, utility, bound, cost, negligible, seconds)
 
 
 def certified(
-    tables: Tables,
-    option: int,
-    assignment: Assignment,
+    scale: Scale,
+    choice: Choice,
+    utility: float,
     bound: int,
     cost: Mapping[str, int],
     negligible: float,
     seconds: float,
 ) -> Solution:
-    """The same for an assignment that is known to fit, and to cost so much by metric.
+    """The same of a choice that is known to fit, to be worth so much and to cost so much by metric.
 
     `negligible`: see `Scale`.
     """
-    problem, scale = tables.problem, tables.scale
-    choice = tables.choice(option, assignment)
-    utility = problem.utility(choice)
     upper = max(scale.real(bound + scale.slack), utility)
     gap = (upper - utility) / max(abs(utility), negligible)
     return Solution(

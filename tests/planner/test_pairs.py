@@ -1,10 +1,11 @@
 """Pairs in the exact solver: brute force, and the size that the project promises."""
 
 from dataclasses import replace
-from itertools import combinations, product
+from itertools import combinations
 
 import numpy as np
 import pytest
+from problems import best_by_trying, paired_problem
 
 from planner.ir.errors import InputError
 from planner.solver import solve
@@ -15,87 +16,12 @@ from planner.solver.problem import (
     Problem,
     SiteChoices,
     TokenOption,
-    top,
 )
-
-
-def random_problem(seed):
-    """Up to four layers of one or two small sites, any pairs among layers and sites."""
-    rng = np.random.default_rng(seed)
-    metrics, options = int(rng.integers(1, 3)), int(rng.integers(1, 3))
-
-    def table(*shape):
-        return rng.integers(0, 9, shape)
-
-    layers = []
-    for index in range(int(rng.integers(2, 5))):
-        sites = []
-        for kind in ("heads", "mlp")[: int(rng.integers(0, 3))]:
-            switches = int(rng.integers(1, 4))
-            costs = np.cumsum(table(options, metrics, switches + 1), axis=-1)
-            worth = rng.normal(0.5, 1, switches).round(int(rng.integers(0, 4)))
-            sites.append(SiteChoices(f"{kind}.{index}", worth, costs, int(rng.integers(0, 2))))
-        layers.append(
-            LayerChoices(
-                f"layer.{index}",
-                float(rng.normal(0.5, 1)),
-                table(options, metrics),
-                tuple(sites),
-                bool(rng.integers(0, 4)),
-            )
-        )
-    tokens = tuple(
-        TokenOption(
-            (n,),
-            float(rng.normal()),
-            table(metrics),
-            rng.normal(0, 1, len(layers)) if rng.integers(0, 2) else None,
-        )
-        for n in range(options)
-    )
-    units = [x.name for x in layers] + [s.name for x in layers for s in x.sites]
-    pairs = tuple(
-        Pair(a, b, round(float(rng.normal(0, 1)), int(rng.integers(0, 6))))
-        for a, b in combinations(units, 2)
-        if rng.integers(0, 3)
-    )
-    free = Problem(tuple("ab"[:metrics]), np.zeros(metrics, np.int64), tokens, tuple(layers), pairs)
-    most = free.cost(Choice.everything(free))
-    least = free.smallest_costs().max(axis=0)
-    share = rng.random()
-    limits = np.maximum(least, (least + (most - least) * share).astype(np.int64))
-    return replace(free, limits=limits.astype(np.int64))
-
-
-def best_by_trying(problem):
-    """The utility of the best of all choices; which switches of a site is a matter of utility."""
-    per_layer = []
-    for layer in problem.layers:
-        ways = [
-            (True, dict(zip([s.name for s in layer.sites], kept)))
-            for kept in product(
-                *(
-                    [top(s.utilities, n) for n in range(s.minimum, s.switches + 1)]
-                    for s in layer.sites
-                )
-            )
-        ]
-        if layer.optional:
-            ways.append((False, {site.name: () for site in layer.sites}))
-        per_layer.append(ways)
-    best = -np.inf
-    for option in range(len(problem.tokens)):
-        for ways in product(*per_layer):
-            kept = {name: some for _, sites in ways for name, some in sites.items()}
-            choice = Choice(option, tuple(on for on, _ in ways), kept)
-            if (problem.cost(choice) <= problem.limits).all():
-                best = max(best, problem.utility(choice))
-    return best
 
 
 @pytest.mark.parametrize("seed", range(300))
 def test_optimum_is_that_of_brute_force(seed):
-    problem = random_problem(seed)
+    problem = paired_problem(seed)
     solution = solve(problem)
     assert solution.status == "optimal"
     assert solution.utility == pytest.approx(best_by_trying(problem), abs=1e-9)
