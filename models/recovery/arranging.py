@@ -48,8 +48,7 @@ def moved(site: BoundSite, places: Tensor, sink: Tensor) -> dict[str, Tensor]:
         places: shape (lanes,): the neuron that comes to each place.
         sink: a weight for the site's sink, neurons where they were.
 
-    Returns:
-        Parameter name -> value, as modules store them.
+    Returns parameter name -> value, as modules store them.
     """
     found = {}
     for linear in site.linears:

@@ -23,9 +23,8 @@ from planner.models.running.products import Product, Products
 class CompensatedProducts(Products):
     """Products whose sinks make up for what they lack.
 
-    Args:
-        products: what they are made of.
-        means: path of a sink -> mean of its input features, shape (features,).
+    `products`: what they are made of. `means`: path of a sink -> mean of its input features, shape
+    (features,).
     """
 
     def __init__(self, products: Products, means: Mapping[str, Tensor]) -> None:
@@ -62,8 +61,7 @@ def compensated(
         layers: of the model.
         means: path of each sink -> mean of its input features, shape (features,).
 
-    Raises:
-        InputError: a sink has no mean, or one of another model.
+    Raises InputError: a sink has no mean, or one of another model.
     """
     for sink in (site.sink for site in narrowable(layers)):
         mean = means.get(sink.path)

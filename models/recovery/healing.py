@@ -36,22 +36,15 @@ _BETAS = (0.9, 0.95)
 
 @dataclass(frozen=True)
 class Healing:
-    """How to train.
+    """How to train."""
 
-    Attributes:
-        steps: of the optimiser.
-        batch: samples a step.
-        rank: of the low-rank changes; 0 trains the weights themselves.
-        learning_rate: at its highest; it rises over a tenth of the steps, and falls to 0. By
-            default 2e-3 for low-rank changes, and 1e-4 for the weights themselves.
-        seed: which samples come when, and how changes begin.
-    """
-
-    steps: int = 100
-    batch: int = 8
-    rank: int = 32
+    steps: int = 100  # of the optimiser
+    batch: int = 8  # samples a step
+    rank: int = 32  # of the low-rank changes; 0 trains the weights themselves
+    # At its highest; it rises over a tenth of the steps, and falls to 0. By default 2e-3 for
+    # low-rank changes, and 1e-4 for the weights themselves.
     learning_rate: float | None = None
-    seed: int = 0
+    seed: int = 0  # which samples come when, and how changes begin
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch", 1), ("rank", 0)):
@@ -70,15 +63,11 @@ class Healing:
 
 @dataclass(frozen=True)
 class Healed:
-    """What came out.
+    """What came out."""
 
-    Attributes:
-        weights: parameter name -> value, recovered and healed; for `exchange` and `replaced`.
-        losses: KL divergence from the base model in nats per token, one a step.
-    """
-
+    # Parameter name -> value, recovered and healed; for `exchange` and `replaced`.
     weights: Mapping[str, Tensor]
-    losses: tuple[float, ...]
+    losses: tuple[float, ...]  # KL divergence from the base model in nats per token, one a step
 
 
 class _LowRank(nn.Module):
@@ -115,8 +104,7 @@ def heal(
         settings: how.
         progress: called with the step and its loss.
 
-    Raises:
-        InputError: there are no samples.
+    Raises InputError: there are no samples.
     """
     settings = settings or Healing()
     if not samples:

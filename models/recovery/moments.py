@@ -23,22 +23,16 @@ from planner.models.running.bindings import BoundLayer, BoundSite
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Averages at the sink of one site.
+    """Averages at the sink of one site."""
 
-    Attributes:
-        inputs: shape (features, features): mean of x x^T over tokens.
-        mean: shape (features,): mean of x.
-        gradients: shape (outputs, outputs): sum of g g^T over tokens of `GRADED` samples, divided
-            by the number of their answer tokens, where g is the gradient of the log-probability of
-            an answer that the model itself draws. An error e at the output then costs
-            e^T gradients e / 2 nats per answer token, to second order (the Fisher information).
-        tokens: how many `inputs` is the mean over.
-    """
-
-    inputs: Tensor
-    mean: Tensor
+    inputs: Tensor  # shape (features, features): mean of x x^T over tokens
+    mean: Tensor  # shape (features,): mean of x
+    # Shape (outputs, outputs): sum of g g^T over tokens of `GRADED` samples, divided by the number
+    # of their answer tokens, where g is the gradient of the log-probability of an answer that the
+    # model itself draws. An error e at the output then costs e^T gradients e / 2 nats per answer
+    # token, to second order (the Fisher information).
     gradients: Tensor
-    tokens: int
+    tokens: int  # how many `inputs` is the mean over
 
     def damped(self) -> Tensor:
         """`inputs` in float64 with the ridge on its diagonal.
@@ -93,8 +87,7 @@ def site_moments(
         seed: of the answers that the model draws, and of which samples gradients are taken.
         progress: called with the number of samples done, and of all.
 
-    Raises:
-        InputError: the model's output is not finite.
+    Raises InputError: the model's output is not finite.
     """
     sites = list(narrowable(layers))
     sums = {site.site.name: _Sums(site) for site in sites}

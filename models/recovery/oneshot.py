@@ -30,19 +30,12 @@ from planner.planning.utilities import OF_WEIGHTS
 
 @dataclass(frozen=True)
 class Oneshot:
-    """What one call came to.
+    """What one call came to."""
 
-    Attributes:
-        compiled: the plan, and everything that led to it.
-        measured: the utilities; None where the request names some.
-        weights: parameter name -> value, of those that were recovered.
-        exported: the checkpoint; None where no folder was asked for.
-    """
-
-    compiled: Compiled
-    measured: Measured | None
-    weights: Mapping[str, Tensor]
-    exported: Exported | None
+    compiled: Compiled  # the plan, and everything that led to it
+    measured: Measured | None  # the utilities; None where the request names some
+    weights: Mapping[str, Tensor]  # parameter name -> value, of those that were recovered
+    exported: Exported | None  # the checkpoint; None where no folder was asked for
 
 
 # What is calibrated on by default. Least squares want some fifty tokens a feature: passages of text
@@ -85,8 +78,7 @@ def read_inputs(
         seed: which pictures are drawn.
         recover: what they are for.
 
-    Raises:
-        InputError: neither or both are given, or cannot be read; the count is below 1.
+    Raises InputError: neither or both are given, or cannot be read; the count is below 1.
     """
     if count is None:
         count = PASSAGES if text is not None and recover == "refit" else FEW
@@ -109,8 +101,7 @@ def as_samples(model: Any, inputs: Sequence[Any]) -> list[Sample]:
         inputs: `Sample` objects, or keyword arguments of the model, one row each. Of a prompt with
             pictures the model's own answer is judged, of text every token.
 
-    Raises:
-        InputError: an input is neither, or has several rows.
+    Raises InputError: an input is neither, or has several rows.
     """
     return [found if isinstance(found, Sample) else _sample(model, found) for found in inputs]
 
@@ -146,8 +137,7 @@ def oneshot_on(
         stored_dtype: see `planner.models.export.export`.
         stage: context around each stage, by its name.
 
-    Raises:
-        InputError: for anything wrong with the request.
+    Raises InputError: for anything wrong with the request.
     """
     pose(recovering.graph, replace(request, utilities="prior"))
     measured = None

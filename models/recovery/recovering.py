@@ -47,38 +47,25 @@ _VERSION = 4
 
 @dataclass(frozen=True)
 class Measured:
-    """A utilities file, and how it came about.
-
-    Attributes:
-        path: of the file.
-        how: one phrase for people, such as ``first-order KL on 8 built-in samples``.
-    """
+    """A utilities file, and how it came about."""
 
     path: Path
-    how: str
+    how: str  # one phrase for people, such as ``first-order KL on 8 built-in samples``
 
 
 @dataclass(eq=False)
 class Recovering:
     """What utilities and weights under plans are made from.
 
-    Args:
-        model: dense, in evaluation mode.
-        graph: of the model.
-        recover: one of `RECOVERIES`.
-        samples: the user's; by default built-in ones.
-        processor: of an image-text model, for built-in samples.
-        progress: called with the number of measurements done, and of all.
-
-    Raises:
-        InputError: there is no such recovery.
+    Raises InputError: there is no such recovery.
     """
 
-    model: Any
+    model: Any  # dense, in evaluation mode
     graph: Graph
-    recover: str = ""
-    samples: Sequence[Sample] | None = None
-    processor: Any | None = None
+    recover: str = ""  # one of `RECOVERIES`
+    samples: Sequence[Sample] | None = None  # the user's; by default built-in ones
+    processor: Any | None = None  # of an image-text model, for built-in samples
+    # Called with the number of measurements done, and of all.
     progress: Callable[[int, int], None] = field(default=lambda done, total: None)
     _chains: dict[tuple[str, int], Chain] = field(default_factory=dict)
 
@@ -214,23 +201,16 @@ def measurable(request: Request, session: Session) -> Request:
 
 @dataclass(eq=False)
 class Measuring:
-    """Measures what switches are worth, of a model that is planned already.
-
-    Args:
-        session: of the model.
-        samples: see `Recovering`.
-        processor: see `Recovering`.
-    """
+    """Measures what switches are worth, of a model that is planned already."""
 
     session: Session
-    samples: Sequence[Sample] | None = None
-    processor: Any = None
+    samples: Sequence[Sample] | None = None  # see `Recovering`
+    processor: Any = None  # see `Recovering`
 
     def __call__(self, graph: Graph, request: Request) -> Request:
         """A request whose utilities are of weights, with those that were measured.
 
-        Raises:
-            InputError: the request does not fit the model; that comes up before the measuring.
+        Raises InputError: the request does not fit the model; that comes up before the measuring.
         """
         if request.utilities not in OF_WEIGHTS:
             return request

@@ -30,8 +30,7 @@ def refit(weight: Tensor, inputs: Tensor, kept: Tensor) -> Tensor:
         inputs: second moment of the features with its ridge, shape (features, features).
         kept: feature numbers, shape (kept,).
 
-    Returns:
-        Shape (outputs, kept), float64.
+    Returns shape (outputs, kept), float64.
     """
     rows = inputs[kept]
     solution: Tensor = torch.linalg.solve(rows[:, kept], rows @ weight.double().T)

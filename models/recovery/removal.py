@@ -32,15 +32,10 @@ _STEPS = 48
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """In which order a site loses its groups, and what each costs.
+    """In which order a site loses its groups, and what each costs."""
 
-    Attributes:
-        order: shape (groups,): the first to go first.
-        costs: shape (groups,): of each step, in nats per answer token.
-    """
-
-    order: Tensor
-    costs: Floats
+    order: Tensor  # shape (groups,): the first to go first
+    costs: Floats  # shape (groups,): of each step, in nats per answer token
 
 
 def removal_chain(
@@ -110,8 +105,7 @@ def chain_worth(
         layers: of the model, with the graph's switches.
         chain: of a site.
 
-    Returns:
-        Site name -> shape (switches,), in nats per answer token.
+    Returns site name -> shape (switches,), in nats per answer token.
     """
     worth: dict[str, Floats] = {}
     for site in narrowable(layers):

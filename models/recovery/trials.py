@@ -55,8 +55,7 @@ def tried_worth(
         samples: calibration samples; as many as `TRIALS` are drawn from them.
         progress: called with the number of sites done, and of all.
 
-    Returns:
-        Site name -> shape (switches,), in nats per answer token.
+    Returns site name -> shape (switches,), in nats per answer token.
     """
     worth = chain_worth(graph, layers, chain)
     masked, sites = MaskedExecutor(model, graph), list(narrowable(layers))
