@@ -38,6 +38,7 @@ from planner.planning.request import Request
 from planner.planning.switches import SwitchSet, with_switches
 from planner.planning.utilities import OF_WEIGHTS, RECOVERIES, Utilities, save_utilities
 from planner.progress import progress_bar
+from planner.solver.problem import Floats
 
 # Least squares of a site want many tokens a feature; a minute writes so much built-in text.
 REFIT_SAMPLES = 64
@@ -94,6 +95,11 @@ class Recovering:
         if key not in self._chains:
             self._chains[key] = chain_of(site, self.moments[site.site.name])
         return self._chains[key]
+
+    def worth(self, graph: Graph, samples: Sequence[Sample]) -> dict[str, Floats]:
+        """What heads and MLP groups of a graph are worth under ``refit``, tried on samples."""
+        measured = bind(self.model, graph), self.moments, self.chain, samples, self.progress
+        return tried_worth(self.model, graph, *measured)
 
     def weights(self, plan: Plan) -> Mapping[str, Tensor]:
         """Parameters to replace for a plan; none without a recovery."""
@@ -164,9 +170,7 @@ class Recovering:
         if self.recover != "refit":
             how = f"first-order KL on {len(samples)} {own}samples"
             return _saved(path, found.utilities(path.name), graph, how)
-        layers = bind(self.model, graph)
-        measured = (self.moments, self.chain, samples, self.progress)
-        sites = found.sites | tried_worth(self.model, graph, layers, *measured)
+        sites = found.sites | self.worth(graph, samples)
         utilities = replace(found, sites=sites).utilities(path.name)
         utilities = replace(utilities, recover=self.recover)
         return _saved(path, utilities, graph, f"removal chains on {own}samples")

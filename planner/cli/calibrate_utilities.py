@@ -65,11 +65,8 @@ def calibrate_utilities_command(
     )
     from planner.models.calibration.measurement import TOKEN_LAYER
     from planner.models.calibration.pair_losses import measure_pairs
-    from planner.models.recovery import chain_of, site_moments
-    from planner.models.recovery.moments import narrowable
     from planner.models.recovery.oneshot import read_inputs
-    from planner.models.recovery.trials import tried_worth
-    from planner.models.running.bindings import bind
+    from planner.models.recovery.recovering import Recovering
     from planner.planning.switches import with_switches
     from planner.planning.utilities import save_utilities
 
@@ -107,23 +104,9 @@ def calibrate_utilities_command(
                 progress=progress,
             )
         if method == "refit":
-            with console.progress_bar("moments") as progress:
-                layers = bind(stock, graph)
-                moments = site_moments(stock, layers, chosen, seed, progress)
-            chains = {
-                site.site.name: chain_of(site, moments[site.site.name])
-                for site in narrowable(layers)
-            }
-            with console.progress_bar("trials") as progress:
-                sites = found.sites | tried_worth(
-                    stock,
-                    graph,
-                    layers,
-                    moments,
-                    lambda site: chains[site.site.name],
-                    chosen,
-                    progress,
-                )
+            with console.progress_bar("moments and trials") as progress:
+                recovering = Recovering(stock, graph, method, chosen, progress=progress)
+                sites = found.sites | recovering.worth(graph, chosen)
             found = replace(found, sites=sites, method=method)
         utilities = found.utilities(output.name)
         if method == "refit":

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 
 from planner.ir.errors import InputError
 from planner.planning.request import Request
+
+if TYPE_CHECKING:
+    from planner.models.calibration import Sample
 
 # Fields of a Request whose options are called otherwise.
 _CALLED = {
@@ -56,18 +59,37 @@ Recover = Annotated[
 ]
 Images = Annotated[Path | None, typer.Option(help="Calibrate on this folder.")]
 Text = Annotated[Path | None, typer.Option(help="Calibrate on this text file.")]
-Samples = Annotated[
-    int | None,
-    typer.Option(
-        help="Most samples to calibrate on [default: 64; of text for refit 768 passages]."
-    ),
-]
 Prompts = Annotated[
     Path | None,
     typer.Option(
         help='JSON lines {"image", "prompt", "answer"} for --images; answers may be left out.'
     ),
 ]
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """What weights are calibrated on."""
+
+    images: Images = None
+    text: Text = None
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Most samples to calibrate on [default: 64; of text for refit 768 passages]."
+        ),
+    ] = None
+
+    def __bool__(self) -> bool:
+        return bool(self.images or self.text)
+
+    def read(self, model: Any, processor: Any, recover: str) -> list[Sample]:
+        """The samples for a recovery; InputError where there are none, or two kinds."""
+        from planner.models.recovery.oneshot import read_inputs
+
+        return read_inputs(model, processor, self.images, self.text, self.samples, recover=recover)
+
+
 NewFolder = Annotated[Path, typer.Option("-o", "--output", help="New folder.")]
 PlanFile = Annotated[Path, typer.Option(help="The plan file.")]
 Settings = Annotated[

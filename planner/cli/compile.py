@@ -9,15 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.command_options import (
-    Convention,
-    Images,
-    Recover,
-    Samples,
-    Scheduler,
-    Text,
-    command,
-)
+from planner.cli.command_options import CalibrationData, Convention, Recover, Scheduler, command
 from planner.cli.console import Console, amount, print_records, say, table
 from planner.cli.kernels import KernelOptions
 from planner.cli.stock_model import load_stock
@@ -35,13 +27,11 @@ def compile_command(
     request: Request,
     console: Console,
     kernels: KernelOptions,
+    data: CalibrationData,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder [default: build/<model>].")
     ] = None,
     recover: Recover = "",
-    images: Images = None,
-    text: Text = None,
-    samples: Samples = None,
     scheduler: Scheduler = None,
     convention: Convention = "planner",
     print_between_passes: Annotated[
@@ -67,12 +57,12 @@ def compile_command(
     if scheduler is not None:
         _compile_schedule(request, scheduler, folder, console, convention)
         return
-    if recover or images or text:
+    if recover or data:
         if kernels.target:
             raise InputError("--target is for plans alone: give it without --recover or data")
         if convention != "planner":
             raise InputError("--convention is for plans alone: give it without --recover or data")
-        _compile_recovered(request, recover, images, text, samples, folder, console)
+        _compile_recovered(request, recover, data, folder, console)
         return
     output_folder(folder)
     with console.status() as update:
@@ -127,13 +117,7 @@ def _by_weight_norms(request: Request, update: Say) -> Request:
 
 
 def _compile_recovered(
-    request: Request,
-    recover: str,
-    images: Path | None,
-    text: Path | None,
-    samples: int | None,
-    folder: Path,
-    console: Console,
+    request: Request, recover: str, data: CalibrationData, folder: Path, console: Console
 ) -> None:
     """Calibrate a loaded model, plan it, recover, and write a checkpoint with its plan."""
     from contextlib import contextmanager
@@ -151,7 +135,7 @@ def _compile_recovered(
 
         stock = load_stock(request, update)
         update("read")
-        recovering = stock.recovering(recover, images, text, samples)
+        recovering = stock.recovering(recover, data)
         done = oneshot_on(recovering, request, folder, stock.folder, stock.stored_dtype, stage)
         path = write_outputs(done.compiled, folder, between=False, kernels=None)
 

@@ -5,15 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from planner.cli.command_options import (
-    Images,
-    NewFolder,
-    PlanFile,
-    Recover,
-    Samples,
-    Text,
-    command,
-)
+from planner.cli.command_options import CalibrationData, NewFolder, PlanFile, Recover, command
 from planner.cli.console import Console, amount
 from planner.cli.stock_model import load_stock
 from planner.planning.request import Request
@@ -29,10 +21,8 @@ def export_command(
     console: Console,
     plan: PlanFile,
     output: NewFolder,
+    data: CalibrationData,
     recover: Recover = "",
-    images: Images = None,
-    text: Text = None,
-    samples: Samples = None,
 ) -> None:
     """Write the weights that a plan keeps as a checkpoint of their own.
 
@@ -47,7 +37,7 @@ def export_command(
 
     wanted = load_plan(plan)
     check_new(output)
-    if (images or text) and not recover:
+    if data and not recover:
         raise InputError("--images and --text are what --recover refit is calibrated on")
     with console.status() as update:
         stock = load_stock(request, update)
@@ -55,7 +45,7 @@ def export_command(
         picture = noise_image() if hasattr(stock.processor, "image_processor") else None
         inputs = prompt_inputs(stock.model, stock.processor, "Describe this image.", picture)
         update("recover")
-        weights = stock.recovering(recover, images, text, samples).weights(wanted)
+        weights = stock.recovering(recover, data).weights(wanted)
         update("export")
         done = stock.export(wanted, weights, output, inputs)
         if stock.folder is None:

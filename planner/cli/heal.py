@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from planner.cli.command_options import Images, NewFolder, PlanFile, Samples, Text, command
+from planner.cli.command_options import CalibrationData, NewFolder, PlanFile, command
 from planner.cli.console import Console
 from planner.cli.stock_model import load_stock
 from planner.planning.request import Request
@@ -18,9 +18,7 @@ def heal_command(
     console: Console,
     plan: PlanFile,
     output: NewFolder,
-    images: Images = None,
-    text: Text = None,
-    samples: Samples = None,
+    data: CalibrationData,
     steps: Annotated[int, typer.Option(help="Steps of the optimiser.")] = 100,
     batch: Annotated[int, typer.Option(help="Samples a step.")] = 8,
     rank: Annotated[
@@ -35,7 +33,6 @@ def heal_command(
     from planner.cli.export import show_exported
     from planner.files import check_new
     from planner.models.recovery.healing import Healing, heal
-    from planner.models.recovery.oneshot import read_inputs
     from planner.models.recovery.recovering import Recovering
     from planner.plan import load_plan
     from planner.planning.figures import check_figures
@@ -48,7 +45,7 @@ def heal_command(
         model, graph = stock.model, stock.graph
         check_figures(wanted, graph)
         update("read the samples")
-        known = read_inputs(model, stock.processor, images, text, samples, recover="refit")
+        known = data.read(model, stock.processor, "refit")
         update("refit")
         weights = Recovering(model, graph, "refit", known, stock.processor).weights(wanted)
     with console.progress_bar("heal") as progress:

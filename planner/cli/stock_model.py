@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from planner.cli.command_options import CalibrationData
 from planner.ir.graph import Graph
 from planner.planning.request import Request
 from planner.progress import Say
@@ -47,17 +48,11 @@ class StockModel:
         known = [dtype for dtype, _ in found.most_common() if dtype in _DTYPES]
         return getattr(torch, _DTYPES[known[0]]) if known else None
 
-    def recovering(
-        self, recover: str, images: Path | None, text: Path | None, samples: int | None
-    ) -> Recovering:
+    def recovering(self, recover: str, data: CalibrationData) -> Recovering:
         """A way to recover what plans lose, calibrated on data where there is some."""
-        from planner.models.recovery.oneshot import read_inputs
         from planner.models.recovery.recovering import Recovering
 
-        stock = self.model, self.processor
-        known = None
-        if images or text:
-            known = read_inputs(*stock, images, text, samples, recover=recover)
+        known = data.read(self.model, self.processor, recover) if data else None
         return Recovering(self.model, self.graph, recover, known, self.processor)
 
     def export(
