@@ -7,7 +7,7 @@ adds up is what the narrowed Graph costs. Layers that are alike are priced once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -19,8 +19,9 @@ from planner.ir.cost.memory import peak_bytes
 from planner.ir.dims import Dim
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator, Site
-from planner.ir.structure import narrowed, tiles
+from planner.ir.structure import narrowed
 from planner.plan import Plan
+from planner.planning.attention_widths import AttentionWidths
 from planner.planning.budgets import Budget
 from planner.planning.selectors import (
     KVPolicy,
@@ -63,7 +64,7 @@ class Pricing:
     def on(self, workload: Workload, switches: SwitchSet) -> Pricing:
         """The same model's costs on another prompt."""
         other = replace(self, workload=workload, switches=switches, _layer_memo={})
-        other.__dict__["_by_layer"] = self._by_layer
+        other.__dict__.update(_by_layer=self._by_layer, _widths=self._widths)
         return other
 
     # -- tokens ------------------------------------------------------------------------------
@@ -187,6 +188,10 @@ class Pricing:
         return grouped
 
     @cached_property
+    def _widths(self) -> AttentionWidths:
+        return AttentionWidths(self.graph)
+
+    @cached_property
     def encoder(self) -> Costs:
         """Cost of what runs in front of the decoder; shape (4,)."""
         operators = [o for o in self._by_layer[None] if o.part in ("vision", "projector")]
@@ -233,11 +238,11 @@ class Pricing:
         for stage, keep in zip(self.stages, option, strict=False):
             if keep < previous:
                 scored = scores_by_attention(self.switches.token_selector)
-                width = self._query_width(stage, plan) if scored else 0
+                width = self._widths.of_queries(stage, plan) if scored else 0
                 selector = self.switches.selector
                 if scored and selector is not None and Needs.NEXT_QUERY_KEY in selector.needs:
                     # Heads that a plan leaves are those of another layer.
-                    width = self._widths_near(stage)[0]
+                    width = self._widths.near(stage)[0]
                 cost = cost + self._selection(stage, option, width)
                 if selector is not None:
                     cost = cost + self._choosing(selector, stage, previous)
@@ -253,9 +258,9 @@ class Pricing:
             load.image_tokens_per_run if in_vision else image_tokens,
             load.text_tokens,
             # Of all heads: a plan with fewer costs less.
-            *self._widths_near(stage),
+            *self._widths.near(stage),
             int(self.graph.properties["hidden_size"]),
-            *self._tower,
+            *self._widths.of_tower(load.image_tokens_per_run),
         )
         cost = self.products(selector.products(stage, sizes), "images" if in_vision else "batch")
         cost[3] += self._weight_bytes(selector) if stage == self.stages[0] else 0
@@ -286,41 +291,6 @@ class Pricing:
     def _of(self, operators: Sequence[Operator]) -> Graph:
         """A graph of nothing else, with what holds of the whole model."""
         return Graph("", tuple(operators), (), self.graph.properties)
-
-    @cached_property
-    def _tower(self) -> tuple[int, int, int]:
-        """(width, heads, queries that rank patches) of the tower's attention, see `Sizes`."""
-        for operator in self.graph:
-            if operator.part == "vision" and operator.kind == "attention":
-                heads, (_, patches) = operator.integer("heads"), tiles(self.graph)
-                has_cls = operator.shape[-2] != Dim(patches)
-                queries = 1 if has_cls else self.workload.image_tokens_per_run
-                return heads * operator.integer("head_dim"), heads, queries
-        return 0, 1, 1
-
-    def _widths_near(self, stage: int) -> tuple[int, int]:
-        """(query, key) features of the attention nearest to a stage; (0, 0) without one."""
-        for operator in self._attentions(
-            *range(stage - 1, -1, -1), *range(stage, self.graph.layers)
-        ):
-            width = operator.integer("head_dim")
-            return operator.integer("heads") * width, operator.integer("kv_heads") * width
-        return 0, 0
-
-    def _attentions(self, *layers: int) -> Iterator[Operator]:
-        return (o for n in layers for o in self._by_layer.get(n, []) if o.kind == "attention")
-
-    def _query_width(self, stage: int, plan: Plan | None) -> int:
-        """Query features of the last attention before a stage; 0 without one."""
-        for operator in self._attentions(*range(stage - 1, -1, -1)):
-            width = operator.integer("heads") * operator.integer("head_dim")
-            site = self.graph.sites_by_name.get(f"heads.{operator.layer}")
-            if plan is None or site is None:
-                return width
-            kept = plan.kept(site)
-            if not kept.nothing:
-                return width // site.lanes * kept.count
-        return 0
 
     def fixed(self, layer: int, option: tuple[int, ...], sites: Sequence[Site]) -> Costs:
         """Cost of a layer being on, its switchable sites left out; shape (4,)."""
