@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from planner.contained import contained
 from planner.documents import read_json
@@ -23,6 +24,8 @@ MOST_PIXELS = 100_000_000
 _SEEN_PIXELS = 16_000_000
 # Processors give the shorter side the length that a model wants, and the other one in proportion.
 _MOST_ELONGATED = 200
+# Prompts whose texts are kept for each processor.
+_MOST_TEXTS = 10_000
 # No format that runs a program, such as EPS.
 _FORMATS = frozenset(
     ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
@@ -240,13 +243,7 @@ def prompt_inputs(model: Any, processor: Any, prompt: str, *pictures: Any) -> di
         content = prompt
     text = prompt
     if getattr(processor, "chat_template", None):
-        messages = [{"role": "user", "content": content}]
-        text = contained(
-            lambda: processor.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
-            ),
-            "the model's chat template",
-        )
+        text = _templated(processor, content)
     elif images:
         tokens = getattr(processor, "image_token", "<image>") * len(images)
         text = f"USER: {tokens}\n{prompt} ASSISTANT:"
@@ -258,6 +255,31 @@ def prompt_inputs(model: Any, processor: Any, prompt: str, *pictures: Any) -> di
     except Exception as error:
         raise InputError(f"the processor refuses the input: {first_line(error)}") from None
     return {name: value.to(model.device) for name, value in inputs.items()}
+
+
+_texts: WeakKeyDictionary[Any, dict[tuple[str, str], str]] = WeakKeyDictionary()
+
+
+def _templated(processor: Any, content: Any) -> str:
+    """A question in the processor's chat template.
+
+    Texts are kept, for a training that asks again and again: each takes a process of its own, and
+    a process as large as a model is forked in a tenth of a second.
+    """
+    known = _texts.setdefault(processor, {})
+    key = (str(processor.chat_template), str(content))
+    if key not in known:
+        messages = [{"role": "user", "content": content}]
+        text = contained(
+            lambda: processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            ),
+            "the model's chat template",
+        )
+        if len(known) >= _MOST_TEXTS:
+            known.clear()
+        known[key] = text
+    return known[key]
 
 
 def refuse_nan(ids: Any, scores: Any) -> Any:

@@ -6,6 +6,7 @@ program.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -70,6 +71,7 @@ def run(*arguments: object, folder: Path, environment: Mapping[str, str] | None 
 def _run(
     arguments: list[str], folder: str, environment: dict[str, str], printed: str, path: list[str]
 ) -> None:
+    gc.freeze()  # what the server imported stays, and collections need not walk it
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -1,5 +1,6 @@
 """Shared by all tests: the modules beside this file, and golden text."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -11,8 +12,22 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import planner  # noqa: F401 - before the folder tests/planner can be mistaken for it
 
+gc.disable()  # until all tests are imported
+
 # Makes ``from families import FAMILIES`` work in every folder of tests.
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_collection_finish():
+    """Take what imports made, which stays, out of garbage collections: each run of a trainer has
+    one, and walking torch and transformers would take it half a second."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure():
+    """What is left of libraries' objects at the end, they complain about."""
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -64,18 +64,19 @@ class Visits(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(self.records, generator=generator)
         order = order.repeat(-(-self.step // self.records)) + epoch * self.records
-        members: dict[int, list[int]] = {}
-        for number in order.tolist():
-            kind = self.kinds[number % self.records] if self.kinds is not None else 0
-            members.setdefault(kind, []).append(number)
-        whole = {kind: len(some) - len(some) % self.step for kind, some in members.items()}
-        groups = [
-            members[kind][start : start + self.step]
-            for kind, stop in whole.items()
-            for start in range(0, stop, self.step)
-        ]
+        members = [order]
+        if self.kinds is not None:
+            kinds = torch.tensor(self.kinds)[order % self.records]
+            found = kinds.unique().tolist()
+            # In the order in which they are met.
+            found.sort(key=lambda kind: int((kinds == kind).int().argmax()))
+            members = [order[kinds == kind] for kind in found]
+        stops = [len(some) - len(some) % self.step for some in members]
+        parts = [some[:stop].view(-1, self.step) for some, stop in zip(members, stops, strict=True)]
+        groups = torch.cat(parts)
         for place in torch.randperm(len(groups), generator=generator).tolist():
-            yield groups[place]
-        rest = [number for kind, stop in whole.items() for number in members[kind][stop:]]
-        for start in range(0, len(rest) - self.step + 1, self.step):
-            yield rest[start : start + self.step]
+            yield groups[place].tolist()
+        rest = torch.cat([some[stop:] for some, stop in zip(members, stops, strict=True)])
+        for group in rest.split(self.step):
+            if len(group) == self.step:
+                yield group.tolist()
