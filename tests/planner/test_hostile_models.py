@@ -186,6 +186,26 @@ def test_templates_of_text_models_take_plain_strings(loaded):
     assert ids.tolist() == [tokenizer("user : what is this ? assistant")["input_ids"]]
 
 
+def test_a_question_that_is_asked_again_starts_no_process(loaded, monkeypatch):
+    model, processor = loaded
+    started = []
+
+    def counting(make, what):
+        started.append(what)
+        return contained(make, what)
+
+    monkeypatch.setattr("planner.loading.contained", counting)
+    first, again, other = (
+        prompt_inputs(model, processor, question)["input_ids"].tolist()
+        for question in ("how many ?", "how many ?", "how large ?")
+    )
+    assert first == again != other
+    assert len(started) == 2
+    monkeypatch.setattr(processor, "chat_template", "no {{ messages[0]['role'] }}")
+    assert prompt_inputs(model, processor, "how many ?")["input_ids"].tolist() != first
+    assert len(started) == 3
+
+
 def children():
     """Processes that this one has started, ended or not."""
     lists = Path("/proc/self/task").glob("*/children")
