@@ -218,7 +218,8 @@ def test_heal_trains_a_plan_and_writes_what_it_learned(cli_json, tmp_path):
     (tmp_path / "text.txt").write_text("how many red circles are there ? " * 200)
     cli_json("compile", "--model", "tiny-llava", "--utilities", "prior", "-o", "plan")
     asked = ("heal", "--model", "tiny-llava", "--plan", "plan/plan.yaml", "--text", "text.txt")
-    found = cli_json(*asked, "--samples", "4", "--steps", "12", "--rank", "0", "-o", "healed")
+    slow = ("--samples", "4", "--steps", "12", "--rank", "0", "--learning-rate", "3e-5")
+    found = cli_json(*asked, *slow, "-o", "healed")
     assert found["kl_after"] < found["kl_before"]
     assert list((tmp_path / "healed").glob("*.safetensors"))
 
