@@ -178,6 +178,22 @@ def test_heads_and_neurons_left_out_equal_masked(model_type, lowered):
 
 
 @torch.no_grad()
+def test_groups_of_heads_that_lists_pick_from_a_projection_are_told_apart():
+    """Falcon with several groups; that of BLOCKS has one."""
+    config = small_default("falcon")
+    config.new_decoder_architecture, config.num_kv_heads = True, 2
+    model = randomised(AutoModelForCausalLM.from_config(config).eval())
+    graph = lower_model(model, "falcon")
+    assert {site.lanes for site in graph.sites_of("heads")} == {2}
+    plan = narrowing(graph, (1,))
+    with MaskedExecutor(model, graph).using(Gates.of([plan], graph)):
+        expected = model(**prompt()).logits
+    with obeying(model, graph, plan):
+        actual = model(**prompt()).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("model_type", ["bloom", "mpt"])
 def test_samples_may_keep_different_heads_of_blocks_with_biases_by_head(model_type, lowered):
     model, graph = lowered(model_type)
