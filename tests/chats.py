@@ -27,8 +27,8 @@ def messages(*colours, text=QUESTION):
 def ask(client, *colours, text=QUESTION, **own):
     headers = own.pop("headers", None)
     return client.chat.completions.create(
-        model="tiny-llava", messages=messages(*colours, text=text), max_tokens=own.pop("most", 8),
-        extra_body=own, extra_headers=headers,
+        model=own.pop("model", "tiny-llava"), messages=messages(*colours, text=text),
+        max_tokens=own.pop("most", 8), extra_body=own, extra_headers=headers,
     )  # fmt: skip
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,7 @@ from planner.cli.command_options import (
 )
 from planner.cli.console import Console, print_json, say
 from planner.planning.request import Request
+from planner.progress import Say
 
 _MOST_KEY_BYTES = 1 << 16
 # Seconds. Clients keep connections for five; a server that does too closes some that are in use.
@@ -60,6 +61,17 @@ def serve_command(
     ] = None,
     grace: Annotated[int, typer.Option(min=0, help="Seconds to finish answers when stopped.")] = 30,
     scheduler: Scheduler = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Run replicas on a Ray cluster: its address, auto for the one that runs here, or "
+            "local to start one.",
+        ),
+    ] = None,
+    replicas: Annotated[
+        str, typer.Option(help="How many with --ray: fewest-most, as requests need them.")
+    ] = "1-4",
     dtype: Dtype = "auto",
     place: Place = "cpu",
     kernels: KernelChoice = "auto",
@@ -73,38 +85,32 @@ def serve_command(
         from planner.serving.http_app import http_app
     except ModuleNotFoundError as error:
         raise InputError(f"serving needs {error.name}: pip install 'planner[serve]'") from None
-    from planner.loading import load_model
-    from planner.models.scheduling import compile_schedule, load_scheduled
     from planner.serving.engine import EngineLimits
-    from planner.serving.opening import open_service, prompt_limits
+    from planner.serving.opening import ServiceSettings, load_service
 
     fractions = parse_fractions(budgets)
-    own = (request.switches, request.tokens, request.utilities)
-    if scheduler is not None and own != (Request.switches, Request.tokens, Request.utilities):
-        raise InputError("--scheduler makes plans: leave --switches, --tokens and --utilities out")
+    own = (request.switches, request.utilities)
+    if scheduler is not None and own != (Request.switches, Request.utilities):
+        raise InputError("--scheduler makes plans: leave --switches and --utilities out")
     keys = [] if api_keys is None else _keys_in(api_keys)
+    settings = ServiceSettings(
+        request,
+        tuple(fractions),
+        scheduler,
+        dtype,
+        place,
+        kernels,
+        most_tokens,
+        images,
+        remote_images,
+        EngineLimits(answers, waiting, seconds),
+    )
     with _listening(host, port) as listener, console.status() as update:
-        update("load")
-        scheduled = None
-        if scheduler is None:
-            model, processor, _ = load_model(request.model, dtype, place)
+        service: Any
+        if ray is None:
+            service = load_service(settings, update)
         else:
-            schedule = compile_schedule(replace(request, budget=max(fractions)), scheduler)
-            model, processor, scheduled = load_scheduled(schedule, dtype, place)
-        service = open_service(
-            request.model,
-            model,
-            processor,
-            fractions,
-            prompts=prompt_limits(model, most_tokens, images, remote_images),
-            limits=EngineLimits(answers, waiting, seconds),
-            kernels=kernels,
-            progress=update,
-            scheduled=scheduled,
-            switches=request.switches,
-            tokens=request.tokens,
-            utilities=request.utilities,
-        )
+            service = _replicated(settings, ray, replicas, update)
         config = uvicorn.Config(
             http_app(service, keys),
             log_level="warning",
@@ -125,6 +131,21 @@ def serve_command(
         elif not console.quiet:
             say(f"planner: {request.model} is served on {url}")
         uvicorn.Server(config).run([listener])
+
+
+def _replicated(settings: Any, address: str, replicas: str, progress: Say) -> Any:
+    from planner.ir.errors import InputError
+
+    match = re.fullmatch(r"([1-9]\d{0,3})(?:-([1-9]\d{0,3}))?", replicas)
+    fewest, most = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if fewest > most:
+        raise InputError(f"--replicas is fewest-most, such as 1-4, not '{replicas}'")
+    try:
+        from planner.serving.replicated_service import open_replicas
+    except ModuleNotFoundError as error:
+        raise InputError(f"--ray needs {error.name}: pip install 'planner[ray]'") from None
+    progress("start replicas")
+    return open_replicas(settings, address, (fewest, most))
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -37,12 +37,16 @@ class Busy(PlannerError):
         self.reason = reason  # ``queue``, ``deadline``, ``stopping`` or ``timeout``
         self.retry_after = max(1, math.ceil(seconds))
 
+    def __reduce__(self) -> tuple[type[Busy], tuple[str, str, float]]:
+        return Busy, (str(self), self.reason, self.retry_after)
+
 
 @dataclass(frozen=True)
 class Piece:
     """Some text of an answer; it may be empty."""
 
     text: str
+    rung: int  # that the answer is made under
 
 
 @dataclass(frozen=True)
@@ -266,7 +270,7 @@ class Engine:
                 [job.prompt.inputs for job in jobs],
                 [self.ladder.rungs[rung] for rung in rungs],
                 [job.sampler for job in jobs],
-                [text for job in jobs for text in job.prompt.asked],
+                [job.prompt.asked for job in jobs],
             )
         except Exception as error:
             if len(jobs) == 1:
@@ -340,7 +344,7 @@ class Engine:
         is_last = is_end or text.is_stopped or len(answer.tokens) >= job.new_tokens
         if is_last and not text.is_stopped:
             piece += text.end()
-        job.emit(Piece(piece))
+        job.emit(Piece(piece, running.rung))
         if is_last:
             self._leave(running)
             reason: Literal["stop", "length"] = "stop" if is_end or text.is_stopped else "length"

@@ -27,7 +27,7 @@ from planner.serving.chat_format import (
 )
 from planner.serving.engine import Busy, Done, Event, Failed, Piece
 from planner.serving.http_limits import BodyLimit, KeyCheck
-from planner.serving.service import Asked, Service
+from planner.serving.service import Asked, ChatService
 
 MOST_BODY_BYTES = 32 * 2**20
 _FAILURES: dict[int | str, dict[str, Any]] = {
@@ -39,7 +39,7 @@ Milliseconds = Annotated[float | None, Header(gt=0)]
 
 
 def http_app(
-    service: Service, keys: Sequence[str] = (), most_body_bytes: int = MOST_BODY_BYTES
+    service: ChatService[Any], keys: Sequence[str] = (), most_body_bytes: int = MOST_BODY_BYTES
 ) -> FastAPI:
     """An ASGI application, to be served or mounted in another; the service starts and stops with
     it.
@@ -49,9 +49,9 @@ def http_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.engine.start()
+        service.start()
         yield
-        await asyncio.to_thread(service.engine.stop)
+        await asyncio.to_thread(service.stop)
 
     app = FastAPI(title="planner", lifespan=lifespan, responses=_FAILURES)
     app.add_middleware(BodyLimit, most_bytes=most_body_bytes)
@@ -94,17 +94,17 @@ def http_app(
     @app.get("/health", response_class=Response)
     def health() -> Response:
         """Status 200 while requests are taken, 503 before and after."""
-        return Response(status_code=200 if service.engine.is_healthy else 503)
+        return Response(status_code=200 if service.is_healthy else 503)
 
     @app.get("/metrics", response_class=Response)
     def metrics() -> Response:
         """For Prometheus."""
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(service.metrics_text(), media_type="text/plain; version=0.0.4")
 
     return app
 
 
-async def _whole(service: Service, asked: Asked, event: Event) -> ChatCompletion:
+async def _whole(service: ChatService[Any], asked: Asked, event: Event) -> ChatCompletion:
     """The answer, once it is complete."""
     pieces: list[str] = []
     while isinstance(event, Piece):
@@ -123,7 +123,7 @@ async def _whole(service: Service, asked: Asked, event: Event) -> ChatCompletion
 
 
 async def _chunks(
-    service: Service, asked: Asked, event: Event, with_usage: bool, stack: AsyncExitStack
+    service: ChatService[Any], asked: Asked, event: Event, with_usage: bool, stack: AsyncExitStack
 ) -> AsyncIterator[str]:
     """The answer as server-sent events; whoever stops reading ends it."""
 

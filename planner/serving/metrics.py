@@ -60,6 +60,17 @@ class Metrics:
         """An answer with a deadline is complete."""
         self._deadlines.labels(self._model, str(kept).lower()).inc()
 
+    def deadlines(self) -> tuple[float, float]:
+        """How many deadlines were missed, or refused because they could not be kept; and of how
+        many in all."""
+
+        def count(name: str, **labels: str) -> float:
+            known = {"model_name": self._model, **labels}
+            return self.registry.get_sample_value(f"planner:{name}_total", known) or 0.0
+
+        late = count("deadlines", kept="false") + count("requests_refused", reason="deadline")
+        return late, late + count("deadlines", kept="true")
+
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""
         return generate_latest(self.registry)

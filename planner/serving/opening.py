@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from planner.ir.errors import InputError
 from planner.kernels.choice import Kernels
+from planner.loading import load_model
 from planner.models.running.skipping import session_on
-from planner.models.scheduling import Scheduled
+from planner.models.scheduling import Scheduled, compile_schedule, load_scheduled
+from planner.planning.request import Request
 from planner.progress import Say
 from planner.serving.chat_prompts import PromptLimits, PromptReader
 from planner.serving.engine import Engine, EngineLimits
@@ -20,6 +23,48 @@ from planner.serving.service import Service
 from planner.serving.warm_up import make_ladder, measure_rungs
 
 _MOST_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """What a service is opened with; it can be sent to other machines."""
+
+    request: Request  # model, switches, tokens, utilities
+    budgets: tuple[float, ...]
+    scheduler: str | None = None
+    dtype: str = "auto"
+    place: str = "cpu"
+    kernels: str = "auto"
+    most_tokens: int | None = None  # of a prompt with its answer
+    images: int = 8  # of a request
+    remote_images: bool = False
+    limits: EngineLimits = field(default_factory=EngineLimits)
+
+
+def load_service(settings: ServiceSettings, progress: Say = lambda stage: None) -> Service:
+    """Load a model and open its service; InputError where it cannot be served so."""
+    request, scheduled = settings.request, None
+    progress("load")
+    if settings.scheduler is None:
+        model, processor, _ = load_model(request.model, settings.dtype, settings.place)
+    else:
+        dearest = replace(request, budget=max(settings.budgets))
+        schedule = compile_schedule(dearest, settings.scheduler)
+        model, processor, scheduled = load_scheduled(schedule, settings.dtype, settings.place)
+    return open_service(
+        request.model,
+        model,
+        processor,
+        settings.budgets,
+        prompts=prompt_limits(model, settings.most_tokens, settings.images, settings.remote_images),
+        limits=settings.limits,
+        kernels=settings.kernels,
+        progress=progress,
+        scheduled=scheduled,
+        switches=request.switches,
+        tokens=request.tokens,
+        utilities=request.utilities,
+    )
 
 
 def open_service(
@@ -46,7 +91,8 @@ def open_service(
         limits: of the batch and its queue.
         kernels, options: as for `planner.compile`.
         progress: told what is being done.
-        scheduled: the model under a scheduler, not attached; it plans every prompt by itself.
+        scheduled: the model under a scheduler, not attached; it plans every prompt by itself, and
+            of the options `tokens` alone counts.
     """
     from planner.api import graph_of
 
@@ -61,7 +107,9 @@ def open_service(
     else:
         graph = scheduled.graph
         session_on(model, graph, freeze=True, kernels=Kernels.of(kernels))
-        ladder, batch = scheduled_ladder(scheduled, budgets), ScheduledBatch(scheduled)
+        tokens = options.get("tokens") or ""
+        ladder = scheduled_ladder(scheduled, budgets, tokens)
+        batch = ScheduledBatch(scheduled, tokens)
     governor = Governor(measure_rungs(batch, ladder, reader, progress))
     metrics = Metrics(name)
     tokenizer = getattr(processor, "tokenizer", processor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -107,13 +108,13 @@ class RunningBatch:
         prompts: Sequence[Mapping[str, Tensor]],
         rungs: Sequence[Rung],
         samplers: Sequence[Sampler],
-        asked: Sequence[str] = (),
+        asked: Sequence[Sequence[str]] = (),
     ) -> list[Answer]:
         """Read prompts, whose answers join the batch with their first tokens.
 
         `prompts` are inputs of the model, a batch of one each, that `alike` says go together;
-        `asked` is the question about each picture in them. PlannerError where there is no answer to
-        some prompt.
+        `asked` has the questions about the pictures of each. PlannerError where there is no answer
+        to some prompt.
         """
         plans = [rung.plan for rung in rungs]
         cache = DynamicCache(config=self.model.config)
@@ -121,7 +122,7 @@ class RunningBatch:
         inputs = _padded(prompts, max(lengths), self.model.device)
         if len(prompts) > 1:
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        with self._session.under(plans), question(asked):
+        with self._session.under(plans), question(list(chain(*asked))):
             output = self._run(cache, inputs)
             kept = self._session.implementation.kept_image_tokens
         answers = [

@@ -16,9 +16,13 @@ from transformers.cache_utils import DynamicCache
 from typing_extensions import override
 
 from planner.ir.cost import Workload
+from planner.ir.structure import tiles
 from planner.loading import count_image_tokens
 from planner.models.running.joined_cache import CachedAnswer
 from planner.models.scheduling import Scheduled
+from planner.models.tokens.text_tower import question
+from planner.plan import TokenStage
+from planner.planning.selectors import stages_of
 from planner.serving.ladder import Ladder, Rung
 from planner.serving.running_batch import Answer, RunningBatch, Sampler
 
@@ -28,13 +32,14 @@ class ScheduledBatch(RunningBatch):
 
     Args:
         scheduled: a model, not attached.
+        tokens: a token selector in front of the scheduler's switches, "" for none.
     """
 
     is_scheduled: ClassVar[bool] = True
 
-    def __init__(self, scheduled: Scheduled) -> None:
+    def __init__(self, scheduled: Scheduled, tokens: str = "") -> None:
         super().__init__(scheduled.model)
-        self._scheduled = scheduled
+        self._scheduled, self._tokens = scheduled, tokens
 
     @override
     @torch.no_grad()
@@ -43,9 +48,15 @@ class ScheduledBatch(RunningBatch):
         prompts: Sequence[Mapping[str, Tensor]],
         rungs: Sequence[Rung],
         samplers: Sequence[Sampler],
-        asked: Sequence[str] = (),
+        asked: Sequence[Sequence[str]] = (),
     ) -> list[Answer]:
-        answers = [self._one(*job) for job in zip(prompts, rungs, samplers, strict=True)]
+        of_pictures = asked or [()] * len(prompts)
+        answers = []
+        for prompt, rung, sampler, questions in zip(
+            prompts, rungs, samplers, of_pictures, strict=True
+        ):
+            with question(questions):
+                answers.append(self._one(prompt, rung, sampler))
         self.answers += answers
         return answers
 
@@ -56,7 +67,7 @@ class ScheduledBatch(RunningBatch):
         image = count_image_tokens(self.model, inputs)
         load = Workload.default(scheduled.graph, image, length - image, 0)
         cache = DynamicCache(config=self.model.config)
-        with scheduled.using(rung.budget, (), load):
+        with scheduled.using(rung.budget, _stages(scheduled, self._tokens, load), load):
             logits = self._run(cache, inputs).logits
             kept = {layer: counts[0] for layer, counts in scheduled.kept_image_tokens.items()}
             (plan,) = scheduled.plans()
@@ -65,13 +76,23 @@ class ScheduledBatch(RunningBatch):
         return Answer(plan, sampler, CachedAnswer(cache, 0, length + 1), [token], kept)
 
 
-def scheduled_ladder(scheduled: Scheduled, budgets: Sequence[float]) -> Ladder:
-    """A rung for each budget, with the plan of a typical prompt.
+def scheduled_ladder(scheduled: Scheduled, budgets: Sequence[float], tokens: str = "") -> Ladder:
+    """A rung for each budget, with the plan of a typical prompt; `tokens` as for `ScheduledBatch`.
 
     InputError where the scheduler cannot keep to one.
     """
+    load = Workload.default(scheduled.graph, new_tokens=0)
+    stages = _stages(scheduled, tokens, load)
     rungs = []
     for budget in sorted(set(budgets)):
-        with scheduled.using(budget):
-            rungs.append(Rung(budget, scheduled.layout.example(int(scheduled.limits[0]))))
+        with scheduled.using(budget, stages, load):
+            rungs.append(Rung(budget, scheduled.layout.example(int(scheduled.limits[0]), stages)))
     return Ladder(tuple(rungs))
+
+
+def _stages(scheduled: Scheduled, tokens: str, load: Workload) -> tuple[TokenStage, ...]:
+    """In front of the switches, on a prompt."""
+    if not load.image_tokens:
+        return ()
+    graph = scheduled.graph
+    return stages_of(tokens, load.image_tokens, load.image_tokens_per_run, tiles(graph))

@@ -6,12 +6,15 @@ import asyncio
 import math
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+from typing_extensions import override
 
 from planner.ir.cost import Workload
 from planner.ir.errors import InputError
@@ -30,14 +33,61 @@ from planner.serving.running_batch import Sampler
 class Asked:
     """A request that was accepted: what comes of it, in this event loop."""
 
-    job: Job
-    events: asyncio.Queue[Event]
+    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
 
-class Service:
-    """One model, served under the name by which requests ask for it."""
+AskedT = TypeVar("AskedT", bound=Asked)
+
+
+class ChatService(ABC, Generic[AskedT]):
+    """What answers requests, for one model, under the name by which they ask for it."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.created = name, int(time.time())
+
+    @abstractmethod
+    def start(self) -> None:
+        """Begin to take requests."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Take no more, and finish those there are."""
+
+    @property
+    @abstractmethod
+    def is_healthy(self) -> bool:
+        """Whether it works, and takes requests."""
+
+    @abstractmethod
+    def metrics_text(self) -> bytes:
+        """For Prometheus."""
+
+    @abstractmethod
+    def asked(
+        self, request: ChatRequest, ttft_ms: float | None, tpot_ms: float | None
+    ) -> AbstractAsyncContextManager[AskedT]:
+        """Have a request answered; when the block is left, it is not wanted any more.
+
+        It may have `ttft_ms` until its first token, and `tpot_ms` for each that follows. InputError
+        where it asks for what there is not, Busy where it cannot be served now.
+        """
+
+    @abstractmethod
+    def usage(self, asked: AskedT, done: Done) -> Usage:
+        """What an answer took, beside the base model's cost of it."""
+
+
+@dataclass(eq=False, kw_only=True)
+class AskedHere(Asked):
+    """A request that this process answers."""
+
+    job: Job
+
+
+class Service(ChatService[AskedHere]):
+    """One model, served by an engine of this process."""
 
     def __init__(
         self,
@@ -48,22 +98,35 @@ class Service:
         metrics: Metrics,
         temperature: float,  # for requests that give none
     ) -> None:
-        self.name, self.engine, self.metrics = name, engine, metrics
-        self.created = int(time.time())
+        super().__init__(name)
+        self.engine, self.metrics = engine, metrics
         self._graph, self._reader, self._temperature = graph, reader, temperature
         # One thread: tokenizers are not for several.
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="planner-prompts")
         self._known_cost = lru_cache(maxsize=1024)(self._cost_of_rung)
 
+    @override
+    def start(self) -> None:
+        self.engine.start()
+
+    @override
+    def stop(self) -> None:
+        self.engine.stop()
+
+    @property
+    @override
+    def is_healthy(self) -> bool:
+        return self.engine.is_healthy
+
+    @override
+    def metrics_text(self) -> bytes:
+        return self.metrics.text()
+
+    @override
     @asynccontextmanager
     async def asked(
         self, request: ChatRequest, ttft_ms: float | None, tpot_ms: float | None
-    ) -> AsyncIterator[Asked]:
-        """Have a request answered; when the block is left, it is not wanted any more.
-
-        It may have `ttft_ms` until its first token, and `tpot_ms` for each that follows. InputError
-        where it asks for what there is not, Busy where it cannot be served now.
-        """
+    ) -> AsyncIterator[AskedHere]:
         arrived = time.monotonic()
         dearest = self.engine.ladder.within(request.budget)
         temperature = self._temperature if request.temperature is None else request.temperature
@@ -91,12 +154,12 @@ class Service:
             )
             self.engine.submit(job)
         try:
-            yield Asked(job, events)
+            yield AskedHere(events, job=job)
         finally:
             job.is_cancelled = True
 
-    def usage(self, asked: Asked, done: Done) -> Usage:
-        """What an answer took, beside the base model's cost of it."""
+    @override
+    def usage(self, asked: AskedHere, done: Done) -> Usage:
         prompt, rung = asked.job.prompt, self.engine.ladder.rungs[done.rung]
         kept = tuple(sorted(done.kept.items()))
         sizes = prompt.image_tokens, prompt.tokens, done.tokens, kept

@@ -105,7 +105,7 @@ def _step_seconds(batch: RunningBatch, prompts: Sequence[Prompt], rung: Rung) ->
 
 
 def _read(batch: RunningBatch, prompt: Prompt, rung: Rung) -> None:
-    batch.read([prompt.inputs], [rung], [Sampler(0.0)], prompt.asked)
+    batch.read([prompt.inputs], [rung], [Sampler(0.0)], [prompt.asked])
 
 
 def _clear(batch: RunningBatch) -> None:
