@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 from PIL import Image
+from small_llava import write_small_llava
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import planner
@@ -220,9 +221,11 @@ def test_run_says_what_an_adaptive_selector_kept(cli, cli_json, picture):
     assert f"{ran['flops']['fraction']:.4f} of the base model's (the plan says" in out
 
 
-def test_run_on_kernels(cli, cli_json):
+def test_run_on_kernels(cli, cli_json, tmp_path):
     """Whichever computes, the answer is the same; the launches are counted, and told."""
-    asked = ["run", "--model", "tiny-llava", "--prompt", "hello", "-b", "0.6", "--new-tokens", "2"]
+    model = write_small_llava(tmp_path / "model", layers=2, heads=2)
+    asked = ["run", "--model", model, "--prompt", "hello", "-b", "0.6", "--utilities", "prior"]
+    asked += ["--new-tokens", "2"]
     by_torch = cli_json(*asked, "--kernels", "torch")
     by_triton = cli_json(*asked, "--kernels", "triton")
     assert by_triton["answer"] == by_torch["answer"]

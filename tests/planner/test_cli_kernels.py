@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import triton
+from small_llava import write_small_llava
 
 from planner.cli import execute as run
 from planner.kernels.targets import build
@@ -173,13 +174,14 @@ def test_run_by_generated_kernels(cli, cli_json, monkeypatch, tmp_path):
     nothing = Resources(registers=0, spill_bytes=0, shared_bytes=0, mma=0, wgmma=0)
     made = Compiled(nothing, "{}", "", b"")
     monkeypatch.setattr(build, "compile_kernel", lambda *_, **__: made)
+    model = write_small_llava(tmp_path / "model", layers=2, heads=2)
     shape = ("--image-tokens", "0", "--text-tokens", "12", "--switches", "layers,heads,mlp")
     target = ("--target", "sm_90", "--dtype", "float32")
     for name, budget in (("out", "0.65"), ("other", "0.5")):
-        asked = ["compile", "--model", "tiny-llava", "--budget", budget, *shape, *target]
+        asked = ["compile", "--model", model, "--budget", budget, *shape, *target]
         asked += ["--utilities", "prior"]
         assert cli(*asked, "-o", name)[0] == 0
-    planned = (*RUN, "--plan", tmp_path / "out" / "plan.yaml")
+    planned = (*RUN, "--model", model, "--plan", tmp_path / "out" / "plan.yaml")
     by_torch = cli_json(*planned, "--kernels", "torch")
     ran = cli_json(*planned, "--kernels", "out")
     assert "generated" not in by_torch
