@@ -1,5 +1,6 @@
 """Shared by all tests: the modules beside this file, and golden text."""
 
+import atexit
 import gc
 import os
 import sys
@@ -12,10 +13,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import planner  # noqa: F401 - before the folder tests/planner can be mistaken for it
 
-gc.disable()  # until all tests are imported
-
 # Makes ``from families import FAMILIES`` work in every folder of tests.
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_collectstart():
+    """Collect no garbage while tests and libraries are imported."""
+    gc.disable()
 
 
 def pytest_collection_finish():
@@ -23,11 +27,8 @@ def pytest_collection_finish():
     one, and walking torch and transformers would take it half a second."""
     gc.freeze()
     gc.enable()
-
-
-def pytest_unconfigure():
-    """What is left of libraries' objects at the end, they complain about."""
-    gc.unfreeze()
+    # Some libraries report as leaked what is still frozen when Python ends.
+    atexit.register(gc.unfreeze)
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def _plans(family, graph):
     ]
 
 
-def _decoded(model, inputs, tokens=4):
+def _decoded(model, inputs, tokens=2):
     """Logits behind the prompt, and behind some tokens more."""
     options = {"max_new_tokens": tokens + 1, "do_sample": False, "output_logits": True}
     with torch.no_grad():
@@ -43,7 +43,7 @@ def _decoded(model, inputs, tokens=4):
 
 
 def _answers(model, inputs):
-    """Logits of all the prompt's tokens, and of four decoded ones."""
+    """Logits of all the prompt's tokens, and of two decoded ones, the second behind the first."""
     with torch.no_grad():
         prompt = model(**inputs).logits[inputs["attention_mask"].bool()]
     return [prompt, *_decoded(model, inputs)[1:]]
