@@ -42,7 +42,7 @@ class Healing:
     batch: int = 8  # samples a step
     rank: int = 32  # of the low-rank changes; 0 trains the weights themselves
     # At its highest; it rises over a tenth of the steps, and falls to 0. By default 2e-3 for
-    # low-rank changes, and 1e-4 for the weights themselves.
+    # low-rank changes, and 2e-4 for the weights themselves.
     learning_rate: float | None = None
     seed: int = 0  # which samples come when, and how changes begin
 
@@ -58,7 +58,7 @@ class Healing:
         """The learning rate at its highest."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return 2e-3 if self.rank else 1e-4
+        return 2e-3 if self.rank else 2e-4
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,11 @@ def plan_cache(
         raise InputError(
             "this cache was filled by the base model; start with a new cache to run under a plan"
         )
+    if type(cache).__len__ is not Cache.__len__:
+        raise InputError(
+            f"a {type(cache).__name__} keeps states beside its layers, which no plan can fill: "
+            "call the model with use_cache=False"
+        )
     count = len(program.layers)
     if cache.layer_class_to_replicate is not None:
         layers.extend(cache.layer_class_to_replicate() for _ in range(count - len(layers)))

@@ -25,7 +25,7 @@ def heal_command(
         int, typer.Option(help="Of LoRA's matrices; 0 trains the weights themselves.")
     ] = 32,
     learning_rate: Annotated[
-        float | None, typer.Option(help="At its highest; 2e-3, or 1e-4 at rank 0.")
+        float | None, typer.Option(help="At its highest; 2e-3, or 2e-4 at rank 0.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Which samples come when.")] = 0,
 ) -> None:

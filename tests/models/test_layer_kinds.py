@@ -151,6 +151,19 @@ def test_samples_share_a_state_so_they_share_a_plan():
         generate(model)
 
 
+@torch.no_grad()
+def test_a_cache_with_states_beside_its_layers_is_refused_and_none_is_needed():
+    """MiniMax's, whose lightning attention counts the layers that have passed."""
+    model = AutoModelForCausalLM.from_config(small_default("minimax")).eval()
+    graph = lower_model(model, "minimax")
+    plan = plan_of(graph, heads={site.layer: () for site in graph.sites_of("heads")})
+    with obeying(model, graph, plan):
+        with pytest.raises(InputError, match="use_cache=False"):
+            model(**prompt())
+        planned = model(**prompt(), use_cache=False).logits
+    assert not torch.allclose(planned, model(**prompt()).logits)
+
+
 def narrowing(graph, heads):
     """A plan that keeps some heads and neurons of every layer but the last, and no head of one."""
     kept = {
