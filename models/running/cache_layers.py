@@ -206,7 +206,8 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the masks that stock code builds, as if nothing were dropped."""
-        if type(self.stock) is DynamicLayer:
+        # Also where there is a state beside the keys.
+        if isinstance(self.stock, DynamicLayer) and not self.is_sliding:
             return self.total + query_length, 0
         sizes: tuple[int, int] = self.stock.get_mask_sizes(query_length)
         return sizes

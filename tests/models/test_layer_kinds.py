@@ -79,15 +79,17 @@ def prompt():
 
 
 def generate(model, **options):
-    return model.generate(
+    options = {
+        "max_new_tokens": 3,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "return_dict_in_generate": True,
+        "output_logits": True,
         **prompt(),
-        max_new_tokens=3,
-        do_sample=False,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-        output_logits=True,
         **options,
-    ).logits
+    }
+    return model.generate(**options).logits
 
 
 @torch.no_grad()
@@ -162,6 +164,22 @@ def test_a_cache_with_states_beside_its_layers_is_refused_and_none_is_needed():
             model(**prompt())
         planned = model(**prompt(), use_cache=False).logits
     assert not torch.allclose(planned, model(**prompt()).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["falcon_h1", "qwen3_5_text"])
+def test_a_padded_sample_beside_a_longer_one_is_continued_as_alone(model_type):
+    model, graph = small_model(model_type)
+    ids = prompt()["input_ids"][:1]
+    mask = torch.ones_like(ids)
+    both = {
+        "input_ids": torch.cat([ids, nn.functional.pad(ids[:, 4:], (4, 0))]),
+        "attention_mask": torch.cat([mask, nn.functional.pad(mask[:, 4:], (4, 0))]),
+    }
+    with obeying(model, graph, plan_of(graph, layers_off=(1, 2))):
+        together = torch.stack(generate(model, **both))
+        alone = torch.stack(generate(model, input_ids=ids[:, 4:], attention_mask=mask[:, 4:]))
+    torch.testing.assert_close(together[:, 1:], alone, rtol=1e-3, atol=1e-3)
 
 
 def narrowing(graph, heads):
