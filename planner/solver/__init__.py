@@ -19,7 +19,7 @@ or a bare `Choice` from the rule. Nothing here knows of graphs, models or device
     equal_widths    the best choice with equal counts in every layer
     option_bounds   bounds of all token options at once
     rungs           the best choices at falling prices
-    frontier        answers for any prompt and any limits in about a millisecond, from rungs
+    frontier        answers for any prompt and any limits in a millisecond or two, from rungs
     greedy          the rule: take switches while they fit
 """
 

@@ -1,4 +1,4 @@
-"""Answers for any prompt and any limits in about a millisecond, each with a certified gap.
+"""Answers for any prompt and any limits in a millisecond or two, each with a certified gap.
 
 What a choice costs on a prompt is a weighted sum: of terms that depend on the choice alone, by
 weights that depend on the prompt alone. Built once: a ladder of choices for every token option
