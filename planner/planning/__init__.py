@@ -13,7 +13,6 @@ Enters: a model's config or Graph, a budget. Leaves: a `planner.plan.Plan`. Impo
     unit_counting      AdaLLaVA's switch sets, which count units instead of costs
     utilities          what switches are worth
     redundancy         what is lost together: no set of layers at a gain
-    attention_widths   what choosing tokens multiplies
     pricing            Graph, workload, budget -> Problem
     config_sizes       what a stock config can say of a plan
     compiler           all of it, in order

@@ -21,7 +21,6 @@ from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator, Site
 from planner.ir.structure import narrowed
 from planner.plan import Plan
-from planner.planning.attention_widths import AttentionWidths
 from planner.planning.budgets import Budget
 from planner.planning.selectors import (
     KVPolicy,
@@ -32,6 +31,7 @@ from planner.planning.selectors import (
     VisionSelector,
     scores_by_attention,
 )
+from planner.planning.selectors.attention_widths import AttentionWidths
 from planner.planning.switches import SwitchSet
 from planner.planning.utilities import Utilities
 from planner.solver.problem import (

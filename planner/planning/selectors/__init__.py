@@ -6,6 +6,7 @@ What users should know of each is in docs/selectors.md. `parse` reads a selector
 
     arguments           methods with parameters as text
     selector            what is known of every selector
+    attention_widths    features of the attention by which selectors rank tokens
     in_decoder          selectors that work in the decoder
     in_vision           selectors that work before the projector
     text_guided         selectors that compare patches with the question, by a CLIP model
