@@ -49,6 +49,13 @@ def decoder_inputs(
     for name in ENCODED:
         for features in _widths(decoder, width) if name in accepted else ():
             states = torch.zeros(1, encoded, features, device="meta")
+            if "cross_attention_mask" in accepted:
+                # As processors give it: without one Mllama reads no more keys than there are words.
+                masks = {
+                    "cross_attention_mask": torch.zeros(1, 1, tokens, encoded, device="meta"),
+                    "full_text_row_masked_out_mask": torch.ones(1, 1, tokens, 1, device="meta"),
+                }
+                yield {**base, **masks, name: states}, ("inputs_embeds", name)
             yield {**base, name: states}, ("inputs_embeds", name)
     yield base, ("inputs_embeds",)
     if "decoder_inputs_embeds" in accepted:

@@ -20,6 +20,8 @@ from planner.loading import visual_tokens
 _FIRST_WORD, _LAST_WORD = 3, 300
 # Arguments that tell image tokens from words.
 _MARKS = ("token_type_ids", "position_mask")
+# Dimensions of pictures cut to tiles: sample, picture, tile, channel, row, column.
+_TILED = 6
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,9 @@ class Prompts:
         if "input_ids" not in self.accepted:
             # Then it is of the encoder, which sees no words.
             del known["attention_mask"]
+        shown = self.pixels.get("pixel_values")
+        if shown is not None and shown.ndim == _TILED:
+            known["cross_attention_mask"] = mask[..., None, None].repeat(1, 1, *shown.shape[1:3])
         for name in self.accepted:
             if name.endswith(_MARKS):
                 known[name] = (ids == self.placeholder).long()

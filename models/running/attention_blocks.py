@@ -167,7 +167,10 @@ def _head_counts(site: BoundSite) -> set[int]:
 
 
 def _candidates(site: BoundSite) -> list[tuple[str, str, int]]:
-    """Integers that may count heads: equal to the number of heads or groups, or their features."""
+    """Integers that may count heads: equal to the number of heads or groups, or their features.
+
+    What counts layers, or says which one this is, may be as large by accident.
+    """
     lanes = site.site.lanes
     widths = [block.width for linear in site.linears for block in linear.binding.blocks]
     sizes = {*_head_counts(site), *(linear.features for linear in site.linears)}
@@ -177,7 +180,10 @@ def _candidates(site: BoundSite) -> list[tuple[str, str, int]]:
         (owner, name, value)
         for owner, holder in owners.items()
         for name, value in getattr(holder, "__dict__", {}).items()
-        if type(value) is int and value in sizes and not name.startswith("_")
+        if type(value) is int
+        and value in sizes
+        and not name.startswith("_")
+        and "layer" not in name
     ]
 
 

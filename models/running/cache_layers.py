@@ -178,8 +178,13 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def is_initialized(self) -> bool:
-        """Whether anything is stored."""
-        return bool(self._stores())
+        """Whether anything is stored, or tokens have passed a layer that stores nothing."""
+        return bool(self._stores()) or self._is_passed
+
+    @property
+    def _is_passed(self) -> bool:
+        """Whether tokens have passed, and no part of the layer has a place for them."""
+        return self.total > 0 and all(part.store is None for part in self.parts)
 
     def _tensors(self, name: str) -> Tensor | None:
         # Cross-attention reads keys of the image in every pass, and stores some in the first alone.
@@ -188,16 +193,18 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
             if store is not None and store.is_initialized:
                 tensor: Tensor = getattr(store, name)
                 return tensor
-        return None
+        # Stock code leaves out cross-attention layers without keys, MLP and all.
+        return torch.zeros(1) if self._is_passed else None
 
     @property
     def keys(self) -> Tensor | None:
-        """Stored keys of the group that runs, or of any; None where the layer is off."""
+        """Stored keys of the group that runs, or of any; one number where tokens have passed and
+        nothing is stored, else None."""
         return self._tensors("keys")
 
     @property
     def values(self) -> Tensor | None:
-        """Stored values of the group that runs, or of any; None where the layer is off."""
+        """Stored values, as `keys`."""
         return self._tensors("values")
 
     def get_seq_length(self) -> int:

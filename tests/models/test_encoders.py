@@ -8,14 +8,17 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import MllamaForConditionalGeneration
 
 import planner
+from planner.api import graph_of
 from planner.ir.lowering import lower_model
 from planner.ir.lowering.counted_flops import CountedFlops
 from planner.models.checking.architecture import randomised
 from planner.models.checking.small_config import small_default
 from planner.models.checking.small_prompt import prompts_of
 from planner.models.running.encoders import Encoders, Entered
+from planner.plan import Plan
 from planner.solver import Infeasible
 
 # A text encoder with pictures; a picture encoder; tiles that some layers attend to; encoders in the
@@ -180,3 +183,35 @@ def test_layers_that_attend_to_pictures_beside_can_still_lose_heads():
     assert sum(1 for _ in graph.sites_of("heads")) == graph.layers
     keys = {str(o["keys"]) for o in graph if o.kind == "attention" and o.part == "decoder"}
     assert keys == {"context", "encoded"}
+
+
+def test_tiles_that_masks_hide_are_priced_as_read_and_answers_go_on_from_a_cache():
+    """With a mask, as processors give it, Mllama reads all tiles, however few or many the words."""
+    config = small_default("mllama")
+    config.text_config.num_hidden_layers = 6
+    config.text_config.cross_attention_layers = [1, 4]
+    config.vision_config.image_size = 28
+    torch.manual_seed(0)
+    model = randomised(MllamaForConditionalGeneration(config).eval())
+    prompts = prompts_of(model)
+    assert "cross_attention_mask" in prompts.of(7)
+    every = [prompts.of(7), prompts.of(90)]
+    bases = [counted(model, inputs) for inputs in every]
+    planner.compile(model, 1.0, utilities="prior", new_tokens=1)
+    graph = graph_of(model)
+    for inputs, base in zip(every, bases, strict=True):
+        with planner.budget(model, 0.97):
+            cost = planner.cost_of(model, inputs)["flops"]
+            assert cost["base"] == base
+            assert counted(model, inputs) == cost["plan"] <= 0.97 * base
+    # Layer 2 of two KV groups; cross-attention in part, and not at all beside its MLP.
+    for heads in ({2: (0,)}, {1: (1,), 4: ()}, {1: (), 4: ()}):
+        planner.restore(model)
+        planner.compile(model, plan=Plan.of(graph, heads=heads))
+        options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        options |= {"output_logits": True, "return_dict_in_generate": True}
+        cached, again = (
+            torch.stack(model.generate(**every[0], **options, use_cache=use).logits)
+            for use in (True, False)
+        )
+        torch.testing.assert_close(cached, again, atol=1e-5, rtol=1e-5)
