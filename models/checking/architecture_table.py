@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from planner.contained import contained
-from planner.files import MEBIBYTE, read_text, write_text
+from planner.documents import read_json
+from planner.files import check_output, write_text
 from planner.ir.errors import InputError
 from planner.models.checking.architecture import CHECKS, Checked, lowered_row, run_row
 from planner.models.checking.model_types import TEXT_TYPES, image_text_types
@@ -51,13 +51,17 @@ def check_types(
             `only` names them, or other versions of libraries are installed.
         progress: told before each check: how many are done, of how many, and what is next.
 
-    Raises InputError: for a model type that is not in the table.
+    Raises InputError: for a model type that is not in the table, and for an output that cannot be
+    written, or holds something else.
     """
     known = (*image_text_types(), *TEXT_TYPES)
     unknown = sorted(set(only) - set(known))
     if unknown:
         raise InputError(f"no model type '{unknown[0]}' is among the {len(known)} that are checked")
-    rows = {} if output is None else _kept(output)
+    rows: dict[str, Checked] = {}
+    if output is not None:
+        check_output(output, ".md")
+        rows = _kept(output)
     chosen = [name for name in known if (name in only if only else name not in rows)]
     for done, name in enumerate(chosen):
         progress(done, len(chosen), name)
@@ -86,10 +90,13 @@ def _kept(output: Path) -> dict[str, Checked]:
     path = output.with_suffix(".json")
     if not path.exists():
         return {}
-    kept: Any = json.loads(read_text(path, "table of architectures", 16 * MEBIBYTE))
-    if kept["versions"] != _versions():
-        return {}
-    return {row["model_type"]: Checked(**row) for row in kept["rows"]}
+    kept = read_json(path, "table of architectures")
+    try:
+        if kept["versions"] != _versions():
+            return {}
+        return {row["model_type"]: Checked(**row) for row in kept["rows"]}
+    except (KeyError, TypeError):
+        raise InputError(f"'{path}' is not a table of architectures of planner") from None
 
 
 def _keep(output: Path, rows: Sequence[Checked]) -> None:

@@ -69,6 +69,21 @@ def test_an_unknown_model_type_is_refused(asked):
     assert asked == []
 
 
+def test_an_output_that_cannot_be_is_refused_before_anything_is_checked(tmp_path):
+    def never(*_):
+        raise AssertionError
+
+    with pytest.raises(InputError, match=r"suffix \.md"):
+        check_types(["gpt2"], tmp_path / "table.txt", never)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        check_types(["gpt2"], tmp_path / "file" / "table.md", never)
+    for text in ("[]", "{", "{}", "null"):
+        (tmp_path / "table.json").write_text(text)
+        with pytest.raises(InputError, match=r"table\.json"):
+            check_types(["gpt2"], tmp_path / "table.md", never)
+
+
 def test_a_check_that_fails_says_why_and_the_other_is_made():
     def fails(model_type):
         raise ValueError("no such thing")
