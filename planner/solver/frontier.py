@@ -25,8 +25,9 @@ from planner.solver.solution import Solution, certified, within_limits
 
 # How many token options, best bound first, are tried for one answer.
 _TRIED = 3
-# An answer so near its bound, as a share of what it is worth, is near enough.
-_ENOUGH = 1e-3
+# An answer so near its bound, as a share of what it is worth, is near enough: under one limit, and
+# under several or with pairs, where bounds are less tight and improving takes longer.
+_ENOUGH, _ENOUGH_OF_SEVERAL = 1e-4, 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,16 +96,18 @@ class Frontier:
         on_prompt = self._bounds.on(metrics, prices.weights, room)
         bounds = on_prompt.at(np.arange(len(starts)), multipliers)
         options.sort(key=lambda option: -bounds[option])
+        is_simple = len(metrics) == 1 and self._alone is None
+        enough = _ENOUGH if is_simple else _ENOUGH_OF_SEVERAL
         best: tuple[int, Assignment] | None = None
         for option in options[:_TRIED]:
-            if best is not None and _is_near(best[1], bounds[option]):
+            if best is not None and _is_near(best[1], bounds[option], enough):
                 break
             branch = self._branches[option].weighed(prices.weights[option], room[option])
             found = fill(branch, rungs.start(branch, option, starts[option]), multipliers[option])
-            if not _is_near(found, bounds[option]):
+            if not _is_near(found, bounds[option], enough):
                 tightest = on_prompt.tightest(option, multipliers[option])
                 bounds[option], multipliers[option] = tightest
-            if not _is_near(found, bounds[option]):
+            if not _is_near(found, bounds[option], enough):
                 weights = prices.weights[option]
                 row = rungs.worthiest(option, weights, room[option], multipliers[option])
                 other = rungs.start(branch, option, row)
@@ -136,5 +139,5 @@ class Frontier:
         return self._limited[metrics]
 
 
-def _is_near(found: Assignment, bound: int) -> bool:
-    return bool(bound - found.utility <= _ENOUGH * abs(found.utility))
+def _is_near(found: Assignment, bound: int, enough: float) -> bool:
+    return bool(bound - found.utility <= enough * abs(found.utility))
