@@ -68,6 +68,7 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.stock = stock
         self.key = key
         self.parts = list(parts)
+        self.is_crossed = False  # whether what is stored is of an image, not of these tokens
         self.total = 0  # tokens that have passed, stored or not
         self.ends_in_image = False  # whether the last token of some sample's last prompt was
         self.is_sliding = stock.is_sliding
@@ -178,13 +179,14 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def is_initialized(self) -> bool:
-        """Whether anything is stored, or tokens have passed a layer that stores nothing."""
+        """Whether anything is stored, or need not be, in cross-attention."""
         return bool(self._stores()) or self._is_passed
 
     @property
     def _is_passed(self) -> bool:
-        """Whether tokens have passed, and no part of the layer has a place for them."""
-        return self.total > 0 and all(part.store is None for part in self.parts)
+        """Whether tokens have passed cross-attention of which no part stores anything."""
+        nothing = all(part.store is None for part in self.parts)
+        return self.is_crossed and nothing and self.total > 0
 
     def _tensors(self, name: str) -> Tensor | None:
         # Cross-attention reads keys of the image in every pass, and stores some in the first alone.
@@ -198,8 +200,8 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def keys(self) -> Tensor | None:
-        """Stored keys of the group that runs, or of any; one number where tokens have passed and
-        nothing is stored, else None."""
+        """Stored keys of the group that runs, or of any; one number where cross-attention stores
+        nothing, else None."""
         return self._tensors("keys")
 
     @property

@@ -80,7 +80,11 @@ def plan_cache(
     for index, (layer, stock) in enumerate(zip(program.layers, layers, strict=False)):
         if type(stock) in (*_DYNAMIC, *_STATIC, *_HYBRID):
             kind = PlannedHybridLayer if isinstance(stock, _HYBRID) else PlannedLayer
-            layers[index] = kind(stock, program.key, _parts(layer, stock, rows[index]))
+            planned = kind(stock, program.key, _parts(layer, stock, rows[index]))
+            heads = layer.layer.heads
+            # A layer of cross-attention alone, as Mllama's, is called so.
+            planned.is_crossed = heads is not None and "cross" in heads.site.module.split(".")[-1]
+            layers[index] = planned
     if first_keyed(layers) is None:
         setattr(cache, _KEY, program.key)
     return _told_apart(layers, program, like)
