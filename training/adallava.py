@@ -26,6 +26,7 @@ from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
 from planner.models.scheduling import (
+    Layout,
     Scheduled,
     Scheduler,
     UnifiedSwitches,
@@ -63,8 +64,9 @@ class AdaLlavaConfig(ConversationConfig):
     estimator: str = "gumbel:temperature=5"
     # Tokens of a question besides the image, which budgets in cost are for; by default 64.
     text_tokens: int | None = None
-    # The smallest budget that samples get, as a fraction of the base model.
+    # The smallest and the largest budget that samples get, as fractions of the base model.
     least_budget: float = 0.0
+    most_budget: float = 1.0
 
     scheduler_learning_rate: float | None = None
     # Train the scheduler alone.
@@ -189,7 +191,7 @@ class BudgetCollator:
     """
 
     packer: Packer  # makes dialogues
-    steps: int  # the largest limit; limits are uniform from the smallest to it
+    most: int  # the largest limit; limits are uniform from the smallest to it
     seed: int  # of the draws
     # How many turns conversations may have; every batch draws one of these numbers.
     turns: Sequence[int]
@@ -202,7 +204,7 @@ class BudgetCollator:
         conversations = [visit.conversation for visit in visits]
         return {
             **self.packer([replace(c, turns=c.turns[:turns]) for c in conversations]),
-            "limits": torch.tensor([draw.randint(self.least, self.steps) for draw in draws]),
+            "limits": torch.tensor([draw.randint(self.least, self.most) for draw in draws]),
             "seeds": torch.tensor([draw.getrandbits(62) for draw in draws]),
             "ids": [c.id for c in conversations],
         }
@@ -246,9 +248,8 @@ def build_trainer(
     set_seed(config.seed)
     adaptive, processor = _build(config, learner, config.labels)
     packer = Packer(processor, config.max_text_tokens, dialogue_share=1.0)
-    layout = adaptive.layout
-    least = layout.limit(Budget.of(config.least_budget)) if config.least_budget else 0
-    collate = BudgetCollator(packer, layout.steps, config.seed, config.turns, least)
+    least, most = _limits(adaptive.layout, config)
+    collate = BudgetCollator(packer, most, config.seed, config.turns, least)
     arguments, records = arguments_of(config), conversations_of(config)
     step = arguments.train_batch_size * arguments.world_size * config.gradient_accumulation_steps
     kinds = records.kinds if isinstance(records, LlavaConversations) else None
@@ -262,6 +263,19 @@ def build_trainer(
         rates={"scheduler.": config.scheduler_learning_rate or config.learning_rate},
     )
     return trainer, adaptive, processor
+
+
+def _limits(layout: Layout, config: AdaLlavaConfig) -> tuple[int, int]:
+    """The smallest and the largest limit that samples get."""
+    if not config.least_budget <= config.most_budget <= 1:
+        raise InputError(
+            f"least_budget={config.least_budget:g} and most_budget={config.most_budget:g}: the "
+            "first is at most the second, and that at most 1"
+        )
+    least = layout.limit(Budget.of(config.least_budget)) if config.least_budget else 0
+    # With everything on, a scheduler's own cost comes on top of the base model's.
+    most = layout.limit(Budget.of(config.most_budget)) if config.most_budget < 1 else layout.steps
+    return least, most
 
 
 def _build(

@@ -11,6 +11,7 @@ from planner.ir.errors import InputError, PlannerError
 from planner.ir.lowering import lower_model
 from planner.models.running.kv_cache import cache_argument
 from planner.models.scheduling import Scheduled, Scheduler, layout_of, load_scheduler
+from planner.planning.budgets import Budget
 from planner.training import adallava
 from planner.training.adallava import AdaptiveModel, BudgetCollator, build_trainer, last_answer
 from planner.training.data import Packer, SceneConversations
@@ -72,6 +73,19 @@ def test_budgets_follow_from_the_visit_alone():
     counts = torch.bincount(many["limits"], minlength=5)
     assert len(counts) == 5
     assert (counts - 40).abs().max() < 24
+
+
+def test_budgets_stay_between_the_two_that_are_asked_for(base, tmp_path):
+    def limits(**changes):
+        trainer, adaptive, _ = build_trainer(settings(base, tmp_path, **changes))
+        visits = [Visit(number, SceneConversations("train", 1)[0]) for number in range(40)]
+        return trainer.data_collator(visits)["limits"], adaptive.layout
+
+    found, layout = limits(least_budget=0.6, most_budget=0.8)
+    low, high = (layout.limit(Budget.of(share)) for share in (0.6, 0.8))
+    assert set(found.tolist()) == set(range(low, high + 1))
+    with pytest.raises(InputError, match=r"least_budget=0\.9 and most_budget=0\.8"):
+        limits(least_budget=0.9, most_budget=0.8)
 
 
 def test_steps_hold_pictures_or_text_alone():

@@ -341,6 +341,20 @@ def test_a_comparison_tells_how_it_stands(base, tmp_path, monkeypatch):
         assert not any(example["attention"][token] for token in off)
 
 
+def test_a_tuned_controller_is_trained_at_its_budget_alone(tmp_path):
+    folder = write_small_llava(tmp_path / "base")
+    comparison = COMPARISONS["exp2"]
+    (variant,) = (v for v in comparison.variants if v.plans == "tuned controller")
+    settings = (f"model={folder}", "max_steps=2", "batch_size=2", "logging_steps=1")
+    bench = Measuring(tmp_path / "work", 0, 5, settings, print)
+    cell = bench.cell(comparison, variant, 0.8)
+    assert cell["violations"] == 0
+    assert cell["cost_fraction"] <= 0.8
+    (trained,) = (tmp_path / "work" / "models").iterdir()
+    recipe = json.loads((trained / "model" / "scheduler.json").read_text())["provenance"]["recipe"]
+    assert recipe["least_budget"] == recipe["most_budget"] == 0.8
+
+
 def test_how_plans_differ_is_counted_over_pairs():
     names = ("layer.2", "heads.2[0]", "mlp.2[0]", "mlp.2[1]")
     generator = torch.Generator().manual_seed(0)

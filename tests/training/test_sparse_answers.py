@@ -40,7 +40,8 @@ def test_the_command_trains_measures_and_goes_on(tmp_path, monkeypatch, capsys):
     asked += ["--set", "max_steps=1", "--set", "batch_size=2", "-o", str(out), "--json"]
     assert execute(asked) == 0
     capsys.readouterr()
-    monkeypatch.setattr(sparse_answers._Bench, "_measure", lambda *_: pytest.fail("measured again"))
+    for measured in ("_measure", "_timed"):
+        monkeypatch.setattr(sparse_answers._Bench, measured, lambda *_: pytest.fail("again"))
     assert execute(asked) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((out / "dynamic.json").read_text())
@@ -49,6 +50,8 @@ def test_the_command_trains_measures_and_goes_on(tmp_path, monkeypatch, capsys):
     assert base["kv_fraction"] == base["flops_fraction"] == 1
     assert both["flops_fraction"] < 1
     assert recent["kv_bytes"] < base["kv_bytes"]
+    assert base["speed"] == 1
+    assert both["speed"] > 0
     assert recent["against_base"]["low"] <= recent["against_base"]["difference"]
     page = dynamic_page(found)
     assert (out / "dynamic.md").read_text() == page

@@ -21,8 +21,9 @@ class Variant:
     start: str = ""
     # ``controller``, or what takes its place on the same weights: ``static``, the best plan for all
     # questions, ``random`` or ``oracle``; ``tuned`` is the static plan on the base model's weights,
-    # trained for it. Or a part of the controller: ``same switches`` has one order of switches for
-    # all questions, ``grid`` a grid of image tokens.
+    # trained for it, and ``tuned controller`` a controller trained at that budget alone. Or a part
+    # of the controller: ``same switches`` has one order of switches for all questions, ``grid`` a
+    # grid of image tokens.
     plans: str = "controller"
     # The text of a token selector that keeps n of N tokens; it runs on the base model.
     selector: Callable[[int, int], str] | None = field(default=None, compare=False, repr=False)
@@ -90,6 +91,7 @@ COMPARISONS: Mapping[str, Comparison] = {
             Variant("width", _switches("tokens,heads,mlp:groups=8,scorer=all")),
             Variant("depth", _switches("tokens,layers:scorer=all")),
             Variant("static, tuned", _switches(_ALL), plans="tuned"),
+            Variant("all, tuned", _switches(_ALL), plans="tuned controller"),
         ),
         "all",
     ),

@@ -163,6 +163,9 @@ class Measuring(Bench):
         if variant.plans == "tuned":
             assert static is not None
             folder = self._trained_for(variant, budget, static)
+        elif variant.plans == "tuned controller":
+            only = f"least_budget={budget:g}", f"most_budget={budget:g}"
+            folder = self._train(f"{variant.name} at {budget:g}", (*variant.settings, *only))
         else:
             folder = self.variant_trained(comparison, variant)
         forced, known = self.forced(folder, budget), self.load(str(folder))

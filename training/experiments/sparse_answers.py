@@ -6,15 +6,17 @@ After Table 3 of arXiv 2412.00876 (an answer's tokens kept by the predictor, at 
 one, the latest ones, by H2O) and its Tables 5 and 17 (keep rates swept). Answers are descriptions
 of rendered scenes, fed token by token into a cache under the policy, and every token's likelihood
 is what the model gave it there. Predictors are trained for tiny-llava as it is, one pair for each
-pair of rates and seed.
+pair of rates and seed. Speed is of a few answers, under every method in turn, several times.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,8 @@ from planner.training.recipes import load_recipe
 IMAGE_RATE, ANSWER_RATE = 0.2, 0.5
 # Tokens of a question and its answer, the image left out, at most.
 _MOST_TEXT = 400
+# How often every method is timed.
+_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -106,18 +110,50 @@ class _Bench(Bench):
 
         return self.trained(f"predictors that keep {rates}", label, WEIGHTS, train)
 
-    def _measure(self, method: Method) -> dict[str, Any]:
+    def speeds(self) -> list[float]:
+        """Of the first answers under every method, tokens a second of processor time over those of
+        the base model: the median of rounds, in each of which all methods take their turn."""
+        path = self.work / "dynamic" / f"seed-{self.seed}" / "speeds.json"
+        identity = [[repr(method) for method in METHODS], self.samples, list(self.overrides)]
+        return list(kept_or_measured(path, identity, self._timed)["speeds"])
+
+    def _timed(self) -> dict[str, Any]:
+        self.say("speed of all methods")
+        known = self.load("tiny-llava")
+        answers = self._answers(min(self.batch_size, self.samples))
+        ratios: list[list[float]] = [[] for _ in METHODS]
+        for _ in range(_ROUNDS):
+            seconds = []
+            for method in METHODS:
+                with self._under(method):
+                    told = feed(known.model, known.processor, answers)
+                seconds.append(sum(each.seconds for each in told))
+            for ratio, own in zip(ratios, seconds, strict=True):
+                ratio.append(seconds[0] / own)
+        return {"speeds": [median(ratio) for ratio in ratios]}
+
+    def _answers(self, count: int) -> SceneQuestions:
+        return SceneQuestions("test", count, self.seed, ("describe",))
+
+    @contextmanager
+    def _under(self, method: Method) -> Iterator[Plan]:
+        """The model obeys a method, whose predictors are trained where they are not yet."""
         folder = str(self._trained(method.rates)) if method.is_trained else ""
         known = self.load("tiny-llava")
-        model, processor, graph = known.model, known.processor, known.graph
-        self.say(f"{method.name} {method.rates}")
-        of = int(graph.properties["image_tokens"])
+        of = int(known.graph.properties["image_tokens"])
         tokens, kv = (text.replace("FOLDER", folder) for text in (method.tokens, method.kv))
         tokens = tokens.replace("COUNT", str(int(of * IMAGE_RATE)))
-        plan = Plan.of(graph, tokens=stages_of(tokens, of, of), kv=kv)
-        answers = SceneQuestions("test", self.samples, self.seed, ("describe",))
+        plan = Plan.of(known.graph, tokens=stages_of(tokens, of, of), kv=kv)
+        with obeying(known.model, known.graph, plan, freeze=True):
+            yield plan
+
+    def _measure(self, method: Method) -> dict[str, Any]:
         losses, lengths, costs = [], [], []
-        with obeying(model, graph, plan, freeze=True):
+        with self._under(method) as plan:
+            self.say(f"{method.name} {method.rates}")
+            known, answers = self.load("tiny-llava"), self._answers(self.samples)
+            model, processor, graph = known.model, known.processor, known.graph
+            of = int(graph.properties["image_tokens"])
             for start in range(0, len(answers), self.batch_size):
                 chosen = range(len(answers))[start : start + self.batch_size]
                 for told in feed(model, processor, [answers[i] for i in chosen]):
@@ -145,6 +181,7 @@ class Told:
     loss: float  # nats of all of them together
     # How many a policy has stored of those that were fed; None where none decides.
     stored: int | None
+    seconds: float  # of processor time, its share of the batch's
 
 
 @torch.inference_mode()
@@ -161,6 +198,7 @@ def feed(model: Any, processor: Any, samples: Sequence[Conversation]) -> list[To
     output = model(input_ids=ids, attention_mask=mask, pixel_values=pixels, logits_to_keep=1)
     losses = torch.zeros(len(samples))
     stored: list[int | None] = [None] * len(samples)
+    began = time.process_time()
     for step in range(max(lengths)):
         wanted = given[:, step]
         each = cross_entropy(output.logits[:, -1].float(), wanted, reduction="none")
@@ -175,8 +213,9 @@ def feed(model: Any, processor: Any, samples: Sequence[Conversation]) -> list[To
         if step < max(lengths) - 1:
             past = {cache_argument(model.forward): cache}
             output = model(input_ids=wanted[:, None], attention_mask=mask, **past)
+    seconds = (time.process_time() - began) / len(samples)
     return [
-        Told(len(prompt), length, float(loss), kept)
+        Told(len(prompt), length, float(loss), kept, seconds)
         for prompt, length, loss, kept in zip(asked, lengths, losses, stored, strict=True)
     ]
 
@@ -193,13 +232,15 @@ def _padded(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
 def run_dynamic(runs: Runs) -> Iterator[dict[str, Any]]:
     """Train and measure what is missing of the table, and give it back whole."""
     cells: dict[Method, list[dict[str, Any]]] = {method: [] for method in METHODS}
+    speeds = []
     for bench in runs.benches(_Bench):
         for method in METHODS:
             cells[method].append(bench.cell(method))
-    yield runs.facts | {
-        "title": "Dynamic-LLaVA's predictors against rules",
-        "rows": [_row(method, cells[method], cells[METHODS[0]]) for method in METHODS],
-    }
+        speeds.append(bench.speeds())
+    rows = [_row(method, cells[method], cells[METHODS[0]]) for method in METHODS]
+    for row, speed in zip(rows, zip(*speeds, strict=True), strict=True):
+        row["speed"] = mean(speed)
+    yield runs.facts | {"title": "Dynamic-LLaVA's predictors against rules", "rows": rows}
 
 
 def _row(method: Method, cells: Sequence[Any], base: Sequence[Any]) -> dict[str, Any]:
@@ -231,6 +272,7 @@ def dynamic_page(results: Mapping[str, Any]) -> str:
                 f"{row['flops_fraction']:.1%}",
                 f"{row['kv_bytes'] / 1024:.1f}",
                 f"{row['kv_fraction']:.1%}",
+                f"{row['speed']:.2f}",
                 f"{mean(row['perplexities']):.4f}",
                 f"{known['difference']:+.4f} ({known['low']:+.4f} to {known['high']:+.4f})"
                 if known
@@ -238,17 +280,19 @@ def dynamic_page(results: Mapping[str, Any]) -> str:
             ]
         )
     heads = ["method", "image rate", "answer rate", "FLOPs of the prefill", "KiB of KV", "KV"]
+    heads += ["tokens/s", "perplexity", "- base, nats a token"]
     lines = [
         f"# {results['title']}",
         "",
         f"tiny-llava; {len(results['seeds'])} training runs of the predictors, "
         f"{results['samples']} descriptions each, fed token by token into the cache. FLOPs and KV "
-        "bytes are over the base model's, the bytes at an answer's end. Differences are of the "
+        "bytes are over the base model's, the bytes at an answer's end; so are tokens a second "
+        "of processor time, 32 answers being decoded together. Differences are of the "
         "mean loss a token, in nats, with 95 % intervals by a paired bootstrap over runs and "
         "answers. Rows named after a rule keep the image tokens that the image predictor chooses, "
         "H2O half of every cache.",
         "",
-        *table([*heads, "perplexity", "- base, nats a token"], cells),
+        *table(heads, cells),
         "",
         f"    {results['command']}",
     ]
