@@ -12,6 +12,7 @@ model folder that stock transformers loads. May import every other part of plann
     adallava              the recipe of a scheduler together with its model
     sparsification        the recipe of Dynamic-LLaVA's predictors together with their model
     fine_tuning           the recipe of a LLaVA with fewer image tokens
+    joined_llava          the recipe of a LLaVA joined from a text model and a vision tower
     unified               the recipe of a controller over tokens, heads and layers
     conversation_runs     what these have in common
     token_draws           image tokens drawn for training, as switches are

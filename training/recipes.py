@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from planner.ir.errors import InputError
-from planner.training import adallava, fine_tuning, sparsification, tiny_llava, unified
+from planner.training import (
+    adallava,
+    fine_tuning,
+    joined_llava,
+    sparsification,
+    tiny_llava,
+    unified,
+)
 from planner.training.config import RunConfig, parse_config, read_settings
 
 # The schema of a recipe's configurations, and what trains by one.
@@ -16,6 +23,7 @@ RECIPES: Mapping[str, tuple[type[RunConfig], Callable[[Any], Any]]] = {
     "adallava": (adallava.AdaLlavaConfig, adallava.train),
     "dynamic-llava": (sparsification.DynamicLlavaConfig, sparsification.train),
     "fine-tuning": (fine_tuning.FineTuningConfig, fine_tuning.train),
+    "joined-llava": (joined_llava.JoinedConfig, joined_llava.train),
     "unified": (unified.UnifiedConfig, unified.train),
 }
 

@@ -9,6 +9,6 @@ from planner.ir.errors import InputError
 
 def require_extras() -> None:
     """Raise InputError unless the packages of ``planner[train]`` are installed."""
-    for package in ("accelerate", "datasets", "pyarrow"):
+    for package in ("accelerate", "datasets", "peft", "pyarrow"):
         if find_spec(package) is None:
             raise InputError(f"training needs {package}: pip install 'planner[train]'")

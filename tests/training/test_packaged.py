@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from planner.training.experiments.packaged import TEXTS, prose
+from planner.training.data.packaged import TEXTS, prose
 
 LONG = "Anarchism advocates self-governed societies, and has done so for a long time. " * 5
 

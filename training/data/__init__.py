@@ -9,6 +9,7 @@ Enters: a seed, or a JSON file and its pictures. Leaves: conversations, and batc
     conversation_table  LLaVA's JSON as an Arrow file that processes share
     packing             conversations as token tensors, several questions behind one image
     visits              in which order a run meets its records, epoch after epoch
+    packaged            weights and texts that packages bring along
 """
 
 from planner.training.data.conversations import (

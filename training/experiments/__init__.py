@@ -22,7 +22,6 @@ seed stands for the training run and for the test questions, so the base model h
     sparse_answers
                   Dynamic-LLaVA's predictors against rules, by perplexity
     smollm2       utilities, recovery and healing on a real language model
-    packaged      weights and texts that packages bring along
     layer_regret  how well utilities tell which layers may go
 """
 

