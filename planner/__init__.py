@@ -21,6 +21,7 @@ that need them, so that ``planner --help`` and a cached ``planner compile`` star
     aliases/   configs of the models that have a short name
     files, documents, arrays   files, YAML and JSON, NumPy archives, read within limits
     progress   a bar on stderr
+    spread, ray_workers        work on many items, in this process or on a Ray cluster
     contained  code that comes with a model, run within limits
 """
 

@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from planner.ir.cost import Workload
-from planner.ir.graph import Graph
 from planner.ir.structure import tiles
 from planner.models.running.skipping import obeying
-from planner.models.scheduling import Scheduled
+from planner.models.scheduling import Deciding, Scheduled
 from planner.models.tokens.text_tower import question
-from planner.plan import TokenStage
+from planner.plan import Plan, TokenStage
 from planner.planning.budgets import Budget
 from planner.planning.compiler import plan_graph
 from planner.planning.plan_costs import PlanCosts
 from planner.planning.request import Request
 from planner.planning.selectors import stages_of
+from planner.progress import Progress
+from planner.spread import Here, Spread, in_order
 from planner.training.data import Conversation, Turn
 
 # Of a question about a scene and what stands around it, about.
@@ -55,15 +58,23 @@ def predict(
     model: Any, processor: Any, samples: Sequence[Conversation], batch_size: int = 64
 ) -> list[str]:
     """The model's greedy answers to the samples' first questions, in their order."""
-    samples = list(samples)
-    # Like families together: a batch decodes until its longest answer ends.
-    order = sorted(range(len(samples)), key=lambda i: samples[i].turns[0].family or "")
-    answers = [""] * len(samples)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        for i, answer in zip(chosen, _generate(model, processor, [samples[i] for i in chosen])):
-            answers[i] = answer
-    return answers
+    batches = _Batches(samples, batch_size)
+    return batches.in_place([_generate(model, processor, batch) for batch in batches.contents])
+
+
+class _Batches:
+    """Samples in batches of like families: a batch decodes until its longest answer ends."""
+
+    def __init__(self, samples: Iterable[Conversation], size: int) -> None:
+        some = list(samples)
+        self._order = sorted(range(len(some)), key=lambda i: some[i].turns[0].family or "")
+        starts = range(0, len(some), size)
+        self.contents = [[some[i] for i in self._order[s : s + size]] for s in starts]
+
+    def in_place(self, answers: Iterable[Sequence[str]]) -> list[str]:
+        """The batches' answers, in the order that the samples had."""
+        found = dict(zip(self._order, chain.from_iterable(answers), strict=True))
+        return [found[i] for i in range(len(found))]
 
 
 def score(turn: Turn, answer: str) -> float:
@@ -160,49 +171,63 @@ def _mean(values: Sequence[float]) -> float:
 class UnderBudgets:
     """One model to be measured under one budget after the other."""
 
-    model: Any  # a stock image-text model
-    processor: Any
-    graph: Graph
+    loaded: Deciding  # without a scheduler, plans are static
     samples: Sequence[Conversation]  # what is asked; the first turn of each
-    scheduled: Scheduled | None = None  # decides sample by sample; None for static plans
     # The token selector in front of everything, the workload that costs are of, and how static
     # plans are made.
     request: Request = field(default_factory=lambda: Request("model", text_tokens=TEXT_TOKENS))
     batch_size: int = 64  # questions asked together
+    spread: Spread[Deciding] | None = None  # has loaded the same; None asks here
 
     @cached_property
     def workload(self) -> Workload:
         """Of one question."""
-        return self.request.workload(self.graph)
+        return self.request.workload(self.loaded.graph)
 
     @cached_property
     def stages(self) -> tuple[TokenStage, ...]:
         """Of the token selector."""
         load, text = self.workload, self.request.tokens or ""
-        return stages_of(text, load.image_tokens, load.image_tokens_per_run, tiles(self.graph))
+        per_run = load.image_tokens_per_run
+        return stages_of(text, load.image_tokens, per_run, tiles(self.loaded.graph))
 
-    def measure(self, budget: float) -> dict[str, Any]:
+    @cached_property
+    def _batches(self) -> _Batches:
+        return _Batches(self.samples, self.batch_size)
+
+    def measure(
+        self, budget: float, progress: Progress = lambda done, total: None
+    ) -> dict[str, Any]:
         """What `evaluate` measures, and how the plans kept to the budget.
 
         `cost_fraction` is the mean FLOPs of a prefill under the plans, over the base model's, the
         language model alone. `violations` is how many plans were beyond the budget, `utilisation`
-        the mean share of it that they used, both in the unit of the scheduler's limits. Raises
-        InputError: the budget cannot be met.
+        the mean share of it that they used, both in the unit of the scheduler's limits. `progress`
+        is told the batches done. Raises InputError: the budget cannot be met.
         """
-        measured = self._scheduled(budget) if self.scheduled else self._static(budget)
+        scheduled = self.loaded.scheduled
+        if scheduled is None:
+            measured = self._static(budget, progress)
+        else:
+            measured = self._scheduled(scheduled, budget, progress)
         return {"budget": budget, **measured}
 
-    def _evaluate(self) -> dict[str, Any]:
-        return evaluate(self.model, self.processor, self.samples, self.batch_size)
+    def _ask(
+        self, make: Callable[[Deciding], _Ask], progress: Progress
+    ) -> tuple[dict[str, Any], list[Tensor]]:
+        """What `evaluate` measures, and what was decided for every prompt."""
+        spread = self.spread or Here(self.loaded)
+        found = in_order(spread, make, self._batches.contents, progress)
+        answers = self._batches.in_place(said for said, _ in found)
+        return summarise(self.samples, answers), [row for _, rows in found for row in rows]
 
-    def _scheduled(self, budget: float) -> dict[str, Any]:
-        assert self.scheduled is not None
-        with self.scheduled.using(budget, self.stages, self.workload):
-            measured = self._evaluate()
-            layout = self.scheduled.layout
-            decisions = [row for taken in self.scheduled.decisions for row in taken]
-        base = self.scheduled.base(self.stages)
-        costs = PlanCosts(self.graph, self.workload, "llm")
+    def _scheduled(self, scheduled: Scheduled, budget: float, progress: Progress) -> dict[str, Any]:
+        using = budget, self.stages, self.workload
+        with scheduled.using(*using):
+            layout = scheduled.layout
+        measured, decisions = self._ask(partial(_ask_scheduled, using), progress)
+        base = scheduled.base(self.stages)
+        costs = PlanCosts(self.loaded.graph, self.workload, "llm")
         rows, times = torch.stack(decisions).unique(dim=0, return_counts=True)
         fractions = [layout.flops_fraction(row, base, costs) for row in rows]
         limit = layout.limit(Budget.of(budget))
@@ -215,10 +240,10 @@ class UnderBudgets:
             "utilisation": layout.utilisation(spent, limit),
         }
 
-    def _static(self, budget: float) -> dict[str, Any]:
-        plan = plan_graph(self.graph, replace(self.request, budget=budget, scope="llm")).plan
-        with obeying(self.model, self.graph, plan, freeze=True):
-            measured = self._evaluate()
+    def _static(self, budget: float, progress: Progress) -> dict[str, Any]:
+        request = replace(self.request, budget=budget, scope="llm")
+        plan = plan_graph(self.loaded.graph, request).plan
+        measured, _ = self._ask(partial(_ask_under, plan), progress)
         return {
             **measured,
             "cost_fraction": plan.cost["flops"]["fraction"],
@@ -226,3 +251,27 @@ class UnderBudgets:
             "violations": 0,
             "utilisation": min(plan.utilisation.values(), default=1.0),
         }
+
+
+# Asks a batch: the answers, and what a scheduler decided for them.
+_Ask = Callable[[Sequence[Conversation]], tuple[list[str], list[Tensor]]]
+
+
+def _ask_under(plan: Plan, loaded: Deciding) -> _Ask:
+    def ask(batch: Sequence[Conversation]) -> tuple[list[str], list[Tensor]]:
+        with obeying(loaded.model, loaded.graph, plan, freeze=True):
+            return _generate(loaded.model, loaded.processor, batch), []
+
+    return ask
+
+
+def _ask_scheduled(using: tuple[Any, ...], loaded: Deciding) -> _Ask:
+    scheduled = loaded.scheduled
+    assert scheduled is not None
+
+    def ask(batch: Sequence[Conversation]) -> tuple[list[str], list[Tensor]]:
+        with scheduled.using(*using):
+            answers = _generate(loaded.model, loaded.processor, batch)
+            return answers, [row.cpu() for taken in scheduled.decisions for row in taken]
+
+    return ask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from planner.models.calibration.leave_one_out import Switch, losses_without
 from planner.models.calibration.replay import NOT_FINITE, Replay
 from planner.models.calibration.store import Store
 from planner.models.running.masked import MaskedExecutor
-from planner.models.scheduling import Scheduled
+from planner.models.scheduling import Deciding, Scheduled
 from planner.planning.switches import with_switches
 from planner.solver.problem import Flags, Floats, Problem
+from planner.spread import Here, Spread
 from planner.training.question_samples import prompt_of
 
 # Switches of which every plan may be tried: 4,096 plans per sample.
@@ -38,6 +40,7 @@ def label_samples(
     tried: int = 0,
     batch: int = 16,
     scheduled: Scheduled | None = None,
+    spread: Spread[Deciding] | None = None,
     partial: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Labels:
@@ -50,6 +53,7 @@ def label_samples(
         tried: of how many samples every plan's true loss is measured as well.
         batch: plans that run at once.
         scheduled: makes the plans; None for the heuristic.
+        spread: has loaded the same; None measures here.
         partial: where to keep partial results; the same call continues from them.
 
     Raises InputError: bad arguments, outputs that are not finite, or a budget that cannot be met.
@@ -63,8 +67,6 @@ def label_samples(
             f"every plan can be tried for at most {_MOST_SWITCHES} layers, not for the "
             f"{len(names)} switches of {terms.switches}"
         )
-    executor = MaskedExecutor(model, graph)
-    switches = _switches(with_switches(graph, terms.mlp_groups), names)
     count = len(samples)
     shapes: dict[str, tuple[int, ...]] = {"utilities": (count, len(names))}
     if tried:
@@ -72,14 +74,18 @@ def label_samples(
     if scheduled is not None:
         shapes["plans"] = (count, len(budgets), len(names))
     store = Store(partial, _key(terms, budgets, samples, model), shapes)
+    arrays = store.arrays.values()
+    missing = [i for i in range(count) if any(np.isnan(a[i : i + 1]).any() for a in arrays)]
+    progress(count - len(missing), count)
+    spread = spread or Here(Deciding(model, None, graph, scheduled))
+    make = functools.partial(_Measuring, terms=terms, names=names, budgets=budgets, batch=batch)
     try:
-        for index, (_, sample) in enumerate(samples):
-            _measure(executor, switches, sample, store.arrays, index, batch)
-            if "plans" in shapes and np.isnan(store.arrays["plans"][index]).any():
-                assert scheduled is not None
-                store.arrays["plans"][index] = _scheduled_plans(scheduled, sample, budgets)
+        found = spread(make, [(samples[index][1], index < tried) for index in missing])
+        for done, (item, measured) in enumerate(found, 1):
+            for name, values in measured.items():
+                store.arrays[name][missing[item]] = values
             store.save()
-            progress(index + 1, count)
+            progress(count - len(missing) + done, count)
     finally:
         store.save(now=True)
     labels = _labels(terms, names, [name for name, _ in samples], problems, store.arrays)
@@ -87,15 +93,43 @@ def label_samples(
     return labels
 
 
-def _loss_changes(
-    executor: MaskedExecutor, replay: Replay, switches: Sequence[Switch], plans: Flags
-) -> Floats:
-    """Change of one sample's loss under plans (plans, switches), in nats per answer token."""
-    off = [[s for s, on in zip(switches, plan, strict=True) if not on] for plan in plans]
-    changes = losses_without(executor, replay, off, "loss")
-    if not np.isfinite(changes).all():
-        raise InputError(NOT_FINITE)
-    return changes
+class _Measuring:
+    """Measures samples, one by one; the arguments are those of `label_samples`."""
+
+    def __init__(
+        self,
+        loaded: Deciding,
+        terms: Terms,
+        names: Sequence[str],
+        budgets: Sequence[float],
+        batch: int,
+    ) -> None:
+        self._executor = MaskedExecutor(loaded.model, loaded.graph)
+        self._switches = _switches(with_switches(loaded.graph, terms.mlp_groups), names)
+        self._scheduled = loaded.scheduled
+        self._budgets, self._batch = budgets, batch
+
+    def __call__(self, item: tuple[Sample, bool]) -> dict[str, Floats]:
+        """What is kept of a sample: ``utilities``, and ``losses`` if all plans are to be tried."""
+        sample, is_tried = item
+        count = len(self._switches)
+        wanted = {"utilities": ~np.eye(count, dtype=np.bool_)}
+        if is_tried:
+            wanted["losses"] = all_plans(count)
+        rows = min(self._batch, max(map(len, wanted.values())))
+        replay = Replay(self._executor.model, self._executor.layers, sample, rows)
+        found = {name: self._loss_changes(replay, plans) for name, plans in wanted.items()}
+        if self._scheduled is not None:
+            found["plans"] = _scheduled_plans(self._scheduled, sample, self._budgets)
+        return found
+
+    def _loss_changes(self, replay: Replay, plans: Flags) -> Floats:
+        """Change of the loss under plans (plans, switches), in nats per answer token."""
+        off = [[s for s, on in zip(self._switches, plan, strict=True) if not on] for plan in plans]
+        changes = losses_without(self._executor, replay, off, "loss")
+        if not np.isfinite(changes).all():
+            raise InputError(NOT_FINITE)
+        return changes
 
 
 def _switches(graph: Graph, names: Sequence[str]) -> list[Switch]:
@@ -105,27 +139,6 @@ def _switches(graph: Graph, names: Sequence[str]) -> list[Switch]:
         site, _, index = name.partition("[")
         found.append(Switch(graph.sites_by_name[site], int(index.rstrip("]") or 0)))
     return found
-
-
-def _measure(
-    executor: MaskedExecutor,
-    switches: Sequence[Switch],
-    sample: Sample,
-    arrays: dict[str, Floats],
-    index: int,
-    batch: int,
-) -> None:
-    """What is still missing of one sample."""
-    wanted = {"utilities": ~np.eye(len(switches), dtype=np.bool_)}
-    if "losses" in arrays and index < len(arrays["losses"]):
-        wanted["losses"] = all_plans(len(switches))
-    missing = {n: plans for n, plans in wanted.items() if np.isnan(arrays[n][index]).any()}
-    if not missing:
-        return
-    rows = min(batch, max(len(plans) for plans in missing.values()))
-    replay = Replay(executor.model, executor.layers, sample, rows)
-    for name, plans in missing.items():
-        arrays[name][index] = _loss_changes(executor, replay, switches, plans)
 
 
 @torch.no_grad()

@@ -13,9 +13,11 @@ model obeying, sample by sample, the plans that the scheduler makes.
     scheduler          the network with AdaLLaVA's latency encoder, and its folder on disk
     scheduled_model    a model running under it
     schedule_compiler  from a scheduler's folder and a budget to a Schedule
+    deciding           a model with its scheduler, or without one, as users name them
 """
 
 from planner.models.scheduling.cost_layout import CostSwitches
+from planner.models.scheduling.deciding import Deciding, load_deciding
 from planner.models.scheduling.layouts import LayerSwitches, Layout, Taken, UnitSwitches
 from planner.models.scheduling.schedule_compiler import compile_schedule, load_scheduled
 from planner.models.scheduling.scheduled_model import Scheduled
@@ -24,6 +26,7 @@ from planner.models.scheduling.unified_layout import UnifiedSwitches
 
 __all__ = [
     "CostSwitches",
+    "Deciding",
     "LayerSwitches",
     "Layout",
     "Scheduled",
@@ -33,6 +36,7 @@ __all__ = [
     "UnitSwitches",
     "compile_schedule",
     "layout_of",
+    "load_deciding",
     "load_scheduled",
     "load_scheduler",
     "save_scheduler",

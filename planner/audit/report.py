@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,10 @@ from planner.audit.label_file import Labels
 from planner.audit.surrogate import Surrogate, measure_surrogate
 from planner.audit.verdicts import Verdict, judge
 from planner.ir.graph import Graph
+from planner.progress import Progress
 from planner.solver import TOLERANCE
 from planner.solver.problem import Flags
+from planner.spread import Spread
 
 #: Labels that are shown with the plan that dominates them.
 EXAMPLES = 10
@@ -67,10 +69,11 @@ def audit(
     graph: Graph,
     *,
     exact: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    spread: Spread[None] | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> Audit:
     """Judge every label; arguments and errors are those of `planner.audit.judge`."""
-    verdicts = judge(labels, graph, exact=exact, progress=progress)
+    verdicts = judge(labels, graph, exact=exact, spread=spread, progress=progress)
     surrogates = measure_surrogate(labels, labels.problems(graph), verdicts)
     terms = labels.terms
     summary: dict[str, Any] = {

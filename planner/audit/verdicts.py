@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -12,8 +13,10 @@ from planner.audit.crosscheck import best_utility
 from planner.audit.heuristic import worth
 from planner.audit.label_file import Labels
 from planner.ir.graph import Graph
+from planner.progress import Progress
 from planner.solver import TOLERANCE, solve
-from planner.solver.problem import Choice, Flags, Problem
+from planner.solver.problem import Choice, Flags, Floats, Problem
+from planner.spread import Here, Spread, in_order
 
 # Of one solve.
 _SECONDS = 5.0
@@ -55,21 +58,35 @@ def judge(
     graph: Graph,
     *,
     exact: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    spread: Spread[None] | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> list[Verdict]:
     """Solve every label's problem, priced afresh from the graph of their model, and compare.
 
-    With `exact` each is solved once more, by a plain CP-SAT model. InputError where the labels are
-    not for this graph, Infeasible where no plan keeps to a budget.
+    With `exact` each is solved once more, by a plain CP-SAT model. `spread` says where; None is
+    here. InputError where the labels are not for this graph, Infeasible where no plan keeps to a
+    budget.
     """
-    problems = labels.problems(graph)
-    verdicts = []
-    for index, budget in enumerate(labels.budgets.tolist()):
-        problem = problems[budget].with_utilities(worth(labels.utilities[index]))
-        recorded = int(labels.costs[index]), int(labels.limits[index])
-        verdicts.append(_judge(problem, labels.plans[index], recorded, exact))
-        progress(index + 1, len(labels))
-    return verdicts
+    recorded = zip(labels.costs.tolist(), labels.limits.tolist(), strict=True)
+    rows = zip(labels.budgets.tolist(), labels.utilities, labels.plans, recorded, strict=True)
+    make = partial(_judge_of, labels.problems(graph), exact)
+    return in_order(spread or Here(None), make, list(rows), progress)
+
+
+# A label: budget, utilities, plan, and its cost and limit as recorded.
+_Row = tuple[float, Floats, Flags, tuple[int, int]]
+
+
+def _judge_of(
+    problems: Mapping[float, Problem], exact: bool, loaded: None
+) -> Callable[[_Row], Verdict]:
+    """Judges labels of these problems, one by one."""
+
+    def judge_row(row: _Row) -> Verdict:
+        budget, utilities, plan, recorded = row
+        return _judge(problems[budget].with_utilities(worth(utilities)), plan, recorded, exact)
+
+    return judge_row
 
 
 def _judge(problem: Problem, flags: Flags, recorded: tuple[int, int], exact: bool) -> Verdict:

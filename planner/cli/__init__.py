@@ -8,6 +8,7 @@ Exit codes: 0 done, 2 the input is bad (one sentence on stderr), 1 something fai
     inspect, models, devices, kernels   what operators cost, what is known, what was generated
     calibrate                           what this machine takes, measured
     calibrate_utilities, labels, audit  what switches are worth, measured and judged
+    spreading                           measuring on a Ray cluster
     run, bench, measuring               a model under plans
     serve                               the same over HTTP
     export, heal, stock_model           its weights under a plan, recovered, as a checkpoint

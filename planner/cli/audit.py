@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from planner.cli.command_options import TrustRemoteCode, command
 from planner.cli.console import Console, print_records
+from planner.cli.spreading import Ray, check_ray, spread_over
 
 if TYPE_CHECKING:
     from planner.audit.report import Audit
@@ -28,6 +30,7 @@ def audit_command(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write a page (.html) as well.")
     ] = None,
+    ray: Ray = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Solve every label's problem to proven optimality and say how far off the label is."""
@@ -39,13 +42,16 @@ def audit_command(
 
     if output is not None:
         check_output(output, ".html")
-    with console.status() as update:
-        update("read the labels")
-        read = read_labels(labels)
-        update("lower")
-        graph = lowered_graph(find_model(model or read.terms.model, trust_remote_code))[0]
-    with console.progress_bar("labels") as progress:
-        found = audit(read, graph, exact=exact, progress=progress)
+    check_ray(ray)
+    with ExitStack() as stack:
+        with console.status() as update:
+            update("read the labels")
+            read = read_labels(labels)
+            update("lower")
+            graph = lowered_graph(find_model(model or read.terms.model, trust_remote_code))[0]
+            spread = stack.enter_context(spread_over(ray, None, lambda: None, len(read), update))
+        progress = stack.enter_context(console.progress_bar("labels"))
+        found = audit(read, graph, exact=exact, spread=spread, progress=progress)
     if output is not None:
         write_text(output, page(found))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +19,7 @@ from planner.cli.command_options import (
     parse_fractions,
 )
 from planner.cli.console import Console, print_records
-from planner.cli.stock_model import load_deciding
+from planner.cli.spreading import Ray, check_ray, spread_over
 from planner.planning.request import Request
 
 
@@ -43,10 +45,14 @@ def eval_command(
     ] = False,
     dtype: Dtype = "auto",
     device: Place = "cpu",
+    ray: Ray = None,
 ) -> None:
     """Measure accuracy per question family under budgets, through generate()."""
+    import torch
+
     from planner.ir.errors import InputError
     from planner.models.recovery.recovering import Recovering
+    from planner.models.scheduling import load_deciding
     from planner.planning.utilities import OF_WEIGHTS
     from planner.training.data import SceneQuestions
     from planner.training.evaluate import TEXT_TOKENS, UnderBudgets, language_prior
@@ -54,22 +60,26 @@ def eval_command(
     fractions = parse_fractions(budgets)
     if mask and scheduler is None:
         raise InputError("--mask is for a --scheduler")
+    check_ray(ray)
     questions = SceneQuestions(split, samples, seed)
     results: list[dict[str, Any]] = []
     with console.status() as update:
-        stock, scheduled = load_deciding(
-            request, scheduler, fractions[0], update, dtype, device, mask
-        )
-        model, processor, graph = stock.model, stock.processor, stock.graph
+
+        def say(stage: str, done: int, of: int) -> None:
+            update(f"{stage}: {done} of {of} batches")
+
+        load = partial(load_deciding, request, scheduler, fractions[0], dtype, device, mask)
+        loaded = load(update)
         how = replace(request, text_tokens=TEXT_TOKENS)
-        if scheduled is None and how.utilities in OF_WEIGHTS:
+        if scheduler is None and how.utilities in OF_WEIGHTS:
             update("measure what switches are worth")
-            known = Recovering(model, graph, processor=processor).utilities(how)
-            how = replace(how, utilities=known.path)
-        bench = UnderBudgets(model, processor, graph, questions, scheduled, how, batch)
-        for fraction in fractions:
-            update(f"budget {fraction:g}")
-            results.append(bench.measure(fraction))
+            known = Recovering(loaded.model, loaded.graph, processor=loaded.processor)
+            how = replace(how, utilities=known.utilities(how).path)
+        batches, threads = math.ceil(samples / batch), torch.get_num_threads()
+        with spread_over(ray, loaded, load, batches, update, threads, device) as spread:
+            bench = UnderBudgets(loaded, questions, how, batch, spread)
+            for fraction in fractions:
+                results.append(bench.measure(fraction, partial(say, f"budget {fraction:g}")))
     document: dict[str, Any] = {
         "model": request.model,
         "scheduler": scheduler,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +21,7 @@ from planner.cli.command_options import (
     parse_fractions,
 )
 from planner.cli.console import Console
-from planner.cli.stock_model import load_deciding
+from planner.cli.spreading import Ray, check_ray, spread_over
 from planner.planning.request import Request
 
 
@@ -52,14 +54,18 @@ def labels_command(
     batch: Annotated[int, typer.Option(min=1, help="Plans that run at once.")] = 16,
     dtype: Dtype = "auto",
     device: Place = "cpu",
+    ray: Ray = None,
 ) -> None:
     """Measure what switches are worth to each sample, and decide its plan for every budget.
 
     A killed run continues when the same command is given again.
     """
+    import torch
+
     from planner.audit import Terms, require_arrow, write_labels
     from planner.files import check_output
     from planner.ir.errors import InputError
+    from planner.models.scheduling import load_deciding
     from planner.training.evaluate import TEXT_TOKENS
     from planner.training.labelling import label_samples
     from planner.training.question_samples import picture_samples, scene_samples
@@ -70,34 +76,39 @@ def labels_command(
         raise InputError("--prompts needs --images")
     # Said before hours of measuring rather than after.
     require_arrow()
+    check_ray(ray)
     check_output(output, ".parquet")
     started = time.perf_counter()
-    with console.status() as update:
-        loaded, scheduled = load_deciding(
-            request, scheduler, fractions[0], update, dtype, device, mask=True
-        )
-        if scheduled is not None and scheduled.layout.name != switches:
-            raise InputError(
-                f"the scheduler decides {scheduled.layout.name}, and the labels are for "
-                f"{switches}: give --switches {scheduled.layout.name}"
+    load = partial(load_deciding, request, scheduler, fractions[0], dtype, device, True)
+    with ExitStack() as stack:
+        with console.status() as update:
+            loaded = load(update)
+            stock, processor, graph = loaded.model, loaded.processor, loaded.graph
+            scheduled = loaded.scheduled
+            if scheduled is not None and scheduled.layout.name != switches:
+                raise InputError(
+                    f"the scheduler decides {scheduled.layout.name}, and the labels are for "
+                    f"{switches}: give --switches {scheduled.layout.name}"
+                )
+            terms = Terms(
+                model=model,
+                fingerprint=str(graph.properties["fingerprint"]),
+                switches=switches,
+                source=f"scheduler {scheduler}" if scheduler else "heuristic",
+                image_tokens=int(graph.properties.get("image_tokens", 0)),
+                text_tokens=TEXT_TOKENS,
+                mlp_groups=request.mlp_groups,
             )
-        stock, processor, graph = loaded.model, loaded.processor, loaded.graph
-        terms = Terms(
-            model=model,
-            fingerprint=str(graph.properties["fingerprint"]),
-            switches=switches,
-            source=f"scheduler {scheduler}" if scheduler else "heuristic",
-            image_tokens=int(graph.properties.get("image_tokens", 0)),
-            text_tokens=TEXT_TOKENS,
-            mlp_groups=request.mlp_groups,
-        )
-        terms.problem(graph, fractions[0])
-        update("read the questions")
-        if images is None:
-            chosen = scene_samples(stock, processor, split, samples, seed)
-        else:
-            chosen = picture_samples(stock, processor, images, prompts, samples, seed)
-    with console.progress_bar("samples") as progress:
+            terms.problem(graph, fractions[0])
+            update("read the questions")
+            if images is None:
+                chosen = scene_samples(stock, processor, split, samples, seed)
+            else:
+                chosen = picture_samples(stock, processor, images, prompts, samples, seed)
+            threads = torch.get_num_threads()
+            workers = spread_over(ray, loaded, load, len(chosen), update, threads, device)
+            spread = stack.enter_context(workers)
+        progress = stack.enter_context(console.progress_bar("samples"))
         labels = label_samples(
             stock,
             graph,
@@ -107,6 +118,7 @@ def labels_command(
             tried=tried,
             batch=batch,
             scheduled=scheduled,
+            spread=spread,
             partial=output.with_name(output.name + ".partial"),
             progress=progress,
         )

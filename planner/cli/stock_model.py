@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from planner.models.export import Exported
     from planner.models.recovery.recovering import Recovering
-    from planner.models.scheduling import Scheduled
     from planner.plan import Plan
 
 # As safetensors names them.
@@ -79,32 +78,3 @@ def load_stock(request: Request, update: Say, dtype: str = "", place: str = "cpu
     model, processor, source = load_model(request.model, dtype, place, trust)
     update("lower")
     return StockModel(model, processor, lowered_graph(source)[0], source.folder)
-
-
-def load_deciding(
-    request: Request,
-    scheduler: str | None,
-    budget: float,
-    update: Say,
-    dtype: str,
-    place: str,
-    mask: bool = False,
-) -> tuple[StockModel, Scheduled | None]:
-    """A model with the scheduler that makes its plans within a budget, where the user names one.
-
-    `mask`: as for `Scheduled`.
-    """
-    from planner.ir.lowering import lower_model
-    from planner.loading import load_model
-    from planner.models.scheduling import compile_schedule, load_scheduled
-
-    update("load")
-    trust = request.trust_remote_code
-    if scheduler is None:
-        model, processor, source = load_model(request.model, dtype, place, trust)
-        update("lower")
-        graph = lower_model(model, request.model)
-        return StockModel(model, processor, graph, source.folder), None
-    schedule = compile_schedule(replace(request, budget=budget), scheduler)
-    model, processor, scheduled = load_scheduled(schedule, dtype, place, trust, mask)
-    return StockModel(model, processor, scheduled.graph, None), scheduled

@@ -21,6 +21,7 @@ In: a stock model with weights, and the budgets of a ladder. Out: an ASGI applic
     warm_up        before all of them: plans made, run, and timed
     opening        a model's service put together
     replica        one of several such services, on a Ray cluster
+    scaling        how many there are
     replicated_service
                    a service that has its answers from replicas
 """

@@ -191,7 +191,7 @@ class Engine:
 
     def _check_deadline(self, job: Job) -> None:
         if not self._governor.is_possible(job.deadline, job.prompt.tokens, job.new_tokens):
-            self.metrics.refused("deadline")
+            self.metrics.refused("impossible")
             raise InputError(
                 "the deadline is too short: not even the cheapest plan on the idle machine keeps "
                 f"it for {job.prompt.tokens} tokens of prompt and {job.new_tokens} of answer"

@@ -61,8 +61,8 @@ class Metrics:
         self._deadlines.labels(self._model, str(kept).lower()).inc()
 
     def deadlines(self) -> tuple[float, float]:
-        """How many deadlines were missed, or refused because they could not be kept; and of how
-        many in all."""
+        """How many deadlines were missed, or refused because they could not be kept beside what
+        ran; and of how many in all."""
 
         def count(name: str, **labels: str) -> float:
             known = {"model_name": self._model, **labels}

@@ -1,4 +1,4 @@
-"""One of several services on a Ray cluster: what a replica is, and how many there should be.
+"""One of several services on a Ray cluster.
 
 Ray Serve starts replicas, watches them and puts others in the place of those that die; which one
 answers a request is its choice, of two the one with the shorter queue.
@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from statistics import mean
 from typing import Any
 
 from planner.ir.errors import PlannerError
+from planner.ray_workers import enter
 from planner.serving.chat_format import ChatRequest, Usage
 from planner.serving.engine import Done, Event, Failed, Piece
 from planner.serving.opening import ServiceSettings, load_service
-
-# The share of deadlines that may be missed before another replica is started.
-_MOST_LATE = 0.01
 
 
 class Replica:
     """A service that is asked by calls instead of HTTP."""
 
-    def __init__(self, settings: ServiceSettings) -> None:
+    def __init__(self, settings: ServiceSettings, folder: str) -> None:
+        enter(folder)
         self._service = load_service(settings)
         self._service.start()
-        self._deadlines = (0.0, 0.0)
 
     async def answer(
         self, request: dict[str, Any], ttft_ms: float | None, tpot_ms: float | None
@@ -56,23 +53,11 @@ class Replica:
             raise RuntimeError("the engine has stopped")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Asked by Ray Serve: the share of deadlines missed or refused since it asked before."""
-        before, self._deadlines = self._deadlines, self._service.metrics.deadlines()
-        late, every = (now - then for now, then in zip(self._deadlines, before, strict=True))
-        return {"late": late / every if every else 0.0}
+        """Asked by Ray Serve: deadlines so far that were missed, or refused; and all of them."""
+        missed, deadlines = self._service.metrics.deadlines()
+        return {"missed": missed, "deadlines": deadlines}
 
     def __del__(self) -> None:
         # What runs is finished; Ray Serve has sent no more for a while.
         if hasattr(self, "_service"):
             self._service.stop()
-
-
-def wanted_replicas(context: Any) -> tuple[float, dict[str, Any]]:
-    """Ray Serve's autoscaling policy: as many as the requests fill, and one more where deadlines
-    are missed."""
-    full = context.config.get_target_ongoing_requests()
-    wanted = context.total_num_requests / full
-    late = (context.aggregated_metrics or {}).get("late", {}).values()
-    if late and mean(late) > _MOST_LATE:
-        wanted = max(wanted, context.current_num_replicas + 1)
-    return wanted, {}

@@ -8,6 +8,7 @@ said twice.
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import time
 from collections.abc import AsyncIterator
@@ -24,17 +25,17 @@ from ray.exceptions import RayActorError, RayError
 from typing_extensions import override
 
 from planner.ir.errors import InputError, PlannerError, first_line
+from planner.ray_workers import connect
 from planner.serving.chat_format import ChatRequest, Usage
 from planner.serving.engine import Busy, Done, Failed, Piece
 from planner.serving.opening import ServiceSettings
-from planner.serving.replica import Replica, wanted_replicas
+from planner.serving.replica import Replica
+from planner.serving.scaling import wanted_replicas
 from planner.serving.service import Asked, ChatService
 
 _NAME = "planner"
-# Seconds of more, or of fewer, requests after which replicas are started, or stopped.
-_MORE_AFTER, _FEWER_AFTER = 5.0, 60.0
-# Bytes of a cluster that is started here; what goes over it is text and pictures.
-_STORE_BYTES = 256 * 2**20
+# In seconds: for how long more, or fewer, replicas have to be wanted, of requests on average.
+PACE = {"upscale_delay_s": 5.0, "downscale_delay_s": 60.0, "look_back_period_s": 30.0}
 
 
 @dataclass(eq=False)
@@ -141,12 +142,7 @@ def open_replicas(
     InputError where there is no cluster at `address` (``local`` starts one), or replicas do not
     start.
     """
-    try:
-        own = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
-        given: dict[str, Any] = own if address == "local" else {"address": address}
-        ray.init(**given, log_to_driver=False, ignore_reinit_error=True)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"there is no Ray cluster at '{address}': {first_line(error)}") from None
+    connect(address)
     fewest, most = replicas
     limits = settings.limits
     deployment = serve.deployment(
@@ -157,14 +153,13 @@ def open_replicas(
             "min_replicas": fewest,
             "max_replicas": most,
             "target_ongoing_requests": limits.answers,
-            "upscale_delay_s": _MORE_AFTER,
-            "downscale_delay_s": _FEWER_AFTER,
+            **PACE,
             "policy": {"policy_function": wanted_replicas},
         },
     )(Replica)
     serve.start(proxy_location="Disabled")
     try:
-        handle = serve.run(deployment.bind(settings), name=_NAME, route_prefix=None)
+        handle = serve.run(deployment.bind(settings, os.getcwd()), name=_NAME, route_prefix=None)
     except RuntimeError as error:
         serve.shutdown()
         raise InputError(f"the replicas do not start: {first_line(error)}") from None

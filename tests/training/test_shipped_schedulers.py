@@ -3,6 +3,7 @@
 import pytest
 
 from planner.ir.errors import InputError
+from planner.models.scheduling.deciding import Deciding
 from planner.models.scheduling.schedule_compiler import (
     compile_schedule,
     load_scheduled,
@@ -19,7 +20,8 @@ def test_they_keep_to_a_budget_and_answer(name, units):
     assert (schedule.switches, schedule.limit) == (name, units)
     model, processor, scheduled = load_scheduled(schedule, mask=True)
     questions = SceneQuestions("test", 60, families=["existence", "attribute", "count"])
-    found = UnderBudgets(model, processor, scheduled.graph, questions, scheduled).measure(0.6)
+    deciding = Deciding(model, processor, scheduled.graph, scheduled)
+    found = UnderBudgets(deciding, questions).measure(0.6)
     assert found["violations"] == 0
     assert found["cost_fraction"] == pytest.approx(schedule.cost["flops"]["fraction"], abs=2e-3)
     assert found["accuracy"] >= 0.85
@@ -39,7 +41,8 @@ def test_the_one_that_budgets_in_cost_uses_its_budget():
     assert 0.64 <= schedule.cost["flops"]["fraction"] <= 0.65
     model, processor, scheduled = load_scheduled(schedule, mask=True)
     questions = SceneQuestions("test", 60, families=["existence", "attribute", "count"])
-    found = UnderBudgets(model, processor, scheduled.graph, questions, scheduled).measure(0.65)
+    deciding = Deciding(model, processor, scheduled.graph, scheduled)
+    found = UnderBudgets(deciding, questions).measure(0.65)
     assert found["violations"] == 0
     assert 0.99 * 0.65 <= found["cost_fraction"] <= 0.65
     assert found["utilisation"] >= 0.99

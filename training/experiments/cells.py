@@ -14,7 +14,7 @@ from planner.ir.errors import PlannerError
 from planner.ir.graph import Graph
 from planner.models.calibration import calibrate, read_samples
 from planner.models.calibration.samples import Question
-from planner.models.scheduling import Scheduled, load_scheduler
+from planner.models.scheduling import Deciding, Scheduled, load_scheduler
 from planner.models.scheduling.scheduled_model import Decide
 from planner.planning.catalog import find_model
 from planner.planning.request import Request
@@ -90,7 +90,8 @@ class TableBench(Bench):
             text_tokens=TEXT_TOKENS,
         )
         questions = SceneQuestions("test", self.samples, self.seed)
-        bench = UnderBudgets(model, processor, graph, questions, scheduled, request)
+        deciding = Deciding(model, processor, graph, scheduled)
+        bench = UnderBudgets(deciding, questions, request)
         measured = bench.measure(cell.budget)
         if scheduled is not None:
             _check_parity(scheduled, bench, cell)
@@ -173,6 +174,6 @@ def _check_parity(scheduled: Scheduled, bench: UnderBudgets, cell: Cell) -> None
         model, graph, decide = scheduled.model, scheduled.graph, scheduled.decide
         runs = Scheduled(model, graph, scheduled.scheduler, mask=mask, decide=decide)
         with runs.using(cell.budget, bench.stages):
-            answers.append(predict(bench.model, bench.processor, few, bench.batch_size))
+            answers.append(predict(model, bench.loaded.processor, few, bench.batch_size))
     if answers[0] != answers[1]:
         raise PlannerError(f"{cell.method} at {cell.budget:g}: skipping and masking disagree")
