@@ -20,14 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.cli.console import print_json, print_records
-from planner.serving.governor import Deadline, Governor, RungTimes
+from planner.serving.governor import Deadline, Governor, PromptSize, RungTimes
 
 # Share of the base model's time, and of its accuracy, as tiny-llava's plans have them about.
 LADDER = ((0.5, 0.90), (0.65, 0.96), (0.85, 0.99), (1.0, 1.0))
+SHARES = [share for share, _ in LADDER]
 RUNGS = [
-    RungTimes(0.004 * share, 0.0004 * share, 0.008 * share, 0.001 * share) for share, _ in LADDER
+    RungTimes(0.004 * share, 0.0004 * share, 0.0, 0.008 * share, 0.001 * share) for share in SHARES
 ]
-PROMPT, NEW = 120, 16
+PROMPT, NEW = PromptSize(120), 16
 # Of the base model's seconds on the idle machine.
 SLACK = 1.25
 # Requests after a step of the machine that are not its steady state.
@@ -62,9 +63,11 @@ class Governed:
 
     def learn(self, rung: int, prompt: float, token: float, late: float) -> None:
         """As the engine does."""
+        expected = self.governor.expect([rung], [PROMPT])
         self.governor.read([rung], [PROMPT], prompt)
         for _ in range(NEW - 1):
             self.governor.stepped([rung], token)
+        self.governor.finished(expected, NEW, prompt + (NEW - 1) * token)
 
 
 @dataclass
@@ -82,38 +85,40 @@ class Static:
 
 
 @dataclass
-class AIMD:
-    """Additive increase, multiplicative decrease of the share of time that a plan may take."""
+class ByShare:
+    """Lets plans take a share of the base model's time, and takes the dearest one within it."""
 
+    shares: Sequence[float]  # that each plan of the ladder takes, ascending to 1
     share: float = 1.0
 
     def pick(self, waited: float) -> int:
         """The dearest plan within the share."""
-        return max((r for r, (s, _) in enumerate(LADDER) if s <= self.share + 1e-9), default=0)
-
-    def learn(self, rung: int, prompt: float, token: float, late: float) -> None:
-        """Halve when late."""
-        self.share = max(0.5, self.share / 2) if late > 0 else min(1.0, self.share + 0.02)
+        return max((r for r, s in enumerate(self.shares) if s <= self.share + 1e-9), default=0)
 
 
 @dataclass
-class PID:
-    """A controller of the same share, which holds seconds at nine tenths of the deadline."""
+class AIMD(ByShare):
+    """Additive increase, multiplicative decrease of the share."""
 
-    share: float = 1.0
+    def learn(self, rung: int, prompt: float, token: float, late: float) -> None:
+        """Halve when late."""
+        wanted = self.share / 2 if late > 0 else self.share + 0.02
+        self.share = float(np.clip(wanted, self.shares[0], 1.0))
+
+
+@dataclass
+class PID(ByShare):
+    """A controller of the share, which holds seconds at nine tenths of the deadline."""
+
     total: float = 0.0
     last: float = 0.0
 
-    def pick(self, waited: float) -> int:
-        """The dearest plan within the share."""
-        return max((r for r, (s, _) in enumerate(LADDER) if s <= self.share + 1e-9), default=0)
-
     def learn(self, rung: int, prompt: float, token: float, late: float) -> None:
-        """Gains by Ziegler and Nichols' rule for this ladder, by trial."""
+        """Gains by Ziegler and Nichols' rule for the simulator's ladder, by trial."""
         error = -late - 0.1
         self.total = float(np.clip(self.total + error, -2, 2))
         wanted = 0.8 + 0.4 * error + 0.15 * self.total + 0.1 * (error - self.last)
-        self.share, self.last = float(np.clip(wanted, 0.5, 1.0)), error
+        self.share, self.last = float(np.clip(wanted, self.shares[0], 1.0)), error
 
 
 def seconds_of(rung: int, slow: float) -> tuple[float, float, float]:
@@ -197,8 +202,8 @@ def measure(requests: int, seed: int) -> list[dict[str, object]]:
             "governor": Governed(deadline),
             "none (base model)": Static(len(RUNGS) - 1),
             **{f"static {LADDER[r][0]:g}": Static(r) for r in range(len(RUNGS) - 1)},
-            "AIMD": AIMD(),
-            "PID": PID(),
+            "AIMD": AIMD(SHARES),
+            "PID": PID(SHARES),
         }
         for called, policy in policies.items():
             rows.append({"trace": name, "policy": called, **replay(policy, trace, steps, deadline)})

@@ -10,6 +10,7 @@ from typing import Any
 from planner.ir.errors import InputError, first_line
 from planner.loading import count_image_tokens
 from planner.serving.chat_format import ImagePart, Message
+from planner.serving.governor import PromptSize
 from planner.serving.pictures import picture
 
 # No tokenizer makes fewer tokens of this many letters than one, spaces aside.
@@ -35,6 +36,11 @@ class Prompt:
     tokens: int  # of images too
     image_tokens: int
     asked: tuple[str, ...]  # about each picture
+
+    @property
+    def size(self) -> PromptSize:
+        """How long it is."""
+        return PromptSize(self.tokens - self.image_tokens, self.image_tokens)
 
 
 class PromptReader:

@@ -20,7 +20,7 @@ from planner.ir.errors import InputError, PlannerError
 from planner.plan import Plan
 from planner.serving.answer_text import AnswerText
 from planner.serving.chat_prompts import Prompt
-from planner.serving.governor import Deadline, Governor
+from planner.serving.governor import Deadline, Expected, Governor
 from planner.serving.ladder import Ladder
 from planner.serving.metrics import Metrics
 from planner.serving.running_batch import Answer, RunningBatch, Sampler, alike
@@ -93,7 +93,9 @@ class _Running:
     rung: int
     answer: Answer
     text: AnswerText
+    begun: float  # when its prompt was read
     first_token: float  # when it came
+    expected: Expected
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,6 @@ class Engine:
         self._reserved = 0
         self._running: list[_Running] = []
         self._is_stopping = False
-        self._last_step = 0.0
         self._thread = threading.Thread(target=self._loop, name="planner-engine", daemon=True)
 
     def start(self) -> None:
@@ -190,19 +191,22 @@ class Engine:
         return Busy(sentence, reason, self._seconds_to_begin())
 
     def _check_deadline(self, job: Job) -> None:
-        if not self._governor.is_possible(job.deadline, job.prompt.tokens, job.new_tokens):
+        if not self._governor.is_possible(job.deadline, job.prompt.size, job.new_tokens):
             self.metrics.refused("impossible")
             raise InputError(
                 "the deadline is too short: not even the cheapest plan on the idle machine keeps "
                 f"it for {job.prompt.tokens} tokens of prompt and {job.new_tokens} of answer"
             )
-        if self._rung_for(job, self._seconds_to_begin()) is None:
+        until_begin = self._seconds_to_begin()
+        # A machine with nothing to do tries: how else would it learn that it is fast again?
+        is_idle = not self._running and not until_begin
+        if not is_idle and self._rung_for(job, until_begin) is None:
             raise self._refusal("the deadline cannot be kept with what runs now", "deadline")
 
     def _rung_for(self, job: Job, until_begin: float) -> int | None:
         return self._governor.choose(
             job.deadline,
-            job.prompt.tokens,
+            job.prompt.size,
             job.new_tokens,
             dearest=job.dearest,
             waited=time.monotonic() - job.arrived + until_begin,
@@ -213,8 +217,10 @@ class Engine:
         """Until a request that came now would be read."""
         waiting, running = list(self._waiting), list(self._running)
         seconds = sum(
-            self._governor.prompt_seconds(0 if j.deadline.is_set else j.dearest, j.prompt.tokens)
-            for j in waiting
+            self._governor.prompt_seconds(
+                [0 if job.deadline.is_set else job.dearest], [job.prompt.size]
+            )
+            for job in waiting
         )
         if running and len(running) + len(waiting) >= self._most_answers:
             left = min(r.job.new_tokens - len(r.answer.tokens) for r in running)
@@ -263,7 +269,8 @@ class Engine:
 
     def _read(self, jobs: Sequence[Job]) -> None:
         """Read prompts that go together."""
-        rungs = [self._rung_of(job) for job in jobs]
+        rungs, sizes = [self._rung_of(job) for job in jobs], [job.prompt.size for job in jobs]
+        expected = self._governor.expect(rungs, sizes, [r.rung for r in self._running])
         begun = time.monotonic()
         try:
             answers = self._batch.read(
@@ -281,16 +288,13 @@ class Engine:
                 self._read([job])
             return
         now = time.monotonic()
-        tokens = [job.prompt.tokens for job in jobs]
-        self._governor.read(rungs, tokens, now - begun)
-        self.metrics.prompt_tokens.inc(sum(tokens))
-        if not self._running:
-            self._last_step = now
+        self._governor.read(rungs, sizes, now - begun)
+        self.metrics.prompt_tokens.inc(sum(job.prompt.tokens for job in jobs))
         for job, rung, answer in zip(jobs, rungs, answers, strict=True):
             self.metrics.queued.observe(begun - job.arrived)
             self.metrics.first_token.observe(now - job.arrived)
             text = AnswerText(self._tokenizer, job.stops)
-            self._running.append(_Running(job, rung, answer, text, now))
+            self._running.append(_Running(job, rung, answer, text, begun, now, expected))
         for running in self._running[-len(jobs) :]:
             self._say(running)
 
@@ -319,6 +323,7 @@ class Engine:
 
     def _step(self) -> None:
         rungs = [running.rung for running in self._running]
+        begun = time.monotonic()
         try:
             self._batch.step()
         except Exception as error:
@@ -326,9 +331,7 @@ class Engine:
                 self._leave(running)
                 self._fail(running.job, error)
             return
-        now = time.monotonic()
-        self._governor.stepped(rungs, now - self._last_step)
-        self._last_step = now
+        self._governor.stepped(rungs, time.monotonic() - begun)
         for running in list(self._running):
             if running.answer.failure is not None:
                 self._leave(running)
@@ -356,6 +359,7 @@ class Engine:
         """An answer is complete."""
         job, count = running.job, len(running.answer.tokens)
         now = time.monotonic()
+        self._governor.finished(running.expected, count, now - running.begun)
         first, whole = running.first_token - job.arrived, now - job.arrived
         per_token = (now - running.first_token) / (count - 1) if count > 1 else 0.0
         self.metrics.finished(reason, self.ladder.rungs[running.rung].budget)
@@ -377,4 +381,4 @@ class Engine:
         self.metrics.running.set(len(self._running))
         self.metrics.waiting.set(len(self._waiting))
         self.metrics.kv_use.set(cached / self._most_cached)
-        self.metrics.slow_down.set(self._governor.prompts.factor(0))
+        self.metrics.slow_down.set(self._governor.prompts.median)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any
 
 from planner.loading import noise_image
@@ -18,7 +19,8 @@ from planner.serving.running_batch import RunningBatch, Sampler
 
 # Answers that decode together, in the second of two measurements.
 _TOGETHER = 4
-_STEPS = 4
+# Times that something is measured, and seconds after which once is enough.
+_TIMES, _SECONDS = 9, 0.5
 
 
 def make_ladder(
@@ -52,21 +54,31 @@ def make_ladder(
 def measure_rungs(
     batch: RunningBatch, ladder: Ladder, reader: PromptReader, progress: Say
 ) -> list[RungTimes]:
-    """What every rung takes for a short and a long prompt, and for few and many answers."""
+    """What every rung takes for prompts with more or less text and image, and for few and many
+    answers."""
     # A few words alone may be too little for a scheduler, which is paid for by the prompt.
-    short, long = _prompt(reader, 1, batch.is_scheduled), _prompt(reader, 64, True)
+    short, long = (_prompt(reader, words, batch.is_scheduled) for words in (1, 64))
+    picture = _prompt(reader, 1, True)
     times = []
     for rung in ladder.rungs:
         progress(f"warm up {rung.budget:g}")
-        low, high = (_prompt_seconds(batch, prompt, rung) for prompt in (short, long))
-        per_token = max(0.0, high - low) / (long.tokens - short.tokens)
-        fixed = max(low - per_token * short.tokens, 0.0)
+        low, high, seeing = (_prompt_seconds(batch, p, rung) for p in (short, long, picture))
+        per_text = max(0.0, high - low) / (long.tokens - short.tokens)
+        per_image = per_text
+        if more := picture.image_tokens - short.image_tokens:
+            text = per_text * (picture.size.text - short.size.text)
+            per_image = max(0.0, seeing - low - text) / more
+        own = per_text * short.size.text + per_image * short.size.image
         alone = _step_seconds(batch, [short], rung)
         per_answer = alone / _TOGETHER
         if batch.can_join:
             together = _step_seconds(batch, [short] * _TOGETHER, rung)
             per_answer = max(0.0, together - alone) / (_TOGETHER - 1)
-        times.append(RungTimes(fixed, per_token, max(alone - per_answer, 1e-6), per_answer))
+        times.append(
+            RungTimes(
+                max(low - own, 0.0), per_text, per_image, max(alone - per_answer, 1e-6), per_answer
+            )
+        )
     return times
 
 
@@ -81,27 +93,34 @@ def _prompt(reader: PromptReader, words: int, with_image: bool) -> Prompt:
 
 
 def _prompt_seconds(batch: RunningBatch, prompt: Prompt, rung: Rung) -> float:
-    """The second time, once everything is warm."""
-    seconds = 0.0
-    for _ in range(2):
-        begun = time.perf_counter()
+    """Median, once everything is warm."""
+
+    def read() -> None:
         _read(batch, prompt, rung)
-        seconds = time.perf_counter() - begun
         _clear(batch)
-    return seconds
+
+    read()
+    return _median_seconds(read)
 
 
 def _step_seconds(batch: RunningBatch, prompts: Sequence[Prompt], rung: Rung) -> float:
-    """Of a later step: the first one joins."""
+    """Median of later steps: the first one joins."""
     for prompt in prompts:
         _read(batch, prompt, rung)
     batch.step()
-    begun = time.perf_counter()
-    for _ in range(_STEPS):
-        batch.step()
-    seconds = (time.perf_counter() - begun) / _STEPS
+    seconds = _median_seconds(batch.step)
     _clear(batch)
     return seconds
+
+
+def _median_seconds(run: Callable[[], None]) -> float:
+    """Of several times, of fewer where it takes long."""
+    times: list[float] = []
+    while len(times) < _TIMES and sum(times) < _SECONDS:
+        begun = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begun)
+    return median(times)
 
 
 def _read(batch: RunningBatch, prompt: Prompt, rung: Rung) -> None:

@@ -103,6 +103,17 @@ def test_a_long_deadline_runs_the_whole_model_and_a_short_one_less(client, servi
     assert ask(client, COLOURS[0], headers={"x-llm-d-slo-ttft-ms": "60000"}).usage.plan["budget"]
 
 
+def test_a_server_that_has_become_slow_finds_out_that_it_is_fast_again(client, service):
+    """Whoever does nothing is asked, however late it expects to be."""
+    governor = service.engine._governor
+    for passes in (governor.prompts, governor.tokens):
+        for _ in range(3):
+            passes.learn(1.0, 1e6)
+    budgets = [ask(client, COLOURS[0], deadline_ms=60_000).usage.plan["budget"] for _ in range(12)]
+    assert budgets[0] == 0.6
+    assert budgets[-1] == 1
+
+
 def test_a_question_picks_the_patches_that_are_about_it(guided, tiny):
     """Requests together, with one picture, several and none; each is asked by its own text."""
     client, service, model = guided
