@@ -4,12 +4,12 @@
     python benchmarks/latency.py --device here.json [--plans 200] [--requests 500] [--json]
 
 Passes are prompts and decoded tokens of models with random weights, of other sizes than those that
-`planner calibrate` fits to, under random plans. Requests come with prompts of several lengths and
-deadlines of several shares of the base model's time; each is served by the plan for a latency
-budget of its deadline. On time are requests whose pass took no longer, by the clock of the
-calibration; utilisation is the share of their deadlines that passes took. Errors are as they are,
-and *at pace*: were the machine as fast as when it was measured, by a product timed around every
-pass.
+`planner calibrate` fits to, under random plans. They are predicted as those of any model, and after
+what `planner calibrate --model` does for each of them. Requests come with prompts of several
+lengths and deadlines of several shares of the base model's time; each is served by the plan for a
+latency budget of its deadline. On time are requests whose pass took no longer, by the clock of the
+calibration; utilisation is the share of their deadlines that passes took. What the same pass, or
+the same request, takes when it is repeated says how much of an error no prediction could avoid.
 """
 
 from __future__ import annotations
@@ -18,23 +18,27 @@ import argparse
 import os
 import random
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 
 from planner.cli.console import print_json, table
-from planner.ir.cost import Workload
 from planner.ir.cost.measured_device import MeasuredDevice
-from planner.models.profiling.device_profile import machine_of, quantiles
+from planner.models.profiling import machine_of, profile_model
 from planner.models.profiling.operator_cases import Bench
 from planner.models.profiling.stopwatch import stopwatch_for
-from planner.models.profiling.whole_passes import Pass, Subject, Timed, timed
+from planner.models.profiling.subjects import Pass, Subject
+from planner.models.profiling.sweep import Partial
+from planner.models.profiling.whole_passes import quantiles, repeats_differ, timed
 from planner.plan import Plan
 from planner.planning.compiler import plan_graph
-from planner.planning.device_file import read_device
+from planner.planning.device_file import read_device, save_device
 from planner.planning.plan_costs import pricing_for
 from planner.planning.request import Request
 from planner.progress import progress_bar
@@ -46,55 +50,77 @@ MOST_TOKENS = 500
 TEXTS, SHARES = (40, 120, 300), (0.6, 0.7, 0.8, 0.9)
 
 
-def plans(subjects: Sequence[Subject], device: MeasuredDevice, count: int) -> dict[str, Any]:
-    """Errors of predictions for so many random plans."""
+def calibrated(subjects: Sequence[Subject], device: MeasuredDevice, work: Path) -> MeasuredDevice:
+    """The device after `planner calibrate --model` for every subject, in a file of its own."""
+    for number, subject in enumerate(subjects):
+        path = work / f"model-{number}.partial"
+        device, _ = profile_model(device, subject, MOST_TOKENS, path, progress_bar)
+    device = replace(device, name=str(work / "device.json"))
+    save_device(work / "device.json", device)
+    return device
+
+
+def plans(
+    subjects: Sequence[Subject],
+    devices: dict[str, MeasuredDevice],
+    count: int,
+    partial: Partial,
+) -> dict[str, Any]:
+    """Errors of predictions for so many random plans, by several devices."""
     with progress_bar("plans") as progress:
-        found = timed(subjects, count, MOST_TOKENS, 1, progress)
+        found = timed(subjects, count, MOST_TOKENS, 2, partial, progress)
     sorts = {
         "all": found,
         "prompts": [one for one in found if not one.one.decodes],
-        "decoded tokens": [one for one in found if one.one.decodes],
+        "tokens": [one for one in found if one.one.decodes],
     }
-    return {
-        name + how: {"count": len(some), "bias": float(np.median(errors)), **quantiles(errors)}
-        for name, some in sorts.items()
-        for how, error in (("", Timed.error), (", at pace", Timed.error_at_pace))
-        if (errors := [error(one, device) for one in some])
-    }
+    document: dict[str, Any] = {}
+    for how, device in devices.items():
+        for name, some in sorts.items():
+            errors = [one.error(device) for one in some]
+            bias = float(np.median(errors))
+            document[f"{name}, {how}"] = {"count": len(some), "bias": bias, **quantiles(errors)}
+    return document | {"repeats differ": {"median": repeats_differ(found)}}
 
 
 def requests(subject: Subject, device: MeasuredDevice, count: int) -> dict[str, Any]:
     """How so many requests keep their deadlines."""
     rng, watch = random.Random(2), stopwatch_for(subject.bench.place)
     served = {(t, s): planned(subject, device, t, s) for t in TEXTS for s in SHARES}
-    for serve, _ in served.values():
+    for serve, *_ in served.values():
         for _ in range(2):  # the second copies what frozen plans keep
             serve()
-    used = []
+    used: dict[Any, list[float]] = {}
     with progress_bar("requests") as progress:
         for number in range(count):
-            serve, deadline = served[rng.choice(TEXTS), rng.choice(SHARES)]
-            used.append(watch.seconds([serve]) / deadline)
+            which = rng.choice(TEXTS), rng.choice(SHARES)
+            serve, deadline, _ = served[which]
+            used.setdefault(which, []).append(watch.seconds([serve]) / deadline)
             progress(number + 1, count)
+    every = np.array([share for some in used.values() for share in some])
+    same = [share / median(some) for some in used.values() for share in some]
     return {
         "count": count,
-        "on time": float(np.mean(np.array(used) <= 1)),
-        "median over deadline": float(np.quantile(used, 0.5)),
-        "p99 over deadline": float(np.quantile(used, 0.99)),
-        "utilisation": float(np.mean(np.minimum(used, 1))),
+        "on time": float(np.mean(every <= 1)),
+        "median over deadline": float(np.quantile(every, 0.5)),
+        "p99 over deadline": float(np.quantile(every, 0.99)),
+        "utilisation": float(np.mean(np.minimum(every, 1))),
+        "planned over deadline": median(share for *_, share in served.values()),
+        "margin for late ones": device.on(subject.graph).late(subject.graph.dtype_bytes),
+        "p99 over median of the same request": float(np.quantile(same, 0.99)),
     }
 
 
 def planned(
     subject: Subject, device: MeasuredDevice, text_tokens: int, share: float
-) -> tuple[Callable[[], None], float]:
-    """What serves a request, and its deadline in seconds."""
-    load = Workload.default(subject.graph, text_tokens=text_tokens)
-    dense = Plan.of(subject.graph)
-    base = pricing_for(dense, subject.graph, load, "model", device).cost_of(dense)["latency"]
+) -> tuple[Callable[[], None], float, float]:
+    """What serves a request, its deadline in seconds, and the share of it that is planned."""
+    load, graph = subject.load(text_tokens), subject.graph
+    dense = Plan.of(graph)
+    base = pricing_for(dense, graph, load, "model", device.on(graph)).cost_of(dense)["latency"]
     options = {"utilities": "prior", "device": device.name, "text_tokens": text_tokens}
-    asked = Request(subject.graph.name, f"latency={share * base}s", **options)
-    plan = plan_graph(subject.graph, asked).plan
+    asked = Request(graph.name, f"latency={share * base}s", **options)
+    plan = plan_graph(graph, asked).plan
     prompt = subject.prompt(Pass(plan, load, decodes=False))
 
     @torch.no_grad()
@@ -102,7 +128,7 @@ def planned(
         with subject.session.under(plan):
             prompt()
 
-    return serve, share * base
+    return serve, share * base, plan.cost["latency"]["plan"] / (share * base)
 
 
 def main() -> int:
@@ -110,6 +136,7 @@ def main() -> int:
     parser.add_argument("--device", type=Path, required=True, help="file of planner calibrate")
     parser.add_argument("--plans", type=int, default=200)
     parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--work", type=Path, help="folder from which a run that was killed goes on")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
     device = read_device(options.device)
@@ -123,15 +150,21 @@ def main() -> int:
             differs = [name for name in here if here[name] != device.machine.get(name)]
             print(f"the device file is of another {', '.join(differs)}", file=sys.stderr)
             return 1
-        subjects = [Subject.of(bench, *which) for which in SUBJECTS]
-        results[precision] = {
-            "plans": plans(subjects, device, options.plans),
-            "requests": requests(subjects[-1], device, options.requests),
-        }
+        with tempfile.TemporaryDirectory() as folder:
+            work = (options.work or Path(folder)) / precision
+            work.mkdir(parents=True, exist_ok=True)
+            subjects = [Subject.made(bench, *which) for which in SUBJECTS]
+            known = calibrated(subjects, device, work)
+            partial = Partial.at(work / "plans.partial", [here, options.plans])
+            devices = {"as any model": device, "calibrated": known}
+            results[precision] = {
+                "plans": plans(subjects, devices, options.plans, partial),
+                "requests": requests(subjects[-1], known, options.requests),
+            }
     document = {
         "machine": device.machine,
         "load": os.getloadavg(),
-        "operators": {name: known.errors["operators"] for name, known in device.measured.items()},
+        "operators": {name: known.errors for name, known in device.measured.items()},
         **results,
     }
     if options.json:

@@ -10,7 +10,7 @@ import yaml
 
 from planner.ir.dims import Sizes
 from planner.ir.errors import check_known
-from planner.ir.graph import Operator
+from planner.ir.graph import Graph, Operator
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +41,16 @@ class Device:
             return 0.0, "-"
         return (compute, "compute") if compute > memory else (memory, "memory")
 
-    def pass_seconds(self, element: int) -> float:
+    def on(self, graph: Graph) -> Device:
+        """The same for one model, of which more may be known."""
+        return self
+
+    def pass_seconds(self, element: int, sizes: Sizes) -> float:
         """What a pass through a model takes besides its operators; `element`: bytes of a number."""
         return 0.0
 
     def late(self, element: int) -> float:
-        """By which share a pass may take longer than predicted, once in a hundred times."""
+        """By which share a prompt may take longer than predicted, once in a hundred times."""
         return 0.0
 
     def time(

@@ -5,8 +5,13 @@ side of its bend - compute is a product of sizes, memory a sum of such products 
 interpolation is exact, and it grows with every size. Beyond the largest measured size seconds grow
 in proportion to it; below the smallest they stay.
 
+Products are measured with weights that lie in a cache, and what they take more with weights from
+memory apart: which of the two a pass meets is a matter of the whole model's size.
+
 What operators take alone is not all that a pass takes: there is the host's work between them, and
-data that was in a cache. So each operator takes, besides, a constant, and a factor of its sort.
+what their neighbours leave in caches. So a pass is a sum of terms (`TERMS`), each with a
+coefficient that is fitted to whole passes: of any models, or of the one model that is priced; and
+of prompts apart from decoded tokens, where weights and the host decide.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from typing_extensions import override
 from planner.ir.cost.device_table import Device
 from planner.ir.dims import Sizes
 from planner.ir.errors import InputError
-from planner.ir.graph import Operator
+from planner.ir.graph import Graph, Operator
 from planner.ir.kinds import kind_of
 from planner.ir.kinds.table import attended_keys
 
@@ -61,6 +66,30 @@ class Table:
         return beyond * sum(self.seconds[index] * weight for index, weight in corners)
 
 
+KINDS = ("prompt", "token")
+# What a pass is the sum of: a number of seconds for the pass and for each of its operators, and
+# what operators take alone, by sort. ``weights`` is what products take more where their weights
+# come from memory; ``encoder`` is all that runs in front of the decoder.
+TERMS = ("pass", "operator", "products", "weights", "attention", "light", "encoder")
+ALONE: Mapping[str, float] = {name: float(n > 1) for n, name in enumerate(TERMS)}
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What whole passes of one kind take, by what their operators take alone."""
+
+    # Of `TERMS`: seconds, then factors. None is negative, so more never takes less.
+    terms: Mapping[str, float] = field(default_factory=lambda: ALONE)
+    # Of passes under plans that nothing was fitted to: quantile -> relative error of predictions.
+    errors: Mapping[str, float] = field(default_factory=dict)
+    # By which share such a pass takes longer than predicted once in a hundred times.
+    late: float = 0.0
+
+    def __post_init__(self) -> None:
+        if set(self.terms) != set(TERMS) or min(self.terms.values()) < 0:
+            raise ValueError(f"the terms of passes are {', '.join(TERMS)}, none of them negative")
+
+
 @dataclass(frozen=True)
 class Measurement:
     """What was measured with numbers of one precision."""
@@ -68,15 +97,18 @@ class Measurement:
     # By name: ``product`` (rows, in, out), ``prefill`` (heads of all samples, pairs of query and
     # key, head_dim), ``decode`` (KV heads of all samples, keys, head_dim, heads that share a KV
     # head), and light work by elements of its output. Kinds of operators without a table take what
-    # the roofline says.
+    # the roofline says. ``weights`` (rows): what a product takes more for a million weights that
+    # come from memory. ``cached`` (megabytes): some product with so many weights in turn.
     tables: Mapping[str, Table]
-    operator_seconds: float = 0.0  # what each operator takes in a model besides
-    pass_seconds: float = 0.0  # what a pass through a model takes besides its operators
-    # Sort of operators (`sort_of`) -> what they take in a model over what they take alone.
-    factors: Mapping[str, float] = field(default_factory=dict)
-    # Of what -> quantile -> relative error of predictions, at sizes and under plans that nothing
-    # was fitted to; ``late`` is by which share passes took longer at most.
-    errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    # By kind (`KINDS`): of any models, and of one model, by its fingerprint.
+    passes: Mapping[str, Passes] = field(default_factory=lambda: dict.fromkeys(KINDS, Passes()))
+    models: Mapping[str, Mapping[str, Passes]] = field(default_factory=dict)
+    # Quantile -> relative error of predictions for operators at sizes between those of the tables.
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if any(set(passes) != set(KINDS) for passes in (self.passes, *self.models.values())):
+            raise ValueError(f"passes are of the kinds {', '.join(KINDS)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +118,8 @@ class MeasuredDevice(Device):
     # Processor, threads, versions of libraries.
     machine: Mapping[str, str | int] = field(default_factory=dict)
     measured: Mapping[str, Measurement] = field(default_factory=dict)  # by precision
+    model: str = ""  # fingerprint of the model that is priced
+    weight_bytes: float = math.inf  # of its weights
 
     def at(self, element: int) -> Measurement:
         """What was measured with numbers of so many bytes; InputError where nothing was."""
@@ -97,31 +131,74 @@ class MeasuredDevice(Device):
             )
         return self.measured[precision]
 
-    def alone(self) -> MeasuredDevice:
-        """The same, where nothing is added to what operators take alone."""
-        bare = {name: Measurement(found.tables) for name, found in self.measured.items()}
-        return replace(self, measured=bare)
+    def with_terms(self, element: int, terms: Mapping[str, float]) -> MeasuredDevice:
+        """The same, with other coefficients for every pass."""
+        precision = PRECISIONS[element]
+        passes = dict.fromkeys(KINDS, Passes(terms))
+        known = replace(self.measured[precision], passes=passes, models={})
+        return replace(self, measured={precision: known})
 
     @override
-    def pass_seconds(self, element: int) -> float:
-        return self.at(element).pass_seconds
+    def on(self, graph: Graph) -> MeasuredDevice:
+        weights = sum(kind_of(operator).weights(operator) for operator in graph)
+        model = str(graph.properties.get("fingerprint", ""))
+        return replace(self, model=model, weight_bytes=float(weights * graph.dtype_bytes))
+
+    def knows(self, element: int) -> bool:
+        """Whether passes of the model that is priced were measured."""
+        return self.model in self.at(element).models
+
+    def passes(self, element: int, kind: str) -> Passes:
+        """What passes of the model that is priced take, or of any where it was not measured."""
+        known = self.at(element)
+        return known.models.get(self.model, known.passes)[kind]
+
+    @override
+    def pass_seconds(self, element: int, sizes: Sizes) -> float:
+        return self.passes(element, _kind_of(sizes)).terms["pass"]
 
     @override
     def late(self, element: int) -> float:
-        return self.at(element).errors.get("passes", {}).get("late", 0.0)
+        return self.passes(element, "prompt").late
 
     @override
     def time(
         self, operator: Operator, sizes: Sizes, operations: int, elements: int, element: int
     ) -> tuple[float, str]:
-        # What no table is of takes what the roofline says.
         seconds, bound = self.roofline(operations, elements * element)
-        known, sized = self.at(element), _SIZED.get(operator.kind)
-        if sized is not None:
-            name, size = sized(operator, sizes)
-            if name in known.tables:
-                seconds = known.tables[name].at(*size)
-        return known.factors.get(sort_of(operator), 1.0) * seconds + known.operator_seconds, bound
+        known, terms = self.at(element), self.passes(element, _kind_of(sizes)).terms
+        alone = self._alone(known, operator, sizes) or {_sort_of(operator): seconds}
+        if operator.part in ("vision", "projector"):
+            alone = {"encoder": sum(alone.values())}
+        taken = sum(terms[name] * part for name, part in alone.items())
+        return taken + terms["operator"], bound
+
+    def _alone(
+        self, known: Measurement, operator: Operator, sizes: Sizes
+    ) -> dict[str, float] | None:
+        """Term -> seconds of an operator by itself; None where no table is of it."""
+        sized = _SIZED.get(operator.kind)
+        name, size = sized(operator, sizes) if sized is not None else ("", ())
+        if name not in known.tables:
+            return None
+        alone = {_sort_of(operator): known.tables[name].at(*size)}
+        if name == "product" and "weights" in known.tables:
+            alone["weights"] = self._from_memory(known) * from_memory(known.tables, *size)
+        return alone
+
+    def _from_memory(self, known: Measurement) -> float:
+        """The share of the model's weights that no cache holds from one pass to the next."""
+        table = known.tables["cached"]
+        (axis,), (least, most) = table.axes, (table.seconds[0], table.seconds[-1])
+        now = table.at(min(self.weight_bytes / 2**20, axis[-1]))
+        return (now - least) / (most - least) if most > least else 1.0
+
+
+def from_memory(tables: Mapping[str, Table], rows: float, features: float, out: float) -> float:
+    """What a product takes more where its weights come from memory."""
+    table = tables["weights"]
+    # More rows than were measured wait for their weights as long.
+    return table.at(min(rows, table.axes[0][-1])) * features * out / 1e6
 
 
 # -- which sizes matter, by kind of operator ------------------------------------------------------
@@ -182,11 +259,15 @@ _SIZED: dict[str, Callable[[Operator, Sizes], _Sized]] = {
     "gather": _light("gather"),
     "select_tokens": _light("gather"),
 }
-SORTS = ("products", "attention", "light")
 
 
-def sort_of(operator: Operator) -> str:
-    """What a factor of `Measurement` is of: one of `SORTS`."""
+def _sort_of(operator: Operator) -> str:
+    """The term that an operator of the decoder belongs to."""
     if operator.kind == "attention":
         return "attention"
     return "products" if kind_of(operator).flops else "light"
+
+
+def _kind_of(sizes: Sizes) -> str:
+    """The kind of a pass: one query is a token that is decoded."""
+    return "token" if sizes.get("query") == 1 else "prompt"

@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
 import transformers
 
-from planner.ir.cost.measured_device import MeasuredDevice, Measurement
+from planner.ir.cost.measured_device import (
+    PRECISIONS,
+    MeasuredDevice,
+    Measurement,
+    Table,
+    from_memory,
+)
 from planner.kernels.ops.kept_linear import SMALL
 from planner.kernels.ops.product_probe import CLEARLY, KINDS_FROM, cpu_name, keep
-from planner.models.profiling.operator_cases import Bench, Case
-from planner.models.profiling.sweep import sweep, table_of
-from planner.models.profiling.whole_passes import Subject, fitted, timed
+from planner.models.profiling.operator_cases import AXES, Bench, Case
+from planner.models.profiling.subjects import Subject
+from planner.models.profiling.sweep import Partial, sweep, table_of
+from planner.models.profiling.whole_passes import fitted, quantiles, repeats_differ, timed
 from planner.progress import Progress
 
 # Width and layers of the models whose passes are timed, and whether they see.
-_SUBJECTS = ((256, 4, False), (1024, 3, False), (512, 4, True))
+_SUBJECTS = ((256, 4, False), (512, 4, True), (1024, 3, False), (2048, 2, False))
 _MOST_TOKENS = 600
-_FITTED, _CHECKED = 60, 30
+# Passes of them, and of a model that is measured by itself.
+_PASSES, _OF_MODEL = 80, 72
 
 
 def profile(
     name: str,
     bench: Bench,
     rounds: int,
-    partial: Path,
+    path: Path,
     bar: Callable[[str], AbstractContextManager[Progress]],
 ) -> MeasuredDevice:
     """Measure a device with numbers of one precision.
@@ -39,28 +49,22 @@ def profile(
     Args:
         bench: where, and of which precision.
         rounds: how often each operator is timed.
-        partial: file that keeps what was timed, from which a run that was cut short goes on.
+        path: of the file that keeps what was timed, from which a run that was cut short goes on.
     """
     machine = machine_of(bench.place)
-    facts = [machine, str(bench.dtype)]
     precision = str(bench.dtype).removeprefix("torch.")
-    cases, held_out = bench.cases(), bench.held_out()
-    with bar("operators") as progress:
-        seconds = sweep(bench, [*cases, *held_out], rounds, partial, facts, progress)
-    by_table: dict[tuple[str, str], dict[tuple[int, ...], float]] = {}
-    for case in cases:
-        by_table.setdefault((case.table, case.backend), {})[case.sizes] = seconds[case.key]
-    tables = {
-        f"{table}.{backend}".rstrip("."): table_of(table, found)
-        for (table, backend), found in by_table.items()
-    }
-    chosen = _chosen(bench, cases, seconds)
-    tables["product"] = table_of(
-        "product", {c.sizes: seconds[c.key] for c in cases if c.backend == chosen(c) != ""}
+    partial = Partial.at(path, [machine, precision, AXES])
+    compared = bench.compared()
+    with bar("backends") as progress:
+        chosen = _chosen(bench, compared, sweep(bench, compared, rounds, partial, progress))
+    cases, held_out = (
+        [replace(case, backend=chosen(case)) for case in some]
+        for some in (bench.cases(), bench.held_out())
     )
-    checked = [case for case in held_out if case.backend == chosen(case)]
-    off = [tables[case.table].at(*case.sizes) / seconds[case.key] - 1 for case in checked]
+    with bar("operators") as progress:
+        seconds = sweep(bench, [*cases, *held_out], rounds, partial, progress)
     operations, moved = _peaks(bench, cases, seconds)
+    known = Measurement(_tables(cases, seconds))
     device = MeasuredDevice(
         name,
         operations / 1e12,
@@ -68,19 +72,66 @@ def profile(
         _memory_bytes(bench) / 1e9,
         f"planner calibrate on {machine['processor']}",
         machine,
-        {precision: Measurement(tables)},
+        {precision: known},
     )
-    subjects = [Subject.of(bench, *which) for which in _SUBJECTS]
+    off = [_alone(known.tables, case) / seconds[case.key] - 1 for case in held_out]
+    subjects = [Subject.made(bench, *which) for which in _SUBJECTS]
     with bar("passes") as progress:
-        passes = timed(subjects, _FITTED + _CHECKED, _MOST_TOKENS, 0, progress)
-    device = fitted(device, passes[:_FITTED])
-    errors = {
-        "operators": quantiles(off),
-        "passes": quantiles(off := [one.error(device) for one in passes[_FITTED:]])
-        | {"late": round(max(0.0, *(1 / (1 + error) - 1 for error in off)), 4)},
-    }
-    known = replace(device.measured[precision], errors=errors)
+        passes = timed(subjects, _PASSES, _MOST_TOKENS, 0, partial, progress)
+    known = replace(known, errors=quantiles(off), passes=fitted(device, passes))
     return replace(device, measured={precision: known})
+
+
+def profile_model(
+    device: MeasuredDevice,
+    subject: Subject,
+    most_tokens: int,
+    path: Path,
+    bar: Callable[[str], AbstractContextManager[Progress]],
+) -> tuple[MeasuredDevice, float]:
+    """Measure passes of one model on a device that was measured, for prompts of so many tokens at
+    most besides those of a picture.
+
+    Returns:
+        The device, and the share by which two measurements of a pass differ.
+    """
+    graph, bench = subject.graph, subject.bench
+    model, known = str(graph.properties["fingerprint"]), device.at(graph.dtype_bytes)
+    partial = Partial.at(path, [machine_of(bench.place), str(bench.dtype), model, most_tokens])
+    with bar("passes") as progress:
+        passes = timed([subject], _OF_MODEL, most_tokens, 1, partial, progress)
+    found = fitted(device, passes, known.passes)
+    known = replace(known, models={**known.models, model: found})
+    precision = PRECISIONS[graph.dtype_bytes]
+    measured = {**device.measured, precision: known}
+    return replace(device, measured=measured), repeats_differ(passes)
+
+
+def _tables(cases: Sequence[Case], seconds: Mapping[str, float]) -> dict[str, Table]:
+    by_table: dict[str, dict[tuple[int, ...], float]] = {}
+    for case in cases:
+        if case.table != "weights":
+            by_table.setdefault(case.table, {})[case.sizes] = seconds[case.key]
+    rows = dict.fromkeys(case.sizes[:1] for case in cases if case.table == "weights")
+    by_table["weights"] = {
+        some: max(
+            1e-9,  # where both take as long, what they differ by is noise
+            median(
+                seconds[case.key] * 1e6 / math.prod(case.sizes[1:])
+                for case in cases
+                if case.table == "weights" and case.sizes[:1] == some
+            ),
+        )
+        for some in rows
+    }
+    return {name: table_of(name, found) for name, found in by_table.items()}
+
+
+def _alone(tables: Mapping[str, Table], case: Case) -> float:
+    """Predicted seconds of a case."""
+    if case.table != "cold":
+        return tables[case.table].at(*case.sizes)
+    return tables["product"].at(*case.sizes) + from_memory(tables, *case.sizes)
 
 
 def machine_of(place: torch.device) -> dict[str, str | int]:
@@ -97,38 +148,30 @@ def machine_of(place: torch.device) -> dict[str, str | int]:
     }
 
 
-def quantiles(errors: Sequence[float]) -> dict[str, float]:
-    """Median, 90th and 95th percentile of their size."""
-    sizes = np.abs(errors)
-    at = {"median": 0.5, "p90": 0.9, "p95": 0.95}
-    return {name: round(float(np.quantile(sizes, share)), 4) for name, share in at.items()}
-
-
 def _chosen(
-    bench: Bench, cases: Sequence[Case], seconds: Mapping[str, float]
+    bench: Bench, compared: Sequence[Case], seconds: Mapping[str, float]
 ) -> Callable[[Case], str]:
     """Which backend a case of a product runs by under a plan; "" for other cases.
 
     Where oneDNN is an alternative to MKL, what multiplies fastest is settled for this machine.
     """
-    first, *others = bench.backends
-    if not others:
-        return lambda case: first if case.table == "product" else ""
-    faster = []
-    for low, high in zip(KINDS_FROM, [*KINDS_FROM[1:], 10**9], strict=True):
+    first = next(iter(bench.backends))
+    faster = [False] * len(KINDS_FROM)
+    for kind, (low, high) in enumerate(zip(KINDS_FROM, [*KINDS_FROM[1:], 10**9], strict=True)):
         ratios = [
             seconds[case.key] / seconds[replace(case, backend="mkl").key]
-            for case in cases
+            for case in compared
             if case.backend == "onednn" and low <= case.sizes[0] < high and _is_large(case)
         ]
-        faster.append(bool(np.exp(np.mean(np.log(ratios))) < CLEARLY))
-    keep(torch.get_num_threads(), tuple(faster))
+        faster[kind] = bool(ratios) and bool(np.exp(np.mean(np.log(ratios))) < CLEARLY)
+    if compared:
+        keep(torch.get_num_threads(), tuple(faster))
 
     def chosen(case: Case) -> str:
-        if case.table != "product":
+        if not case.is_product:
             return ""
         kind = sum(case.sizes[0] >= low for low in KINDS_FROM) - 1
-        return "onednn" if faster[kind] and _is_large(case) else "mkl"
+        return "onednn" if faster[kind] and _is_large(case) else first
 
     return chosen
 
@@ -144,8 +187,14 @@ def _peaks(
     """The most operations and bytes a second that were seen."""
     products = [case for case in cases if case.table == "product"]
     operations = max(case.operations / seconds[case.key] for case in products)
-    read = (c.sizes[1] * c.sizes[2] * bench.dtype.itemsize / seconds[c.key] for c in products)
-    return operations, max(read)
+    moved = [
+        math.prod(case.sizes[1:])
+        * bench.dtype.itemsize
+        / (seconds[case.of("product").key] + max(0.0, seconds[case.key]))
+        for case in cases
+        if case.table == "weights"
+    ]
+    return operations, max(moved)
 
 
 def _memory_bytes(bench: Bench) -> float:

@@ -1,8 +1,8 @@
 """Operators as models run them, at sizes that plans produce: what is measured of a device.
 
 A case names the table of `planner.ir.cost.measured_device` that it belongs to, and sizes along the
-table's axes. Weights come from a pool that no cache holds, as in a model whose layers follow one
-another.
+table's axes. Weights are taken in turn from a few megabytes, which caches hold, or from a pool that
+no cache holds, as in a model whose layers follow one another.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any
@@ -28,14 +28,19 @@ from planner.kernels.ops.product_probe import by_onednn
 from planner.kernels.ops.project_rows import ACTIVATIONS as FUNCTIONS
 from planner.models.running.growing_cache import GrowingLayer
 
-_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 2048)
-_FEATURES = (64, 128, 256, 512, 1024, 2048, 4096, 11008)
-_HEADS = (1, 4, 16, 64)  # or KV heads
+_ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
+_FEATURES = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 11008)
+# Where weights from memory are measured beside cached ones; more rows wait for them as long.
+_FEW_ROWS, _SQUARES = (1, 4, 16, 64, 128), (256, 512, 1024)
+# Where backends are compared.
+_COMPARED = (256, 512, 1024, 2048)
+_HEADS = (1, 2, 4, 8, 16, 32, 64)  # or KV heads
 _TOKENS = (8, 16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048)
-_KEYS = (32, 128, 256, 512, 1024, 2048, 4096)
+_KEYS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _WIDTHS = (32, 64, 128)
 _SHARING = (1, 4)
-_ELEMENTS = tuple(2**power for power in range(8, 24))
+# From 32 MiB on the C library asks for fresh pages every time, and they take long.
+_ELEMENTS = (*(2**power for power in range(8, 23)), 2**23 - 2**15, 2**23, 2**24)
 _WIDTH = 1024
 LIGHT = (
     *("rms_norm", "layer_norm", *ACTIVATIONS),
@@ -43,6 +48,8 @@ LIGHT = (
 )
 AXES: Mapping[str, tuple[tuple[int, ...], ...]] = {
     "product": (_ROWS, _FEATURES, _FEATURES),
+    "weights": (_FEW_ROWS,),
+    "cached": ((4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384),),
     "prefill": (_HEADS, tuple(tokens**2 for tokens in _TOKENS), _WIDTHS),
     "decode": (_HEADS, _KEYS, _WIDTHS, _SHARING),
     **dict.fromkeys(LIGHT, (_ELEMENTS,)),
@@ -50,18 +57,40 @@ AXES: Mapping[str, tuple[tuple[int, ...], ...]] = {
 # Elements of keys that no cache near a core holds.
 _COLD = 2**21
 _POOL_MEGABYTES = {"cpu": 384, "cuda": 2048}
+_CACHED_MEGABYTES = 8
+# Features of the products that tell how much weight caches hold.
+_CACHED_FEATURES = 1024
 # The most operations of one case. What is larger is limited by arithmetic, and takes as much more.
-MOST_OPERATIONS = {"cpu": 6e9, "cuda": 2e12}
-_HELD_OUT = {"product": 60, "prefill": 15, "decode": 15, **dict.fromkeys(LIGHT, 2)}
+MOST_OPERATIONS = {"cpu": 3e9, "cuda": 2e12}
+_HELD_OUT = {
+    "product": 60,
+    "cold": 20,
+    "prefill": 15,
+    "decode": 15,
+    **dict.fromkeys(LIGHT, 2),
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operator at one size."""
+    """One operator at one size.
+
+    ``cold`` is a product with weights from memory; ``weights`` what it takes more than with weights
+    that caches hold. Neither has a table of its sizes.
+    """
 
     table: str
     sizes: tuple[int, ...]
     backend: str = ""  # of a product: what multiplies
+
+    @property
+    def is_product(self) -> bool:
+        """Whether its sizes are rows, in and out features."""
+        return self.table in ("product", "cold", "weights")
+
+    def of(self, table: str) -> Case:
+        """The same product otherwise."""
+        return replace(self, table=table)
 
     @property
     def key(self) -> str:
@@ -71,7 +100,8 @@ class Case:
     @property
     def operations(self) -> float:
         """About how many it takes."""
-        return {"product": 2, "prefill": 4}.get(self.table, 1) * math.prod(self.sizes)
+        each = 2 if self.is_product else {"prefill": 4}.get(self.table, 1)
+        return each * math.prod(self.sizes)
 
 
 @dataclass(frozen=True)
@@ -101,44 +131,75 @@ class Bench:
         """Random numbers, to be read only."""
         return self.pool[: math.prod(shape)].view(shape)
 
+    def compared(self) -> list[Case]:
+        """Products by every backend, where there are several."""
+        sizes = itertools.product(_ROWS, _COMPARED, _COMPARED)
+        cases = self._at_hand(Case("product", size) for size in sizes)
+        several = self.backends if len(self.backends) > 1 else ()
+        return [replace(case, backend=backend) for case in cases for backend in several]
+
     def cases(self) -> list[Case]:
         """At all sizes of the tables, as far as they are not too large."""
-        grid = (Case(t, sizes) for t, axes in AXES.items() for sizes in itertools.product(*axes))
-        return self._at_hand(grid)
+        grid = [
+            Case(t, sizes)
+            for t, axes in AXES.items()
+            if t != "weights"
+            for sizes in itertools.product(*axes)
+        ]
+        squares = [Case("weights", (r, f, f)) for r in _FEW_ROWS for f in _SQUARES]
+        return self._at_hand([*grid, *squares])
 
     def held_out(self, seed: int = 0) -> list[Case]:
         """At sizes between those of the tables, random ones such as plans have."""
         rng = random.Random(seed)
-        return self._at_hand(
-            Case(table, tuple(_between(rng, table, axis) for axis in range(len(AXES[table]))))
-            for table, count in _HELD_OUT.items()
-            for _ in range(count)
-        )
+        drawn = []
+        for table, count in _HELD_OUT.items():
+            like = "product" if table == "cold" else table
+            axes = range(len(AXES[like]))
+            for _ in range(count):
+                drawn.append(Case(table, tuple(_between(rng, like, axis) for axis in axes)))
+        return self._at_hand(drawn)
 
-    def _at_hand(self, cases: Iterator[Case]) -> list[Case]:
-        found = []
-        for case in cases:
+    def _at_hand(self, cases: Iterable[Case]) -> list[Case]:
+        found, most = [], self.pool.nbytes // 2
+        for case in dict.fromkeys(cases):
             fits = case.operations <= MOST_OPERATIONS[self.place.type]
-            is_product = case.table == "product"
-            if fits and not (is_product and math.prod(case.sizes[1:]) > self.pool.numel() // 2):
-                backends = self.backends if is_product else ("",)
-                found += [Case(case.table, case.sizes, backend) for backend in backends]
+            weight = math.prod(case.sizes[1:]) if case.is_product else 0
+            size = weight * self.dtype.itemsize
+            if fits and size <= most:
+                found.append(case)
         return found
 
+    def turns(self, case: Case) -> int:
+        """How many runs of a case make a whole; 0 where any number does."""
+        if case.table != "cached":
+            return 0
+        return max(1, case.sizes[0] * 2**20 // (_CACHED_FEATURES**2 * self.dtype.itemsize))
+
     def runs(self, case: Case, count: int) -> Sequence[Callable[[], Any]]:
-        """So many calls of a case's operator, with weights of their own."""
+        """So many calls of a case's operator."""
+        if case.table == "cached":
+            sizes = (1, _CACHED_FEATURES, _CACHED_FEATURES)
+            first = next(iter(self.backends))
+            return self._products(first, sizes, case.sizes[0], 0, count)
         if case.table == "product":
-            return self._products(case, count)
+            return self._products(case.backend, case.sizes, _CACHED_MEGABYTES, 0, count)
+        if case.table == "cold":
+            start = random.Random(case.key).randrange(2**20)
+            return self._products(case.backend, case.sizes, 2**20, start, count)
         return [_OPERATORS[case.table](self, *case.sizes)] * count
 
-    def _products(self, case: Case, count: int) -> Sequence[Callable[[], Any]]:
-        rows, features, out = case.sizes
+    def _products(
+        self, backend: str, sizes: Sequence[int], megabytes: int, start: int, count: int
+    ) -> Sequence[Callable[[], Any]]:
+        """Products with weights from the first megabytes of the pool, in turn."""
+        rows, features, out = sizes
         # A row of weights begins where memory for a weight of its own would.
         size = -(-features * out // 64) * 64
-        multiply, x = self.backends[case.backend], self.random(rows, features)
-        offset = random.Random(case.key).randrange(self.pool.numel() // size)
-        places = ((offset + n) % (self.pool.numel() // size) * size for n in range(count))
+        held = min(self.pool.numel(), megabytes * 2**20 // self.dtype.itemsize)
+        places = (size * ((start + n) % max(1, held // size)) for n in range(count))
         weights = [self.pool[at : at + features * out].view(out, features) for at in places]
+        multiply, x = self.backends[backend], self.random(rows, features)
         return [partial(multiply, x, weight, None) for weight in weights]
 
 
@@ -150,7 +211,8 @@ def _between(rng: random.Random, table: str, axis: int) -> int:
     drawn = round(math.exp(rng.uniform(math.log(sizes[0]), math.log(sizes[-1]))))
     if (table, axis) == ("prefill", 1):
         return round(math.sqrt(drawn)) ** 2
-    return drawn if table == "decode" or axis == 0 else -(-drawn // 4) * 4
+    # Heads and groups of neurons are as wide, or a multiple of it.
+    return drawn if table == "decode" or axis == 0 else -(-drawn // 32) * 32
 
 
 # -- operators besides products -------------------------------------------------------------------

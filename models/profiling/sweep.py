@@ -11,6 +11,7 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,12 +21,12 @@ import numpy.typing as npt
 import torch
 from scipy.optimize import isotonic_regression
 
-from planner.documents import read_json
+from planner.documents import read_json, validated
 from planner.files import write_text
 from planner.ir.cost.measured_device import Table
 from planner.ir.errors import InputError
 from planner.models.profiling.operator_cases import AXES, Bench, Case
-from planner.models.profiling.stopwatch import stopwatch_for
+from planner.models.profiling.stopwatch import Stopwatch, stopwatch_for
 from planner.progress import Progress
 
 # A case is repeated until it has taken so long, at most so often.
@@ -33,18 +34,44 @@ _SECONDS, _REPEATS = 2e-3, 100
 _SAVED_EVERY = 200
 
 
+@dataclass(frozen=True)
+class Partial:
+    """What was timed so far, kept in a file from which a run that was cut short goes on.
+
+    Attributes:
+        facts: that what was timed depends on.
+        seconds: by key, every time.
+    """
+
+    path: Path
+    facts: Any
+    seconds: dict[str, list[float]]
+
+    @staticmethod
+    def at(path: Path, facts: Any) -> Partial:
+        """What the file has; InputError where that was timed under other facts."""
+        facts = json.loads(json.dumps(facts))
+        if not path.is_file():
+            return Partial(path, facts, {})
+        document = read_json(path, "partial calibration")
+        if not isinstance(document, dict) or document.get("facts") != facts:
+            raise InputError(
+                f"'{path}' is of another machine, or other options: delete it to begin anew"
+            )
+        seconds = validated(dict[str, list[float]], document.get("seconds"), f"'{path}'")
+        return Partial(path, facts, seconds)
+
+    def save(self) -> None:
+        """Write the file."""
+        write_text(self.path, json.dumps({"facts": self.facts, "seconds": self.seconds}))
+
+
 @torch.no_grad()
 def sweep(
-    bench: Bench, cases: Sequence[Case], rounds: int, partial: Path, facts: Any, progress: Progress
+    bench: Bench, cases: Sequence[Case], rounds: int, partial: Partial, progress: Progress
 ) -> dict[str, float]:
-    """Median seconds of every case, by its key.
-
-    Args:
-        cases: what is timed, in a random order in every round.
-        partial: where what was timed is kept meanwhile.
-        facts: that hold of this machine; what was timed under others is begun anew.
-    """
-    found = _kept(partial, facts)
+    """Median seconds of every case, by its key; cases are in a random order in every round."""
+    found = partial.seconds
     watch, total, done = stopwatch_for(bench.place), rounds * len(cases), 0
     for number in range(rounds):
         for case in random.Random(number).sample(cases, len(cases)):
@@ -52,25 +79,29 @@ def sweep(
             timed = found.setdefault(case.key, [])
             if len(timed) > number:
                 continue
-            warm_up = watch.seconds(bench.runs(case, 1))
-            count = max(1, min(_REPEATS, math.ceil(_SECONDS / max(warm_up, 1e-7))))
-            timed.append(watch.seconds(bench.runs(case, count)) / count)
+            if case.table == "weights":
+                cold, cached = (_once(bench, case.of(t), watch) for t in ("cold", "product"))
+                timed.append(cold - cached)
+            else:
+                timed.append(_once(bench, case, watch))
             if done % _SAVED_EVERY == 0:
-                write_text(partial, json.dumps({"facts": facts, "seconds": found}))
+                partial.save()
             progress(done, total)
-    write_text(partial, json.dumps({"facts": facts, "seconds": found}))
+    partial.save()
     return {case.key: median(found[case.key]) for case in cases}
 
 
-def _kept(partial: Path, facts: Any) -> dict[str, list[float]]:
-    if not partial.is_file():
-        return {}
-    document = read_json(partial, "partial calibration")
-    if not isinstance(document, dict) or document.get("facts") != json.loads(json.dumps(facts)):
-        raise InputError(
-            f"'{partial}' is of another machine, or other options: delete it to begin anew"
-        )
-    return dict(document["seconds"])
+def _once(bench: Bench, case: Case, watch: Stopwatch) -> float:
+    """Seconds of a case."""
+    runs = bench.runs(case, 1)
+    # The first time has much to prepare.
+    least = max(1e-7, min(watch.seconds(runs) for _ in range(2)))
+    count = bench.turns(case) or max(1, min(_REPEATS, math.ceil(_SECONDS / least)))
+    if count > 1:
+        runs = bench.runs(case, count)
+        if case.table != "cold":
+            watch.seconds(runs)  # and caches hold what they can
+    return watch.seconds(runs) / count
 
 
 def table_of(name: str, seconds: Mapping[tuple[int, ...], float]) -> Table:

@@ -71,6 +71,7 @@ def inspect_command(
 
             source = projected_source(source, projector)
         graph, _, _ = lowered_graph(source)
+    chip = chip.on(graph)
     load = request.workload(graph)
     kept: dict[int, int] = {}
     if loaded is not None:
@@ -82,8 +83,9 @@ def inspect_command(
     if how is None:
         sizes = load.prefill(kept) if step == "prefill" else load.decode(last, kept)
         costs = [(operator, price(operator, graph, sizes, chip)) for operator in graph]
+        beside = chip.pass_seconds(graph.dtype_bytes, sizes)
     else:
-        decodes = step == "decode"
+        beside, decodes = 0.0, step == "decode"
         tokens = how.tokens(graph, load, kept, last if decodes else 0)
         costs = [
             (
@@ -95,7 +97,6 @@ def inspect_command(
             for row in how.rows(graph, tokens, decodes)
         ]
     whole = total(cost for _, cost in costs)
-    beside = chip.pass_seconds(graph.dtype_bytes) if how is None else 0.0
     whole = replace(whole, seconds=whole.seconds + beside)
     document = {
         "model": graph.name,

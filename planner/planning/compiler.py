@@ -11,6 +11,7 @@ from typing import Any
 
 from planner import __version__
 from planner.ir.cost.device_table import Device, device
+from planner.ir.cost.measured_device import MeasuredDevice
 from planner.ir.errors import InputError, PlannerError
 from planner.ir.graph import Graph
 from planner.ir.passes import NarrowTokens, Specialise, run
@@ -83,7 +84,19 @@ def compile_plan(request: Request, progress: Say = lambda stage: None) -> Compil
     counts = _plain_counts(source, graph) if request.uniform else None
     request = replace(request, utilities=_shipped(request, source))
     compiled = plan_graph(graph, request, stage, counts)
+    notes = (*_unmeasured(request, compiled.pricing), *notes)
     return replace(compiled, notes=notes, seconds=seconds, from_cache=cached)
+
+
+def _unmeasured(request: Request, pricing: Pricing) -> Iterator[str]:
+    """That seconds are those of any model, where they are limited and could be this model's own."""
+    chip, graph = pricing.device, pricing.graph
+    is_limited = any(limit.metric == "latency" for limit in request.limits().limits)
+    if is_limited and isinstance(chip, MeasuredDevice) and not chip.knows(graph.dtype_bytes):
+        yield (
+            f"'{chip.name}' knows no passes of this model: planner calibrate -o {chip.name} "
+            "--model ... measures them, and deadlines are kept more closely"
+        )
 
 
 def plan_graph(
@@ -135,7 +148,7 @@ def pose(graph: Graph, request: Request) -> tuple[Pricing, Utilities, Problem]:
         switches = switches.with_kv_policy(request.kv)
         check_layer(parse_kv_policy(request.kv), graph)
     scope = request.scope or ("llm" if switches.counting else "model")
-    pricing = Pricing(graph, load, switches, find_device(request.device), scope)
+    pricing = Pricing(graph, load, switches, find_device(request.device).on(graph), scope)
     utilities = _utilities(request.utilities, graph, pricing)
     if switches.counting:
         return pricing, utilities, faithful_problem(graph, budget, utilities, switches.counting)

@@ -224,7 +224,8 @@ class Pricing:
         head = [o for o in found if o.part == "head"]
         others = [o for o in found if o.part != "head"]
         cost = self._vector(others, self.graph, None, ())
-        seconds = self.device.pass_seconds(self.graph.dtype_bytes)
+        prefill = self.workload.prefill()
+        seconds = self.device.pass_seconds(self.graph.dtype_bytes, prefill)
         cost[1] += math.ceil(seconds * COUNTED["latency"])
         return cost + self._vector(head, self.graph, None, (), self.workload.logits)
 

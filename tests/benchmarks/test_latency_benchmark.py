@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import math
+import random
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from planner.ir.cost.measured_device import MeasuredDevice, Measurement, Table
 from planner.models.profiling import whole_passes
 from planner.models.profiling.operator_cases import Bench
-from planner.models.profiling.whole_passes import Subject
-from planner.planning.device_file import save_device
+from planner.models.profiling.subjects import Subject
+from planner.models.profiling.sweep import Partial
+from planner.planning.device_file import read_device, save_device
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "latency.py"
 
@@ -42,16 +44,31 @@ def device(tmp_path):
 @pytest.fixture
 def subject(monkeypatch):
     monkeypatch.setattr("planner.models.profiling.operator_cases._POOL_MEGABYTES", {"cpu": 4})
-    monkeypatch.setattr(whole_passes, "_REFERENCE", (4, 64, 64))
-    return Subject.of(Bench(torch.device("cpu"), torch.float32), 64, 3, True)
+    return Subject.made(Bench(torch.device("cpu"), torch.float32), 64, 3, True)
 
 
-def test_errors_are_of_what_passes_take(latency, device, subject, monkeypatch):
-    doubled = lambda self, one, rounds=3: 2 * one.predicted(self.graph, device)  # noqa: E731
-    monkeypatch.setattr(Subject, "seconds", doubled)
-    found = latency.plans([subject], device, 8)
-    assert found["all"]["bias"] == found["all"]["p95"] * -1 == -0.5
-    assert found["all"]["count"] == 8
+def test_errors_are_of_what_passes_take(latency, device, subject, monkeypatch, tmp_path):
+    def doubled(group):
+        return [[2 * one.predicted(subject.graph, device)] * 3 for subject, one in group]
+
+    monkeypatch.setattr(whole_passes, "interleaved", doubled)
+    partial = Partial.at(tmp_path / "partial", "here")
+    found = latency.plans([subject], {"so": device}, 8, partial)
+    assert found["all, so"]["bias"] == found["all, so"]["p95"] * -1 == -0.5
+    assert [found[f"{name}, so"]["count"] for name in ("all", "prompts", "tokens")] == [8, 6, 2]
+    assert found["repeats differ"]["median"] == 0
+
+
+def test_models_are_measured_first(latency, device, subject, monkeypatch, tmp_path):
+    def doubled(group):
+        return [[2 * one.predicted(subject.graph, device)] * 3 for subject, one in group]
+
+    monkeypatch.setattr(whole_passes, "interleaved", doubled)
+    known = latency.calibrated([subject], device, tmp_path)
+    one = subject.draw(random.Random(1), 8, decodes=False)
+    seconds = [one.predicted(subject.graph, which) for which in (device, known)]
+    assert seconds[1] == pytest.approx(2 * seconds[0], rel=0.02)
+    assert read_device(tmp_path / "device.json") == known
 
 
 @pytest.mark.parametrize(("taken", "on_time", "used"), [(0.5, 1, 0.5), (2.0, 0, 1.0)])
@@ -71,9 +88,9 @@ def test_deadlines_are_kept_where_passes_take_no_longer(
     planned = latency.planned
 
     def remembered(*arguments):
-        run, deadline = planned(*arguments)
+        run, deadline, share = planned(*arguments)
         deadlines[run] = deadline
-        return run, deadline
+        return run, deadline, share
 
     monkeypatch.setattr(latency, "planned", remembered)
     monkeypatch.setattr(latency, "stopwatch_for", lambda place: Watch())

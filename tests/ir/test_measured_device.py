@@ -2,13 +2,14 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.ir.cost import Workload, price
-from planner.ir.cost.measured_device import MeasuredDevice, Measurement, Table
+from planner.ir.cost.measured_device import ALONE, MeasuredDevice, Measurement, Passes, Table
 from planner.ir.dims import Dim
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator
@@ -72,9 +73,15 @@ def linear():
     return operator, Graph("g", (operator,), (), {"dtype_bytes": 4, "decoder_layers": 1})
 
 
-def device(**known):
-    tables = {"product": table(lambda m, k, n: m * k * n)}
-    measured = {"float32": Measurement(tables, **known)}
+def line(function, *axis):
+    return table(function, (axis,))
+
+
+def device(extra=None, models=None, **prompt):
+    """Products take a second for every multiply-add; terms of a prompt by name."""
+    tables = {"product": table(lambda m, k, n: m * k * n), **(extra or {})}
+    passes = {"prompt": Passes({**ALONE, **prompt}), "token": Passes()}
+    measured = {"float32": Measurement(tables, passes, models or {})}
     return MeasuredDevice("here", 1e-9, 1e-6, 1, "", {}, measured)
 
 
@@ -82,10 +89,56 @@ def test_an_operator_takes_what_was_measured_and_what_a_model_adds():
     operator, graph = linear()
     sizes = Workload(0, 4, batch=2).prefill()
     assert price(operator, graph, sizes, device()).seconds == pytest.approx(10 * 64 * 256)
-    here = device(operator_seconds=7.0, factors={"products": 2.0}, pass_seconds=3.0)
+    here = device(operator=7.0, products=2.0, **{"pass": 3.0})
     assert price(operator, graph, sizes, here).seconds == pytest.approx(2 * 10 * 64 * 256 + 7)
-    assert price(operator, graph, sizes, here.alone()).seconds == pytest.approx(10 * 64 * 256)
-    assert here.pass_seconds(4) == 3
+    assert here.pass_seconds(4, sizes) == 3
+    # Decoded tokens have terms of their own.
+    token = Workload(0, 4, batch=2).decode(1)
+    assert price(operator, graph, token, here).seconds == pytest.approx(10 * 64 * 256)
+    assert here.pass_seconds(4, token) == 0
+
+
+def test_of_a_model_that_was_measured_its_own_terms_count():
+    operator, graph = linear()
+    known = replace(graph, properties={**graph.properties, "fingerprint": "abc"})
+    own = {"abc": {"prompt": Passes({**ALONE, "products": 3.0}, late=0.1), "token": Passes()}}
+    here, sizes = device(models=own, products=2.0), Workload(0, 4, batch=2).prefill()
+    alone = 10 * 64 * 256
+    assert price(operator, graph, sizes, here.on(graph)).seconds == pytest.approx(2 * alone)
+    assert price(operator, known, sizes, here.on(known)).seconds == pytest.approx(3 * alone)
+    assert (here.on(graph).late(4), here.on(known).late(4)) == (0, 0.1)
+
+
+@pytest.mark.parametrize(("megabytes", "share"), [(1, 0), (4, 0), (7, 0.5), (10, 1), (1000, 1)])
+def test_weights_that_no_cache_holds_take_longer(megabytes, share):
+    operator, graph = linear()
+    extra = {
+        "weights": line(lambda rows: 1e6 * rows, 1.0, 8.0),
+        "cached": line(lambda size: size, 4.0, 10.0),
+    }
+    here = replace(device(extra), weight_bytes=megabytes * 2**20)
+    found = price(operator, graph, Workload(0, 4, batch=2).prefill(), here).seconds
+    # Ten rows wait as long as the eight of the table.
+    assert found == pytest.approx(10 * 64 * 256 + share * 8 * 64 * 256)
+
+
+def test_how_large_a_model_is_is_read_off_its_graph():
+    _, graph = linear()
+    assert device().on(graph).weight_bytes == 64 * 256 * 4
+
+
+def test_all_that_runs_before_the_decoder_is_one_term():
+    operator, graph = linear()
+    seen = replace(operator, part="vision")
+    sizes = Workload(0, 4, batch=2).prefill()
+    here = device(products=2.0, encoder=5.0)
+    assert price(seen, graph, sizes, here).seconds == pytest.approx(5 * 10 * 64 * 256)
+
+
+@pytest.mark.parametrize("terms", [{}, {**ALONE, "more": 1.0}, {**ALONE, "light": -0.1}])
+def test_what_are_no_terms_is_refused(terms):
+    with pytest.raises(ValueError, match="terms"):
+        Passes(terms)
 
 
 def test_what_was_not_measured_takes_what_the_roofline_says():

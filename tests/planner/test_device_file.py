@@ -1,10 +1,11 @@
 """Device files: written, read back, refused where broken; plans for budgets of seconds by them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from planner.ir.cost.measured_device import MeasuredDevice, Measurement, Table
+from planner.ir.cost.measured_device import ALONE, MeasuredDevice, Measurement, Passes, Table
 from planner.ir.errors import InputError
 from planner.plan import load_plan, save_plan
 from planner.planning.compiler import compile_plan, find_device
@@ -17,8 +18,9 @@ def measured(seconds_each=1e-12, late=0.0):
     """Products take so much for every multiply-add, and a pass a millisecond."""
     axes = ((1.0, 1000.0), (1.0, 5000.0), (1.0, 5000.0))
     seconds = tuple(seconds_each * m * k * n for m in axes[0] for k in axes[1] for n in axes[2])
-    tables, errors = {"product": Table(axes, seconds)}, {"passes": {"late": late}}
-    known = Measurement(tables, 1e-6, 1e-3, {"products": 1.5}, errors)
+    terms = {**ALONE, "pass": 1e-3, "operator": 1e-6, "products": 1.5}
+    passes = {"prompt": Passes(terms, late=late), "token": Passes(terms)}
+    known = Measurement({"product": Table(axes, seconds)}, passes)
     return MeasuredDevice("here", 1.0, 100.0, 16.0, "a test", {"threads": 1}, {"float32": known})
 
 
@@ -46,7 +48,9 @@ def test_a_file_that_was_written_anew_is_read_anew(path):
     "change",
     [
         lambda d: d.pop("planner_device"),
-        lambda d: d.update(planner_device=9),
+        lambda d: d.update(planner_device=1),  # what older versions wrote
+        lambda d: d["measured"]["float32"]["passes"].pop("token"),
+        lambda d: d["measured"]["float32"]["passes"]["prompt"]["terms"].update(light=-1.0),
         lambda d: d.update(tflops="fast"),
         lambda d: d["measured"]["float32"]["tables"]["product"]["seconds"].pop(),
         lambda d: d["measured"]["float32"]["tables"]["product"]["axes"][0].reverse(),
@@ -74,6 +78,7 @@ def request(path, budget):
 def test_seconds_are_those_that_were_measured_and_limits_on_them_hold(path, tmp_path):
     base = compile_plan(request(path, 1.0)).pricing.base["latency"]
     less = compile_plan(request(path, f"latency={base * 0.8}s"))
+    assert any("--model" in note for note in less.notes)
     cost = less.plan.cost["latency"]["plan"]
     assert 0.7 * base < cost <= base * 0.8
     slower = tmp_path / "slower.json"
@@ -89,6 +94,22 @@ def test_a_limit_in_seconds_leaves_room_for_passes_that_are_late(path, tmp_path)
     assert 0.7 * base < plan.cost["latency"]["plan"] <= base / 1.25
     # A share of the base model is no deadline.
     assert compile_plan(request(late, {"latency": 1.0})).plan.is_dense
+
+
+def test_a_model_that_was_measured_itself_has_seconds_and_a_margin_of_its_own(path):
+    compiled = compile_plan(request(path, 1.0))
+    base = compiled.pricing.base["latency"]
+    device, terms = measured(), {**ALONE, "pass": 2e-3, "operator": 1e-6, "products": 3.0}
+    own = {"prompt": Passes(terms, late=0.25), "token": Passes(terms)}
+    fingerprint = str(compiled.graph.properties["fingerprint"])
+    known = replace(device.measured["float32"], models={fingerprint: own})
+    save_device(path, replace(device, measured={"float32": known}))
+    now = compile_plan(request(path, 1.0)).pricing.base["latency"]
+    assert now > 1.5 * base
+    compiled = compile_plan(request(path, f"latency={now}s"))
+    assert not any("--model" in note for note in compiled.notes)
+    plan = compiled.plan
+    assert 0.7 * now < plan.cost["latency"]["plan"] <= now / 1.25
 
 
 def test_a_plan_outlives_the_device_file_that_it_was_made_with(path, tmp_path):
