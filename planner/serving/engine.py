@@ -269,7 +269,7 @@ class Engine:
 
     def _read(self, jobs: Sequence[Job]) -> None:
         """Read prompts that go together."""
-        rungs, sizes = [self._rung_of(job) for job in jobs], [job.prompt.size for job in jobs]
+        rungs, sizes = self._rungs_of(jobs), [job.prompt.size for job in jobs]
         expected = self._governor.expect(rungs, sizes, [r.rung for r in self._running])
         begun = time.monotonic()
         try:
@@ -312,14 +312,15 @@ class Engine:
                 jobs.append(self._waiting.popleft())
         return jobs
 
-    def _rung_of(self, job: Job) -> int:
-        """The rung for a job that is read now."""
-        if not job.deadline.is_set:
-            return job.dearest
-        # It was accepted; where things have become worse since, the cheapest plan is best.
-        fitting = self._rung_for(job, 0.0) or 0
-        # One rung less for every batch that waits: better a cheaper plan than a refusal.
-        return max(0, fitting - math.ceil(len(self._waiting) / self._most_answers))
+    def _rungs_of(self, jobs: Sequence[Job]) -> list[int]:
+        """The rungs for jobs that are read now; one for all with deadlines: every other plan of a
+        batch costs calls of its own."""
+        # They were accepted; where things have become worse since, the cheapest plan is best.
+        picked = [self._rung_for(job, 0.0) or 0 for job in jobs if job.deadline.is_set]
+        # One rung less for every read that waits: better a cheaper plan than a refusal.
+        reads = math.ceil(len(self._waiting) / self.limits.prompts)
+        rung = max(0, min(picked, default=0) - reads)
+        return [rung if job.deadline.is_set else job.dearest for job in jobs]
 
     def _step(self) -> None:
         rungs = [running.rung for running in self._running]
