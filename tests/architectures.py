@@ -125,8 +125,10 @@ TEXT_ONLY = {
 }
 
 
-def small_llava(layers=3, heads=4, groups=2, neurons=96, text_type="llama", **text):
-    """Config of a LLaVA with two vision layers, of which the image features skip the last."""
+def small_llava(
+    layers=3, heads=4, groups=2, neurons=96, text_type="llama", vision_layers=2, **text
+):
+    """Config of a LLaVA with some vision layers, of which the image features skip the last."""
     sizes = {
         "model_type": text_type,
         "vocab_size": 128,
@@ -145,7 +147,7 @@ def small_llava(layers=3, heads=4, groups=2, neurons=96, text_type="llama", **te
         "patch_size": 8,
         "hidden_size": 32,
         "intermediate_size": 48,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": vision_layers,
         "num_attention_heads": 2,
     }
     return transformers.LlavaConfig(

@@ -4,6 +4,7 @@ A pass is a frozen dataclass with a ``name`` and ``apply(graph) -> graph``; its 
 arguments. In the usual order:
 
     specialise        leave out the layers, heads and neurons that a plan switches off
+    narrow_patches    fewer patches from some layer of the vision tower on
     narrow_tokens     fewer image tokens from some decoder layer on
     drop_dead         drop what no output needs
     fuse_projections  linears that read the same input become one
@@ -21,6 +22,7 @@ from planner.ir.graph import Graph
 from planner.ir.passes.drop_dead import DropDead
 from planner.ir.passes.fuse_norm import FuseNorm
 from planner.ir.passes.fuse_projections import FuseProjections
+from planner.ir.passes.narrow_patches import NarrowPatches
 from planner.ir.passes.narrow_tokens import NarrowTokens
 from planner.ir.passes.specialise import Specialise
 from planner.ir.verify import verify
@@ -30,6 +32,7 @@ __all__ = [
     "DropDead",
     "FuseNorm",
     "FuseProjections",
+    "NarrowPatches",
     "NarrowTokens",
     "Pass",
     "Specialise",
@@ -52,6 +55,7 @@ class Pass(Protocol):
 # Name -> class.
 PASSES: dict[str, Callable[..., Pass]] = {
     "specialise": Specialise,
+    "narrow-patches": NarrowPatches,
     "narrow-tokens": NarrowTokens,
     "drop-dead": DropDead,
     "fuse-projections": FuseProjections,

@@ -34,7 +34,17 @@ OF_TEXT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labe
 _REMEMBERED = 1024
 # Key of `Encoders` -> FLOPs that this thread or task has spent in them since its last prompt.
 _spent: ContextVar[Mapping[int, int]] = ContextVar("planner_spent", default=MappingProxyType({}))
+# FLOPs that this thread or task has left out of the encoder that runs now.
+_left_out: ContextVar[int] = ContextVar("planner_left_out", default=0)
 _keys = count()
+
+
+def note_left_out(flops: int) -> None:
+    """Say that the encoder which runs now computes less than in the base model.
+
+    What is remembered of its inputs is what the base model spends on them, whatever the plan.
+    """
+    _left_out.set(_left_out.get() + flops)
 
 
 @dataclass(frozen=True)
@@ -209,6 +219,7 @@ class Encoders:
         if inputs in self._known:
             self._add(inputs)
             return
+        _left_out.set(0)
         self._local.running = module, inputs, CountedFlops()
         self._local.running[-1].__enter__()
 
@@ -238,6 +249,7 @@ class Encoders:
         if self._running is not None:
             return method(*args, **kwargs)
         counter = None if inputs in self._known else CountedFlops()
+        _left_out.set(0)
         self._local.running = method, inputs, None
         try:
             with counter or nullcontext():
@@ -253,7 +265,7 @@ class Encoders:
     def _learn(self, inputs: object, flops: int) -> None:
         if len(self._known) >= _REMEMBERED:
             self._known.clear()
-        self._known[inputs] = flops
+        self._known[inputs] = flops + _left_out.get()
         self._add(inputs)
 
     def _add(self, inputs: object) -> None:

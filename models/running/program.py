@@ -66,6 +66,11 @@ class LayerGroup:
     renumbered: bool = False  # whether some stage gives tokens contiguous position ids
 
     @property
+    def attends(self) -> bool:
+        """Whether any head of its attention, where there is one, is left."""
+        return self.on and self.heads != ()
+
+    @property
     def has_keys(self) -> bool:
         """Whether this layer has keys for some tokens only, so must know which."""
         return bool(self.stages) or self.kv is not None
@@ -82,6 +87,10 @@ class LayerProgram:
 
     layer: BoundLayer
     groups: tuple[LayerGroup, ...]
+
+    def of(self, sample: int) -> LayerGroup:
+        """What it does for a sample."""
+        return next(group for group in self.groups if sample in group.samples)
 
 
 @dataclass(frozen=True)
@@ -116,29 +125,34 @@ class Program:
         return all(plan.is_dense for plan in self.plans)
 
     def scored_by(self, stage: TokenStage) -> dict[int, tuple[int, ...]]:
-        """Which layer's attention scores the tokens of a stage, and for which plans.
+        """Which layers' attention scores the tokens of a stage, ascending, and for which plans.
 
-        It is the last layer before the stage that attends, or the next one where the selector asks
-        for that; raises InputError where there is none.
+        They are the last layers before the stage that attend, as many as the selector asks for, or
+        the next one where it asks for that; raises InputError where there is none.
         """
         found: dict[int, tuple[int, ...]] = {}
+        selector = selector_of(stage)
         layers, where = self.layers[: stage.layer][::-1], "an earlier layer"
-        if Needs.NEXT_QUERY_KEY in selector_of(stage).needs:
+        if Needs.NEXT_QUERY_KEY in selector.needs:
             layers, where = self.layers[stage.layer :], "a later layer"
         for index, plan in enumerate(self.plans):
             if stage not in plan.tokens:
                 continue
-            for layer in layers:
-                group = next(group for group in layer.groups if index in group.samples)
-                if layer.layer.heads is not None and group.on and group.heads != ():
-                    found[layer.layer.index] = (*found.get(layer.layer.index, ()), index)
-                    break
-            else:
+            attending = [
+                layer.layer.index
+                for layer in layers
+                if layer.layer.heads is not None and layer.of(index).attends
+            ]
+            if not attending:
                 raise InputError(
                     f"{stage.selector} at layer {stage.layer} scores tokens by the attention of "
                     f"{where}, and the plan leaves none on"
                 )
-        return found
+            first = stage.layer - selector.scored_layers(stage.layer)
+            for number, layer in enumerate(attending):
+                if not number or first <= layer < stage.layer:
+                    found[layer] = (*found.get(layer, ()), index)
+        return dict(sorted(found.items()))
 
     @property
     def answer_policies(self) -> set[AnswerPolicy]:

@@ -28,8 +28,9 @@ from planner.models.running.session import Session
 from planner.models.tokens.answer_stage import AnswerStage
 from planner.models.tokens.summed_up import SummingStage
 from planner.models.tokens.token_stages import Places, TokenStages
+from planner.models.tokens.tower_stage import TowerStage
 from planner.models.tokens.vision_stage import VisionStage
-from planner.planning.selectors import VisionSelector
+from planner.planning.selectors import TowerSelector, VisionSelector
 
 if TYPE_CHECKING:
     from planner.models.running.skipping import Skipping
@@ -202,10 +203,14 @@ class Preparing:
         return ""
 
     def _vision(self, selector: VisionSelector) -> VisionStage:
-        """The stage of a selector in front of the projector, which works where it is active."""
+        """The stage of a selector in front of the decoder, which works where it is active."""
         if selector not in self._visions:
             model, graph = self.session.model, self.session.graph
-            self._visions[selector] = VisionStage(model, graph, selector, self.runs.is_active)
+            active = self.runs.is_active
+            if isinstance(selector, TowerSelector):
+                self._visions[selector] = TowerStage(model, graph, selector, active)
+            else:
+                self._visions[selector] = VisionStage(model, graph, selector, active)
         return self._visions[selector]
 
     def _rotary(self) -> nn.Module | None:

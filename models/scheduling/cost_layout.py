@@ -30,7 +30,7 @@ from planner.plan import TokenStage
 from planner.planning.budgets import Budget, Limit
 from planner.planning.compiler import DEFAULT_DEVICE
 from planner.planning.pricing import Pricing
-from planner.planning.selectors import selector_of
+from planner.planning.selectors import whole_selector
 from planner.planning.switches import AXES, SwitchSet, with_switches
 from planner.planning.unit_counting import first_switched
 from planner.planning.utilities import uniform
@@ -192,7 +192,7 @@ class CostSwitches(PricedSwitches):
         graph = with_switches(self.graph, self.groups, like_heads=True)
         load = self.workload or Workload.default(graph, new_tokens=0)
         switches = SwitchSet(",".join(self.axes), self.axes)
-        selectors = {str(selector_of(stage)) for stage in self.stages}
+        selectors = {str(whole_selector(stage)) for stage in self.stages}
         if len(selectors) > 1:
             raise InputError("budgets in cost need token stages that are all of one selector")
         if selectors:

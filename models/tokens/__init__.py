@@ -11,4 +11,5 @@ In: token stages of a plan, and what a stock model computes. Out: a batch of the
     token_stages    stages carried out: images found, selectors run
     text_tower      questions and patches in CLIP's joint space
     vision_stage    selectors between vision tower and projector
+    tower_stage     selectors inside the vision tower
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,12 @@ from planner.models.running.program import LayerGroup, Program
 from planner.models.running.prompts import is_visual
 from planner.models.tokens.kept_tokens import Kept, gather, scatter
 from planner.models.tokens.predictors import ImagePredictor, load_predictors
-from planner.models.tokens.selectors import DecoderInputs, mark_tokens, select_tokens
+from planner.models.tokens.selectors import (
+    DecoderInputs,
+    LayerAttention,
+    mark_tokens,
+    select_tokens,
+)
 from planner.models.tokens.vision_stage import VisionStage
 from planner.plan import TokenStage
 from planner.planning.selectors import (
@@ -172,9 +178,9 @@ class TokenStages:
             call.left &= ~call.unwanted
         everyone = torch.arange(call.batch, device=hidden.device) if rows is None else rows
         pieces = self._pieces(call, stage, everyone) if stage in self.selectors else []
-        for part, record in pieces:
+        for part, records in pieces:
             kept = call.kept.rows(part) if earlier and call.kept is not None else None
-            inputs = self._inputs(call, self.selectors[stage], part, kept, hidden, record)
+            inputs = self._inputs(call, self.selectors[stage], part, kept, hidden, records)
             selection = select_tokens(self.selectors[stage], inputs, stage.layer)
             keep = selection.keep
             if kept is not None:
@@ -204,25 +210,32 @@ class TokenStages:
 
     def _pieces(
         self, call: Call, stage: TokenStage, rows: Tensor
-    ) -> list[tuple[Tensor, Recorded | None]]:
-        """Rows that can be scored together: those that one run of an attention block served."""
+    ) -> list[tuple[Tensor, list[Recorded]]]:
+        """Rows that can be scored together, and by what: in every layer that scores them, one run
+        of its attention block served them."""
         if not self.selectors[stage].needs & (Needs.QUERY_KEY | Needs.NEXT_QUERY_KEY):
-            return [(rows, None)]
+            return [(rows, [])]
         copies = call.batch // len(self.program.plans)
-        pieces: list[tuple[Tensor, Recorded | None]] = []
+        wanted, found = torch.zeros_like(rows), []
         for layer, samples in self.program.scored_by(stage).items():
+            asked = torch.isin(rows // copies, torch.tensor(samples, device=rows.device))
+            wanted += asked
             for record in call.records.get(layer, []):
-                mine = torch.isin(rows // copies, torch.tensor(samples, device=rows.device))
+                mine = asked
                 if record.rows is not None:
-                    mine &= torch.isin(rows, record.rows)
-                if mine.any():
-                    pieces.append((rows[mine], record))
-        if sum(len(part) for part, _ in pieces) != len(rows):
+                    mine = asked & torch.isin(rows, record.rows)
+                found.append((mine, record))
+        served = torch.stack([torch.zeros_like(rows), *(mine for mine, _ in found)])
+        if (served.sum(0) != wanted).any():
             raise InputError(
                 f"{stage.selector} scores tokens by the attention of a layer before layer "
                 f"{stage.layer}, and this model's attention cannot be seen from outside"
             )
-        return pieces
+        kinds, kind_of = served[1:].unique(dim=1, return_inverse=True)
+        return [
+            (rows[kind_of == n], [record for is_by, (_, record) in zip(by, found) if is_by])
+            for n, by in enumerate(kinds.T.tolist())
+        ]
 
     def _inputs(
         self,
@@ -231,7 +244,7 @@ class TokenStages:
         rows: Tensor,
         kept: Kept | None,
         hidden: Tensor,
-        record: Recorded | None,
+        records: list[Recorded],
     ) -> DecoderInputs:
         assert call.image is not None
         image, states = call.image[rows], hidden[rows]
@@ -249,46 +262,30 @@ class TokenStages:
             normed = states if self._norm is None else self._norm(states)
         total = call.image if call.unwanted is None else call.image & ~call.unwanted
         total = total[rows].sum(1)
-        if record is None:
-            chosen = None if self.chosen is None else self.chosen[rows]
-            return DecoderInputs(
-                image,
-                valid,
-                marks=marks,
-                hidden_states=states,
-                normed_states=normed,
-                image_predictor=self._predictor(selector, hidden),
-                chosen=chosen,
-                triton=triton,
-            )
-        own, key = rows, record.key
-        if record.rows is not None:
-            own = torch.searchsorted(record.rows, rows)
-        if record.valid is not None:
-            valid = record.valid[own]
-        elif call.valid is not None:
-            # A sliding window holds the last keys only.
-            valid = call.valid[rows][:, -key.shape[2] :]
-        else:
-            valid = torch.ones_like(image[:, :1]).expand(-1, key.shape[2])
-        mask = record.mask
-        if mask is not None:
-            # Flash attention's masks say what is padding, which `valid` does too.
-            mask = None if mask.ndim == 2 else mask[own] if mask.shape[0] > 1 else mask
-        query, key, scaling = record.query[own], key[own], record.scaling
-        return DecoderInputs(
+        inputs = DecoderInputs(
             image,
             valid,
-            query,
-            key,
-            scaling,
-            mask,
-            marks,
-            prompt,
-            states,
-            normed,
-            total,
+            marks=marks,
+            prompt=prompt,
+            hidden_states=states,
+            normed_states=normed,
+            image_tokens=total,
+            image_predictor=self._predictor(selector, hidden),
+            chosen=None if self.chosen is None else self.chosen[rows],
             triton=triton,
+        )
+        if not records:
+            return inputs
+        scored = tuple(_attention(call, record, rows) for record in records)
+        last = scored[-1]
+        return replace(
+            inputs,
+            valid=last.valid,
+            query=last.query,
+            key=last.key,
+            scaling=last.scaling,
+            attention_mask=last.mask,
+            scored=scored,
         )
 
     def _predictor(self, selector: DecoderSelector, hidden: Tensor) -> ImagePredictor | None:
@@ -301,6 +298,24 @@ class TokenStages:
         if with_triton(self.kernels, hidden.device):
             return GatherTokens(hidden, index).run(triton=True)
         return gather(hidden, index, -2)
+
+
+def _attention(call: Call, record: Recorded, rows: Tensor) -> LayerAttention:
+    """What an attention block computed with for some rows of the batch."""
+    own = rows if record.rows is None else torch.searchsorted(record.rows, rows)
+    key = record.key[own]
+    if record.valid is not None:
+        valid = record.valid[own]
+    elif call.valid is not None:
+        # A sliding window holds the last keys only.
+        valid = call.valid[rows][:, -key.shape[2] :]
+    else:
+        valid = torch.ones_like(key[:, 0, :, 0], dtype=torch.bool)
+    mask = record.mask
+    if mask is not None:
+        # Flash attention's masks say what is padding, which `valid` does too.
+        mask = None if mask.ndim == 2 else mask[own] if mask.shape[0] > 1 else mask
+    return LayerAttention(record.query[own], key, valid, record.scaling, mask)
 
 
 def _image_predictor(selector: DynamicLLaVA, model: nn.Module) -> ImagePredictor:

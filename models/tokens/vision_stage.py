@@ -19,7 +19,12 @@ from torch import Tensor, nn
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.models.tokens.selectors import TowerAttention, VisionInputs, select_features
+from planner.models.tokens.selectors import (
+    TowerAttention,
+    VisionInputs,
+    VisionSelection,
+    select_features,
+)
 from planner.models.tokens.text_tower import TextTower
 from planner.planning.selectors import CDPruner, Needs, TextGuided, VisionSelector
 
@@ -46,6 +51,7 @@ class _Local(threading.local):
     def __init__(self) -> None:
         self.seen: dict[str, Tensor] = {}
         self.picked: tuple[Any, int] | None = None
+        self.patches: Tensor | None = None  # that are left inside the tower, (runs, left)
 
 
 class VisionStage:
@@ -75,7 +81,7 @@ class VisionStage:
             (o for o in graph if o.part == "vision" and o.kind == "attention"),
             key=lambda operator: operator.layer or 0,
         )
-        for index in selector.tower_layers:
+        for index in self.ranking_layers(graph):
             query, key = (graph.by_name[name] for name in attention[index].inputs[:2])
             if query.kind != "linear" or key.kind != "linear" or query is key:
                 raise InputError(
@@ -117,10 +123,18 @@ class VisionStage:
         if not self._is_active(self) or Needs.PROJECTED in self.selector.needs:
             return None
         features, *rest = args
-        selection = select_features(self.selector, self._inputs(features))
+        selection, patches = self.selection(features)
         self._local.seen.clear()
-        self._local.picked = selection, features.shape[1]
+        self._local.picked = selection, patches
         return (torch.cat(selection.features)[None], *rest), kwargs
+
+    def ranking_layers(self, graph: Graph) -> Sequence[int]:
+        """Layers of the tower whose queries and keys are looked at."""
+        return self.selector.tower_layers
+
+    def selection(self, features: Tensor) -> tuple[VisionSelection, int]:
+        """What is left of the features that the projector is given, and of how many patches."""
+        return select_features(self.selector, self._inputs(features)), features.shape[1]
 
     def _put_back(self, _: nn.Module, args: Any, projected: Any) -> Any:
         """Behind it: (1, left, out) as (runs, patches, out), each at its place."""
@@ -193,7 +207,7 @@ def _projector(graph: Graph) -> tuple[str, str]:
     """Module paths of the projector, and of what its features come from."""
     operators = [o for o in graph if o.part == "projector" and o.module]
     linears = [o.module for o in operators if o.kind == "linear"]
-    path = _common(linears)
+    path = common(linears)
     inside = [o for o in operators if o.module == path or o.module.startswith(f"{path}.")]
     sources = [graph.by_name[name] for o in inside for name in o.inputs]
     source = next((o for o in sources if o.part == "vision"), None)
@@ -206,7 +220,7 @@ def _projector(graph: Graph) -> tuple[str, str]:
     return path, source.module
 
 
-def _common(paths: Iterable[str]) -> str:
+def common(paths: Iterable[str]) -> str:
     """The innermost module that holds all of them."""
     levels = zip(*(path.split(".") for path in paths))
     return ".".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels))

@@ -14,7 +14,7 @@ from planner.ir.cost.device_table import Device, device
 from planner.ir.cost.measured_device import MeasuredDevice
 from planner.ir.errors import InputError, PlannerError
 from planner.ir.graph import Graph
-from planner.ir.passes import NarrowTokens, Specialise, run
+from planner.ir.passes import NarrowPatches, NarrowTokens, Pass, Specialise, run
 from planner.ir.structure import tiles
 from planner.plan import Plan, TokenStage
 from planner.planning.budgets import Budget
@@ -23,7 +23,7 @@ from planner.planning.config_sizes import head_counts
 from planner.planning.graph_cache import lowered_graph
 from planner.planning.pricing import COUNTED, Pricing, compared
 from planner.planning.request import Request
-from planner.planning.selectors import parse_kv_policy, scores_by_attention
+from planner.planning.selectors import parse_kv_policy, patch_stages, scores_by_attention
 from planner.planning.selectors.eviction import check_layer
 from planner.planning.switches import SwitchSet, with_switches
 from planner.planning.unit_counting import faithful_problem, unfold
@@ -273,7 +273,10 @@ def specialised(
     What the stock model computes and never reads (CLIP's last layer in LLaVA) still runs, so dead
     operators stay.
     """
-    return run(graph, (Specialise(plan), narrowing(plan.tokens)), print_between)
+    passes: list[Pass] = [Specialise(plan), narrowing(plan.tokens)]
+    if patches := patch_stages(plan.tokens, graph):
+        passes.insert(1, NarrowPatches(patches))
+    return run(graph, passes, print_between)
 
 
 def narrowing(stages: tuple[TokenStage, ...]) -> NarrowTokens:

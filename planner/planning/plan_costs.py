@@ -13,7 +13,7 @@ from planner.ir.graph import Graph
 from planner.plan import Plan
 from planner.planning.compiler import DEFAULT_DEVICE, specialised
 from planner.planning.pricing import Pricing, compared
-from planner.planning.selectors import AnswerTokens, parse_kv_policy, selector_of
+from planner.planning.selectors import AnswerTokens, parse_kv_policy, whole_selector
 from planner.planning.switches import AXES, SwitchSet, with_switches
 
 
@@ -98,7 +98,7 @@ def pricing_for(plan: Plan, graph: Graph, workload: Workload, scope: str, chip: 
     switches = SwitchSet("of a plan", AXES, token_layers=tuple(s.layer for s in plan.tokens))
     if plan.tokens:
         first = plan.tokens[0]
-        switches = replace(switches, token_selector=first.selector, selector=selector_of(first))
+        switches = replace(switches, token_selector=first.selector, selector=whole_selector(first))
     if plan.kv:
         switches = switches.with_kv_policy(plan.kv)
     return Pricing(with_switches(graph), workload, switches, chip, scope)

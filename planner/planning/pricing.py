@@ -19,6 +19,7 @@ from planner.ir.cost.memory import peak_bytes
 from planner.ir.dims import Dim
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Operator, Site
+from planner.ir.passes import NarrowPatches, run
 from planner.ir.structure import narrowed
 from planner.plan import Plan
 from planner.planning.budgets import Budget
@@ -28,6 +29,7 @@ from planner.planning.selectors import (
     Product,
     Selector,
     Sizes,
+    TowerSelector,
     VisionSelector,
     scores_by_attention,
 )
@@ -60,6 +62,8 @@ class Pricing:
     device: Device  # for latency
     scope: str = "model"  # counts everything, ``llm`` the decoder and lm_head alone
     _layer_memo: dict[object, Costs] = field(default_factory=dict)
+    # What a selector leaves of the vision tower.
+    _towers: dict[TowerSelector, Graph] = field(default_factory=dict)
 
     def on(self, workload: Workload, switches: SwitchSet) -> Pricing:
         """The same model's costs on another prompt."""
@@ -194,9 +198,10 @@ class Pricing:
     @cached_property
     def encoder(self) -> Costs:
         """Cost of what runs in front of the decoder; shape (4,)."""
-        operators = [o for o in self._by_layer[None] if o.part in ("vision", "projector")]
-        cost = self._vector(operators, self.graph, None, ())
-        if self.workload.encoder_flops is not None and self.scope == "model":
+        if self.scope == "llm":
+            return np.zeros(4, dtype=np.int64)
+        cost = self._front_cost.copy()
+        if self.workload.encoder_flops is not None:
             cost[0] = self.workload.encoder_flops
         return cost
 
@@ -232,7 +237,8 @@ class Pricing:
     def selection(self, option: tuple[int, ...], plan: Plan | None = None) -> Costs:
         """Cost of scoring and gathering tokens at every stage that drops any; shape (4,).
 
-        Under a plan scores come from the heads that run; without one from all heads.
+        Under a plan scores come from the heads that run; without one from all heads. What a stage
+        inside the vision tower saves there is taken off.
         """
         cost = np.zeros(4, dtype=np.int64)
         previous = self.workload.image_tokens
@@ -246,7 +252,7 @@ class Pricing:
                     width = self._widths.near(stage)[0]
                 cost = cost + self._selection(stage, option, width)
                 if selector is not None:
-                    cost = cost + self._choosing(selector, stage, previous)
+                    cost = cost + self._choosing(selector.at_layer(stage), stage, previous)
             previous = keep
         return cost
 
@@ -255,6 +261,9 @@ class Pricing:
         load, in_vision = self.workload, isinstance(selector, VisionSelector)
         if in_vision and self.scope == "llm":
             return np.zeros(4, dtype=np.int64)
+        if isinstance(selector, TowerSelector):
+            narrow = self._narrow_front(selector)
+            return self._vector(_front(narrow), narrow, None, ()) - self._front_cost
         sizes = Sizes(
             load.image_tokens_per_run if in_vision else image_tokens,
             load.text_tokens,
@@ -266,6 +275,18 @@ class Pricing:
         cost = self.products(selector.products(stage, sizes), "images" if in_vision else "batch")
         cost[3] += self._weight_bytes(selector) if stage == self.stages[0] else 0
         return cost
+
+    def _narrow_front(self, selector: TowerSelector) -> Graph:
+        """The model with the patches that are left inside its vision tower."""
+        if selector not in self._towers:
+            narrow = NarrowPatches(selector.stages_in(self.graph))
+            self._towers[selector] = run(self.graph, [narrow])
+        return self._towers[selector]
+
+    @cached_property
+    def _front_cost(self) -> Costs:
+        """Cost of what runs in front of the decoder, by the Graph; shape (4,)."""
+        return self._vector(_front(self.graph), self.graph, None, ())
 
     def products(self, products: Sequence[Product], each: str = "batch") -> Costs:
         """Cost of products of matrices that no operator of the Graph makes; shape (4,).
@@ -482,6 +503,11 @@ class Pricing:
             else:
                 work[site.name] = float(self.table(site, option)[0, -1])
         return work
+
+
+def _front(graph: Graph) -> list[Operator]:
+    """What runs in front of the decoder."""
+    return [o for o in graph if o.part in ("vision", "projector")]
 
 
 def limits_of(budget: Budget, base: Mapping[str, float], late: float = 0.0) -> dict[str, int]:

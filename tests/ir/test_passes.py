@@ -1,6 +1,8 @@
 from dataclasses import dataclass, replace
+from functools import cache
 
 import pytest
+from architectures import small_llava
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPTNeoXConfig
@@ -15,6 +17,7 @@ from planner.ir.passes import (
     DropDead,
     FuseNorm,
     FuseProjections,
+    NarrowPatches,
     NarrowTokens,
     Specialise,
     run,
@@ -23,6 +26,7 @@ from planner.ir.verify import verify
 from planner.plan import Plan, TokenStage
 from planner.planning.compiler import narrowing
 from planner.planning.pricing import Pricing
+from planner.planning.selectors import PatchStage
 from planner.planning.switches import SwitchSet, with_switches
 
 STACK = "model.language_model.layers"
@@ -52,8 +56,18 @@ STAGES = (TokenStage(1, 8, 16, "fastv"), TokenStage(2, 3, 16))
 
 # -- golden text ----------------------------------------------------------------------------------
 
+PATCHES = (PatchStage(1, 9, 1, ((17, 17, 32), (1, 17, 17))), PatchStage(2, 4, 1))
+
+
+@cache
+def deep():
+    """A LLaVA with four layers in its tower."""
+    return lower_config(small_llava(vision_layers=4), "deep").graph
+
+
 GOLDEN = {
     "specialise": (lambda g: g, lambda g: Specialise(plan_for(g, **MIXED))),
+    "narrow-patches": (lambda g: deep(), lambda g: NarrowPatches(PATCHES)),
     "narrow-tokens": (lambda g: g, lambda g: narrowing(STAGES)),
     "drop-dead": (lambda g: g, lambda g: DropDead()),
     "fuse-projections": (DropDead().apply, lambda g: FuseProjections()),
@@ -410,6 +424,59 @@ def test_a_stage_at_a_layer_that_is_off_moves_to_the_next(small):
 def test_stages_out_of_order_are_refused(stages, complaint, small):
     with pytest.raises(InputError, match=complaint):
         run(small(), [NarrowTokens(tuple(TokenStage(*s) for s in stages))])
+
+
+# -- fewer patches --------------------------------------------------------------------------------
+
+
+def naive_tower_flops(graph, workload, stages):
+    """Every operator in front of the decoder, scaled to the patches that are left to it."""
+    flops = sum(2 * rows * columns * inner for s in stages for rows, columns, inner in s.products)
+    for operator in graph:
+        if operator.part in ("vision", "projector"):
+            embeds = operator.part == "vision" and operator.layer is None
+            layer = 99 if operator.layer is None else operator.layer
+            left = [s.keep for s in stages if s.layer <= layer and not embeds]
+            cls, power = operator.part == "vision", 2 if operator.kind == "attention" else 1
+            scale = ((left[-1] + cls) / (16 + cls)) ** power if left else 1
+            flops += round(price(operator, graph, workload.prefill()).flops * scale)
+    return flops
+
+
+@pytest.mark.parametrize(
+    "stages", [PATCHES, PATCHES[:1], (PatchStage(2, 1, 1),), (PatchStage(1, 16, 1),)]
+)
+def test_fewer_patches_cost_what_a_naive_count_says(stages):
+    graph, load = deep(), workload_for(deep())
+    narrow = run(graph, [NarrowPatches(stages)])
+    front = [o for o in narrow if o.part in ("vision", "projector")]
+    counted = total(price(o, narrow, load.prefill()) for o in front).flops
+    assert counted == naive_tower_flops(graph, load, stages)
+    behind = [o for o in narrow if o.part == "decoder" and o.layer is not None]
+    assert behind == [o for o in graph if o.part == "decoder" and o.layer is not None]
+
+
+@pytest.mark.parametrize(
+    ("layers", "keeps", "complaint"),
+    [
+        ((0,), (8,), "ascending layers from 1 to 2 of the vision tower: 8 of 16 before layer 0"),
+        ((3,), (8,), "8 of 16 before layer 3 cannot be"),
+        ((1,), (17,), "17 of 16 before layer 1"),
+        ((1, 2), (8, 9), "9 of 8 before layer 2"),
+        ((2, 1), (8, 4), "4 of 8 before layer 1"),
+        ((1,), (0,), "0 of 16 before layer 1"),
+    ],
+)
+def test_patches_that_cannot_be_dropped_are_refused(layers, keeps, complaint):
+    stages = tuple(PatchStage(k, keep, 1) for k, keep in zip(layers, keeps, strict=True))
+    with pytest.raises(InputError, match=complaint):
+        run(deep(), [NarrowPatches(stages)])
+
+
+def test_text_models_have_no_tower(lowered):
+    graph = lowered("qwen3")[1].graph
+    with pytest.raises(InputError, match="no vision tower with a projector behind it"):
+        run(graph, [NarrowPatches(PATCHES)])
 
 
 # -- dead operators -------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from predictors import random_predictors
 from planner.ir.errors import InputError
 from planner.models.tokens.selectors import (
     DecoderInputs,
+    LayerAttention,
     TowerAttention,
     VisionInputs,
     mark_tokens,
@@ -24,6 +25,7 @@ from planner.planning.selectors import (
     DecoderSelector,
     FastV,
     Learned,
+    Needs,
     PruMergePlus,
     SparseVLM,
     VisionSelector,
@@ -40,6 +42,7 @@ DECODER = [
     "dart:keep=6,image_pivots=2,text_pivots=1", "dart:keep=99",
     "divprune:ratio=0.3", "divprune:ratio=1", "pyramiddrop:k=2,ratio=0.4,positions=original",
     "dynamic-llava:/predictors,k=2,ratio=0.3", "dynamic-llava:folder=/a=b,k=0,ratio=0",
+    "ivtp:tower=1,decoder=0.3,k=2", "ivtp:tower=1,decoder=1,k=1/2,group=1,positions=original",
 ]  # fmt: skip
 VISION = [
     "prumerge", "prumerge:neighbours=0", "prumerge+", "prumerge+:ratio=0.125", "prumerge+:ratio=1",
@@ -183,8 +186,9 @@ def decoder_inputs(side):
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
+    scored = (LayerAttention(draw(3, 4, seq, 8), draw(3, 2, seq, 8), valid),) * 2
     return DecoderInputs(
-        image=image, valid=valid, query=draw(3, 4, seq, 8), key=draw(3, 2, seq, 8),
+        image=image, valid=valid, query=draw(3, 4, seq, 8), key=draw(3, 2, seq, 8), scored=scored,
         hidden_states=draw(3, seq, 12), normed_states=draw(3, seq, 12), image_tokens=image.sum(1),
         image_predictor=random_predictors(12).image,
     )  # fmt: skip
@@ -198,6 +202,14 @@ def alone(inputs, sample):
         valid=inputs.valid[sample : sample + 1, tokens],
         query=inputs.query[sample : sample + 1, :, tokens],
         key=inputs.key[sample : sample + 1, :, tokens],
+        scored=tuple(
+            LayerAttention(
+                layer.query[sample : sample + 1, :, tokens],
+                layer.key[sample : sample + 1, :, tokens],
+                layer.valid[sample : sample + 1, tokens],
+            )
+            for layer in inputs.scored
+        ),
         hidden_states=inputs.hidden_states[sample : sample + 1, tokens],
         normed_states=inputs.normed_states[sample : sample + 1, tokens],
         image_tokens=inputs.image_tokens[sample : sample + 1],
@@ -206,12 +218,12 @@ def alone(inputs, sample):
 
 
 def run(selector, inputs):
-    if selector.name == "sparsevlm":
+    if Needs.MARKS in selector.needs:
         marks = mark_tokens(selector, inputs.hidden_states, inputs.image, inputs.valid)
         inputs = replace(inputs, marks=marks)
     if isinstance(selector, Learned):
         inputs = replace(inputs, chosen=inputs.image.cumsum(1) <= selector.keep)
-    return select_tokens(selector, inputs, selector.layers[0])
+    return select_tokens(selector, inputs, selector.layers[-1])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -230,7 +242,7 @@ def test_a_batch_gets_what_its_samples_get_alone(text, side):
         assert torch.equal(selection.keep[sample, inputs.valid[sample]], keep)
         source = one.hidden_states if single.hidden_states is None else single.hidden_states
         torch.testing.assert_close(states[sample, valid[sample]], source[0, keep])
-        assert int(image[sample].sum()) == selector.counts(int(one.image.sum()))[0]
+        assert int(image[sample].sum()) == selector.counts(int(one.image.sum()))[-1]
         assert int(valid[sample].sum()) == int(keep.sum())
         positions = index[sample, valid[sample]].tolist()
         assert positions == sorted(positions), "order was lost"

@@ -1,7 +1,7 @@
 """What token selectors compute, one small file per rule; `planner.planning.selectors` lists them.
 
 In: tensors that an executor took from a stock model. Out: `DecoderSelection` or
-`VisionSelection`, by `select_tokens` and `select_features`.
+`VisionSelection`, by `select_tokens` and `select_features`, or patches, by `select_patches`.
 
     rules                               what a rule is given and what it returns
     scoring                             rows of attention to score with; from scores to choices
@@ -12,6 +12,7 @@ In: tensors that an executor took from a stock model. Out: `DecoderSelection` or
                                         rules before the projector; prumerge+ is in prumerge,
                                         fastervlm in vispruner
     cdpruner                            a rule right behind it
+    ivtp                                a rule in the tower, and in the decoder
     h2o                                 the cache that evicts
 """
 
@@ -24,11 +25,13 @@ from planner.models.tokens.selectors.h2o import HeavyHitters
 from planner.models.tokens.selectors.rules import (
     DecoderInputs,
     DecoderSelection,
+    LayerAttention,
     TowerAttention,
     VisionInputs,
     VisionSelection,
     mark_tokens,
     select_features,
+    select_patches,
     select_tokens,
 )
 
@@ -36,11 +39,13 @@ __all__ = [
     "DecoderInputs",
     "DecoderSelection",
     "HeavyHitters",
+    "LayerAttention",
     "TowerAttention",
     "VisionInputs",
     "VisionSelection",
     "mark_tokens",
     "select_features",
+    "select_patches",
     "select_tokens",
 ]
 

@@ -6,7 +6,7 @@ Rules never touch a model. Each is registered for the type of its selector, see
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import singledispatch
 from typing import TypeVar
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from planner.ir.errors import InputError
-from planner.planning.selectors import DecoderSelector, Selector, VisionSelector
+from planner.models.tokens.selectors.scoring import attention_rows, visible_keys
+from planner.planning.selectors import DecoderSelector, Selector, TowerSelector, VisionSelector
+from planner.planning.selectors.selector import without_cls_token
 
 T = TypeVar("T")
 
@@ -23,6 +25,17 @@ T = TypeVar("T")
 @singledispatch
 def select_features(selector: VisionSelector, inputs: VisionInputs) -> VisionSelection:
     """Reduce every run of the batch by a vision selector's rule."""
+    raise _without_rule(selector)
+
+
+@singledispatch
+def select_patches(selector: TowerSelector, layers: Sequence[LayerAttention], keep: int) -> Tensor:
+    """Choose `keep` patches of every run inside the vision tower, by a tower selector's rule.
+
+    `layers`: those of a `PatchStage` that patches are scored by, the first one first; their first
+    token is the CLS token. Returns which patches of those that are there stay, ascending, shape
+    (runs, keep), int64.
+    """
     raise _without_rule(selector)
 
 
@@ -46,6 +59,25 @@ def mark_tokens(
 
 def _without_rule(selector: Selector) -> TypeError:
     return TypeError(f"no rule is registered for {type(selector).__name__}")
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """What one attention layer computed with."""
+
+    query: Tensor  # (batch, heads, seq, head_dim), rotated
+    key: Tensor  # (batch, kv_heads, keys, head_dim), rotated
+    valid: Tensor  # (batch, keys), bool: False for padding
+    scaling: float | None = None  # on q k^T; None is 1/sqrt(head_dim)
+    # (batch or 1, 1, seq, keys), bool (True: visible) or additive; None is causal.
+    mask: Tensor | None = None
+
+    def weights(self) -> Tensor:
+        """Attention of every token to every key, the mean over heads: (batch, seq, keys)."""
+        batch, _, seq, _ = self.query.shape
+        rows = torch.arange(seq, device=self.query.device).expand(batch, -1)
+        visible = visible_keys(rows, self.valid, self.mask, seq)
+        return attention_rows(self.query, self.key, visible, self.scaling).mean(1)
 
 
 @dataclass(frozen=True)
@@ -106,11 +138,7 @@ class VisionInputs:
     def attention(self, layer: int, selector: str) -> TowerAttention:
         """The tower's attention at a layer; InputError where the tower has no CLS token."""
         if layer not in self.tower:
-            raise InputError(
-                f"{selector} ranks patches by the attention of a CLS token, which this vision tower"
-                " does not have; take visionzip, fastervlm or vispruner, which do without, or a"
-                " selector that works in the decoder, such as fastv."
-            )
+            raise without_cls_token(selector)
         return self.tower[layer]
 
 
@@ -150,6 +178,8 @@ class DecoderInputs:
     scaling: float | None = None  # of layer k - 1 on q k^T; None is 1/sqrt(head_dim)
     # Of layer k - 1: (batch or 1, 1, seq, keys), bool (True: visible) or additive; None is causal.
     attention_mask: Tensor | None = None
+    # The same of all layers that it is scored by, `Selector.scored_layers`; k - 1 is the last.
+    scored: tuple[LayerAttention, ...] = ()
     marks: Tensor | None = None  # (batch, seq), bool: of `mark_tokens`, at the tokens left
     # (batch, seq), bool: the prompt's own tokens, where others follow them that an assistant has
     # drafted; None: all that are valid.

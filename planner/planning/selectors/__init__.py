@@ -9,6 +9,7 @@ What users should know of each is in docs/selectors.md. `parse` reads a selector
     attention_widths    features of the attention by which selectors rank tokens
     in_decoder          selectors that work in the decoder
     in_vision           selectors that work before the projector
+    in_both             selectors that work inside the vision tower, and in the decoder
     text_guided         selectors that compare patches with the question, by a CLIP model
     eviction            policies of the KV cache
     trained_predictors  Dynamic-LLaVA: a selector and a policy of the KV cache
@@ -16,12 +17,14 @@ What users should know of each is in docs/selectors.md. `parse` reads a selector
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from planner.ir.errors import InputError
+from planner.ir.graph import Graph
 from planner.plan import TokenStage
 from planner.planning.selectors.arguments import read_named
 from planner.planning.selectors.eviction import H2O, AnswerPolicy, AnswerRule, KVPolicy, VoCo
+from planner.planning.selectors.in_both import IVTP, IVTPTower
 from planner.planning.selectors.in_decoder import (
     DART,
     DivPrune,
@@ -44,9 +47,11 @@ from planner.planning.selectors.in_vision import (
 from planner.planning.selectors.selector import (
     DecoderSelector,
     Needs,
+    PatchStage,
     Product,
     Selector,
     Sizes,
+    TowerSelector,
     VisionSelector,
 )
 from planner.planning.selectors.text_guided import TRIM, CDPruner, TextGuided
@@ -59,6 +64,7 @@ from planner.planning.selectors.trained_predictors import (
 __all__ = [
     "DART",
     "H2O",
+    "IVTP",
     "KV_POLICIES",
     "SELECTORS",
     "TRIM",
@@ -73,9 +79,11 @@ __all__ = [
     "FastV",
     "FasterVLM",
     "HiRED",
+    "IVTPTower",
     "KVPolicy",
     "Learned",
     "Needs",
+    "PatchStage",
     "PredictorSettings",
     "Product",
     "PruMerge",
@@ -86,6 +94,7 @@ __all__ = [
     "Sizes",
     "SparseVLM",
     "TextGuided",
+    "TowerSelector",
     "Uniform",
     "VisPruner",
     "VisionSelector",
@@ -94,9 +103,11 @@ __all__ = [
     "counted",
     "parse",
     "parse_kv_policy",
+    "patch_stages",
     "scores_by_attention",
     "selector_of",
     "stages_of",
+    "whole_selector",
 ]
 
 SELECTORS: Mapping[str, type[DecoderSelector] | type[VisionSelector]] = {
@@ -118,6 +129,7 @@ SELECTORS: Mapping[str, type[DecoderSelector] | type[VisionSelector]] = {
     "vispruner": VisPruner,
     "cdpruner": CDPruner,
     "downsample": Downsample,
+    "ivtp": IVTP,
 }
 
 KV_POLICIES: Mapping[str, type[KVPolicy]] = {
@@ -180,8 +192,8 @@ def stages_of(
     return tuple(TokenStage(layer, n, image_tokens, str(selector)) for layer, n in counts)
 
 
-def selector_of(stage: TokenStage) -> DecoderSelector | VisionSelector:
-    """The selector that a plan names.
+def whole_selector(stage: TokenStage) -> DecoderSelector | VisionSelector:
+    """The selector that a plan names, with all that it does at other stages.
 
     With arguments, ``fastv:k=2,r=0.5``, it is taken as it is; ``fastv`` keeps as many as the stage
     says.
@@ -189,9 +201,27 @@ def selector_of(stage: TokenStage) -> DecoderSelector | VisionSelector:
     known = SELECTORS.get(stage.selector)
     if known is not None and issubclass(known, DecoderSelector):
         return known.at(stage.layer, stage.keep, stage.of)
-    selector = parse(stage.selector)
+    return parse(stage.selector)
+
+
+def selector_of(stage: TokenStage) -> DecoderSelector | VisionSelector:
+    """What works at a stage of a plan: the selector that it names, or its part in the tower."""
+    selector = whole_selector(stage).at_layer(stage.layer)
+    assert isinstance(selector, DecoderSelector | VisionSelector)
     if isinstance(selector, VisionSelector) and stage.layer:
         raise InputError(
             f"the plan runs {stage.selector} at layer {stage.layer}, but it works before layer 0"
         )
     return selector
+
+
+def patch_stages(stages: Iterable[TokenStage], graph: Graph) -> tuple[PatchStage, ...]:
+    """Where token stages of a plan drop patches inside the vision tower of a graph.
+
+    InputError where the one that would cannot.
+    """
+    for stage in stages:
+        part = None if stage.layer else whole_selector(stage).tower_part
+        if part is not None:
+            return part.stages_in(graph)
+    return ()

@@ -2,8 +2,9 @@
 
 A selector works in one of two places. A *vision* selector sees each run of the vision encoder (one
 image, or one tile of a high-resolution image) before the projector, and leaves fewer, possibly
-merged, features. A *decoder* selector acts just before decoder layer k and says which tokens of
-each sample go on. What they compute is in `planner.models.tokens.selectors`.
+merged, features; or it drops patches inside the tower. A *decoder* selector acts just before
+decoder layer k and says which tokens of each sample go on; it may have a part in the tower as well.
+What they compute is in `planner.models.tokens.selectors`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import ClassVar, Self
 from typing_extensions import override
 
 from planner.ir.errors import InputError
+from planner.ir.graph import Graph
+from planner.ir.vision_tower import VisionTower
 from planner.planning.selectors.arguments import Arguments
 
 # Rows, columns and inner size of a product of two matrices: 2 * rows * columns * inner FLOPs.
@@ -81,6 +84,19 @@ class Selector(Arguments, ABC):
     def is_adaptive(self) -> bool:
         """Whether the content decides how many tokens are left."""
         return False
+
+    @property
+    def tower_part(self) -> TowerSelector | None:
+        """What it does inside the vision tower, as its stage at layer 0; None for nothing."""
+        return None
+
+    def at_layer(self, layer: int) -> Selector:
+        """What works at one of `layers`: its part in the vision tower, or the selector itself."""
+        return (None if layer else self.tower_part) or self
+
+    def scored_layers(self, layer: int) -> int:
+        """By how many layers before one of `layers` it scores tokens, with `Needs.QUERY_KEY`."""
+        return 1
 
     @property
     @abstractmethod
@@ -184,6 +200,47 @@ class VisionSelector(Positioned):
             None if count is None else min(image_tokens, runs * count + others)
             for count in self.counts(per_run)
         )
+
+
+@dataclass(frozen=True)
+class PatchStage:
+    """Patches are reduced before a layer of the vision tower."""
+
+    layer: int  # the first that sees fewer
+    keep: int  # patches of each run
+    scored: int  # by the attention of how many layers before it
+    products: tuple[Product, ...] = ()  # that choosing takes, in each run
+
+
+class TowerSelector(VisionSelector):
+    """A vision selector that drops patches between layers of the vision tower."""
+
+    needs = Needs.TOWER_ATTENTION
+
+    @abstractmethod
+    def patch_stages(self, tower: VisionTower) -> tuple[PatchStage, ...]:
+        """Where it drops patches in a tower; InputError where that has too few layers."""
+
+    def stages_in(self, graph: Graph) -> tuple[PatchStage, ...]:
+        """The same in the tower of a graph; InputError where it cannot work there."""
+        tower = VisionTower.of(graph)
+        if not tower.has_cls and not self.without_cls:
+            raise without_cls_token(self.name)
+        return self.patch_stages(tower)
+
+    @property
+    @override
+    def tower_part(self) -> TowerSelector:
+        return self
+
+
+def without_cls_token(selector: str) -> InputError:
+    """For a selector that was published with a CLS token alone, on a tower without one."""
+    return InputError(
+        f"{selector} ranks patches by the attention of a CLS token, which this vision tower does"
+        " not have; take visionzip, fastervlm or vispruner, which do without, or a selector that"
+        " works in the decoder, such as fastv."
+    )
 
 
 class DecoderSelector(Selector):
