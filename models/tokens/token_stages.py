@@ -37,6 +37,9 @@ from planner.planning.selectors import (
     selector_of,
 )
 
+# Of tokens that are not learned, as in transformers.
+_NO_LABEL = -100
+
 Places = Callable[[Tensor, bool], Tensor]
 
 
@@ -150,8 +153,21 @@ class TokenStages:
             hidden = hidden.masked_fill(call.unwanted[:, :, None], 0)
         for selector in self.selectors.values():
             if Needs.MARKS in selector.needs and call.image is not None:
-                call.marks[selector] = mark_tokens(selector, hidden, image, call.prompt())
+                call.marks[selector] = mark_tokens(selector, hidden, image, self._asked(call))
         return hidden
+
+    def _asked(self, call: Call) -> Tensor:
+        """Tokens of the prompt, without those of answers that are being learned.
+
+        Where nothing else stands behind the image, answers belong to it.
+        """
+        prompt, labels, image = call.prompt(), self.arguments.get("labels"), call.image
+        assert image is not None
+        if not isinstance(labels, Tensor) or call.past:
+            return prompt
+        given = self._places(labels.to(image.device) == _NO_LABEL, False) | image
+        behind = ~image & (image.flip(1).cumsum(1).flip(1) == 0)
+        return torch.where((prompt & given & behind).any(1, keepdim=True), prompt & given, prompt)
 
     def _note_drafts(self, call: Call) -> None:
         """An assistant's guesses stand behind the prompt: it wants logits for its end and for them.

@@ -26,6 +26,12 @@ class PlanCosts:
     scope: str | None = None  # ``model`` or ``llm``; None for what each plan was made for
 
     @cached_property
+    def _load(self) -> Workload:
+        """The workload, with how many image tokens a run yields, which no prompt says."""
+        per_run = Workload.default(self.graph).image_tokens_per_run
+        return replace(self.workload, image_tokens_per_run=per_run)
+
+    @cached_property
     def _bases(self) -> dict[str, dict[str, float]]:
         return {}
 
@@ -53,9 +59,9 @@ class PlanCosts:
         chip = device(DEFAULT_DEVICE)
         if scope not in self._bases:
             dense = Plan.of(self.graph)
-            pricing = pricing_for(dense, self.graph, self.workload, scope, chip)
+            pricing = pricing_for(dense, self.graph, self._load, scope, chip)
             self._bases[scope] = pricing.cost_of(dense)
-        pricing = pricing_for(plan, self.graph, self.workload, scope, chip)
+        pricing = pricing_for(plan, self.graph, self._load, scope, chip)
         costs = pricing.cost_of(replace(plan, tokens=tuple(stages)))
         return compared(costs, self._bases[scope], ("flops", "kv"))
 

@@ -339,7 +339,7 @@ def test_budgets_hold_for_prompts_whatever_ran_before():
             assert counter.get_total_flops() <= cost["plan"] <= 0.7 * base
         prompt = prompt_of(model, inputs)
         known = PlanCosts(session_on(model).graph, replace(prompt, logits=1))
-        assert known.of(planner.plan_of(model))["flops"]["base"] == base
+        assert known.of(planner.plan_of(model))["flops"] == cost
     planner.restore(built.model)
 
 
@@ -364,6 +364,23 @@ def test_gradients_reach_the_tower_through_patches_that_are_left(deep):
             loss, [family.model.model.vision_tower.encoder.layers[0].self_attn.v_proj.weight]
         )
     assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("text", [SELECTORS[0], "sparsevlm:after=1,keep=5"])
+@torch.no_grad()
+def test_answers_that_are_learned_do_not_choose(deep, text):
+    family, graph = deep
+    inputs = {k: v for k, v in family.inputs(2).items() if k != "attention_mask"}
+    prompt = inputs["input_ids"].shape[1]
+    answer = torch.randint(3, 100, (2, 6), generator=torch.Generator().manual_seed(2))
+    ids = torch.cat([inputs["input_ids"], answer], 1)
+    labels = torch.cat([torch.full_like(inputs["input_ids"], -100), answer], 1)
+    with obeying(family.model, graph, plan_of(graph, tokens=stages_of(text, PATCHES, PATCHES))):
+        asked = family.model(**inputs).logits[:, -1]
+        learned = family.model(**inputs | {"input_ids": ids}, labels=labels).logits
+        guessed = family.model(**inputs | {"input_ids": ids}).logits
+    assert close(learned[:, prompt - 1], asked)
+    assert not close(guessed[:, prompt - 1], asked)
 
 
 # -- what it cannot do ----------------------------------------------------------------------------

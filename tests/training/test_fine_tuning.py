@@ -37,7 +37,9 @@ def test_another_projector_is_trained_and_exported(tmp_path):
     assert model(**asked).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("selector", ["prumerge+:ratio=0.125", "fastv:k=2,r=0.5"])
+@pytest.mark.parametrize(
+    "selector", ["prumerge+:ratio=0.125", "fastv:k=2,r=0.5", "ivtp:group=1,k=2/3"]
+)
 def test_a_selector_drops_tokens_while_the_model_learns(tmp_path, selector):
     with_all = trained(tmp_path / "all", "tokens=fastv:k=2,r=0")[0]
     model, _, before = trained(tmp_path / "some", f"tokens={selector}")
