@@ -63,11 +63,12 @@ class TowerStage(VisionStage):
         if not self._is_active(self):
             return None
         (first, hidden), *others = named(module, args, kwargs).items()
-        if taken := [name for name, value in others if isinstance(value, Tensor)]:
-            raise InputError(
-                f"{self.selector.name} drops patches inside the vision tower, and layers of this "
-                f"one take more than hidden states: {taken[0]}"
-            )
+        for name, value in others:
+            if isinstance(value, Tensor) and hidden.shape[1] in value.shape:
+                raise InputError(
+                    f"{self.selector.name} drops patches inside the vision tower, and layers of "
+                    f"this one are given more of each patch than its features: {name}"
+                )
         stage = self._stages[number]
         layers = [self._attention(layer) for layer in _scored(stage)]
         index = select_patches(self.selector, layers, stage.keep)
