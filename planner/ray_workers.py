@@ -7,12 +7,14 @@ not matter which worker that is, nor whether it was begun before on one that is 
 from __future__ import annotations
 
 import os
+import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Generic, Self
 
 import ray
+from ray._private import services
 from ray.exceptions import RayError, RayTaskError
 
 from planner.ir.errors import InputError, PlannerError, first_line
@@ -21,6 +23,8 @@ from planner.spread import ItemT, LoadedT, Make, ResultT
 
 # Bytes of a cluster that is started here; what goes over it is text, pictures and plans.
 _STORE_BYTES = 256 * 2**20
+# Seconds in which a cluster answers.
+_ANSWERS = 5.0
 # Workers that may be lost at the same item, which then is taken for what ends them.
 _MOST_LOST = 3
 
@@ -35,10 +39,15 @@ def connect(address: str) -> None:
     own = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
     given: dict[str, Any] = own if address == "local" else {}
     try:
+        known = None if "://" in address else services.canonicalize_bootstrap_address(address)
+        if known is not None:
+            # Where nobody listens, Ray would try for a quarter of an hour.
+            host, _, port = known.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), _ANSWERS).close()
         ray.init(
             address, log_to_driver=False, logging_level="error", ignore_reinit_error=True, **given
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"there is no Ray cluster at '{address}': {first_line(error)}") from None
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import ray
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.metrics_core import Metric
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from ray.exceptions import RayActorError, RayError
@@ -183,7 +183,8 @@ class _Replicas:
                 for sample in family.samples:
                     labels = {**sample.labels, "replica": str(number)}
                     known.add_sample(sample.name, labels, sample.value)
-        return list(found.values())
+        count = GaugeMetricFamily("planner:replicas", "Services that answer.", len(self._texts))
+        return [*found.values(), count]
 
 
 def _with_replicas(texts: list[str]) -> bytes:

@@ -169,5 +169,12 @@ def test_the_commands(cluster, tmp_path, monkeypatch, capsys):
     evaluated = ("eval", "-m", "tiny-llava", "--utilities", "prior", "--samples", "6")
     here, there = both(*evaluated, "--batch", "2", "--budgets", "0.6,1")
     assert here == there
-    assert run([*evaluated, "--ray", "127.0.0.1:1"]) == 2
-    assert "no Ray cluster at '127.0.0.1:1'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379", "auto", "x y", ""])
+def test_where_there_is_no_cluster_it_is_said_at_once(address, monkeypatch):
+    from planner.ray_workers import connect
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(InputError, match=f"no Ray cluster at '{address}'"):
+        connect(address)
