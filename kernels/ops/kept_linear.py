@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from planner.kernels.ops.product_probe import by_onednn, fastest, onednn_is_faster
+from planner.kernels.ops.product_probe import OTHER_WAYS, by_fastest, other_is_faster
 
 # oneDNN takes longer to begin than MKL does: weights of fewer elements are left to `F.linear`.
 SMALL = 2**17
@@ -22,9 +22,9 @@ def suits(weight: Tensor) -> bool:
     """Whether `kept_linear` multiplies with a weight, shape (out, in), in its own way."""
     return (
         ONEDNN
-        and _is_wanted()
+        and weight.dtype in OTHER_WAYS
+        and _is_wanted(weight.dtype)
         and weight.device.type == "cpu"
-        and weight.dtype == torch.float32
         and weight.numel() >= SMALL
         # Tensors of other classes, such as quantised ones, multiply in a way of their own.
         and type(weight) in (Tensor, nn.Parameter)
@@ -34,9 +34,10 @@ def suits(weight: Tensor) -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _is_wanted() -> bool:
-    """Whether PyTorch may use oneDNN, and it is faster than MKL at anything."""
-    return bool(torch.backends.mkldnn.enabled) and any(fastest(torch.get_num_threads()))
+def _is_wanted(dtype: torch.dtype) -> bool:
+    """Whether PyTorch may use oneDNN, and the other way is faster at anything."""
+    mine = bool(torch.backends.mkldnn.enabled)
+    return mine and any(other_is_faster(torch.get_num_threads(), dtype))
 
 
 def kept_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -46,26 +47,22 @@ def kept_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     to: on few rows (packing the weight takes as long for 274 as for 640), on a single one (a
     matrix-vector product on one thread), and on output features that are no multiple of 8 (up to
     4/3 of the time). oneDNN, which PyTorch brings along for compiled models, does not, and is
-    slower elsewhere: who multiplies is measured.
+    slower elsewhere. In bfloat16 it calls oneDNN, which for one row or a few lays out the whole
+    weight anew. What multiplies is measured.
     """
     differentiable = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    plain = differentiable or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+    plain = differentiable or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu")
     if plain or not suits(weight) or x.numel() == 0:
         return F.linear(x, weight, bias)
     # Inductor takes oneDNN's operator with frozen weights only.
-    multiply = torch.ops.planner.kept_linear if torch.compiler.is_compiling() else _by_fastest
+    multiply = torch.ops.planner.kept_linear if torch.compiler.is_compiling() else by_fastest
     product: Tensor = multiply(x, weight, bias)
     return product
 
 
-def _by_fastest(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows = x.numel() // x.shape[-1]
-    return (by_onednn if onednn_is_faster(rows) else F.linear)(x, weight, bias)
-
-
 # Not by `custom_op`, whose checks take longer than a product of a decoded token.
 torch.library.define("planner::kept_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-torch.library.impl("planner::kept_linear", "cpu", _by_fastest)
+torch.library.impl("planner::kept_linear", "cpu", by_fastest)
 
 
 @torch.library.register_fake("planner::kept_linear")  # type: ignore[untyped-decorator]

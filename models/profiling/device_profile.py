@@ -153,25 +153,25 @@ def _chosen(
 ) -> Callable[[Case], str]:
     """Which backend a case of a product runs by under a plan; "" for other cases.
 
-    Where oneDNN is an alternative to MKL, what multiplies fastest is settled for this machine.
+    Where there is another way than `F.linear`, what is faster is settled for this machine.
     """
-    first = next(iter(bench.backends))
+    usual, *others = bench.backends
     faster = [False] * len(KINDS_FROM)
     for kind, (low, high) in enumerate(zip(KINDS_FROM, [*KINDS_FROM[1:], 10**9], strict=True)):
         ratios = [
-            seconds[case.key] / seconds[replace(case, backend="mkl").key]
+            seconds[case.key] / seconds[replace(case, backend=usual).key]
             for case in compared
-            if case.backend == "onednn" and low <= case.sizes[0] < high and _is_large(case)
+            if case.backend in others and low <= case.sizes[0] < high and _is_large(case)
         ]
         faster[kind] = bool(ratios) and bool(np.exp(np.mean(np.log(ratios))) < CLEARLY)
     if compared:
-        keep(torch.get_num_threads(), tuple(faster))
+        keep(torch.get_num_threads(), bench.dtype, tuple(faster))
 
     def chosen(case: Case) -> str:
         if not case.is_product:
             return ""
         kind = sum(case.sizes[0] >= low for low in KINDS_FROM) - 1
-        return "onednn" if faster[kind] and _is_large(case) else first
+        return others[0] if faster[kind] and _is_large(case) else usual
 
     return chosen
 

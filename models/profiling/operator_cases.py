@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
 
 from planner.ir.cost.measured_device import ACTIVATIONS
 from planner.kernels.ops.kept_linear import ONEDNN
-from planner.kernels.ops.product_probe import by_onednn
+from planner.kernels.ops.product_probe import by_onednn, turned
 from planner.kernels.ops.project_rows import ACTIVATIONS as FUNCTIONS
 from planner.models.running.growing_cache import GrowingLayer
 
@@ -116,9 +116,11 @@ class Bench:
         """What multiplies here."""
         if self.place.type == "cuda":
             return {"cublas": F.linear}
-        if self.dtype != torch.float32:
-            return {"onednn": F.linear}
-        return {"mkl": F.linear} | ({"onednn": by_onednn} if ONEDNN else {})
+        usual, other = {
+            torch.float32: ("mkl", {"onednn": by_onednn}),
+            torch.bfloat16: ("onednn", {"turned": turned}),
+        }[self.dtype]
+        return {usual: F.linear} | (other if ONEDNN else {})
 
     @cached_property
     def pool(self) -> Tensor:

@@ -106,8 +106,11 @@ class KeptProduct(Product):
     """
 
     def __init__(self, linear: BoundLinear, lanes: Intervals, copies: Copies | None = None) -> None:
-        self.linear, self.lanes, self.copies = linear, lanes, copies
+        self.linear, self.lanes = linear, lanes
         self.runs = linear.runs(lanes) or ((0, 0),)
+        # Rows that lie together are fast as they are.
+        is_view = len(self.runs) == 1 and linear.axis == "out"
+        self.copies = None if is_view or not count_of(self.runs) else copies
         # Not held here: there may be many products, and copies have a bound.
         self._copy: Callable[[], _Copy | None] = lambda: None
 
@@ -116,12 +119,14 @@ class KeptProduct(Product):
         if self.copies is None:
             return
         copy, linear = self._copy(), self.linear
-        if not isinstance(linear.parameter, nn.Parameter):
-            # A hook or a parametrisation computes it, in the pass.
-            self._copy = lambda: None
-        elif copy is None or not copy.is_of(linear):
+        if copy is not None and copy.is_of(linear):
+            return
+        # Where a hook or a parametrisation computes the weight, it does so in the pass.
+        if isinstance(linear.parameter, nn.Parameter):
             copy = self.copies.get(linear, self.lanes, self.runs)
-            self._copy = (lambda: None) if copy is None else ref(copy)
+        else:
+            copy = None
+        self._copy = (lambda: None) if copy is None else ref(copy)
 
     @override
     def __call__(self, features: Tensor) -> Tensor:
@@ -138,12 +143,12 @@ class _Copy:
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    sources: tuple[_Source, ...]
+    sources: tuple[_Source, _Source]
 
     def is_of(self, linear: BoundLinear) -> bool:
         """Whether the linear is as it was."""
-        weight, *bias = self.sources
-        return weight.is_now(linear.parameter) and all(b.is_now(linear.bias) for b in bias)
+        weight, bias = self.sources
+        return weight.is_now(linear.parameter) and bias.is_now(linear.bias)
 
 
 class Copies:
@@ -175,11 +180,9 @@ class Copies:
             return held
         self._drop(key)
         weight = linear.weight
-        # Rows that lie together are fast as they are, and so are columns that oneDNN won't take.
-        together = len(runs) == 1 and (linear.axis == "out" or not suits(weight))
-        kept = count_of(runs)
-        size = weight.numel() // linear.features * kept * weight.itemsize
-        if together or not kept or size > self.limit_bytes:
+        size = weight.numel() // linear.features * count_of(runs) * weight.itemsize
+        # Columns that lie together are fast as they are, where `F.linear` multiplies.
+        if (len(runs) == 1 and not suits(weight)) or size > self.limit_bytes:
             return None
         if key not in self._ran:
             self._ran[key] = None
@@ -203,7 +206,7 @@ class Copies:
 @torch.no_grad()
 def _copied(linear: BoundLinear, runs: Intervals) -> _Copy:
     bias = linear.bias
-    sources = tuple(_Source(tensor) for tensor in (linear.parameter, bias) if tensor is not None)
+    sources = _Source(linear.parameter), _Source(bias)
     kept = together(linear.weight.detach(), linear.dim, runs).contiguous()
     if bias is not None:
         pieces = together(bias, 0, runs) if linear.axis == "out" else bias
@@ -212,28 +215,25 @@ def _copied(linear: BoundLinear, runs: Intervals) -> _Copy:
 
 
 class _Source:
-    """A parameter as it was when it was copied.
+    """A parameter as it was when it was copied, None where there was none.
 
     Its memory is kept: were it freed, another state of the parameter could come to lie there.
     """
 
-    def __init__(self, parameter: Tensor) -> None:
+    def __init__(self, parameter: Tensor | None) -> None:
         self.parameter = parameter
-        self.memory = parameter.detach()
-        self.address = parameter.data_ptr()
-        self.version = _version(parameter)
+        self.memory = None if parameter is None else parameter.detach()
+        self.state = _state(parameter)
 
     def is_now(self, parameter: Tensor | None) -> bool:
         """Whether PyTorch has not replaced, moved, converted or written to it."""
-        return (
-            parameter is self.parameter
-            and parameter.data_ptr() == self.address
-            and _version(parameter) == self.version
-        )
+        return parameter is self.parameter and _state(parameter) == self.state
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _state(tensor: Tensor | None) -> tuple[int, int] | None:
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager
