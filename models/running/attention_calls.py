@@ -111,6 +111,8 @@ class Recorded:
     scaling: float | None  # factor on the scores; None is 1/sqrt(head_dim)
     rows: Tensor | None = None  # of the batch; None for all
     valid: Tensor | None = None  # (rows, keys), bool: False for padding; None where there is none
+    # (rows, tokens), int64: of its tokens in the pass; None where they are all that it has.
+    places: Tensor | None = None
 
 
 def _record(

@@ -90,8 +90,9 @@ class Passes:
         self.answers: AnswerStage | None = None
         self.summing: SummingStage | None = None
         self.current: Call | None = None
-        # Batch rows that a layer is running for, and which keys are no padding; None for all.
-        self.serving: tuple[Tensor | None, Tensor | None] = (None, None)
+        # Batch rows that a layer is running for, which keys are no padding, and places of the
+        # tokens in the pass; None for all.
+        self.serving: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         # Whether attention blocks run no further than to what they compute with.
         self.only_records = False
         # What stands in for the layers, in model order; the decoder's rotary embedding.
@@ -107,7 +108,7 @@ class Passes:
         Returns the hidden states without marks of a vision selector; raises InputError where the
         inputs do not go with the plan, or hold values that are not finite.
         """
-        self.serving = (None, None)
+        self.serving = (None, None, None)
         batch, tokens = hidden.shape[:2]
         rows = self._rows_of(batch, hidden.device)
         check_encoded(kwargs, self.program)
@@ -162,15 +163,15 @@ class Passes:
         """Note what a layer's attention block computes with, for its cache or a later selector."""
         self.seen = seen
         if self.only_records:
-            rows, valid = self.serving
+            rows, valid, places = self.serving
             assert self.current is not None
-            record = replace(seen, rows=rows, valid=valid)
+            record = replace(seen, rows=rows, valid=valid, places=places)
             self.current.records.setdefault(layer, []).append(record)
             raise Enough
         scored = self.stages is not None and layer in self.stages.recorded
         if scored and self.current is not None and self.current.image is not None:
-            rows, valid = self.serving
-            record = replace(seen, rows=rows, valid=valid)
+            rows, valid, places = self.serving
+            record = replace(seen, rows=rows, valid=valid, places=places)
             self.current.records.setdefault(layer, []).append(record)
 
     def _rows_of(self, batch: int, device: torch.device) -> list[list[Tensor | None]]:

@@ -198,7 +198,7 @@ class LayerForward(Shadow):
             self.setup = setup
             if cached is not None:
                 cached.begin(number)
-            self.passes.serving = (rows, None if keys is None else keys.positions >= 0)
+            self.passes.serving = _serving(rows, keys, kept)
             arguments = self._narrowed(call, kwargs, rows, kept, keys)
             if isinstance(setup.group.kv, VoCo) and call.summed_up is not None:
                 mask = self._summed_up(call, arguments["attention_mask"], rows, kept, keys)
@@ -259,7 +259,7 @@ class LayerForward(Shadow):
         if call.gaps is not None:
             self._renumber(arguments, inputs, _gaps(call, rows, kept)[0], None)
         self.setups[number].activate()
-        self.passes.serving = (rows, None if keys is None else keys.positions >= 0)
+        self.passes.serving = _serving(rows, keys, kept)
         self.passes.only_records = True
         try:
             with suppress(Enough):
@@ -356,6 +356,14 @@ def _gaps(
         return None, None
     own = select_rows(call.gaps, rows, 0)
     return own if kept is None else gather(own, kept.index, -1), own[:, -1]
+
+
+def _serving(
+    rows: Tensor | None, keys: Keys | None, kept: Kept | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Batch rows that a layer runs for, which keys are no padding, and places of the tokens."""
+    valid = None if keys is None else keys.positions >= 0
+    return rows, valid, None if kept is None else kept.index
 
 
 def _keys(

@@ -292,7 +292,7 @@ class TokenStages:
         )
         if not records:
             return inputs
-        scored = tuple(_attention(call, record, rows) for record in records)
+        scored = tuple(_attention(call, record, rows, kept) for record in records)
         last = scored[-1]
         return replace(
             inputs,
@@ -316,8 +316,8 @@ class TokenStages:
         return gather(hidden, index, -2)
 
 
-def _attention(call: Call, record: Recorded, rows: Tensor) -> LayerAttention:
-    """What an attention block computed with for some rows of the batch."""
+def _attention(call: Call, record: Recorded, rows: Tensor, kept: Kept | None) -> LayerAttention:
+    """What an attention block computed with for some rows of the batch, of tokens that are left."""
     own = rows if record.rows is None else torch.searchsorted(record.rows, rows)
     key = record.key[own]
     if record.valid is not None:
@@ -331,7 +331,39 @@ def _attention(call: Call, record: Recorded, rows: Tensor) -> LayerAttention:
     if mask is not None:
         # Flash attention's masks say what is padding, which `valid` does too.
         mask = None if mask.ndim == 2 else mask[own] if mask.shape[0] > 1 else mask
-    return LayerAttention(record.query[own], key, valid, record.scaling, mask)
+    seen = LayerAttention(record.query[own], key, valid, record.scaling, mask)
+    if kept is None:
+        return seen
+    index = kept.index
+    if record.places is not None:
+        places = record.places[own]
+        if torch.equal(places, index):
+            return seen
+        order = torch.arange(places.shape[1], device=places.device).expand_as(places)
+        index = index.new_zeros(len(own), call.tokens).scatter(1, places, order).gather(1, index)
+    return _narrowed(seen, index, kept.valid)
+
+
+def _narrowed(seen: LayerAttention, index: Tensor, valid: Tensor) -> LayerAttention:
+    """The same of fewer tokens: a stage has dropped others since, and no layer ran behind it.
+
+    `index` and `valid`, shape (rows, left), as of `Kept`; keys of earlier passes stand before.
+    """
+    before = seen.key.shape[2] - seen.query.shape[2]
+    earlier = torch.arange(before, device=index.device).expand(len(index), -1)
+    columns = torch.cat([earlier, index + before], 1)
+    mask = seen.mask
+    if mask is not None:
+        mask = mask.take_along_dim(index[:, None, :, None], 2)
+        mask = mask.take_along_dim(columns[:, None, None, :], 3)
+    return replace(
+        seen,
+        query=seen.query.take_along_dim(index[:, None, :, None], 2),
+        key=seen.key.take_along_dim(columns[:, None, :, None], 2),
+        valid=seen.valid.gather(1, columns)
+        & torch.cat([torch.ones_like(earlier, dtype=torch.bool), valid], 1),
+        mask=mask,
+    )
 
 
 def _image_predictor(selector: DynamicLLaVA, model: nn.Module) -> ImagePredictor:

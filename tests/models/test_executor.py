@@ -304,3 +304,20 @@ def test_plans_may_change_in_and_out_of_inference_mode(llava):
         found = family.model(**inputs).logits
     with torch.no_grad(), obeying(family.model, graph, some[1]):
         assert close(found, family.model(**inputs).logits)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_a_stage_may_be_scored_by_a_layer_that_ran_before_another_stage(llava, side):
+    """No layer between them runs: a token that is left has its own score, and no other's.
+
+    So the second stage leaves what it would leave of all tokens.
+    """
+    family, graph = llava
+    batch = family.inputs(batch=2, before=(3, 5), after=(6, 2), padding_side=side)
+    second, logits = TokenStage(3, 4, 16, "fastv"), []
+    for tokens in ((TokenStage(1, 9, 16, "fastv"), second), (second,)):
+        plan = plan_of(graph, layers_off=(1, 2), tokens=tokens)
+        with obeying(family.model, graph, plan):
+            logits.append(family.model(**batch).logits)
+    assert close(*logits)
