@@ -23,6 +23,7 @@ that need them, so that ``planner --help`` and a cached ``planner compile`` star
     progress   a bar on stderr
     spread, ray_workers        work on many items, in this process or on a Ray cluster
     contained  code that comes with a model, run within limits
+    cpu        which CPU this is
 """
 
 from __future__ import annotations

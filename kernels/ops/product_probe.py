@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import platform
 import time
 from bisect import bisect_right
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
+from planner.cpu import cpu_kind
 from planner.documents import digest_of, read_json
 from planner.files import write_text
 from planner.ir.errors import InputError
@@ -55,10 +55,7 @@ def turned(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     few rows rather than the whole weight.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) == 1:
-        product = torch.mv(weight, rows[0])
-    else:
-        product = torch.mm(weight, rows.t()).t().contiguous()
+    product = weight @ rows[0] if len(rows) == 1 else (weight @ rows.t()).t().contiguous()
     product = product.view(*x.shape[:-1], len(weight))
     return product if bias is None else product + bias
 
@@ -114,23 +111,8 @@ def _keep(path: Path, faster: tuple[bool, ...]) -> None:
 
 def path_of(threads: int, *question: object) -> Path:
     """Where the answer to a question is kept."""
-    facts = [_cpu(), torch.__version__, threads, MEASURED, _WEIGHTS, *question]
+    facts = [cpu_kind(), torch.__version__, threads, MEASURED, _WEIGHTS, *question]
     return cache_folder() / "products" / f"{digest_of(facts)[:32]}.json"
-
-
-def cpu_name() -> str:
-    """What people call this CPU."""
-    named = [line for line in _cpu().splitlines() if line.startswith("model name")]
-    return named[0].partition(":")[2].strip() if named else platform.processor()
-
-
-def _cpu() -> str:
-    """What tells one kind of CPU from another."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-        told = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")
-        return "\n".join(line for line in lines if line.split("\t")[0].strip() in told)
-    return f"{platform.machine()} {platform.processor()}"
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import transformers
 
+from planner.cpu import cpu_name
 from planner.ir.cost.measured_device import (
     PRECISIONS,
     MeasuredDevice,
@@ -23,7 +24,7 @@ from planner.ir.cost.measured_device import (
     from_memory,
 )
 from planner.kernels.ops.kept_linear import SMALL
-from planner.kernels.ops.product_probe import CLEARLY, KINDS_FROM, cpu_name, keep
+from planner.kernels.ops.product_probe import CLEARLY, KINDS_FROM, keep
 from planner.models.profiling.operator_cases import AXES, Bench, Case
 from planner.models.profiling.subjects import Subject
 from planner.models.profiling.sweep import Partial, sweep, table_of
