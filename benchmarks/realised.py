@@ -59,7 +59,7 @@ from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
 from planner.kernels.ops.kept_linear import kept_linear
 from planner.models.profiling.device_profile import machine_of
-from planner.models.profiling.whole_passes import IMAGE, random_model
+from planner.models.profiling.subjects import IMAGE, random_model
 from planner.models.running.kv_cache import cache_argument, kv_bytes
 from planner.models.running.masked import Gates, MaskedExecutor
 from planner.models.running.session import Session

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from planner.cpu import cpu_name
 from planner.files import write_text
 from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
-from planner.kernels.ops.product_probe import cpu_name
 from planner.models.calibration import calibrate
 from planner.models.calibration.measurement import TOKEN_LAYER
 from planner.models.calibration.pair_losses import measure_pairs
