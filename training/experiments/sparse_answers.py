@@ -281,10 +281,11 @@ def dynamic_page(results: Mapping[str, Any]) -> str:
         )
     heads = ["method", "image rate", "answer rate", "FLOPs of the prefill", "KiB of KV", "KV"]
     heads += ["tokens/s", "perplexity", "- base, nats a token"]
+    runs = len(results["seeds"])
     lines = [
         f"# {results['title']}",
         "",
-        f"tiny-llava; {len(results['seeds'])} training runs of the predictors, "
+        f"tiny-llava; {runs} training run{'s' * (runs > 1)} of the predictors, "
         f"{results['samples']} descriptions each, fed token by token into the cache. FLOPs and KV "
         "bytes are over the base model's, the bytes at an answer's end; so are tokens a second "
         "of processor time, 32 answers being decoded together. Differences are of the "
