@@ -81,8 +81,10 @@ def join(decoder: Path, seeing: Any, processor: Any, seed: int) -> tuple[Any, Ll
         processor: its processor, whose pictures are taken.
         seed: of the projector.
 
-    Raises InputError: the tokenizer has no end of a turn.
+    Raises InputError: there is no such folder, or its tokenizer has no end of a turn.
     """
+    if not (decoder / "config.json").is_file():
+        raise InputError(f"'{decoder}' is no folder with a text model: it has no config.json")
     tokenizer = AutoTokenizer.from_pretrained(decoder)
     if tokenizer.convert_tokens_to_ids("<|im_end|>") != tokenizer.eos_token_id:
         raise InputError(f"the tokenizer in '{decoder}' does not end turns as ChatML does")

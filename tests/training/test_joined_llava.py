@@ -117,3 +117,5 @@ def test_other_chat_formats_are_refused(parts, tmp_path):
     llava, processor, _ = load_model(str(seeing))
     with pytest.raises(InputError, match="does not end turns as ChatML does"):
         join(tmp_path / "other", llava, processor, 0)
+    with pytest.raises(InputError, match="is no folder with a text model"):
+        join(tmp_path / "none", llava, processor, 0)
