@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +15,7 @@ from planner.ir.errors import InputError
 from planner.loading import load_model
 from planner.models.conversion import as_llava_v1
 from planner.training.config import RunConfig
-from planner.training.data import Conversation, LlavaConversations, SceneConversations
+from planner.training.data import Conversation, LlavaConversations, Packer, SceneConversations
 from planner.training.tiny_llava import export as export_half
 from planner.training.trainer import training_arguments
 
@@ -81,6 +83,21 @@ def conversations_of(
         config.description_share,
         config.family_weights,
     )
+
+
+@dataclass(frozen=True)
+class TurnsCollator:
+    """Batches of conversations, cut to a number of turns that every batch draws."""
+
+    packer: Packer
+    seed: int  # of the draws
+    turns: Sequence[int]
+
+    def __call__(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
+        """One training batch, with `ids` for error messages."""
+        turns = random.Random(f"{self.seed}-turns-{conversations[0].id}").choice(self.turns)
+        cut = [replace(c, turns=c.turns[:turns]) for c in conversations]
+        return {**self.packer(cut), "ids": [c.id for c in conversations]}
 
 
 def arguments_of(config: ConversationConfig) -> TrainingArguments:

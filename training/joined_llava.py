@@ -10,8 +10,7 @@ transformers loads, with the changes added to the weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,12 @@ from planner.ir.errors import InputError
 from planner.loading import load_model
 from planner.training.conversation_runs import (
     ConversationConfig,
+    TurnsCollator,
     arguments_of,
     conversations_of,
     export_model,
 )
-from planner.training.data import Conversation, Packer
+from planner.training.data import Packer
 from planner.training.data.packaged import smollm2
 from planner.training.data.packing import IGNORE
 from planner.training.trainer import RunTrainer
@@ -151,15 +151,6 @@ class Answering(nn.Module):
         return super().load_state_dict(whole, *args, **options)
 
 
-@dataclass(frozen=True)
-class _Collator:
-    packer: Packer
-
-    def __call__(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
-        """One training batch, with `ids` for error messages."""
-        return {**self.packer(conversations), "ids": [c.id for c in conversations]}
-
-
 def train(config: JoinedConfig) -> Any:
     """Train, or go on from the last checkpoint; export where folders are set."""
     trainer, answering, processor = build_trainer(config)
@@ -185,11 +176,12 @@ def build_trainer(config: JoinedConfig) -> tuple[RunTrainer, Answering, LlavaPro
     # Weights that do not change need no more precision than products have.
     model.model.language_model.to(getattr(torch, config.dtype))
     answering = Answering(_with_changes(model, config.rank))
+    packer = Packer(processor, config.max_text_tokens)
     trainer = RunTrainer(
         model=answering,
         args=arguments_of(config),
         train_dataset=conversations_of(config),
-        data_collator=_Collator(Packer(processor, config.max_text_tokens)),
+        data_collator=TurnsCollator(packer, config.seed, config.turns),
         processing_class=processor,
         rates={
             "model.base_model.model.model.multi_modal_projector": config.projector_learning_rate

@@ -15,10 +15,7 @@ one nothing.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +36,13 @@ from planner.planning.selectors import PredictorSettings
 from planner.training.adallava import last_answer
 from planner.training.conversation_runs import (
     ConversationConfig,
+    TurnsCollator,
     arguments_of,
     conversations_of,
     export_model,
     load_base,
 )
-from planner.training.data import Conversation, Packer
+from planner.training.data import Packer
 from planner.training.data.packing import IGNORE
 from planner.training.trainer import RunTrainer
 
@@ -155,21 +153,6 @@ class _Cooling(TrainerCallback):  # type: ignore[misc]
         self.sparse.temperature = _LAST_TEMPERATURE ** (state.global_step / state.max_steps)
 
 
-@dataclass(frozen=True)
-class _Collator:
-    """Batches of conversations, cut to a number of turns that every batch draws."""
-
-    packer: Packer
-    seed: int
-    turns: Sequence[int]
-
-    def __call__(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
-        """One training batch, with `ids` for error messages."""
-        turns = random.Random(f"{self.seed}-turns-{conversations[0].id}").choice(self.turns)
-        cut = [replace(c, turns=c.turns[:turns]) for c in conversations]
-        return {**self.packer(cut), "ids": [c.id for c in conversations]}
-
-
 def train(config: DynamicLlavaConfig) -> SparseModel:
     """Train, or go on from the last checkpoint; export where `export_dir` is set."""
     trainer, sparse, processor = build_trainer(config)
@@ -199,7 +182,7 @@ def build_trainer(config: DynamicLlavaConfig) -> tuple[RunTrainer, SparseModel, 
         model=sparse,
         args=arguments_of(config),
         train_dataset=conversations_of(config, images_only=True),
-        data_collator=_Collator(packer, config.seed, config.turns),
+        data_collator=TurnsCollator(packer, config.seed, config.turns),
         processing_class=processor,
         callbacks=[_Cooling(sparse)],
         rates={"predictors.": config.predictor_learning_rate},
