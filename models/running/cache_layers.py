@@ -74,6 +74,7 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.is_sliding = stock.is_sliding
         self.is_compileable = stock.is_compileable
         self._writing: Part | None = None
+        self._is_recording = bool(getattr(stock, "record_past", False))
 
     def begin(self, group: int) -> None:
         """Direct the next `update` to a group."""
@@ -87,17 +88,35 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.stock.cumulative_length = self.total
         elif isinstance(self.stock, StaticSlidingWindowLayer):
             self.stock.cumulative_length_int = self.total
+        if not self.record_past:
+            self._forget()
+
+    @property
+    def record_past(self) -> bool:
+        """Whether tokens that a window has passed stay until the next `crop`."""
+        return self._is_recording
+
+    @record_past.setter
+    def record_past(self, recording: bool) -> None:
+        self._is_recording = recording
+        for layer in (self.stock, *(part.store for part in self.parts)):
+            if hasattr(layer, "record_past"):
+                layer.record_past = recording
+
+    def activate_past_recording(self) -> None:
+        """Set `record_past`."""
+        self.record_past = True
 
     def remember(self, group: int, positions: Tensor, padded: bool) -> Keys:
         """Note where the tokens about to be stored stood; return all that will be stored.
 
         Call before `advance`. `positions` has shape (rows, tokens), -1 for padding.
         """
+        self._forget()
         part = self.parts[group]
         if part.keys is None:
             stored = torch.arange(self.total, device=positions.device)
             part.keys = Keys(stored.expand(len(positions), -1), False)
-        self._forget(part, part.keys)
         padded |= part.keys.padded
         part.keys = Keys(torch.cat([part.keys.positions, positions], 1), padded)
         return part.keys
@@ -110,17 +129,22 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
             part.shift = more if before is None else before + more
         return before
 
-    def _forget(self, part: Part, keys: Keys) -> None:
-        """Free tokens that no later token can see, because the window has passed them."""
+    def _forget(self) -> None:
+        """Free tokens behind a token stage that no later one can see: the window has passed them.
+
+        Rows lose unlike numbers of them where the stage left them unlike ones.
+        """
         window = getattr(self.stock, "sliding_window", None)
-        if window is None or part.store is None or not part.store.is_initialized:
+        if window is None:
             return
-        passed = (keys.positions < self.total - window + 1).all(0).long().cumprod(0)
-        count = int(passed.sum())
-        if count:
-            part.keys = Keys(keys.positions[:, count:], keys.padded)
-            part.store.keys = part.store.keys[..., count:, :]
-            part.store.values = part.store.values[..., count:, :]
+        first = self.total - window + 1
+        for part in self.parts:
+            if part.store is None or part.keys is None or not part.store.is_initialized:
+                continue
+            seen = part.keys.positions >= max(first, 0)
+            if int(seen.sum(1).max()) < seen.shape[1]:
+                places = part.keys.positions.new_full((len(seen),), first)
+                part.keys = forget_before(part.store, part.keys, places)
 
     def evict(self, layer: int, group: int, seen: Recorded | None, call: Call) -> None:
         """Keep of a group's store what its policy keeps, after its attention block has run.
@@ -259,23 +283,31 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens, none of which may have been dropped."""
         count = abs(tokens_to_remove)
-        if not count:
+        if not count and not self.record_past:
             return
+        window = getattr(self.stock, "sliding_window", None)
+        if window is not None and self.total >= window and not self.record_past:
+            raise InputError(
+                "the cache cannot be cropped: tokens that its sliding window has passed are gone; "
+                "call activate_past_recording before the tokens that may be taken back"
+            )
         for part in self.parts:
             if part.keeper is not None:
                 raise InputError("a cache that evicts cannot be cropped: what it evicted is gone")
             if part.keys is not None:
                 positions = part.keys.positions
                 last = torch.arange(self.total - count, self.total, device=positions.device)
-                if not torch.equal(positions[:, -count:], last.expand(len(positions), -1)):
+                newest = positions[:, positions.shape[1] - count :]
+                if not torch.equal(newest, last.expand(len(positions), -1)):
                     raise InputError(
                         "the cache cannot be cropped into a prompt whose tokens were dropped"
                     )
-                part.keys = Keys(positions[:, :-count], part.keys.padded)
+                part.keys = Keys(positions[:, : positions.shape[1] - count], part.keys.padded)
             if part.store is not None:
                 part.store.crop(-count)
         self.total -= count
         self.advance(0)
+        self._forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row r continues row ``beam_idx[r]``; a beam stays within its sample, hence its group."""
@@ -317,8 +349,8 @@ class PlannedHybridLayer(PlannedLayer, LinearAttentionLayer):  # type: ignore[mi
     """
 
     def __init__(self, stock: Any, key: PlanKey, parts: Sequence[Part]) -> None:
-        LinearAttentionLayer.__init__(self, stock.number_of_states)
         PlannedLayer.__init__(self, stock, key, parts)
+        LinearAttentionLayer.__init__(self, stock.number_of_states)
 
     def advance(self, tokens: int) -> None:
         """Count tokens; where the layer is off nothing else would note that a prompt was read."""

@@ -168,7 +168,9 @@ def _like(layer: CacheLayerMixin) -> CacheLayerMixin:
     if type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
         return GrowingLayer()
     if isinstance(layer, DynamicSlidingWindowLayer):
-        return DynamicSlidingWindowLayer(layer.sliding_window)
+        sliding = DynamicSlidingWindowLayer(layer.sliding_window)
+        sliding.record_past = layer.record_past
+        return sliding
     if type(layer) is StaticLayer:
         return StaticLayer(layer.max_cache_len)
     return StaticSlidingWindowLayer(layer.max_cache_len, layer.max_cache_len)

@@ -8,6 +8,7 @@ from families import cached
 from plans import plan_of
 from transformers import DynamicCache
 
+from planner.ir.errors import InputError
 from planner.models.running.skipping import session_on
 from planner.plan import TokenStage
 
@@ -32,6 +33,32 @@ def test_an_assistant_changes_nothing(llava, selector):
         expected = family.model.generate(**inputs, **greedy)
         for more in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": assistant}):
             assert torch.equal(family.model.generate(**inputs, **greedy, **more), expected)
+
+
+@pytest.mark.parametrize("before", [3, 30], ids=["within", "past"])
+def test_drafts_are_taken_back_from_behind_a_sliding_window(lowered_family, before):
+    """Where the window has passed tokens, too: they are held until it is known what stays."""
+    family, graph = lowered_family("gemma3")
+    inputs = family.inputs(before=(before,), after=(12,))
+    inputs["input_ids"][0, -8:-4] = inputs["input_ids"][0, -4:]
+    greedy = {"do_sample": False, "max_new_tokens": 30, "return_dict_in_generate": True}
+    stages = (TokenStage(1, 9, 16, "fastv"), TokenStage(2, 4, 16, "uniform"))
+    for plan in (plan_of(graph, heads={2: (1,)}), plan_of(graph, heads={1: (1,)}, tokens=stages)):
+        with session_on(family.model, graph).under(plan):
+            expected = family.model.generate(**inputs, **greedy)
+            found = family.model.generate(**inputs, **greedy, prompt_lookup_num_tokens=3)
+        assert torch.equal(found.sequences, expected.sequences)
+
+
+@torch.no_grad()
+def test_without_recording_nothing_is_taken_back_once_a_window_is_full(lowered_family):
+    family, graph = lowered_family("gemma3")
+    stages = (TokenStage(1, 9, 16, "fastv"),)
+    with session_on(family.model, graph).under(plan_of(graph, tokens=stages)):
+        cache = DynamicCache(config=family.model.config.get_text_config())
+        family.model(**family.inputs(after=(40,)), **cached(family.model, cache))
+        with pytest.raises(InputError, match="sliding window has passed"):
+            cache.crop(-1)
 
 
 @torch.no_grad()
