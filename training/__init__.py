@@ -13,6 +13,7 @@ model folder that stock transformers loads. May import every other part of plann
     sparsification        the recipe of Dynamic-LLaVA's predictors together with their model
     fine_tuning           the recipe of a LLaVA with fewer image tokens
     joined_llava          the recipe of a LLaVA joined from a text model and a vision tower
+    projector_alignment   a new projector that begins with words
     unified               the recipe of a controller over tokens, heads and layers
     conversation_runs     what these have in common
     token_draws           image tokens drawn for training, as switches are

@@ -73,6 +73,10 @@ class Estimator(Arguments):
         Raises InputError: a limit is negative, or the estimator cannot work with such costs.
         """
 
+    def noisy(self, scores: Tensor, noise: Noise) -> Tensor:
+        """Scores, shape (batch, n), with the Gumbel noise by which the best of them is drawn."""
+        return scores + gumbel(scores, noise)
+
 
 def _prices(costs: Costs, user: str, like: Tensor) -> Tensor:
     """Of costs that add up, shape (batch, switches), int64."""
@@ -111,6 +115,12 @@ class GumbelSequential(Estimator):
 
     name: ClassVar[str] = "gumbel"
     temperature: Positive = 5.0  # of the softmax; it does not change what is drawn
+    # How much of the noise there is; without any, what is drawn is what is decided at inference.
+    noise: NotNegative = 1.0
+
+    @override
+    def noisy(self, scores: Tensor, noise: Noise) -> Tensor:
+        return scores + self.noise * gumbel(scores, noise)
 
     @override
     def draw(self, logits: Tensor, costs: Costs, limits: Tensor, noise: Noise = None) -> Drawn:
@@ -121,7 +131,7 @@ class GumbelSequential(Estimator):
 
         def choose(candidates: Tensor) -> Tensor:
             nonlocal noisy
-            noisy = scores + gumbel(scores, noise)
+            noisy = self.noisy(scores, noise)
             return noisy.detach().masked_fill(~candidates, -torch.inf).argmax(-1)
 
         total = soft.sum(-1)
@@ -129,7 +139,8 @@ class GumbelSequential(Estimator):
         for draw in draws(choose, taken, costs, limits):
             taken = draw.taken
             soft = soft + _softmax(noisy / self.temperature, draw.candidates)
-            total = total + log_chance(scores, draw)
+            if self.noise:
+                total = total + log_chance(scores / self.noise, draw)
             picks.append(draw.pick.masked_fill(~draw.active, -1))
         order = torch.stack(picks, 1) if picks else taken.new_zeros((len(taken), 0)).long()
         return Drawn(straight_through(taken, soft), total, order)
@@ -157,7 +168,7 @@ class GumbelSequential(Estimator):
         def noisy(values: Tensor, out: Tensor) -> Tensor:
             """Shape (batch, switches)."""
             flat = values.flatten(1)
-            noised = (flat + gumbel(flat.detach(), noise)) / self.temperature
+            noised = self.noisy(flat, noise) / self.temperature
             return noised.masked_fill(out.flatten(1), -torch.inf)
 
         for step in range(int(limits.max()) if len(limits) else 0):

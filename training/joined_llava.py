@@ -2,7 +2,8 @@
 
     planner train training/configs/smol-llava.yaml
 
-The text model and the tower keep their weights. New is the projector between them, and the decoder
+The text model and the tower keep their weights. New is the projector between them, which first
+learns what words the patches show (`projector_alignment`), and the decoder
 gets low-rank changes (LoRA, arXiv 2106.09685): a few megabytes, which `changes_dir` gets by
 themselves, beside weights that everybody can fetch. `export_dir` gets a folder that stock
 transformers loads, with the changes added to the weights.
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -41,7 +43,8 @@ from planner.training.conversation_runs import (
 from planner.training.data import Packer
 from planner.training.data.packaged import smollm2
 from planner.training.data.packing import IGNORE
-from planner.training.trainer import RunTrainer
+from planner.training.projector_alignment import align_projector
+from planner.training.trainer import RunTrainer, last_checkpoint
 
 # ChatML, with the image before the first question; a text model's own template takes strings only.
 CHAT_TEMPLATE = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}\
@@ -67,7 +70,9 @@ class JoinedConfig(ConversationConfig):
     decoder: str = "smollm2"
     packages: Path = Path("build/packages")
     rank: int = 16  # of LoRA, on every linear of the decoder's layers
+    # For answers; after the projector was set to words for so many steps of 32 rendered pictures.
     projector_learning_rate: float | None = None
+    align_steps: int = 0
     # A folder for the changes by themselves.
     changes_dir: Path | None = None
 
@@ -133,7 +138,9 @@ class Answering(nn.Module):
     def forward(self, labels: Tensor, **inputs: Any) -> LlavaCausalLMOutputWithPast:
         """The mean cross-entropy of the tokens that `labels`, shape (batch, tokens), name."""
         llava: Any = self.model.get_base_model()
-        hidden = llava.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+        # Without peft's way through float32, which autocast undoes.
+        with disable_input_dtype_casting(self.model):
+            hidden = llava.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
         wanted = labels[:, 1:]
         logits = llava.lm_head(hidden[wanted != IGNORE])
         loss = cross_entropy(logits.float(), wanted[wanted != IGNORE])
@@ -173,6 +180,11 @@ def train(config: JoinedConfig) -> Any:
 def build_trainer(config: JoinedConfig) -> tuple[RunTrainer, Answering, LlavaProcessor]:
     """(trainer ready to start or resume, what it trains, processor)."""
     model, processor = _joined(config)
+    conversations = conversations_of(config)
+    if config.align_steps and last_checkpoint(config.output_dir) is None:
+        align_projector(model, processor, conversations, config.align_steps)
+    # Attention over a mask of branches is twice as fast when written out, on CPUs.
+    model.set_attn_implementation({"text_config": "eager"})
     # Weights that do not change need no more precision than products have.
     model.model.language_model.to(getattr(torch, config.dtype))
     answering = Answering(_with_changes(model, config.rank))
@@ -180,7 +192,7 @@ def build_trainer(config: JoinedConfig) -> tuple[RunTrainer, Answering, LlavaPro
     trainer = RunTrainer(
         model=answering,
         args=arguments_of(config),
-        train_dataset=conversations_of(config),
+        train_dataset=conversations,
         data_collator=TurnsCollator(packer, config.seed, config.turns),
         processing_class=processor,
         rates={

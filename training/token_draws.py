@@ -16,7 +16,7 @@ from planner.models.scheduling import UnifiedSwitches
 from planner.models.scheduling.token_choice import ChosenTokens, kept_counts, picked
 from planner.models.scheduling.vision_controller import TokenScores
 from planner.models.tokens.selectors import DecoderInputs
-from planner.training.estimators import Estimator, gumbel, straight_through
+from planner.training.estimators import Estimator, straight_through
 from planner.training.switch_costs import NEVER, AdditiveCosts
 
 
@@ -43,17 +43,17 @@ def draw_tokens(
     estimator: Estimator,
     noise: Sequence[torch.Generator],
 ) -> DrawnTokens:
-    """Draw a token count by Gumbel noise, and so many tokens by an estimator.
+    """Draw a token count by an estimator's noise, and so many tokens by it.
 
     Args:
         limits: shape (batch,), above what always runs.
-        estimator: draws tokens, where they are not picked by a rule.
+        estimator: draws the count, and tokens where they are not picked by a rule.
         noise: one generator for every sample.
     """
     image = scores.image
     open_counts = layout.open_counts(limits)
     logits = scores.counts.masked_fill(~open_counts, -torch.inf)
-    options = (logits.detach() + gumbel(logits.detach(), noise)).argmax(-1)
+    options = estimator.noisy(logits.detach(), noise).argmax(-1)
     shares = logits.softmax(-1)
     counts = kept_counts(layout, options, image)
     if layout.scorer == "learned":

@@ -341,18 +341,24 @@ def test_a_comparison_tells_how_it_stands(base, tmp_path, monkeypatch):
         assert not any(example["attention"][token] for token in off)
 
 
-def test_a_tuned_controller_is_trained_at_its_budget_alone(tmp_path):
+@pytest.mark.parametrize("name", ["all, tuned", "all, tuned from all", "all, tuned without noise"])
+def test_a_tuned_controller_is_trained_at_its_budget_alone(tmp_path, name):
     folder = write_small_llava(tmp_path / "base")
     comparison = COMPARISONS["exp2"]
-    (variant,) = (v for v in comparison.variants if v.plans == "tuned controller")
-    settings = (f"model={folder}", "max_steps=2", "batch_size=2", "logging_steps=1")
+    (variant,) = (v for v in comparison.variants if v.name == name)
+    settings = (f"model={folder}", "max_steps=2", "batch_size=2", "least_budget=0.5")
     bench = Measuring(tmp_path / "work", 0, 5, settings, print)
     cell = bench.cell(comparison, variant, 0.8)
     assert cell["violations"] == 0
     assert cell["cost_fraction"] <= 0.8
-    (trained,) = (tmp_path / "work" / "models").iterdir()
-    recipe = json.loads((trained / "model" / "scheduler.json").read_text())["provenance"]["recipe"]
-    assert recipe["least_budget"] == recipe["most_budget"] == 0.8
+    recipes = []
+    for trained in (tmp_path / "work" / "models").iterdir():
+        known = json.loads((trained / "model" / "scheduler.json").read_text())
+        recipes.append(known["provenance"]["recipe"])
+    *first, last = sorted(recipes, key=lambda recipe: recipe["most_budget"], reverse=True)
+    assert last["least_budget"] == last["most_budget"] == 0.8
+    assert last["method"].endswith("noise=0") == ("noise" in name)
+    assert (last["start"] is not None) == bool(first) == bool(variant.start)
 
 
 def test_how_plans_differ_is_counted_over_pairs():

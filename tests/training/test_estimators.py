@@ -79,6 +79,17 @@ def test_equal_costs_give_exactly_k(name, data):
 
 
 @given(knapsack=knapsacks())
+@settings(deadline=None, max_examples=30)
+def test_without_noise_what_is_drawn_is_what_is_decided(knapsack):
+    logits, costs, limits = knapsack
+    nothing = torch.zeros_like(logits, dtype=torch.bool)
+    expected = take_best(logits.float(), nothing, AdditiveCosts(costs), limits)
+    drawn = parse("gumbel:noise=0").draw(logits, AdditiveCosts(costs), limits, generator(1))
+    assert torch.equal(drawn.taken, expected)
+    assert torch.equal(drawn.log_probability, torch.zeros(len(logits)))
+
+
+@given(knapsack=knapsacks())
 @settings(deadline=None, max_examples=60)
 def test_simple_s_partition_and_marginals_are_those_of_enumeration(knapsack):
     logits, costs, limits = knapsack

@@ -1,5 +1,7 @@
 """A LLaVA joined from a text model and a tower: what it begins as, what is trained and exported."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small_llava import write_small_llava
@@ -10,6 +12,7 @@ from planner.ir.errors import InputError
 from planner.loading import load_model
 from planner.training.data import Packer, SceneConversations
 from planner.training.joined_llava import JoinedConfig, build_trainer, join
+from planner.training.projector_alignment import align_projector, patch_targets
 from planner.training.recipes import load_recipe
 
 # What peft asks of models.
@@ -56,7 +59,12 @@ def run(parts, tmp_path, **changes):
     places = {"output_dir": "run", "export_dir": "model", "changes_dir": "changes"}
     settings = {"decoder": text, "model": seeing, "max_steps": 4, "batch_size": 2, "save_steps": 2}
     settings |= {key: tmp_path / value for key, value in places.items()} | {"dtype": "float32"}
-    settings |= {"max_text_tokens": 500, "export_half": "false", "turns": "[2]"} | changes
+    settings |= {
+        "max_text_tokens": 500,
+        "export_half": "false",
+        "turns": "[2]",
+        "align_steps": 1,
+    } | changes
     train, config = load_recipe(CONFIG, [f"{key}={value}" for key, value in settings.items()])
     return train(config), tmp_path / "model"
 
@@ -119,3 +127,29 @@ def test_other_chat_formats_are_refused(parts, tmp_path):
         join(tmp_path / "other", llava, processor, 0)
     with pytest.raises(InputError, match="is no folder with a text model"):
         join(tmp_path / "none", llava, processor, 0)
+
+
+def test_what_patches_should_become():
+    words, nothing = torch.tensor([[1.0, 0.0], [0.0, 4.0], [9.0, 9.0]]), torch.tensor([-1.0, -2.0])
+    shown = torch.tensor([[[1, 1, 0], [0, 0, 0]], [[0, 0, 1], [0, 1, 0]]])
+    found = patch_targets(shown.float(), words, nothing)
+    assert found.tolist() == [[[0.5, 2], [-1, -2]], [[9, 9], [0, 4]]]
+
+
+def test_aligning_changes_the_projector_alone_and_brings_it_nearer_to_words(parts):
+    _, folder, seeing = parts
+    llava, processor, _ = load_model(str(seeing))
+    model, made = join(folder, llava, processor, 0)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    scenes = SceneConversations("train", 32 * 30, 0)
+    told = []
+    for steps in (1, 30):
+        align_projector(model, made, scenes, steps, told.append)
+    far, near = (float(line.split(": ")[1].partition("%")[0]) for line in told)
+    assert near < 0.9 * far
+    moved = {n for n, w in model.state_dict().items() if not torch.equal(w, before[n])}
+    assert moved
+    assert all("multi_modal_projector" in name for name in moved)
+    others = [replace(scenes[i], scene=None) for i in range(32)]
+    with pytest.raises(InputError, match="needs rendered scenes"):
+        align_projector(model, made, others, 1)

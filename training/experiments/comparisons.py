@@ -17,11 +17,11 @@ class Variant:
 
     name: str  # for users
     settings: tuple[str, ...] = ()  # of the training configuration
-    # Name of the variant whose weights this one goes on from; "" for the base model.
+    # Name of the variant whose model and controller this one goes on from; "" for the base model.
     start: str = ""
     # ``controller``, or what takes its place on the same weights: ``static``, the best plan for all
-    # questions, ``random`` or ``oracle``; ``tuned`` is the static plan on the base model's weights,
-    # trained for it, and ``tuned controller`` a controller trained at that budget alone. Or a part
+    # questions, ``random`` or ``oracle``; ``tuned`` is the static plan on weights trained for it,
+    # and ``tuned controller`` a controller trained at that budget alone. Or a part
     # of the controller: ``same switches`` has one order of switches for all questions, ``grid`` a
     # grid of image tokens.
     plans: str = "controller"
@@ -44,6 +44,7 @@ def _switches(text: str) -> tuple[str, ...]:
 
 
 _ALL = "tokens,layers,heads,mlp:groups=8"
+_SETTLED = (*_switches(_ALL), "method=gumbel:temperature=5,noise=0")
 # The axes on which every estimator works.
 _ADDITIVE = "tokens,heads,mlp:groups=8"
 
@@ -92,6 +93,11 @@ COMPARISONS: Mapping[str, Comparison] = {
             Variant("depth", _switches("tokens,layers:scorer=all")),
             Variant("static, tuned", _switches(_ALL), plans="tuned"),
             Variant("all, tuned", _switches(_ALL), plans="tuned controller"),
+            # Both know what *all* has learned: a static plan is chosen on its weights.
+            Variant("static, tuned from all", _switches(_ALL), "all", "tuned"),
+            Variant("all, tuned from all", _switches(_ALL), "all", "tuned controller"),
+            # The weights see the plans that will run, as those of a static plan do.
+            Variant("all, tuned without noise", _SETTLED, "all", "tuned controller"),
         ),
         "all",
     ),

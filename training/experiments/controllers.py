@@ -93,22 +93,25 @@ class Measuring(Bench):
 
     def variant_trained(self, comparison: Comparison, variant: Variant) -> Path:
         """The folder of a variant's model, trained before or now."""
+        return self._train(comparison, variant, variant.name)
+
+    def _train(
+        self,
+        comparison: Comparison,
+        variant: Variant,
+        name: str,
+        more: Sequence[str] = (),
+        also: Sequence[str] = (),
+        learner: Learner = unified.learner,
+    ) -> Path:
+        """The folder of a variant's model, with more settings; `also` tells it from others."""
         start = []
         if variant.start:
             first = next(v for v in comparison.variants if v.name == variant.start)
             start = [f"start={self.variant_trained(comparison, first)}"]
-        return self._train(variant.name, variant.settings, start=start)
-
-    def _train(
-        self,
-        name: str,
-        settings: Sequence[str],
-        also: str = "",
-        start: Sequence[str] = (),
-        learner: Learner = unified.learner,
-    ) -> Path:
-        """The folder of a model with some settings; `also` tells it from others with the same."""
-        told = [*settings, also] if also else settings
+            also = (*also, f"from={first.name}")
+        settings = (*variant.settings, *more)
+        told = [*settings, *also]
         label = "_".join(told).replace("=", "-").replace(":", "-").replace(",", "-")
         label = "_".join([label, *(o.replace("=", "-").replace("/", "-") for o in self.overrides)])
 
@@ -119,11 +122,16 @@ class Measuring(Bench):
 
         return self.trained(name, f"unified_{label}", "scheduler.json", train)
 
-    def _trained_for(self, variant: Variant, budget: float, row: Tensor) -> Path:
-        """The folder of the base model, trained for one plan."""
+    def _trained_for(
+        self, comparison: Comparison, variant: Variant, budget: float, row: Tensor | None
+    ) -> Path:
+        """The folder of a model trained at one budget: for one plan, or by its controller."""
+        name = f"{variant.name} at {budget:g}"
+        if row is None:
+            only = f"least_budget={budget:g}", f"most_budget={budget:g}"
+            return self._train(comparison, variant, name, only)
         learner = under_one_plan(row, Budget.of(budget))
-        name, also = f"{variant.name} at {budget:g}", f"static={budget:g}"
-        return self._train(name, variant.settings, also, learner=learner)
+        return self._train(comparison, variant, name, (), (f"static={budget:g}",), learner)
 
     def curve(self, comparison: Comparison, variant: Variant) -> list[tuple[int, float]]:
         """(step, mean loss of the plans drawn, in nats) of a variant's training."""
@@ -160,12 +168,8 @@ class Measuring(Bench):
         if variant.plans in ("oracle", "tuned"):
             same = next(v for v in comparison.variants if v.plans == "static")
             static = torch.tensor(self.cell(comparison, same, budget)["plan"])
-        if variant.plans == "tuned":
-            assert static is not None
-            folder = self._trained_for(variant, budget, static)
-        elif variant.plans == "tuned controller":
-            only = f"least_budget={budget:g}", f"most_budget={budget:g}"
-            folder = self._train(f"{variant.name} at {budget:g}", (*variant.settings, *only))
+        if variant.plans in ("tuned", "tuned controller"):
+            folder = self._trained_for(comparison, variant, budget, static)
         else:
             folder = self.variant_trained(comparison, variant)
         forced, known = self.forced(folder, budget), self.load(str(folder))
