@@ -2,17 +2,22 @@
 
     python benchmarks/serving.py --output FILE [--model tiny-llava] [--switches layers]
         [--budgets 0.5,0.7,1] [--seconds 15] [--settings '1;0.5,0.7,1']
+        [--clients 32] [--closed-seconds 8]
 
 Every setting is a server of its own, in turn: the base model (budget 1), every other budget as the
 only one, all budgets, picked by deadline, and `transformers serve` on the same model. Each is asked
-questions about scenes over HTTP, in two ways. *Closed*: 32 clients have one question each on its
+questions about scenes over HTTP, in two ways. *Closed*: `--clients` have one question each on its
 way. *Open*: requests come at random (Poisson), in bursts, at 1.3 times the rate that the base model
 serves closed, whatever has been answered; each has a deadline of 8 or 32 times what the base model
 takes for one alone. What is refused, late or wrong counts for nothing. Every planner server
 is told the deadlines.
 
 `--output` keeps what was measured: settings that are in the file are not measured again. Answers
-under load are those of the same question alone, under the same plan, else nothing is reported.
+under load are those of the same question alone, under the same plan, and none is lost, else nothing
+is reported. Two hundred clients for two minutes, and nothing else:
+
+    python benchmarks/serving.py --output FILE --settings 0.5,0.7,1 --clients 200 \\
+        --closed-seconds 120 --seconds 0
 """
 
 from __future__ import annotations
@@ -44,7 +49,7 @@ from planner.training.data import Conversation, SceneQuestions
 from planner.training.evaluate import score
 
 FAMILIES = ("existence", "attribute", "count", "spatial")
-QUESTIONS, MOST_TOKENS, CLIENTS = 64, 4, 32
+QUESTIONS, MOST_TOKENS = 64, 4
 # Of what the base model serves closed; the share of it in calm seconds and in bursts.
 OVERLOAD, CALM, BURST = 1.3, 0.5, 2.0
 # Of what the base model takes for one question alone; equally often.
@@ -178,8 +183,8 @@ class Client:
         return (said["choices"][0]["message"]["content"] or "").strip(), plan["budget"]
 
 
-async def closed(client: Client, seconds: float, deadlines: Sequence[float]) -> Load:
-    """As many clients as there are, each with one question on its way."""
+async def closed(client: Client, clients: int, seconds: float, deadlines: Sequence[float]) -> Load:
+    """Some clients, each with one question on its way."""
     load, ends = Load(), time.monotonic() + seconds
 
     async def one(seed: int) -> None:
@@ -187,7 +192,7 @@ async def closed(client: Client, seconds: float, deadlines: Sequence[float]) -> 
         while time.monotonic() < ends:
             await client.ask(load, rng.randrange(QUESTIONS), rng.choice(deadlines))
 
-    await asyncio.gather(*(one(seed) for seed in range(CLIENTS)))
+    await asyncio.gather(*(one(seed) for seed in range(clients)))
     return load
 
 
@@ -205,7 +210,11 @@ async def opened(client: Client, seconds: float, rate: float, deadlines: Sequenc
 
 
 async def measure(
-    url: str, model: str, budgets: Sequence[float], seconds: float, base: dict[str, Any] | None
+    url: str,
+    model: str,
+    budgets: Sequence[float],
+    given: argparse.Namespace,
+    base: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """One setting; `base` is what the base model came to, None for itself."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -214,12 +223,14 @@ async def measure(
         alone = await client.learn()
         deadlines = [n * (base["alone_seconds"] if base else alone) for n in DEADLINES]
         begun = time.monotonic()
-        together = await closed(client, seconds / 2, deadlines)
+        together = await closed(client, given.clients, given.closed_seconds, deadlines)
         figures = together.figures(time.monotonic() - begun)
-        found = {"alone_seconds": alone, "closed": figures}
+        found = {"alone_seconds": alone, "deadlines": deadlines, "closed": figures}
+        if not given.seconds:
+            return found
         rate = OVERLOAD * (base or found)["closed"]["answers_per_second"]
-        load = await opened(client, seconds, rate, deadlines)
-    return {**found, "rate": rate, "deadlines": deadlines, "open": load.figures(seconds)}
+        load = await opened(client, given.seconds, rate, deadlines)
+    return {**found, "rate": rate, "open": load.figures(given.seconds)}
 
 
 def main() -> int:
@@ -228,7 +239,9 @@ def main() -> int:
     parser.add_argument("--model", default="tiny-llava")
     parser.add_argument("--switches", default="layers")
     parser.add_argument("--budgets", default="0.5,0.7,1")
-    parser.add_argument("--seconds", type=float, default=15)
+    parser.add_argument("--seconds", type=float, default=15, help="of open questions; 0 for none")
+    parser.add_argument("--clients", type=int, default=32, help="of closed questions")
+    parser.add_argument("--closed-seconds", type=float, default=8)
     parser.add_argument("--settings", help="separated by semicolons; all by default")
     parser.add_argument("--port", type=int, default=8123)
     given = parser.parse_args()
@@ -247,14 +260,22 @@ def main() -> int:
         budgets = [float(b) for b in setting.split(",")] if planned else []
         with served(command, given.port) as url:
             base = known.get("1")
-            known[setting] = asyncio.run(measure(url, name, budgets, given.seconds, base))
+            known[setting] = asyncio.run(measure(url, name, budgets, given, base))
         write_text(given.output, json.dumps(known, indent=1) + "\n")
-    wrong = [s for s, f in known.items() if f["closed"]["differing"] or f["open"]["differing"]]
+    wrong = [setting for setting, found in known.items() if _is_wrong(found)]
     if wrong:
-        print(f"nothing to report: answers under load differ ({', '.join(wrong)})", file=sys.stderr)
+        where = ", ".join(wrong)
+        print(
+            f"nothing to report: answers under load differ or are lost ({where})", file=sys.stderr
+        )
         return 1
     show(known)
     return 0
+
+
+def _is_wrong(found: dict[str, Any]) -> bool:
+    loads = [found[how] for how in ("closed", "open") if how in found]
+    return any(load["differing"] or load["lost"] for load in loads)
 
 
 def show(known: dict[str, Any]) -> None:
@@ -270,7 +291,7 @@ def show(known: dict[str, Any]) -> None:
         "lost": "{lost}",
     }
     for how in ("closed", "open"):
-        rows = [{"setting": setting, **found[how]} for setting, found in known.items()]
+        rows = [{"setting": s, **found[how]} for s, found in known.items() if how in found]
         print_records(columns, rows, how)
 
 
