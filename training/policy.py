@@ -206,7 +206,7 @@ class PolicyModel(AdaptiveModel):
             ]
         ).to(image.device)
         order = None
-        if layout.scorer == "learned":
+        if layout.learns_tokens:
             counts = kept_counts(layout, options, image)
             drawn = sampler.draw(scores.tokens, token_costs(image), counts, noise)
             keep, order = ~image | drawn.taken, drawn.order

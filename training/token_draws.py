@@ -56,7 +56,7 @@ def draw_tokens(
     options = estimator.noisy(logits.detach(), noise).argmax(-1)
     shares = logits.softmax(-1)
     counts = kept_counts(layout, options, image)
-    if layout.scorer == "learned":
+    if layout.learns_tokens:
         drawn = estimator.draw(scores.tokens, token_costs(image), counts, noise)
         gates = torch.where(image, drawn.gates, 1)
     else:

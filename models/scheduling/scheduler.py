@@ -91,7 +91,7 @@ class Scheduler(nn.Module):
         self.head = nn.Linear(width, layout.size) if layout.size else None
         self.vision = None
         if isinstance(layout, UnifiedSwitches) and layout.has_vision:
-            self.vision = VisionSide(width, layout.choices)
+            self.vision = VisionSide(width, layout.choices, spread=layout.scorer == "spread")
 
     @staticmethod
     def of(graph: Graph, switches: str, provenance: Mapping[str, Any] | None = None) -> Scheduler:

@@ -53,7 +53,7 @@ def picked(
 ) -> Tensor:
     """The image tokens that the layout's scorer keeps, and all text; (batch, tokens), bool."""
     image, states = inputs.image, inputs.hidden_states
-    if layout.scorer == "learned":
+    if layout.learns_tokens:
         return ~image | top_mask(scores, image, kept_counts(layout, options, image))
     keep = torch.ones_like(image)
     for option in options.unique().tolist():

@@ -38,9 +38,10 @@ from planner.planning.pricing import COUNTED, Pricing
 from planner.planning.selectors import SELECTORS, DecoderSelector, Learned, Product, Sizes
 from planner.planning.selectors.in_decoder import BUDGET_FEATURES, MOST_COUNTS
 
-# Selectors that keep any number of tokens before layer 0: the learned one, and what can stand in;
-# with ``all`` every token stays, and there is no vision side.
-SCORERS = ("learned", "uniform", "random", "divprune", "all")
+# What says which tokens stay before layer 0: the vision side, by content alone or beginning with an
+# even spread; or a selector. With ``all`` every token stays, and there is no vision side.
+_LEARNED = ("learned", "spread")
+SCORERS = (*_LEARNED, "uniform", "random", "divprune", "all")
 # The share of a budget that should be used.
 _ENOUGH = 0.99
 
@@ -50,9 +51,9 @@ class UnifiedSwitches(PricedSwitches):
     """Image tokens, and some of layers, heads and MLP groups of the upper half.
 
     Its name is that of its axes, such as ``tokens,layers,heads,mlp``, with options as those of
-    `CostSwitches`, or ``:scorer=uniform`` where a rule (one of `SCORERS`) picks the tokens that the
-    vision side counts. An axis that is not named stays on, and so do all tokens with
-    ``:scorer=all``.
+    `CostSwitches`. ``:scorer=uniform`` has a rule (one of `SCORERS`) pick the tokens that the
+    vision side counts, and with ``:scorer=spread`` what it learns begins with an even spread. An
+    axis that is not named stays on, and so do all tokens with ``:scorer=all``.
 
     A decision is a row: the image tokens kept, then a flag per logit. Limits are in FLOPs, bytes or
     seconds above `always`, the cheapest that can run.
@@ -105,6 +106,11 @@ class UnifiedSwitches(PricedSwitches):
         """Whether a vision side chooses tokens."""
         return self.scorer != "all"
 
+    @property
+    def learns_tokens(self) -> bool:
+        """Whether the vision side says which tokens stay."""
+        return self.scorer in _LEARNED
+
     @cached_property
     def load(self) -> Workload:
         """Of the prompts, without the latency token."""
@@ -121,7 +127,7 @@ class UnifiedSwitches(PricedSwitches):
         of = self.load.image_tokens
         if count >= of:
             return ()
-        kind = SELECTORS[self.scorer]
+        kind = Learned if self.learns_tokens else SELECTORS[self.scorer]
         assert issubclass(kind, DecoderSelector)
         return (TokenStage(0, count, of, str(kind.at(0, count, of))),)
 
@@ -160,7 +166,7 @@ class UnifiedSwitches(PricedSwitches):
             (1, width, width),
             (1, self.size, width),
         )
-        if not self.has_vision or (self.scorer == "learned" and self.stages_of(count)):
+        if not self.has_vision or (self.learns_tokens and self.stages_of(count)):
             return own
         sizes = Sizes(self.load.image_tokens, self.load.text_tokens, hidden=width)
         return own + Learned(count).products(0, sizes)

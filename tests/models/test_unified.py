@@ -20,7 +20,7 @@ from planner.models.scheduling import (
     save_scheduler,
 )
 from planner.models.scheduling.token_choice import best_tokens
-from planner.models.scheduling.vision_controller import TokenScores
+from planner.models.scheduling.vision_controller import TokenScores, VisionSide, spread_order
 from planner.models.tokens.selectors import DecoderInputs
 from planner.plan import Plan, TokenStage
 from planner.planning.budgets import Budget
@@ -135,7 +135,7 @@ def test_counts_are_open_that_use_a_budget_up():
 def test_a_rule_can_stand_in_for_the_vision_side():
     rows, kept = decided(posed("tokens,layers:scorer=uniform"), torch.tensor([10**7]), 3)
     assert rows[0, 0] == kept[0]
-    with pytest.raises(InputError, match="choose from learned, uniform"):
+    with pytest.raises(InputError, match="choose from learned, spread, uniform"):
         layout_of("tokens:scorer=best", graph_of())
 
 
@@ -240,10 +240,43 @@ def test_the_choice_follows_content_words_and_budget():
     assert torch.equal(one.counts, two.counts)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 37, 49, 576])
+def test_the_first_tokens_of_a_spread_are_never_far_apart(tokens):
+    """Of any few, and of all images together; text has no part in it."""
+    image = torch.zeros(2, 5 + tokens, dtype=torch.bool)
+    image[0, 5:], image[1, :tokens] = True, True
+    places = [row[mask].argsort() for row, mask in zip(spread_order(image), image)]
+    assert torch.equal(*places)
+    assert len(spread_order(image)[0][image[0]].unique()) == tokens
+    for first in range(1, tokens + 1):
+        kept = places[0][:first].sort().values
+        ends = torch.cat([torch.tensor([-1]), kept, torch.tensor([tokens])])
+        # Halving intervals leaves none more than four times as wide as they would be on average.
+        assert int(ends.diff().max()) <= 4 * (tokens + 1) / (first + 1) + 1
+
+
+@torch.no_grad()
+def test_a_vision_side_begins_with_the_spread_and_can_leave_it():
+    torch.manual_seed(0)
+    vision = VisionSide(32, 9, spread=True)
+    image = torch.zeros(1, 20, dtype=torch.bool)
+    image[:, 2:18] = True
+    given = torch.randn(1, 20, 32), image, ~image, torch.tensor([0.5])
+
+    def first() -> set[int]:
+        return set(vision(*given).tokens[image].topk(4).indices.tolist())
+
+    assert first() == {0, 4, 8, 12}
+    vision.match.fill_(30)
+    assert first() != {0, 4, 8, 12}
+
+
 # -- names, files and what is refused --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("switches", [ALL, "tokens", "tokens,mlp:groups=4,scorer=divprune"])
+@pytest.mark.parametrize(
+    "switches", [ALL, "tokens", "tokens,mlp:groups=4,scorer=divprune", "tokens,heads:scorer=spread"]
+)
 def test_a_controller_comes_back_from_its_folder(tmp_path, switches):
     scheduler = scheduler_of(graph_of(), switches)
     save_scheduler(scheduler, tmp_path)

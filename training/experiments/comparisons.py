@@ -44,7 +44,9 @@ def _switches(text: str) -> tuple[str, ...]:
 
 
 _ALL = "tokens,layers,heads,mlp:groups=8"
-_SETTLED = (*_switches(_ALL), "method=gumbel:temperature=5,noise=0")
+_NOISELESS = "method=gumbel:temperature=5,noise=0"
+_ALL_NOISELESS = (*_switches(_ALL), _NOISELESS)
+_FROM_A_SPREAD = (*_switches(f"{_ALL},scorer=spread"), _NOISELESS)
 # The axes on which every estimator works.
 _ADDITIVE = "tokens,heads,mlp:groups=8"
 
@@ -97,7 +99,9 @@ COMPARISONS: Mapping[str, Comparison] = {
             Variant("static, tuned from all", _switches(_ALL), "all", "tuned"),
             Variant("all, tuned from all", _switches(_ALL), "all", "tuned controller"),
             # The weights see the plans that will run, as those of a static plan do.
-            Variant("all, tuned without noise", _SETTLED, "all", "tuned controller"),
+            Variant("all, tuned without noise", _ALL_NOISELESS, "all", "tuned controller"),
+            # It begins with image tokens like those that a static plan keeps.
+            Variant("all, tuned from a spread", _FROM_A_SPREAD, plans="tuned controller"),
         ),
         "all",
     ),
