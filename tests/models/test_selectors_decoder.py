@@ -23,6 +23,7 @@ from planner.planning.selectors import (
 
 few = settings(max_examples=20, deadline=None)
 HEADS, KV_HEADS, HEAD_DIM, WIDTH = 4, 2, 4, 6
+POSITIONS = st.sampled_from(["contiguous", "original"])
 
 
 def kept_places(selection, image):
@@ -271,14 +272,16 @@ def test_cluster_of_identical_tokens():
 
 
 @few
-@given(seed=st.integers(0, 2**32 - 1), recycle=st.booleans())
-@example(seed=1, recycle=True)
-@example(seed=2, recycle=False)
-def test_sparsevlm(seed, recycle):
+@given(seed=st.integers(0, 2**32 - 1), recycle=st.booleans(), positions=POSITIONS)
+@example(seed=1, recycle=True, positions="contiguous")
+@example(seed=1, recycle=True, positions="original")
+@example(seed=2, recycle=False, positions="contiguous")
+def test_sparsevlm(seed, recycle, positions):
     rng = np.random.default_rng(seed)
     inputs = random_inputs(rng)
     states = rng.normal(size=inputs.hidden_states.shape)
-    selector = SparseVLM(after=(1, 4), keep=(int(rng.integers(0, 12)), 1), recycle=recycle)
+    keep = int(rng.integers(0, 12)), 1
+    selector = SparseVLM(after=(1, 4), keep=keep, recycle=recycle, positions=positions)
     marks = mark_tokens(selector, torch.from_numpy(states), inputs.image, inputs.valid)
     inputs = DecoderInputs(**{**vars(inputs), "marks": marks})
     selection = select_tokens(selector, inputs, 2)
@@ -308,9 +311,24 @@ def test_sparsevlm(seed, recycle):
                 expected[int(where[tokens[ranked[centre]]])] = group.mean(0)
         assert kept_places(selection, inputs.image)[sample].tolist() == sorted(expected)
         assert len(expected) == selector.counts(len(tokens))[0]
+        if positions == "contiguous":
+            merged = [place for place in expected if place not in where[tokens[kept]]]
+            expected = behind_pictures(expected, merged, inputs.image[sample].numpy())
         states_after = selection.hidden_states if recycle else inputs.hidden_states
         for position, vector in expected.items():
             np.testing.assert_allclose(states_after[sample, position].numpy(), vector, atol=1e-12)
+
+
+def behind_pictures(vectors, merged, image):
+    """Vectors by place, with the `merged` ones behind all others of their run of image tokens."""
+    moved = {}
+    for begin in np.flatnonzero(image & ~np.r_[False, image[:-1]]):
+        run = set(range(begin, begin + int(np.argmin(np.r_[image[begin:], False]))))
+        slots = sorted(run & set(vectors))
+        order = [place for place in slots if place not in merged]
+        order += [place for place in merged if place in run]
+        moved |= {slot: vectors[place] for slot, place in zip(slots, order, strict=True)}
+    return moved
 
 
 def test_sparsevlm_counts_of_the_paper():

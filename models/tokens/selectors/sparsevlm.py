@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from planner.kernels.ops.choose_tokens import ChooseTokens
 from planner.models.tokens.selectors.rules import (
@@ -65,13 +66,18 @@ def cluster(tokens: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     return centres, members
 
 
-def recycle(hidden_states: Tensor, image: Tensor, kept: Tensor, scores: Tensor) -> DecoderSelection:
+def recycle(
+    hidden_states: Tensor, image: Tensor, kept: Tensor, scores: Tensor, behind: bool
+) -> DecoderSelection:
     """Keep the best dropped image tokens as well, merged into a few.
 
     `kept`, shape (batch, seq), are image tokens that stay as they are; `scores` has that shape too.
+    Merged tokens go `behind` what is left of their picture, the best centre first, or else to their
+    centres' places.
     """
     hidden_states, keep = hidden_states.clone(), ~image | kept
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    pictures = (image & ~pad(image, (1, -1))).cumsum(1)
     for sample in range(len(image)):
         dropped = (image[sample] & ~kept[sample]).nonzero().flatten()
         reused, clusters = SparseVLM.recycled(len(dropped))
@@ -82,8 +88,13 @@ def recycle(hidden_states: Tensor, image: Tensor, kept: Tensor, scores: Tensor) 
         centres, members = cluster(tokens, clusters)
         sums = tokens.new_zeros(clusters, tokens.shape[1]).index_add_(0, members, tokens)
         means = sums / members.bincount(minlength=clusters)[:, None]
-        hidden_states[sample, best[centres]] = means.to(hidden_states.dtype)
-        keep[sample, best[centres]] = True
+        places = best[centres]
+        hidden_states[sample, places] = means.to(hidden_states.dtype)
+        keep[sample, places] = True
+        if behind:
+            order = torch.cat([kept[sample].nonzero().flatten(), places])
+            order = order[pictures[sample, order].sort(stable=True).indices]
+            hidden_states[sample, order.sort().values] = hidden_states[sample, order]
     return DecoderSelection(keep, hidden_states)
 
 
@@ -104,4 +115,4 @@ def sparsevlm(selector: SparseVLM, inputs: DecoderInputs, layer: int) -> Decoder
     if not selector.recycle:
         return DecoderSelection(~image | kept)
     hidden_states = supplied(inputs.hidden_states, "hidden_states")
-    return recycle(hidden_states, image, kept, scores)
+    return recycle(hidden_states, image, kept, scores, behind=selector.renumbers)

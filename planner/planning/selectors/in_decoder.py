@@ -68,11 +68,11 @@ class SparseVLM(Positioned, DecoderSelector):
     The paper derives how many to drop from the rank of the attention matrix; its code has fixed
     tables instead, and so have we: the default is the table for 192 tokens on average, 300/200/110
     and the recycled ones, after layers 2, 6 and 15. In the code, which handles one sample, scores
-    come from the same layer's attention and the layers after it see the smaller set. Recycled
-    tokens go behind the image there; here they take the place of their cluster's centre, so what is
-    left stays in its original order. Position ids are contiguous behind every step, as in version
-    1.0 of the code. The reference drops at least one token at every step, this none where there are
-    few enough.
+    come from the same layer's attention and the layers after it see the smaller set. Behind every
+    step position ids are contiguous, and recycled tokens stand behind what is left of their
+    picture, as in version 1.0 of the code; with ``positions=original`` they take the place of their
+    cluster's centre. The reference drops at least one token at every step, this none where there
+    are few enough.
     """
 
     name = "sparsevlm"
