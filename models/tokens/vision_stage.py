@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
+from planner.ir.structure import tiles
+from planner.models.running.attention_blocks import named, names_of
 from planner.models.tokens.selectors import (
     TowerAttention,
     VisionInputs,
@@ -27,6 +31,9 @@ from planner.models.tokens.selectors import (
 )
 from planner.models.tokens.text_tower import TextTower
 from planner.planning.selectors import CDPruner, Needs, TextGuided, VisionSelector
+
+# Argument of models that cut pictures into tiles: (images, 2), height and width.
+_SIZES = "image_sizes"
 
 
 def places(indices: Tensor, patches: int) -> Tensor:
@@ -51,6 +58,7 @@ class _Local(threading.local):
     def __init__(self) -> None:
         self.seen: dict[str, Tensor] = {}
         self.picked: tuple[Any, int] | None = None
+        self.sizes: Tensor | None = None  # of the pictures of a pass, (images, 2), if it says so
         self.patches: Tensor | None = None  # that are left inside the tower, (runs, left)
 
 
@@ -75,6 +83,7 @@ class VisionStage:
         self._is_active = is_active
         self._local = _Local()
         self._heads: dict[int, int] = {}
+        self._grid = _TileGrid.of(model, graph) if Needs.TILES in selector.needs else None
         projector, source = _projector(graph)
         watched = {"features": source}
         attention = sorted(
@@ -94,6 +103,12 @@ class VisionStage:
             model.get_submodule(path).register_forward_hook(partial(self._keep, what))
             for what, path in watched.items()
         ]
+        if self._grid is not None:
+            self._hooks += [
+                module.register_forward_pre_hook(self._note_sizes, with_kwargs=True)
+                for module in model.modules()
+                if _SIZES in names_of(type(module))
+            ]
         module = model.get_submodule(projector)
         self._hooks += [
             module.register_forward_pre_hook(self._pick, with_kwargs=True),
@@ -116,6 +131,9 @@ class VisionStage:
         """Keep the last output of a module."""
         if self._is_active(self):
             self._local.seen[what] = output if isinstance(output, Tensor) else output[0]
+
+    def _note_sizes(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._local.sizes = named(module, args, kwargs).get(_SIZES)
 
     def _pick(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
         """Before the projector, of shape (runs, patches, width): the features that are left."""
@@ -190,7 +208,42 @@ class VisionStage:
         for index, heads in self._heads.items():
             query, key = self._local.seen[f"query {index}"], self._local.seen[f"key {index}"]
             attention[index] = TowerAttention(query[:, 0] if has_cls else query, key, heads)
-        return VisionInputs(features, whole[:, 0] if has_cls else None, attention)
+        cut = None
+        if self._grid is not None:
+            sizes, self._local.sizes = self._local.sizes, None
+            if sizes is None:
+                raise InputError(
+                    f"{self.selector.name} divides tokens among the tiles of a picture, and "
+                    f"nothing says how large it is: call the whole model with {_SIZES}"
+                )
+            cut = tuple(map(self._grid.tiles, sizes.tolist()))
+        return VisionInputs(features, whole[:, 0] if has_cls else None, attention, tiles=cut)
+
+
+@dataclass(frozen=True)
+class _TileGrid:
+    """How LLaVA-NeXT cuts pictures into tiles."""
+
+    resolutions: list[list[int]]  # (height, width) that pictures are brought to
+    side: int  # of a tile, pixels
+
+    @staticmethod
+    def of(model: Any, graph: Graph) -> _TileGrid | None:
+        """Of a model; None where it cuts no tiles. InputError where there is no telling how."""
+        if tiles(graph)[0] <= 1:
+            return None
+        resolutions = getattr(model.config, "image_grid_pinpoints", None)
+        if resolutions is None:
+            raise InputError(
+                f"the tiles of a picture cannot be told apart in {type(model).__name__}, so tokens "
+                f"cannot be divided among them; use a selector of single tiles, such as fastervlm"
+            )
+        return _TileGrid(resolutions, model.config.vision_config.image_size)
+
+    def tiles(self, size: list[int]) -> tuple[int, int]:
+        """Rows and columns of tiles of a picture (height, width), in pixels."""
+        rows, columns = get_anyres_image_grid_shape(size, self.resolutions, self.side)
+        return rows, columns
 
 
 def _text_tower(selector: TextGuided, model: nn.Module) -> TextTower:

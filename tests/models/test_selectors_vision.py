@@ -255,10 +255,10 @@ def naive_hired(inputs, run, ratio, alpha, rows, columns, side):
     n, tiles = side * side, rows * columns
     late = [cls_row(inputs, -2, run + i, HEADS) for i in range(1 + tiles)]
     if ratio == 1:
-        return [falling(scores) for scores in late]
+        return [list(range(n))] * len(late)
     total = int((1 + tiles) * n * ratio)
     overview = min(int(total * alpha), n) if tiles else min(total, n)
-    kept = [falling(late[0])[:overview]]
+    kept = [sorted(falling(late[0])[:overview])]
     marked = falling(cls_row(inputs, 0, run, HEADS))[: int(n * (1 - alpha))]
     for tile in range(tiles):
         inside = 0
@@ -267,7 +267,7 @@ def naive_hired(inputs, run, ratio, alpha, rows, columns, side):
             inside += int(y * rows) == tile // columns and int(x * columns) == tile % columns
         spend = min(total - overview, tiles * n)
         budget = min(n, inside * spend // max(len(marked), 1))
-        kept.append(falling(late[1 + tile])[:budget])
+        kept.append(sorted(falling(late[1 + tile])[:budget]))
     return kept
 
 

@@ -32,18 +32,22 @@ def close(actual, expected, relative=1e-5):
     return (actual - expected).norm() <= relative * expected.norm()
 
 
-def by_hand(model, inputs, text):
-    """Logits of the last token of one sample, from a shorter prompt built outside the model."""
-    selector = parse(text)
-    tower = model.model.vision_tower
-    states = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
-    attention = {}
-    for index in selector.tower_layers:
+def from_tower(model, pixels, text):
+    """Features of patches for the projector, and the attention that a selector ranks them by."""
+    tower, attention = model.model.vision_tower, {}
+    states = tower(pixels, output_hidden_states=True).hidden_states
+    for index in parse(text).tower_layers:
         layer = tower.encoder.layers[index]
         normed = layer.layer_norm1(states[:-1][index])
         query, key = layer.self_attn.q_proj(normed)[:, 0], layer.self_attn.k_proj(normed)
         attention[index] = TowerAttention(query, key, layer.self_attn.num_heads)
-    features = states[model.config.vision_feature_layer]
+    return states[model.config.vision_feature_layer], attention
+
+
+def by_hand(model, inputs, text):
+    """Logits of the last token of one sample, from a shorter prompt built outside the model."""
+    selector = parse(text)
+    features, attention = from_tower(model, inputs["pixel_values"], text)
     selection = select_features(selector, VisionInputs(features[:, 1:], features[:, 0], attention))
     words = model.get_input_embeddings()(inputs["input_ids"])[0]
     image = (inputs["input_ids"][0] == IMAGE).nonzero().flatten()
@@ -131,6 +135,35 @@ def test_a_second_question_behind_a_vision_selector(llava, text):
         second = family.model.generate(**asked, **cached(family.model, first.past_key_values))
         again = family.model.generate(**asked, pixel_values=inputs["pixel_values"])
     assert torch.equal(second, again)
+
+
+def test_tiles_share_what_a_picture_may_spend(lowered_family, monkeypatch):
+    """Two pictures in five and four runs of four patches; two and two lines with an end each."""
+    family, graph = lowered_family("llava_next")
+    model, text = family.model, "hired:ratio=0.5,alpha=0.5"
+    monkeypatch.setattr(model.config, "image_grid_pinpoints", [[64, 64], [32, 96]])
+    pixels = torch.randn(2, 5, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    ids = torch.tensor([[5, *[IMAGE] * 24, 6, *[IMAGE] * 18, 7]])
+    inputs = {"input_ids": ids, "pixel_values": pixels}
+    given = []
+    hook = model.model.multi_modal_projector.register_forward_hook(
+        lambda _, args, output: given.append(args[0])
+    )
+    plan = plan_of(graph, tokens=(TokenStage(0, 20, 42, text),))
+    with torch.no_grad(), obeying(model, graph, plan):
+        model(**inputs, image_sizes=torch.tensor([[64, 64], [32, 96]]))
+        runs = torch.cat([pixels[0], pixels[1, :4]])
+        with pytest.raises(InputError, match="call the whole model with image_sizes"):
+            model.get_image_features(pixels, torch.tensor([[64, 64], [32, 96]]))
+    hook.remove()
+    with torch.no_grad():
+        features, attention = from_tower(model, runs, text)
+    shared, alone = (
+        select_features(parse(text), VisionInputs(features[:, 1:], None, attention, tiles=tiles))
+        for tiles in (((2, 2), (1, 3)), None)
+    )
+    assert [len(part) for part in shared.features] != [len(part) for part in alone.features]
+    assert torch.equal(given[0], torch.cat(shared.features)[None])
 
 
 @torch.no_grad()

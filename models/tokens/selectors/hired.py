@@ -34,7 +34,8 @@ def hired(selector: HiRED, inputs: VisionInputs) -> VisionSelection:
     scores = late.received().sum(1)
     budgets = _budgets(selector, content, inputs.tiles or ((0, 0),) * len(scores))
     indices = tuple(
-        row[:budget] for row, budget in zip(descending(scores), budgets.tolist(), strict=True)
+        row[:budget].sort().values
+        for row, budget in zip(descending(scores), budgets.tolist(), strict=True)
     )
     features = tuple(run[index] for run, index in zip(inputs.features, indices, strict=True))
     return VisionSelection(features, indices)

@@ -164,19 +164,24 @@ class HiRED(VisionSelector):
     run just keeps int(n ratio). Arif et al., "HiRED" (arXiv 2408.10945), after the released code;
     that splits the overview's raster order into equal stretches, which are not the tiles, so here
     patches are counted where they lie. Shares are rounded down, so a few tokens may stay unspent.
-    Patches of a run come by falling attention. At a ratio of 1 all stay.
+    Patches stay in raster order, as masks leave them there. At a ratio of 1 all stay.
     """
 
     name = "hired"
-    needs = Needs.TOWER_ATTENTION
+    needs = Needs.TOWER_ATTENTION | Needs.TILES
     tower_layers: ClassVar[tuple[int, ...]] = (0, -2)
     ratio: Share = 0.2  # of patches kept
     alpha: Share = 0.5  # of the budget that goes to the overview
 
     @override
     def counts(self, tokens: int) -> tuple[int | None, ...]:
-        """int(tokens ratio): exact for one run, at most that on average over tiles."""
+        """int(tokens ratio), of one run."""
         return (int(tokens * self.ratio),)
+
+    @override
+    def counts_of_picture(self, tiles: int, patches: int) -> tuple[int | None, ...]:
+        """What there is to spend, of which a few tokens may be left."""
+        return (int(tiles * patches * self.ratio),)
 
     @override
     def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:

@@ -35,6 +35,7 @@ class Needs(Flag):
     NOTHING = 0
     TOWER_ATTENTION = auto()  # VisionInputs.tower, for the layers in `VisionSelector.tower_layers`
     CLS_FEATURE = auto()  # VisionInputs.cls_feature
+    TILES = auto()  # VisionInputs.tiles, where pictures are cut into tiles
     TEXT_EMBEDDING = auto()  # VisionInputs.patch_embeddings and .text_embeddings
     PROJECTED = auto()  # VisionInputs.projected: the rule works behind the projector
     QUERY_KEY = auto()  # DecoderInputs.query, .key, .scaling and .attention_mask of layer k - 1
@@ -170,6 +171,10 @@ class VisionSelector(Positioned):
     def layers(self) -> tuple[int, ...]:
         return (0,)
 
+    def counts_of_picture(self, tiles: int, patches: int) -> tuple[int | None, ...]:
+        """As `counts`, for all tiles of one picture, of so many patches each."""
+        return tuple(None if count is None else tiles * count for count in self.counts(patches))
+
     @override
     def counts_of_sample(
         self, image_tokens: int, per_run: int = 0, tiles: tuple[int, int] = (1, 0)
@@ -192,8 +197,8 @@ class VisionSelector(Positioned):
                 )
             ends = per_run - of_tower * patches
             return tuple(
-                None if count is None else images * (of_tower * count + ends)
-                for count in self.counts(patches)
+                None if count is None else images * (count + ends)
+                for count in self.counts_of_picture(of_tower, patches)
             )
         runs, others = -(-image_tokens // per_run), image_tokens % per_run
         return tuple(
