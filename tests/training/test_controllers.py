@@ -1,6 +1,7 @@
 """The comparison of controllers: what stands in for them, what is resampled, how a page says it."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -36,6 +37,7 @@ from planner.training.experiments.controllers import (
 )
 from planner.training.experiments.forced_plans import (
     Forced,
+    begin_with,
     best_of_tried,
     best_static,
     packed,
@@ -187,6 +189,18 @@ def test_parts_of_a_controller_are_taken_one_by_one(forced, some):
     assert not torch.equal(forced.scheduled.chosen.keep, chosen.keep)
     forced.fix_tokens()
     assert torch.equal(forced.answers(some).rows[:, 0], own[:, 0])
+
+
+def test_a_controller_can_begin_with_one_plan(forced, some):
+    """For all questions; what it costs itself is left out of the plan."""
+    static = best_static(forced, some, torch.arange(float(forced.layout.size)))
+    begin_with(forced.scheduled.scheduler, static)
+    (row,) = forced.answers(some).rows.unique(dim=0)
+    on, wanted = row[1:].bool(), static[1:].bool()
+    if row[0] == static[0]:
+        assert (wanted | ~on).all()
+    assert abs(forced.layout.counts.index(row[0]) - forced.layout.counts.index(static[0])) <= 1
+    assert forced.layout.spent(row) <= forced.layout.limit(forced.budget)
 
 
 def test_the_oracle_is_no_worse_than_what_it_tries(forced, some, monkeypatch):
@@ -450,6 +464,9 @@ def test_a_static_plan_s_own_weights_are_trained_for_it(base, tmp_path, monkeypa
     monkeypatch.setattr(Measuring, "cell", known)
     settings = [f"model={folder}", "max_steps=1", "batch_size=2", "least_budget=0.5"]
     bench = Measuring(tmp_path / "work", 0, 5, tuple(settings), print)
+    begun = next(v for v in comparison.variants if v.plans == "tuned from static")
+    assert bench.cell(comparison, begun, 0.9)["violations"] == 0
+    shutil.rmtree(tmp_path / "work" / "models")
     found = bench.cell(comparison, tuned, 0.9)
     assert found["plan"] == row
     assert found["plans"] == 1

@@ -21,7 +21,8 @@ class Variant:
     start: str = ""
     # ``controller``, or what takes its place on the same weights: ``static``, the best plan for all
     # questions, ``random`` or ``oracle``; ``tuned`` is the static plan on weights trained for it,
-    # and ``tuned controller`` a controller trained at that budget alone. Or a part
+    # ``tuned controller`` a controller trained at that budget alone, and ``tuned from static`` one
+    # that begins with the static plan. Or a part
     # of the controller: ``same switches`` has one order of switches for all questions, ``grid`` a
     # grid of image tokens.
     plans: str = "controller"
@@ -100,8 +101,9 @@ COMPARISONS: Mapping[str, Comparison] = {
             Variant("all, tuned from all", _switches(_ALL), "all", "tuned controller"),
             # The weights see the plans that will run, as those of a static plan do.
             Variant("all, tuned without noise", _ALL_NOISELESS, "all", "tuned controller"),
-            # It begins with image tokens like those that a static plan keeps.
+            # It begins with image tokens like those that a static plan keeps; or with all of one.
             Variant("all, tuned from a spread", _FROM_A_SPREAD, plans="tuned controller"),
+            Variant("all, tuned from static", _FROM_A_SPREAD, plans="tuned from static"),
         ),
         "all",
     ),

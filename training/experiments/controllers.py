@@ -35,6 +35,7 @@ from planner.training.experiments.forced_plans import (
     Answered,
     Batches,
     Forced,
+    beginning_with,
     best_of_tried,
     best_static,
     packed,
@@ -125,13 +126,19 @@ class Measuring(Bench):
     def _trained_for(
         self, comparison: Comparison, variant: Variant, budget: float, row: Tensor | None
     ) -> Path:
-        """The folder of a model trained at one budget: for one plan, or by its controller."""
+        """The folder of a model trained at one budget.
+
+        For one plan, or with its controller, which may begin with that plan.
+        """
         name = f"{variant.name} at {budget:g}"
+        if variant.plans == "tuned":
+            assert row is not None
+            learner = under_one_plan(row, Budget.of(budget))
+            return self._train(comparison, variant, name, (), (f"static={budget:g}",), learner)
+        only = f"least_budget={budget:g}", f"most_budget={budget:g}"
         if row is None:
-            only = f"least_budget={budget:g}", f"most_budget={budget:g}"
             return self._train(comparison, variant, name, only)
-        learner = under_one_plan(row, Budget.of(budget))
-        return self._train(comparison, variant, name, (), (f"static={budget:g}",), learner)
+        return self._train(comparison, variant, name, only, ("from=static",), beginning_with(row))
 
     def curve(self, comparison: Comparison, variant: Variant) -> list[tuple[int, float]]:
         """(step, mean loss of the plans drawn, in nats) of a variant's training."""
@@ -165,10 +172,10 @@ class Measuring(Bench):
     ) -> dict[str, Any]:
         """Of a controller, or of other plans on its weights."""
         static = None
-        if variant.plans in ("oracle", "tuned"):
+        if variant.plans in ("oracle", "tuned", "tuned from static"):
             same = next(v for v in comparison.variants if v.plans == "static")
             static = torch.tensor(self.cell(comparison, same, budget)["plan"])
-        if variant.plans in ("tuned", "tuned controller"):
+        if variant.plans.startswith("tuned"):
             folder = self._trained_for(comparison, variant, budget, static)
         else:
             folder = self.variant_trained(comparison, variant)
@@ -183,6 +190,8 @@ class Measuring(Bench):
             assert static is not None
             some = test[: -(-ORACLE_QUESTIONS // len(test[0]["labels"]))]
             return self._summed_up(forced, best_of_tried(forced, some, static, self.seed), None)
+        if variant.plans == "tuned from static":
+            static = None
         if static is not None:
             forced.plan_all(static)
         elif variant.plans == "random":

@@ -25,10 +25,12 @@ from planner.models.scheduling.vision_controller import TokenScores
 from planner.models.tokens.selectors import DecoderInputs
 from planner.planning.budgets import Budget
 from planner.solver import Infeasible
+from planner.training import unified
 from planner.training.adallava import AdaLlavaConfig, AdaptiveModel, Learner, last_answer
 from planner.training.data import Conversation, Packer
 from planner.training.estimators import GumbelSequential
 from planner.training.policy import Reward, pictures_once
+from planner.training.unified import UnifiedConfig
 
 # Token counts that static plans are tried with, and plans tried for a question by the oracle.
 _STATIC_COUNTS = 6
@@ -258,6 +260,43 @@ def best_of_tried(forced: Forced, batches: Batches, static: Tensor, seed: int) -
         best = found.where(found.loss < best.loss, best)
     forced.controller()
     return best
+
+
+def begin_with(scheduler: Scheduler, row: Tensor) -> None:
+    """Have an untrained controller decide about as one plan, shape (1 + size,), for all prompts.
+
+    Its last layers say so by their biases alone, so that what depends on the prompt is learned.
+    """
+    layout = scheduler.layout
+    assert isinstance(layout, UnifiedSwitches)
+    assert scheduler.vision is not None
+    assert scheduler.head is not None
+    levels = torch.arange(len(layout.counts))
+    distance = (levels - layout.counts.index(int(row[0]))).abs()
+    for last, bias in (
+        (scheduler.vision.count, -distance.float()),
+        (scheduler.head, row[1:].float()),
+    ):
+        nn.init.zeros_(last.weight)
+        with torch.no_grad():
+            last.bias.copy_(bias)
+
+
+def beginning_with(row: Tensor) -> Learner:
+    """What trains a controller that begins with one plan."""
+
+    def learner(
+        config: AdaLlavaConfig,
+        model: nn.Module,
+        graph: Graph,
+        scheduler: Scheduler,
+        load: Workload | None,
+    ) -> AdaptiveModel:
+        assert isinstance(config, UnifiedConfig)
+        begin_with(scheduler, row)
+        return unified.learner(config, model, graph, scheduler, load)
+
+    return learner
 
 
 class OnePlan(AdaptiveModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ from planner.ir.lowering import lower_model
 from planner.loading import load_model
 from planner.progress import Say
 from planner.training.trainer import last_checkpoint
+
+# Names of files end at 255 bytes; the rest of a longer label is told by its digest.
+_LONGEST_LABEL = 200
 
 
 def kept(path: Path, identity: Any) -> dict[str, Any] | None:
@@ -67,6 +71,9 @@ class Bench:
 
         `train` is given the settings of a training run of this seed.
         """
+        if len(label) > _LONGEST_LABEL:
+            digest = hashlib.sha256(label.encode()).hexdigest()[:16]
+            label = f"{label[:_LONGEST_LABEL]}_{digest}"
         folder = self.work / "models" / f"{label}_seed-{self.seed}"
         if not (folder / "model" / marks).is_file():
             self.say(f"training {what}")
