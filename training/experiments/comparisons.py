@@ -45,9 +45,13 @@ def _switches(text: str) -> tuple[str, ...]:
 
 
 _ALL = "tokens,layers,heads,mlp:groups=8"
+# As many steps as the six plans of "static, tuned" take together.
+_LONG_RUN = Variant("all, 900 steps", (*_switches(_ALL), "max_steps=900"))
 _NOISELESS = "method=gumbel:temperature=5,noise=0"
 _ALL_NOISELESS = (*_switches(_ALL), _NOISELESS)
 _FROM_A_SPREAD = (*_switches(f"{_ALL},scorer=spread"), _NOISELESS)
+# Faster, its weights leave the plan before they have seen what is better.
+_FROM_STATIC = (*_FROM_A_SPREAD, "scheduler_learning_rate=1e-4")
 # The axes on which every estimator works.
 _ADDITIVE = "tokens,heads,mlp:groups=8"
 
@@ -83,8 +87,7 @@ COMPARISONS: Mapping[str, Comparison] = {
         (0.8, 0.65, 0.55, 0.45, 0.35, 0.25),
         (
             Variant("all", _switches(_ALL)),
-            # As many steps as the six plans of "static, tuned" take together.
-            Variant("all, 900 steps", (*_switches(_ALL), "max_steps=900")),
+            _LONG_RUN,
             Variant("static", _switches(_ALL), plans="static"),
             Variant("random", _switches(_ALL), plans="random"),
             Variant("oracle", _switches(_ALL), plans="oracle"),
@@ -96,14 +99,18 @@ COMPARISONS: Mapping[str, Comparison] = {
             Variant("depth", _switches("tokens,layers:scorer=all")),
             Variant("static, tuned", _switches(_ALL), plans="tuned"),
             Variant("all, tuned", _switches(_ALL), plans="tuned controller"),
-            # Both know what *all* has learned: a static plan is chosen on its weights.
+            # Both know what *all* has learned: a static plan is chosen on its weights. Without
+            # noise the weights see the plans that will run, as those of a static plan do.
             Variant("static, tuned from all", _switches(_ALL), "all", "tuned"),
-            Variant("all, tuned from all", _switches(_ALL), "all", "tuned controller"),
-            # The weights see the plans that will run, as those of a static plan do.
             Variant("all, tuned without noise", _ALL_NOISELESS, "all", "tuned controller"),
+            Variant("static, 900 steps", _LONG_RUN.settings, plans="static"),
+            Variant("static, tuned from 900 steps", _switches(_ALL), _LONG_RUN.name, "tuned"),
+            Variant(
+                "all, tuned from 900 steps", _ALL_NOISELESS, _LONG_RUN.name, "tuned controller"
+            ),
             # It begins with image tokens like those that a static plan keeps; or with all of one.
             Variant("all, tuned from a spread", _FROM_A_SPREAD, plans="tuned controller"),
-            Variant("all, tuned from static", _FROM_A_SPREAD, plans="tuned from static"),
+            Variant("all, tuned from static", _FROM_STATIC, plans="tuned from static"),
         ),
         "all",
     ),

@@ -173,8 +173,8 @@ class Measuring(Bench):
         """Of a controller, or of other plans on its weights."""
         static = None
         if variant.plans in ("oracle", "tuned", "tuned from static"):
-            same = next(v for v in comparison.variants if v.plans == "static")
-            static = torch.tensor(self.cell(comparison, same, budget)["plan"])
+            chosen = static_beside(comparison, variant)
+            static = torch.tensor(self.cell(comparison, chosen, budget)["plan"])
         if variant.plans.startswith("tuned"):
             folder = self._trained_for(comparison, variant, budget, static)
         else:
@@ -259,6 +259,13 @@ class Measuring(Bench):
         right = [score(q.turns[0], a) for q, a in zip(questions, answers, strict=True)]
         used = {"cost_fraction": share, "utilisation": share / budget}
         return {**_summary(np.array(right)), **used, "violations": 0, "plans": 1}
+
+
+def static_beside(comparison: Comparison, variant: Variant) -> Variant:
+    """The static plan that is chosen on the weights that a variant has, or goes on from."""
+    plans = [v for v in comparison.variants if v.plans == "static"]
+    first = next((v for v in comparison.variants if v.name == variant.start), variant)
+    return next((v for v in plans if v.settings == first.settings), plans[0])
 
 
 def _workload(graph: Graph) -> Workload:
