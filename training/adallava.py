@@ -119,6 +119,11 @@ class AdaptiveModel(nn.Module):
         )
         self.scheduled.attach_limits(torch.tensor([self.layout.steps]), layout=self.layout)
 
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether its loss is divided by a step's tokens, see `RunTrainer`; a penalty is not."""
+        return not isinstance(self.estimator, Deterministic)
+
     def forward(self, labels: Tensor, limits: Tensor, seeds: Tensor, **inputs: Any) -> Any:
         """The stock model's output with its loss, under plans drawn within limits.
 

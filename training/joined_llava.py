@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -130,6 +130,8 @@ class Answering(nn.Module):
 
     Its state is what is trained.
     """
+
+    accepts_loss_kwargs: ClassVar[bool] = False
 
     def __init__(self, model: PeftModel) -> None:
         super().__init__()

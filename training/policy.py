@@ -144,6 +144,11 @@ class PolicyModel(AdaptiveModel):
         self._tried = None
 
     @override
+    @property
+    @override
+    def accepts_loss_kwargs(self) -> bool:
+        return False
+
     def forward(self, labels: Tensor, limits: Tensor, seeds: Tensor, **inputs: Any) -> Any:
         """The method's loss on plans for a batch, as `AdaptiveModel.forward` takes it."""
         self.scheduled.at = last_answer(labels)

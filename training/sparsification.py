@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,9 @@ class SparseModel(nn.Module):
         tally: since the last log: pictures' keep rates summed, how many pictures, and the same of
             long answers; shape (4,).
     """
+
+    # As the authors' code, which takes the mean of each batch, on every device.
+    accepts_loss_kwargs: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, graph: Graph, predictors: Predictors) -> None:
         super().__init__()

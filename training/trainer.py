@@ -104,6 +104,10 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     If the model has a `tally`, shape (n,), the sum of all processes' tallies goes to its `summary`,
     which gives numbers to log beside the loss, and the tally starts at zero again.
 
+    The losses of a step's batches are summed where they are divided by all tokens of the step, as
+    stock models' are. Trainer takes any `forward` with keywords for one of those, so a model whose
+    loss is a batch's own mean says ``accepts_loss_kwargs = False``.
+
     Args:
         rates: learning rates of parameters by what their names begin with.
         muon: train the matrices inside of layers by Muon.
