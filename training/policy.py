@@ -143,12 +143,12 @@ class PolicyModel(AdaptiveModel):
         """Draw plans anew in the next pass."""
         self._tried = None
 
-    @override
     @property
     @override
     def accepts_loss_kwargs(self) -> bool:
         return False
 
+    @override
     def forward(self, labels: Tensor, limits: Tensor, seeds: Tensor, **inputs: Any) -> Any:
         """The method's loss on plans for a batch, as `AdaptiveModel.forward` takes it."""
         self.scheduled.at = last_answer(labels)
