@@ -8,6 +8,7 @@ import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from errno import ENOTDIR
 from pathlib import Path
 
 from planner.ir.errors import InputError
@@ -61,6 +62,27 @@ def output_folder(path: Path) -> Path:
     if not os.access(path, os.W_OK | os.X_OK):
         raise InputError(f"cannot write to '{path}': permission denied")
     return path
+
+
+def check_folder(path: Path) -> None:
+    """Raise InputError where there is no writing into a folder; makes none that is not there."""
+    try:
+        found = next(place for place in (path.absolute(), *path.absolute().parents) if _is(place))
+        if not found.is_dir():
+            raise NotADirectoryError(ENOTDIR, os.strerror(ENOTDIR))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write to '{path}': {_reason(error)}") from None
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write to '{path}': permission denied")
+
+
+def _is(path: Path) -> bool:
+    """Whether something is there; OSError or ValueError where nothing can be."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def check_output(path: Path, suffix: str) -> None:

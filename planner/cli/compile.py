@@ -44,7 +44,7 @@ def compile_command(
     and a checkpoint of the plan, recovered, lies beside plan.yaml.
     """
     from planner.cli.debug import PASSES, debug_level, explain
-    from planner.files import output_folder
+    from planner.files import check_folder
     from planner.ir.errors import InputError
     from planner.planning.compiler import compile_plan
     from planner.planning.plan_costs import published_cost
@@ -64,7 +64,7 @@ def compile_command(
             raise InputError("--convention is for plans alone: give it without --recover or data")
         _compile_recovered(request, recover, data, folder, console)
         return
-    output_folder(folder)
+    check_folder(folder)
     with console.status() as update:
         if request.utilities == "magnitude":
             request = _by_weight_norms(request, update)
@@ -203,7 +203,7 @@ def write_outputs(
     `between` prints the graph after every pass; `kernels` are files of the folder of that name,
     which is replaced, or None to leave it alone.
     """
-    from planner.files import write_folder, write_text
+    from planner.files import output_folder, write_folder, write_text
     from planner.ir.cost import price
     from planner.ir.graph import Operator
     from planner.ir.graph_text import print_graph
@@ -218,6 +218,7 @@ def write_outputs(
         cost = price(operator, graph, sizes, compiled.pricing.device)
         return f"{amount(cost.flops, 'flops')}, {amount(cost.bytes, 'bytes')}, {cost.bound}"
 
+    output_folder(folder)
     write_text(folder / "graph.txt", print_graph(graph, comment))
     if kernels is not None:
         write_folder(folder / "kernels", kernels)

@@ -26,6 +26,7 @@ from planner.planning.request import Request
 from planner.planning.selectors import (
     DynamicLLaVA,
     PredictorSettings,
+    Sizes,
     parse,
     parse_kv_policy,
 )
@@ -165,10 +166,19 @@ def test_broken_folders_say_what_is_wrong(folder, tmp_path):
             parse(text)
     with pytest.raises(InputError, match="not for a decoder 32 features wide"):
         load_predictors(folder, 32)
+    # So is a plan that would need them, before any model is there.
+    for known in (parse(f"dynamic-llava:{folder}"), parse_kv_policy(f"dynamic-llava:{folder}")):
+        assert known.parameters(64) > 0
+        with pytest.raises(InputError, match="a decoder 64 features wide, and this one has 32"):
+            known.parameters(32)
+    with pytest.raises(InputError, match="64 features wide"):
+        parse(f"dynamic-llava:{folder}").products(1, Sizes(16, hidden=32))
     weights = folder / "predictors.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(InputError, match="are broken"):
         load_predictors(folder, 64)
+    with pytest.raises(InputError, match="are broken"):
+        parse(f"dynamic-llava:{folder}").parameters(64)
     (folder / "predictors.json").write_text('{"format": 1, "vision_keep_rate": 2}')
     with pytest.raises(InputError, match="vision_keep_rate"):
         parse(f"dynamic-llava:{folder}")

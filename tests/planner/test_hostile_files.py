@@ -14,7 +14,14 @@ from numpy.lib import format as npy
 
 from planner.arrays import read_arrays
 from planner.documents import dump_yaml, parse_json, parse_yaml, read_json, read_yaml
-from planner.files import output_folder, read_bytes, read_text, write_bytes, write_text
+from planner.files import (
+    check_folder,
+    output_folder,
+    read_bytes,
+    read_text,
+    write_bytes,
+    write_text,
+)
 from planner.ir.errors import InputError
 from planner.plan import load_plan
 from planner.schedule import is_schedule, load_schedule
@@ -191,7 +198,18 @@ def test_what_cannot_be_written_is_one_sentence(tmp_path, name):
         write_bytes(tmp_path / name, b"bytes")
     with pytest.raises(InputError, match="cannot write"):
         output_folder(tmp_path / name)
+    if name != "/proc/x":  # which says itself that it can be written to
+        with pytest.raises(InputError, match="cannot write"):
+            check_folder(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_for_output_is_looked_at_and_not_made(tmp_path):
+    check_folder(tmp_path / "a/b")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="Not a directory"):
+        check_folder(tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 # -- arrays ---------------------------------------------------------------------------------------

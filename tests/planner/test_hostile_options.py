@@ -182,3 +182,22 @@ def test_what_is_not_installed_is_said_before_any_work(cli, tmp_path, monkeypatc
     code, _, err = cli("train", "train.yaml")
     assert code == 2
     assert "needs accelerate" in err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--budget", "0.01"],
+        ["--budget", "7"],
+        ["--tokens", "fastv:r=2"],
+        ["--tokens", "dynamic-llava:nowhere"],
+        ["--kv", "nothing"],
+        ["--device", "nothing"],
+        ["--switches", "adallava-l", "--budget", "0.3"],
+    ],
+)
+def test_a_compile_that_is_refused_leaves_nothing(cli, tmp_path, options):
+    code, _, err = cli("compile", "--model", "tiny-llava", *options, "-o", "out/here")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError, safe_open
 from typing_extensions import override
 
 from planner.documents import read_json, validated
@@ -55,6 +56,21 @@ class PredictorSettings(BaseModel):
         if not path.is_file():
             raise InputError(f"'{folder}' holds no predictors of Dynamic-LLaVA: no {SETTINGS}")
         return _read(path, path.stat().st_mtime_ns)
+
+    @staticmethod
+    def of_width(folder: str | Path, width: int) -> PredictorSettings:
+        """The same, for a decoder of a width; InputError where weights beside them are for another.
+
+        Without weights, which pricing does not need, any will do.
+        """
+        weights = Path(folder) / WEIGHTS
+        known = _width(weights, weights.stat().st_mtime_ns) if weights.is_file() else width
+        if known != width:
+            raise InputError(
+                f"the predictors in '{folder}' are for a decoder {known} features wide, and this "
+                f"one has {width}"
+            )
+        return PredictorSettings.read(folder)
 
     @staticmethod
     def of(values: Mapping[str, Any], what: str) -> PredictorSettings:
@@ -104,6 +120,20 @@ def _read(path: Path, _stamp: int) -> PredictorSettings:
     return validated(PredictorSettings, read_json(path, "predictors' settings"), str(path))
 
 
+@lru_cache(maxsize=16)
+def _width(path: Path, _stamp: int) -> int:
+    """Of the decoder that weights are for, from their header."""
+    try:
+        with safe_open(path, "numpy") as weights:
+            first = {"image.down_mlp.0.weight", "output.output_mlp.0.weight"} & {*weights.keys()}
+            shapes = [weights.get_slice(name).get_shape() for name in first]
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"the predictors in '{path.parent}' are broken: {error}") from None
+    if not shapes:
+        raise InputError(f"the predictors in '{path.parent}' are broken: there are none")
+    return int(shapes[0][0])
+
+
 def _with_folder(arguments: Mapping[str, str], name: str) -> tuple[dict[str, str], Path]:
     """Arguments in which the folder is named from the root, and the folder."""
     if "folder" not in arguments:
@@ -150,12 +180,12 @@ class DynamicLLaVA(FromLayer):
     @override
     def products(self, layer: int, sizes: Sizes) -> tuple[Product, ...]:
         """Those of the image predictor."""
-        settings = PredictorSettings.read(self.folder)
+        settings = PredictorSettings.of_width(self.folder, sizes.hidden)
         return settings.image_products(sizes.image_tokens, sizes.hidden)
 
     @override
     def parameters(self, width: int) -> int:
-        return PredictorSettings.read(self.folder).image_parameters(width)
+        return PredictorSettings.of_width(self.folder, width).image_parameters(width)
 
 
 @dataclass(frozen=True)
@@ -194,4 +224,4 @@ class AnswerTokens(AnswerPolicy):
 
     @override
     def parameters(self, width: int) -> int:
-        return PredictorSettings.read(self.folder).output_parameters(width)
+        return PredictorSettings.of_width(self.folder, width).output_parameters(width)
