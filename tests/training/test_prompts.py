@@ -14,7 +14,15 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import (
+    CLIPImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
 
 from planner.ir.errors import InputError
 from planner.loading import prompt_inputs
@@ -239,6 +247,23 @@ def test_pictures_are_padded_with_the_mean_colour(processor, stock):
     assert not torch.allclose(
         found, stock.image_processor(image, return_tensors="pt")["pixel_values"]
     )
+
+
+def test_pictures_that_are_cut_into_tiles_are_refused(stock):
+    """How many tokens they take depends on their shape."""
+    side = {"height": WIDTH, "width": WIDTH}
+    tiled = LlavaNextProcessor(
+        LlavaNextImageProcessorPil(
+            size={"shortest_edge": WIDTH}, crop_size=side, image_grid_pinpoints=[[56, 56]]
+        ),
+        stock.tokenizer,
+        patch_size=WIDTH // 2,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=stock.chat_template,
+    )
+    with pytest.raises(InputError, match="those of LlavaNextProcessor do not"):
+        Packer(tiled, 500)
 
 
 def test_what_cannot_be_a_prompt_is_one_sentence(stock, tokenizer):

@@ -56,7 +56,8 @@ class Packer:
     The batch, for B conversations padded to T tokens: `input_ids`, `labels`, `position_ids` (B, T),
     `attention_mask` (B, 1, T, T) boolean, `pixel_values` (images, 3, height, width) when there are
     images. Raises InputError: the processor has no chat template, one that rewrites earlier turns,
-    or one that takes all of `max_text_tokens` itself.
+    or one that takes all of `max_text_tokens` itself; or it cuts pictures into tiles, or else gives
+    them tokens by their size.
     """
 
     def __init__(self, processor: Any, max_text_tokens: int, dialogue_share: float = 0.0):
@@ -64,8 +65,7 @@ class Packer:
             raise InputError("the model's processor has no chat template: set prompt=llava-v1")
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.max_text_tokens, self.dialogue_share = max_text_tokens, dialogue_share
-        probe = processor(images=Image.new("RGB", (8, 8)), text=processor.image_token)
-        image_tokens = list(probe["input_ids"][0]).count(processor.image_token_id)
+        image_tokens = self._image_tokens()
         self._image = [processor.image_token_id] * image_tokens
         # With a question of no words, by whether there is an image.
         self._asked = {
@@ -77,6 +77,23 @@ class Packer:
             raise InputError(
                 f"max_text_tokens={max_text_tokens} is less than a prompt without words: {own}"
             )
+
+    def _image_tokens(self) -> int:
+        """That a picture takes; InputError where not all take equally many, and nothing besides."""
+        processor = self.processor
+        alone = self.tokenizer(processor.image_token)["input_ids"]
+        counts = set()
+        for size in ((8, 8), (9, 90)):
+            made = dict(processor(images=Image.new("RGB", size), text=processor.image_token))
+            (ids,) = made.pop("input_ids")
+            counts.add(1 + len(ids) - len(alone))
+            given = {*made} - {"attention_mask"}
+            if len(counts) > 1 or {*ids} != {*alone} or given != {"pixel_values"}:
+                raise InputError(
+                    f"training packs pictures that all take equally many tokens, as LLaVA-1.5's, "
+                    f"and those of {type(processor).__name__} do not"
+                )
+        return counts.pop()
 
     def __call__(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
         """One batch; whether a conversation becomes a dialogue follows from its id."""
