@@ -267,7 +267,7 @@ class TokenStages:
         triton = with_triton(self.kernels, hidden.device)
         valid = call.new_valid()[rows]
         marks = call.marks[selector][rows] if selector in call.marks else None
-        prompt = call.prompt()[rows]
+        prompt = self._asked(call)[rows]
         if kept is not None:
             image, valid = gather(image, kept.index, -1) & kept.valid, kept.valid
             states = self.gather(states, kept.index)

@@ -366,7 +366,16 @@ def test_gradients_reach_the_tower_through_patches_that_are_left(deep):
     assert gradient.abs().sum() > 0
 
 
-@pytest.mark.parametrize("text", [SELECTORS[0], "sparsevlm:after=1,keep=5"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        SELECTORS[0],
+        "sparsevlm:after=1,keep=5",
+        "fastv:k=2,r=0.7",
+        "dart:keep=8,k=2",
+        "pyramiddrop:k=1/2,ratio=0.5/0.25",
+    ],
+)
 @torch.no_grad()
 def test_answers_that_are_learned_do_not_choose(deep, text):
     family, graph = deep
