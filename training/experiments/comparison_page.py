@@ -53,7 +53,7 @@ def _results(comparison: Comparison, rows: Rows, learning: Rows) -> dict[str, An
     return {
         "rows": [{k: v for k, v in row.items() if k not in _OWN} for row in measured],
         "infeasible": [row for row in rows if "right" not in row],
-        "differences": list(compared(rows, comparison.against)),
+        "differences": [row for name in comparison.against for row in compared(rows, name)],
         **({"learning": list(learning)} if learning else {}),
     }
 
@@ -112,26 +112,27 @@ def comparison_markdown(results: Mapping[str, Any]) -> str:
 
 
 def _differences(rows: Rows) -> list[str]:
-    if not rows:
-        return []
-    cells = [
-        [
-            row["variant"],
-            f"{row['budget']:.0%}",
-            f"{100 * row['difference']:+.1f}",
-            f"{100 * row['standard_error']:.1f}",
-            f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}",
+    lines = []
+    for against in dict.fromkeys(row["against"] for row in rows):
+        cells = [
+            [
+                row["variant"],
+                f"{row['budget']:.0%}",
+                f"{100 * row['difference']:+.1f}",
+                f"{100 * row['standard_error']:.1f}",
+                f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}",
+            ]
+            for row in rows
+            if row["against"] == against
         ]
-        for row in rows
-    ]
-    heads = ["variant", "budget", "points", "standard error", "95 %"]
-    return [
-        f"Against *{rows[0]['against']}*, in percentage points, by a paired bootstrap over runs "
-        "and questions:",
-        "",
-        *table(heads, cells),
-        "",
-    ]
+        lines += [
+            f"Against *{against}*, in percentage points, by a paired bootstrap over runs and "
+            "questions:",
+            "",
+            *table(["variant", "budget", "points", "standard error", "95 %"], cells),
+            "",
+        ]
+    return lines
 
 
 def _where_it_pays(rows: Rows, families: Sequence[str]) -> list[str]:

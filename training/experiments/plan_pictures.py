@@ -30,7 +30,7 @@ def plan_facts(bench: Measuring, comparison: Comparison) -> dict[str, Any]:
     be switched, and in which share of all switches two of its questions' plans differ, and one of
     its and one of another family's. `examples`: a question of each.
     """
-    variant = next(v for v in comparison.variants if v.name == comparison.against)
+    variant = next(v for v in comparison.variants if v.name == comparison.against[0])
     folder = bench.variant_trained(comparison, variant)
     forced, processor = bench.forced(folder, BUDGET), bench.load(str(folder)).processor
     rows = forced.answers(bench.batches("test", bench.samples, processor)).rows
