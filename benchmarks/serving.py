@@ -26,6 +26,7 @@ import argparse
 import asyncio
 import base64
 import io
+import itertools
 import json
 import os
 import random
@@ -33,7 +34,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -49,7 +50,7 @@ from planner.training.data import Conversation, SceneQuestions
 from planner.training.evaluate import score
 
 FAMILIES = ("existence", "attribute", "count", "spatial")
-QUESTIONS, MOST_TOKENS = 64, 4
+QUESTIONS, MOST_TOKENS, POOLS = 64, 4, 50
 # Of what the base model serves closed; the share of it in calm seconds and in bursts.
 OVERLOAD, CALM, BURST = 1.3, 0.5, 2.0
 # Of what the base model takes for one question alone; equally often.
@@ -132,10 +133,15 @@ class Load:
 
 
 class Client:
-    """Asks a server; `budgets` are those that it has, none for a server that knows no plans."""
+    """Asks a server; `budgets` are those that it has, none for a server that knows no plans.
 
-    def __init__(self, http: httpx.AsyncClient, url: str, model: str, budgets: Sequence[float]):
-        self._http, self._url, self._budgets = http, url, budgets
+    Questions take turns with `pools`: a pool looks through all of its connections every time.
+    """
+
+    def __init__(
+        self, pools: Sequence[httpx.AsyncClient], url: str, model: str, budgets: Sequence[float]
+    ):
+        self._pools, self._url, self._budgets = itertools.cycle(pools), url, budgets
         self.samples = list(SceneQuestions("test", QUESTIONS, families=FAMILIES))
         self._bodies = [body_of(sample, model) for sample in self.samples]
         self.alone: dict[tuple[int, float], str] = {}
@@ -163,7 +169,7 @@ class Client:
             load.refused += is_refusal
             load.lost += not is_refusal
             if is_refusal:  # of clients that wait for an answer; others come anyway
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(float(error.response.headers.get("retry-after", 1)))
             return
         except httpx.HTTPError:
             load.lost += 1
@@ -177,7 +183,8 @@ class Client:
         load.differing += text != self.alone[number, budget]
 
     async def _ask(self, number: int, own: dict[str, Any]) -> tuple[str, float]:
-        answer = await self._http.post(self._url, json={**self._bodies[number], **own})
+        http = next(self._pools)
+        answer = await http.post(self._url, json={**self._bodies[number], **own})
         said = answer.raise_for_status().json()
         plan = said["usage"].get("plan") or {"budget": 1.0}
         return (said["choices"][0]["message"]["content"] or "").strip(), plan["budget"]
@@ -218,8 +225,10 @@ async def measure(
 ) -> dict[str, Any]:
     """One setting; `base` is what the base model came to, None for itself."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(limits=limits, timeout=120) as http:
-        client = Client(http, url, model, budgets)
+    async with AsyncExitStack() as stack:
+        made = [httpx.AsyncClient(limits=limits, timeout=120, verify=False) for _ in range(POOLS)]
+        pools = [await stack.enter_async_context(http) for http in made]
+        client = Client(pools, url, model, budgets)
         alone = await client.learn()
         deadlines = [n * (base["alone_seconds"] if base else alone) for n in DEADLINES]
         begun = time.monotonic()

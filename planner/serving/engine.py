@@ -20,13 +20,14 @@ from planner.ir.errors import InputError, PlannerError
 from planner.plan import Plan
 from planner.serving.answer_text import AnswerText
 from planner.serving.chat_prompts import Prompt
-from planner.serving.governor import Deadline, Expected, Governor
+from planner.serving.governor import Deadline, Expected, Governor, PromptSize
 from planner.serving.ladder import Ladder
 from planner.serving.metrics import Metrics
 from planner.serving.running_batch import Answer, RunningBatch, Sampler, alike
 
 # Tokens of prompts that are read together: the running answers wait meanwhile.
 _TOGETHER_TOKENS = 2048
+_TOO_LATE = "the deadline cannot be kept with what runs now"
 
 
 class Busy(PlannerError):
@@ -154,13 +155,18 @@ class Engine:
         return self._thread.is_alive() and not self._is_stopping
 
     @contextmanager
-    def place(self) -> Iterator[None]:
-        """Hold a place in the queue while a prompt is read, and until its job is submitted; Busy
-        where there is none."""
+    def place(self, deadline: Deadline, arrived: float) -> Iterator[None]:
+        """Hold a place in the queue while a prompt is made ready, and until its job is submitted.
+
+        Busy where there is none, or where no prompt at all could be in time: to find that out costs
+        next to nothing, unlike making prompts ready.
+        """
         with self._changed:
             self._check_open()
             if len(self._waiting) + self._reserved >= self.limits.waiting:
                 raise self._refusal("too many requests are waiting", "queue")
+            if deadline.is_set and self._is_late(deadline, arrived):
+                raise self._refusal(_TOO_LATE, "deadline")
             self._reserved += 1
         try:
             yield
@@ -201,7 +207,17 @@ class Engine:
         # A machine with nothing to do tries: how else would it learn that it is fast again?
         is_idle = not self._running and not until_begin
         if not is_idle and self._rung_for(job, until_begin) is None:
-            raise self._refusal("the deadline cannot be kept with what runs now", "deadline")
+            raise self._refusal(_TOO_LATE, "deadline")
+
+    def _is_late(self, deadline: Deadline, arrived: float) -> bool:
+        """Whether an empty prompt would not be in time, behind what waits and is made ready."""
+        empty = PromptSize(0)
+        ready = self._reserved * self._governor.prompt_seconds([0], [empty])
+        until_begin = self._seconds_to_begin() + ready
+        if not self._running and not until_begin:
+            return False
+        waited = time.monotonic() - arrived + until_begin
+        return self._governor.choose(deadline, empty, 1, dearest=0, waited=waited) is None
 
     def _rung_for(self, job: Job, until_begin: float) -> int | None:
         return self._governor.choose(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -42,7 +43,11 @@ class ServiceSettings:
 
 
 def load_service(settings: ServiceSettings, progress: Say = lambda stage: None) -> Service:
-    """Load a model and open its service; InputError where it cannot be served so."""
+    """Load a model and open its service; InputError where it cannot be served so.
+
+    What is loaded by then stays for good, so garbage collection does not look through it any more:
+    a full collection took seconds, in which no request was answered.
+    """
     request, scheduled = settings.request, None
     progress("load")
     if settings.scheduler is None:
@@ -51,7 +56,7 @@ def load_service(settings: ServiceSettings, progress: Say = lambda stage: None) 
         dearest = replace(request, budget=max(settings.budgets))
         schedule = compile_schedule(dearest, settings.scheduler)
         model, processor, scheduled = load_scheduled(schedule, settings.dtype, settings.place)
-    return open_service(
+    service = open_service(
         request.model,
         model,
         processor,
@@ -65,6 +70,9 @@ def load_service(settings: ServiceSettings, progress: Say = lambda stage: None) 
         tokens=request.tokens,
         utilities=request.utilities,
     )
+    gc.collect()
+    gc.freeze()
+    return service
 
 
 def open_service(

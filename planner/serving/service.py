@@ -140,7 +140,7 @@ class Service(ChatService[AskedHere]):
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        with self.engine.place():
+        with self.engine.place(deadline, arrived):
             prompt = await loop.run_in_executor(self._reading, self._reader.read, request.messages)
             job = Job(
                 prompt,

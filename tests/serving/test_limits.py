@@ -1,5 +1,6 @@
 """What a server refuses, and what it lets go of."""
 
+import gc
 import http.client
 import json
 import os
@@ -20,7 +21,11 @@ import pytest
 from chats import COLOURS, ask, data_url, messages
 
 from planner.ir.errors import InputError, PlannerError
-from planner.serving.engine import EngineLimits
+from planner.planning.request import Request
+from planner.serving import opening
+from planner.serving.engine import Busy, EngineLimits
+from planner.serving.governor import Deadline
+from planner.serving.opening import ServiceSettings, load_service
 from planner.serving.pictures import fetch, is_public
 
 
@@ -83,13 +88,42 @@ def test_a_full_queue_says_when_to_come_again(client, service, monkeypatch):
 
 
 def test_a_deadline_that_is_too_late_by_now_is_refused_at_once(client, service, monkeypatch):
-    """One that the idle machine would keep, behind a minute of work."""
+    """One that the idle machine would keep, behind a minute of work: its prompt is not read."""
     monkeypatch.setattr(service.engine, "_seconds_to_begin", lambda: 60.0)
+    read, prompts = service._reader.read, []
+    monkeypatch.setattr(service._reader, "read", lambda given: (prompts.append(1), read(given))[1])
     with pytest.raises(openai.InternalServerError) as caught:
         ask(client, deadline_ms=30_000)
     assert caught.value.status_code == 503
     assert caught.value.response.headers["retry-after"] == "60"
+    assert not prompts
     assert ask(client, deadline_ms=90_000).usage.plan["budget"] == 1
+    assert prompts
+
+
+def test_prompts_that_are_made_ready_stand_before_a_deadline_too(service, monkeypatch):
+    engine, deadline = service.engine, Deadline(whole=60.0)
+    monkeypatch.setattr(engine, "limits", EngineLimits(answers=4, waiting=10**9))
+    with engine.place(deadline, time.monotonic()):
+        monkeypatch.setattr(engine, "_reserved", 10**6)
+        late = engine.place(deadline, time.monotonic())
+        with pytest.raises(Busy, match="cannot be kept"):
+            late.__enter__()
+        monkeypatch.setattr(engine, "_reserved", 1)
+
+
+def test_what_a_service_holds_for_good_is_no_matter_of_garbage_collection(monkeypatch):
+    loaded = [["a model"]]
+    monkeypatch.setattr(opening, "load_model", lambda *args: (None, None, None))
+    monkeypatch.setattr(opening, "prompt_limits", lambda *args: None)
+    monkeypatch.setattr(opening, "open_service", lambda *args, **options: loaded)
+    before = gc.get_freeze_count()
+    try:
+        assert load_service(ServiceSettings(Request("tiny-llava"), (1.0,))) is loaded
+        assert gc.get_freeze_count() > before
+        assert all(each is not loaded for each in gc.get_objects())
+    finally:
+        gc.unfreeze()
 
 
 def test_a_request_out_of_time_is_ended(client, service, monkeypatch):
