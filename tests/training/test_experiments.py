@@ -127,8 +127,9 @@ def test_differences_are_paired_with_the_base_model():
 
 
 @pytest.mark.parametrize("name", ["table1", "table3", "baselines"])
-def test_the_base_model_is_beside(name):
-    assert [c for c in TABLES[name].cells if c.rule == "base" and not c.tokens]
+def test_the_base_model_is_beside_and_smaller_pictures_for_it(name):
+    tokens = [c.tokens for c in TABLES[name].cells if c.rule == "base"]
+    assert tokens[:3] == ["", "downsample:side=5", "downsample:side=4"]
 
 
 def test_positions_are_compared_in_the_first_table():

@@ -51,7 +51,7 @@ def _plot_accuracies(axes: Any, rows: Rows) -> None:
     for row in rows:
         label = row["method"] + (f", {row['tokens'].partition(':')[0]}" if row["tokens"] else "")
         lines.setdefault(label, []).append(row)
-    for label, members in lines.items():
+    for number, (label, members) in enumerate(lines.items()):
         ordered = sorted(members, key=lambda row: row["cost_fraction"])
         axes.errorbar(
             [row["cost_fraction"] for row in ordered],
@@ -61,6 +61,8 @@ def _plot_accuracies(axes: Any, rows: Rows) -> None:
             markersize=4,
             capsize=2,
             linewidth=1.2,
+            # There are ten colours.
+            linestyle=["-", "--", ":"][number // 10 % 3],
             label=label,
         )
     axes.set_xlabel("FLOPs of the prefill, language model, fraction of the base model")
