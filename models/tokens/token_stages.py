@@ -157,7 +157,7 @@ class TokenStages:
         return hidden
 
     def _asked(self, call: Call) -> Tensor:
-        """Tokens of the prompt, without those of answers that are being learned.
+        """Tokens of the prompt, without answers that are learned and what follows the last one.
 
         Where nothing else stands behind the image, answers belong to it.
         """
@@ -165,7 +165,9 @@ class TokenStages:
         assert image is not None
         if not isinstance(labels, Tensor) or call.past:
             return prompt
-        given = self._places(labels.to(image.device) == _NO_LABEL, False) | image
+        learned = labels.to(image.device) != _NO_LABEL
+        followed = learned.flip(1).cumsum(1).flip(1) > 0
+        given = self._places(~learned & followed, False) | image
         behind = ~image & (image.flip(1).cumsum(1).flip(1) == 0)
         return torch.where((prompt & given & behind).any(1, keepdim=True), prompt & given, prompt)
 

@@ -70,8 +70,11 @@ def test_dart_sees_the_keys_and_normed_states_of_the_stock_model(llava, side):
         assert int((keep & seen.image)[row].sum()) == 12
 
 
-def pyramid_by_hand(model, inputs, stages, answer=()):
-    """Logits from the prompt's last token on, of one sample that drops tokens layer by layer."""
+def pyramid_by_hand(model, inputs, stages, answer=(), asking=()):
+    """Logits from the prompt's last token on, of one sample that drops tokens layer by layer.
+
+    What it asks is the prompt's last token, or on average those at some places.
+    """
     decoder = model.model.language_model
     image = (inputs["input_ids"][0] == IMAGE).nonzero().flatten()
     states = model.get_input_embeddings()(inputs["input_ids"])
@@ -79,6 +82,7 @@ def pyramid_by_hand(model, inputs, stages, answer=()):
     features = tower.hidden_states[model.config.vision_feature_layer][:, 1:]
     states[0, image] = model.model.multi_modal_projector(features).flatten(0, 1)
     words = torch.tensor([answer], dtype=torch.long)
+    ends = torch.tensor(asking or [states.shape[1] - 1])
     prompt, states = states.shape[1], torch.cat([states, model.get_input_embeddings()(words)], 1)
     for index, layer in enumerate(decoder.layers):
         ids = torch.arange(states.shape[1])[None]
@@ -91,20 +95,23 @@ def pyramid_by_hand(model, inputs, stages, answer=()):
             )
             query, key = apply_rotary_pos_emb(query, key, *(t[:, :prompt] for t in turned))
             key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-            row = (query[:, :, -1:] @ key.mT / 4).softmax(-1).mean(1)[0, 0]
+            seen = torch.arange(prompt) <= ends[:, None]
+            scores = (query[:, :, ends] @ key.mT / 4).masked_fill(~seen, -torch.inf)
+            row = scores.softmax(-1).mean((1, 2))[0]
             best = image[row[image].argsort(descending=True)[: stages[index]]].sort().values
             kept = torch.ones(states.shape[1], dtype=torch.bool)
             kept[image] = False
             kept[best] = True
-            states, image, prompt = (
+            states, image, ends, prompt = (
                 states[:, kept],
                 (kept.cumsum(0) - 1)[best],
+                (kept.cumsum(0) - 1)[ends],
                 int(kept[:prompt].sum()),
             )
             ids = torch.arange(states.shape[1])[None]
             turned = decoder.rotary_emb(states, ids)
         states = layer(states, position_embeddings=turned, position_ids=ids)
-    return model.lm_head(decoder.norm(states))[0, prompt - 1 :]
+    return model.lm_head(decoder.norm(states))[0, 0 if asking else prompt - 1 :]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -130,6 +137,32 @@ def test_pyramiddrop_equals_the_layers_run_by_hand_in_decoding_too(llava, side):
         expected = pyramid_by_hand(family.model, alone, {1: 16, 3: 6}, answer[:3])
         assert close(logits[0], expected[0])
         assert close(torch.cat(run.logits), expected)
+
+
+@torch.no_grad()
+def test_every_question_chooses_for_pyramiddrop_while_answers_are_learned(llava):
+    """In a batch with turns of different numbers and lengths, and with an end behind an answer."""
+    family, graph = llava
+    text = "pyramiddrop:k=1/3,ratio=0.5/0.2"
+    stages = (TokenStage(1, 8, 16, text), TokenStage(3, 3, 16, text))
+    inputs = family.inputs(2, before=(3, 3), after=(17, 17))
+    ids = inputs["input_ids"]
+    labels = torch.full_like(ids, -100)
+    # Behind an image from 3 to 18: (question, answer) of so many tokens, and what no answer is.
+    for row, answers in enumerate((((22, 25), (30, 34)), ((21, 22), (25, 29), (31, 36)))):
+        for begin, end in answers:
+            labels[row, begin:end] = ids[row, begin:end]
+    with obeying(family.model, graph, plan_of(graph, tokens=stages)):
+        logits = family.model(**inputs, labels=labels).logits
+    for row, asking in enumerate(([21, 29], [20, 24, 30])):
+        alone = {
+            "input_ids": ids[row : row + 1],
+            "pixel_values": inputs["pixel_values"][row : row + 1],
+        }
+        expected = pyramid_by_hand(family.model, alone, {1: 8, 3: 3}, asking=asking)
+        last = pyramid_by_hand(family.model, alone, {1: 8, 3: 3}, asking=asking[-1:])
+        assert close(logits[row, -17:], expected[-17:])
+        assert not close(logits[row, -17:], last[-17:])
 
 
 @torch.no_grad()

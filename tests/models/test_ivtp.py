@@ -388,7 +388,14 @@ def test_answers_that_are_learned_do_not_choose(deep, text):
         asked = family.model(**inputs).logits[:, -1]
         learned = family.model(**inputs | {"input_ids": ids}, labels=labels).logits
         guessed = family.model(**inputs | {"input_ids": ids}).logits
+        # A template's end of a turn stands behind the answer, and no loss is of it.
+        ends = torch.full_like(answer[:, :2], 7)
+        ended = family.model(
+            **inputs | {"input_ids": torch.cat([ids, ends], 1)},
+            labels=torch.cat([labels, torch.full_like(ends, -100)], 1),
+        ).logits
     assert close(learned[:, prompt - 1], asked)
+    assert close(ended[:, prompt - 1], asked)
     assert not close(guessed[:, prompt - 1], asked)
 
 

@@ -16,4 +16,5 @@ from planner.planning.selectors import PyramidDrop
 def pyramiddrop(selector: PyramidDrop, inputs: DecoderInputs, layer: int) -> DecoderSelection:
     """Shares are of the image tokens that each sample had before the first step."""
     step, totals = selector.layers.index(layer), supplied(inputs.image_tokens, "image_tokens")
-    return best_attended(inputs, [selector.counts(n)[step] for n in totals.tolist()])
+    counts = [selector.counts(n)[step] for n in totals.tolist()]
+    return best_attended(inputs, counts, every_turn=True)

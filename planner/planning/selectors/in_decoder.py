@@ -139,8 +139,9 @@ class PyramidDrop(Positioned, DecoderSelector):
     The score is the attention that the last prompt token would pay an image token in the layer that
     comes next, averaged over heads: its norm, queries and keys are computed for all tokens, and
     again behind the choice. int(n ratio) of a sample's n image tokens are left, in their order, at
-    contiguous position ids. Xing et al., "PyramidDrop" (arXiv 2410.17247), after the released code.
-    That has layers 8, 16 and 24 for 40 layers as for 32; scale them for other depths.
+    contiguous position ids. While answers are learned, every token that one follows asks, and their
+    mean counts. Xing et al., "PyramidDrop" (arXiv 2410.17247), after the released code. That has
+    layers 8, 16 and 24 for 40 layers as for 32; scale them for other depths.
     """
 
     name = "pyramiddrop"
