@@ -63,11 +63,17 @@ def learner(
         scheduler.load_state_dict(known.state_dict())
     if config.method.partition(":")[0] not in policy_methods.METHODS:
         return AdaptiveModel(model, graph, scheduler, estimators.parse(config.method), load)
+    method = policy_methods.parse(config.method)
+    if method.epochs > 1 and config.gradient_accumulation_steps > 1:
+        raise InputError(
+            f"{config.method} makes {method.epochs} updates with each batch, so it cannot gather "
+            f"{config.gradient_accumulation_steps} batches for one: gradient_accumulation_steps=1"
+        )
     return PolicyModel(
         model,
         graph,
         scheduler,
-        policy_methods.parse(config.method),
+        method,
         Reward(config.reward, config.flops_penalty),
         tokens=config.token_draws,
         switches=config.switch_draws,
