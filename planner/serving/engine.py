@@ -212,8 +212,7 @@ class Engine:
     def _is_late(self, deadline: Deadline, arrived: float) -> bool:
         """Whether an empty prompt would not be in time, behind what waits and is made ready."""
         empty = PromptSize(0)
-        ready = self._reserved * self._governor.prompt_seconds([0], [empty])
-        until_begin = self._seconds_to_begin() + ready
+        until_begin = self._seconds_to_begin([empty] * self._reserved)
         if not self._running and not until_begin:
             return False
         waited = time.monotonic() - arrived + until_begin
@@ -229,15 +228,17 @@ class Engine:
             running=[running.rung for running in self._running],
         )
 
-    def _seconds_to_begin(self) -> float:
-        """Until a request that came now would be read."""
+    def _seconds_to_begin(self, made_ready: Sequence[PromptSize] = ()) -> float:
+        """Until a request that came now would be read, behind what waits and is made ready."""
         waiting, running = list(self._waiting), list(self._running)
-        seconds = sum(
-            self._governor.prompt_seconds(
-                [0 if job.deadline.is_set else job.dearest], [job.prompt.size]
-            )
-            for job in waiting
-        )
+        known = [(0 if j.deadline.is_set else j.dearest, j.prompt.size) for j in waiting]
+        known += [(0, size) for size in made_ready]
+        seconds = 0.0
+        for start in range(0, len(known), self.limits.prompts):
+            rungs, sizes = zip(*known[start : start + self.limits.prompts], strict=True)
+            seconds += self._governor.prompt_seconds(rungs, sizes)
+            # The answers that run get a token between two reads.
+            seconds += self._governor.step_seconds([r.rung for r in running])
         if running and len(running) + len(waiting) >= self._most_answers:
             left = min(r.job.new_tokens - len(r.answer.tokens) for r in running)
             step = self._governor.step_seconds([r.rung for r in running])
