@@ -3,10 +3,11 @@
     planner experiment dynamic [--seeds 0,1,2] [--samples 2000]
 
 After Table 3 of arXiv 2412.00876 (an answer's tokens kept by the predictor, at random, every other
-one, the latest ones, by H2O) and its Tables 5 and 17 (keep rates swept). Answers are descriptions
-of rendered scenes, fed token by token into a cache under the policy, and every token's likelihood
-is what the model gave it there. Predictors are trained for tiny-llava as it is, one pair for each
-pair of rates and seed. Speed is of a few answers, under every method in turn, several times.
+one, the latest ones, by H2O) and its Tables 5 and 17 (keep rates swept), beside pictures that are
+down-sampled. Answers are descriptions of rendered scenes, fed token by token into a cache under the
+policy, and every token's likelihood is what the model gave it there. Predictors are trained for
+tiny-llava as it is, one pair for each pair of rates and seed. Speed is of a few answers, under
+every method in turn, several times.
 """
 
 from __future__ import annotations
@@ -69,6 +70,9 @@ _PREDICTED = "dynamic-llava:FOLDER"
 
 def _methods() -> Iterator[Method]:
     yield Method("base model")
+    # As many image tokens as .2 and, nearly, .4 of 49.
+    for side in (3, 4):
+        yield Method(f"image down-sampled, {side} x {side}", f"downsample:side={side}")
     yield Method("random image tokens", "random:keep=COUNT,k=2")
     yield Method("image predictor", _PREDICTED)
     yield Method("both predictors", _PREDICTED, _PREDICTED)
@@ -76,6 +80,9 @@ def _methods() -> Iterator[Method]:
         yield Method(f"answer: {rule}", _PREDICTED, f"answer:{rule},share={ANSWER_RATE}")
     yield Method("H2O", _PREDICTED, "h2o:heavy=0.25,recent=0.25")
     yield Method("H2O, whole image", "", "h2o:heavy=0.25,recent=0.25")
+    # Shares are of the prompt, and answers are longer: these hold about half of what the base does.
+    yield Method("H2O, longer", _PREDICTED, "h2o:heavy=1,recent=1")
+    yield Method("H2O, whole image, longer", "", "h2o:heavy=0.5,recent=0.5")
     for rates in ((IMAGE_RATE, 0.25), (IMAGE_RATE, 0.75), (0.1, ANSWER_RATE), (0.4, ANSWER_RATE)):
         yield Method("both predictors", _PREDICTED, _PREDICTED, rates)
 
@@ -291,7 +298,8 @@ def dynamic_page(results: Mapping[str, Any]) -> str:
         "of processor time, 32 answers being decoded together. Differences are of the "
         "mean loss a token, in nats, with 95 % intervals by a paired bootstrap over runs and "
         "answers. Rows named after a rule keep the image tokens that the image predictor chooses, "
-        "H2O half of every cache.",
+        "and so does H2O but for the whole image. H2O's caches are as long as half of the prompt; "
+        "the longer ones as twice the prompt that the predictor leaves, or as the whole prompt.",
         "",
         *table(heads, cells),
         "",
