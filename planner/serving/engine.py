@@ -10,80 +10,23 @@ import copy
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from planner.ir.errors import InputError, PlannerError
-from planner.plan import Plan
 from planner.serving.answer_text import AnswerText
-from planner.serving.chat_prompts import Prompt
 from planner.serving.governor import Deadline, Expected, Governor, PromptSize
+from planner.serving.jobs import Busy, Done, Failed, Job, Piece
 from planner.serving.ladder import Ladder
 from planner.serving.metrics import Metrics
-from planner.serving.running_batch import Answer, RunningBatch, Sampler, alike
+from planner.serving.running_batch import Answer, RunningBatch, alike
+from planner.serving.waiting import Waiting
 
 # Tokens of prompts that are read together: the running answers wait meanwhile.
 _TOGETHER_TOKENS = 2048
 _TOO_LATE = "the deadline cannot be kept with what runs now"
-
-
-class Busy(PlannerError):
-    """A request is turned away before work is done on it."""
-
-    def __init__(self, sentence: str, reason: str, seconds: float) -> None:
-        super().__init__(sentence)
-        self.reason = reason  # ``queue``, ``deadline``, ``stopping`` or ``timeout``
-        self.retry_after = max(1, math.ceil(seconds))
-
-    def __reduce__(self) -> tuple[type[Busy], tuple[str, str, float]]:
-        return Busy, (str(self), self.reason, self.retry_after)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some text of an answer; it may be empty."""
-
-    text: str
-    rung: int  # that the answer is made under
-
-
-@dataclass(frozen=True)
-class Done:
-    """An answer is complete."""
-
-    reason: Literal["stop", "length"]
-    tokens: int
-    rung: int
-    plan: Plan
-    kept: Mapping[int, int]  # layer of a token stage -> image tokens left
-
-
-@dataclass(frozen=True)
-class Failed:
-    """There will be no more of an answer."""
-
-    error: PlannerError
-
-
-Event = Piece | Done | Failed
-
-
-@dataclass(eq=False)
-class Job:
-    """A request."""
-
-    prompt: Prompt
-    new_tokens: int  # the most to generate
-    dearest: int  # the rung that its budget allows
-    sampler: Sampler
-    emit: Callable[[Event], None]  # called in the engine's thread
-    stops: tuple[str, ...] = ()  # texts that end the answer
-    deadline: Deadline = field(default_factory=Deadline)  # from `arrived` on
-    arrived: float = field(default_factory=time.monotonic)
-    is_cancelled: bool = False
 
 
 @dataclass(eq=False)
@@ -131,7 +74,7 @@ class Engine:
         ends = batch.model.generation_config.eos_token_id
         self._ends = frozenset(ends if isinstance(ends, list) else [ends])
         self._changed = threading.Condition()
-        self._waiting: deque[Job] = deque()
+        self._waiting = Waiting(governor, limits.prompts)
         self._reserved = 0
         self._running: list[_Running] = []
         self._is_stopping = False
@@ -184,7 +127,7 @@ class Engine:
             self._check_open()
             if job.deadline.is_set:
                 self._check_deadline(job)
-            self._waiting.append(job)
+            self._waiting.add(job)
             self.metrics.waiting.set(len(self._waiting))
             self._changed.notify()
 
@@ -203,48 +146,43 @@ class Engine:
                 "the deadline is too short: not even the cheapest plan on the idle machine keeps "
                 f"it for {job.prompt.tokens} tokens of prompt and {job.new_tokens} of answer"
             )
-        until_begin = self._seconds_to_begin()
+        rungs, begin = self._running_rungs(), self._seconds_to_place()
+        asked = job.deadline, job.prompt.size, job.new_tokens
+        job.latest = job.arrived + self._governor.seconds_to_spare(*asked, rungs)
         # A machine with nothing to do tries: how else would it learn that it is fast again?
-        is_idle = not self._running and not until_begin
-        if not is_idle and self._rung_for(job, until_begin) is None:
+        is_idle = not self._running and not self._waiting
+        # It must be in time, and must not make one late that was accepted before.
+        if not is_idle and self._waiting.late(begin, rungs, job) > self._waiting.late(begin, rungs):
             raise self._refusal(_TOO_LATE, "deadline")
 
     def _is_late(self, deadline: Deadline, arrived: float) -> bool:
-        """Whether an empty prompt would not be in time, behind what waits and is made ready."""
-        empty = PromptSize(0)
-        until_begin = self._seconds_to_begin([empty] * self._reserved)
-        if not self._running and not until_begin:
+        """Whether an empty prompt would not be in time, behind what is before it and made ready."""
+        spare = self._governor.seconds_to_spare(deadline, PromptSize(0), 1)
+        jobs = [job for job in self._waiting if job.latest <= arrived + spare]
+        made_ready = [PromptSize(0)] * self._reserved
+        begin = self._seconds_to_place()
+        begin += self._waiting.seconds(jobs, self._running_rungs(), made_ready)
+        if not self._running and not begin:
             return False
-        waited = time.monotonic() - arrived + until_begin
-        return self._governor.choose(deadline, empty, 1, dearest=0, waited=waited) is None
+        return time.monotonic() - arrived + begin > spare
 
-    def _rung_for(self, job: Job, until_begin: float) -> int | None:
-        return self._governor.choose(
-            job.deadline,
-            job.prompt.size,
-            job.new_tokens,
-            dearest=job.dearest,
-            waited=time.monotonic() - job.arrived + until_begin,
-            running=[running.rung for running in self._running],
-        )
+    def _running_rungs(self) -> list[int]:
+        return [running.rung for running in list(self._running)]
 
-    def _seconds_to_begin(self, made_ready: Sequence[PromptSize] = ()) -> float:
-        """Until a request that came now would be read, behind what waits and is made ready."""
-        waiting, running = list(self._waiting), list(self._running)
-        known = [(0 if j.deadline.is_set else j.dearest, j.prompt.size) for j in waiting]
-        known += [(0, size) for size in made_ready]
-        seconds = 0.0
-        for start in range(0, len(known), self.limits.prompts):
-            rungs, sizes = zip(*known[start : start + self.limits.prompts], strict=True)
-            seconds += self._governor.prompt_seconds(rungs, sizes)
-            # The answers that run get a token between two reads.
-            seconds += self._governor.step_seconds([r.rung for r in running])
-        if running and len(running) + len(waiting) >= self._most_answers:
-            left = min(r.job.new_tokens - len(r.answer.tokens) for r in running)
-            step = self._governor.step_seconds([r.rung for r in running])
-            # Places become free one by one.
-            seconds += left * step * math.ceil((len(waiting) + 1) / self._most_answers)
-        return seconds
+    def _seconds_to_place(self) -> float:
+        """Until there is a place among the running answers for all that wait and for one more."""
+        waiting, running = len(self._waiting), list(self._running)
+        if not running or len(running) + waiting < self._most_answers:
+            return 0.0
+        left = min(r.job.new_tokens - len(r.answer.tokens) for r in running)
+        step = self._governor.step_seconds([r.rung for r in running])
+        # Places become free one by one.
+        return left * step * math.ceil((waiting + 1) / self._most_answers)
+
+    def _seconds_to_begin(self) -> float:
+        """Until a request that came now, and had no hurry, would be read."""
+        reading = self._waiting.seconds(list(self._waiting), self._running_rungs())
+        return reading + self._seconds_to_place()
 
     def _loop(self) -> None:
         while True:
@@ -319,25 +257,51 @@ class Engine:
         """The first of the queue, and those behind it that can be read with it."""
         room = min(self._most_answers - len(self._running), self.limits.prompts)
         with self._changed:
-            jobs = [self._waiting.popleft()]
-            kind, tokens = alike(jobs[0].prompt.inputs), jobs[0].prompt.tokens
-            while self._waiting and len(jobs) < room:
-                following = self._waiting[0].prompt
-                tokens += following.tokens
-                if tokens > _TOGETHER_TOKENS or alike(following.inputs) != kind:
+            first, *others = self._waiting
+            jobs, kind, tokens = [first], alike(first.prompt.inputs), first.prompt.tokens
+            for job in others[: room - 1]:
+                tokens += job.prompt.tokens
+                if tokens > _TOGETHER_TOKENS or alike(job.prompt.inputs) != kind:
                     break
-                jobs.append(self._waiting.popleft())
+                jobs.append(job)
+            for job in jobs:
+                self._waiting.remove(job)
         return jobs
 
     def _rungs_of(self, jobs: Sequence[Job]) -> list[int]:
         """The rungs for jobs that are read now; one for all with deadlines: every other plan of a
-        batch costs calls of its own."""
+        batch costs calls of its own.
+
+        It is the dearest that keeps their deadlines and makes none late that waits.
+        """
         # They were accepted; where things have become worse since, the cheapest plan is best.
-        picked = [self._rung_for(job, 0.0) or 0 for job in jobs if job.deadline.is_set]
-        # One rung less for every read that waits: better a cheaper plan than a refusal.
+        picked = [self._rung_for(job) or 0 for job in jobs if job.deadline.is_set]
+        # One rung less for every read that waits: more may come.
         reads = math.ceil(len(self._waiting) / self.limits.prompts)
         rung = max(0, min(picked, default=0) - reads)
+        if rung and self._waiting:
+            fewest = self._late_behind(jobs, 0)
+            while rung and self._late_behind(jobs, rung) > fewest:
+                rung -= 1
         return [rung if job.deadline.is_set else job.dearest for job in jobs]
+
+    def _late_behind(self, jobs: Sequence[Job], rung: int) -> int:
+        """How many that wait would be late if jobs were read under a rung now."""
+        rungs = [rung if job.deadline.is_set else job.dearest for job in jobs]
+        running = [*self._running_rungs(), *rungs]
+        begin = self._governor.prompt_seconds(rungs, [job.prompt.size for job in jobs])
+        with self._changed:
+            return self._waiting.late(begin + self._governor.step_seconds(running), running)
+
+    def _rung_for(self, job: Job) -> int | None:
+        return self._governor.choose(
+            job.deadline,
+            job.prompt.size,
+            job.new_tokens,
+            dearest=job.dearest,
+            waited=time.monotonic() - job.arrived,
+            running=self._running_rungs(),
+        )
 
     def _step(self) -> None:
         rungs = [running.rung for running in self._running]

@@ -282,6 +282,26 @@ class Governor:
                 return rung
         return None
 
+    def seconds_to_spare(
+        self,
+        deadline: Deadline,
+        prompt: PromptSize,
+        new_tokens: int,
+        running: Sequence[int] = (),
+    ) -> float:
+        """How long after its arrival a request can be read and be in time under the cheapest plan.
+
+        Negative where it cannot be at all. `running` as of `choose`.
+        """
+        reading, step = self.rungs[0].prompt(prompt), self._step((*running, 0))
+        if new_tokens > 1 and self.tokens.quantile * step > deadline.per_token:
+            return -math.inf
+        whole = self.prompts.median * reading + self.tokens.median * step * (new_tokens - 1)
+        return min(
+            deadline.first_token - self.prompts.quantile * reading,
+            deadline.whole - self.margin.quantile * whole,
+        )
+
     def is_possible(self, deadline: Deadline, prompt: PromptSize, new_tokens: int) -> bool:
         """Whether the cheapest rung would keep a deadline on the idle machine, all alone."""
         idle = Governor(self.rungs[:1])

@@ -25,8 +25,8 @@ from planner.serving.chat_format import (
     ServedModel,
     ServedModels,
 )
-from planner.serving.engine import Busy, Done, Event, Failed, Piece
 from planner.serving.http_limits import BodyLimit, KeyCheck
+from planner.serving.jobs import Busy, Done, Event, Failed, Piece
 from planner.serving.service import Asked, ChatService
 
 MOST_BODY_BYTES = 32 * 2**20

@@ -13,7 +13,7 @@ from typing import Any
 from planner.ir.errors import PlannerError
 from planner.ray_workers import enter
 from planner.serving.chat_format import ChatRequest, Usage
-from planner.serving.engine import Done, Event, Failed, Piece
+from planner.serving.jobs import Done, Event, Failed, Piece
 from planner.serving.opening import ServiceSettings, load_service
 
 

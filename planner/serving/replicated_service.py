@@ -27,7 +27,7 @@ from typing_extensions import override
 from planner.ir.errors import InputError, PlannerError, first_line
 from planner.ray_workers import connect
 from planner.serving.chat_format import ChatRequest, Usage
-from planner.serving.engine import Busy, Done, Failed, Piece
+from planner.serving.jobs import Busy, Done, Failed, Piece
 from planner.serving.opening import ServiceSettings
 from planner.serving.replica import Replica
 from planner.serving.scaling import wanted_replicas

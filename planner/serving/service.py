@@ -23,8 +23,9 @@ from planner.plan import Plan
 from planner.planning.plan_costs import PlanCosts
 from planner.serving.chat_format import ChatRequest, PlanUsed, Usage
 from planner.serving.chat_prompts import PromptReader
-from planner.serving.engine import Done, Engine, Event, Job
+from planner.serving.engine import Engine
 from planner.serving.governor import Deadline
+from planner.serving.jobs import Done, Event, Job
 from planner.serving.metrics import Metrics
 from planner.serving.running_batch import Sampler
 

@@ -11,7 +11,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
@@ -24,10 +23,12 @@ from chats import COLOURS, ask, data_url, messages
 from planner.ir.errors import InputError, PlannerError
 from planner.planning.request import Request
 from planner.serving import opening
-from planner.serving.engine import Busy, EngineLimits
-from planner.serving.governor import Deadline, PromptSize
+from planner.serving.engine import EngineLimits
+from planner.serving.governor import Deadline
+from planner.serving.jobs import Busy
 from planner.serving.opening import ServiceSettings, load_service
 from planner.serving.pictures import fetch, is_public
+from planner.serving.waiting import Waiting
 
 
 @contextmanager
@@ -90,7 +91,8 @@ def test_a_full_queue_says_when_to_come_again(client, service, monkeypatch):
 
 def test_a_deadline_that_is_too_late_by_now_is_refused_at_once(client, service, monkeypatch):
     """One that the idle machine would keep, behind a minute of work: its prompt is not read."""
-    monkeypatch.setattr(service.engine, "_seconds_to_begin", lambda *_: 60.0)
+    monkeypatch.setattr(service.engine, "_seconds_to_begin", lambda: 60.0)
+    monkeypatch.setattr(service.engine, "_seconds_to_place", lambda: 60.0)
     read, prompts = service._reader.read, []
     monkeypatch.setattr(service._reader, "read", lambda given: (prompts.append(1), read(given))[1])
     with pytest.raises(openai.InternalServerError) as caught:
@@ -109,21 +111,6 @@ def test_prompts_that_are_made_ready_stand_before_a_deadline_too(service, monkey
     late = engine.place(deadline, time.monotonic())
     with pytest.raises(Busy, match="cannot be kept"):
         late.__enter__()
-
-
-def test_what_waits_is_counted_as_it_is_read(service, monkeypatch):
-    """Two together, and the answers that run get a token after each pair."""
-    engine = service.engine
-    monkeypatch.setattr(engine, "limits", EngineLimits(answers=4, waiting=9, prompts=2))
-    sizes = [PromptSize(n) for n in (20, 30, 40)]
-    pairs = [engine._governor.prompt_seconds([0] * len(p), p) for p in (sizes[:2], sizes[2:])]
-    assert engine._seconds_to_begin(sizes) == pytest.approx(sum(pairs))
-    alone = sum(engine._governor.prompt_seconds([0], [size]) for size in sizes)
-    assert sum(pairs) < alone
-    running = SimpleNamespace(rung=1, job=SimpleNamespace(new_tokens=9), answer=None)
-    monkeypatch.setattr(engine, "_running", [running])
-    step = engine._governor.step_seconds([1])
-    assert engine._seconds_to_begin(sizes) == pytest.approx(sum(pairs) + 2 * step)
 
 
 def test_what_a_service_holds_for_good_is_no_matter_of_garbage_collection(monkeypatch):
@@ -287,7 +274,7 @@ def test_under_load_deadlines_are_kept_by_cheaper_plans(client, service, monkeyp
     batch = service.engine._batch
     step = batch.step
     monkeypatch.setattr(batch, "step", lambda: (time.sleep(0.01), step()))
-    monkeypatch.setattr(service.engine, "_seconds_to_begin", lambda *_: 0.0)
+    monkeypatch.setattr(Waiting, "late", lambda *_: 0)
     with ThreadPoolExecutor(16) as pool:
         asked = [pool.submit(ask, client, COLOURS[0], deadline_ms=60_000) for _ in range(16)]
         budgets = [future.result().usage.plan["budget"] for future in asked]
