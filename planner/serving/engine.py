@@ -149,6 +149,7 @@ class Engine:
         rungs, begin = self._running_rungs(), self._seconds_to_place()
         asked = job.deadline, job.prompt.size, job.new_tokens
         job.latest = job.arrived + self._governor.seconds_to_spare(*asked, rungs)
+        self._waiting.note(job)
         # A machine with nothing to do tries: how else would it learn that it is fast again?
         is_idle = not self._running and not self._waiting
         # It must be in time, and must not make one late that was accepted before.
@@ -272,14 +273,14 @@ class Engine:
         """The rungs for jobs that are read now; one for all with deadlines: every other plan of a
         batch costs calls of its own.
 
-        It is the dearest that keeps their deadlines and makes none late that waits.
+        It is the dearest that keeps their deadlines and makes none late that waits or is expected.
         """
         # They were accepted; where things have become worse since, the cheapest plan is best.
         picked = [self._rung_for(job) or 0 for job in jobs if job.deadline.is_set]
-        # One rung less for every read that waits: more may come.
+        # One rung less for every read that waits: what is kept free now is there for others.
         reads = math.ceil(len(self._waiting) / self.limits.prompts)
         rung = max(0, min(picked, default=0) - reads)
-        if rung and self._waiting:
+        if rung:
             fewest = self._late_behind(jobs, 0)
             while rung and self._late_behind(jobs, rung) > fewest:
                 rung -= 1
@@ -291,7 +292,8 @@ class Engine:
         running = [*self._running_rungs(), *rungs]
         begin = self._governor.prompt_seconds(rungs, [job.prompt.size for job in jobs])
         with self._changed:
-            return self._waiting.late(begin + self._governor.step_seconds(running), running)
+            begin += self._governor.step_seconds(running)
+            return self._waiting.late(begin, running, expecting=True)
 
     def _rung_for(self, job: Job) -> int | None:
         return self._governor.choose(

@@ -274,7 +274,7 @@ def test_under_load_deadlines_are_kept_by_cheaper_plans(client, service, monkeyp
     batch = service.engine._batch
     step = batch.step
     monkeypatch.setattr(batch, "step", lambda: (time.sleep(0.01), step()))
-    monkeypatch.setattr(Waiting, "late", lambda *_: 0)
+    monkeypatch.setattr(Waiting, "late", lambda *_, **__: 0)
     with ThreadPoolExecutor(16) as pool:
         asked = [pool.submit(ask, client, COLOURS[0], deadline_ms=60_000) for _ in range(16)]
         budgets = [future.result().usage.plan["budget"] for future in asked]

@@ -81,15 +81,30 @@ def test_late_is_whoever_a_clock_says_is_late(asked, begin, together):
     for whole, tokens in asked:
         jobs.append(job(tokens, whole, now))
         waiting.add(jobs[-1])
-    moment, late = now + begin, 0
+    moment, late, running = now + begin, 0, [1]
     jobs.sort(key=lambda each: each.latest)
     while jobs:
         group, jobs = jobs[:together], jobs[together:]
         late += sum(moment > each.latest for each in group)
         moment += governor.prompt_seconds([0] * len(group), [each.prompt.size for each in group])
-        moment += governor.step_seconds([1])
+        moment += governor.step_seconds(running)
+        # Answers stay for three tokens.
+        running = [*running, *[0] * len(group)][-3 * together :]
     with patch("time.monotonic", return_value=now):
         assert waiting.late(begin, [1]) == late
+
+
+def test_as_many_are_expected_as_came_of_late():
+    waiting, now = Waiting(Governor(RUNGS), 1), time.monotonic()
+    for ago in (5.0, 0.3, 0.2, 0.1):
+        waiting.note(job(whole=0.4, arrived=now - ago))
+    assert len(waiting) == 0
+    with patch("time.monotonic", return_value=now):
+        assert waiting.late(9.0, []) == 0
+        assert waiting.late(9.0, [], expecting=True) == 3
+        assert waiting.late(0.0, [], expecting=True) == 0
+    with patch("time.monotonic", return_value=now + 1):
+        assert waiting.late(9.0, [], expecting=True) == 0
 
 
 def test_one_more_may_make_another_late():
