@@ -78,7 +78,7 @@ class Engine:
         self._reserved = 0
         self._running: list[_Running] = []
         self._is_stopping = False
-        self._thread = threading.Thread(target=self._loop, name="planner-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="planner-engine", daemon=True)
 
     def start(self) -> None:
         """Begin to work."""
@@ -184,6 +184,18 @@ class Engine:
         """Until a request that came now, and had no hurry, would be read."""
         reading = self._waiting.seconds(list(self._waiting), self._running_rungs())
         return reading + self._seconds_to_place()
+
+    def _run(self) -> None:
+        """Work to the end; nobody is left waiting where it comes too early."""
+        try:
+            self._loop()
+        except Exception as error:
+            with self._changed:
+                self._is_stopping = True
+                left = [*self._waiting, *(running.job for running in self._running)]
+            for job in left:
+                self._fail(job, error)
+            raise
 
     def _loop(self) -> None:
         while True:

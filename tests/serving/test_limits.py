@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
@@ -23,9 +24,9 @@ from chats import COLOURS, ask, data_url, messages
 from planner.ir.errors import InputError, PlannerError
 from planner.planning.request import Request
 from planner.serving import opening
-from planner.serving.engine import EngineLimits
-from planner.serving.governor import Deadline
-from planner.serving.jobs import Busy
+from planner.serving.engine import Engine, EngineLimits
+from planner.serving.governor import Deadline, PromptSize
+from planner.serving.jobs import Busy, Failed, Job
 from planner.serving.opening import ServiceSettings, load_service
 from planner.serving.pictures import fetch, is_public
 from planner.serving.waiting import Waiting
@@ -111,6 +112,27 @@ def test_prompts_that_are_made_ready_stand_before_a_deadline_too(service, monkey
     late = engine.place(deadline, time.monotonic())
     with pytest.raises(Busy, match="cannot be kept"):
         late.__enter__()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_fails_leaves_nobody_waiting(service, monkeypatch):
+    """Beyond a failure of the model, which ends the answers concerned alone."""
+    known = service.engine
+    engine = Engine(
+        known._batch, known._tokenizer, known.ladder, known._governor, 100, known.metrics,
+        EngineLimits(),
+    )  # fmt: skip
+    monkeypatch.setattr(engine, "_let_go", lambda: 1 / 0)
+    said, prompt = [], SimpleNamespace(size=PromptSize(20), tokens=20)
+    jobs = [Job(prompt, 4, 0, None, said.append) for _ in range(2)]
+    for job in jobs:
+        engine.submit(job)
+    engine.start()
+    engine._thread.join(20)
+    assert [type(event) for event in said] == [Failed, Failed]
+    assert not engine.is_healthy
+    with pytest.raises(Busy, match="stopping"):
+        engine.submit(jobs[0])
 
 
 def test_what_a_service_holds_for_good_is_no_matter_of_garbage_collection(monkeypatch):
