@@ -1,16 +1,18 @@
 """A LLaVA joined from a text model and another LLaVA's vision tower, taught to see by little.
 
     planner train training/configs/smol-llava.yaml
+    planner convert build/smol-llava/changes -o DIR
 
 The text model and the tower keep their weights. New is the projector between them, which first
 learns what words the patches show (`projector_alignment`), and the decoder
 gets low-rank changes (LoRA, arXiv 2106.09685): a few megabytes, which `changes_dir` gets by
-themselves, beside weights that everybody can fetch. `export_dir` gets a folder that stock
-transformers loads, with the changes added to the weights.
+themselves, beside weights that everybody can fetch; `rebuilt` puts them together again.
+`export_dir` gets a folder that stock transformers loads, with the changes added to the weights.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -31,6 +34,8 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from typing_extensions import override
 
+from planner.documents import of_format, read_json
+from planner.files import output_folder, write_text
 from planner.ir.errors import InputError
 from planner.loading import load_model
 from planner.training.conversation_runs import (
@@ -45,6 +50,10 @@ from planner.training.data.packaged import smollm2
 from planner.training.data.packing import IGNORE
 from planner.training.projector_alignment import align_projector
 from planner.training.trainer import RunTrainer, last_checkpoint
+
+# Of a folder of changes: what they belong to, and what they are.
+DESCRIPTION, CHANGES = "joined.json", "adapter_model.safetensors"
+_FORMAT, _TOLD = 1, ("decoder", "model", "seed")
 
 # ChatML, with the image before the first question; a text model's own template takes strings only.
 CHAT_TEMPLATE = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}\
@@ -105,6 +114,8 @@ def join(decoder: Path, seeing: Any, processor: Any, seed: int) -> tuple[Any, Ll
         chat_template=CHAT_TEMPLATE,
     )
     text = AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.float32)
+    # Rows for words that are new are drawn.
+    set_seed(seed)
     text.resize_token_embeddings(len(tokenizer), _VOCABULARY_MULTIPLE, mean_resizing=False)
     set_seed(seed)
     model = LlavaForConditionalGeneration(
@@ -166,10 +177,9 @@ def train(config: JoinedConfig) -> Any:
     trainer.run()
     changed = answering.model
     if config.changes_dir is not None:
-        # In half precision, as weights are exported.
-        changed.half().save_pretrained(str(config.changes_dir))
+        _save_changes(changed, config)
     # Added to weights as they were before they were rounded.
-    model, _ = _joined(config)
+    model, _ = _joined(config.decoder, config.model, config.packages, config.seed)
     weights = {name: value.float() for name, value in answering.state_dict().items()}
     whole = Answering(_with_changes(model, config.rank))
     whole.load_state_dict(weights)
@@ -179,9 +189,48 @@ def train(config: JoinedConfig) -> Any:
     return model
 
 
+def _save_changes(changed: PeftModel, config: JoinedConfig) -> None:
+    """In half precision, as weights are exported."""
+    assert config.changes_dir is not None
+    folder = output_folder(config.changes_dir)
+    changed.half().save_pretrained(str(folder))
+    # Of peft, with nothing filled in.
+    (folder / "README.md").unlink(missing_ok=True)
+    told = {"format": _FORMAT, **{name: getattr(config, name) for name in _TOLD}}
+    write_text(folder / DESCRIPTION, json.dumps(told, indent=1) + "\n")
+
+
+def rebuilt(
+    changes: Path, decoder: Path | None = None, packages: Path = Path("build/packages")
+) -> tuple[Any, LlavaProcessor]:
+    """(the LLaVA that changes make of the parts they belong to, its processor).
+
+    Args:
+        changes: what a run has left in its `changes_dir`.
+        decoder: folder of the text model; None for the one that the changes name.
+        packages: where a text model out of a package is fetched to.
+
+    Raises InputError: the folder has no such changes, or they do not fit.
+    """
+    path = changes / DESCRIPTION
+    told = of_format(read_json(path, "changes"), "format", _FORMAT, path, "description of changes")
+    if not (changes / CHANGES).is_file():
+        raise InputError(f"'{changes}' has no {CHANGES}")
+    if {*told} - {"format"} != {*_TOLD} or not isinstance(told["seed"], int):
+        raise InputError(f"'{path}' is broken: it says {', '.join(_TOLD)}, and nothing else")
+    text_model = str(decoder or told["decoder"])
+    model, processor = _joined(text_model, str(told["model"]), packages, told["seed"])
+    try:
+        changed = PeftModel.from_pretrained(model, str(changes))
+    except (RuntimeError, ValueError, TypeError, OSError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise InputError(f"the changes in '{changes}' do not fit their model: {first}") from None
+    return changed.merge_and_unload().eval(), processor
+
+
 def build_trainer(config: JoinedConfig) -> tuple[RunTrainer, Answering, LlavaProcessor]:
     """(trainer ready to start or resume, what it trains, processor)."""
-    model, processor = _joined(config)
+    model, processor = _joined(config.decoder, config.model, config.packages, config.seed)
     conversations = conversations_of(config)
     if config.align_steps and last_checkpoint(config.output_dir) is None:
         align_projector(model, processor, conversations, config.align_steps)
@@ -205,10 +254,10 @@ def build_trainer(config: JoinedConfig) -> tuple[RunTrainer, Answering, LlavaPro
     return trainer, answering, processor
 
 
-def _joined(config: JoinedConfig) -> tuple[Any, LlavaProcessor]:
-    decoder = smollm2(config.packages) if config.decoder == "smollm2" else Path(config.decoder)
-    seeing, processor, _ = load_model(config.model)
-    return join(decoder, seeing, processor, config.seed)
+def _joined(decoder: str, model: str, packages: Path, seed: int = 0) -> tuple[Any, LlavaProcessor]:
+    folder = smollm2(packages) if decoder == "smollm2" else Path(decoder)
+    seeing, processor, _ = load_model(model)
+    return join(folder, seeing, processor, seed)
 
 
 def _with_changes(model: Any, rank: int) -> PeftModel:

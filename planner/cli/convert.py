@@ -4,22 +4,37 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from planner.cli.command_options import NewFolder, command
 from planner.cli.console import Console, amount
+from planner.files import check_new, output_folder
+from planner.ir.errors import InputError
+
+if TYPE_CHECKING:
+    from planner.models.conversion import Converted
 
 
 @command()
 def convert_command(
     console: Console,
-    source: Annotated[Path, typer.Argument(help="Folder of LLaVA-1.5, AdaLLaVA or Dynamic-LLaVA.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of LLaVA-1.5, AdaLLaVA or Dynamic-LLaVA; or of changes that the recipe "
+            "joined-llava has saved, such as models/smol_llava."
+        ),
+    ],
     output: NewFolder,
     vision_tower: Annotated[
         Path | None,
         typer.Option(help="Folder of the CLIP that the checkpoint goes with."),
+    ] = None,
+    decoder: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the text model that changes are of, else fetched."),
     ] = None,
     allow_pickle: Annotated[
         bool,
@@ -30,11 +45,9 @@ def convert_command(
 
     planner run --model DIR runs it; AdaLLaVA's with --scheduler DIR.
     """
-    from planner.models.conversion import convert
-
     with console.status() as update:
         update("convert")
-        done = convert(source, output, vision_tower, allow_pickle)
+        done = _converted(source, output, vision_tower, decoder, allow_pickle)
 
     def summary() -> None:
         beside = "scheduler" if done.layout.startswith("adallava") else "predictors"
@@ -45,3 +58,28 @@ def convert_command(
         print(f"wrote {done.folder}")
 
     console.show({**asdict(done), "folder": str(done.folder)}, summary)
+
+
+def _converted(
+    source: Path,
+    output: Path,
+    vision_tower: Path | None,
+    decoder: Path | None,
+    allow_pickle: bool,
+) -> Converted:
+    """By the kind of folder that it is."""
+    from planner.models.conversion import Converted, convert
+
+    if not (source / "joined.json").is_file():
+        if decoder is not None:
+            raise InputError("--decoder is for changes of a joined LLaVA")
+        return convert(source, output, vision_tower, allow_pickle)
+    if vision_tower is not None:
+        raise InputError("changes of a joined LLaVA name the model whose vision tower they go with")
+    from planner.training.joined_llava import rebuilt
+    from planner.training.tiny_llava import export as export_half
+
+    check_new(output)
+    model, processor = rebuilt(source, decoder)
+    export_half(model, processor, output_folder(output))
+    return Converted(output, "joined-llava", sum(p.numel() for p in model.parameters()), 0, "")

@@ -1,5 +1,7 @@
 """A LLaVA joined from a text model and a tower: what it begins as, what is trained and exported."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,6 +10,7 @@ from small_llava import write_small_llava
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from planner.cli import execute
 from planner.ir.errors import InputError
 from planner.loading import load_model
 from planner.training.data import Packer, SceneConversations
@@ -100,6 +103,87 @@ def test_a_run_that_was_stopped_goes_on_and_is_a_stock_model(parts, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(**batch).logits, whole(**batch).logits)
     assert (tmp_path / "whole" / "changes" / "adapter_model.safetensors").stat().st_size < 100_000
+
+
+def test_changes_are_put_together_again_with_what_they_belong_to(parts, tmp_path, capsys):
+    whole, _ = run(parts, tmp_path)
+    changes, output = tmp_path / "changes", tmp_path / "rebuilt"
+    capsys.readouterr()
+    assert execute(["convert", str(changes), "-o", str(output), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layout"] == "joined-llava"
+    loaded, processor, _ = load_model(str(output))
+    batch = Packer(processor, 500)([SceneConversations("val", 1, 0, 2)[0]])
+    with torch.no_grad():
+        found, expected = loaded(**batch).logits, whole(**batch).logits
+    # Changes and weights are kept in half precision.
+    assert (found - expected).norm() < 0.01 * expected.norm()
+    before = {n: w for n, w in load_model(str(parts[2]))[0].state_dict().items() if "tower" in n}
+    for name, weight in before.items():
+        torch.testing.assert_close(loaded.state_dict()[name], weight, rtol=1e-3, atol=1e-3)
+    # It is new, or it is not written.
+    assert execute(["convert", str(changes), "-o", str(output)]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def _without_weights(changes, parts):
+    (changes / "adapter_model.safetensors").unlink()
+
+
+def _of_another_model(changes, parts):
+    config = LlamaConfig.from_pretrained(parts[1])
+    config.hidden_size, config.num_attention_heads = 16, 2
+    LlamaForCausalLM(config).save_pretrained(parts[1])
+
+
+def _broken(changes, parts):
+    (changes / "adapter_model.safetensors").write_bytes(b"1234567890")
+
+
+def _of_the_future(changes, parts):
+    (changes / "joined.json").write_text('{"format": 99}')
+
+
+def _of_no_seed(changes, parts):
+    (changes / "joined.json").write_text('{"format": 1, "decoder": "smollm2", "model": "x"}')
+
+
+def _without_a_decoder(changes, parts):
+    shutil.rmtree(parts[1])
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (_without_weights, "has no adapter_model.safetensors"),
+        (_of_another_model, "do not fit their model"),
+        (_broken, "do not fit their model"),
+        (_of_the_future, "format"),
+        (_of_no_seed, "it says decoder, model, seed"),
+        (_without_a_decoder, "is no folder with a text model"),
+    ],
+)
+def test_changes_that_do_not_fit_are_refused_and_nothing_is_written(
+    parts, tmp_path, capsys, harm, message
+):
+    run(parts, tmp_path, max_steps=2)
+    harm(tmp_path / "changes", parts)
+    capsys.readouterr()
+    output = tmp_path / "rebuilt"
+    assert execute(["convert", str(tmp_path / "changes"), "-o", str(output)]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
+    assert not output.exists()
+
+
+def test_options_of_one_kind_of_folder_are_refused_for_another(parts, tmp_path, capsys):
+    run(parts, tmp_path, max_steps=2)
+    other = ["convert", str(parts[2]), "-o", str(tmp_path / "x"), "--decoder", str(parts[1])]
+    assert execute(other) == 2
+    assert "--decoder is for changes" in capsys.readouterr().err
+    tower = ["convert", str(tmp_path / "changes"), "-o", str(tmp_path / "x")]
+    assert execute([*tower, "--vision-tower", str(parts[2])]) == 2
+    assert "name the model whose vision tower" in capsys.readouterr().err
 
 
 def test_loss_is_of_answers(parts, tmp_path):
