@@ -22,7 +22,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from typing_extensions import override
 
-from planner.ir.errors import PlannerError
+from planner.ir.errors import InputError, PlannerError
 from planner.training.config import RunConfig
 
 
@@ -134,6 +134,14 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         return own
 
     @override
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        mask = prepared.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+            prepared["attention_mask"] = as_read(mask, self.model)
+        return prepared
+
+    @override
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         if self._rates:
             # Made here and not given to Trainer, since sharding replaces the parameters before.
@@ -242,3 +250,25 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 def last_checkpoint(folder: str | Path) -> str | None:
     """The newest whole checkpoint in an output folder, or None."""
     return get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
+
+
+def as_read(mask: Tensor, model: nn.Module) -> Tensor:
+    """A boolean mask as a model's attention reads it: attention that is written out adds masks.
+
+    Raises InputError: it takes no masks of one's own, as flash attention does not.
+    """
+    stock = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    name = "sdpa" if stock is None else _text_attention(stock)
+    if name.startswith(("flash", "paged", "flex")):
+        raise InputError(
+            f"a batch of conversations has a mask of its own, which {name} does not take: load the "
+            "model with attn_implementation='sdpa'"
+        )
+    if name != "eager":
+        return mask
+    least = torch.finfo(torch.float32).min
+    return torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, least)
+
+
+def _text_attention(model: PreTrainedModel) -> str:
+    return str(model.config.get_text_config(decoder=True)._attn_implementation or "eager")

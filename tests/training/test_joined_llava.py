@@ -8,15 +8,18 @@ import pytest
 import torch
 from small_llava import write_small_llava
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from planner.cli import execute
 from planner.ir.errors import InputError
 from planner.loading import load_model
 from planner.training.data import Packer, SceneConversations
+from planner.training.data.packing import IGNORE
 from planner.training.joined_llava import JoinedConfig, build_trainer, join
 from planner.training.projector_alignment import align_projector, patch_targets
 from planner.training.recipes import load_recipe
+from planner.training.trainer import as_read
 
 # What peft asks of models.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -201,6 +204,56 @@ def test_loss_is_of_answers(parts, tmp_path):
     with torch.no_grad():
         expected = answering.model.get_base_model()(**batch).loss
         assert float(answering(**batch).loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_no_token_sees_an_answer_that_follows_or_another_question_s(parts, tmp_path):
+    """Attention that is written out adds masks, and a boolean one would hide nothing."""
+    _, text, seeing = parts
+    config = JoinedConfig(
+        decoder=str(text),
+        model=str(seeing),
+        output_dir=str(tmp_path),
+        description_share=0.0,
+        turns=(3,),
+        max_text_tokens=500,
+        max_steps=1,
+        learning_rate=1e-3,
+    )
+    trainer, answering, _ = build_trainer(config)
+    batch = trainer.data_collator([SceneConversations("val", 1, 0, 3)[0]])
+    batch.pop("ids")
+    llava = answering.model.get_base_model()
+    assert llava.config.text_config._attn_implementation == "eager"
+
+    def logits(**changes):
+        inputs = trainer._prepare_inputs({**batch, **changes})
+        with torch.no_grad():
+            return llava(**{k: v for k, v in inputs.items() if k != "labels"}).logits[0]
+
+    answers = (batch["labels"][0] != IGNORE).nonzero().flatten()
+    starts = [int(a) for a in answers if int(a) - 1 not in answers]
+    assert len(starts) == 3
+    ids = batch["input_ids"].clone()
+    ids[0, starts[1]] += 1
+    changed = (logits(input_ids=ids) - logits()).abs().amax(-1) > 1e-6
+    assert not changed[: starts[1]].any()
+    assert changed[starts[1]]
+    assert not changed[starts[2] - 1 :].any()
+    llava.set_attn_implementation({"text_config": "sdpa"})
+    expected = logits()
+    llava.set_attn_implementation({"text_config": "eager"})
+    torch.testing.assert_close(logits(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_masks_are_given_as_attention_reads_them(parts):
+    llava, _, _ = load_model(str(parts[2]))
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+    assert as_read(mask, llava) is mask
+    llava.set_attn_implementation({"text_config": "eager"})
+    assert torch.equal(as_read(mask, nn.ModuleList([llava])) == 0, mask)
+    llava.config.text_config._attn_implementation = "flash_attention_2"
+    with pytest.raises(InputError, match="a mask of its own, which flash_attention_2 does not"):
+        as_read(mask, llava)
 
 
 def test_other_chat_formats_are_refused(parts, tmp_path):
