@@ -23,6 +23,7 @@ _TUNED = "all, tuned from 900 steps"
 _BESIDE = (
     ("all", "static"),
     ("all", "static, tuned"),
+    ("all, tuned", "static, tuned"),
     ("all, 900 steps", "static, 900 steps"),
     (_TUNED, "static, tuned from 900 steps"),
     (_TUNED, "static, tuned"),
@@ -155,7 +156,7 @@ def _where_it_pays(rows: Rows, families: Sequence[str]) -> list[str]:
             if own and other:
                 gains = [own["families"][f] - other["families"][f] for f in families]
                 gain, room = own["accuracy"] - other["accuracy"], 1 - other["accuracy"]
-                closed = f"{gain / room:.0%}" if room else ""
+                closed = f"{gain / room:.0%}" if gain > 0 else ""
                 points = [f"{100 * each:+.1f}" for each in gains]
                 cells.append(
                     [controller, static, f"{budget:.0%}", f"{100 * gain:+.1f}", closed, *points]
