@@ -10,7 +10,9 @@ In: a stock model with weights, and the budgets of a ladder. Out: an ASGI applic
     service        what a request means: budget, deadline, tokens, usage
     chat_prompts   messages become inputs of the model
     pictures       data URLs, and remote images from public addresses alone
-    engine         one thread: the queue, admission, steps, timeouts
+    jobs           what the engine is asked to do, and what it says
+    engine         one thread: admission, steps, timeouts
+    waiting        the queue: who is read first, and who would be late
     governor       predicts seconds, picks a rung for a deadline, learns
     ladder         the plans there are
     running_batch  prompts and answers under different plans, read and decoded together

@@ -33,7 +33,8 @@ def test_what_is_fed_costs_what_a_whole_pass_says():
 
 
 def test_the_command_trains_measures_and_goes_on(tmp_path, monkeypatch, capsys):
-    few = (METHODS[0], METHODS[3], Method("answer: recent", "", "answer:recent"))
+    trained = next(method for method in METHODS if method.name == "both predictors")
+    few = (METHODS[0], trained, Method("answer: recent", "", "answer:recent"))
     monkeypatch.setattr(sparse_answers, "METHODS", few)
     work, out = tmp_path / "work", tmp_path / "out"
     asked = ["experiment", "dynamic", "--seeds", "0", "--samples", "2", "--work", str(work)]
