@@ -22,7 +22,7 @@ from planner.serving.jobs import Busy, Done, Failed, Job, Piece
 from planner.serving.ladder import Ladder
 from planner.serving.metrics import Metrics
 from planner.serving.running_batch import Answer, RunningBatch, alike
-from planner.serving.waiting import Waiting
+from planner.serving.waiting import Place, Waiting
 
 # Tokens of prompts that are read together: the running answers wait meanwhile.
 _TOGETHER_TOKENS = 2048
@@ -75,7 +75,7 @@ class Engine:
         self._ends = frozenset(ends if isinstance(ends, list) else [ends])
         self._changed = threading.Condition()
         self._waiting = Waiting(governor, limits.prompts)
-        self._reserved = 0
+        self._reserved: list[Place] = []  # of prompts that are made ready
         self._running: list[_Running] = []
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="planner-engine", daemon=True)
@@ -104,18 +104,20 @@ class Engine:
         Busy where there is none, or where no prompt at all could be in time: to find that out costs
         next to nothing, unlike making prompts ready.
         """
+        spare = self._governor.seconds_to_spare(deadline, PromptSize(0), 1)
+        mine = Place(arrived + spare, arrived, 0, PromptSize(0))
         with self._changed:
             self._check_open()
-            if len(self._waiting) + self._reserved >= self.limits.waiting:
+            if len(self._waiting) + len(self._reserved) >= self.limits.waiting:
                 raise self._refusal("too many requests are waiting", "queue")
-            if deadline.is_set and self._is_late(deadline, arrived):
+            if deadline.is_set and self._is_too_much(mine, self._reserved):
                 raise self._refusal(_TOO_LATE, "deadline")
-            self._reserved += 1
+            self._reserved.append(mine)
         try:
             yield
         finally:
             with self._changed:
-                self._reserved -= 1
+                self._reserved.remove(mine)
 
     def submit(self, job: Job) -> None:
         """Have a job done.
@@ -146,26 +148,21 @@ class Engine:
                 "the deadline is too short: not even the cheapest plan on the idle machine keeps "
                 f"it for {job.prompt.tokens} tokens of prompt and {job.new_tokens} of answer"
             )
-        rungs, begin = self._running_rungs(), self._seconds_to_place()
         asked = job.deadline, job.prompt.size, job.new_tokens
-        job.latest = job.arrived + self._governor.seconds_to_spare(*asked, rungs)
+        spare = self._governor.seconds_to_spare(*asked, self._running_rungs())
+        job.latest = job.arrived + spare
         self._waiting.note(job)
-        # A machine with nothing to do tries: how else would it learn that it is fast again?
-        is_idle = not self._running and not self._waiting
-        # It must be in time, and must not make one late that was accepted before.
-        if not is_idle and self._waiting.late(begin, rungs, job) > self._waiting.late(begin, rungs):
+        if self._is_too_much(Place.of(job)):
             raise self._refusal(_TOO_LATE, "deadline")
 
-    def _is_late(self, deadline: Deadline, arrived: float) -> bool:
-        """Whether an empty prompt would not be in time, behind what is before it and made ready."""
-        spare = self._governor.seconds_to_spare(deadline, PromptSize(0), 1)
-        jobs = [job for job in self._waiting if job.latest <= arrived + spare]
-        made_ready = [PromptSize(0)] * self._reserved
-        begin = self._seconds_to_place()
-        begin += self._waiting.seconds(jobs, self._running_rungs(), made_ready)
-        if not self._running and not begin:
+    def _is_too_much(self, place: Place, beside: Sequence[Place] = ()) -> bool:
+        """Whether one more would be late or make one late that waits, or that is `beside` it."""
+        rungs, begin = self._running_rungs(), self._seconds_to_place()
+        # A machine with nothing to do tries: how else would it learn that it is fast again?
+        if not (begin or rungs or self._waiting or beside):
             return False
-        return time.monotonic() - arrived + begin > spare
+        with_it = self._waiting.late(begin, rungs, [*beside, place])
+        return with_it > self._waiting.late(begin, rungs, beside)
 
     def _running_rungs(self) -> list[int]:
         return [running.rung for running in list(self._running)]
@@ -182,8 +179,7 @@ class Engine:
 
     def _seconds_to_begin(self) -> float:
         """Until a request that came now, and had no hurry, would be read."""
-        reading = self._waiting.seconds(list(self._waiting), self._running_rungs())
-        return reading + self._seconds_to_place()
+        return self._waiting.seconds(self._running_rungs()) + self._seconds_to_place()
 
     def _run(self) -> None:
         """Work to the end; nobody is left waiting where it comes too early."""

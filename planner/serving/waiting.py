@@ -5,19 +5,40 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from operator import itemgetter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from operator import attrgetter
 
 from planner.serving.governor import Governor, PromptSize
 from planner.serving.jobs import Job
 
-# A request without a deadline is read before those whose deadlines come so many seconds after it.
+# Nothing is read after what has to be read later than so many seconds after it came.
 _PATIENCE = 10.0
 # What came in so many seconds is expected to come again.
 _PAST = 0.5
 # Answers that run are those of the last reads.
 _ANSWERS = 3
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a request takes of the queue, whether its prompt is known or not."""
+
+    latest: float  # when it has to be read, or it is late; infinite without a deadline
+    arrived: float
+    rung: int  # the cheapest under which it can be read
+    size: PromptSize
+
+    @staticmethod
+    def of(job: Job) -> Place:
+        """Of a job that waits, or would."""
+        return Place(job.latest, job.arrived, job.cheapest, job.prompt.size)
+
+    @property
+    def turn(self) -> float:
+        """What is read in order of."""
+        return min(self.latest, self.arrived + _PATIENCE)
 
 
 @dataclass(eq=False)
@@ -40,7 +61,7 @@ class Waiting:
 
     def add(self, job: Job) -> None:
         """Put a job in its place; equals keep the order in which they came."""
-        insort(self._jobs, job, key=_order)
+        insort(self._jobs, job, key=lambda each: Place.of(each).turn)
 
     def remove(self, job: Job) -> None:
         """Take out a job."""
@@ -52,19 +73,15 @@ class Waiting:
         while self._came[0].arrived < job.arrived - _PAST:
             self._came.popleft()
 
-    def seconds(
-        self, jobs: Sequence[Job], running: Sequence[int], more: Sequence[PromptSize] = ()
-    ) -> float:
-        """Of reading jobs, and other prompts, under the cheapest plans; answers of rungs run."""
-        known = [*_rungs_and_sizes(jobs), *((0, size) for size in more)]
-        groups = range(0, len(known), self.together)
-        return sum(self._read(known[at : at + self.together], running) for at in groups)
+    def seconds(self, running: Sequence[int]) -> float:
+        """Of reading all under the cheapest plans; `running` as of `late`."""
+        return sum(self._read(group, running) for group in self._groups(map(Place.of, self._jobs)))
 
     def late(
         self,
         begin: float,
         running: Sequence[int],
-        also: Job | None = None,
+        also: Sequence[Place] = (),
         *,
         expecting: bool = False,
     ) -> int:
@@ -72,35 +89,28 @@ class Waiting:
 
         Args:
             running: rungs of the answers that run.
-            also: a job that would wait with them.
+            also: others that would wait with them.
             expecting: those that are going to come are among them.
         """
         now = time.monotonic()
-        known = [(_order(job), job) for job in self._jobs]
+        places = [*map(Place.of, self._jobs), *also]
         if expecting:
-            came = (job for job in self._came if job.arrived >= now - _PAST)
-            known += [(_order(job) + _PAST, job) for job in came]
-        if also is not None:
-            known.append((_order(also), also))
-        known.sort(key=itemgetter(0))
+            came = (Place.of(job) for job in self._came if job.arrived >= now - _PAST)
+            places += [replace(p, latest=p.latest + _PAST, arrived=p.arrived + _PAST) for p in came]
         moment, late, answers = now + begin, 0, list(running)
-        for at in range(0, len(known), self.together):
-            group = known[at : at + self.together]
-            late += sum(job.deadline.is_set and moment > latest for latest, job in group)
-            jobs = [job for _, job in group]
-            moment += self._read(_rungs_and_sizes(jobs), answers)
-            answers = [*answers, *(job.cheapest for job in jobs)][-_ANSWERS * self.together :]
+        for group in self._groups(sorted(places, key=attrgetter("turn"))):
+            late += sum(moment > place.latest for place in group)
+            moment += self._read(group, answers)
+            answers = [*answers, *(place.rung for place in group)][-_ANSWERS * self.together :]
         return late
 
-    def _read(self, known: Sequence[tuple[int, PromptSize]], running: Sequence[int]) -> float:
+    def _groups(self, places: Iterable[Place]) -> Iterator[list[Place]]:
+        """Those that are read together."""
+        left = iter(places)
+        while group := list(islice(left, self.together)):
+            yield group
+
+    def _read(self, group: Sequence[Place], running: Sequence[int]) -> float:
         """One read, and the token that running answers get behind it."""
-        rungs, sizes = zip(*known, strict=True)
+        rungs, sizes = [place.rung for place in group], [place.size for place in group]
         return self.governor.prompt_seconds(rungs, sizes) + self.governor.step_seconds(running)
-
-
-def _rungs_and_sizes(jobs: Sequence[Job]) -> list[tuple[int, PromptSize]]:
-    return [(job.cheapest, job.prompt.size) for job in jobs]
-
-
-def _order(job: Job) -> float:
-    return min(job.latest, job.arrived + _PATIENCE)

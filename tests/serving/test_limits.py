@@ -3,6 +3,7 @@
 import gc
 import http.client
 import json
+import math
 import os
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from planner.serving.governor import Deadline, PromptSize
 from planner.serving.jobs import Busy, Failed, Job
 from planner.serving.opening import ServiceSettings, load_service
 from planner.serving.pictures import fetch, is_public
-from planner.serving.waiting import Waiting
+from planner.serving.waiting import Place, Waiting
 
 
 @contextmanager
@@ -108,7 +109,7 @@ def test_a_deadline_that_is_too_late_by_now_is_refused_at_once(client, service, 
 def test_prompts_that_are_made_ready_stand_before_a_deadline_too(service, monkeypatch):
     engine, deadline = service.engine, Deadline(whole=60.0)
     monkeypatch.setattr(engine, "limits", EngineLimits(answers=4, waiting=10**9))
-    monkeypatch.setattr(engine, "_reserved", 10**5)
+    monkeypatch.setattr(engine, "_reserved", [Place(math.inf, 0.0, 0, PromptSize(0))] * 10**5)
     late = engine.place(deadline, time.monotonic())
     with pytest.raises(Busy, match="cannot be kept"):
         late.__enter__()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from planner.serving.governor import Deadline, Governor, PromptSize, RungTimes
 from planner.serving.jobs import Job
-from planner.serving.waiting import Waiting
+from planner.serving.waiting import Place, Waiting
 
 RUNGS = (RungTimes(0.05, 0.001, 0.001, 0.02, 0.001), RungTimes(0.1, 0.002, 0.002, 0.04, 0.002))
 
@@ -48,15 +48,19 @@ def test_what_waits_is_counted_as_it_is_read():
     """Two together, and the answers that run get a token behind each pair."""
     governor = Governor(RUNGS)
     waiting = Waiting(governor, 2)
+    for n in (20, 30, 40):
+        waiting.add(job(tokens=n, whole=60))
     sizes = [PromptSize(n) for n in (20, 30, 40)]
-    pairs = [governor.prompt_seconds([0] * len(p), p) for p in (sizes[:2], sizes[2:])]
-    assert waiting.seconds([], [], sizes) == pytest.approx(sum(pairs))
+    # The longer a prompt takes, the sooner it has to be read.
+    pairs = [governor.prompt_seconds([0] * len(p), p) for p in (sizes[:0:-1], sizes[:1])]
+    assert waiting.seconds([]) == pytest.approx(sum(pairs))
     assert sum(pairs) < sum(governor.prompt_seconds([0], [size]) for size in sizes)
     step = governor.step_seconds([1, 0])
-    assert waiting.seconds([], [1, 0], sizes) == pytest.approx(sum(pairs) + 2 * step)
+    assert waiting.seconds([1, 0]) == pytest.approx(sum(pairs) + 2 * step)
     # What has no deadline is read under the plan that it has asked for.
-    free = job(tokens=30)
-    assert waiting.seconds([free], []) == governor.prompt_seconds([1], [PromptSize(30)])
+    free = Waiting(governor, 2)
+    free.add(job(tokens=30))
+    assert free.seconds([]) == governor.prompt_seconds([1], [PromptSize(30)])
 
 
 def test_seconds_to_spare_are_those_with_which_the_cheapest_plan_is_chosen():
@@ -114,6 +118,18 @@ def test_one_more_may_make_another_late():
     assert waiting.late(0.0, []) == 0
     hurried = job(tokens=250, whole=0.55, arrived=now)
     assert hurried.latest < first.latest
-    assert waiting.late(0.0, [], hurried) == 1
-    assert waiting.late(0.0, [], job(whole=60, arrived=now)) == 0
+    assert waiting.late(0.0, [], [Place.of(hurried)]) == 1
+    assert waiting.late(0.0, [], [Place.of(job(whole=60, arrived=now))]) == 0
     assert list(waiting) == [first]
+
+
+def test_a_deadline_far_away_is_kept_though_its_turn_comes_before():
+    waiting, now = Waiting(Governor(RUNGS), 1), time.monotonic()
+    waiting.add(job(whole=90, arrived=now))
+    with patch("time.monotonic", return_value=now):
+        assert waiting.late(60.0, []) == 0
+        assert waiting.late(91.0, []) == 1
+    free = Waiting(Governor(RUNGS), 1)
+    free.add(job(arrived=now))
+    with patch("time.monotonic", return_value=now):
+        assert free.late(1000.0, []) == 0
