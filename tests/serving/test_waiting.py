@@ -85,13 +85,13 @@ def test_late_is_whoever_a_clock_says_is_late(asked, begin, together):
     for whole, tokens in asked:
         jobs.append(job(tokens, whole, now))
         waiting.add(jobs[-1])
-    moment, late, running = now + begin, 0, [1]
+    wait, late, running = begin, 0, [1]
     jobs.sort(key=lambda each: each.latest)
     while jobs:
         group, jobs = jobs[:together], jobs[together:]
-        late += sum(moment > each.latest for each in group)
-        moment += governor.prompt_seconds([0] * len(group), [each.prompt.size for each in group])
-        moment += governor.step_seconds(running)
+        late += sum(now + governor.margin.quantile * wait > each.latest for each in group)
+        wait += governor.prompt_seconds([0] * len(group), [each.prompt.size for each in group])
+        wait += governor.step_seconds(running)
         # Answers stay for three tokens.
         running = [*running, *[0] * len(group)][-3 * together :]
     with patch("time.monotonic", return_value=now):
