@@ -75,6 +75,14 @@ def run(parts, tmp_path, **changes):
     return train(config), tmp_path / "model"
 
 
+def trained_for_a_step(parts, folder, **settings):
+    """(trainer, what it trains, processor)."""
+    _, text, seeing = parts
+    settings |= {"description_share": 0.0, "max_steps": 1, "learning_rate": 1e-3}
+    places = {"decoder": str(text), "model": str(seeing), "output_dir": str(folder)}
+    return build_trainer(JoinedConfig(**places, **settings))
+
+
 @torch.no_grad()
 def test_text_alone_means_what_it_did(parts):
     text, folder, seeing = parts
@@ -190,16 +198,7 @@ def test_options_of_one_kind_of_folder_are_refused_for_another(parts, tmp_path, 
 
 
 def test_loss_is_of_answers(parts, tmp_path):
-    _, text, seeing = parts
-    config = JoinedConfig(
-        decoder=str(text),
-        model=str(seeing),
-        output_dir=str(tmp_path),
-        description_share=0.0,
-        max_steps=1,
-        learning_rate=1e-3,
-    )
-    _, answering, processor = build_trainer(config)
+    _, answering, processor = trained_for_a_step(parts, tmp_path)
     batch = Packer(processor, 500)([SceneConversations("val", 2, 0, 3)[i] for i in range(2)])
     with torch.no_grad():
         expected = answering.model.get_base_model()(**batch).loss
@@ -208,18 +207,7 @@ def test_loss_is_of_answers(parts, tmp_path):
 
 def test_no_token_sees_an_answer_that_follows_or_another_question_s(parts, tmp_path):
     """Attention that is written out adds masks, and a boolean one would hide nothing."""
-    _, text, seeing = parts
-    config = JoinedConfig(
-        decoder=str(text),
-        model=str(seeing),
-        output_dir=str(tmp_path),
-        description_share=0.0,
-        turns=(3,),
-        max_text_tokens=500,
-        max_steps=1,
-        learning_rate=1e-3,
-    )
-    trainer, answering, _ = build_trainer(config)
+    trainer, answering, _ = trained_for_a_step(parts, tmp_path, turns=(3,), max_text_tokens=500)
     batch = trainer.data_collator([SceneConversations("val", 1, 0, 3)[0]])
     batch.pop("ids")
     llava = answering.model.get_base_model()
