@@ -24,7 +24,7 @@ def convert_command(
         Path,
         typer.Argument(
             help="Folder of LLaVA-1.5, AdaLLaVA or Dynamic-LLaVA; or of changes that the recipe "
-            "joined-llava has saved, such as models/smol_llava."
+            "joined-llava has saved, such as build/smol-llava/changes."
         ),
     ],
     output: NewFolder,
