@@ -74,8 +74,10 @@ class Engine:
         ends = batch.model.generation_config.eos_token_id
         self._ends = frozenset(ends if isinstance(ends, list) else [ends])
         self._changed = threading.Condition()
-        self._waiting = Waiting(governor, limits.prompts)
+        # A scheduler's prompts are read one by one.
+        self._waiting = Waiting(governor, 1 if batch.is_scheduled else limits.prompts)
         self._reserved: list[Place] = []  # of prompts that are made ready
+        self._reading: list[Job] = []  # taken off the queue, and not in the batch yet
         self._running: list[_Running] = []
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="planner-engine", daemon=True)
@@ -188,8 +190,8 @@ class Engine:
         except Exception as error:
             with self._changed:
                 self._is_stopping = True
-                left = [*self._waiting, *(running.job for running in self._running)]
-            for job in left:
+                left = [*self._waiting, *self._reading, *(r.job for r in self._running)]
+            for job in dict.fromkeys(left):
                 self._fail(job, error)
             raise
 
@@ -202,7 +204,9 @@ class Engine:
                     self._changed.wait()
             self._let_go()
             if self._waiting and len(self._running) < self._most_answers:
-                self._read(self._next_jobs())
+                self._reading = self._next_jobs()
+                self._read(self._reading)
+                self._reading = []
             if self._running:
                 self._step()
             self._tell()

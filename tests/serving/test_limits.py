@@ -20,6 +20,7 @@ import apart
 import httpcore
 import openai
 import pytest
+import torch
 from chats import COLOURS, ask, data_url, messages
 
 from planner.ir.errors import InputError, PlannerError
@@ -115,16 +116,18 @@ def test_prompts_that_are_made_ready_stand_before_a_deadline_too(service, monkey
         late.__enter__()
 
 
+@pytest.mark.parametrize("where", ["_let_go", "_next_jobs", "_rungs_of"])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_engine_that_fails_leaves_nobody_waiting(service, monkeypatch):
+def test_an_engine_that_fails_leaves_nobody_waiting(service, monkeypatch, where):
     """Beyond a failure of the model, which ends the answers concerned alone."""
     known = service.engine
     engine = Engine(
         known._batch, known._tokenizer, known.ladder, known._governor, 100, known.metrics,
         EngineLimits(),
     )  # fmt: skip
-    monkeypatch.setattr(engine, "_let_go", lambda: 1 / 0)
-    said, prompt = [], SimpleNamespace(size=PromptSize(20), tokens=20)
+    monkeypatch.setattr(engine, where, lambda *_: 1 / 0)
+    inputs = {"input_ids": torch.zeros(1, 20, dtype=torch.int64)}
+    said, prompt = [], SimpleNamespace(size=PromptSize(20), tokens=20, inputs=inputs, asked=None)
     jobs = [Job(prompt, 4, 0, None, said.append) for _ in range(2)]
     for job in jobs:
         engine.submit(job)

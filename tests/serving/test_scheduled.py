@@ -47,6 +47,11 @@ def served(request, tmp_path_factory):
     return service, processor, Scheduled(model, graph, scheduler), tokens
 
 
+def test_waits_are_counted_one_by_one_as_a_scheduler_reads(served):
+    engine = served[0].engine
+    assert (engine.limits.prompts, engine._waiting.together) == (8, 1)
+
+
 def by_generate(served, colour, budget, text, most):
     """The same answer by stock `generate` under the scheduler, and its plan."""
     _, processor, scheduled, tokens = served
