@@ -60,7 +60,8 @@ def execute(arguments: list[str]) -> int:
     except Exception as error:
         # Usage errors of the command-line library (its own copy of click, or click itself).
         if hasattr(error, "format_message"):
-            return _fail(error.format_message(), 2)
+            # pydantic's words, which say nothing to users.
+            return _fail(error.format_message().replace(": Value error, ", ": "), 2)
         if debug:
             raise
         kind, said = type(error).__name__, first_line(error)

@@ -6,6 +6,7 @@ import apart
 import pytest
 
 from planner import __version__
+from planner.cli import execute
 from planner.plan import load_plan
 from planner.planning.catalog import ALIASES
 from planner.planning.graph_cache import cache_folder
@@ -233,3 +234,14 @@ def test_the_options_of_a_request_are_its_fields():
 
     defaults = {p.name: p.default for p in get_command(app).commands["compile"].params}
     assert all(defaults[f.name] in (None, f.default) for f in fields(Request) if f.name != "model")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["inspect", "-m", "tiny-llava", "--convention", "nope"], ["eval", "-m", "x", "--split", "no"]],
+)
+def test_a_choice_that_is_none_is_told_in_words_of_ours(capsys, arguments):
+    assert execute(arguments) == 2
+    said = capsys.readouterr().err
+    assert f"'{arguments[-1]}' is not one of" in said
+    assert "Value error" not in said
