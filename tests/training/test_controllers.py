@@ -7,9 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from small_llava import write_small_llava
 
 from planner.ir.cost import Workload
+from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
 from planner.loading import load_model
 from planner.models.scheduling import Scheduled, Scheduler, layout_of
@@ -22,6 +25,7 @@ from planner.training.data import SceneQuestions, Turn
 from planner.training.estimators import parse
 from planner.training.evaluate import MAX_NEW_TOKENS, predict, score
 from planner.training.experiments import (
+    comparison_page,
     controllers,
     forced_plans,
     plan_pictures,
@@ -45,6 +49,7 @@ from planner.training.experiments.forced_plans import (
     random_plan,
 )
 from planner.training.experiments.kept_results import Loaded, Runs
+from planner.training.experiments.published_cells import Published, as_measured, as_published
 from planner.training.token_draws import draw_tokens
 
 SWITCHES = "tokens,layers,heads,mlp"
@@ -354,6 +359,87 @@ def test_a_comparison_tells_how_it_stands(base, tmp_path, monkeypatch):
         # What was dropped is not attended to.
         off = set(range(49)) - set(example["kept"])
         assert not any(example["attention"][token] for token in off)
+
+
+def measured_as(accuracies, asked):
+    """What stands for measuring: accuracies by (variant, seed); `asked` collects what was."""
+
+    def measure(self, comparison, variant, budget):
+        asked.append((variant.name, budget, self.seed))
+        right = (np.random.default_rng(len(asked)).random(20) < accuracies[variant.name]) * 1
+        of_plan = {"plan": [7, 0, 1, 1]} if variant.plans == "static" else {}
+        used = {"cost_fraction": budget, "utilisation": 1.0, "violations": 0, "plans": 3}
+        return {**controllers._summary(right), "loss": 0.5, **used, **of_plan}
+
+    return measure
+
+
+def test_a_page_is_gone_on_from_where_nothing_else_is_left(tmp_path, monkeypatch):
+    """Another machine has the page alone: no cell of it is measured again, and nothing is lost."""
+    comparison = COMPARISONS["exp2"]
+    some = tuple(v for v in comparison.variants if v.name in ("all", "static", "random"))
+    monkeypatch.setitem(COMPARISONS, "exp2", replace(comparison, variants=some, budgets=(0.5, 0.2)))
+    asked = []
+    right = {"all": 0.9, "static": 0.6, "random": 0.3}
+    monkeypatch.setattr(Measuring, "_controlled", measured_as(right, asked))
+    here, page = Runs("exp2", tmp_path / "one", (0,), 20, (), print), tmp_path / "page"
+    page.mkdir()
+
+    def run(call):
+        asked.clear()
+        *_, found = run_comparison(call)
+        write_results(json.loads(json.dumps(found)), page)
+        return found
+
+    monkeypatch.setattr(comparison_page, "plan_facts", lambda bench, comparison: {})
+    part = run(replace(here, variants=("all",), budgets=(0.5,)))
+    assert asked == [("all", 0.5, 0)]
+    assert [(row["variant"], row["budget"]) for row in part["rows"]] == [("all", 0.5)]
+    whole = run(replace(here, work=tmp_path / "two", page=page))
+    assert ("all", 0.5, 0) not in asked
+    assert len(asked) == 5
+    assert whole["rows"][0] == part["rows"][0]
+    again = run(replace(here, work=tmp_path / "three", page=page))
+    assert not asked
+    assert again == whole
+    # A second seed joins the first, of which there is the page alone.
+    both = run(replace(here, work=tmp_path / "four", page=page, seeds=(1,), variants=("static",)))
+    assert asked == [("static", 0.5, 1), ("static", 0.2, 1)]
+    assert both["seeds"] == [0, 1]
+    assert len(both["rows"]) == 8
+    # Other questions are others.
+    run(replace(here, work=tmp_path / "five", page=page, samples=21, variants=("all",)))
+    assert len(asked) == 2
+
+
+def test_rows_of_older_pages_are_shown_and_measured_where_more_is_needed(tmp_path, monkeypatch):
+    comparison = COMPARISONS["exp2"]
+    asked = []
+    monkeypatch.setattr(Measuring, "_controlled", measured_as({"static": 1.0}, asked))
+    variant = next(v for v in comparison.variants if v.name == "static")
+    bench = Measuring(tmp_path, 3, 20, (), print)
+    row = {"variant": "static", "budget": 0.5, "seed": 3, "accuracy": 0.25}
+    known = Published({(3, bench.digest(variant, 0.5)): row})
+    bench = replace(bench, published=known)
+    assert bench.known(variant, 0.5) == row
+    assert bench.cell(comparison, variant, 0.5)["plan"] == [7, 0, 1, 1]
+    assert asked == [("static", 0.5, 3)]
+
+
+@given(st.text("01", max_size=70), st.integers(0, 49))
+def test_a_published_row_is_what_was_measured(digits, count):
+    row = {"variant": "static", "right": digits, "plan": [count, *map(int, digits)]}
+    written = json.loads(json.dumps(as_published(row, "of")))
+    assert as_measured(written) == row
+    assert written["cell"] == "of"
+
+
+@pytest.mark.parametrize("broken", ["{}", '{"rows": 3, "infeasible": []}', '{"rows": [1]}', "[]"])
+def test_a_broken_page_is_told(tmp_path, broken):
+    (tmp_path / "exp2.json").write_text(broken)
+    call = Runs("exp2", tmp_path / "work", (0,), 5, (), print, page=tmp_path)
+    with pytest.raises(InputError, match=r"exp2\.json"):
+        next(run_comparison(call))
 
 
 @pytest.mark.parametrize("name", ["all, tuned", "all, tuned without noise"])

@@ -17,6 +17,8 @@ seed stands for the training run and for the test questions, so the base model h
     forced_plans  plans that take a controller's place on its weights
     plan_pictures
                   what a controller decides, by family and in pictures
+    published_cells
+                  what a page has, so that it is gone on from
     comparison_page
                   a comparison of controllers as text and pictures
     sparse_answers
@@ -34,10 +36,12 @@ from pathlib import Path
 from typing import Any
 
 from planner.files import write_bytes, write_text
+from planner.ir.errors import InputError
 from planner.training.experiments.comparison_page import (
     comparison_markdown,
     comparison_pictures,
     run_comparison,
+    wanted_cells,
 )
 from planner.training.experiments.comparisons import COMPARISONS
 from planner.training.experiments.definitions import TABLES
@@ -58,12 +62,23 @@ class Experiment:
     markdown: Callable[[Mapping[str, Any]], str]  # results as a page
     # Results as pictures in SVG, by what follows the experiment's name in theirs.
     pictures: Callable[[Mapping[str, Any]], Mapping[str, bytes]] = lambda results: {}
+    # Raises InputError where cells are asked for that are none of its own.
+    check: Callable[[Runs], object] = lambda runs: _whole(runs)
+
+
+def _whole(runs: Runs) -> None:
+    if runs.variants or runs.budgets:
+        known = ", ".join(COMPARISONS)
+        raise InputError(
+            f"--variants and --budgets choose cells of {known}: {runs.name} is measured whole"
+        )
 
 
 EXPERIMENTS: Mapping[str, Experiment] = {
     **dict.fromkeys(TABLES, Experiment(run_table, table_markdown, table_pictures)),
     **dict.fromkeys(
-        COMPARISONS, Experiment(run_comparison, comparison_markdown, comparison_pictures)
+        COMPARISONS,
+        Experiment(run_comparison, comparison_markdown, comparison_pictures, wanted_cells),
     ),
     "dynamic": Experiment(run_dynamic, dynamic_page),
     "smollm2": Experiment(lambda runs: run_smollm2(runs.work, runs.progress), smollm2_page),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from planner.ir.errors import InputError
 from planner.training.experiments.comparisons import COMPARISONS, Comparison, Variant
 from planner.training.experiments.controllers import (
     Measuring,
@@ -14,10 +16,9 @@ from planner.training.experiments.controllers import (
 from planner.training.experiments.kept_results import Runs
 from planner.training.experiments.over_seeds import grouped, means
 from planner.training.experiments.plan_pictures import plan_facts, plan_picture
+from planner.training.experiments.published_cells import Published, as_published
 from planner.training.experiments.results_page import Rows, plot, table
 
-# Of a cell, what is too long for a table: each question's digit, and a static plan's decision.
-_OWN = ("right", "plan")
 _TUNED = "all, tuned from 900 steps"
 # Controllers, and static plans on the same weights or on weights of their own.
 _BESIDE = (
@@ -34,39 +35,118 @@ _BESIDE = (
 def run_comparison(runs: Runs) -> Iterator[dict[str, Any]]:
     """Train and measure what is missing of a comparison; tell how it stands, the last time whole.
 
-    Every seed is a training run with so many test questions.
+    Every seed is a training run with so many test questions. What a page has already is taken from
+    there. With `runs.variants` or `runs.budgets` these alone are measured, and shown beside all
+    that is known. InputError: as of `wanted_cells`, or the page is broken.
     """
     name, comparison = runs.name, COMPARISONS[runs.name]
-    benches = runs.benches(Measuring)
-    told = runs.facts | {"title": comparison.title}
+    wanted = wanted_cells(runs)
+    page = Published.at(runs.page and runs.page / f"{name}.json")
+    cells = [(variant, budget) for variant in comparison.variants for budget in comparison.budgets]
+    benches = [replace(bench, published=page) for bench in runs.benches(Measuring)]
+    others = page.seeds([benches[0].digest(*cell) for cell in cells])
+    also = replace(runs, seeds=[seed for seed in others if seed not in runs.seeds])
+    benches += [replace(bench, published=page) for bench in also.benches(Measuring)]
+    benches.sort(key=lambda bench: bench.seed)
+    seeds = [bench.seed for bench in benches]
+    told = replace(runs, seeds=seeds).facts | {"title": comparison.title}
     rows: list[dict[str, Any]] = []
-    learning: list[dict[str, Any]] = []
+    learning: list[Mapping[str, Any]] = []
+
+    def stands() -> dict[str, Any]:
+        return told | _results(comparison, rows, learning, page)
+
     for bench in benches:
         for variant in comparison.variants:
-            known = all(bench.knows(variant, budget) for budget in comparison.budgets)
-            rows += [bench.cell(comparison, variant, budget) for budget in comparison.budgets]
+            is_new = False
+            for budget in comparison.budgets:
+                row = bench.known(variant, budget)
+                if row is None and bench.seed in runs.seeds and (variant, budget) in wanted:
+                    row, is_new = bench.cell(comparison, variant, budget), True
+                if row is not None:
+                    rows.append({**row, "cell": bench.digest(variant, budget)})
             if name == "exp3" and variant.plans == "controller":
-                learning.append(_learned(bench, comparison, variant))
-            if not known:
-                yield told | _results(comparison, rows, learning)
-    shown = {"plans": plan_facts(benches[0], comparison)} if name == "exp2" else {}
-    yield told | _results(comparison, rows, learning) | shown
+                learning += _learned(bench, comparison, variant, page)
+            if is_new:
+                yield stands()
+    plans = _plans_decided(benches, comparison, page) if name == "exp2" else None
+    yield stands() | ({"plans": plans} if plans else {})
 
 
-def _learned(bench: Measuring, comparison: Comparison, variant: Variant) -> dict[str, Any]:
-    curve = bench.curve(comparison, variant)
-    steps = steps_to_stable(curve)
-    return {"variant": variant.name, "seed": bench.seed, "steps": steps, "curve": curve}
-
-
-def _results(comparison: Comparison, rows: Rows, learning: Rows) -> dict[str, Any]:
-    measured = [row for row in rows if "right" in row]
+def wanted_cells(runs: Runs) -> set[tuple[Variant, float]]:
+    """Cells that are to be measured where they are missing; InputError where there are no such."""
+    comparison = COMPARISONS[runs.name]
+    variants = {variant.name: variant for variant in comparison.variants}
+    for name in runs.variants:
+        if name not in variants:
+            known = "; ".join(variants)
+            raise InputError(f"{runs.name} has no variant '{name:.80}': its variants are {known}")
+    for budget in runs.budgets:
+        if budget not in comparison.budgets:
+            known = ", ".join(f"{each:g}" for each in comparison.budgets)
+            raise InputError(f"{runs.name} has no budget {budget:g}: its budgets are {known}")
     return {
-        "rows": [{k: v for k, v in row.items() if k not in _OWN} for row in measured],
-        "infeasible": [row for row in rows if "right" not in row],
-        "differences": [row for name in comparison.against for row in compared(rows, name)],
+        (variants[name], budget)
+        for name in runs.variants or variants
+        for budget in runs.budgets or comparison.budgets
+    }
+
+
+def _learned(
+    bench: Measuring, comparison: Comparison, variant: Variant, page: Published
+) -> list[Mapping[str, Any]]:
+    """How a variant of a seed has learned, where it was trained, or a page knows."""
+    if bench.is_trained(variant):
+        curve = bench.curve(comparison, variant)
+        steps = steps_to_stable(curve)
+        return [{"variant": variant.name, "seed": bench.seed, "steps": steps, "curve": curve}]
+    mine = {"variant": variant.name, "seed": bench.seed}
+    return [row for row in page.learning if mine.items() <= row.items()]
+
+
+def _plans_decided(
+    benches: Sequence[Measuring], comparison: Comparison, page: Published
+) -> Mapping[str, Any] | None:
+    """What the controller of the first seed that was trained here decides, or a page's."""
+    first = next(v for v in comparison.variants if v.name == comparison.against[0])
+    trained = next((bench for bench in benches if bench.is_trained(first)), None)
+    known = page.plans
+    if trained is None or (known and known["seed"] < trained.seed):
+        return known
+    return plan_facts(trained, comparison)
+
+
+def _results(comparison: Comparison, rows: Rows, learning: Rows, page: Published) -> dict[str, Any]:
+    written = [as_published(row, row["cell"]) for row in rows]
+    found = [row for name in comparison.against for row in compared(rows, name)]
+    new = {_of(row) for row in found}
+    # Of rows whose questions are not known any more.
+    there = {(row["variant"], row["budget"]) for row in rows}
+    found += [
+        row
+        for row in page.differences
+        if row["against"] in comparison.against
+        and _of(row) not in new
+        and {(row[name], row["budget"]) for name in ("variant", "against")} <= there
+    ]
+    names = [variant.name for variant in comparison.variants]
+    found.sort(
+        key=lambda row: (
+            comparison.against.index(row["against"]),
+            names.index(row["variant"]),
+            comparison.budgets.index(row["budget"]),
+        )
+    )
+    return {
+        "rows": [row for row in written if "infeasible" not in row],
+        "infeasible": [row for row in written if "infeasible" in row],
+        "differences": found,
         **({"learning": list(learning)} if learning else {}),
     }
+
+
+def _of(difference: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(difference[name] for name in ("variant", "against", "budget"))
 
 
 def summary(rows: Rows) -> list[dict[str, Any]]:
@@ -124,6 +204,8 @@ def comparison_markdown(results: Mapping[str, Any]) -> str:
 
 def _differences(rows: Rows) -> list[str]:
     lines = []
+    # Not all variants were measured with all seeds.
+    runs = ["runs"] if len({row["runs"] for row in rows}) > 1 else []
     for against in dict.fromkeys(row["against"] for row in rows):
         cells = [
             [
@@ -132,6 +214,7 @@ def _differences(rows: Rows) -> list[str]:
                 f"{100 * row['difference']:+.1f}",
                 f"{100 * row['standard_error']:.1f}",
                 f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}",
+                *(str(row[name]) for name in runs),
             ]
             for row in rows
             if row["against"] == against
@@ -140,7 +223,7 @@ def _differences(rows: Rows) -> list[str]:
             f"Against *{against}*, in percentage points, by a paired bootstrap over runs and "
             "questions:",
             "",
-            *table(["variant", "budget", "points", "standard error", "95 %"], cells),
+            *table(["variant", "budget", "points", "standard error", "95 %", *runs], cells),
             "",
         ]
     return lines

@@ -49,6 +49,7 @@ from planner.training.experiments.kept_results import (
     losses_logged,
 )
 from planner.training.experiments.over_seeds import paired_bootstrap
+from planner.training.experiments.published_cells import Published, digest
 from planner.training.recipes import load_recipe
 from planner.training.unified import UnifiedConfig
 
@@ -58,16 +59,22 @@ VALIDATION_QUESTIONS = 96
 # Of the test questions, those that an oracle answers: it tries many plans.
 ORACLE_QUESTIONS = 192
 CONFIG = CONFIGS / "unified.yaml"
+# A file that every model with its controller has.
+_MARKS = "scheduler.json"
 
 
 @dataclass(frozen=True, eq=False)
 class Measuring(Bench):
     """Variants of controllers, of one seed."""
 
+    published: Published = field(default_factory=Published)
     _packed: dict[str, Batches] = field(default_factory=dict)
 
     def cell(self, comparison: Comparison, variant: Variant, budget: float) -> dict[str, Any]:
-        """A variant at a budget, from its file or measured now; `right` has a digit a question."""
+        """A variant at a budget, known or measured now; `right` has a digit a question."""
+        known = self.known(variant, budget)
+        if known is not None and ("right" in known or "infeasible" in known):
+            return known
 
         def measure() -> dict[str, Any]:
             self.say(f"{variant.name} at {budget:g}")
@@ -80,9 +87,14 @@ class Measuring(Bench):
 
         return kept_or_measured(*self._file(variant, budget), measure)
 
-    def knows(self, variant: Variant, budget: float) -> bool:
-        """Whether a cell was measured before."""
-        return kept(*self._file(variant, budget)) is not None
+    def known(self, variant: Variant, budget: float) -> dict[str, Any] | None:
+        """A cell that was measured before, here or elsewhere; of older pages without digits."""
+        path, identity = self._file(variant, budget)
+        return kept(path, identity) or self.published.rows.get((self.seed, digest(identity)))
+
+    def digest(self, variant: Variant, budget: float) -> str:
+        """Of what a cell is of."""
+        return digest(self._file(variant, budget)[1])
 
     def _file(self, variant: Variant, budget: float) -> tuple[Path, list[Any]]:
         """A cell's file, and what it must be of."""
@@ -96,6 +108,10 @@ class Measuring(Bench):
         """The folder of a variant's model, trained before or now."""
         return self._train(comparison, variant, variant.name)
 
+    def is_trained(self, variant: Variant) -> bool:
+        """Whether a variant's model was trained here before."""
+        return self.has_trained(self._label(variant), _MARKS)
+
     def _train(
         self,
         comparison: Comparison,
@@ -105,23 +121,27 @@ class Measuring(Bench):
         also: Sequence[str] = (),
         learner: Learner = unified.learner,
     ) -> Path:
-        """The folder of a variant's model, with more settings; `also` tells it from others."""
+        """The folder of a variant's model, with more settings; `also` as of `_label`."""
         start = []
         if variant.start:
             first = next(v for v in comparison.variants if v.name == variant.start)
             start = [f"start={self.variant_trained(comparison, first)}"]
-            also = (*also, f"from={first.name}")
         settings = (*variant.settings, *more)
-        told = [*settings, *also]
-        label = "_".join(told).replace("=", "-").replace(":", "-").replace(",", "-")
-        label = "_".join([label, *(o.replace("=", "-").replace("/", "-") for o in self.overrides)])
 
         def train(places: list[str]) -> None:
             _, config = load_recipe(CONFIG, [*places, *start, *self.overrides, *settings])
             assert isinstance(config, UnifiedConfig)
             unified.train(config, learner)
 
-        return self.trained(name, f"unified_{label}", "scheduler.json", train)
+        return self.trained(name, self._label(variant, more, also), _MARKS, train)
+
+    def _label(self, variant: Variant, more: Sequence[str] = (), also: Sequence[str] = ()) -> str:
+        """Of a variant's model, with more settings; `also` tells it from others."""
+        begun = [f"from={variant.start}"] if variant.start else []
+        told = "_".join([*variant.settings, *more, *also, *begun])
+        label = told.replace("=", "-").replace(":", "-").replace(",", "-")
+        others = (o.replace("=", "-").replace("/", "-") for o in self.overrides)
+        return "_".join([f"unified_{label}", *others])
 
     def _trained_for(
         self, comparison: Comparison, variant: Variant, budget: float, row: Tensor | None
@@ -302,7 +322,8 @@ def compared(
             if variant == against or not pairs:
                 continue
             found = paired_bootstrap(pairs, resamples)
-            yield {"variant": variant, "against": against, "budget": budget, **found}
+            told = {"variant": variant, "against": against, "budget": budget}
+            yield {**told, "runs": len(pairs), **found}
 
 
 def _digits(row: Mapping[str, Any]) -> npt.NDArray[np.float64]:

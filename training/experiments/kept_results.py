@@ -71,15 +71,22 @@ class Bench:
 
         `train` is given the settings of a training run of this seed.
         """
-        if len(label) > _LONGEST_LABEL:
-            digest = hashlib.sha256(label.encode()).hexdigest()[:16]
-            label = f"{label[:_LONGEST_LABEL]}_{digest}"
-        folder = self.work / "models" / f"{label}_seed-{self.seed}"
-        if not (folder / "model" / marks).is_file():
+        folder = self._folder(label)
+        if not self.has_trained(label, marks):
             self.say(f"training {what}")
             places = [f"output_dir={folder / 'run'}", f"export_dir={folder / 'model'}"]
             train([*places, f"seed={self.seed}"])
         return folder / "model"
+
+    def has_trained(self, label: str, marks: str) -> bool:
+        """Whether the model with a label was trained before."""
+        return (self._folder(label) / "model" / marks).is_file()
+
+    def _folder(self, label: str) -> Path:
+        if len(label) > _LONGEST_LABEL:
+            digest = hashlib.sha256(label.encode()).hexdigest()[:16]
+            label = f"{label[:_LONGEST_LABEL]}_{digest}"
+        return self.work / "models" / f"{label}_seed-{self.seed}"
 
     def load(self, name: str) -> Loaded:
         """A model; one at a time is held, since experiments go through models in order."""
@@ -103,6 +110,10 @@ class Runs:
     samples: int  # test questions of each
     overrides: Sequence[str]
     progress: Say
+    # Of a comparison, what is measured if it is missing; empty for all.
+    variants: Sequence[str] = ()
+    budgets: Sequence[float] = ()
+    page: Path | None = None  # the folder of results, which may have some already
 
     def benches(self, kind: type[B]) -> list[B]:
         """One of this kind for each seed."""
