@@ -14,6 +14,7 @@ Enters: a model's config or Graph, a budget. Leaves: a `planner.plan.Plan`. Impo
     utilities          what switches are worth
     redundancy         what is lost together: no set of layers at a gain
     pricing            Graph, workload, budget -> Problem
+    scored_stages      what token stages need, to score by attention
     config_sizes       what a stock config can say of a plan
     compiler           all of it, in order
     plan_costs         what a plan costs on another prompt

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from planner.planning.config_sizes import head_counts
 from planner.planning.graph_cache import lowered_graph
 from planner.planning.pricing import COUNTED, Pricing, compared
 from planner.planning.request import Request
+from planner.planning.scored_stages import Solve, solve_scored
 from planner.planning.selectors import parse_kv_policy, patch_stages, scores_by_attention
 from planner.planning.selectors.eviction import check_layer
 from planner.planning.switches import SwitchSet, with_switches
@@ -114,11 +116,11 @@ def plan_graph(
         pricing, utilities, problem = pose(graph, request)
     with stage("solve"):
         limit = request.time_limit_seconds
+        search: Solve = partial(solve, time_limit_seconds=limit)
         if request.uniform:
             problem = problem.additive()
-            solution = solve_uniform(problem, counts=counts, time_limit_seconds=limit)
-        else:
-            solution = solve(problem, time_limit_seconds=limit)
+            search = partial(solve_uniform, counts=counts, time_limit_seconds=limit)
+        solution = solve_scored(pricing, problem, search)
     with stage("check"):
         plan = _plan(pricing, problem, solution, request.limits(), utilities)
     return Compiled(plan, pricing.graph, pricing, problem, solution)

@@ -23,8 +23,10 @@ from planner.plan import Plan
 from planner.planning.budgets import Budget
 from planner.planning.compiler import keeping_whole, written
 from planner.planning.pricing import Pricing, compared, limits_of
+from planner.planning.scored_stages import solve_scored, unscored_stage
 from planner.planning.selectors import counted
 from planner.planning.utilities import Utilities
+from planner.solver.exact import solve
 from planner.solver.frontier import Frontier, Prices
 from planner.solver.problem import COST_CEILING, Choice, Costs, ranked
 
@@ -57,7 +59,7 @@ class PromptCosts:
     def __init__(
         self, pricing: Pricing, utilities: Utilities, keep: str | Sequence[str] = ()
     ) -> None:
-        self.pricing, self.utilities = pricing, utilities
+        self.pricing, self.utilities, self.keep = pricing, utilities, keep
         graph, options = pricing.graph, pricing.token_options
         self._span_of = [_span(pricing, layer) for layer in range(graph.layers)]
         self._spans = sorted(set(self._span_of))
@@ -241,6 +243,13 @@ class OnPrompt:
         limits, options = limits_of(budget, self.base), self._options
         solution = self.costs.frontier.at(self._prices(limits))
         keep = options[solution.choice.token_option]
+        if unscored_stage(self.pricing, solution.choice, keep) is not None:
+            # In as long as a compilation takes; only the lowest budgets come to this.
+            problem = keeping_whole(
+                self.pricing.problem(budget, self.costs.utilities), self.costs.keep
+            )
+            solution = solve_scored(self.pricing, problem, solve)
+            keep = self.pricing.token_options[solution.choice.token_option]
         plan = written(self.pricing, solution.choice, keep, budget, self.costs.utilities)
         costs = self._cost(plan, self.costs.terms_of_choice(solution.choice))
         return replace(

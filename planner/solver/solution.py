@@ -104,6 +104,24 @@ def certify(
     return certified(tables.scale, choice, utility, bound, cost, negligible, seconds)
 
 
+def best_of(problem: Problem, solutions: Sequence[Solution]) -> Solution:
+    """The best of solutions of problems that together are this one: each has some of its choices,
+    and all of them have all that count."""
+    best = max(solutions, key=lambda one: one.utility)
+    bound = max(one.bound for one in solutions)
+    negligible = Scale.of(within_reach(problem)).negligible
+    gap = (bound - best.utility) / max(abs(best.utility), negligible)
+    return Solution(
+        choice=best.choice,
+        utility=best.utility,
+        bound=bound,
+        gap=gap,
+        status="optimal" if gap <= TOLERANCE else "feasible",
+        cost=best.cost,
+        seconds=sum(one.seconds for one in solutions),
+    )
+
+
 def certified(
     scale: Scale,
     choice: Choice,
