@@ -5,11 +5,13 @@
 
 Passes are prompts and decoded tokens of models with random weights, of other sizes than those that
 `planner calibrate` fits to, under random plans. They are predicted as those of any model, and after
-what `planner calibrate --model` does for each of them. Requests come with prompts of several
-lengths and deadlines of several shares of the base model's time; each is served by the plan for a
-latency budget of its deadline. On time are requests whose pass took no longer, by the clock of the
-calibration; utilisation is the share of their deadlines that passes took. What the same pass, or
-the same request, takes when it is repeated says how much of an error no prediction could avoid.
+what `planner calibrate --model` does for each of them, at the usual pace of the machine and by the
+clock. Requests come with prompts of several lengths and deadlines of several shares of the base
+model's time; each is served by the plan for a latency budget of its deadline, and by one that a
+governor picks who knows how fast the machine was lately. On time are requests whose pass took no
+longer, by the clock; utilisation is the share of their deadlines that passes took. What the same
+pass, or the same request, takes when it is repeated says how much of an error no prediction could
+avoid, and the machine's pace how much it changes by itself.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,12 +45,16 @@ from planner.planning.device_file import read_device, save_device
 from planner.planning.plan_costs import pricing_for
 from planner.planning.request import Request
 from planner.progress import progress_bar
+from planner.serving.governor import SlowDown
+from planner.solver import Infeasible
 
 # Width and layers of the models, and whether they see; other ones than the calibration's.
 SUBJECTS = ((384, 6, False), (768, 4, True))
 MOST_TOKENS = 500
 # Of requests: text tokens, and deadlines over the base model's seconds.
 TEXTS, SHARES = (40, 120, 300), (0.6, 0.7, 0.8, 0.9)
+# Deadlines of the plans that a governor chooses from.
+LADDER = tuple(n / 20 for n in range(9, 31))
 
 
 def calibrated(subjects: Sequence[Subject], device: MeasuredDevice, work: Path) -> MeasuredDevice:
@@ -65,10 +72,14 @@ def plans(
     devices: dict[str, MeasuredDevice],
     count: int,
     partial: Partial,
+    pace: float,
 ) -> dict[str, Any]:
-    """Errors of predictions for so many random plans, by several devices."""
+    """Errors of predictions for so many random plans, by several devices.
+
+    At the machine's usual `pace`, and by the clock with the last device.
+    """
     with progress_bar("plans") as progress:
-        found = timed(subjects, count, MOST_TOKENS, 2, partial, progress)
+        found = timed(subjects, count, MOST_TOKENS, 2, partial, progress, pace)
     sorts = {
         "all": found,
         "prompts": [one for one in found if not one.one.decodes],
@@ -77,44 +88,96 @@ def plans(
     document: dict[str, Any] = {}
     for how, device in devices.items():
         for name, some in sorts.items():
-            errors = [one.error(device) for one in some]
-            bias = float(np.median(errors))
-            document[f"{name}, {how}"] = {"count": len(some), "bias": bias, **quantiles(errors)}
+            document[f"{name}, {how}"] = _off([one.error(device) for one in some])
+    clock = [one.predicted(device) / median(t.seconds for t in one.every) - 1 for one in found]
+    document["all, by the clock"] = _off(clock)
+    slower = [taken.pace / pace - 1 for one in found for taken in one.every]
+    document["the machine's pace"] = _off(slower)
     return document | {"repeats differ": {"median": repeats_differ(found)}}
 
 
-def requests(subject: Subject, device: MeasuredDevice, count: int) -> dict[str, Any]:
-    """How so many requests keep their deadlines."""
+def _off(errors: Sequence[float]) -> dict[str, float]:
+    return {"count": len(errors), "bias": float(np.median(errors)), **quantiles(errors)}
+
+
+def requests(subject: Subject, device: MeasuredDevice, count: int) -> dict[str, dict[str, float]]:
+    """How so many requests keep their deadlines, by who plans.
+
+    By the file, a plan keeps back what one pass in a hundred is late by. A governor knows plans of
+    many costs and how slow the machine was for the requests before; both serve every request.
+    """
     rng, watch = random.Random(2), stopwatch_for(subject.bench.place)
     served = {(t, s): planned(subject, device, t, s) for t in TEXTS for s in SHARES}
-    for serve, *_ in served.values():
+    ladders = {t: ladder(subject, device, t) for t in TEXTS}
+    for one in [*served.values(), *(one for rungs in ladders.values() for one in rungs)]:
         for _ in range(2):  # the second copies what frozen plans keep
-            serve()
-    used: dict[Any, list[float]] = {}
+            one.serve()
+    by: dict[str, dict[Any, list[float]]] = {"by the file": {}, "by a governor": {}}
+    planned_for: dict[str, list[float]] = {name: [] for name in by}
+    slow = SlowDown()
     with progress_bar("requests") as progress:
         for number in range(count):
             which = rng.choice(TEXTS), rng.choice(SHARES)
-            serve, deadline, _ = served[which]
-            used.setdefault(which, []).append(watch.seconds([serve]) / deadline)
+            due = served[which].due
+            picked = chosen(ladders[which[0]], due, slow.quantile)
+            turns = {"by the file": served[which], "by a governor": picked}
+            for name in rng.sample(list(turns), len(turns)):
+                one = turns[name]
+                seconds = watch.seconds([one.serve])
+                by[name].setdefault(which, []).append(seconds / due)
+                planned_for[name].append(one.seconds / due)
+                slow.learn(one.seconds, seconds)
             progress(number + 1, count)
+    margin = {"margin for late ones": device.on(subject.graph).late(subject.graph.dtype_bytes)}
+    return {
+        name: {**kept(used), "planned over deadline": median(planned_for[name])}
+        | (margin if name == "by the file" else {})
+        for name, used in by.items()
+    }
+
+
+def ladder(subject: Subject, device: MeasuredDevice, text_tokens: int) -> list[Served]:
+    """Plans from the cheapest on."""
+    found = []
+    for share in LADDER:
+        with suppress(Infeasible):
+            found.append(planned(subject, device, text_tokens, share))
+    return sorted(found, key=lambda one: one.seconds)
+
+
+def kept(used: dict[Any, list[float]]) -> dict[str, float]:
+    """Of shares of deadlines that requests took, by what they were."""
     every = np.array([share for some in used.values() for share in some])
     same = [share / median(some) for some in used.values() for share in some]
     return {
-        "count": count,
+        "count": len(every),
         "on time": float(np.mean(every <= 1)),
         "median over deadline": float(np.quantile(every, 0.5)),
         "p99 over deadline": float(np.quantile(every, 0.99)),
         "utilisation": float(np.mean(np.minimum(every, 1))),
-        "planned over deadline": median(share for *_, share in served.values()),
-        "margin for late ones": device.on(subject.graph).late(subject.graph.dtype_bytes),
         "p99 over median of the same request": float(np.quantile(same, 0.99)),
     }
 
 
-def planned(
-    subject: Subject, device: MeasuredDevice, text_tokens: int, share: float
-) -> tuple[Callable[[], None], float, float]:
-    """What serves a request, its deadline in seconds, and the share of it that is planned."""
+class Served(NamedTuple):
+    """A plan for a deadline."""
+
+    serve: Callable[[], None]
+    due: float  # seconds
+    seconds: float  # that are predicted
+
+
+def chosen(rungs: Sequence[Served], due: float, slower: float) -> Served:
+    """The dearest that is in time on a machine so many times slower, or the cheapest."""
+    return max(
+        (one for one in rungs if one.seconds * slower <= due),
+        key=lambda one: one.seconds,
+        default=rungs[0],
+    )
+
+
+def planned(subject: Subject, device: MeasuredDevice, text_tokens: int, share: float) -> Served:
+    """The plan for a deadline that is a share of the base model's time."""
     load, graph = subject.load(text_tokens), subject.graph
     dense = Plan.of(graph)
     base = pricing_for(dense, graph, load, "model", device.on(graph)).cost_of(dense)["latency"]
@@ -128,7 +191,7 @@ def planned(
         with subject.session.under(plan):
             prompt()
 
-    return serve, share * base, plan.cost["latency"]["plan"] / (share * base)
+    return Served(serve, share * base, plan.cost["latency"]["plan"])
 
 
 def main() -> int:
@@ -158,7 +221,9 @@ def main() -> int:
             partial = Partial.at(work / "plans.partial", [here, options.plans])
             devices = {"as any model": device, "calibrated": known}
             results[precision] = {
-                "plans": plans(subjects, devices, options.plans, partial),
+                "plans": plans(
+                    subjects, devices, options.plans, partial, device.measured[precision].pace
+                ),
                 "requests": requests(subjects[-1], known, options.requests),
             }
     document = {
@@ -186,8 +251,10 @@ def show(document: dict[str, Any], results: dict[str, Any]) -> None:
     table(["predictions are off", *names], rows)
     for precision, found in results.items():
         print()
-        figures = found["requests"]
-        table([f"requests, {precision}", ""], [[k, f"{v:.3f}"] for k, v in figures.items()])
+        by = found["requests"]
+        names = list(dict.fromkeys(name for figures in by.values() for name in figures))
+        rows = [[n, *(f"{f[n]:.3f}" if n in f else "" for f in by.values())] for n in names]
+        table([f"requests, {precision}", *by], rows)
 
 
 if __name__ == "__main__":

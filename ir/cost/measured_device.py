@@ -105,10 +105,14 @@ class Measurement:
     models: Mapping[str, Mapping[str, Passes]] = field(default_factory=dict)
     # Quantile -> relative error of predictions for operators at sizes between those of the tables.
     errors: Mapping[str, float] = field(default_factory=dict)
+    # Seconds of the product that tells how fast the machine was: all else is told for this pace.
+    pace: float = 1.0
 
     def __post_init__(self) -> None:
         if any(set(passes) != set(KINDS) for passes in (self.passes, *self.models.values())):
             raise ValueError(f"passes are of the kinds {', '.join(KINDS)}")
+        if self.pace <= 0:
+            raise ValueError("a machine's pace is a positive number of seconds")
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ In: this machine. Out: a `planner.ir.cost.measured_device.MeasuredDevice`. Impor
     sweep            cases timed round by round, and tables of them
     subjects         models whose passes are timed, under random plans on random prompts
     whole_passes     what whole passes take besides their operators, fitted to random ones
+    pace             work timed beside a product that tells how fast the machine is just now
     stopwatch        seconds on a CPU and on a CUDA device
 """
 

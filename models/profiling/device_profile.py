@@ -65,7 +65,7 @@ def profile(
     with bar("operators") as progress:
         seconds = sweep(bench, [*cases, *held_out], rounds, partial, progress)
     operations, moved = _peaks(bench, cases, seconds)
-    known = Measurement(_tables(cases, seconds))
+    known = Measurement(_tables(cases, seconds), pace=partial.pace)
     device = MeasuredDevice(
         name,
         operations / 1e12,
@@ -78,7 +78,7 @@ def profile(
     off = [_alone(known.tables, case) / seconds[case.key] - 1 for case in held_out]
     subjects = [Subject.made(bench, *which) for which in _SUBJECTS]
     with bar("passes") as progress:
-        passes = timed(subjects, _PASSES, _MOST_TOKENS, 0, partial, progress)
+        passes = timed(subjects, _PASSES, _MOST_TOKENS, 0, partial, progress, known.pace)
     known = replace(known, errors=quantiles(off), passes=fitted(device, passes))
     return replace(device, measured={precision: known})
 
@@ -100,7 +100,7 @@ def profile_model(
     model, known = str(graph.properties["fingerprint"]), device.at(graph.dtype_bytes)
     partial = Partial.at(path, [machine_of(bench.place), str(bench.dtype), model, most_tokens])
     with bar("passes") as progress:
-        passes = timed([subject], _OF_MODEL, most_tokens, 1, partial, progress)
+        passes = timed([subject], _OF_MODEL, most_tokens, 1, partial, progress, known.pace)
     found = fitted(device, passes, known.passes)
     known = replace(known, models={**known.models, model: found})
     precision = PRECISIONS[graph.dtype_bytes]

@@ -26,7 +26,8 @@ from planner.files import write_text
 from planner.ir.cost.measured_device import Table
 from planner.ir.errors import InputError
 from planner.models.profiling.operator_cases import AXES, Bench, Case
-from planner.models.profiling.stopwatch import Stopwatch, stopwatch_for
+from planner.models.profiling.pace import PacedStopwatch, Taken
+from planner.models.profiling.stopwatch import stopwatch_for
 from planner.progress import Progress
 
 # A case is repeated until it has taken so long, at most so often.
@@ -40,12 +41,12 @@ class Partial:
 
     Attributes:
         facts: that what was timed depends on.
-        seconds: by key, every time.
+        taken: by key, every time.
     """
 
     path: Path
     facts: Any
-    seconds: dict[str, list[float]]
+    taken: dict[str, list[Taken]]
 
     @staticmethod
     def at(path: Path, facts: Any) -> Partial:
@@ -58,21 +59,29 @@ class Partial:
             raise InputError(
                 f"'{path}' is of another machine, or other options: delete it to begin anew"
             )
-        seconds = validated(dict[str, list[float]], document.get("seconds"), f"'{path}'")
-        return Partial(path, facts, seconds)
+        taken = validated(dict[str, list[Taken]], document.get("taken"), f"'{path}'")
+        return Partial(path, facts, taken)
+
+    @property
+    def pace(self) -> float:
+        """The usual one of the machine, while all that was timed."""
+        return median(one.pace for every in self.taken.values() for one in every)
 
     def save(self) -> None:
         """Write the file."""
-        write_text(self.path, json.dumps({"facts": self.facts, "seconds": self.seconds}))
+        write_text(self.path, json.dumps({"facts": self.facts, "taken": self.taken}))
 
 
 @torch.no_grad()
 def sweep(
     bench: Bench, cases: Sequence[Case], rounds: int, partial: Partial, progress: Progress
 ) -> dict[str, float]:
-    """Median seconds of every case, by its key; cases are in a random order in every round."""
-    found = partial.seconds
-    watch, total, done = stopwatch_for(bench.place), rounds * len(cases), 0
+    """Median seconds of every case at the machine's usual pace, by its key.
+
+    Cases are in a random order in every round.
+    """
+    found = partial.taken
+    watch, total, done = PacedStopwatch(bench), rounds * len(cases), 0
     for number in range(rounds):
         for case in random.Random(number).sample(cases, len(cases)):
             done += 1
@@ -81,27 +90,30 @@ def sweep(
                 continue
             if case.table == "weights":
                 cold, cached = (_once(bench, case.of(t), watch) for t in ("cold", "product"))
-                timed.append(cold - cached)
+                more = cold.at(cached.pace) - cached.seconds
+                timed.append(Taken(more, cached.pace))
             else:
                 timed.append(_once(bench, case, watch))
             if done % _SAVED_EVERY == 0:
                 partial.save()
             progress(done, total)
     partial.save()
-    return {case.key: median(found[case.key]) for case in cases}
+    pace = partial.pace
+    return {case.key: median(one.at(pace) for one in found[case.key]) for case in cases}
 
 
-def _once(bench: Bench, case: Case, watch: Stopwatch) -> float:
-    """Seconds of a case."""
-    runs = bench.runs(case, 1)
+def _once(bench: Bench, case: Case, watch: PacedStopwatch) -> Taken:
+    """What a case takes."""
+    runs, usual = bench.runs(case, 1), stopwatch_for(bench.place)
     # The first time has much to prepare.
-    least = max(1e-7, min(watch.seconds(runs) for _ in range(2)))
+    least = max(1e-7, min(usual.seconds(runs) for _ in range(2)))
     count = bench.turns(case) or max(1, min(_REPEATS, math.ceil(_SECONDS / least)))
     if count > 1:
         runs = bench.runs(case, count)
         if case.table != "cold":
-            watch.seconds(runs)  # and caches hold what they can
-    return watch.seconds(runs) / count
+            usual.seconds(runs)  # and caches hold what they can
+    taken = watch.seconds(runs)
+    return Taken(taken.seconds / count, taken.pace)
 
 
 def table_of(name: str, seconds: Mapping[tuple[int, ...], float]) -> Table:

@@ -20,7 +20,7 @@ import torch
 from scipy.optimize import least_squares
 
 from planner.ir.cost.measured_device import KINDS, TERMS, MeasuredDevice, Passes
-from planner.models.profiling.stopwatch import stopwatch_for
+from planner.models.profiling.pace import PacedStopwatch, Taken
 from planner.models.profiling.subjects import STEPS, Pass, Subject
 from planner.models.profiling.sweep import Partial
 from planner.progress import Progress
@@ -46,12 +46,13 @@ class Timed:
 
     subject: Subject
     one: Pass
-    every: Sequence[float]
+    every: Sequence[Taken]
+    pace: float  # the machine's usual one
 
     @property
     def seconds(self) -> float:
-        """Its median."""
-        return median(self.every)
+        """Its median at the usual pace."""
+        return median(one.at(self.pace) for one in self.every)
 
     def predicted(self, device: MeasuredDevice) -> float:
         """Seconds."""
@@ -70,8 +71,12 @@ def timed(
     seed: int,
     partial: Partial,
     progress: Progress,
+    pace: float,
 ) -> list[Timed]:
-    """So many random passes, a quarter of them decoding, of one model after the other."""
+    """So many random passes, a quarter of them decoding, of one model after the other.
+
+    `pace`: of the machine that they are to be told for, usually.
+    """
     rng, drawn = random.Random(seed), []
     for number in range(count):
         subject = subjects[number * len(subjects) // count]
@@ -79,32 +84,37 @@ def timed(
     for start in range(0, count, _TOGETHER):
         group = drawn[start : start + _TOGETHER]
         keys = [f"pass.{seed}.{start + number}" for number in range(len(group))]
-        if not all(map(partial.seconds.get, keys)):
-            partial.seconds.update(zip(keys, interleaved(group), strict=True))
+        if not all(map(partial.taken.get, keys)):
+            partial.taken.update(zip(keys, interleaved(group), strict=True))
             partial.save()
         progress(min(start + _TOGETHER, count), count)
     return [
-        Timed(subject, one, partial.seconds[f"pass.{seed}.{number}"])
+        Timed(subject, one, partial.taken[f"pass.{seed}.{number}"], pace)
         for number, (subject, one) in enumerate(drawn)
     ]
 
 
-def interleaved(group: Sequence[tuple[Subject, Pass]]) -> list[list[float]]:
-    """Seconds of passes that take turns, every time."""
-    found: list[list[float]] = [[] for _ in group]
+def interleaved(group: Sequence[tuple[Subject, Pass]]) -> list[list[Taken]]:
+    """What passes take that take turns, every time."""
+    found: list[list[Taken]] = [[] for _ in group]
+    watch = PacedStopwatch(group[0][0].bench)
     runs = [None if one.decodes else subject.prompt(one) for subject, one in group]
     rounds = 0
     while rounds < _FEWEST + _FIRST or (
-        rounds < _MOST + _FIRST and min(map(sum, found)) < _SECONDS
+        rounds < _MOST + _FIRST and min(map(_together, found)) < _SECONDS
     ):
         for (subject, one), run, every in zip(group, runs, found, strict=True):
             with subject.session.under(one.plan):
                 work = run or subject.tokens(one)
-                seconds = stopwatch_for(subject.bench.place).seconds([work])
+                taken = watch.seconds([work])
             if rounds >= _FIRST:
-                every.append(seconds / (STEPS if one.decodes else 1))
+                every.append(Taken(taken.seconds / (STEPS if one.decodes else 1), taken.pace))
         rounds += 1
     return found
+
+
+def _together(every: Sequence[Taken]) -> float:
+    return sum(one.seconds for one in every)
 
 
 # -- what passes are the sum of -------------------------------------------------------------------
@@ -137,8 +147,9 @@ def _fitted(device: MeasuredDevice, passes: Sequence[Timed], usual: Passes, of_o
     for fold in _folds(passes, of_one):
         known = np.setdiff1d(np.arange(len(passes)), fold)
         held_out[fold] = parts[fold] @ _solved(parts[known], seconds[known], near)
+    # By the clock: a promise is not kept by a machine that would be faster at other times.
     shares = [
-        taken / predicted - 1
+        taken.seconds / predicted - 1
         for one, predicted in zip(passes, held_out.tolist(), strict=True)
         for taken in one.every
     ]
@@ -197,5 +208,6 @@ def quantiles(errors: Iterable[float]) -> dict[str, float]:
 
 def repeats_differ(passes: Sequence[Timed]) -> float:
     """By which share medians of the even and of the odd times differ, in the median."""
-    halves = [(median(one.every[::2]), median(one.every[1::2])) for one in passes]
+    times = [[taken.at(one.pace) for taken in one.every] for one in passes]
+    halves = [(median(every[::2]), median(every[1::2])) for every in times]
     return round(median(abs(even / odd - 1) for even, odd in halves), 4)

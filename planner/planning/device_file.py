@@ -16,7 +16,7 @@ from planner.documents import of_format, read_json, validated
 from planner.files import write_text
 from planner.ir.cost.measured_device import MeasuredDevice
 
-FORMAT = 2
+FORMAT = 3
 _KEY, _WHAT = "planner_device", "device file"
 
 

@@ -13,8 +13,9 @@ from planner.cli import execute
 from planner.ir.cost.measured_device import ALONE, MeasuredDevice, Measurement, Passes
 from planner.ir.errors import InputError
 from planner.kernels.ops import product_probe
-from planner.models.profiling import device_profile, operator_cases, sweep, whole_passes
+from planner.models.profiling import device_profile, operator_cases, pace, sweep, whole_passes
 from planner.models.profiling.operator_cases import AXES, Bench, Case
+from planner.models.profiling.pace import PacedStopwatch, Taken
 from planner.models.profiling.stopwatch import CudaStopwatch, Stopwatch, stopwatch_for
 from planner.models.profiling.subjects import STEPS, Subject
 from planner.models.profiling.sweep import Partial, table_of
@@ -119,15 +120,17 @@ def test_a_run_that_was_cut_short_goes_on(small, monkeypatch, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         sweep.sweep(bench, cases, 2, Partial.at(path, "here"), stop)
-    kept = Partial.at(path, "here").seconds
+    kept = Partial.at(path, "here").taken
     assert len(kept) == 10
-    found = sweep.sweep(bench, cases, 1, Partial.at(path, "here"), progress)
-    assert {key: found[key] for key in kept} == {key: timed[0] for key, timed in kept.items()}
+    partial = Partial.at(path, "here")
+    found = sweep.sweep(bench, cases, 1, partial, progress)
+    pace = partial.pace
+    assert {k: found[k] for k in kept} == {k: timed[0].at(pace) for k, timed in kept.items()}
 
 
 @pytest.mark.parametrize(
     "text",
-    ['{"facts": "there", "seconds": {}}', '{"facts": "here", "seconds": {"a": ["b"]}}', "{", "[]"],
+    ['{"facts": "there", "taken": {}}', '{"facts": "here", "taken": {"a": [1.5]}}', "{", "[]"],
 )
 def test_a_partial_file_that_is_broken_or_of_another_machine_is_refused(text, tmp_path):
     path = tmp_path / "partial"
@@ -145,11 +148,11 @@ def test_passes_go_on_where_they_were(small, monkeypatch, tmp_path):
         ran.append(len(group))
         if len(ran) == 2:
             raise KeyboardInterrupt
-        return [[1.0 + len(ran), 2.0, 3.0] for _ in group]
+        return [[Taken(1.0 + len(ran), 1.0), Taken(2.0, 1.0), Taken(3.0, 1.0)] for _ in group]
 
     def run():
         partial = Partial.at(path, "here")
-        return whole_passes.timed([subject], 20, 9, 0, partial, lambda done, total: None)
+        return whole_passes.timed([subject], 20, 9, 0, partial, lambda done, total: None, 2.0)
 
     monkeypatch.setattr(whole_passes, "interleaved", interleaved)
     with pytest.raises(KeyboardInterrupt):
@@ -157,7 +160,9 @@ def test_passes_go_on_where_they_were(small, monkeypatch, tmp_path):
     found = run()
     # The first eight were kept, and the others are what they would have been.
     assert ran == [8, 8, 8, 4]
-    assert [one.every[0] for one in found] == [2.0] * 8 + [4.0] * 8 + [5.0] * 4
+    assert [one.every[0].seconds for one in found] == [2.0] * 8 + [4.0] * 8 + [5.0] * 4
+    # At half the pace all takes twice as long.
+    assert {one.seconds for one in found} == {4.0, 6.0}
     assert [one.one for one in found] == [one.one for one in run()]
     assert ran == [8, 8, 8, 4]
 
@@ -191,7 +196,8 @@ def passes_of(subject, device, count=40, noise=()):
     drawn = [subject.draw(rng, 200, decodes=number % 3 == 0) for number in range(count)]
     again = [1.0, *(1 + share for share in noise)]
     seconds = [one.predicted(subject.graph, device) for one in drawn]
-    return [Timed(subject, one, [s * n for n in again]) for one, s in zip(drawn, seconds)]
+    every = [[Taken(s * n, 1.0) for n in again] for s in seconds]
+    return [Timed(subject, one, some, 1.0) for one, some in zip(drawn, every)]
 
 
 @pytest.fixture
@@ -245,7 +251,7 @@ def test_a_few_slow_passes_change_little(bare):
     subject = Subject.made(cpu(), 64, 2)
     passes = passes_of(subject, of_model(bare, subject))
     slow = [
-        replace(one, every=[3 * one.seconds]) if n in (5, 6) else one
+        replace(one, every=[Taken(3 * one.seconds, 1.0)]) if n in (5, 6) else one
         for n, one in enumerate(passes)
     ]
     usual = bare.measured["float32"].passes
@@ -324,6 +330,44 @@ def test_a_cuda_device_is_timed_by_its_own_events(monkeypatch):
     assert isinstance(watch, CudaStopwatch)
     assert watch.seconds([lambda: log.append("run")] * 2) == 5e-3
     assert log == ["wait", "record", "run", "run", "record", "wait"]
+
+
+def test_what_a_slow_machine_takes_counts_as_if_it_were_not(small, monkeypatch):
+    """A clock on which everything takes twice as long for a while; ratios stay what they were."""
+    bench, now, slow = cpu(), [0.0], [1.0]
+
+    def work(seconds):
+        def run():
+            now[0] += seconds * slow[0]
+
+        return run
+
+    class Clock(Stopwatch):
+        def __init__(self):
+            self._now = lambda: now[0]
+
+    monkeypatch.setattr(pace, "stopwatch_for", lambda place: Clock())
+    monkeypatch.setattr(pace, "_FRESH", -1)
+    watch = PacedStopwatch(bench)
+    watch._product = [work(0.5)]
+    first = watch.seconds([work(3.0)])
+    slow[0] = 2.0
+    second = watch.seconds([work(3.0)])
+    assert (first.seconds, second.seconds) == (3.0, 6.0)
+    assert first.at(0.5) == second.at(0.5) == 3.0
+    assert second.at(1.0) == 6.0
+
+
+def test_promises_are_by_the_clock(bare):
+    """Every third time the machine was slower: predictions know nothing of it, the margin does."""
+    subject = Subject.made(cpu(), 64, 2)
+    passes = [
+        replace(one, every=[Taken(n * one.seconds, n) for n in (1.0, 1.0, 1.5)])
+        for one in passes_of(subject, of_model(bare, subject))
+    ]
+    found = fitted(bare, passes, bare.measured["float32"].passes)["prompt"]
+    assert found.errors["p95"] < 0.01
+    assert found.late == pytest.approx(0.5, abs=0.02)
 
 
 def test_one_thread_is_timed_by_what_the_process_computes(monkeypatch):
