@@ -118,7 +118,9 @@ def _plans_decided(
 
 def _results(comparison: Comparison, rows: Rows, learning: Rows, page: Published) -> dict[str, Any]:
     written = [as_published(row, row["cell"]) for row in rows]
-    found = [row for name in comparison.against for row in compared(rows, name)]
+    found: list[Mapping[str, Any]] = []
+    for name in comparison.against:
+        found += compared(rows, name)
     new = {_of(row) for row in found}
     # Of rows whose questions are not known any more.
     there = {(row["variant"], row["budget"]) for row in rows}
