@@ -34,7 +34,7 @@ def entered(act):
 
 def test_the_walk_to_a_plan_is_what_happens(cli):
     files = walk()
-    assert 10 < len(files) <= 15
+    assert 10 < len(files) <= 16
     compile_ = ("compile", "--model", "tiny-llava", "-b", "0.65", "-q", "--utilities", "prior")
     assert cli(*compile_)[0] == 0
     met = entered(lambda: cli(*compile_))
