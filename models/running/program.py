@@ -22,7 +22,7 @@ from planner.planning.selectors import (
     parse_kv_policy,
     selector_of,
 )
-from planner.planning.selectors.eviction import check_layer
+from planner.planning.selectors.eviction import check_beside, check_policy
 
 
 def check_plan(plan: Plan, graph: Graph) -> None:
@@ -35,22 +35,9 @@ def check_plan(plan: Plan, graph: Graph) -> None:
             )
     if plan.kv:
         policy = parse_kv_policy(plan.kv)
-        check_layer(policy, graph)
-        if policy.hides_images:
-            for stage in plan.tokens:
-                selector = selector_of(stage)
-                # Marks are of text that rates image tokens.
-                if selector.scores_by_attention or Needs.MARKS in selector.needs:
-                    raise InputError(
-                        f"{stage.selector} ranks image tokens by the attention of the text, from "
-                        f"which {plan.kv} hides them; take another selector"
-                    )
-        for operator in graph:
-            if operator.part == "decoder" and operator.get("window"):
-                raise InputError(
-                    f"{plan.kv} cannot be combined with the sliding window of layer "
-                    f"{operator.layer} of '{graph.name}', which evicts by itself"
-                )
+        check_policy(policy, graph)
+        for stage in plan.tokens:
+            check_beside(policy, selector_of(stage), stage.selector)
 
 
 @dataclass(frozen=True)

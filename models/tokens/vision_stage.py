@@ -34,6 +34,10 @@ from planner.planning.selectors import CDPruner, Needs, TextGuided, VisionSelect
 
 # Argument of models that cut pictures into tiles: (images, 2), height and width.
 _SIZES = "image_sizes"
+_MERGES = (
+    "{} picks patches, and this projector merges neighbouring ones; use a selector that works in "
+    "the decoder, such as fastv"
+)
 
 
 def places(indices: Tensor, patches: int) -> Tensor:
@@ -99,6 +103,8 @@ class VisionStage:
                 )
             self._heads[index] = attention[index].integer("heads")
             watched |= {f"query {index}": query.module, f"key {index}": key.module}
+        if Needs.PROJECTED not in selector.needs and _mixes_patches(graph, projector):
+            raise InputError(_MERGES.format(selector.name))
         self._hooks = [
             model.get_submodule(path).register_forward_hook(partial(self._keep, what))
             for what, path in watched.items()
@@ -183,10 +189,7 @@ class VisionStage:
     def _check(self, projected: Any, shape: Sequence[int]) -> None:
         """That the projector made one feature of every feature, (runs, patches)."""
         if not isinstance(projected, Tensor) or tuple(projected.shape[:2]) != tuple(shape):
-            raise InputError(
-                f"{self.selector.name} picks patches, and this projector merges neighbouring ones; "
-                f"use a selector that works in the decoder, such as fastv"
-            )
+            raise InputError(_MERGES.format(self.selector.name))
 
     def _inputs(self, features: Tensor, projected: Tensor | None = None) -> VisionInputs:
         runs, patches = features.shape[:2]
@@ -261,7 +264,7 @@ def _projector(graph: Graph) -> tuple[str, str]:
     operators = [o for o in graph if o.part == "projector" and o.module]
     linears = [o.module for o in operators if o.kind == "linear"]
     path = common(linears)
-    inside = [o for o in operators if o.module == path or o.module.startswith(f"{path}.")]
+    inside = [o for o in operators if _is_within(o.module, path)]
     sources = [graph.by_name[name] for o in inside for name in o.inputs]
     source = next((o for o in sources if o.part == "vision"), None)
     if not path or source is None:
@@ -271,6 +274,16 @@ def _projector(graph: Graph) -> tuple[str, str]:
         )
     # The last addition of a layer is what the layer returns.
     return path, source.module
+
+
+def _mixes_patches(graph: Graph, projector: str) -> bool:
+    """Whether a projector computes anything whose rows are not the patches that it makes."""
+    inside = [o for o in graph if o.part == "projector" and _is_within(o.module, projector)]
+    return len({str(operator.shape[:-1]) for operator in inside}) > 1
+
+
+def _is_within(module: str, path: str) -> bool:
+    return module == path or module.startswith(f"{path}.")
 
 
 def common(paths: Iterable[str]) -> str:

@@ -24,9 +24,9 @@ from planner.planning.config_sizes import head_counts
 from planner.planning.graph_cache import lowered_graph
 from planner.planning.pricing import COUNTED, Pricing, compared
 from planner.planning.request import Request
-from planner.planning.scored_stages import Solve, solve_scored
+from planner.planning.scored_stages import Solve, check_scored, solve_scored
 from planner.planning.selectors import parse_kv_policy, patch_stages, scores_by_attention
-from planner.planning.selectors.eviction import check_layer
+from planner.planning.selectors.eviction import check_beside, check_policy
 from planner.planning.switches import SwitchSet, with_switches
 from planner.planning.unit_counting import faithful_problem, unfold
 from planner.planning.utilities import Utilities, load_utilities, prior, uniform
@@ -123,6 +123,7 @@ def plan_graph(
         solution = solve_scored(pricing, problem, search)
     with stage("check"):
         plan = _plan(pricing, problem, solution, request.limits(), utilities)
+        check_scored(plan, pricing)
     return Compiled(plan, pricing.graph, pricing, problem, solution)
 
 
@@ -148,7 +149,10 @@ def pose(graph: Graph, request: Request) -> tuple[Pricing, Utilities, Problem]:
             )
     if request.kv is not None:
         switches = switches.with_kv_policy(request.kv)
-        check_layer(parse_kv_policy(request.kv), graph)
+        policy = parse_kv_policy(request.kv)
+        check_policy(policy, graph)
+        if request.tokens is not None and switches.selector is not None:
+            check_beside(policy, switches.selector, request.tokens)
     scope = request.scope or ("llm" if switches.counting else "model")
     pricing = Pricing(graph, load, switches, find_device(request.device).on(graph), scope)
     utilities = _utilities(request.utilities, graph, pricing)

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from planner.plan import Plan
 from planner.planning.pricing import Pricing
 from planner.planning.selectors import Needs, scores_by_attention
 from planner.solver import Infeasible, Solution
@@ -51,9 +52,8 @@ def unscored_stage(pricing: Pricing, choice: Choice, option: Sequence[int]) -> i
 
     `option`: image tokens left behind each stage; () where none is dropped.
     """
-    switches = pricing.switches
-    # Switch sets that are counted leave the layers in front of them alone.
-    if switches.counting or not scores_by_attention(switches.token_selector):
+    # A choice of counted switches says nothing of single layers; see `check_scored`.
+    if pricing.switches.counting:
         return None
     attending = {
         site.layer
@@ -62,23 +62,43 @@ def unscored_stage(pricing: Pricing, choice: Choice, option: Sequence[int]) -> i
     }
     before = pricing.workload.image_tokens
     for place, keep in enumerate(option):
-        if keep < before and not attending & {*_near(pricing, place)}:
+        near = _near(pricing, pricing.stages[place])
+        if keep < before and near is not None and not attending & {*near}:
             return place
         before = keep
     return None
 
 
-def _near(pricing: Pricing, place: int) -> range:
-    """Layers whose attention a stage can score by."""
-    stage, selector = pricing.stages[place], pricing.switches.selector
-    if selector is not None and Needs.NEXT_QUERY_KEY in selector.needs:
-        return range(stage, pricing.graph.layers)
-    return range(stage)
+def check_scored(plan: Plan, pricing: Pricing) -> None:
+    """Raise Infeasible where a token stage of a plan has nothing to score by."""
+    attending = {
+        site.layer
+        for site in pricing.graph.sites_of("heads")
+        if site.layer not in plan.layers_off and plan.kept(site).count
+    }
+    for stage in plan.tokens:
+        near = _near(pricing, stage.layer)
+        if near is not None and not attending & {*near}:
+            raise Infeasible(
+                f"{stage.selector} at layer {stage.layer} scores tokens by the attention of other "
+                "layers, and within these limits none of them stays on"
+            )
+
+
+def _near(pricing: Pricing, stage: int) -> range | None:
+    """Layers whose attention a stage can score by; None where it scores by none."""
+    switches, layers = pricing.switches, pricing.graph.layers
+    if switches.selector is None:
+        return range(stage) if scores_by_attention(switches.token_selector) else None
+    needs = switches.selector.at_layer(stage).needs
+    if Needs.NEXT_QUERY_KEY in needs:
+        return range(stage, layers)
+    return range(stage) if Needs.QUERY_KEY in needs else None
 
 
 def _alternatives(pricing: Pricing, problem: Problem, place: int) -> Iterator[Problem]:
     heads = {site.layer: site.name for site in pricing.graph.sites_of("heads")}
-    for layer in _near(pricing, place):
+    for layer in _near(pricing, pricing.stages[place]) or ():
         if layer in heads:
             yield _attending(problem, layer, heads[layer])
     beyond = np.maximum(problem.limits, 0) + 1

@@ -14,7 +14,9 @@ from planner.ir.errors import InputError
 from planner.models.running.kv_cache import kv_bytes
 from planner.models.running.skipping import obeying, session_on
 from planner.plan import TokenStage, dump_plan, load_plan
+from planner.planning.compiler import plan_graph
 from planner.planning.pricing import Pricing
+from planner.planning.request import Request
 from planner.planning.switches import AXES, SwitchSet, with_switches
 
 HEAVY, RECENT = 0.2, 0.15
@@ -187,3 +189,11 @@ def test_what_cannot_evict_says_so(lowered_family):
     sliding, graph = lowered_family("gemma3")
     with pytest.raises(InputError, match="sliding window"):
         session_on(sliding.model, graph).obey(plan_of(graph, kv=POLICY))
+
+    # And a plan is not made that could not run.
+    with pytest.raises(InputError, match="sliding window"):
+        plan_graph(graph, Request("gemma3", 0.9, kv=POLICY, utilities="prior"))
+    llava = lowered_family("llava")[1]
+    blind = Request("llava", 0.9, kv="voco", tokens="fastv:k=2,r=0.5", utilities="prior")
+    with pytest.raises(InputError, match="hides them"):
+        plan_graph(llava, blind)

@@ -194,6 +194,9 @@ def test_places_keep_patches_where_they_were():
         ("phi", "prumerge", "CLS token"),
         ("mistral3", "visionzip:dominant=2,contextual=1", "does not compute separately"),
         ("llava", "trim", "text tower of CLIP"),
+        # Neither looks at the tower, so it is the projector that cannot work on some patches.
+        ("gemma3", "visionzip:dominant=2,contextual=1", "merges neighbouring"),
+        ("mistral3", "downsample:side=2", "merges neighbouring"),
     ],
 )
 @torch.no_grad()

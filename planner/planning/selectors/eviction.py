@@ -13,6 +13,7 @@ from typing_extensions import override
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.planning.selectors.arguments import Arguments, Layer, Part, Share
+from planner.planning.selectors.selector import Needs, Selector
 
 
 class KVPolicy(Arguments, ABC):
@@ -153,10 +154,26 @@ class VoCo(KVPolicy):
         return prompt - image + new
 
 
-def check_layer(policy: KVPolicy, graph: Graph) -> None:
-    """Raise InputError where a KV policy governs no layer of a model."""
+def check_policy(policy: KVPolicy, graph: Graph) -> None:
+    """Raise InputError where a KV policy governs no layer of a model, or one that evicts itself."""
     if policy.layer >= graph.layers:
         raise InputError(
             f"{policy} begins at decoder layer {policy.layer}, counted from 0, and '{graph.name}' "
             f"has {graph.layers} layers"
+        )
+    for operator in graph:
+        if operator.part == "decoder" and operator.get("window"):
+            raise InputError(
+                f"{policy} cannot be combined with the sliding window of layer {operator.layer} of "
+                f"'{graph.name}', which evicts by itself"
+            )
+
+
+def check_beside(policy: KVPolicy, selector: Selector, name: str) -> None:
+    """Raise InputError where a policy hides what a selector, of that name, looks at."""
+    # Marks are of text that rates image tokens.
+    if policy.hides_images and (selector.scores_by_attention or Needs.MARKS in selector.needs):
+        raise InputError(
+            f"{name} ranks image tokens by the attention of the text, from which {policy} hides "
+            f"them; take another selector"
         )
