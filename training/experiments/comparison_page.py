@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from statistics import mean
 from typing import Any
 
 from planner.ir.errors import InputError
@@ -155,7 +156,10 @@ def summary(rows: Rows) -> list[dict[str, Any]]:
     """Mean and standard deviation over seeds of every variant at every budget."""
     measures = ("accuracy", "cost_fraction", "utilisation", "violations", "plans")
     summed_up = means(rows, ("variant", "budget"), measures)
-    return [{"method": entry["variant"], "tokens": "", **entry} for entry, _ in summed_up]
+    return [
+        {"method": entry["variant"], "tokens": "", "runs": len(members), **entry}
+        for entry, members in summed_up
+    ]
 
 
 def comparison_markdown(results: Mapping[str, Any]) -> str:
@@ -163,20 +167,25 @@ def comparison_markdown(results: Mapping[str, Any]) -> str:
     rows = summary(results["rows"])
     seeds = len({row["seed"] for row in results["rows"]})
     families = list(rows[0]["families"])
+    # Not all cells were measured with all seeds.
+    runs = ["runs"] if len({row["runs"] for row in rows}) > 1 else []
     cells = [
         [
             row["method"],
             f"{row['budget']:.0%}",
             f"{row['cost_fraction']:.1%}",
-            f"{100 * row['accuracy']:.1f}" + f" ± {100 * row['accuracy_spread']:.1f}" * (seeds > 1),
+            f"{100 * row['accuracy']:.1f}"
+            + f" ± {100 * row['accuracy_spread']:.1f}" * (row["runs"] > 1),
             f"{row['utilisation']:.1%}",
             f"{row['violations']:g}",
             f"{row['plans']:.0f}",
             *(f"{100 * row['families'][family]:.1f}" for family in families),
+            *(str(row[name]) for name in runs),
         ]
         for row in rows
     ]
-    heads = ["variant", "budget", "FLOPs", "accuracy", "used", "violations", "plans", *families]
+    measures = ("variant", "budget", "FLOPs", "accuracy", "used", "violations", "plans")
+    heads = [*measures, *families, *runs]
     lines = [
         f"# {results['title']}",
         "",
@@ -189,7 +198,7 @@ def comparison_markdown(results: Mapping[str, Any]) -> str:
         *table(heads, cells),
         "",
         *_differences(results["differences"]),
-        *_where_it_pays(rows, families),
+        *_where_it_pays(results["rows"], families),
         *_learning(results.get("learning", ())),
         *(
             f"{r['variant']} at {r['budget']:.0%}: {r['infeasible']}."
@@ -206,7 +215,6 @@ def comparison_markdown(results: Mapping[str, Any]) -> str:
 
 def _differences(rows: Rows) -> list[str]:
     lines = []
-    # Not all variants were measured with all seeds.
     runs = ["runs"] if len({row["runs"] for row in rows}) > 1 else []
     for against in dict.fromkeys(row["against"] for row in rows):
         cells = [
@@ -232,20 +240,30 @@ def _differences(rows: Rows) -> list[str]:
 
 
 def _where_it_pays(rows: Rows, families: Sequence[str]) -> list[str]:
-    """By family, what controllers gain over static plans, and of how much that could be gained."""
-    known = {(row["method"], row["budget"]): row for row in rows}
+    """By family, what controllers gain over static plans, and of how much that could be gained.
+
+    Over the seeds that both were measured with.
+    """
+    known = {(row["variant"], row["budget"], row["seed"]): row for row in rows}
+    budgets, seeds = (dict.fromkeys(row[name] for row in rows) for name in ("budget", "seed"))
     cells = []
     for controller, static in _BESIDE:
-        for budget in dict.fromkeys(row["budget"] for row in rows):
-            own, other = known.get((controller, budget)), known.get((static, budget))
-            if own and other:
-                gains = [own["families"][f] - other["families"][f] for f in families]
-                gain, room = own["accuracy"] - other["accuracy"], 1 - other["accuracy"]
-                closed = f"{gain / room:.0%}" if gain > 0 else ""
-                points = [f"{100 * each:+.1f}" for each in gains]
-                cells.append(
-                    [controller, static, f"{budget:.0%}", f"{100 * gain:+.1f}", closed, *points]
-                )
+        for budget in budgets:
+            both = [
+                (known[controller, budget, seed], known[static, budget, seed])
+                for seed in seeds
+                if {(controller, budget, seed), (static, budget, seed)} <= known.keys()
+            ]
+            if not both:
+                continue
+            gain = mean(own["accuracy"] - other["accuracy"] for own, other in both)
+            room = mean(1 - other["accuracy"] for _, other in both)
+            gains = [mean(o["families"][f] - s["families"][f] for o, s in both) for f in families]
+            closed = f"{gain / room:.0%}" if gain > 0 else ""
+            points = [f"{100 * each:+.1f}" for each in gains]
+            cells.append(
+                [controller, static, f"{budget:.0%}", f"{100 * gain:+.1f}", closed, *points]
+            )
     if not cells:
         return []
     heads = ["controller", "over", "budget", "all families", "of the regret, at least", *families]
