@@ -17,6 +17,8 @@ from planner.solver.problem import Flags, Floats, LayerChoices
 
 # What is lost with a set is at least this share of what its members lose alone, added up.
 _LEAST = 0.1
+# Every set of so many units is looked at.
+_EVERY_SET = 12
 # A set that breaks this by less is left.
 _TOLERANCE = 1e-9
 
@@ -28,9 +30,9 @@ def without_gains(
 ) -> tuple[dict[tuple[str, str], float], list[Floats | None]]:
     """Pairs' losses and, by token option, the layers' losses besides, shape (layers,).
 
-    Sets that would be lost at a gain are looked for by local search, from every layer and from all
-    of them; the negative interactions inside one are scaled down together. All others stay as they
-    were measured.
+    Of few units that interact every set is looked at; of more, sets that would be lost at a gain
+    are looked for by local search, from every unit, every two and all of them. The negative
+    interactions inside one are scaled down together. All others stay as they were measured.
     """
     layer_of = {site.name: layer.name for layer in layers for site in layer.sites}
     alone = {s.name: max(0.0, float(s.utilities.sum())) for x in layers for s in x.sites}
@@ -85,18 +87,34 @@ class _Interactions:
             linear += (share - 1) * gains
 
     def _worst(self, linear: Floats) -> Flags:
-        """The set that loses least beside what it has to, as local search finds it."""
+        """The set that loses least beside what it has to: of all sets, or as search finds it."""
         own = (1 - _LEAST) * self.alone + linear
+        # What costs by itself and interacts with nothing is in no such set.
+        some = (np.any(self.together, axis=0) | (own < 0)).nonzero()[0]
+        own, together = own[some], self.together[np.ix_(some, some)]
         count = len(own)
-        sets = np.vstack([np.eye(count), np.ones(count)])
-        for _ in range(2 * count):
-            change = (1 - 2 * sets) * (own + sets @ self.together)
-            best = change.argmin(1)
-            improves = change[np.arange(len(sets)), best] < 0
-            if not improves.any():
-                break
-            rows = improves.nonzero()[0]
-            sets[rows, best[rows]] = 1 - sets[rows, best[rows]]
-        values = sets @ own + ((sets @ self.together) * sets).sum(1) / 2
-        worst: Flags = sets[values.argmin()].astype(bool)
+        if count <= _EVERY_SET:
+            sets = (np.arange(2**count)[:, None] >> np.arange(count) & 1).astype(np.float64)
+        else:
+            sets = _searched(own, together)
+        values = sets @ own + ((sets @ together) * sets).sum(1) / 2
+        worst = np.zeros(len(self.alone), dtype=np.bool_)
+        worst[some] = sets[values.argmin()].astype(bool)
         return worst
+
+
+def _searched(own: Floats, together: Floats) -> Floats:
+    """Sets that no change of one unit makes worth less, shape (sets, units)."""
+    count = len(own)
+    single = np.eye(count)
+    one, other = np.triu_indices(count, 1)
+    sets = np.vstack([single, single[one] + single[other], np.ones(count)])
+    for _ in range(2 * count):
+        change = (1 - 2 * sets) * (own + sets @ together)
+        best = change.argmin(1)
+        improves = change[np.arange(len(sets)), best] < 0
+        if not improves.any():
+            break
+        rows = improves.nonzero()[0]
+        sets[rows, best[rows]] = 1 - sets[rows, best[rows]]
+    return sets

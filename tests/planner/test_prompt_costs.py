@@ -18,6 +18,7 @@ from planner.planning.compiler import pose
 from planner.planning.figures import check_figures
 from planner.planning.prompt_costs import WEIGHED, PromptCosts
 from planner.planning.request import Request
+from planner.planning.scored_stages import solve_scored
 from planner.solver import Infeasible, solve
 from planner.solver.problem import Choice
 
@@ -82,7 +83,7 @@ def test_terms_are_the_costs_and_plans_keep_to_budgets(
         plan = on_prompt.plan(budget)
     except Infeasible:
         with pytest.raises(Infeasible):
-            solve(at.problem(budget, utilities))
+            solve_scored(at, at.problem(budget, utilities), solve)
         return
     known = at.cost_of(plan)
     assert {m: plan.cost[m]["plan"] for m in WEIGHED} == {m: known[m] for m in WEIGHED}

@@ -4,9 +4,10 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from planner.planning import redundancy
 from planner.planning.redundancy import without_gains
 from planner.solver import solve
 from planner.solver.problem import LayerChoices, Pair, Problem, SiteChoices, TokenOption
@@ -41,6 +42,7 @@ def lost(layers, pairs, beside, off):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.sampled_from([0.0, 0.1, 1.0, 20.0]))
+@example(1311867, 6, 20.0)  # from no single layer, and not from all, does a search get there
 def test_no_set_is_lost_at_a_gain(seed, count, spread):
     layers, pairs, with_tokens = drawn(seed, count, spread)
     made, beside = without_gains(layers, pairs, with_tokens)
@@ -51,6 +53,22 @@ def test_no_set_is_lost_at_a_gain(seed, count, spread):
         for size in range(1, count + 1):
             for off in combinations(range(count), size):
                 assert lost(layers, made, losses, off) > 0
+
+
+def test_search_finds_what_looking_at_every_set_does(monkeypatch):
+    """Nearly always: of more units than are looked at one set at a time, search has to do."""
+    missed = 0
+    for seed in range(60):
+        layers, pairs, with_tokens = drawn(seed, 9, 20.0)
+        monkeypatch.setattr(redundancy, "_EVERY_SET", 0)
+        made, beside = without_gains(layers, pairs, with_tokens)
+        missed += any(
+            lost(layers, made, losses, off) < 0
+            for losses in beside
+            for size in range(1, 10)
+            for off in combinations(range(9), size)
+        )
+    assert missed <= 1
 
 
 def test_small_gains_stay_as_they_were_measured():

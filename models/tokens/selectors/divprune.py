@@ -35,7 +35,10 @@ def diverse(features: Tensor, count: int) -> Tensor:
     that were picked; ties go to the lower index.
     """
     direction = normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
-    distance = 1 - direction @ direction.mT
+    similar = direction @ direction.mT
+    # Two that are each other's nearest are equally far, to the last bit as well: a product of
+    # matrices need not be symmetric in it.
+    distance = 1 - similar.maximum(similar.mT)
     nearest = distance.fill_diagonal_(torch.inf).amin(0)
     picked = [nearest.argmax()]
     nearest = torch.full_like(nearest, torch.inf)
