@@ -112,7 +112,7 @@ def _plans_decided(
     first = next(v for v in comparison.variants if v.name == comparison.against[0])
     trained = next((bench for bench in benches if bench.is_trained(first)), None)
     known = page.plans
-    if trained is None or (known and known["seed"] < trained.seed):
+    if trained is None or (known and known["seed"] <= trained.seed):
         return known
     return plan_facts(trained, comparison)
 
