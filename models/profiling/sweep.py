@@ -55,9 +55,10 @@ class Partial:
         if not path.is_file():
             return Partial(path, facts, {})
         document = read_json(path, "partial calibration")
-        if not isinstance(document, dict) or document.get("facts") != facts:
+        is_one = isinstance(document, dict) and "taken" in document
+        if not is_one or document.get("facts") != facts:
             raise InputError(
-                f"'{path}' is of another machine, or other options: delete it to begin anew"
+                f"'{path}' is of another machine, version or other options: delete it to begin anew"
             )
         taken = validated(dict[str, list[Taken]], document.get("taken"), f"'{path}'")
         return Partial(path, facts, taken)

@@ -130,7 +130,13 @@ def test_a_run_that_was_cut_short_goes_on(small, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ['{"facts": "there", "taken": {}}', '{"facts": "here", "taken": {"a": [1.5]}}', "{", "[]"],
+    [
+        '{"facts": "there", "taken": {}}',
+        '{"facts": "here", "seconds": {}}',
+        '{"facts": "here", "taken": {"a": [1.5]}}',
+        "{",
+        "[]",
+    ],
 )
 def test_a_partial_file_that_is_broken_or_of_another_machine_is_refused(text, tmp_path):
     path = tmp_path / "partial"
