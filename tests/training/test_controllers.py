@@ -31,7 +31,11 @@ from planner.training.experiments import (
     plan_pictures,
     write_results,
 )
-from planner.training.experiments.comparison_page import comparison_markdown, run_comparison
+from planner.training.experiments.comparison_page import (
+    check_comparison,
+    comparison_markdown,
+    run_comparison,
+)
 from planner.training.experiments.comparisons import COMPARISONS
 from planner.training.experiments.controllers import (
     FAMILIES,
@@ -407,9 +411,16 @@ def test_a_page_is_gone_on_from_where_nothing_else_is_left(tmp_path, monkeypatch
     assert asked == [("static", 0.5, 1), ("static", 0.2, 1)]
     assert both["seeds"] == [0, 1]
     assert len(both["rows"]) == 8
-    # Other questions are others.
-    run(replace(here, work=tmp_path / "five", page=page, samples=21, variants=("all",)))
-    assert len(asked) == 2
+    # Of other questions the page would keep nothing: it is not written over.
+    check_comparison(replace(here, page=page))
+    for other in ({"samples": 21}, {"overrides": ("max_steps=1",)}):
+        with pytest.raises(InputError, match="8 cells of other questions"):
+            check_comparison(replace(here, page=page, **other))
+    old = json.loads((page / "exp2.json").read_text())
+    del old["rows"][0]["cell"]
+    (page / "exp2.json").write_text(json.dumps(old))
+    with pytest.raises(InputError, match="1 cells"):
+        check_comparison(replace(here, page=page))
 
 
 def test_rows_of_older_pages_are_shown_and_measured_where_more_is_needed(tmp_path, monkeypatch):

@@ -38,10 +38,10 @@ from typing import Any
 from planner.files import write_bytes, write_text
 from planner.ir.errors import InputError
 from planner.training.experiments.comparison_page import (
+    check_comparison,
     comparison_markdown,
     comparison_pictures,
     run_comparison,
-    wanted_cells,
 )
 from planner.training.experiments.comparisons import COMPARISONS
 from planner.training.experiments.definitions import TABLES
@@ -62,7 +62,7 @@ class Experiment:
     markdown: Callable[[Mapping[str, Any]], str]  # results as a page
     # Results as pictures in SVG, by what follows the experiment's name in theirs.
     pictures: Callable[[Mapping[str, Any]], Mapping[str, bytes]] = lambda results: {}
-    # Raises InputError where cells are asked for that are none of its own.
+    # Raises InputError where cells are asked for that are none of its own, or some would be lost.
     check: Callable[[Runs], object] = lambda runs: _whole(runs)
 
 
@@ -78,7 +78,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     **dict.fromkeys(TABLES, Experiment(run_table, table_markdown, table_pictures)),
     **dict.fromkeys(
         COMPARISONS,
-        Experiment(run_comparison, comparison_markdown, comparison_pictures, wanted_cells),
+        Experiment(run_comparison, comparison_markdown, comparison_pictures, check_comparison),
     ),
     "dynamic": Experiment(run_dynamic, dynamic_page),
     "smollm2": Experiment(lambda runs: run_smollm2(runs.work, runs.progress), smollm2_page),

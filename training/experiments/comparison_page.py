@@ -74,6 +74,21 @@ def run_comparison(runs: Runs) -> Iterator[dict[str, Any]]:
     yield stands() | ({"plans": plans} if plans else {})
 
 
+def check_comparison(runs: Runs) -> None:
+    """Raise InputError where cells are asked for that there are not, or a page would lose some."""
+    wanted_cells(runs)
+    comparison = COMPARISONS[runs.name]
+    path = runs.page and runs.page / f"{runs.name}.json"
+    page = Published.at(path)
+    (bench,) = replace(runs, seeds=[0]).benches(Measuring)
+    mine = {bench.digest(v, budget) for v in comparison.variants for budget in comparison.budgets}
+    if lost := page.unknown + sum(cell not in mine for _, cell in page.rows):
+        raise InputError(
+            f"'{path}' has {lost} cells of other questions, settings or variants, which would be "
+            "lost: give another --output"
+        )
+
+
 def wanted_cells(runs: Runs) -> set[tuple[Variant, float]]:
     """Cells that are to be measured where they are missing; InputError where there are no such."""
     comparison = COMPARISONS[runs.name]

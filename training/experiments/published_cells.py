@@ -67,12 +67,14 @@ class Published:
         differences: between variants; of rows without digits they cannot be computed again.
         learning: of training runs.
         plans: what the controller of one seed decides.
+        unknown: how many rows do not say what they are of.
     """
 
     rows: Mapping[tuple[int, str], Row] = field(default_factory=dict)
     differences: Sequence[Mapping[str, Any]] = ()
     learning: Sequence[Mapping[str, Any]] = ()
     plans: Mapping[str, Any] | None = None
+    unknown: int = 0
 
     @staticmethod
     def at(path: Path | None) -> Published:
@@ -87,6 +89,7 @@ class Published:
                 document["differences"],
                 document.get("learning", ()),
                 document.get("plans"),
+                sum("cell" not in row for row in rows),
             )
         except (KeyError, TypeError, ValueError, AttributeError):
             raise InputError(
