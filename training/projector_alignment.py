@@ -1,12 +1,15 @@
-"""A new projector that begins with words: what a patch shows, as the text model's own embeddings.
+"""A new projector that begins with words: an image becomes a list of what is where.
 
 Trained by answers alone, a projector and low-rank changes have to find each other; begun with
 embeddings that the text model has, the decoder reads a picture as it would read a list of words.
-This is LLaVA's first stage, with the mean embedding of a patch's words in the place of captions.
+This is LLaVA's first stage, with words for patches in the place of captions. Every object is named
+once, in the patch in its cell's middle, with its place beside its looks: so counting it and
+finding it are questions about words.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,11 +19,13 @@ from torch.nn.functional import mse_loss
 
 from planner.ir.errors import InputError
 from planner.training.data import Conversation
-from planner.training.tiny_llava import CONCEPTS, patch_concepts
+from planner.training.data.scenes import COLUMNS, ROWS, Scene
+from planner.training.tiny_llava import CONCEPTS
 
 _PICTURES = 32  # of a step
 _RATE = 2e-3
-NOTHING = "empty"  # the word for a patch that shows nothing
+NOTHING = "empty"  # the word for a patch in which nothing is named
+WORDS = (*CONCEPTS, *ROWS, *COLUMNS, NOTHING)
 
 
 def word_embeddings(model: Any, tokenizer: Any, words: Sequence[str]) -> Tensor:
@@ -30,16 +35,37 @@ def word_embeddings(model: Any, tokenizer: Any, words: Sequence[str]) -> Tensor:
     return torch.stack([table[each].mean(0) for each in ids])
 
 
-def patch_targets(concepts: Tensor, words: Tensor, nothing: Tensor) -> Tensor:
-    """What patches should become, shape (images, patches, width): the mean of their words.
+def patch_words(scene: Scene, side: int) -> Tensor:
+    """Which of `WORDS` each patch should be read as, shape (side * side, words), of 0 and 1.
+
+    The patch in the middle of an object's cell gets the object's words and its place's; a text's
+    characters get a patch each, in order, in the middle of its row; all others are `NOTHING`.
+    """
+    words = torch.zeros(side, side, len(WORDS))
+    rows, columns = (
+        [int((i + 0.5) * side / len(names)) for i in range(len(names))] for names in (ROWS, COLUMNS)
+    )
+    for o in scene.objects:
+        for word in (o.size, o.color, o.shape, ROWS[o.row], COLUMNS[o.column]):
+            words[rows[o.row], columns[o.column], WORDS.index(word)] = 1
+    if scene.text is not None and scene.text_row is not None:
+        first = (side - len(scene.text)) // 2
+        for column, character in enumerate(scene.text, first):
+            words[rows[scene.text_row], column, WORDS.index(character)] = 1
+    words[..., WORDS.index(NOTHING)] = words.sum(-1) == 0
+    return words.flatten(0, 1)
+
+
+def patch_targets(words: Tensor, embeddings: Tensor) -> Tensor:
+    """What patches should become, shape (images, patches, width): the sum of their words.
+
+    The sum is divided by the root of their number, so that many words are as long as one.
 
     Args:
-        concepts: what each patch shows, shape (images, patches, concepts), of 0 and 1.
-        words: of the concepts, shape (concepts, width).
-        nothing: of a patch that shows none, shape (width,).
+        words: of each patch, shape (images, patches, words), of 0 and 1, at least one each.
+        embeddings: of the words, shape (words, width).
     """
-    count = concepts.sum(-1, keepdim=True)
-    return torch.where(count > 0, concepts @ words / count.clamp(min=1), nothing)
+    return words @ embeddings / words.sum(-1, keepdim=True).sqrt()
 
 
 def align_projector(
@@ -61,7 +87,8 @@ def align_projector(
     Raises InputError: a conversation has no scene.
     """
     projector = model.model.multi_modal_projector
-    *words, nothing = word_embeddings(model, processor.tokenizer, [*CONCEPTS, NOTHING])
+    embeddings = word_embeddings(model, processor.tokenizer, WORDS)
+    nothing = WORDS.index(NOTHING)
     optimizer = torch.optim.AdamW(projector.parameters(), lr=_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     left = 0.0
@@ -70,11 +97,15 @@ def align_projector(
         scenes = [each.scene for each in batch if each.scene is not None]
         if len(scenes) < len(batch):
             raise InputError("align_steps needs rendered scenes; set it to 0 for other pictures")
-        shown = torch.stack([patch_concepts(scene, processor.patch_size) for scene in scenes])
-        targets = patch_targets(shown, torch.stack(words), nothing)
         pixels = processor.image_processor([each.image for each in batch], return_tensors="pt")
         features = model.model.get_image_features(pixels["pixel_values"]).pooler_output
-        loss = mse_loss(torch.stack(list(features)), targets) / targets.var()
+        found = torch.stack(list(features))
+        words = torch.stack([patch_words(scene, math.isqrt(found.shape[1])) for scene in scenes])
+        targets = patch_targets(words, embeddings)
+        missed = (found - targets).square().mean(-1)
+        named = words[..., nothing] == 0
+        # The few patches that are named count as much as the many that are not.
+        loss = (missed[named].mean() + missed[~named].mean()) / targets[named].var()
         loss.backward(inputs=list(projector.parameters()))
         optimizer.step()
         optimizer.zero_grad()

@@ -62,8 +62,7 @@ def unscored_stage(pricing: Pricing, choice: Choice, option: Sequence[int]) -> i
     }
     before = pricing.workload.image_tokens
     for place, keep in enumerate(option):
-        near = _near(pricing, pricing.stages[place])
-        if keep < before and near is not None and not attending & {*near}:
+        if keep < before and _lacks_scores(pricing, pricing.stages[place], attending):
             return place
         before = keep
     return None
@@ -77,12 +76,16 @@ def check_scored(plan: Plan, pricing: Pricing) -> None:
         if site.layer not in plan.layers_off and plan.kept(site).count
     }
     for stage in plan.tokens:
-        near = _near(pricing, stage.layer)
-        if near is not None and not attending & {*near}:
+        if _lacks_scores(pricing, stage.layer, attending):
             raise Infeasible(
                 f"{stage.selector} at layer {stage.layer} scores tokens by the attention of other "
                 "layers, and within these limits none of them stays on"
             )
+
+
+def _lacks_scores(pricing: Pricing, stage: int, attending: set[int]) -> bool:
+    near = _near(pricing, stage)
+    return near is not None and attending.isdisjoint(near)
 
 
 def _near(pricing: Pricing, stage: int) -> range | None:

@@ -16,8 +16,15 @@ from planner.ir.errors import InputError
 from planner.loading import load_model
 from planner.training.data import Packer, SceneConversations
 from planner.training.data.packing import IGNORE
+from planner.training.data.scenes import Scene, SceneObject
 from planner.training.joined_llava import JoinedConfig, build_trainer, join
-from planner.training.projector_alignment import align_projector, patch_targets
+from planner.training.projector_alignment import (
+    NOTHING,
+    WORDS,
+    align_projector,
+    patch_targets,
+    patch_words,
+)
 from planner.training.recipes import load_recipe
 from planner.training.trainer import as_read
 
@@ -255,10 +262,28 @@ def test_other_chat_formats_are_refused(parts, tmp_path):
 
 
 def test_what_patches_should_become():
-    words, nothing = torch.tensor([[1.0, 0.0], [0.0, 4.0], [9.0, 9.0]]), torch.tensor([-1.0, -2.0])
-    shown = torch.tensor([[[1, 1, 0], [0, 0, 0]], [[0, 0, 1], [0, 1, 0]]])
-    found = patch_targets(shown.float(), words, nothing)
-    assert found.tolist() == [[[0.5, 2], [-1, -2]], [[9, 9], [0, 4]]]
+    embeddings = torch.tensor([[3.0, 0.0], [0.0, 4.0], [-1.0, -2.0]])
+    words = torch.tensor([[[1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 0]]]).float()
+    found = patch_targets(words, embeddings)
+    expected = [[[3 / 2**0.5, 4 / 2**0.5], [-1, -2]], [[3, 0], [0, 4]]]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_every_object_is_named_once_and_a_text_is_spelled():
+    seen = [
+        SceneObject("small", "red", "cross", 0, 0),
+        SceneObject("large", "cyan", "circle", 2, 1),
+    ]
+    words = patch_words(Scene(tuple(seen), "toy", 1, hard=False, appearance=0), 7)
+    told = {
+        divmod(patch, 7): {WORDS[i] for i in row.nonzero()[:, 0].tolist()}
+        for patch, row in enumerate(words)
+    }
+    assert told.pop((1, 1)) == {"small", "red", "cross", "top", "left"}
+    assert told.pop((5, 3)) == {"large", "cyan", "circle", "bottom", "center"}
+    assert [told.pop((3, column)) for column in (2, 3, 4)] == [{"t"}, {"o"}, {"y"}]
+    assert len(told) == 44
+    assert set(map(frozenset, told.values())) == {frozenset({NOTHING})}
 
 
 def test_aligning_changes_the_projector_alone_and_brings_it_nearer_to_words(parts):
