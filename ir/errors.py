@@ -39,6 +39,13 @@ def check_known(what: str, name: object, known: Iterable[object]) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says first, or its type where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """What a library's error says first, or its type where it says nothing.
+
+    A line that ends in a colon announces the next one.
+    """
+    said = ""
+    for line in str(error).split("\n"):
+        said = f"{said} {line.strip()}".strip()
+        if said and not said.endswith(":"):
+            break
+    return said or type(error).__name__

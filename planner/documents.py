@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -118,6 +119,33 @@ def digest_of(facts: Any) -> str:
     """Tells facts apart, which may be of any types: SHA-256 of them as JSON, 64 digits."""
     text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def signed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A document for a YAML file as its reader will see it, with a ``digest`` of all the rest."""
+    readable: dict[str, Any] = parse_yaml(dump_yaml(document), "the document")
+    return {**readable, "digest": _signature(readable)}
+
+
+def check_signed(document: Mapping[str, Any], path: Path, what: str) -> None:
+    """Raise InputError where a document was changed after it was `signed`, or holds none.
+
+    `what`: it should be, for messages: ``plan``.
+    """
+    try:
+        digest = _signature({k: value for k, value in document.items() if k != "digest"})
+    # Keys of several types in one mapping.
+    except TypeError:
+        raise InputError(f"the {what} '{path}' is broken: a key is not text") from None
+    if document.get("digest") != digest:
+        raise InputError(
+            f"the {what} '{path}' was changed after it was written (its digest does not match): "
+            "compile it again"
+        )
+
+
+def _signature(document: Mapping[str, Any]) -> str:
+    return digest_of(document)[:16]
 
 
 def read_yaml(path: Path, what: str) -> Any:

@@ -8,8 +8,10 @@ import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from errno import ENOTDIR
+from errno import EISDIR, ENOTDIR
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from planner.ir.errors import InputError
 
@@ -87,7 +89,7 @@ def _is(path: Path) -> bool:
 
 def check_output(path: Path, suffix: str) -> None:
     """Check a file's name before the work for it, and make its folder; else InputError."""
-    if path.suffix != suffix:
+    if path.suffix != suffix or path.is_dir():
         raise InputError(f"the output '{path}' must be a file with the suffix {suffix}")
     output_folder(path.parent)
 
@@ -123,16 +125,22 @@ def whole_folder(folder: Path, replaces: bool = False) -> Iterator[Path]:
         yield fresh
         for path in fresh.rglob("*"):
             path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
-        if replaces and folder.exists():
+        if not (replaces and folder.exists()):
+            fresh.replace(folder)
+        else:
             folder.replace(made / "old")
-        fresh.replace(folder)
-    except OSError as error:
+            try:
+                fresh.replace(folder)
+            except OSError:
+                (made / "old").replace(folder)
+                raise
+    except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write '{folder}': {_reason(error)}") from None
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def _reason(error: OSError | ValueError) -> str:
+def _reason(error: OSError | ValueError | SafetensorError) -> str:
     """What the system says is wrong; a ValueError says that a path holds a NUL."""
     return str(getattr(error, "strerror", None) or error)
 
@@ -150,16 +158,28 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, contents: bytes) -> None:
     """Write a file atomically: a reader sees the old one or the whole new one."""
-    temporary: str | None = None
+    write_together({path: contents})
+
+
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Write files of one folder that belong together: none where one of them cannot be.
+
+    Each is written atomically, and they take their names at once, one after the other.
+    """
+    temporary: dict[Path, str] = {}
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(contents)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        temporary = None
+        for path, contents in files.items():
+            if path.is_dir():
+                raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
+            handle, temporary[path] = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(contents)
+            os.chmod(temporary[path], 0o666 & ~_umask())
+        for path in files:
+            os.replace(temporary[path], path)
+            del temporary[path]
     except (OSError, ValueError) as error:
         raise InputError(f"cannot write '{path}': {_reason(error)}") from None
     finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        for left in temporary.values():
+            Path(left).unlink(missing_ok=True)

@@ -106,7 +106,10 @@ def _placed(model: Any, device: str) -> Any:
     import torch
 
     try:
-        model = model.to(torch.device(device))
+        place = torch.device(device)
+        if place.type == "meta":
+            raise InputError("on 'meta' nothing runs: choose cpu or cuda")
+        model = model.to(place)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"there is no device '{device}': {first_line(error)}") from None
     return model.eval()
@@ -192,9 +195,10 @@ def _picture(image: Any, name: Path | str, most_pixels: int) -> Any:
         smaller = (max(1, int(width * share)), max(1, int(height * share)))
         # A JPEG is decoded at a half, a quarter or an eighth of its size at once.
         image.draft(None, smaller)
-        # Levels have to be known before some are averaged, or a colour map's numbers would be.
-        if image.mode in ("P", "1"):
-            image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+        # Levels have to be known before some are averaged, or a colour map's numbers would be; and
+        # what is see-through counts as it does in a small picture, for its colour.
+        if image.mode in ("P", "1") or "A" in image.mode.upper():
+            image = image.convert("RGB")
         image = image.resize(smaller, Image.Resampling.BOX)
     return _eight_bits(ImageOps.exif_transpose(image), name).convert("RGB")
 
@@ -220,6 +224,13 @@ def _eight_bits(image: Any, name: Path | str) -> Any:
             "which are no levels of brightness"
         )
     return Image.fromarray((values * (255.0 / most)).astype(np.uint8))
+
+
+def check_places(model: Any, tokens: int) -> None:
+    """Raise InputError where a prompt with an answer has more tokens than a model knows places."""
+    places = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if places is not None and tokens > places:
+        raise InputError(f"the model knows {places} places, which is less than {tokens} tokens")
 
 
 def noise_image() -> Any:

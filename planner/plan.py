@@ -16,7 +16,7 @@ from pydantic import (
     WrapValidator,
 )
 
-from planner.documents import digest_of, dump_yaml, of_format, parse_yaml, read_yaml, validated
+from planner.documents import check_signed, dump_yaml, of_format, read_yaml, signed, validated
 from planner.files import write_text
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Site
@@ -280,27 +280,14 @@ def _document(plan: Plan) -> dict[str, Any]:
     return document
 
 
-def _digest(document: Mapping[str, Any]) -> str:
-    body = {key: value for key, value in document.items() if key != "digest"}
-    return digest_of(body)[:16]
-
-
-def _readable(plan: Plan) -> dict[str, Any]:
-    """The document as a reader will see it: through YAML once."""
-    document: dict[str, Any] = parse_yaml(dump_yaml(_document(plan)), "the plan")
-    return document
-
-
 def plan_digest(plan: Plan) -> str:
     """The digest that the plan's file carries."""
-    return _digest(_readable(plan))
+    return str(signed(_document(plan))["digest"])
 
 
 def dump_plan(plan: Plan) -> str:
     """The plan as YAML: equal plans give equal bytes."""
-    document = _readable(plan)
-    document["digest"] = _digest(document)
-    body = dump_yaml(document)
+    body = dump_yaml(signed(_document(plan)))
     return f"# A plan of planner {FORMAT}: which switches of the model stay on.\n{body}"
 
 
@@ -314,16 +301,7 @@ def load_plan(path: Path) -> Plan:
     document = read_yaml(Path(path), "plan")
     of_format(document, "planner_plan", FORMAT, Path(path), "plan")
     parsed = validated(_File, document, f"the plan '{path}'")
-    try:
-        digest = _digest(document)
-    # Keys of several types in one mapping.
-    except TypeError:
-        raise InputError(f"the plan '{path}' is broken: a key is not text") from None
-    if parsed.digest != digest:
-        raise InputError(
-            f"the plan '{path}' was changed after it was written (its digest does not match): "
-            "compile it again"
-        )
+    check_signed(document, Path(path), "plan")
     try:
         return _plan(parsed)
     except ValueError as error:

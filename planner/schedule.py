@@ -8,11 +8,11 @@ from typing import ClassVar
 
 from pydantic import ConfigDict
 
-from planner.documents import dump_yaml, of_format, read_yaml, validated
+from planner.documents import check_signed, dump_yaml, of_format, read_yaml, signed, validated
 from planner.files import write_text
 from planner.ir.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 _KEY = "planner_schedule"
 
 
@@ -50,13 +50,17 @@ def save_schedule(schedule: Schedule, path: Path) -> None:
     """Write a schedule file, whole or not at all."""
     document = {_KEY: FORMAT, **asdict(schedule)}
     head = f"# A schedule of planner {FORMAT}: plans are made for every input.\n"
-    write_text(path, head + dump_yaml(document))
+    write_text(path, head + dump_yaml(signed(document)))
 
 
 def load_schedule(path: Path) -> Schedule:
     """Read and validate a schedule file; every fault is one sentence in an InputError."""
-    document = of_format(read_yaml(path, "schedule"), _KEY, FORMAT, path, "schedule")
-    return validated(Schedule, document, f"the schedule '{path}'")
+    document = read_yaml(path, "schedule")
+    facts = of_format(document, _KEY, FORMAT, path, "schedule")
+    facts.pop("digest", None)
+    schedule = validated(Schedule, facts, f"the schedule '{path}'")
+    check_signed(document, path, "schedule")
+    return schedule
 
 
 def is_schedule(path: Path) -> bool:

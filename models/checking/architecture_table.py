@@ -12,12 +12,14 @@ import torch
 
 from planner.contained import contained
 from planner.documents import read_json
-from planner.files import check_output, write_text
+from planner.files import MEBIBYTE, check_output, read_text, write_text
 from planner.ir.errors import InputError
 from planner.models.checking.architecture import CHECKS, Checked, lowered_row, run_row
 from planner.models.checking.model_types import TEXT_TYPES, image_text_types
 
 SECONDS = 600.0
+
+_TITLE = "# Architectures"
 
 
 def checked(model_type: str) -> Checked:
@@ -61,6 +63,8 @@ def check_types(
     rows: dict[str, Checked] = {}
     if output is not None:
         check_output(output, ".md")
+        if output.exists() and not read_text(output, "table", MEBIBYTE).startswith(_TITLE):
+            raise InputError(f"'{output}' is another file: name one that is not there, or a table")
         rows = _kept(output)
     chosen = [name for name in known if (name in only if only else name not in rows)]
     for done, name in enumerate(chosen):
@@ -108,7 +112,7 @@ def _keep(output: Path, rows: Sequence[Checked]) -> None:
 def _markdown(rows: Sequence[Checked]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in _versions().items())
     lines = [
-        "# Architectures",
+        _TITLE,
         "",
         f"What planner does with the architectures of transformers ({versions}). Written by",
         "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -54,8 +55,11 @@ def calibrate_command(
     from planner.models.profiling.operator_cases import Bench
     from planner.planning.device_file import read_device, save_device
 
-    if min(rounds, text_tokens) < 1 or threads < 0:
-        raise InputError("--rounds and --text-tokens must be at least 1, --threads not negative")
+    if min(rounds, text_tokens) < 1 or not 0 <= threads <= (os.cpu_count() or threads):
+        raise InputError(
+            "--rounds and --text-tokens must be at least 1, --threads not negative and no more than "
+            "processors"
+        )
     if place == "cuda" and not torch.cuda.is_available():
         raise InputError("there is no CUDA device here")
     check_output(output, ".json")
@@ -63,8 +67,14 @@ def calibrate_command(
     if threads:
         torch.set_num_threads(threads)
     bench = Bench(torch.device(place), getattr(torch, dtype))
-    if found is not None and found.machine != machine_of(bench.place):
-        found = None
+    if found is not None and found.machine != (here := machine_of(bench.place)):
+        other = ", ".join(
+            f"{name} {was}" for name, was in found.machine.items() if was != here.get(name)
+        )
+        raise InputError(
+            f"'{output}' is of another machine or other libraries ({other}): name another file, or "
+            "remove this one"
+        )
     subject = None if model is None else _loaded(model, bench, trust_remote_code)
     if found is None or subject is None or dtype not in found.measured:
         with _partial(output, dtype) as path:

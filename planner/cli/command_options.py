@@ -32,6 +32,11 @@ _CALLED = {
 # Fields that take more in Python than users write.
 _WRITTEN: dict[str, Any] = {"budget": list[str] | None, "keep": str | None, "utilities": str}
 
+# Fields of a Request that still say something where a scheduler makes the plans.
+_BESIDE_A_SCHEDULER = (
+    "model", "budget", "tokens", "device", "image_tokens", "text_tokens", "trust_remote_code",
+)  # fmt: skip
+
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]
@@ -79,6 +84,10 @@ class CalibrationData:
             help="Most samples to calibrate on [default: 64; of text for refit 768 passages]."
         ),
     ] = None
+
+    def __post_init__(self) -> None:
+        if self.samples is not None and not self:
+            raise InputError("--samples is of --images or --text: give one of them too")
 
     def __bool__(self) -> bool:
         return bool(self.images or self.text)
@@ -150,12 +159,16 @@ def _request_parameters(
         name, default = field.name, field.default
         if name in names:
             kind, said = get_args(hints[name])
-            called = _CALLED.get(name, (f"--{name.replace('_', '-')}",))
-            option = typer.Option(*called, help=helps.get(name, said))
+            option = typer.Option(*_called(name), help=helps.get(name, said))
             default = None if name in ("budget", "keep") else default
             annotation: Any = Annotated[_WRITTEN.get(name, kind), option]
             parameters.append(_parameter(name, annotation, default))
     return parameters
+
+
+def _called(name: str) -> tuple[str, ...]:
+    """The option of a field of a Request, first by its whole name."""
+    return _CALLED.get(name, (f"--{name.replace('_', '-')}",))
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
@@ -163,6 +176,26 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
     )
+
+
+def check_beside_scheduler(request: Request, *used: str) -> None:
+    """Raise InputError where what a scheduler decides was asked for; `used`: fields that do count
+    besides."""
+    refuse_unused(request, "--scheduler makes plans itself", (*_BESIDE_A_SCHEDULER, *used))
+
+
+def refuse_unused(request: Request, beside: str, used: Collection[str]) -> None:
+    """Raise InputError where a user set a field of a Request that has no meaning there.
+
+    `beside`: the option that leaves it without one, and why, for the message.
+    """
+    unused = [
+        _called(field.name)[0]
+        for field in fields(Request)
+        if field.name not in used and getattr(request, field.name) != field.default
+    ]
+    if unused:
+        raise InputError(f"{beside}: leave out {', '.join(unused)}")
 
 
 def parse_fractions(text: str) -> list[float]:

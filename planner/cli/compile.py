@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.command_options import CalibrationData, Convention, Recover, Scheduler, command
+from planner.cli.command_options import (
+    CalibrationData,
+    Convention,
+    Recover,
+    Scheduler,
+    check_beside_scheduler,
+    command,
+)
 from planner.cli.console import Console, amount, print_records, say, table
 from planner.cli.kernels import KernelOptions
 from planner.cli.stock_model import load_stock
@@ -49,8 +56,15 @@ def compile_command(
     from planner.planning.compiler import compile_plan
     from planner.planning.plan_costs import published_cost
 
-    if kernels.target and scheduler is not None:
-        raise InputError("--target is not for --scheduler: index-driven kernels serve any plan")
+    if scheduler is not None:
+        if kernels.target:
+            raise InputError("--target is not for --scheduler: index-driven kernels serve any plan")
+        check_beside_scheduler(request)
+        if recover or data or print_between_passes:
+            raise InputError(
+                "--scheduler makes plans itself: leave out --recover, --images, --text and "
+                "--print-between-passes"
+            )
     build = kernels.builder(request)
     level = debug_level()
     folder = output or Path("build") / Path(request.model.rstrip("/")).name
@@ -159,12 +173,9 @@ def _compile_schedule(
 ) -> None:
     """Check, price and write a schedule, whose plans a scheduler makes at run time."""
     from planner.files import output_folder
-    from planner.ir.errors import InputError
     from planner.models.scheduling import compile_schedule
     from planner.schedule import save_schedule
 
-    if request.kv is not None:
-        raise InputError("--kv goes with a plan of its own, not with --scheduler")
     with console.status() as update:
         schedule = compile_schedule(request, scheduler, update, convention)
         path = output_folder(folder) / "schedule.yaml"
@@ -203,7 +214,7 @@ def write_outputs(
     `between` prints the graph after every pass; `kernels` are files of the folder of that name,
     which is replaced, or None to leave it alone.
     """
-    from planner.files import output_folder, write_folder, write_text
+    from planner.files import output_folder, write_folder, write_together
     from planner.ir.cost import price
     from planner.ir.graph import Operator
     from planner.ir.graph_text import print_graph
@@ -218,12 +229,12 @@ def write_outputs(
         cost = price(operator, graph, sizes, compiled.pricing.device)
         return f"{amount(cost.flops, 'flops')}, {amount(cost.bytes, 'bytes')}, {cost.bound}"
 
-    output_folder(folder)
-    write_text(folder / "graph.txt", print_graph(graph, comment))
+    path = output_folder(folder) / "plan.yaml"
+    texts = {folder / "graph.txt": print_graph(graph, comment), path: dump_plan(compiled.plan)}
+    write_together({name: text.encode() for name, text in texts.items()})
+    # Kernels say which plan they are of, so that old ones beside a new plan are refused.
     if kernels is not None:
         write_folder(folder / "kernels", kernels)
-    path = folder / "plan.yaml"
-    write_text(path, dump_plan(compiled.plan))
     return path
 
 

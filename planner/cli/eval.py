@@ -15,6 +15,7 @@ from planner.cli.command_options import (
     Place,
     Scheduler,
     Split,
+    check_beside_scheduler,
     command,
     parse_fractions,
 )
@@ -60,6 +61,8 @@ def eval_command(
     fractions = parse_fractions(budgets)
     if mask and scheduler is None:
         raise InputError("--mask is for a --scheduler")
+    if scheduler is not None:
+        check_beside_scheduler(request)
     check_ray(ray)
     questions = SceneQuestions(split, samples, seed)
     results: list[dict[str, Any]] = []

@@ -41,9 +41,12 @@ def models_command(
     ] = None,
 ) -> None:
     """List model aliases; with --check, what can be lowered, and what runs."""
+    from planner.ir.errors import InputError
     from planner.planning.catalog import ALIASES
 
     if not check:
+        if only or output is not None:
+            raise InputError("--only and --output are of --check: give it too")
         known = {
             name: f"{a.about} ({a.hub_id})" if a.hub_id else a.about for name, a in ALIASES.items()
         }

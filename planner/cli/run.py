@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.command_options import Dtype, Place, Scheduler, command
+from planner.cli.command_options import (
+    Dtype,
+    Place,
+    Scheduler,
+    check_beside_scheduler,
+    command,
+    refuse_unused,
+)
 from planner.cli.console import Console, amount
 from planner.cli.explain import layer_rows, print_layers, skipped
 from planner.cli.kernels import KernelsToRun, kernels_to_run
@@ -42,6 +49,18 @@ class _Question:
     generated: Loaded | None
     # What is told the answer while it is made; None where nobody reads along.
     say: Say | None = None
+
+    def on(self, model: Any, processor: Any) -> tuple[dict[str, Any], int, int]:
+        """(a model's inputs, how many of their tokens are of images, and how many are not).
+
+        InputError where they and one token of an answer are more than the model has places for.
+        """
+        from planner.loading import check_places, count_image_tokens, prompt_inputs
+
+        inputs = prompt_inputs(model, processor, self.prompt, *self.pictures)
+        tokens, of_images = int(inputs["input_ids"].shape[1]), count_image_tokens(model, inputs)
+        check_places(model, tokens + 1)
+        return inputs, of_images, tokens - of_images
 
     def kernels_used(self) -> AbstractContextManager[Any]:
         """Inside, launches are served by generated kernels, if the user named some."""
@@ -98,15 +117,20 @@ def run_command(
         raise InputError("--kv is part of a plan: give it with --budget, not beside another plan")
     if request.tokens is not None and not image:
         raise InputError(f"--tokens {request.tokens} picks image tokens: give an --image too")
+    if plan is not None:
+        if scheduler is not None:
+            raise InputError("give either a --plan or a --scheduler, which makes plans itself")
+        refuse_unused(
+            request, "--plan is a whole plan", ("model", "new_tokens", "trust_remote_code")
+        )
+    elif scheduler is not None:
+        check_beside_scheduler(request, "new_tokens")
     schedule = None
     if plan is not None and is_schedule(plan):
         schedule = load_schedule(plan)
     elif scheduler is not None:
         schedule = compile_schedule(request, scheduler)
     loaded = load_plan(plan) if plan and schedule is None else None
-    decided = request.tokens or request.budget != type(request).budget
-    if plan is not None and (decided or request.utilities != type(request).utilities):
-        raise InputError("--plan is a whole plan: give it without --budget, --tokens, --utilities")
     request.limits()
     pictures = [load_image(path) for path in image or ()]
     with console.status() as update:
@@ -145,15 +169,13 @@ def _run_planned(plan: Plan | None, request: Request, question: _Question, updat
     """Answer under one plan, made for this prompt where none is given."""
     from planner.api import compile as compile_model
     from planner.api import graph_of, kept_image_tokens, plan_of, prompt_of
-    from planner.loading import count_image_tokens, load_model, prompt_inputs
+    from planner.loading import load_model
 
     update("load")
     model, processor, _ = load_model(
         request.model, question.dtype, question.place, request.trust_remote_code
     )
-    inputs = prompt_inputs(model, processor, question.prompt, *question.pictures)
-    image_tokens = count_image_tokens(model, inputs)
-    text_tokens = int(inputs["input_ids"].shape[1]) - image_tokens
+    inputs, image_tokens, text_tokens = question.on(model, processor)
     request = replace(request, image_tokens=image_tokens, text_tokens=text_tokens)
     if not question.pictures and image_tokens == 0:
         axes = [axis for axis in request.switches.split(",") if axis != "tokens"]
@@ -186,7 +208,6 @@ def _run_scheduled(
     """Answer under the plan that a scheduler makes."""
     from planner.ir.cost import Workload
     from planner.ir.structure import tiles
-    from planner.loading import count_image_tokens, prompt_inputs
     from planner.models.running.skipping import session_on
     from planner.models.scheduling import load_scheduled
     from planner.planning.compiler import DEFAULT_DEVICE
@@ -198,9 +219,7 @@ def _run_scheduled(
         schedule, question.dtype, question.place, request.trust_remote_code
     )
     graph = scheduled.graph
-    inputs = prompt_inputs(model, processor, question.prompt, *question.pictures)
-    image_tokens = count_image_tokens(model, inputs)
-    text_tokens = int(inputs["input_ids"].shape[1]) - image_tokens
+    inputs, image_tokens, text_tokens = question.on(model, processor)
     per_run = int(graph.properties["image_tokens"])
     stages = stages_of(schedule.tokens, image_tokens, per_run, tiles(graph))
     workload = Workload.default(graph, image_tokens, text_tokens, request.new_tokens)

@@ -17,6 +17,7 @@ from planner.cli.command_options import (
     KernelChoice,
     Place,
     Scheduler,
+    check_beside_scheduler,
     command,
     parse_fractions,
 )
@@ -70,8 +71,11 @@ def serve_command(
         ),
     ] = None,
     replicas: Annotated[
-        str, typer.Option(help="How many with --ray: fewest-most, as requests need them.")
-    ] = "1-4",
+        str | None,
+        typer.Option(
+            help="How many with --ray: fewest-most, as requests need them [default: 1-4]."
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     place: Place = "cpu",
     kernels: KernelChoice = "auto",
@@ -89,9 +93,10 @@ def serve_command(
     from planner.serving.opening import ServiceSettings, load_service
 
     fractions = parse_fractions(budgets)
-    own = (request.switches, request.utilities)
-    if scheduler is not None and own != (Request.switches, Request.utilities):
-        raise InputError("--scheduler makes plans: leave --switches and --utilities out")
+    if scheduler is not None:
+        check_beside_scheduler(request)
+    if ray is None and replicas is not None:
+        raise InputError("--replicas are of a Ray cluster: give --ray too")
     keys = [] if api_keys is None else _keys_in(api_keys)
     settings = ServiceSettings(
         request,
@@ -110,7 +115,7 @@ def serve_command(
         if ray is None:
             service = load_service(settings, update)
         else:
-            service = _replicated(settings, ray, replicas, update)
+            service = _replicated(settings, ray, replicas or "1-4", update)
         config = uvicorn.Config(
             http_app(service, keys),
             log_level="warning",

@@ -25,8 +25,13 @@ def test_a_plan_is_no_schedule(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text.replace("schedule: 1", "schedule: 7"), "has format 7"),
+        (lambda text: text.replace("schedule: 2", "schedule: 7"), "has format 7"),
         (lambda text: text.replace("limit: 4", "limit: many"), "broken at limit"),
+        (lambda text: text.replace("schedule: 2", "schedule: 1"), "has format 1"),
+        (lambda text: text.replace("limit: 4", "limit: 5"), "was changed after it was written"),
+        (lambda text: text.replace("limit: 4", "limit: 4.0"), "was changed after it was written"),
+        (lambda text: text.replace("of: 16", "of: 0"), "was changed after it was written"),
+        (lambda text: text.partition("digest")[0], "was changed after it was written"),
         (lambda text: text + "colour: red\n", "broken at colour"),
         (lambda text: text.replace("limit: 4\n", ""), "broken at limit"),
         (lambda text: "- 1\n", "not a schedule"),
