@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import mse_loss
 
 from planner.ir.errors import InputError
 from planner.training.data import Conversation

@@ -57,8 +57,8 @@ def calibrate_command(
 
     if min(rounds, text_tokens) < 1 or not 0 <= threads <= (os.cpu_count() or threads):
         raise InputError(
-            "--rounds and --text-tokens must be at least 1, --threads not negative and no more than "
-            "processors"
+            "--rounds and --text-tokens must be at least 1, --threads not negative and at most as "
+            "many as there are processors"
         )
     if place == "cuda" and not torch.cuda.is_available():
         raise InputError("there is no CUDA device here")

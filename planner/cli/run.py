@@ -113,8 +113,6 @@ def run_command(
 
     if request.new_tokens < 1:
         raise InputError("--new-tokens must be at least 1")
-    if request.kv is not None and (plan is not None or scheduler is not None):
-        raise InputError("--kv is part of a plan: give it with --budget, not beside another plan")
     if request.tokens is not None and not image:
         raise InputError(f"--tokens {request.tokens} picks image tokens: give an --image too")
     if plan is not None:

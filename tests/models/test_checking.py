@@ -63,6 +63,15 @@ def test_a_table_of_other_versions_is_begun_anew(asked, tmp_path):
     assert [row["model_type"] for row in json.loads(path.read_text())["rows"]] == ["llama"]
 
 
+def test_another_file_is_not_written_over(asked, tmp_path):
+    output = tmp_path / "notes.md"
+    output.write_text("# Notes\n")
+    with pytest.raises(InputError, match="is another file"):
+        check_types(["gpt2"], output, lambda *_: None)
+    assert output.read_text() == "# Notes\n"
+    assert asked == []
+
+
 def test_an_unknown_model_type_is_refused(asked):
     with pytest.raises(InputError, match="no model type 'lama'"):
         check_types(["lama"], None, lambda *_: None)

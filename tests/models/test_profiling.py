@@ -106,6 +106,15 @@ def test_a_device_file_is_made_and_plans_take_it(small, tmp_path, capsys):
     assert replace(now["float32"], models={}) == both["float32"]
     assert now["bfloat16"] == both["bfloat16"]
     assert execute(["inspect", "-m", "tiny-llava", "--device", str(path), "-q"]) == 0
+    # What another machine has measured is not written over.
+    capsys.readouterr()
+    whole = path.read_text()
+    path.write_text(whole.replace('"processor": "', '"processor": "Another '))
+    other = path.read_text()
+    assert other != whole
+    assert execute(again) == 2
+    assert "is of another machine or other libraries (processor Another " in capsys.readouterr().err
+    assert path.read_text() == other
     assert [entry.name for entry in tmp_path.iterdir() if entry.is_file()] == ["here.json"]
 
 
@@ -399,7 +408,12 @@ def test_a_cuda_machine_has_larger_cases_and_one_backend():
 
 @pytest.mark.parametrize(
     "options",
-    [["-o", "x.txt"], ["-o", "x.json", "--rounds", "0"], ["-o", "x.json", "--on", "cuda"]],
+    [
+        ["-o", "x.txt"],
+        ["-o", "x.json", "--rounds", "0"],
+        ["-o", "x.json", "--on", "cuda"],
+        ["-o", "x.json", "--threads", "9999"],
+    ],
 )
 def test_bad_options_are_refused(options, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)

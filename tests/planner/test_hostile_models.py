@@ -310,6 +310,35 @@ def test_levels_are_read_as_they_are_meant(tmp_path, mode, value, level, side):
     assert (found == level).all()
 
 
+@pytest.mark.parametrize(
+    ("mode", "color"), [("RGBA", (200, 100, 50, 0)), ("LA", (200, 0)), ("P", 1)]
+)
+def test_what_is_see_through_counts_alike_in_pictures_of_all_sizes(tmp_path, mode, color):
+    path, found = tmp_path / "picture.png", []
+    for side in (4, 4100):
+        picture = Image.new(mode, (side, side), color)
+        if mode == "P":
+            picture.putpalette([0, 0, 0, 200, 100, 50])
+            picture.save(path, transparency=1)
+        else:
+            picture.save(path)
+        found.append(np.asarray(load_image(path)))
+    assert (found[0] == found[0][0, 0]).all()
+    assert (found[1] == found[0][0, 0]).all()
+
+
+def test_a_prompt_of_more_tokens_than_the_model_has_places_is_refused(cli):
+    code, out, err = cli("run", "-m", "tiny-llava", "--prompt", "red " * 900)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "knows 512 places" in err
+
+
+def test_nothing_runs_on_meta(cli):
+    code, _, err = cli("run", "-m", "tiny-llava", "--prompt", "how", "--on", "meta")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "choose cpu or cuda" in err
+
+
 def test_a_picture_of_99_megapixels_takes_less_than_a_gigabyte(tmp_path):
     """In a process of its own: memory is counted from its start."""
     for name, mode in (("large.png", "RGB"), ("large.jpg", "RGB"), ("large.tiff", "F")):

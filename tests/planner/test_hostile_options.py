@@ -143,6 +143,43 @@ def test_commands_and_the_backend_say_the_same(cli):
             Options.parse(options)
 
 
+BESIDE_ANOTHER = [
+    ("run --plan P --budget 0.5", "--plan is a whole plan: leave out --budget"),
+    ("run --plan P --switches layers --device h200", "leave out --switches, --device"),
+    ("run --plan P --scheduler adallava-h", "either a --plan or a --scheduler"),
+    ("run --scheduler adallava-h --kv h2o:heavy=0.2,recent=0.2", "leave out --kv"),
+    ("run --scheduler adallava-h --utilities prior", "leave out --utilities"),
+    ("compile --scheduler adallava-h --keep layer.0 --uniform", "leave out --keep, --uniform"),
+    ("compile --scheduler adallava-h --mlp-groups 7", "leave out --mlp-groups"),
+    ("compile --scheduler adallava-h --time-limit 1 --scope model", "out --scope, --time-limit"),
+    ("compile --scheduler adallava-h --kv h2o:heavy=0.2,recent=0.2", "leave out --kv"),
+    ("compile --scheduler adallava-h --recover refit", "leave out --recover"),
+    ("compile --scheduler adallava-h --print-between-passes", "--print-between-passes"),
+    ("compile --samples 3", "--samples is of --images or --text"),
+    ("eval --scheduler adallava-h --switches layers", "leave out --switches"),
+    ("serve --scheduler adallava-h --switches layers --budgets 1", "leave out --switches"),
+    ("serve --replicas 2", "give --ray too"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), BESIDE_ANOTHER)
+def test_an_option_that_would_say_nothing_is_refused(cli, tmp_path, command, message):
+    name, *options = command.split()
+    asked = {"run": ("--prompt", "how"), "compile": ("-o", "out")}.get(name, ())
+    code, out, err = cli(name, "-m", "tiny-llava", *asked, *options)
+    assert (code, out) == (2, ""), err
+    assert message in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [["--only", "llava"], ["-o", "table.md"]])
+def test_options_of_a_check_are_not_overlooked_without_it(cli, options):
+    code, out, err = cli("models", *options)
+    assert (code, out) == (2, "")
+    assert "give it too" in err
+
+
 @pytest.mark.parametrize("groups", [0, -1])
 def test_groups_are_at_least_one_whoever_asks(groups):
     graph = lowered_graph(find_model("tiny-llava"))[0]
@@ -182,6 +219,15 @@ def test_what_is_not_installed_is_said_before_any_work(cli, tmp_path, monkeypatc
     code, _, err = cli("train", "train.yaml")
     assert code == 2
     assert "needs accelerate" in err
+
+
+def test_a_plan_that_cannot_be_written_leaves_its_graph_as_it_was(cli, tmp_path):
+    (tmp_path / "out" / "plan.yaml").mkdir(parents=True)
+    (tmp_path / "out" / "graph.txt").write_text("mine")
+    code, _, err = cli("compile", "--model", "tiny-llava", "-o", "out")
+    assert (code, err.count("\n")) == (2, 1)
+    assert (tmp_path / "out" / "graph.txt").read_text() == "mine"
+    assert len([*(tmp_path / "out").iterdir()]) == 2
 
 
 @pytest.mark.parametrize(
