@@ -59,6 +59,9 @@ def execute(arguments: list[str]) -> int:
         return 0
     except Exception as error:
         # Usage errors of the command-line library (its own copy of click, or click itself).
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.args[0], file=sys.stderr)
+            return 2
         if hasattr(error, "format_message"):
             # pydantic's words, which say nothing to users.
             return _fail(error.format_message().replace(": Value error, ", ": "), 2)

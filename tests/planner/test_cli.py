@@ -12,6 +12,13 @@ from planner.planning.catalog import ALIASES
 from planner.planning.graph_cache import cache_folder
 
 
+def test_planner_alone_says_what_there_is(cli):
+    code, out, err = cli()
+    assert (code, out) == (2, "")
+    for line in ("Usage: planner [OPTIONS]", "  compile "):
+        assert any(found.startswith(line) for found in err.splitlines())
+
+
 def test_compile_writes_a_plan_and_a_graph_and_prints_a_summary(cli, tmp_path):
     code, out, _ = cli("compile", "--model", "llava-7b", "--budget", "0.65", "-o", "out")
     assert code == 0
