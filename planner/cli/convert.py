@@ -69,7 +69,10 @@ def _converted(
 ) -> Converted:
     """By the kind of folder that it is."""
     from planner.models.conversion import Converted, convert
+    from planner.planning.catalog import CHANGES, shipped_folder
 
+    if str(source) in CHANGES:
+        source = shipped_folder(str(source))
     if not (source / "joined.json").is_file():
         if decoder is not None:
             raise InputError("--decoder is for changes of a joined LLaVA")

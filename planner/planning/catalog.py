@@ -39,6 +39,8 @@ ALIASES = {
 OWN_TYPES = {"projected_llava": "planner.models.projectors"}
 # Alias -> folder in planner/models.
 _SHIPPED = {"tiny-llava": "tiny_llava", "deep-llava": "deep_llava"}
+# Models that ship as changes to weights that are fetched: `planner convert` puts them together.
+CHANGES = {"smol-llava": "smol_llava"}
 CONFIGS = files("planner") / "aliases"
 # What marks a folder that planner exported under a plan, `planner.models.export.planned_export`.
 PLANNED_EXPORT = "planner.json"
@@ -144,6 +146,11 @@ def _wrong_size(key: str, value: int | float) -> str:
 
 def find_model(name: str, trust_remote_code: bool = False) -> Source:
     """Find a model's config by alias, folder or hub id; InputError says what was looked for."""
+    if name in CHANGES:
+        raise InputError(
+            f"'{name}' has to be put together once: planner convert {name} -o DIR, and then "
+            "--model DIR"
+        )
     if name in _SHIPPED:
         folder = shipped_folder(name)
         return Source(name, _read_config(folder / "config.json", name), folder=folder)
@@ -171,7 +178,7 @@ def find_model(name: str, trust_remote_code: bool = False) -> Source:
 
 def shipped_folder(alias: str) -> Path:
     """Folder of a model that ships with planner; found without importing `planner.models`."""
-    return Path(str(files("planner"))) / "models" / _SHIPPED[alias]
+    return Path(str(files("planner"))) / "models" / (_SHIPPED | CHANGES)[alias]
 
 
 def tiny_llava_folder() -> Path:
