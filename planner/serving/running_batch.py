@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import one_hot, pad
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import DynamicCache
 
@@ -22,16 +22,22 @@ from planner.models.tokens.text_tower import question
 from planner.plan import Plan
 from planner.serving.ladder import Rung
 
+# As vLLM has it.
+_LEAST_TEMPERATURE = 1e-5
+
 
 class Sampler:
     """Picks tokens by a temperature, 0 for the likeliest, from the `top_p` share of the
-    distribution; equal seeds draw equally."""
+    distribution; equal seeds draw equally.
+
+    A temperature so low that only rounding would tell two tokens apart is taken for 0.
+    """
 
     def __init__(self, temperature: float, top_p: float = 1.0, seed: int | None = None) -> None:
-        self._temperature = temperature
+        self._temperature = temperature if temperature >= _LEAST_TEMPERATURE else 0.0
         self._warpers = []
-        if temperature > 0:
-            self._warpers.append(TemperatureLogitsWarper(temperature))
+        if self._temperature:
+            self._warpers.append(TemperatureLogitsWarper(self._temperature))
             if top_p < 1:
                 self._warpers.append(TopPLogitsWarper(top_p))
         self._generator = torch.Generator()
@@ -40,14 +46,25 @@ class Sampler:
         else:
             self._generator.manual_seed(seed)
 
-    def pick(self, logits: Tensor) -> int:
-        """A token by its logits, shape (1, vocabulary); PlannerError where they are no numbers."""
+    def distribution(self, logits: Tensor) -> Tensor:
+        """Probabilities of tokens by their logits, both of shape (1, vocabulary); nothing is drawn.
+
+        PlannerError where the logits are no numbers.
+        """
         scores = refuse_nan(None, logits.float().cpu())
         if not self._temperature:
-            return int(scores.argmax())
+            return one_hot(scores.argmax(-1), scores.shape[-1]).float()
+        # No quotient of what is at most 0 is too large a number.
+        scores = scores - scores.max()
         for warper in self._warpers:
             scores = warper(None, scores)
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+        return scores.softmax(-1)
+
+    def draw(self, distribution: Tensor) -> int:
+        """A token from what `distribution` gave; the next one drawn is another."""
+        if not self._temperature:
+            return int(distribution.argmax())
+        return int(torch.multinomial(distribution, 1, generator=self._generator))
 
 
 @dataclass(eq=False)
@@ -114,7 +131,7 @@ class RunningBatch:
 
         `prompts` are inputs of the model, a batch of one each, that `alike` says go together;
         `asked` has the questions about the pictures of each. PlannerError where there is no answer
-        to some prompt.
+        to some prompt: no sampler has drawn then, so the others can be read again.
         """
         plans = [rung.plan for rung in rungs]
         cache = DynamicCache(config=self.model.config)
@@ -125,18 +142,28 @@ class RunningBatch:
         with self._session.under(plans), question(list(chain(*asked))):
             output = self._run(cache, inputs)
             kept = self._session.implementation.kept_image_tokens
+        distributions = [
+            sampler.distribution(output.logits[row : row + 1, -1])
+            for row, sampler in enumerate(samplers)
+        ]
         answers = [
             Answer(
                 plan,
                 sampler,
                 CachedAnswer(cache, row, length),
-                [sampler.pick(output.logits[row : row + 1, -1])],
+                [],
                 {stage.layer: kept[stage.layer][row] for stage in plan.tokens if kept},
             )
             for row, (plan, sampler, length) in enumerate(
                 zip(plans, samplers, lengths, strict=True)
             )
         ]
+        return self._begin(answers, distributions)
+
+    def _begin(self, answers: list[Answer], distributions: Sequence[Tensor]) -> list[Answer]:
+        """Draw the first tokens of answers, which join the batch."""
+        for answer, distribution in zip(answers, distributions, strict=True):
+            answer.tokens.append(answer.sampler.draw(distribution))
         self.answers += answers
         return answers
 
@@ -164,7 +191,8 @@ class RunningBatch:
         for row, answer in enumerate(self._joined):
             answer.cached = CachedAnswer(self._cache, row, lengths[row] + 1)
             try:
-                answer.tokens.append(answer.sampler.pick(logits[row : row + 1, -1]))
+                distribution = answer.sampler.distribution(logits[row : row + 1, -1])
+                answer.tokens.append(answer.sampler.draw(distribution))
             except Exception as error:
                 answer.failure = error
 

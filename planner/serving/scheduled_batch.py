@@ -51,16 +51,20 @@ class ScheduledBatch(RunningBatch):
         asked: Sequence[Sequence[str]] = (),
     ) -> list[Answer]:
         of_pictures = asked or [()] * len(prompts)
-        answers = []
+        answers, distributions = [], []
         for prompt, rung, sampler, questions in zip(
             prompts, rungs, samplers, of_pictures, strict=True
         ):
             with question(questions):
-                answers.append(self._one(prompt, rung, sampler))
-        self.answers += answers
-        return answers
+                answer, distribution = self._one(prompt, rung, sampler)
+            answers.append(answer)
+            distributions.append(distribution)
+        return self._begin(answers, distributions)
 
-    def _one(self, prompt: Mapping[str, Tensor], rung: Rung, sampler: Sampler) -> Answer:
+    def _one(
+        self, prompt: Mapping[str, Tensor], rung: Rung, sampler: Sampler
+    ) -> tuple[Answer, Tensor]:
+        """An answer without a token, and the distribution of its first."""
         scheduled = self._scheduled
         inputs = {name: value.to(self.model.device) for name, value in prompt.items()}
         length = inputs["input_ids"].shape[1]
@@ -72,8 +76,8 @@ class ScheduledBatch(RunningBatch):
             kept = {layer: counts[0] for layer, counts in scheduled.kept_image_tokens.items()}
             (plan,) = scheduled.plans()
             scheduled.release(cache)
-        token = sampler.pick(logits[:1, -1])
-        return Answer(plan, sampler, CachedAnswer(cache, 0, length + 1), [token], kept)
+        answer = Answer(plan, sampler, CachedAnswer(cache, 0, length + 1), [], kept)
+        return answer, sampler.distribution(logits[:1, -1])
 
 
 def scheduled_ladder(scheduled: Scheduled, budgets: Sequence[float], tokens: str = "") -> Ladder:

@@ -5,21 +5,24 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 import torch
-from chats import COLOURS, QUESTION, ask, running
+from chats import COLOURS, QUESTION, ask, messages, running
 from PIL import Image
 from small_clip import write_clip
 from small_llava import write_small_llava
 
 import planner
 from planner.ir.cost import Workload
+from planner.ir.errors import PlannerError
 from planner.ir.lowering import lower_model
 from planner.loading import load_model
 from planner.models.scheduling import Scheduled, Scheduler
 from planner.planning.selectors import stages_of
+from planner.serving.chat_format import Message
 from planner.serving.chat_prompts import PromptLimits
 from planner.serving.engine import EngineLimits
 from planner.serving.http_app import http_app
 from planner.serving.opening import open_service
+from planner.serving.running_batch import Sampler
 
 
 @pytest.fixture(
@@ -50,6 +53,27 @@ def served(request, tmp_path_factory):
 def test_waits_are_counted_one_by_one_as_a_scheduler_reads(served):
     engine = served[0].engine
     assert (engine.limits.prompts, engine._waiting.together) == (8, 1)
+
+
+class Failing(Sampler):
+    """Of a request whose logits cannot be drawn from."""
+
+    def distribution(self, logits):
+        raise PlannerError("this one")
+
+
+def test_a_prompt_that_fails_leaves_the_seeds_of_others_as_they_were(served):
+    service, logits = served[0], torch.zeros(1, 50)
+    batch, rung = service.engine._batch, service.engine.ladder.rungs[-1]
+    prompt = service._reader.read([Message(**each) for each in messages(COLOURS[0])])
+    seeded, fresh = Sampler(1.5, seed=7), Sampler(1.5, seed=7)
+    with pytest.raises(PlannerError, match="this one"):
+        batch.read([prompt.inputs] * 2, [rung] * 2, [seeded, Failing(0.0)], [prompt.asked] * 2)
+    assert not batch.answers
+    distribution = seeded.distribution(logits)
+    assert [seeded.draw(distribution) for _ in range(8)] == [
+        fresh.draw(distribution) for _ in range(8)
+    ]
 
 
 def by_generate(served, colour, budget, text, most):
