@@ -2,17 +2,21 @@
 
 It runs in a forked process, which holds what its parent holds without loading anything again, and
 can be ended whatever it does: no loop, power of numbers or text of 10^12 letters keeps anyone
-waiting.
+waiting. `contained` starts a process for one call, a `Container` keeps one for many.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import select
 import signal
+import socket
+import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,10 +38,7 @@ def contained(make: Callable[[], str], what: str, seconds: float = _SECONDS) -> 
     if not hasattr(os, "fork"):
         return _judged(*_tried(make), what)
     reader, writer = os.pipe()
-    with warnings.catch_warnings():
-        # Python warns of threads, whose locks the child might wait for: it would be ended in time.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
+    child = _fork()
     if child == 0:
         _run_and_exit(make, writer)
     os.close(writer)
@@ -45,12 +46,163 @@ def contained(make: Callable[[], str], what: str, seconds: float = _SECONDS) -> 
         answer = _read(reader, time.monotonic() + seconds)
     finally:
         os.close(reader)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        _kill(child)
     if answer is None:
         raise InputError(f"{what} does not end within {seconds:g} seconds")
     return _judged(answer[:1], answer[1:], what)
+
+
+class Container:
+    """A function of others, from one text to another, in a process that stays between calls.
+
+    A call takes a tenth of a millisecond, where a process as large as a model is forked in a tenth
+    of a second; each has the limits of `contained`, whose InputErrors it raises. A process that
+    exceeds them is ended, and the next call starts one. Several threads may call: one at a time is
+    served.
+
+    Args:
+        make: the function; what it keeps from one call to the next is its own.
+        what: it is, for messages.
+        seconds: that a call may take.
+        most_text: bytes that it may return.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[str], str],
+        what: str,
+        seconds: float = _SECONDS,
+        most_text: int = _MOST_TEXT,
+    ) -> None:
+        self._make, self._what, self._seconds, self._most = make, what, seconds, most_text
+        self._lock = threading.Lock()
+        self._link: socket.socket | None = None
+        self._end: Callable[[], object] = lambda: None
+
+    def __call__(self, text: str) -> str:
+        """What the function makes of a text."""
+        if not hasattr(os, "fork"):
+            return _judged(*_tried(lambda: self._make(text), self._most), self._what, self._most)
+        with self._lock:
+            deadline = time.monotonic() + self._seconds
+            try:
+                link = self._started()
+                _send(link, text.encode(errors="surrogatepass"), deadline)
+                answer = _receive(link, deadline)
+            except TimeoutError:
+                self._stop()
+                raise InputError(
+                    f"{self._what} does not end within {self._seconds:g} seconds"
+                ) from None
+            except OSError:
+                answer = None
+            if answer is None:
+                self._stop()
+        answer = answer or b""
+        return _judged(answer[:1], answer[1:], self._what, self._most)
+
+    def start(self) -> None:
+        """Have the process there before the first call."""
+        if hasattr(os, "fork"):
+            with self._lock:
+                self._started()
+
+    def stop(self) -> None:
+        """End the process, which holds what its parent held when it was forked; a call starts
+        another."""
+        with self._lock:
+            self._stop()
+
+    def _started(self) -> socket.socket:
+        if self._link is not None and _is_gone(self._link):
+            self._stop()
+        if self._link is None:
+            self._link, theirs = socket.socketpair()
+            child = _fork()
+            if child == 0:
+                _answer_calls(self._make, theirs, self._seconds, self._most)
+            theirs.close()
+            self._end = weakref.finalize(self, _end, self._link, child, os.getpid())
+        return self._link
+
+    def _stop(self) -> None:
+        self._end()
+        self._link = None
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():
+        # Python warns of threads, whose locks the child might wait for: it would be ended in time.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+def _kill(child: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def _is_gone(link: socket.socket) -> bool:
+    """Whether the other end is, which says nothing unless it is asked."""
+    link.settimeout(0)
+    try:
+        return not link.recv(1)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def _end(link: socket.socket, child: int, owner: int) -> None:
+    # A copy of the owner, forked by somebody else, has no say.
+    if os.getpid() == owner:
+        link.close()
+        _kill(child)
+
+
+def _answer_calls(
+    make: Callable[[str], str], link: socket.socket, seconds: float, most_text: int
+) -> None:
+    """In the child: answer calls until the parent is gone."""
+    try:
+        # Its parent's connections would stay open with it.
+        os.closerange(3, link.fileno())
+        os.closerange(link.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGALRM):
+            signal.signal(number, signal.SIG_DFL)
+        gc.freeze()
+        _limit_memory()
+        while (text := _receive(link)) is not None:
+            # Where the parent is killed meanwhile.
+            signal.setitimer(signal.ITIMER_REAL, seconds + 1)
+            kind, answer = _tried(lambda: make(text.decode(errors="surrogatepass")), most_text)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            _send(link, kind + answer)
+    finally:
+        os._exit(0)
+
+
+def _send(link: socket.socket, contents: bytes, deadline: float | None = None) -> None:
+    """Raise TimeoutError where the other end does not take them in time."""
+    link.settimeout(None if deadline is None else max(1e-3, deadline - time.monotonic()))
+    link.sendall(len(contents).to_bytes(8, "big") + contents)
+
+
+def _receive(link: socket.socket, deadline: float | None = None) -> bytes | None:
+    """What the other end sent; None where it is gone, TimeoutError where nothing comes in time."""
+    answer, missing = b"", 8
+    while len(answer) < missing:
+        link.settimeout(None if deadline is None else max(1e-3, deadline - time.monotonic()))
+        part = link.recv(1 << 20)
+        if not part:
+            return None
+        answer += part
+        if missing == 8 and len(answer) >= 8:
+            missing += int.from_bytes(answer[:8], "big")
+    return answer[8:]
 
 
 def _run_and_exit(make: Callable[[], str], writer: int) -> None:
@@ -65,21 +217,21 @@ def _run_and_exit(make: Callable[[], str], writer: int) -> None:
         os._exit(0)
 
 
-def _tried(make: Callable[[], str]) -> tuple[bytes, bytes]:
+def _tried(make: Callable[[], str], most_text: int = _MOST_TEXT) -> tuple[bytes, bytes]:
     try:
-        return _DONE, make().encode()[: _MOST_TEXT + 1]
+        return _DONE, make().encode()[: most_text + 1]
     except MemoryError:
         return _FAILED, b"it takes too much memory"
     except BaseException as error:
         return _FAILED, first_line(error)[:200].encode(errors="replace")
 
 
-def _judged(kind: bytes, answer: bytes, what: str) -> str:
+def _judged(kind: bytes, answer: bytes, what: str, most_text: int = _MOST_TEXT) -> str:
     if kind != _DONE:
         reason = answer.decode(errors="replace") or "it ended its process"
         raise InputError(f"{what} fails: {reason}")
-    if len(answer) > _MOST_TEXT:
-        raise InputError(f"{what} makes more than {_MOST_TEXT} letters of the prompt")
+    if len(answer) > most_text:
+        raise InputError(f"{what} makes more than {most_text} letters of the prompt")
     return answer.decode()
 
 

@@ -6,11 +6,14 @@ import json
 import math
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from planner.contained import contained
+from planner.contained import Container, contained
 from planner.ir.errors import InputError, PlannerError
 from planner.loading import load_image, load_model, prompt_inputs, refuse_nan
 from planner.planning.catalog import tiny_llava_folder
@@ -235,6 +238,80 @@ def test_threads_contain_at_once():
     for thread in threads:
         thread.join()
     assert answers == {number: str(number) * 1000 for number in range(8)}
+
+
+def _hostile(text):
+    """Echoes a text, but for some."""
+    if text == "loops":
+        while True:
+            pass
+    if text == "sleeps":
+        time.sleep(60)
+    if text == "exits":
+        os._exit(3)
+    if text == "hoards":
+        return "x" * (3 << 30)
+    if text == "says too much":
+        return "x" * 2000
+    return str(os.getpid()) if text == "who" else text + str(1 / (text != "fails"))
+
+
+@pytest.fixture
+def container():
+    made = Container(_hostile, "it", 0.5, 1000)
+    yield made
+    made.stop()
+
+
+def test_a_container_answers_many_calls_from_one_process(container):
+    assert container("who") == container("who") != str(os.getpid())
+    for text in ("", "ü", "x" * 900):
+        assert container(text) == text + "1.0"
+    begun = time.perf_counter()
+    for _ in range(100):
+        container("again")
+    assert time.perf_counter() - begun < 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "goes_on"),
+    [("loops", "end within 0.5", False), ("sleeps", "end within 0.5", False),
+     ("exits", "ended its process", False), ("hoards", "too much memory", True),
+     ("says too much", "more than 1000 letters", True), ("fails", "division by zero", True)],
+)  # fmt: skip
+def test_a_container_survives_what_it_holds(container, text, said, goes_on):
+    before = container("who")
+    with pytest.raises(InputError, match=f"^it .*{said}"):
+        container(text)
+    assert (container("who") == before) == goes_on
+
+
+def test_a_container_s_process_is_replaced_and_leaves_nothing_behind():
+    before, open_files = children(), len(os.listdir("/proc/self/fd"))
+    container = Container(_hostile, "it")
+    os.kill(int(container("who")), signal.SIGKILL)
+    time.sleep(0.1)
+    assert container("x") == "x1.0"
+    container.stop()
+    assert container("y") == "y1.0"
+    del container
+    assert children() == before
+    assert len(os.listdir("/proc/self/fd")) == open_files
+
+
+def test_a_container_holds_no_connection_of_its_parent(container):
+    ours, theirs = socket.socketpair()
+    with ours:
+        container("x")
+        theirs.close()
+        ours.settimeout(5)
+        assert ours.recv(1) == b""
+
+
+def test_threads_share_a_container(container):
+    with ThreadPoolExecutor(8) as pool:
+        texts = [str(number) * 100 for number in range(64)]
+        assert list(pool.map(container, texts)) == [text + "1.0" for text in texts]
 
 
 # -- pictures -------------------------------------------------------------------------------------
