@@ -159,12 +159,10 @@ def decode_image(contents: bytes, name: Path | str, most_pixels: int = MOST_PIXE
     """
     from PIL import Image
 
-    Image.init()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            known = sorted(_FORMATS & Image.OPEN.keys())
-            with Image.open(io.BytesIO(contents), formats=known) as image:
+            with Image.open(io.BytesIO(contents), formats=_known_formats()) as image:
                 return _picture(image, name, most_pixels)
     except Image.DecompressionBombError:
         raise InputError(f"the image '{name}' has too many pixels") from None
@@ -173,6 +171,27 @@ def decode_image(contents: bytes, name: Path | str, most_pixels: int = MOST_PIXE
     # Decoders raise errors of all kinds.
     except Exception:
         raise InputError(f"the image '{name}' is broken or of an unknown format") from None
+
+
+def image_pixels(contents: bytes) -> int:
+    """How many pixels the picture of an image file says it has; 0 where it is no picture."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(contents), formats=_known_formats()) as image:
+                return int(image.width * image.height)
+    # Decoders raise errors of all kinds.
+    except Exception:
+        return 0
+
+
+def _known_formats() -> list[str]:
+    from PIL import Image
+
+    Image.init()
+    return sorted(_FORMATS & Image.OPEN.keys())
 
 
 def _picture(image: Any, name: Path | str, most_pixels: int) -> Any:

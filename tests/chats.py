@@ -2,9 +2,14 @@
 
 import base64
 import contextlib
+import http.client
 import io
+import json
 import socket
 import threading
+import time
+from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import uvicorn
 from PIL import Image
@@ -43,3 +48,36 @@ def running(app):
         server.should_exit = True
         thread.join(60)
         assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def posted(address, body):
+    """A connection on which a request was made."""
+    parts = urlsplit(address)
+    headers = {"Authorization": "Bearer first-key", "Content-Type": "application/json"}
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=60)
+    with contextlib.closing(connection):
+        connection.request("POST", "/v1/chat/completions", body, headers)
+        yield connection
+
+
+def value_of(address, name, **labels):
+    with urlopen(f"{address}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    for line in lines:
+        if line.startswith(name + "{") and all(f'{k}="{v}"' in line for k, v in labels.items()):
+            return float(line.rpartition(" ")[2])
+    return 0.0
+
+
+def eventually(condition, seconds=12):
+    for _ in range(50 * seconds):
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def question(**own):
+    """The body of a request."""
+    return json.dumps({"model": "tiny-llava", "messages": messages(COLOURS[0]), **own})

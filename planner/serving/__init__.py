@@ -8,6 +8,7 @@ In: a stock model with weights, and the budgets of a ladder. Out: an ASGI applic
     http_app       routes, status codes, streaming, clients that go away
     chat_format    what requests and answers look like
     service        what a request means: budget, deadline, tokens, usage
+    reading        threads in which prompts are made ready
     chat_prompts   messages become inputs of the model
     pictures       data URLs, and remote images from public addresses alone
     jobs           what the engine is asked to do, and what it says

@@ -103,9 +103,11 @@ class Engine:
     def place(self, deadline: Deadline, arrived: float) -> Iterator[None]:
         """Hold a place in the queue while a prompt is made ready, and until its job is submitted.
 
-        Busy where there is none, or where no prompt at all could be in time: to find that out costs
-        next to nothing, unlike making prompts ready.
+        Busy where there is none, or where no prompt at all could be in time, InputError where none
+        ever could: to find that out costs next to nothing, unlike making prompts ready.
         """
+        if deadline.is_set and not self._governor.is_possible(deadline, PromptSize(0), 1):
+            raise self._impossible("any prompt")
         spare = self._governor.seconds_to_spare(deadline, PromptSize(0), 1)
         mine = Place(arrived + spare, arrived, 0, PromptSize(0))
         with self._changed:
@@ -120,6 +122,16 @@ class Engine:
         finally:
             with self._changed:
                 self._reserved.remove(mine)
+
+    def latest(self, deadline: Deadline, arrived: float) -> tuple[float, Busy]:
+        """Until when somebody waits who came then, and what is said to them from then on."""
+        due = arrived + min(deadline.whole, deadline.first_token)
+        if due < arrived + self.limits.seconds:
+            return due, Busy(_TOO_LATE, "deadline", 1)
+        return arrived + self.limits.seconds, self._timeout()
+
+    def _timeout(self) -> Busy:
+        return Busy(f"no answer within {self.limits.seconds:g} seconds", "timeout", 1)
 
     def submit(self, job: Job) -> None:
         """Have a job done.
@@ -143,12 +155,17 @@ class Engine:
         self.metrics.refused(reason)
         return Busy(sentence, reason, self._seconds_to_begin())
 
+    def _impossible(self, what: str) -> InputError:
+        self.metrics.refused("impossible")
+        return InputError(
+            "the deadline is too short: not even the cheapest plan on the idle machine keeps it "
+            f"for {what}"
+        )
+
     def _check_deadline(self, job: Job) -> None:
         if not self._governor.is_possible(job.deadline, job.prompt.size, job.new_tokens):
-            self.metrics.refused("impossible")
-            raise InputError(
-                "the deadline is too short: not even the cheapest plan on the idle machine keeps "
-                f"it for {job.prompt.tokens} tokens of prompt and {job.new_tokens} of answer"
+            raise self._impossible(
+                f"{job.prompt.tokens} tokens of prompt and {job.new_tokens} of answer"
             )
         asked = job.deadline, job.prompt.size, job.new_tokens
         spare = self._governor.seconds_to_spare(*asked, self._running_rungs())
@@ -214,7 +231,7 @@ class Engine:
     def _let_go(self) -> None:
         """Of jobs that nobody waits for, or that have taken too long."""
         latest = time.monotonic() - self.limits.seconds
-        late = Busy(f"no answer within {self.limits.seconds:g} seconds", "timeout", 1)
+        late = self._timeout()
         with self._changed:
             gone = [job for job in self._waiting if job.is_cancelled or job.arrived < latest]
             for job in gone:

@@ -75,7 +75,7 @@ def http_app(
             raise HTTPException(404, f"there is no model '{body.model}' here: '{service.name}' is")
         async with AsyncExitStack() as stack:
             asking = service.asked(body, x_llm_d_slo_ttft_ms, x_llm_d_slo_tpot_ms)
-            asked = await stack.enter_async_context(asking)
+            asked = await _while_connected(request, stack.enter_async_context(asking))
             # Until there is something to say, it can still be said that there is nothing.
             first = await _while_connected(request, asked.events.get())
             if isinstance(first, Failed):
@@ -165,6 +165,7 @@ async def _while_connected(request: Request, waiting: Awaitable[T]) -> T:
     finally:
         for task in (wanted, gone):
             task.cancel()
+        await asyncio.gather(wanted, gone, return_exceptions=True)
 
 
 async def _gone(request: Request) -> None:

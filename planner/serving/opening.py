@@ -119,6 +119,8 @@ def open_service(
         ladder = scheduled_ladder(scheduled, budgets, tokens)
         batch = ScheduledBatch(scheduled, tokens)
     governor = Governor(measure_rungs(batch, ladder, reader, progress))
+    # What it holds is by now partly another's: a model's weights before they were packed.
+    reader.template.stop()
     metrics = Metrics(name)
     tokenizer = getattr(processor, "tokenizer", processor)
     engine = Engine(

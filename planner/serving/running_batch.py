@@ -51,7 +51,7 @@ class Sampler:
 
         PlannerError where the logits are no numbers.
         """
-        scores = refuse_nan(None, logits.float().cpu())
+        scores: Tensor = refuse_nan(None, logits.float().cpu())
         if not self._temperature:
             return one_hot(scores.argmax(-1), scores.shape[-1]).float()
         # No quotient of what is at most 0 is too large a number.

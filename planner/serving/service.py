@@ -8,7 +8,6 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -25,8 +24,9 @@ from planner.serving.chat_format import ChatRequest, PlanUsed, Usage
 from planner.serving.chat_prompts import PromptReader
 from planner.serving.engine import Engine
 from planner.serving.governor import Deadline
-from planner.serving.jobs import Done, Event, Job
+from planner.serving.jobs import Busy, Done, Event, Job
 from planner.serving.metrics import Metrics
+from planner.serving.reading import Reading, Wait
 from planner.serving.running_batch import Sampler
 
 
@@ -102,17 +102,18 @@ class Service(ChatService[AskedHere]):
         super().__init__(name)
         self.engine, self.metrics = engine, metrics
         self._graph, self._reader, self._temperature = graph, reader, temperature
-        # One thread: tokenizers are not for several.
-        self._reading = ThreadPoolExecutor(1, thread_name_prefix="planner-prompts")
+        self._reading = Reading(reader)
         self._known_cost = lru_cache(maxsize=1024)(self._cost_of_rung)
 
     @override
     def start(self) -> None:
+        self._reading.start()
         self.engine.start()
 
     @override
     def stop(self) -> None:
         self.engine.stop()
+        self._reading.stop()
 
     @property
     @override
@@ -142,7 +143,15 @@ class Service(ChatService[AskedHere]):
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         with self.engine.place(deadline, arrived):
-            prompt = await loop.run_in_executor(self._reading, self._reader.read, request.messages)
+            wait = Wait(*self.engine.latest(deadline, arrived))
+            try:
+                prompt = await self._reading.prompt(request.messages, wait)
+            except Busy as error:
+                self.metrics.refused(error.reason)
+                raise
+            except asyncio.CancelledError:
+                self.metrics.aborted()
+                raise
             job = Job(
                 prompt,
                 self._new_tokens(request, prompt.tokens),

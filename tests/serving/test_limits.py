@@ -1,7 +1,6 @@
 """What a server refuses, and what it lets go of."""
 
 import gc
-import http.client
 import json
 import math
 import os
@@ -10,10 +9,8 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import apart
@@ -21,7 +18,7 @@ import httpcore
 import openai
 import pytest
 import torch
-from chats import COLOURS, ask, data_url, messages
+from chats import COLOURS, ask, data_url, eventually, messages, posted, question, value_of
 
 from planner.ir.errors import InputError, PlannerError
 from planner.planning.request import Request
@@ -32,37 +29,6 @@ from planner.serving.jobs import Busy, Failed, Job
 from planner.serving.opening import ServiceSettings, load_service
 from planner.serving.pictures import fetch, is_public
 from planner.serving.waiting import Place, Waiting
-
-
-@contextmanager
-def posted(address, body):
-    """A connection on which a request was made."""
-    parts = urlsplit(address)
-    headers = {"Authorization": "Bearer first-key", "Content-Type": "application/json"}
-    with closing(http.client.HTTPConnection(parts.hostname, parts.port, timeout=60)) as connection:
-        connection.request("POST", "/v1/chat/completions", body, headers)
-        yield connection
-
-
-def value_of(address, name, **labels):
-    with urlopen(f"{address}/metrics") as answer:
-        lines = answer.read().decode().splitlines()
-    for line in lines:
-        if line.startswith(name + "{") and all(f'{k}="{v}"' in line for k, v in labels.items()):
-            return float(line.rpartition(" ")[2])
-    return 0.0
-
-
-def eventually(condition, seconds=12):
-    for _ in range(50 * seconds):
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
-
-
-def question(**own):
-    return json.dumps({"model": "tiny-llava", "messages": messages(COLOURS[0]), **own})
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -97,7 +63,9 @@ def test_a_deadline_that_is_too_late_by_now_is_refused_at_once(client, service, 
     monkeypatch.setattr(service.engine, "_seconds_to_begin", lambda: 60.0)
     monkeypatch.setattr(service.engine, "_seconds_to_place", lambda: 60.0)
     read, prompts = service._reader.read, []
-    monkeypatch.setattr(service._reader, "read", lambda given: (prompts.append(1), read(given))[1])
+    monkeypatch.setattr(
+        service._reader, "read", lambda *given: (prompts.append(1), read(*given))[1]
+    )
     with pytest.raises(openai.InternalServerError) as caught:
         ask(client, deadline_ms=30_000)
     assert caught.value.status_code == 503
