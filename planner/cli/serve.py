@@ -26,8 +26,6 @@ from planner.planning.request import Request
 from planner.progress import Say
 
 _MOST_KEY_BYTES = 1 << 16
-# Seconds. Clients keep connections for five; a server that does too closes some that are in use.
-_KEEP_ALIVE = 65
 
 
 @command("model", "switches", "tokens", "utilities")
@@ -84,9 +82,8 @@ def serve_command(
     from planner.ir.errors import InputError
 
     try:
-        import uvicorn
-
         from planner.serving.http_app import http_app
+        from planner.serving.http_server import HttpServer
     except ModuleNotFoundError as error:
         raise InputError(f"serving needs {error.name}: pip install 'planner[serve]'") from None
     from planner.serving.engine import EngineLimits
@@ -116,15 +113,7 @@ def serve_command(
             service = load_service(settings, update)
         else:
             service = _replicated(settings, ray, replicas or "1-4", update)
-        config = uvicorn.Config(
-            http_app(service, keys),
-            log_level="warning",
-            access_log=False,
-            ws="none",
-            server_header=False,
-            timeout_graceful_shutdown=grace,
-            timeout_keep_alive=_KEEP_ALIVE,
-        )
+        server = HttpServer(http_app(service, keys), service, grace)
         bound, number = listener.getsockname()[:2]
         name = f"[{bound}]" if ":" in bound else bound
         if not keys and not ipaddress.ip_address(bound).is_loopback and not console.quiet:
@@ -135,7 +124,7 @@ def serve_command(
             sys.stdout.flush()
         elif not console.quiet:
             say(f"planner: {request.model} is served on {url}")
-        uvicorn.Server(config).run([listener])
+        server.run([listener])
 
 
 def _replicated(settings: Any, address: str, replicas: str, progress: Say) -> Any:

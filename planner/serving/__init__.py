@@ -4,6 +4,7 @@ In: a stock model with weights, and the budgets of a ladder. Out: an ASGI applic
 `planner.api` and all below it; FastAPI, uvicorn and prometheus-client come with
 ``pip install planner[serve]``. A request goes through the files in this order:
 
+    http_server    connections that are too slow; stopping
     http_limits    its size, its pace, its API key
     http_app       routes, status codes, streaming, clients that go away
     chat_format    what requests and answers look like

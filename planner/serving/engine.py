@@ -18,7 +18,7 @@ from typing import Any, Literal
 from planner.ir.errors import InputError, PlannerError
 from planner.serving.answer_text import AnswerText
 from planner.serving.governor import Deadline, Expected, Governor, PromptSize
-from planner.serving.jobs import Busy, Done, Failed, Job, Piece
+from planner.serving.jobs import Busy, Done, Failed, Job, Piece, stopping
 from planner.serving.ladder import Ladder
 from planner.serving.metrics import Metrics
 from planner.serving.running_batch import Answer, RunningBatch, alike
@@ -79,7 +79,7 @@ class Engine:
         self._reserved: list[Place] = []  # of prompts that are made ready
         self._reading: list[Job] = []  # taken off the queue, and not in the batch yet
         self._running: list[_Running] = []
-        self._is_stopping = False
+        self._is_stopping = self._has_given_up = False
         self._thread = threading.Thread(target=self._run, name="planner-engine", daemon=True)
 
     def start(self) -> None:
@@ -93,6 +93,15 @@ class Engine:
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join()
+
+    def give_up(self) -> None:
+        """Take no more requests; whoever waits for one is told at once that there is no answer."""
+        with self._changed:
+            self._is_stopping = self._has_given_up = True
+            self._changed.notify()
+        for job in self._left():
+            self._fail(job, stopping())
+            job.is_cancelled = True
 
     @property
     def is_healthy(self) -> bool:
@@ -149,7 +158,8 @@ class Engine:
 
     def _check_open(self) -> None:
         if self._is_stopping:
-            raise self._refusal("the server is stopping", "stopping")
+            self.metrics.refused("stopping")
+            raise stopping(self._seconds_to_begin())
 
     def _refusal(self, sentence: str, reason: str) -> Busy:
         self.metrics.refused(reason)
@@ -207,10 +217,15 @@ class Engine:
         except Exception as error:
             with self._changed:
                 self._is_stopping = True
-                left = [*self._waiting, *self._reading, *(r.job for r in self._running)]
-            for job in dict.fromkeys(left):
+            for job in self._left():
                 self._fail(job, error)
             raise
+
+    def _left(self) -> list[Job]:
+        """All jobs there are."""
+        with self._changed:
+            left = [*self._waiting, *self._reading, *(r.job for r in list(self._running))]
+        return list(dict.fromkeys(left))
 
     def _loop(self) -> None:
         while True:
@@ -230,8 +245,8 @@ class Engine:
 
     def _let_go(self) -> None:
         """Of jobs that nobody waits for, or that have taken too long."""
-        latest = time.monotonic() - self.limits.seconds
-        late = self._timeout()
+        latest = math.inf if self._has_given_up else time.monotonic() - self.limits.seconds
+        late = stopping() if self._has_given_up else self._timeout()
         with self._changed:
             gone = [job for job in self._waiting if job.is_cancelled or job.arrived < latest]
             for job in gone:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import time
 from collections.abc import Sequence
 
 from fastapi import HTTPException, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# Seconds between two pieces of a body.
-_PACE = 20.0
+# Seconds between two pieces of a body, and for all of it.
+_PACE, _WHOLE = 20.0, 60.0
 
 
 class BodyLimit:
@@ -25,15 +26,18 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         seen, is_whole = 0, False
+        ends = time.monotonic() + _WHOLE
 
         async def counted() -> Message:
             nonlocal seen, is_whole
             if is_whole:
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), _PACE)
+                left = max(0.0, ends - time.monotonic())
+                message = await asyncio.wait_for(receive(), min(_PACE, left))
             except TimeoutError:
-                raise HTTPException(408, "the body does not come") from None
+                closing = {"Connection": "close"}
+                raise HTTPException(408, "the body does not come in time", closing) from None
             is_whole = not message.get("more_body", False)
             seen += len(message.get("body", b""))
             if seen > self._most_bytes:

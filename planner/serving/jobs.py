@@ -27,6 +27,11 @@ class Busy(PlannerError):
         return Busy, (str(self), self.reason, self.retry_after)
 
 
+def stopping(seconds: float = 1.0) -> Busy:
+    """What clients are told while the server stops."""
+    return Busy("the server is stopping", "stopping", seconds)
+
+
 @dataclass(frozen=True)
 class Piece:
     """Some text of an answer; it may be empty."""

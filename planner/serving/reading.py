@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from planner.loading import image_pixels
 from planner.serving.chat_format import Message
 from planner.serving.chat_prompts import Prompt, PromptReader, has_remote_pictures
-from planner.serving.jobs import Busy
+from planner.serving.jobs import Busy, stopping
 
 # Pictures of so many pixels, together, are large: here they took a tenth of a second.
 _LARGE = 2_000_000
@@ -52,7 +52,7 @@ class Reading:
         self._large = ThreadPoolExecutor(1, "planner-large-prompts")
         self._fetching = ThreadPoolExecutor(_FETCHES, "planner-pictures")
         self._running: set[asyncio.Future[Any]] = set()
-        self._end: Busy | None = None
+        self._has_given_up = False
         self._pixels = 0  # of large prompts that are read, or wait to be
         self._seconds_per_pixel = 0.0
 
@@ -60,9 +60,9 @@ class Reading:
         """Have the chat template's process ready."""
         self.reader.template.start()
 
-    def give_up(self, error: Busy) -> None:
-        """Whoever waits for a prompt, now or later, gets an error."""
-        self._end = error
+    def give_up(self) -> None:
+        """Tell whoever waits for a prompt, now or later, that the server stops."""
+        self._has_given_up = True
         for future in self._running:
             future.cancel()
 
@@ -116,8 +116,8 @@ class Reading:
         self, threads: Executor, wait: Wait, function: Callable[..., T], *arguments: Any
     ) -> T:
         """What a function returns, in a thread; it is not begun where nobody waits by then."""
-        if self._end is not None:
-            raise self._end
+        if self._has_given_up:
+            raise stopping()
         future = asyncio.get_running_loop().run_in_executor(threads, function, *arguments)
         self._running.add(future)
         try:
@@ -125,8 +125,8 @@ class Reading:
         except TimeoutError:
             raise wait.late from None
         except asyncio.CancelledError:
-            if self._end is None:
-                raise
-            raise self._end from None
+            if self._has_given_up:
+                raise stopping() from None
+            raise
         finally:
             self._running.discard(future)

@@ -27,7 +27,7 @@ from typing_extensions import override
 from planner.ir.errors import InputError, PlannerError, first_line
 from planner.ray_workers import connect
 from planner.serving.chat_format import ChatRequest, Usage
-from planner.serving.jobs import Busy, Done, Failed, Piece
+from planner.serving.jobs import Busy, Done, Failed, Piece, stopping
 from planner.serving.opening import ServiceSettings
 from planner.serving.replica import Replica
 from planner.serving.scaling import wanted_replicas
@@ -58,6 +58,8 @@ class ReplicatedService(ChatService[AskedThere]):
         self._handle, self._every = handle.options(stream=True), handle
         self._seconds = settings.limits.seconds
         self._budgets = sorted(set(settings.budgets))
+        self._open: set[AskedThere] = set()
+        self._has_given_up = False
 
     @override
     def start(self) -> None:
@@ -67,6 +69,12 @@ class ReplicatedService(ChatService[AskedThere]):
     def stop(self) -> None:
         serve.shutdown()
         ray.shutdown()
+
+    @override
+    def give_up(self) -> None:
+        self._has_given_up = True
+        for asked in self._open:
+            asked.events.put_nowait(Failed(stopping()))
 
     @property
     @override
@@ -84,14 +92,18 @@ class ReplicatedService(ChatService[AskedThere]):
     async def asked(
         self, request: ChatRequest, ttft_ms: float | None, tpot_ms: float | None
     ) -> AsyncIterator[AskedThere]:
+        if self._has_given_up:
+            raise stopping()
         if request.seed is None:
             # An answer that is begun again has to be the same.
             request = request.model_copy(update={"seed": random.getrandbits(62)})
         asked = AskedThere()
         answering = asyncio.create_task(self._answer(asked, request, ttft_ms, tpot_ms))
+        self._open.add(asked)
         try:
             yield asked
         finally:
+            self._open.discard(asked)
             answering.cancel()
 
     @override

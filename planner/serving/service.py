@@ -56,6 +56,10 @@ class ChatService(ABC, Generic[AskedT]):
     def stop(self) -> None:
         """Take no more, and finish those there are."""
 
+    @abstractmethod
+    def give_up(self) -> None:
+        """Take no more, and tell whoever waits that the server stops; in the event loop."""
+
     @property
     @abstractmethod
     def is_healthy(self) -> bool:
@@ -114,6 +118,11 @@ class Service(ChatService[AskedHere]):
     def stop(self) -> None:
         self.engine.stop()
         self._reading.stop()
+
+    @override
+    def give_up(self) -> None:
+        self.engine.give_up()
+        self._reading.give_up()
 
     @property
     @override
