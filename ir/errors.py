@@ -8,12 +8,11 @@ from collections.abc import Iterable
 _LONGEST = 800
 
 
-def one_sentence(text: str) -> str:
+def one_sentence(text: str, longest: int = _LONGEST) -> str:
     """A text on one line, printable, and not too long: its middle is left out."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
-    return (
-        text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
-    )
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]} ... {text[-half:]}"
 
 
 class PlannerError(Exception):

@@ -24,12 +24,15 @@ from planner.serving.chat_format import (
     FailureBody,
     ServedModel,
     ServedModels,
+    place_of,
 )
 from planner.serving.http_limits import BodyLimit, KeyCheck
 from planner.serving.jobs import Busy, Done, Event, Failed, Piece
 from planner.serving.service import Asked, ChatService
 
 MOST_BODY_BYTES = 32 * 2**20
+# Letters: what a request says may be in its refusal.
+_LONGEST_REFUSAL = 320
 _FAILURES: dict[int | str, dict[str, Any]] = {
     status: {"model": FailureBody} for status in (400, 401, 404, 408, 413, 429, 500, 503)
 }
@@ -181,11 +184,12 @@ def _status(error: Exception) -> int:
 
 def _body(sentence: str, status: int) -> FailureBody:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return FailureBody(error=Failure(message=sentence, type=kind, code=str(status)))
+    message = one_sentence(sentence, _LONGEST_REFUSAL)
+    return FailureBody(error=Failure(message=message, type=kind, code=str(status)))
 
 
 def _failure(sentence: str, status: int, headers: Any = None) -> JSONResponse:
-    content = _body(one_sentence(sentence), status).model_dump()
+    content = _body(sentence, status).model_dump()
     return JSONResponse(content, status, headers)
 
 
@@ -203,5 +207,5 @@ async def _malformed(_: Request, error: Exception) -> Response:
     """What is wrong with a body first: the place, and what pydantic says; never the value."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    return _failure(f"{place}: {first['msg']}", 400)
+    said = "no such field is served" if first["type"] == "extra_forbidden" else first["msg"]
+    return _failure(f"{place_of(first['loc'])}: {said}", 400)

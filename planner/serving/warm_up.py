@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
+from planner.ir.errors import InputError
 from planner.loading import noise_image
 from planner.progress import Say
 from planner.serving.chat_format import ImagePart, ImageUrl, Message, TextPart
@@ -19,6 +20,8 @@ from planner.serving.running_batch import RunningBatch, Sampler
 
 # Answers that decode together, in the second of two measurements.
 _TOGETHER = 4
+# Words of a longer prompt.
+_LONG = 64
 # Times that something is measured, and seconds after which once is enough.
 _TIMES, _SECONDS = 9, 0.5
 
@@ -55,9 +58,18 @@ def measure_rungs(
     batch: RunningBatch, ladder: Ladder, reader: PromptReader, progress: Say
 ) -> list[RungTimes]:
     """What every rung takes for prompts with more or less text and image, and for few and many
-    answers."""
+    answers.
+
+    InputError where the reader's limits leave no room for a prompt of one word and an answer.
+    """
     # A few words alone may be too little for a scheduler, which is paid for by the prompt.
-    short, long = (_prompt(reader, words, batch.is_scheduled) for words in (1, 64))
+    short = _prompt(reader, 1, batch.is_scheduled)
+    if short.tokens >= (most := reader.limits.tokens):
+        raise InputError(
+            f"{most} tokens are too few for prompts with their answers: one word takes "
+            f"{short.tokens} in the model's chat template"
+        )
+    long = _prompt(reader, min(_LONG, most), batch.is_scheduled)
     picture = _prompt(reader, 1, True)
     times = []
     for rung in ladder.rungs:

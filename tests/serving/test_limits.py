@@ -23,12 +23,14 @@ from chats import COLOURS, ask, data_url, eventually, messages, posted, question
 from planner.ir.errors import InputError, PlannerError
 from planner.planning.request import Request
 from planner.serving import opening
+from planner.serving.chat_prompts import PromptLimits, PromptReader
 from planner.serving.engine import Engine, EngineLimits
 from planner.serving.governor import Deadline, PromptSize
 from planner.serving.jobs import Busy, Failed, Job
 from planner.serving.opening import ServiceSettings, load_service
 from planner.serving.pictures import fetch, is_public
 from planner.serving.waiting import Place, Waiting
+from planner.serving.warm_up import measure_rungs
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -182,6 +184,17 @@ def test_bodies_are_bounded(address):
             answer = connection.getresponse()
             assert answer.status == 400
             assert json.loads(answer.read())["error"]["message"]
+
+
+@pytest.mark.parametrize("tokens", [2, 3])
+def test_a_limit_that_no_prompt_keeps_is_refused_at_the_start(tiny, service, tokens):
+    reader = PromptReader(*tiny, PromptLimits(tokens))
+    engine = service.engine
+    try:
+        with pytest.raises(InputError, match=f"^{tokens} tokens are too few .* one word takes"):
+            measure_rungs(engine._batch, engine.ladder, reader, lambda _: None)
+    finally:
+        reader.template.stop()
 
 
 def test_pictures_are_bounded(client):

@@ -143,12 +143,23 @@ def test_a_picture_that_is_fetched_keeps_no_other_request_waiting():
                 reading.prompt(messages, Wait(ends, Busy("late", "timeout", 1)))
             )
 
+        async def later(messages):
+            return await asyncio.gather(prompt(messages), return_exceptions=True)
+
         fetched = [prompt(remote) for _ in range(20)]
         await asyncio.sleep(0.1)
         assert await asyncio.wait_for(prompt(own), 20) == "user"
         assert not any(task.done() for task in fetched)
         go.set()
         assert await asyncio.gather(*fetched) == ["user"] * 20
+        go.clear()
+        fetched = [prompt(remote) for _ in range(20)]
+        await asyncio.sleep(0.1)
+        reading.give_up()
+        for each in [*await asyncio.gather(*fetched, return_exceptions=True), *await later(own)]:
+            assert isinstance(each, Busy)
+            assert str(each) == "the server is stopping"
+        go.set()
         reading.stop()
 
     asyncio.run(asked())
