@@ -73,7 +73,7 @@ def label_samples(
         shapes["losses"] = (min(tried, count), 1 << len(names))
     if scheduled is not None:
         shapes["plans"] = (count, len(budgets), len(names))
-    store = Store(partial, _key(terms, budgets, samples, model), shapes)
+    store = Store(partial, _key(terms, budgets, samples, model, scheduled), shapes)
     arrays = store.arrays.values()
     missing = [i for i in range(count) if any(np.isnan(a[i : i + 1]).any() for a in arrays)]
     progress(count - len(missing), count)
@@ -189,7 +189,9 @@ def _key(
     budgets: Sequence[float],
     samples: Sequence[tuple[str, Sample]],
     model: nn.Module,
+    scheduled: Scheduled | None,
 ) -> str:
     """Equal for calls that give equal labels."""
     facts = [repr(terms), list(budgets), [(name, sample.digest()) for name, sample in samples]]
-    return digest_of([*facts, weights_digest(model)])
+    modules = [model] if scheduled is None else [model, scheduled.scheduler]
+    return digest_of([*facts, *map(weights_digest, modules)])

@@ -44,8 +44,8 @@ class Store:
         wanted = {name: (values.shape, values.dtype) for name, values in self.arrays.items()}
         if key != self.key or kinds != wanted:
             raise InputError(
-                f"'{path}' was left by a calibration of another model, other samples or other "
-                "options: finish that one, or delete the file"
+                f"'{path}' was left by a calibration of another model or scheduler, other "
+                "samples or other options: finish that one, or delete the file"
             )
         self.arrays = found
 

@@ -232,11 +232,14 @@ def test_partial_results_of_another_run_are_refused(tmp_path):
             run(samples, **other)
     with pytest.raises(InputError, match="other samples"):
         run(samples_of(family, answer=(8, 9)))
-    changed = copy.deepcopy(family.model)
-    with torch.no_grad():
-        next(changed.parameters()).mul_(1.5)
-    with pytest.raises(InputError, match="another model"):
-        calibrate(changed, graph, samples, method="taylor", partial=partial)
+    for parameter in family.model.parameters():
+        changed = copy.deepcopy(parameter.detach())
+        with torch.no_grad():
+            parameter[-1].mul_(1.5).add_(1)
+        with pytest.raises(InputError, match="another model"):
+            run(samples)
+        with torch.no_grad():
+            parameter.copy_(changed)
     partial.write_bytes(b"PK")
     with pytest.raises(InputError, match="delete it"):
         run(samples)

@@ -1,5 +1,6 @@
 """Labels: measured losses are those of narrowed runs, and what is decided keeps to its limit."""
 
+import copy
 import functools
 import shutil
 
@@ -136,6 +137,42 @@ def test_a_scheduler_s_plans_are_those_it_makes_prompt_by_prompt():
     found = audit(labels, graph).summary
     assert found["infeasible"] == 0
     assert found["utilisation"]["min"] == 1
+
+
+def _interrupted(*arguments, **options):
+    def stop(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        label_samples(*arguments, progress=stop, **options)
+
+
+def test_plans_of_two_schedulers_are_not_mixed(tmp_path):
+    model, graph, samples = small()
+    scheduler = Scheduler.of(graph, "adallava-l").eval()
+    scheduled = Scheduled(model, graph, scheduler, mask=True)
+    asked = model, graph, samples, terms_of(graph, "adallava-l"), BUDGETS
+    options = {"scheduled": scheduled, "partial": tmp_path / "partial"}
+    _interrupted(*asked, **options)
+    with torch.no_grad():
+        scheduler.head.weight[-1].neg_()
+    with pytest.raises(InputError, match="another model or scheduler"):
+        label_samples(*asked, **options)
+    with torch.no_grad():
+        scheduler.head.weight[-1].neg_()
+    assert len(label_samples(*asked, **options)) == 9
+
+
+def test_utilities_of_two_models_are_not_mixed(tmp_path):
+    stock, graph, samples = small()
+    model = copy.deepcopy(stock)
+    asked = model, graph, samples, terms_of(graph, "layers"), BUDGETS
+    _interrupted(*asked, partial=tmp_path / "partial")
+    with torch.no_grad():
+        model.model.language_model.layers[2].mlp.down_proj.weight[-1].zero_()
+    with pytest.raises(InputError, match="another model"):
+        label_samples(*asked, partial=tmp_path / "partial")
 
 
 def test_bad_arguments_are_refused():
