@@ -2,7 +2,8 @@
 
 A document has a limited size, depth and number of nodes, plain tags, and no aliases: what is read
 is never much larger than its file, and reading takes a second at most. No number is NaN, and no
-integer has more than 64 bits.
+integer has more than 64 bits. YAML, which people write, has no key twice; JSON may be by programs
+that take the last.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from typing_extensions import override
 
 from planner.files import MEBIBYTE, read_text
 from planner.ir.errors import InputError
@@ -39,6 +42,28 @@ class _PlainLoader(_Loader):  # type: ignore[misc]
         for first, guesses in _Loader.yaml_implicit_resolvers.items()
     }
 
+    @override
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        made = super().construct_mapping(node, deep)
+        if len(made) < len(node.value):
+            raise _TwiceError.of(key.value for key, _ in node.value)
+        return made
+
+
+class _TwiceError(Exception):
+    """A key that a mapping has twice."""
+
+    @staticmethod
+    def of(keys: Iterable[str]) -> _TwiceError:
+        return _TwiceError(Counter(keys).most_common(1)[0][0])
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise _TwiceError.of(key for key, _ in pairs)
+    return made
+
 
 class _PlainDumper(yaml.SafeDumper):
     """Writes a value that occurs twice twice."""
@@ -60,6 +85,8 @@ def parse_yaml(text: str, what: str) -> Any:
     try:
         _check_yaml(text, what)
         document = yaml.load(text, Loader=_PlainLoader)
+    except _TwiceError as key:
+        raise InputError(f"{what} has the key {key} twice") from None
     # ValueError: a number of more digits than Python reads.
     except (yaml.YAMLError, ValueError):
         raise InputError(f"{what} is truncated or not YAML") from None
@@ -82,15 +109,17 @@ def _check_yaml(text: str, what: str) -> None:
             raise InputError(f"{what} has the tag {tag}: tags are not read")
 
 
-def parse_json(text: str, what: str) -> Any:
+def parse_json(text: str, what: str, by_people: bool = False) -> Any:
     """Read one JSON document; InputError where it is none, or beyond the limits.
 
-    `what`: it is, for messages: ``the config.json of 'llava'``.
+    `what`: it is, for messages: ``the config.json of 'llava'``. `by_people`: no key may be twice.
     """
     if sum(map(text.count, ",[{")) > _MOST_EVENTS:
         raise InputError(f"{what} has too many entries")
     try:
-        document = json.loads(text)
+        document = json.loads(text, object_pairs_hook=_once if by_people else None)
+    except _TwiceError as key:
+        raise InputError(f"{what} has the key {key} twice") from None
     except RecursionError:
         raise InputError(f"{what} is nested too deeply") from None
     except ValueError:

@@ -125,7 +125,7 @@ def read_questions(images: Path, prompts: Path | None) -> list[Question]:
 
 
 def _question(line: str, where: str, images: Path) -> Question:
-    record = parse_json(line, where)
+    record = parse_json(line, where, by_people=True)
     if not isinstance(record, dict) or not isinstance(record.get("image"), str):
         raise InputError(
             f'{where} is not of the form {{"image": ..., "prompt": ..., "answer": ...}}'

@@ -480,6 +480,7 @@ def test_questions(tmp_path):
         ("[]", "not of the form"),
         ('{"image": "a.jpg", "prompt": 3}', "must be text"),
         ('{"image": "a.jpg", "answer": " "}', "answer .* is empty"),
+        ('{"image": "a.jpg", "image": "b.PNG"}', "line 1 .* has the key image twice"),
         ('{"image": "a.jpg", "answer": "x"}\n{"image": "b.PNG"}', "1 of 2 lines"),
     ):
         prompts.write_text(text)
