@@ -9,24 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from planner import files
 from planner.ir.errors import InputError
 from planner.models.calibration.samples import Sample
 
 # Long enough that most tokens see a context, short enough for many passages a minute.
 PASSAGE_TOKENS = 192
+_MOST_BYTES = 256 * files.MEBIBYTE
 
 
 def read_text(path: Path) -> str:
     """The text of a file.
 
-    Raises InputError: it is missing, unreadable or empty.
+    Raises InputError: it is missing, unreadable, too large or empty.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"there is no text file '{path}'") from None
-    except (OSError, UnicodeDecodeError):
-        raise InputError(f"'{path}' cannot be read as UTF-8 text") from None
+    text = files.read_text(path, "text file", _MOST_BYTES)
     if not text.strip():
         raise InputError(f"the text file '{path}' is empty")
     return text

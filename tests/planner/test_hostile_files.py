@@ -23,6 +23,7 @@ from planner.files import (
     write_text,
 )
 from planner.ir.errors import InputError
+from planner.models.calibration.text import read_text as calibration_text
 from planner.plan import load_plan
 from planner.schedule import is_schedule, load_schedule
 
@@ -183,8 +184,9 @@ def test_a_path_that_leads_to_no_text_is_one_sentence(tmp_path, name):
     path = make(tmp_path)
     with pytest.raises(InputError, match=message):
         read_text(path, "plan", MEBIBYTE)
-    with pytest.raises(InputError, match=message):
-        load_plan(path)
+    for read in (load_plan, calibration_text):
+        with pytest.raises(InputError, match=message):
+            read(path)
 
 
 def test_a_file_without_a_size_is_read_to_its_limit(tmp_path):
