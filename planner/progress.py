@@ -27,12 +27,18 @@ def progress_bar(what: str, is_shown: bool = True) -> Iterator[Progress]:
         progress.TimeElapsedColumn(),
         progress.TimeRemainingColumn(),
     )
-    with progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
-        tasks: list[progress.TaskID] = []
+    bar = progress.Progress(*columns, console=rich.console.Console(stderr=True))
+    tasks: list[progress.TaskID] = []
 
-        def update(done: int, total: int) -> None:
-            if not tasks:
-                tasks.append(bar.add_task(what))
-            bar.update(tasks[0], completed=done, total=total)
+    def update(done: int, total: int) -> None:
+        if not tasks:
+            tasks.append(bar.add_task(what))
+            bar.start()
+        bar.update(tasks[0], completed=done, total=total)
 
+    try:
         yield update
+    finally:
+        # One that was not started would print an empty line.
+        if tasks:
+            bar.stop()

@@ -202,8 +202,12 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         (["--split", "dev"], "'dev' is not one of"),
         (["--switches", "tokens"], "no labels for the switches"),
         (["--prompts", "p.jsonl"], "--prompts needs --images"),
+        (["--switches", "heads", "--try-all", "1"], "every plan can be tried for at most 12"),
         (["-o", "labels.csv"], "must be a file with the suffix .parquet"),
     ]:
         capsys.readouterr()
         assert run([*arguments, *wrong]) == 2
-        assert words in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert words in said
+        assert said.startswith("planner: ")
+        assert said.count("\n") == 1
