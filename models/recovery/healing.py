@@ -10,6 +10,7 @@ the end, or the weights themselves.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from planner.plan import Plan
 _TOGETHER, _TOKENS = 4096, 64
 # A hundred steps are too few for AdamW's longer memory of squared gradients.
 _BETAS = (0.9, 0.95)
+_SEEDS = 2**63  # as many as PyTorch's generators take
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,12 @@ class Healing:
         for name, least in (("steps", 1), ("batch", 1), ("rank", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        if not self.highest_rate > 0:
-            raise InputError(f"the learning rate must be above 0, not {self.learning_rate}")
+        if not 0 < self.highest_rate < math.inf:
+            raise InputError(
+                f"the learning rate must be above 0 and finite, not {self.learning_rate}"
+            )
+        if not 0 <= self.seed < _SEEDS:
+            raise InputError(f"the seed must be at least 0 and below 2**63, not {self.seed}")
 
     @property
     def highest_rate(self) -> float:

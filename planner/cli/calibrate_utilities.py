@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.command_options import Dtype, Images, Place, Prompts, Text, command
+from planner.cli.command_options import (
+    MOST_SEED,
+    Dtype,
+    Images,
+    Place,
+    Prompts,
+    Text,
+    command,
+)
 from planner.cli.console import Console, say, table
 from planner.cli.stock_model import load_stock
 from planner.planning.request import Request
@@ -46,7 +54,7 @@ def calibrate_utilities_command(
     ] = None,
     samples: Annotated[int, typer.Option(help="Most samples to use.")] = 32,
     batch: Annotated[int, typer.Option(help="Switches measured at once.")] = 16,
-    seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Which samples are drawn.")] = 0,
     dtype: Dtype = "auto",
     device: Place = "cpu",
 ) -> None:

@@ -101,6 +101,8 @@ class CalibrationData:
 
 NewFolder = Annotated[Path, typer.Option("-o", "--output", help="New folder.")]
 PlanFile = Annotated[Path, typer.Option(help="The plan file.")]
+# As NumPy's generators take them.
+MOST_SEED = 2**32 - 1
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change the configuration; repeatable."),

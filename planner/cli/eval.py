@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from planner.cli.command_options import (
+    MOST_SEED,
     Budgets,
     Dtype,
     Place,
@@ -34,7 +35,7 @@ def eval_command(
     budgets: Budgets = "1,0.85,0.6",
     scheduler: Scheduler = None,
     samples: Annotated[int, typer.Option(min=1, help="Questions.")] = 300,
-    seed: Annotated[int, typer.Option(help="Which questions.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Which questions.")] = 0,
     split: Annotated[Split, typer.Option(help="Of the scenes.")] = "test",
     batch: Annotated[int, typer.Option(min=1, help="Questions asked together.")] = 64,
     mask: Annotated[

@@ -6,7 +6,13 @@ from typing import Annotated
 
 import typer
 
-from planner.cli.command_options import CalibrationData, NewFolder, PlanFile, command
+from planner.cli.command_options import (
+    MOST_SEED,
+    CalibrationData,
+    NewFolder,
+    PlanFile,
+    command,
+)
 from planner.cli.console import Console
 from planner.cli.stock_model import load_stock
 from planner.planning.request import Request
@@ -27,7 +33,7 @@ def heal_command(
     learning_rate: Annotated[
         float | None, typer.Option(help="At its highest; 2e-3, or 2e-4 at rank 0.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Which samples come when.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Which samples come when.")] = 0,
 ) -> None:
     """Refit a plan's weights, train them on the base model's outputs, and export the result."""
     from planner.cli.export import show_exported

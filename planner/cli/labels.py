@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from planner.cli.command_options import (
+    MOST_SEED,
     Budgets,
     Dtype,
     Place,
@@ -50,7 +51,7 @@ def labels_command(
     ] = None,
     prompts: Prompts = None,
     split: Annotated[Split, typer.Option(help="Of the scenes.")] = "train",
-    seed: Annotated[int, typer.Option(help="Which questions.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Which questions.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Plans that run at once.")] = 16,
     dtype: Dtype = "auto",
     device: Place = "cpu",

@@ -11,6 +11,7 @@ from families import FAMILIES
 from plans import MLP_SWITCHES, plan_of
 
 import planner
+from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
 from planner.models.calibration import Sample, sample_of
 from planner.models.calibration.samples import together
@@ -328,3 +329,15 @@ def test_compensation_adds_the_mean_of_what_is_off_under_every_plan():
         planner.restore(model)
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, base)
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_learning_rate_that_is_none_is_told_as_such(rate):
+    with pytest.raises(InputError, match="learning rate must be above 0 and finite, not"):
+        Healing(learning_rate=rate)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**70])
+def test_a_seed_that_no_generator_takes_is_told_as_such(seed):
+    with pytest.raises(InputError, match="seed must be at least 0 and below"):
+        Healing(seed=seed)

@@ -17,6 +17,7 @@ from planner.planning.compiler import compile_plan
 from planner.planning.graph_cache import lowered_graph
 from planner.planning.request import Request
 from planner.planning.switches import with_switches
+from planner.progress import progress_bar
 
 NAN, INF = float("nan"), float("inf")
 
@@ -247,3 +248,30 @@ def test_a_compile_that_is_refused_leaves_nothing(cli, tmp_path, options):
     assert code == 2
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**32), str(2**70)])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("heal", "--plan", "nothing", "-o", "out", "--text", "nothing"),
+        ("labels", "-o", "labels.parquet"),
+        ("eval",),
+        ("calibrate-utilities", "-o", "u.npz"),
+    ],
+)
+def test_a_seed_that_generators_do_not_take_is_refused(cli, tmp_path, command, seed):
+    code, out, err = cli(*command, "--model", "tiny-llava", "--seed", seed)
+    assert (code, out) == (2, "")
+    assert "Invalid value for '--seed': Input should be" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_progress_bar_that_never_began_prints_nothing(capsys):
+    with pytest.raises(InputError), progress_bar("work"):
+        raise InputError("refused")
+    assert capsys.readouterr().err == ""
+    with progress_bar("work") as shown:
+        shown(1, 2)
+        shown(2, 2)
+    assert "2/2" in capsys.readouterr().err
