@@ -115,6 +115,15 @@ def test_a_corrupt_jpeg_is_named_or_replaced(folder, cut):
         load(folder, records[:1], on_error="skip")[0]
 
 
+def test_a_picture_of_too_many_pixels_is_named_or_replaced(folder, monkeypatch):
+    Image.new("RGB", (64, 64)).save(folder / "images" / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    records = [record(id="b", image="large.png"), record(id="c")]
+    with pytest.raises(InputError, match=r"large\.png\" cannot be read"):
+        load(folder, records)[0]
+    assert load(folder, records, on_error="skip")[0].id == "c"
+
+
 def test_bad_files_and_options(folder):
     with pytest.raises(InputError, match=r"data\.json is not valid JSON"):
         load(folder, "[{]")

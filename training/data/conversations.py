@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from planner.ir.errors import InputError
 from planner.training.data.conversation_table import open_records
@@ -184,7 +184,8 @@ class LlavaConversations(Sequence[Conversation]):
             try:
                 with Image.open(file) as opened:
                     image = opened.convert("RGB")
-            except (OSError, UnidentifiedImageError, SyntaxError) as error:
+            # Decoders raise errors of all kinds.
+            except Exception as error:
                 raise InputError(
                     f'{self.path}, id "{record["id"]}": image "{file}" cannot be read ({error}).'
                 ) from error
