@@ -72,10 +72,13 @@ def check_folder(path: Path) -> None:
         found = next(place for place in (path.absolute(), *path.absolute().parents) if _is(place))
         if not found.is_dir():
             raise NotADirectoryError(ENOTDIR, os.strerror(ENOTDIR))
+        # File systems that the system makes up, as /proc, take nothing whatever they permit.
+        with tempfile.TemporaryDirectory(dir=found, prefix=".planner."):
+            pass
+    except PermissionError:
+        raise InputError(f"cannot write to '{path}': permission denied") from None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot write to '{path}': {_reason(error)}") from None
-    if not os.access(found, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write to '{path}': permission denied")
 
 
 def _is(path: Path) -> bool:
