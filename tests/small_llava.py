@@ -21,7 +21,7 @@ SIZES = {
 
 
 def write_small_llava(folder, **sizes):
-    config = TinyLlavaConfig(output_dir="", **{**SIZES, **sizes})
+    config = TinyLlavaConfig(output_dir="unused", **{**SIZES, **sizes})
     processor = build_processor()
     export(plain_model(build_model(config, processor)), processor, folder)
     return folder

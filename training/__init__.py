@@ -21,6 +21,7 @@ model folder that stock transformers loads. May import every other part of plann
     policy_methods        how a policy learns from what it tried
     memory_estimate       what a training step takes of a card
     warm_start            a scheduler taught by labels first
+    run_folders           folders of a run: checked, kept with its settings, written whole
     trainer               transformers' Trainer, for runs that stop and go on
     estimators            switches drawn from logits, with a gradient
     sequential_draws      switches drawn one by one, and how likely an order is

@@ -13,10 +13,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 from transformers import set_seed
 
@@ -37,6 +39,7 @@ from planner.models.scheduling.token_choice import ChosenTokens
 from planner.models.scheduling.vision_controller import TokenScores
 from planner.models.tokens.selectors import DecoderInputs
 from planner.planning.budgets import Budget
+from planner.training.config import Count, Rate, Share
 from planner.training.conversation_runs import (
     ConversationConfig,
     arguments_of,
@@ -50,6 +53,7 @@ from planner.training.data.packing import IGNORE
 from planner.training.data.visits import Visit, Visited, Visits
 from planner.training.estimators import Deterministic, Estimator, GumbelSequential, parse
 from planner.training.question_samples import Asked
+from planner.training.run_folders import begun
 from planner.training.switch_costs import costs_of
 from planner.training.token_draws import draw_tokens
 from planner.training.trainer import RunTrainer
@@ -63,12 +67,12 @@ class AdaLlavaConfig(ConversationConfig):
     switches: str = "adallava-l"
     estimator: str = "gumbel:temperature=5"
     # Tokens of a question besides the image, which budgets in cost are for; by default 64.
-    text_tokens: int | None = None
+    text_tokens: Count | None = None
     # The smallest and the largest budget that samples get, as fractions of the base model.
-    least_budget: float = 0.0
-    most_budget: float = 1.0
+    least_budget: Share = 0.0
+    most_budget: Share = 1.0
 
-    scheduler_learning_rate: float | None = None
+    scheduler_learning_rate: Rate | None = None
     # Train the scheduler alone.
     freeze_model: bool = False
 
@@ -77,9 +81,19 @@ class AdaLlavaConfig(ConversationConfig):
     labels: Path | None = None
     label_images: Path | None = None
     label_prompts: Path | None = None
-    label_steps: int = 200
-    label_learning_rate: float = 4e-3
-    label_encoder_learning_rate: float = 2e-4
+    label_steps: Count = 200
+    label_learning_rate: Rate = 4e-3
+    label_encoder_learning_rate: Rate = 2e-4
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        parse(self.estimator)
+        if self.least_budget > self.most_budget:
+            raise InputError(
+                f"least_budget={self.least_budget:g} and most_budget={self.most_budget:g}: the "
+                "first is at most the second"
+            )
+        return self
 
 
 class AdaptiveModel(nn.Module):
@@ -232,8 +246,9 @@ def by_estimator(
 
 def train(config: AdaLlavaConfig, learner: Learner = by_estimator) -> AdaptiveModel:
     """Train, or go on from the last checkpoint; export where `export_dir` is set."""
-    trainer, adaptive, processor = build_trainer(config, learner)
-    trainer.run()
+    with begun(config):
+        trainer, adaptive, processor = build_trainer(config, learner)
+        trainer.run()
     gathered = trainer.whole_state()
     adaptive.scheduled.detach()
     if config.export_dir is not None and trainer.args.should_save:
@@ -272,11 +287,6 @@ def build_trainer(
 
 def _limits(layout: Layout, config: AdaLlavaConfig) -> tuple[int, int]:
     """The smallest and the largest limit that samples get."""
-    if not config.least_budget <= config.most_budget <= 1:
-        raise InputError(
-            f"least_budget={config.least_budget:g} and most_budget={config.most_budget:g}: the "
-            "first is at most the second, and that at most 1"
-        )
     least = layout.limit(Budget.of(config.least_budget)) if config.least_budget else 0
     # With everything on, a scheduler's own cost comes on top of the base model's.
     most = layout.limit(Budget.of(config.most_budget)) if config.most_budget < 1 else layout.steps
@@ -323,7 +333,7 @@ def _learn(labels: Labels, scheduled: Scheduled, processor: Any, config: AdaLlav
 
 
 def export(adaptive: AdaptiveModel, processor: Any, config: AdaLlavaConfig) -> None:
-    """Write the checkpoint, the processor, the scheduler and the configuration into a folder."""
-    folder = export_model(adaptive.model, processor, config)
+    """Write the checkpoint, the processor, the scheduler and the configuration as one folder."""
     adaptive.scheduler.provenance = {"recipe": facts_of(config)}
-    save_scheduler(adaptive.scheduler, folder)
+    beside = partial(save_scheduler, adaptive.scheduler)
+    export_model(adaptive.model, processor, config, beside)

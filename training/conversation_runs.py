@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 from transformers import TrainingArguments
 
 from planner.ir.errors import InputError
 from planner.loading import load_model
 from planner.models.conversion import as_llava_v1
-from planner.training.config import RunConfig
+from planner.training.config import Count, Rate, RunConfig, Seed, Share
 from planner.training.data import Conversation, LlavaConversations, Packer, SceneConversations
+from planner.training.run_folders import exporting
 from planner.training.tiny_llava import export as export_half
 from planner.training.trainer import training_arguments
 
@@ -34,23 +36,32 @@ class ConversationConfig(RunConfig):
     # LLaVA's conversation JSON and its images; rendered scenes where there is none.
     conversations: str | None = None
     image_folder: str | None = None
-    on_error: str = "raise"
-    data_seed: int = 1
+    on_error: Literal["raise", "skip"] = "raise"
+    data_seed: Seed = 1
     # How many turns conversations have: every batch draws one of these numbers.
-    turns: list[int] = [1]
-    description_share: float = 0.1
+    turns: Annotated[list[Count], Field(min_length=1)] = [1]
+    description_share: Share = 0.1
 
-    max_steps: int = 1000
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 5e-4
-    warmup_ratio: float = 0.03
-    lr_schedule: str = "cosine"
+    max_steps: Count = 1000
+    gradient_accumulation_steps: Count = 1
+    learning_rate: Rate = 5e-4
+    warmup_ratio: Share = 0.03
+    lr_schedule: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
+        "constant_with_warmup", "inverse_sqrt",
+    ] = "cosine"  # fmt: skip
     freeze_vision: bool = True
     dtype: str = "float32"
     activation_checkpointing: bool = False
     fsdp: str = ""
     fsdp_layer: str | None = None
     deepspeed: str | None = None
+
+    @model_validator(mode="after")
+    def _has_pictures(self) -> Self:
+        if self.conversations is not None and self.image_folder is None:
+            raise InputError("conversations need their image_folder")
+        return self
 
 
 def load_base(config: ConversationConfig) -> tuple[Any, Any, str]:
@@ -69,8 +80,7 @@ def conversations_of(
 ) -> Sequence[Conversation]:
     """What a run is trained on; `images_only` leaves out conversations without a picture."""
     if config.conversations is not None:
-        if config.image_folder is None:
-            raise InputError("conversations need their image_folder")
+        assert config.image_folder is not None
         return LlavaConversations(
             config.conversations, config.image_folder, config.on_error, images_only
         )
@@ -122,17 +132,24 @@ def arguments_of(config: ConversationConfig) -> TrainingArguments:
     )
 
 
-def export_model(model: Any, processor: Any, config: ConversationConfig) -> Path:
-    """Write checkpoint and processor into the run's `export_dir`; returns the folder."""
+def export_model(
+    model: Any,
+    processor: Any,
+    config: ConversationConfig,
+    beside: Callable[[Path], object] = lambda folder: None,
+) -> None:
+    """Write checkpoint, processor and what belongs `beside` them as the run's `export_dir`, whole.
+
+    Raises InputError: it cannot be written, or has other files than an export.
+    """
     assert config.export_dir is not None
-    folder = Path(config.export_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if config.export_half:
-        export_half(model, processor, folder)
-    else:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-    return folder
+    with exporting(Path(config.export_dir), config) as folder:
+        if config.export_half:
+            export_half(model, processor, folder)
+        else:
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+        beside(folder)
 
 
 def facts_of(config: ConversationConfig) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
+from pydantic import model_validator
 
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
@@ -24,6 +25,7 @@ from planner.models.running.skipping import obeying
 from planner.models.tokens.summed_up import TOKEN_ID, SummedUp, add_voco_tokens
 from planner.plan import Plan
 from planner.planning.selectors import stages_of
+from planner.training.config import CountOrNone
 from planner.training.conversation_runs import (
     ConversationConfig,
     arguments_of,
@@ -32,6 +34,7 @@ from planner.training.conversation_runs import (
     load_base,
 )
 from planner.training.data import Conversation, Packer
+from planner.training.run_folders import begun
 from planner.training.trainer import RunTrainer
 
 
@@ -39,9 +42,15 @@ class FineTuningConfig(ConversationConfig):
     """Everything that makes one fine-tuned model."""
 
     recipe: str = "fine-tuning"
-    voco_tokens: int = 0  # that sum up the image; 0 for none
+    voco_tokens: CountOrNone = 0  # that sum up the image; 0 for none
     projector: str = ""  # such as ``token-packer:2``; "" keeps the model's own
     tokens: str = ""  # a selector, such as ``prumerge+:ratio=0.125``
+
+    @model_validator(mode="after")
+    def _changes_one_thing(self) -> Self:
+        if sum(map(bool, (self.voco_tokens, self.projector, self.tokens))) != 1:
+            raise InputError("fine-tuning takes one of voco_tokens, projector and tokens")
+        return self
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class _Collator:
 
 def train(config: FineTuningConfig) -> Any:
     """Train, or go on from the last checkpoint; export where `export_dir` is set."""
-    with ExitStack() as stack:
+    with begun(config), ExitStack() as stack:
         trainer, model, processor = build_trainer(config, stack)
         trainer.run()
     gathered = trainer.whole_state()
@@ -102,8 +111,6 @@ def build_trainer(config: FineTuningConfig, stack: ExitStack) -> tuple[RunTraine
 
 def _build(config: FineTuningConfig) -> tuple[Any, Any, str]:
     """(model to train, processor, what it is called)."""
-    if sum(map(bool, (config.voco_tokens, config.projector, config.tokens))) != 1:
-        raise InputError("fine-tuning takes one of voco_tokens, projector and tokens")
     model, processor, name = load_base(config)
     # Of what is drawn anew.
     torch.manual_seed(config.seed)

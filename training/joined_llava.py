@@ -35,9 +35,10 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from typing_extensions import override
 
 from planner.documents import of_format, read_json
-from planner.files import output_folder, write_text
+from planner.files import write_text
 from planner.ir.errors import InputError
 from planner.loading import load_model
+from planner.training.config import Count, CountOrNone, Rate
 from planner.training.conversation_runs import (
     ConversationConfig,
     TurnsCollator,
@@ -49,6 +50,7 @@ from planner.training.data import Packer
 from planner.training.data.packaged import smollm2
 from planner.training.data.packing import IGNORE
 from planner.training.projector_alignment import align_projector
+from planner.training.run_folders import begun, exporting
 from planner.training.trainer import RunTrainer, last_checkpoint
 
 # Of a folder of changes: what they belong to, and what they are.
@@ -78,12 +80,17 @@ class JoinedConfig(ConversationConfig):
     # package, which is fetched into `packages`.
     decoder: str = "smollm2"
     packages: Path = Path("build/packages")
-    rank: int = 16  # of LoRA, on every linear of the decoder's layers
+    rank: Count = 16  # of LoRA, on every linear of the decoder's layers
     # For answers; after the projector was set to words for so many steps of 32 rendered pictures.
-    projector_learning_rate: float | None = None
-    align_steps: int = 0
+    projector_learning_rate: Rate | None = None
+    align_steps: CountOrNone = 0
     # A folder for the changes by themselves.
     changes_dir: Path | None = None
+
+    @property
+    @override
+    def made(self) -> tuple[Path, ...]:
+        return super().made + (() if self.changes_dir is None else (self.changes_dir,))
 
 
 def join(decoder: Path, seeing: Any, processor: Any, seed: int) -> tuple[Any, LlavaProcessor]:
@@ -173,8 +180,9 @@ class Answering(nn.Module):
 
 def train(config: JoinedConfig) -> Any:
     """Train, or go on from the last checkpoint; export where folders are set."""
-    trainer, answering, processor = build_trainer(config)
-    trainer.run()
+    with begun(config):
+        trainer, answering, processor = build_trainer(config)
+        trainer.run()
     changed = answering.model
     if config.changes_dir is not None:
         _save_changes(changed, config)
@@ -192,12 +200,12 @@ def train(config: JoinedConfig) -> Any:
 def _save_changes(changed: PeftModel, config: JoinedConfig) -> None:
     """In half precision, as weights are exported."""
     assert config.changes_dir is not None
-    folder = output_folder(config.changes_dir)
-    changed.half().save_pretrained(str(folder))
-    # Of peft, with nothing filled in.
-    (folder / "README.md").unlink(missing_ok=True)
     told = {"format": _FORMAT, **{name: getattr(config, name) for name in _TOLD}}
-    write_text(folder / DESCRIPTION, json.dumps(told, indent=1) + "\n")
+    with exporting(config.changes_dir, config) as folder:
+        changed.half().save_pretrained(str(folder))
+        # Of peft, with nothing filled in.
+        (folder / "README.md").unlink(missing_ok=True)
+        write_text(folder / DESCRIPTION, json.dumps(told, indent=1) + "\n")
 
 
 def rebuilt(

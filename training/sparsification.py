@@ -16,10 +16,12 @@ one nothing.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn.functional import gumbel_softmax
 from transformers import TrainerCallback, set_seed
@@ -34,6 +36,7 @@ from planner.models.tokens.predictors import Predictors, save_predictors
 from planner.models.tokens.selectors.scoring import pack
 from planner.planning.selectors import PredictorSettings
 from planner.training.adallava import last_answer
+from planner.training.config import Rate
 from planner.training.conversation_runs import (
     ConversationConfig,
     TurnsCollator,
@@ -44,6 +47,7 @@ from planner.training.conversation_runs import (
 )
 from planner.training.data import Packer
 from planner.training.data.packing import IGNORE
+from planner.training.run_folders import begun, exporting
 from planner.training.trainer import RunTrainer
 
 # What the temperature falls to, from 1.
@@ -56,10 +60,15 @@ class DynamicLlavaConfig(ConversationConfig):
     recipe: str = "dynamic-llava"
     # Of the predictors; what is silent is as published.
     predictors: dict[str, Any] = {}
-    learning_rate: float = 5e-6
-    predictor_learning_rate: float = 2e-4
+    learning_rate: Rate = 5e-6
+    predictor_learning_rate: Rate = 2e-4
     # Train the predictors alone, and write nothing else.
     freeze_model: bool = False
+
+    @model_validator(mode="after")
+    def _predictors_fit(self) -> Self:
+        PredictorSettings.of(self.predictors, "predictors")
+        return self
 
 
 class SparseModel(nn.Module):
@@ -158,8 +167,9 @@ class _Cooling(TrainerCallback):  # type: ignore[misc]
 
 def train(config: DynamicLlavaConfig) -> SparseModel:
     """Train, or go on from the last checkpoint; export where `export_dir` is set."""
-    trainer, sparse, processor = build_trainer(config)
-    trainer.run()
+    with begun(config):
+        trainer, sparse, processor = build_trainer(config)
+        trainer.run()
     gathered = trainer.whole_state()
     sparse.detach()
     if config.export_dir is not None and trainer.args.should_save:
@@ -168,11 +178,14 @@ def train(config: DynamicLlavaConfig) -> SparseModel:
             sparse, _ = _build(config)
             sparse.load_state_dict(gathered)
             sparse.detach()
-        folder = Path(config.export_dir)
-        if not config.freeze_model:
-            folder = export_model(sparse.model, processor, config)
-        predictors = sparse.predictors.half() if config.export_half else sparse.predictors
-        save_predictors(predictors, folder)
+        beside = partial(
+            save_predictors, sparse.predictors.half() if config.export_half else sparse.predictors
+        )
+        if config.freeze_model:
+            with exporting(Path(config.export_dir), config) as folder:
+                beside(folder)
+        else:
+            export_model(sparse.model, processor, config, beside)
     return sparse
 
 

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from pydantic import Field, model_validator
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
@@ -33,10 +34,21 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from planner.ir.errors import InputError
-from planner.training.config import RunConfig, parse_config
+from planner.training.config import (
+    Count,
+    CountOrNone,
+    Memory,
+    Rate,
+    RunConfig,
+    Seed,
+    Share,
+    Weight,
+    parse_config,
+)
 from planner.training.data import Conversation, Packer, Scene, SceneConversations
 from planner.training.data.render import IMAGE_SIZE
 from planner.training.data.scenes import COLORS, COLUMNS, ROWS, SHAPES, SIZES
+from planner.training.run_folders import begun, exporting
 from planner.training.trainer import RunTrainer, training_arguments
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "</s>", "<image>", "USER:", "ASSISTANT:")
@@ -55,34 +67,49 @@ class TinyLlavaConfig(RunConfig):
     """Everything that makes one tiny-llava; times are in steps, a batch counts images."""
 
     recipe: str = "tiny-llava"
-    data_seed: int = 0
+    data_seed: Seed = 0
 
-    hidden_size: int = 128
-    intermediate_size: int = 384
-    layers: int = 8
-    heads: int = 8
-    vision_hidden_size: int = 128
-    vision_intermediate_size: int = 256
-    vision_layers: int = 4
-    vision_heads: int = 4
-    patch_size: int = 8
+    hidden_size: Count = 128
+    intermediate_size: Count = 384
+    layers: Count = 8
+    heads: Count = 8
+    vision_hidden_size: Count = 128
+    vision_intermediate_size: Count = 256
+    vision_layers: Count = 4
+    vision_heads: Count = 4
+    patch_size: int = Field(default=8, ge=1, le=IMAGE_SIZE)
 
-    tower_steps: int = 2000
-    max_steps: int = 3000
-    questions: int = 8
-    questions_beside_description: int = 3
-    description_share: float = 0.4
-    dialogue_share: float = 0.2
-    learning_rate: float = 1.5e-3
-    weight_decay: float = 0.05
-    adam_beta2: float = 0.98
-    warmup_steps: int = 200
-    decay_steps: int = 1000
-    concept_loss_weight: float = 1.0
+    tower_steps: Count = 2000
+    max_steps: Count = 3000
+    questions: Count = 8
+    questions_beside_description: CountOrNone = 3
+    description_share: Share = 0.4
+    dialogue_share: Share = 0.2
+    learning_rate: Rate = 1.5e-3
+    weight_decay: Weight = 0.05
+    adam_beta2: Memory = 0.98
+    warmup_steps: CountOrNone = 200
+    decay_steps: CountOrNone = 1000
+    concept_loss_weight: Weight = 1.0
     muon: bool = False
 
     # What follows the joint stage, in order; every stage changes the configuration as it then is.
     later_stages: dict[str, dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        # Rotary embeddings turn pairs of a head's features.
+        for width, heads, pairs in (
+            ("hidden_size", "heads", 2),
+            ("vision_hidden_size", "vision_heads", 1),
+        ):
+            if getattr(self, width) % (pairs * getattr(self, heads)):
+                raise InputError(
+                    f"{width}={getattr(self, width)} does not divide into "
+                    f"{heads}={getattr(self, heads)}" + " of even width" * (pairs == 2)
+                )
+        stages(self)
+        return self
 
 
 def stages(config: TinyLlavaConfig) -> dict[str, TinyLlavaConfig]:
@@ -358,14 +385,16 @@ def train(config: TinyLlavaConfig) -> LlavaForConditionalGeneration:
     Exports the model folder when `export_dir` is set.
     """
     processor = build_processor(config.patch_size)
-    model = build_model(config, processor)
-    for stage, changed in stages(config).items():
-        if changed.layers != len(model.model.language_model.layers):
-            model = deepened(model, changed, processor)
-        build_trainer(config, model, processor, stage).run()
+    with begun(config):
+        model = build_model(config, processor)
+        for stage, changed in stages(config).items():
+            if changed.layers != len(model.model.language_model.layers):
+                model = deepened(model, changed, processor)
+            build_trainer(config, model, processor, stage).run()
     plain = plain_model(model)
     if config.export_dir is not None:
-        export(plain, processor, config.export_dir)
+        with exporting(Path(config.export_dir), config) as folder:
+            export(plain, processor, folder)
     return plain
 
 

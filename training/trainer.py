@@ -197,7 +197,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
             named = f" of records {', '.join(ids)}" if ids else ""
             raise PlannerError(
                 f"The loss is {loss.item()} at step {self.state.global_step + 1}, batch{named}; "
-                "look at these records, or resume the last checkpoint at a lower learning rate."
+                "look at these records, or begin another run at a lower learning rate."
             )
         return loss
 

@@ -10,7 +10,9 @@ folder of an earlier run, whose model and scheduler this one goes on from.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, Self
 
+from pydantic import model_validator
 from torch import nn
 
 from planner.ir.cost import Workload
@@ -19,6 +21,7 @@ from planner.ir.graph import Graph
 from planner.models.scheduling import Scheduler, load_scheduler
 from planner.training import adallava, estimators, policy_methods
 from planner.training.adallava import AdaLlavaConfig, AdaptiveModel, Learner
+from planner.training.config import Count, Weight
 from planner.training.policy import PolicyModel, Reward
 
 
@@ -32,10 +35,27 @@ class UnifiedConfig(AdaLlavaConfig):
     start: Path | None = None
 
     # Of a policy: plans tried for a prompt are so many sets of tokens with so many of switches.
-    token_draws: int = 2
-    switch_draws: int = 2
-    reward: str = "nll"
-    flops_penalty: float = 0.0
+    token_draws: Count = 2
+    switch_draws: Count = 2
+    reward: Literal["nll", "correct"] = "nll"
+    flops_penalty: Weight = 0.0
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> Self:
+        if not _is_policy(self):
+            estimators.parse(self.method)
+            return self
+        method = policy_methods.parse(self.method)
+        if method.epochs > 1 and self.gradient_accumulation_steps > 1:
+            raise InputError(
+                f"{self.method} makes {method.epochs} updates with each batch, so it cannot gather "
+                f"{self.gradient_accumulation_steps} batches for one: gradient_accumulation_steps=1"
+            )
+        return self
+
+
+def _is_policy(config: UnifiedConfig) -> bool:
+    return config.method.partition(":")[0] in policy_methods.METHODS
 
 
 def started(config: UnifiedConfig) -> UnifiedConfig:
@@ -61,19 +81,13 @@ def learner(
                 f"configuration of {scheduler.layout.name}"
             )
         scheduler.load_state_dict(known.state_dict())
-    if config.method.partition(":")[0] not in policy_methods.METHODS:
+    if not _is_policy(config):
         return AdaptiveModel(model, graph, scheduler, estimators.parse(config.method), load)
-    method = policy_methods.parse(config.method)
-    if method.epochs > 1 and config.gradient_accumulation_steps > 1:
-        raise InputError(
-            f"{config.method} makes {method.epochs} updates with each batch, so it cannot gather "
-            f"{config.gradient_accumulation_steps} batches for one: gradient_accumulation_steps=1"
-        )
     return PolicyModel(
         model,
         graph,
         scheduler,
-        method,
+        policy_methods.parse(config.method),
         Reward(config.reward, config.flops_penalty),
         tokens=config.token_draws,
         switches=config.switch_draws,

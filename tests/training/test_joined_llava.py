@@ -26,7 +26,7 @@ from planner.training.projector_alignment import (
     patch_words,
 )
 from planner.training.recipes import load_recipe
-from planner.training.trainer import as_read
+from planner.training.trainer import RunTrainer, as_read
 
 # What peft asks of models.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -103,16 +103,29 @@ def test_text_alone_means_what_it_did(parts):
     assert torch.equal(*seen)
 
 
-def test_a_run_that_was_stopped_goes_on_and_is_a_stock_model(parts, tmp_path):
+class Killed(BaseException):
+    """Like a signal: not to be caught on the way."""
+
+
+def test_a_run_that_was_stopped_goes_on_and_is_a_stock_model(parts, tmp_path, monkeypatch):
     whole, folder = run(parts, tmp_path / "whole")
-    stopped, _ = run(parts, tmp_path / "stopped", max_steps=2, lr_schedule="constant")
-    again, _ = run(parts, tmp_path / "stopped", lr_schedule="constant")
-    straight, _ = run(parts, tmp_path / "straight", lr_schedule="constant")
-    for name, weight in straight.state_dict().items():
+    original, steps = RunTrainer.training_step, []
+
+    def killing(self, *args):
+        steps.append(1)
+        if len(steps) == 4:
+            raise Killed
+        return original(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunTrainer, "training_step", killing)
+        with pytest.raises(Killed):
+            run(parts, tmp_path / "stopped")
+    again, _ = run(parts, tmp_path / "stopped")
+    for name, weight in whole.state_dict().items():
         assert torch.equal(weight, again.state_dict()[name]), name
-    moved = {
-        n for n, w in stopped.state_dict().items() if not torch.equal(w, again.state_dict()[n])
-    }
+    short, _ = run(parts, tmp_path / "short", max_steps=2)
+    moved = {n for n, w in short.state_dict().items() if not torch.equal(w, again.state_dict()[n])}
     assert all("proj" in name for name in moved)
     assert any("multi_modal_projector" in name for name in moved)
     assert any("down_proj" in name for name in moved)

@@ -289,9 +289,8 @@ def test_a_policy_that_was_stopped_goes_on_bit_exactly(base, tmp_path):
 
 
 def test_several_updates_with_each_batch_gather_no_batches(base):
-    config = settings(base, "unused", method="ppo:epochs=2", gradient_accumulation_steps=2)
     with pytest.raises(InputError, match="2 updates with each batch, so it cannot gather 2"):
-        build_trainer(config, unified.learner)
+        settings(base, "unused", method="ppo:epochs=2", gradient_accumulation_steps=2)
     build_trainer(
         settings(base, "unused", method="ppo", gradient_accumulation_steps=1), unified.learner
     )

@@ -43,7 +43,7 @@ class PredictorSettings(BaseModel):
     output_text_keep_rate: float = Field(default=0.5, ge=0, le=1)
     # Shorter answers are exempt in training, tokens.
     output_text_len_for_training: int = Field(default=50, ge=0)
-    mask_loss_weight: float = Field(default=100.0, ge=0)
+    mask_loss_weight: float = Field(default=100.0, ge=0, allow_inf_nan=False)
     use_vision_predictor: bool = True
     use_output_text_predictor: bool = True
     # Width inside both predictors, of which others are multiples and fractions; 512 is published.
