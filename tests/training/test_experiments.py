@@ -1,11 +1,13 @@
 """Tables of results: what is averaged, what is kept, and how pages say it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from planner.training.experiments import write_results
+from planner.cli import execute
+from planner.training.experiments import EXPERIMENTS, write_results
 from planner.training.experiments.cells import TableBench
 from planner.training.experiments.definitions import TABLES
 from planner.training.experiments.kept_results import Runs
@@ -136,3 +138,31 @@ def test_positions_are_compared_in_the_first_table():
     tokens = [c.tokens for c in TABLES["table1"].cells if c.rule == "base"]
     assert "prumerge+:ratio=0.125" in tokens
     assert "prumerge+:ratio=0.125,positions=original" in tokens
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("--set", "foo=1"), 'unknown key "foo"|takes no --set'),
+        (("--set", "max_steps=0"), '"max_steps"|takes no --set'),
+        (("--seeds", "0,-1"), '"seed": Input should be greater than or equal to 0'),
+    ],
+)
+def test_settings_are_checked_before_anything_is_measured(
+    tmp_path, monkeypatch, capsys, name, settings, message
+):
+    if name == "smollm2" and "--seeds" in settings:
+        return
+    monkeypatch.chdir(tmp_path)
+    assert execute(["experiment", name, "--work", "work", "-o", "out", *settings]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said)
+    assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name != "smollm2"])
+def test_settings_that_fit_are_taken(tmp_path, name):
+    runs = Runs(name, tmp_path, (0, 1), 8, ["max_steps=3", "batch_size=2"], print)
+    EXPERIMENTS[name].check(runs)

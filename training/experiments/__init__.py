@@ -30,7 +30,7 @@ seed stands for the training run and for the test questions, so the base model h
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from planner.files import write_bytes, write_text
 from planner.ir.errors import InputError
 from planner.training.experiments.comparison_page import (
     check_comparison,
+    comparison_configurations,
     comparison_markdown,
     comparison_pictures,
     run_comparison,
@@ -47,8 +48,18 @@ from planner.training.experiments.comparisons import COMPARISONS
 from planner.training.experiments.definitions import TABLES
 from planner.training.experiments.kept_results import Runs
 from planner.training.experiments.smollm2 import run_smollm2, smollm2_page
-from planner.training.experiments.sparse_answers import dynamic_page, run_dynamic
-from planner.training.experiments.table_page import run_table, table_markdown, table_pictures
+from planner.training.experiments.sparse_answers import (
+    dynamic_configurations,
+    dynamic_page,
+    run_dynamic,
+)
+from planner.training.experiments.table_page import (
+    run_table,
+    table_configurations,
+    table_markdown,
+    table_pictures,
+)
+from planner.training.recipes import load_recipe
 
 __all__ = ["EXPERIMENTS", "Experiment", "Runs", "write_results"]
 
@@ -62,8 +73,20 @@ class Experiment:
     markdown: Callable[[Mapping[str, Any]], str]  # results as a page
     # Results as pictures in SVG, by what follows the experiment's name in theirs.
     pictures: Callable[[Mapping[str, Any]], Mapping[str, bytes]] = lambda results: {}
+    # By what its models are trained: configurations, and settings with the user's among them.
+    trained_by: Callable[[Runs], Iterable[tuple[Path, Sequence[str]]]] = lambda runs: ()
     # Raises InputError where cells are asked for that are none of its own, or some would be lost.
-    check: Callable[[Runs], object] = lambda runs: _whole(runs)
+    check_cells: Callable[[Runs], object] = lambda runs: _whole(runs)
+
+    def check(self, runs: Runs) -> None:
+        """Raise InputError where cells or settings do not fit, before anything is measured."""
+        self.check_cells(runs)
+        configurations = list(self.trained_by(runs))
+        if runs.overrides and not configurations:
+            raise InputError(f"{runs.name} trains by no configuration: it takes no --set")
+        for path, settings in configurations:
+            for seed in runs.seeds:
+                load_recipe(path, [f"seed={seed}", *settings])
 
 
 def _whole(runs: Runs) -> None:
@@ -75,12 +98,20 @@ def _whole(runs: Runs) -> None:
 
 
 EXPERIMENTS: Mapping[str, Experiment] = {
-    **dict.fromkeys(TABLES, Experiment(run_table, table_markdown, table_pictures)),
+    **dict.fromkeys(
+        TABLES, Experiment(run_table, table_markdown, table_pictures, table_configurations)
+    ),
     **dict.fromkeys(
         COMPARISONS,
-        Experiment(run_comparison, comparison_markdown, comparison_pictures, check_comparison),
+        Experiment(
+            run_comparison,
+            comparison_markdown,
+            comparison_pictures,
+            comparison_configurations,
+            check_comparison,
+        ),
     ),
-    "dynamic": Experiment(run_dynamic, dynamic_page),
+    "dynamic": Experiment(run_dynamic, dynamic_page, trained_by=dynamic_configurations),
     "smollm2": Experiment(lambda runs: run_smollm2(runs.work, runs.progress), smollm2_page),
 }
 

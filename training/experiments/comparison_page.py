@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from planner.ir.errors import InputError
 from planner.training.experiments.comparisons import COMPARISONS, Comparison, Variant
 from planner.training.experiments.controllers import (
+    CONFIG,
     Measuring,
     compared,
     steps_to_stable,
@@ -87,6 +89,12 @@ def check_comparison(runs: Runs) -> None:
             f"'{path}' has {lost} cells of other questions, settings or variants, which would be "
             "lost: give another --output"
         )
+
+
+def comparison_configurations(runs: Runs) -> Iterator[tuple[Path, Sequence[str]]]:
+    """By what the controllers of a comparison are trained: configurations and their settings."""
+    for variant in COMPARISONS[runs.name].variants:
+        yield CONFIG, [*runs.overrides, *variant.settings]
 
 
 def wanted_cells(runs: Runs) -> set[tuple[Variant, float]]:

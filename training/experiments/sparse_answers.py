@@ -41,6 +41,7 @@ from planner.training.experiments.results_page import table
 from planner.training.recipes import load_recipe
 
 IMAGE_RATE, ANSWER_RATE = 0.2, 0.5
+_CONFIG = CONFIGS / "dynamic-llava.yaml"
 # Tokens of a question and its answer, the image left out, at most.
 _MOST_TEXT = 400
 # How often every method is timed.
@@ -109,7 +110,7 @@ class _Bench(Bench):
         label = "_".join(labels).replace("=", "-").replace("/", "-")
 
         def train(settings: list[str]) -> None:
-            run, config = load_recipe(CONFIGS / "dynamic-llava.yaml", [*settings, *self.overrides])
+            run, config = load_recipe(_CONFIG, [*settings, *self.overrides])
             changed = config.model_dump()
             kept = {"vision_keep_rate": rates[0], "output_text_keep_rate": rates[1]}
             changed["predictors"] |= kept
@@ -234,6 +235,11 @@ def _padded(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
         for part in (rows, [torch.ones_like(row) for row in rows])
     )
     return ids, mask
+
+
+def dynamic_configurations(runs: Runs) -> Iterator[tuple[Path, Sequence[str]]]:
+    """By what all predictors are trained: a configuration and its settings."""
+    yield _CONFIG, runs.overrides
 
 
 def run_dynamic(runs: Runs) -> Iterator[dict[str, Any]]:

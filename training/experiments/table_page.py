@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from planner.training.config import CONFIGS
 from planner.training.experiments.cells import TableBench
 from planner.training.experiments.definitions import TABLES
 from planner.training.experiments.kept_results import Runs
@@ -37,6 +39,13 @@ def run_table(runs: Runs) -> Iterator[dict[str, Any]]:
         "summary": summarise(rows),
         **({"learning": learning, "learned": learned(learning)} if learning else {}),
     }
+
+
+def table_configurations(runs: Runs) -> Iterator[tuple[Path, Sequence[str]]]:
+    """By what a table's schedulers are trained: configurations and their settings."""
+    for cell in TABLES[runs.name].cells:
+        if cell.config:
+            yield CONFIGS / cell.config, [*cell.overrides, *runs.overrides]
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
