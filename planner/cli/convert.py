@@ -24,7 +24,7 @@ def convert_command(
         Path,
         typer.Argument(
             help="Folder of LLaVA-1.5, AdaLLaVA or Dynamic-LLaVA; or of changes that the recipe "
-            "joined-llava has saved, such as build/smol-llava/changes."
+            "joined-llava has saved, such as smol-llava's, by name or as a folder."
         ),
     ],
     output: NewFolder,

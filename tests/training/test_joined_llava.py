@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from small_llava import write_small_llava
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from planner.cli import execute
 from planner.ir.errors import InputError
 from planner.loading import load_model
+from planner.planning.catalog import find_model, shipped_folder
 from planner.training.data import Packer, SceneConversations
 from planner.training.data.packing import IGNORE
 from planner.training.data.scenes import Scene, SceneObject
@@ -272,6 +274,21 @@ def test_other_chat_formats_are_refused(parts, tmp_path):
         join(tmp_path / "other", llava, processor, 0)
     with pytest.raises(InputError, match="is no folder with a text model"):
         join(tmp_path / "none", llava, processor, 0)
+
+
+def test_the_changes_that_ship_are_of_the_recipe():
+    """Their decoder is fetched, so they are put together elsewhere; here by their names and sizes."""
+    folder = shipped_folder("smol-llava")
+    assert json.loads((folder / "joined.json").read_text())["decoder"] == "smollm2"
+    with safe_open(folder / "adapter_model.safetensors", "pt") as changes:
+        shapes = {name: changes.get_slice(name).get_shape() for name in changes.keys()}
+    layers = {int(name.split(".layers.")[1].split(".")[0]) for name in shapes if ".layers." in name}
+    assert layers == {*range(30)}
+    ranks = {min(shape) for name, shape in shapes.items() if "lora" in name}
+    assert ranks == {16}
+    assert any("multi_modal_projector" in name for name in shapes)
+    with pytest.raises(InputError, match="planner convert smol-llava -o DIR"):
+        find_model("smol-llava")
 
 
 def test_what_patches_should_become():
