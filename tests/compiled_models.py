@@ -5,6 +5,7 @@ import copy
 import torch
 from families import FAMILIES
 from plans import plan_of
+from torch import nn
 
 from planner.ir.lowering import lower_model
 from planner.models.running.masked import Gates, MaskedExecutor
@@ -60,3 +61,18 @@ def twins(name, count=2):
     """Models of one class with weights of their own; TorchDynamo compiles them once."""
     built, graph = family(name)
     return [copy.deepcopy(built.model) for _ in range(count)], graph, built.inputs(batch=2)
+
+
+def quantised(model):
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+
+
+def of_another_class(model):
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    for layer in model.model.layers:
+        layer.mlp.down_proj = Scaled(96, 64, bias=False)
+        layer.self_attn.o_proj = Scaled(64, 64, bias=False)
+    return model

@@ -67,6 +67,9 @@ class Options:
                 f"option inner is {inner!r}: give another backend of torch.compile, "
                 "such as inductor or eager"
             )
+        modes = ["default", *torch._inductor.list_mode_options()]
+        if mode is not None and mode not in modes:
+            raise InputError(f"mode is {mode!r}: give one of inductor's, {', '.join(modes)}")
         given.setdefault("switches", _SWITCHES)
         if "tokens" in SwitchSet.parse(given["switches"]).axes:
             raise InputError(f"{_SHAPES['tokens']}; choose switches from {_SWITCHES}")

@@ -106,7 +106,7 @@ class Budget:
             return Budget((Limit("flops", Fraction(str(value)), of_base=True),))
         if isinstance(value, str):
             value = [value]
-        if not isinstance(value, Sequence) or not value:
+        if not isinstance(value, Sequence) or isinstance(value, bytes | bytearray) or not value:
             raise InputError(f"budget {value!r:.80} is not a number such as 0.65")
         limits = tuple(Limit.parse(_said(text)) for text in value)
         metrics = [limit.metric for limit in limits]

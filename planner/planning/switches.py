@@ -35,6 +35,8 @@ class SwitchSet:
     @staticmethod
     def parse(text: str) -> SwitchSet:
         """Read ``all``, ``adallava-l``, ``adallava-h:unit=8`` or axes joined by commas."""
+        if not isinstance(text, str):
+            raise InputError(f"switches is {text!r:.60}: give a text such as 'layers,heads'")
         if text == "all":
             return SwitchSet("all", AXES)
         if counting := counting_of(text):

@@ -7,11 +7,20 @@ from concurrent.futures import ThreadPoolExecutor
 import peft
 import pytest
 import torch
-from compiled_models import assert_near, compiled, family, logits, masked, mixed_plan, twins
+from compiled_models import (
+    assert_near,
+    compiled,
+    family,
+    logits,
+    masked,
+    mixed_plan,
+    of_another_class,
+    quantised,
+    twins,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import dense_plan, plan_of
-from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
@@ -41,6 +50,10 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
         ({"samples": True}, "samples is True"),
         ({"inner": "planner"}, "inner is 'planner'"),
         ({"inner": "nothing"}, "inner is 'nothing'"),
+        ({"switches": ["layers"]}, "switches is ['layers']"),
+        ({"switches": None}, "switches is None"),
+        ({"mode": "nonsense"}, "mode is 'nonsense'"),
+        ({"budget": b"1"}, "is not a number"),
         ("fast", "give a dict"),
     ],
 )
@@ -209,23 +222,8 @@ def test_models_that_cannot_obey_get_no_budget():
 # -- what the backend cannot rewrite ---------------------------------------------------------------
 
 
-def quantised(model):
-    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
-
-
 def with_adapters(model, targets=("up_proj", "q_proj")):
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=list(targets))).eval()
-
-
-def of_another_class(model):
-    class Scaled(nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    for layer in model.model.layers:
-        layer.mlp.down_proj = Scaled(96, 64, bias=False)
-        layer.self_attn.o_proj = Scaled(64, 64, bias=False)
-    return model
 
 
 @pytest.mark.filterwarnings("ignore")
