@@ -220,17 +220,38 @@ def budget(model: nn.Module, value: Any) -> Override:
     """
     from planner.models.running.session import Override, Session, Setting, language_model
 
-    session = Session.of(model)
+    session, known = Session.of(model), language_model(model)
     if session is not None and session.obstacle:
         raise InputError(f"no plan can be obeyed: {session.obstacle}")
-    known = language_model(model)
-    if known is not None and (session is None or session.planning is None) and _awaits(model):
+    _check_generate(session, known)
+    if known is not None and (session is None or session.implementation is None) and _awaits(model):
         from planner.backend.compile_options import check_budget
 
         check_budget(value)
         return Override(session or Session(known), Setting((), asked=value))
     session = _session_of(model)
     return Override(session, session.asking(value))
+
+
+def _check_generate(session: Session | None, model: nn.Module | None) -> None:
+    """Raise InputError for a model that is compiled in place, and generates by a part that is not.
+
+    So do BLIP-2 and InstructBLIP, whose `generate` calls that of their language model.
+    """
+    from transformers import GenerationMixin
+
+    if model is None or model._compiled_call_impl is None:
+        return
+    made = None if session is None else session.implementation
+    if made is not None and made.goes_with_copies:
+        return
+    stock = getattr(type(model), "generate", None) is GenerationMixin.generate
+    for path, inner in () if stock else model.named_modules():
+        if path and isinstance(inner, GenerationMixin) and inner._compiled_call_impl is None:
+            raise InputError(
+                f"{type(model).__name__}.generate calls its '{path}', which is not compiled: call "
+                f"model.{path}.compile(backend='planner', options=...) too, with the same options"
+            )
 
 
 def _awaits(model: nn.Module) -> bool:
@@ -252,7 +273,9 @@ def plan_of(model: nn.Module) -> Any:
     Other threads and tasks may have other plans. Under a budget it is the plan of the last prompt
     that was read here, and before the first the plan for the workload that `compile` was told of.
     """
-    plans = _session_of(model).plans
+    session = _session_of(model)
+    _check_generate(session, session.model)
+    plans = session.plans
     return plans[0] if len(plans) == 1 else plans or None
 
 
@@ -391,9 +414,13 @@ def _session_of(model: nn.Module) -> Session:
             f"this {type(model).__name__} holds no language model of transformers: it has nothing "
             "to budget"
         )
-    if session is None or (session.planning is None and session.setting is None):
+    if session is not None and session.obstacle:
+        raise InputError(f"no plan is obeyed: {session.obstacle}")
+    waits = session is not None and session.setting is not None and _awaits(model)
+    if session is None or (session.implementation is None and not waits):
         raise InputError(
             f"this {type(model).__name__} is not compiled: call planner.compile(model), or "
             "torch.compile it with backend='planner' and call it once"
         )
+    session.check_copy(language_model(model))
     return session

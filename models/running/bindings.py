@@ -6,6 +6,7 @@ from the Graph alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -52,6 +53,16 @@ class BoundLinear:
     def parameter(self) -> Tensor:
         """The module's own, as it is stored."""
         return cast(Tensor, self.module.weight)
+
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """What the weight is kept as: itself, or what a parametrisation or a mask makes it of."""
+        own = self.module._parameters.get("weight")
+        if own is not None:
+            return (own,)
+        named = [*self.module.named_parameters(), *self.module.named_buffers()]
+        # ``bias``, ``bias_orig``, ``parametrizations.bias.original``.
+        return tuple(v for name, v in named if not re.match(r"(parametrizations\.)?bias", name))
 
     @property
     def bias(self) -> Tensor | None:
@@ -233,6 +244,8 @@ def bind(model: nn.Module, graph: Graph) -> tuple[BoundLayer, ...]:
 
 def _layer_path(graph: Graph, sites: dict[tuple[str, int], Site], index: int) -> str:
     """Path of a layer that cannot be switched off: paths of its sites say where layers count."""
+    if not sites:
+        raise InputError(f"'{graph.name}' has no layer, attention block or MLP to narrow")
     for kind in ("layer", "heads", "mlp"):
         paths = [(n, site.module.split(".")) for (k, n), site in sites.items() if k == kind]
         for place in range(min((len(parts) for _, parts in paths), default=0)):

@@ -11,7 +11,7 @@ import asyncio
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
@@ -87,6 +87,10 @@ _ran: ContextVar[Mapping[int, tuple[Setting | None, tuple[Plan, ...]]]] = Contex
 _copies_stock: ContextVar[bool] = ContextVar("planner_copies_stock", default=False)
 
 
+def _never() -> bool:
+    return False
+
+
 def _task() -> object:
     """Which thread and task this is."""
     task = asyncio.current_task() if asyncio._get_running_loop() is not None else None
@@ -124,9 +128,8 @@ class Session:
         self.planning: Planning | None = None  # how plans are made; None until somebody says
         self.default: Setting | None = None  # for contexts that set nothing; None: the base model
         # What makes the model obey: `Skipping` as it is called, `PlanTensors` as the backend
-        # compiled it; None while nothing does. The obstacle says why nothing can.
+        # compiled it; None while nothing does.
         self.implementation: Any = None
-        self.obstacle = ""
         # Parameters as they were before a recovery changed them for a plan.
         self.before: Mapping[str, Tensor] = {}
         self._graph = graph
@@ -139,6 +142,9 @@ class Session:
         self._programs: OrderedDict[tuple[object, ...], Program] = OrderedDict()
         self._layers: tuple[BoundLayer, ...] = ()
         self._ways: list[tuple[Mapping[str, Any], str, object]] = []
+        # Why no plan can be obeyed, "" where one can.
+        self.obstacle = ""
+        self.obstacle_is_over: Callable[[], bool] = _never
         self._adapters: list[tuple[nn.ModuleDict, int]] = []
 
     @staticmethod
@@ -148,13 +154,28 @@ class Session:
         session: Session | None = None if known is None else known.__dict__.get(ATTRIBUTE)
         if session is None:
             return None
+        session._forget()
         if session.implementation is None:
             # A shallow copy may still have that of a model that was restored.
             return session if session.model is known else None
-        if session.implementation.is_over:
-            session.begin_anew(None)
-            session.implementation = session.planning = None
         return session
+
+    def _forget(self) -> None:
+        """Let go of what is over, since the compiler that it was made for was reset."""
+        if self.obstacle_is_over():
+            self.obstacle, self.obstacle_is_over = "", _never
+        if self.implementation is not None and self.implementation.is_over:
+            self.begin_anew(None)
+            self.implementation = self.planning = None
+
+    def check_copy(self, model: nn.Module | None) -> None:
+        """Raise InputError for a shallow copy of a model that torch.compile's backend has."""
+        made = self.implementation is not None and not self.implementation.goes_with_copies
+        if made and self.model is not model:
+            raise InputError(
+                "this is a shallow copy of a compiled model, which shares its weights and plans: "
+                "use copy.deepcopy"
+            )
 
     @property
     def graph(self) -> Graph:
@@ -323,13 +344,18 @@ class Session:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy of the model, or a file of it, takes over: among it the plans that hold."""
+        self._forget()
         setting = None if _copies_stock.get() else self.setting
+        goes = self.implementation is None or self.implementation.goes_with_copies
+        default = None if setting is None else Setting(setting.plans, setting.asked)
+        if not goes and setting is not None:
+            # It waits for a call that compiles the copy.
+            default = Setting((), setting.plan if setting.asked is None else setting.asked)
         return {
             "model": self.model,
-            "planning": self.planning,
-            "default": None if setting is None else Setting(setting.plans, setting.asked),
-            "implementation": self.implementation,
-            "obstacle": self.obstacle,
+            "planning": self.planning if goes else None,
+            "default": default,
+            "implementation": self.implementation if goes else None,
             "before": self.before,
             "_graph": self._graph,
         }

@@ -119,6 +119,11 @@ class Skipping:
         self._begin_anew()
 
     @property
+    def goes_with_copies(self) -> bool:
+        """Whether a copy of the model obeys as well."""
+        return True
+
+    @property
     def is_over(self) -> bool:
         """Not until `close`."""
         return False

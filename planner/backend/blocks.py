@@ -70,32 +70,63 @@ class Linears:
 
     def __init__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         nodes = list(graph_module.graph.nodes)
-        entering = [node for node in nodes if node.op == "placeholder"]
+        self._entering = [node for node in nodes if node.op == "placeholder"]
         self._readers: dict[int, fx.Node] = {
-            id(value): node for node, value in zip(entering, example_inputs, strict=True)
+            id(value): node for node, value in zip(self._entering, example_inputs, strict=True)
         }
         for node in nodes:
             if node.op == "get_attr" and isinstance(node.target, str):
                 path, _, name = node.target.rpartition(".")
                 owner = graph_module.get_submodule(path)
                 self._readers[id(getattr(owner, name, None))] = node
+        self._made = _made_weights(nodes)
 
     def holds(self, bound: BoundLinear) -> bool:
-        """Whether the graph reads a linear's weight."""
-        weight = self._readers.get(id(bound.parameter))
-        return weight is not None and bool(weight.users)
+        """Whether the graph reads a linear's weight, or what that is made of."""
+        return any(reader.users for reader in self._reading(bound))
 
     def find(self, bound: BoundLinear) -> Product | None:
         """The one product with a linear's weight, None where the graph has none or several."""
-        weight = self._readers.get(id(bound.parameter))
-        if weight is None or len(weight.users) != 1:
+        reading = self._reading(bound)
+        weight = reading[0] if reading else None
+        if "weight" not in bound.module._parameters:
+            made = [node for node, of in self._made.items() if of & {*reading}]
+            weight = made[0] if len(made) == 1 else None
+        # A weight that is computed anew is kept in its module, and so leaves the graph as well.
+        users = [user for user in weight.users if user.op != "output"] if weight else []
+        if weight is None or len(users) != 1:
             return None
-        (node,) = weight.users
+        (node,) = users
         given = _arguments(node, ("input", "weight", "bias"))
         x, bias = given.get("input"), given.get("bias")
         if opname(node) != "linear" or given["weight"] is not weight or not isinstance(x, fx.Node):
             return None
         return Product(node, x, weight, bias if isinstance(bias, fx.Node) else None, bound)
+
+    def place_of(self, bound: BoundLinear) -> int | None:
+        """Where among the graph's inputs a linear's weight is kept; None where it is none."""
+        reading = self._reading(bound)
+        return (
+            self._entering.index(reading[0])
+            if reading[:1] and reading[0] in self._entering
+            else None
+        )
+
+    def _reading(self, bound: BoundLinear) -> list[fx.Node]:
+        """Nodes that read what a linear's weight is kept as."""
+        found = (self._readers.get(id(tensor)) for tensor in bound.stored)
+        return [node for node in found if node is not None]
+
+
+def _made_weights(nodes: Sequence[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
+    """Weights of a graph's products, each with the tensors that it is computed from."""
+    made = {}
+    for node in nodes:
+        weight = _arguments(node, ("input", "weight")).get("weight")
+        if opname(node) == "linear" and isinstance(weight, fx.Node):
+            of = upstream(weight, lambda _: True)
+            made[weight] = {n for n in of if n.op in ("placeholder", "get_attr")}
+    return made
 
 
 def match_mlp(site: BoundSite, sink: Product, linears: Linears) -> Mlp:

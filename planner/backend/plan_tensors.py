@@ -6,10 +6,12 @@ each is given its own tensors, for the plans of the context that calls it.
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from planner.backend.captured_prompts import prompt_of
 from planner.backend.compile_options import Options, check_budget
+from planner.backend.vanishing import vanishes
 from planner.ir.cost import Workload
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph, Site
@@ -33,6 +36,8 @@ from planner.plan import Plan
 
 # How often `torch.compiler.reset` was called.
 _resets = 0
+# Models that `planner.restore` was called for -> how often it was then.
+_let_go: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,11 @@ class PlanTensor:
     device: torch.device
     dtype: torch.dtype | None = None  # of ``mask`` and ``on``
 
+    @property
+    def name(self) -> str:
+        """Of the site."""
+        return f"{self.site}.{self.layer}"
+
 
 class PlanTensors:
     """Makes the graphs that were compiled for a model obey the plans of its session."""
@@ -61,14 +71,23 @@ class PlanTensors:
     def __init__(self, session: Session, options: Options) -> None:
         self.session = session
         self.options = options
-        self.graph = _runnable(session.graph, session.layers)
+        self._layers = session.layers
+        self.graph = _runnable(session.graph, self._layers)
+        # Sites that could be narrowed when the model was compiled, and can no more.
+        self._lost: frozenset[str] = frozenset()
+        # Whether some graph obeys: one that cannot is refused from then on.
+        self.obeys = False
         self._resets = _resets
         self._tensors: OrderedDict[tuple[object, ...], dict[PlanTensor, Tensor]] = OrderedDict()
-        self._dense: dict[tuple[object, ...], bool] = {}
+        self._narrowed: dict[tuple[object, ...], frozenset[str]] = {}
+        # Id of what a site's last weight is kept as -> that, and the site's name.
+        self._sinks: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        self.look_again()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For a copy of the model."""
-        return self.__dict__ | {"_tensors": OrderedDict()}
+    @property
+    def goes_with_copies(self) -> bool:
+        """Not so: a copy of a compiled model is not compiled."""
+        return False
 
     @property
     def is_over(self) -> bool:
@@ -85,9 +104,44 @@ class PlanTensors:
         """As `planner.compile` takes them."""
         return {"kernels": str(self.options.kernels)}
 
+    @property
+    def changed_since(self) -> str:
+        """Which blocks were exchanged since the model was compiled, in a sentence; "" for none."""
+        if self.session.layers is not self._layers:
+            self._layers = self.session.layers
+            left = _runnable(self.session.graph, self._layers).sites_by_name
+            self._lost = frozenset(self.graph.sites_by_name.keys() - left)
+            self.look_again()
+        if not self._lost:
+            return ""
+        return (
+            f"{min(self._lost)} was plain when the model was compiled, and is quantised, adapted "
+            "or replaced now: call torch.compiler.reset(), and the next call compiles it as it is"
+        )
+
+    def look_again(self) -> None:
+        """Find the parameters of the model's sites, where some were exchanged."""
+        self._sinks = {}
+        shared: set[int] = set()
+        for layer in self._layers:
+            for site in (layer.heads, layer.mlp):
+                if site is not None and self.has(site):
+                    kept = site.sink.stored[0]
+                    shared |= {id(kept)} & self._sinks.keys()
+                    self._sinks[id(kept)] = weakref.ref(kept), site.site.name
+        for key in shared:
+            del self._sinks[key]
+
+    def site_of(self, tensor: Any) -> str | None:
+        """The site whose last linear has this weight; None where it is of none, or of several."""
+        found = self._sinks.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else None
+
     def accept(self, plans: tuple[Plan, ...]) -> Program:
         """Check plans; raise InputError where they cannot be carried out."""
         check_budget(plans)
+        if why := self.changed_since:
+            raise InputError(f"no plan can be obeyed: {why}")
         samples = self.options.samples
         if len(plans) not in (1, samples):
             raise InputError(
@@ -103,30 +157,33 @@ class PlanTensors:
 
     def prompt_of(self, inputs: Mapping[str, Any]) -> Workload:
         """The prompt that these inputs of the model are, by their sizes."""
-        known = (inputs["input_ids"], inputs.get("pixel_values"))
-        return prompt_of(self.session, *known, self.options.request.new_tokens)
+        tokens, pixels = inputs.get("input_ids"), inputs.get("pixel_values")
+        tokens = inputs["inputs_embeds"] if tokens is None else tokens
+        return prompt_of(self.session, tokens, pixels, self.options.request.new_tokens)
 
     def changed(self) -> None:
         """The next call looks for itself."""
 
     def close(self) -> None:
         """Graphs of a model without a session run as they were captured."""
+        _let_go[self.session.model] = _resets
 
     def has(self, site: BoundSite) -> bool:
         """Whether plans may narrow a site."""
-        return site.site.name in self.graph.sites_by_name
+        name = site.site.name
+        return not site.obstacle and name in self.graph.sites_by_name and name not in self._lost
 
-    def is_dense(self, program: Program) -> bool:
-        """Whether a program leaves no head and no neuron out."""
-        if program.key not in self._dense:
-            self._dense[program.key] = all(
-                count_of(_lanes(group, site)) == site.site.lanes
+    def narrowed(self, program: Program) -> frozenset[str]:
+        """Names of the attention blocks and MLPs that a program leaves anything out of."""
+        if program.key not in self._narrowed:
+            self._narrowed[program.key] = frozenset(
+                site.site.name
                 for layer in program.layers
                 for site in (layer.layer.heads, layer.layer.mlp)
                 for group in layer.groups
-                if site is not None
+                if site is not None and count_of(_lanes(group, site)) != site.site.lanes
             )
-        return self._dense[program.key]
+        return self._narrowed[program.key]
 
     def of(self, program: Program, wanted: Sequence[PlanTensor]) -> list[Tensor]:
         """The tensors that a graph wants, for a program."""
@@ -176,19 +233,28 @@ class PlanTensors:
 def adopted(model: nn.Module, options: Options) -> Session:
     """The session of a model that is compiled with some options.
 
-    What `planner.budget` has set before the model's first call holds from here on. NotLowered where
-    the model cannot be lowered, as its session says too; InputError where the budget cannot be met,
-    or `planner.compile` has the model.
+    What `planner.budget` has set before the model's first call holds from here on, and so do plans
+    that a copy of a compiled model takes along. NotLowered where the model cannot be lowered, as
+    its session says too; InputError where the budget cannot be met, somebody has set one that
+    cannot be obeyed, the model is compiled with other options, or `planner.compile` has it.
     """
     session = Session.of(model) or Session(model)
+    session.check_copy(model)
     known = session.implementation
-    if isinstance(known, PlanTensors) and known.options == options:
-        return session
-    if known is not None and not isinstance(known, PlanTensors):
+    if isinstance(known, PlanTensors):
+        if known.options == options:
+            return session
+        raise InputError(
+            f"this {type(model).__name__} is compiled with other options already: planner.budget "
+            "changes its budget, and torch.compiler.reset() forgets its options"
+        )
+    if known is not None:
         raise InputError(
             "planner.compile has this model already: planner.restore it first, or torch.compile it "
             "with another backend, such as inductor"
         )
+    waiting = session.setting
+    _let_go.pop(model, None)
     # A compilation is under way; the export that lowers the model is none of its business.
     with unset_fake_temporarily(), tracing(None):
         try:
@@ -197,21 +263,36 @@ def adopted(model: nn.Module, options: Options) -> Session:
                 raise NotLowered(_why_nothing_runs(session.layers))
         except Exception as error:
             why = str(error)
-            if not isinstance(error, NotLowered):
+            if not isinstance(error, NotLowered | InputError):
                 why = f"it cannot be lowered ({type(error).__name__}: {error})"
-            session.obstacle = f"{type(model).__name__} runs dense: {why}"
+            refuse(session, f"{type(model).__name__} runs dense: {why}")
+            if waiting is not None:
+                raise InputError(f"no plan can be obeyed: {session.obstacle}") from error
             raise NotLowered(why) from error
+    session.obstacle = ""
     request = measurable(replace(options.request, model=session.graph.name), session)
     planning = Planning(tensors.graph, request, Measuring(session))
-    before = known, session.planning
+    before = session.default, session.planning
     session.implementation, session.planning = tensors, planning
     try:
         with unset_fake_temporarily(), tracing(None):
-            session.default = session.asking(options.request.budget)
+            asked = options.request.budget if before[0] is None else before[0].asked
+            session.default = session.asking(asked)
     except BaseException:
-        session.implementation, session.planning = before
+        session.implementation, (session.default, session.planning) = None, before
         raise
     return session
+
+
+def refuse(session: Session, why: str) -> None:
+    """Have a model run dense, and say why to whoever sets a budget, until the compiler is reset."""
+    since = _resets
+    session.obstacle, session.obstacle_is_over = why, lambda: since != _resets
+
+
+def is_let_go(model: nn.Module) -> bool:
+    """Whether `planner.restore` has let go of a model, and nobody has reset the compiler since."""
+    return _let_go.get(model) == _resets
 
 
 def forget() -> None:
@@ -231,8 +312,8 @@ def _lanes(group: LayerGroup, site: BoundSite) -> Intervals:
 def _runnable(graph: Graph, layers: Sequence[BoundLayer]) -> Graph:
     """The graph with the sites alone that compiled graphs can narrow.
 
-    A layer is left out by leaving out all heads and all neurons. So it must have both, and what
-    follows them must make zeros of zeros.
+    A layer is left out by leaving out all heads and all neurons. So it must have both, and add
+    nothing else to the stream.
     """
     bound: Mapping[str, BoundSite] = {
         site.site.name: site
@@ -246,26 +327,16 @@ def _runnable(graph: Graph, layers: Sequence[BoundLayer]) -> Graph:
     def runs(site: Site) -> bool:
         if site.kind != "layer":
             return site.name in bound
-        inner = [bound.get(f"{kind}.{site.layer}") for kind in ("heads", "mlp")]
-        return all(found is not None and _vanishes(graph, found) for found in inner)
+        inner = {f"{kind}.{site.layer}" for kind in ("heads", "mlp")}
+        return inner <= bound.keys() and vanishes(graph, site, inner, layers[site.layer].module)
 
     return graph.replacing(graph.operators, [site for site in graph.sites if runs(site)])
-
-
-def _vanishes(graph: Graph, site: BoundSite) -> bool:
-    """Whether a block whose last linear gives zeros adds nothing to the residual stream."""
-    sinks = [o for o in graph if ("in", site.site.name) in o.narrowed_by]
-    reader = sinks[0] if len(sinks) == 1 else None
-    while reader is not None and reader.kind != "add":
-        readers = [graph.by_name[name] for name in graph.network[reader.name]]
-        reader = readers[0] if len(readers) == 1 else None
-        shifts = reader is not None and reader.kind == "norm" and reader.get("bias", 0)
-        if shifts or (reader is not None and reader.kind not in ("norm", "multiply", "add")):
-            return False
-    return reader is not None
 
 
 def _why_nothing_runs(layers: Sequence[BoundLayer]) -> str:
     sites = [site for layer in layers for site in (layer.heads, layer.mlp) if site is not None]
     obstacles = [site.obstacle for site in sites if site.obstacle]
-    return obstacles[0] if obstacles else "the linears of all its blocks have adapters"
+    if obstacles or not sites:
+        return obstacles[0] if obstacles else "no attention block or MLP of it can be narrowed"
+    hosts = {type(linear.host).__name__ for site in sites for linear in site.linears}
+    return f"the linears of all its blocks are {' and '.join(sorted(hosts))}, not torch.nn.Linear"

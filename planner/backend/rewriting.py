@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,22 +41,25 @@ from planner.models.running.bindings import BoundSite
 class Rewritten:
     """A captured graph that obeys plans: it takes some tensors of a plan behind its own inputs."""
 
-    graph: fx.GraphModule
+    graph: fx.GraphModule | None  # None where it has nothing to obey
     tensors: tuple[PlanTensor, ...]
+    # Place of an input that the weight of a site's last linear is -> the site's name.
+    places: Mapping[int, str]
+    # One sentence each: what is masked though plans leave it out; by site, what not even that.
+    masked: tuple[str, ...]
+    whole: Mapping[str, str]
 
 
 def rewritten(
     graph_module: fx.GraphModule, example_inputs: Sequence[Any], plans: PlanTensors
-) -> tuple[Rewritten | None, list[str], list[str]]:
-    """A captured graph, of a whole model or any part of it, as another one that obeys plans.
-
-    Returns the graph, None where it has nothing to obey; then, one sentence each, what is masked
-    though plans leave it out, and what cannot even be masked.
-    """
+) -> Rewritten:
+    """A captured graph, of a whole model or any part of it, as another one that obeys plans."""
     graph_module = _copied(graph_module)
     linears = Linears(graph_module, example_inputs)
     rewriter = _Rewriter(graph_module, plans.options.kernels)
-    masked, dense = [], []
+    masked: list[str] = []
+    whole: dict[str, str] = {}
+    places: dict[int, str] = {}
     for layer in plans.session.layers:
         for site in (layer.heads, layer.mlp):
             if site is None or not plans.has(site):
@@ -64,8 +67,11 @@ def rewritten(
             sink = linears.find(site.sink)
             if sink is None:
                 if linears.holds(site.sink):
-                    dense.append(f"{site.site.module} runs dense: it has no one last product")
+                    whole[site.site.name] = f"{site.site.module} has no one last product"
                 continue
+            place = linears.place_of(site.sink)
+            if place is not None:
+                places[place] = site.site.name
             try:
                 if site.site.kind == "heads":
                     rewriter.attention(site, sink, match_attention(site, sink, linears))
@@ -75,10 +81,10 @@ def rewritten(
                 rewriter.mask(site, sink)
                 masked.append(f"{site.site.module} is masked, which saves no time: {why}")
     if not rewriter.inputs:
-        return None, masked, dense
+        return Rewritten(None, (), {}, (), whole)
     graph_module.graph.lint()
     graph_module.recompile()
-    return Rewritten(graph_module, tuple(rewriter.inputs)), masked, dense
+    return Rewritten(graph_module, tuple(rewriter.inputs), places, tuple(masked), whole)
 
 
 def _copied(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -109,11 +115,14 @@ class _Rewriter:
         for product, pieces in block.projections:
             self._project(product, pieces, heads, site.site.lanes)
         with self.graph.inserting_before(sink.node):
-            operands = (block.query, block.key, block.value, block.mask)
-            attended = self._call(Attend, *operands, heads, block.scale, block.causal)
-            rows = self.graph.call_method("flatten", (attended, 2))
+            fused = value_of(sink.x).dtype
+            operands = [self._cast(n, fused) for n in (block.query, block.key, block.value)]
+            mask = block.mask if _is_bool(block.mask) else self._cast(block.mask, fused)
+            attended = self._call(Attend, *operands, mask, heads, block.scale, block.causal)
+            rows = self._cast(self.graph.call_method("flatten", (attended, 2)), _of(sink), fused)
             features = heads.widened(sink.bound.features // site.site.lanes)
-            narrowed = self._call(ProjectColumns, rows, sink.weight, None, features)
+            weight = self._cast(sink.weight, _of(sink))
+            narrowed = self._call(ProjectColumns, rows, weight, None, features)
             result = self._biased(site, sink, narrowed)
         self._replace(sink.node, result, block.inner)
 
@@ -122,11 +131,11 @@ class _Rewriter:
     ) -> None:
         """A projection becomes an op for each piece of its rows."""
         with self.graph.inserting_before(product.node):
-            parts = []
+            parts, x = [], self._cast(product.x, _of(product))
             for piece in pieces:
                 weight, bias = self._weights((product, piece))
                 features = heads.widened((piece.stop - piece.start) // lanes)
-                parts.append(self._call(ProjectRows, product.x, weight, bias, features, False))
+                parts.append(self._call(ProjectRows, x, weight, bias, features, False))
             joined = self.graph.call_function(torch.cat, (parts, -1)) if len(parts) > 1 else None
         self._replace(product.node, joined or parts[0])
 
@@ -136,8 +145,10 @@ class _Rewriter:
         with self.graph.inserting_before(sink.node):
             up, gate = self._weights(block.up), self._weights(block.gate)
             further = (neurons, True, *gate, block.activation)
-            inner = self._call(ProjectRows, block.x, *up, *further)
-            narrowed = self._call(ProjectColumns, inner, sink.weight, None, neurons)
+            x, before = self._cast(block.x, _of(block.up[0])), _of(block.up[0])
+            inner = self._cast(self._call(ProjectRows, x, *up, *further), _of(sink), before)
+            weight = self._cast(sink.weight, _of(sink))
+            narrowed = self._call(ProjectColumns, inner, weight, None, neurons)
             result = self._biased(site, sink, narrowed)
         sources = {rows[0].node: None for rows in (block.up, block.gate) if rows is not None}
         self._replace(sink.node, result, (*sources, *block.inner))
@@ -161,6 +172,7 @@ class _Rewriter:
             return product
         on = self._input("on", site, value_of(sink.weight))
         bias = self.graph.call_function(operator.mul, (sink.bias, on))
+        bias = self._cast(bias, _of(sink), value_of(sink.weight).dtype)
         return self.graph.call_function(operator.add, (product, bias))
 
     def _call(self, op: Callable[..., Op], *inputs: Any) -> Any:
@@ -196,8 +208,22 @@ class _Rewriter:
         if rows is None:
             return None, None
         product, piece = rows
-        bias = None if product.bias is None else self._rows(product.bias, piece)
-        return self._rows(product.weight, piece), bias
+        weight, bias = (
+            None
+            if parameter is None
+            else self._cast(self._rows(parameter, piece), _of(product), value_of(parameter).dtype)
+            for parameter in (product.weight, product.bias)
+        )
+        return weight, bias
+
+    def _cast(self, node: Any, dtype: torch.dtype, known: torch.dtype | None = None) -> Any:
+        """A tensor as what a product or an attention computed with, which autocast decides.
+
+        `known`: its type, of a node that was not captured.
+        """
+        if node is None or dtype == (known or value_of(node).dtype):
+            return node
+        return self.graph.call_method("to", (node, dtype))
 
     def _rows(self, parameter: fx.Node, rows: slice) -> fx.Node:
         """Rows of a parameter; of all of them the parameter itself."""
@@ -212,3 +238,13 @@ class _Rewriter:
         self.graph.erase_node(node)
         for dead in reversed(inner):
             self.graph.erase_node(dead)
+
+
+def _of(product: Product) -> torch.dtype:
+    """What a product was computed in."""
+    dtype: torch.dtype = value_of(product.node).dtype
+    return dtype
+
+
+def _is_bool(mask: fx.Node | None) -> bool:
+    return mask is not None and value_of(mask).dtype == torch.bool
