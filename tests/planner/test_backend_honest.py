@@ -333,3 +333,21 @@ def test_a_copy_takes_along_nothing_that_a_reset_has_forgotten():
     torch.compiler.reset()
     run = compiled(copy.deepcopy(model), budget=1.0)
     assert torch.equal(logits(run, inputs), logits(model, inputs))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("gpt2", "the linears of all its blocks are Conv1D, not"),
+        ("mamba2", "no attention block or MLP of it can be narrowed"),
+        ("gemma3n_text", "has no layer, attention block or MLP to narrow"),
+    ],
+)
+def test_a_model_without_anything_to_narrow_says_why(name, why):
+    model = AutoModelForCausalLM.from_config(small_default(name)).float().eval()
+    run = compiled(model)
+    with torch.no_grad():
+        run(input_ids=torch.full((1, 6), 5))
+    with pytest.raises(InputError, match=why):
+        planner.budget(run, 0.5)
