@@ -15,4 +15,5 @@ and nothing else. Imports `planner.ir` and `planner.plan`; nothing in here knows
     conversion/   checkpoints in their authors' layouts, made stock ones
     tiny_llava/   the small model that ships with planner
     deep_llava/   its deeper sister, for schedulers to choose from
+    smol_llava/   SmolLM2 that sees what they see, as changes to its weights
 """

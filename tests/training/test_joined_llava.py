@@ -277,12 +277,13 @@ def test_other_chat_formats_are_refused(parts, tmp_path):
 
 
 def test_the_changes_that_ship_are_of_the_recipe():
-    """Their decoder is fetched, so they are put together elsewhere; here by their names and sizes."""
+    """Their decoder is fetched, so that they are put together elsewhere: names and sizes."""
     folder = shipped_folder("smol-llava")
     assert json.loads((folder / "joined.json").read_text())["decoder"] == "smollm2"
     with safe_open(folder / "adapter_model.safetensors", "pt") as changes:
-        shapes = {name: changes.get_slice(name).get_shape() for name in changes.keys()}
-    layers = {int(name.split(".layers.")[1].split(".")[0]) for name in shapes if ".layers." in name}
+        shapes = {name: changes.get_slice(name).get_shape() for name in changes.keys()}  # noqa: SIM118
+    named = (name.partition(".layers.")[2] for name in shapes if ".layers." in name)
+    layers = {int(name.partition(".")[0]) for name in named}
     assert layers == {*range(30)}
     ranks = {min(shape) for name, shape in shapes.items() if "lora" in name}
     assert ranks == {16}
