@@ -153,7 +153,7 @@ def digest_of(facts: Any) -> str:
 def signed(document: Mapping[str, Any]) -> dict[str, Any]:
     """A document for a YAML file as its reader will see it, with a ``digest`` of all the rest."""
     readable: dict[str, Any] = parse_yaml(dump_yaml(document), "the document")
-    return {**readable, "digest": _signature(readable)}
+    return {**readable, "digest": signature(readable)}
 
 
 def check_signed(document: Mapping[str, Any], path: Path, what: str) -> None:
@@ -162,7 +162,7 @@ def check_signed(document: Mapping[str, Any], path: Path, what: str) -> None:
     `what`: it should be, for messages: ``plan``.
     """
     try:
-        digest = _signature({k: value for k, value in document.items() if k != "digest"})
+        digest = signature(document)
     # Keys of several types in one mapping.
     except TypeError:
         raise InputError(f"the {what} '{path}' is broken: a key is not text") from None
@@ -173,8 +173,9 @@ def check_signed(document: Mapping[str, Any], path: Path, what: str) -> None:
         )
 
 
-def _signature(document: Mapping[str, Any]) -> str:
-    return digest_of(document)[:16]
+def signature(document: Mapping[str, Any]) -> str:
+    """A digest, 16 digits, of a document without its ``digest``."""
+    return digest_of({key: value for key, value in document.items() if key != "digest"})[:16]
 
 
 def read_yaml(path: Path, what: str) -> Any:

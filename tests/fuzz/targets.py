@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from mutations import HOSTILE, mutated_bytes, mutated_document, mutated_text
 from PIL import Image
 
-from planner.documents import dump_yaml, parse_yaml
+from planner.documents import dump_yaml, parse_yaml, signature
 from planner.ir.errors import InputError
 from planner.ir.graph_text import parse_graph
 from planner.ir.verify import verify
 from planner.loading import load_image
-from planner.plan import _digest, dump_plan, load_plan
+from planner.plan import dump_plan, load_plan
 from planner.planning.budgets import Budget
 from planner.planning.catalog import find_model, tiny_llava_folder
 from planner.planning.compiler import compile_plan
@@ -70,7 +70,7 @@ def _plans():
 def _take_plan(plan):
     if isinstance(plan, dict):
         with suppress(TypeError, ValueError):
-            plan["digest"] = _digest(plan)
+            plan["digest"] = signature(plan)
         plan = dump_yaml(plan)
     loaded = load_plan(_file("plan.yaml", plan))
     graph = _compiled()[0].graph

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from planner.documents import dump_yaml, parse_yaml
+from planner.documents import dump_yaml, parse_yaml, signature
 from planner.ir.errors import InputError
-from planner.plan import Plan, TokenStage, _digest, dump_plan, load_plan
+from planner.plan import Plan, TokenStage, dump_plan, load_plan
 from planner.planning.compiler import compile_plan
 from planner.planning.figures import check_figures
 from planner.planning.request import Request
@@ -26,7 +26,7 @@ def _file(plan, change):
     change(document)
     # Without a digest where there is none of such contents.
     with suppress(TypeError):
-        document["digest"] = _digest(document)
+        document["digest"] = signature(document)
     return dump_yaml(document)
 
 
