@@ -92,15 +92,17 @@ def answers(service, name, after_first=lambda: None):
 
 
 def replica_pids():
-    found = []
-    for process in Path("/proc").glob("[0-9]*/cmdline"):
+    """Processes of replicas, without those in which they contain chat templates."""
+    parents = {}
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            title = process.read_bytes()
+            title = (process / "cmdline").read_bytes()
+            parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
         except OSError:
             continue
         if b"ServeReplica:planner:replica" in title:
-            found.append(int(process.parent.name))
-    return found
+            parents[int(process.name)] = int(parent)
+    return [process for process, parent in parents.items() if parent not in parents]
 
 
 class Counting:

@@ -195,7 +195,7 @@ def comparison_markdown(results: Mapping[str, Any]) -> str:
     cells = [
         [
             row["method"],
-            f"{row['budget']:.0%}",
+            f"{100 * row['budget']:g}%",
             f"{row['cost_fraction']:.1%}",
             f"{100 * row['accuracy']:.1f}"
             + f" ± {100 * row['accuracy_spread']:.1f}" * (row["runs"] > 1),
@@ -224,7 +224,7 @@ def comparison_markdown(results: Mapping[str, Any]) -> str:
         *_where_it_pays(results["rows"], families),
         *_learning(results.get("learning", ())),
         *(
-            f"{r['variant']} at {r['budget']:.0%}: {r['infeasible']}."
+            f"{r['variant']} at {100 * r['budget']:g}%: {r['infeasible']}."
             for r in results["infeasible"]
         ),
         "",
@@ -243,7 +243,7 @@ def _differences(rows: Rows) -> list[str]:
         cells = [
             [
                 row["variant"],
-                f"{row['budget']:.0%}",
+                f"{100 * row['budget']:g}%",
                 f"{100 * row['difference']:+.1f}",
                 f"{100 * row['standard_error']:.1f}",
                 f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}",
@@ -285,7 +285,7 @@ def _where_it_pays(rows: Rows, families: Sequence[str]) -> list[str]:
             closed = f"{gain / room:.0%}" if gain > 0 else ""
             points = [f"{100 * each:+.1f}" for each in gains]
             cells.append(
-                [controller, static, f"{budget:.0%}", f"{100 * gain:+.1f}", closed, *points]
+                [controller, static, f"{100 * budget:g}%", f"{100 * gain:+.1f}", closed, *points]
             )
     if not cells:
         return []
@@ -323,7 +323,7 @@ def _plans(facts: Mapping[str, Any] | None) -> list[str]:
         "between",
     ]
     return [
-        f"## Plans at {facts['budget']:.0%}",
+        f"## Plans at {100 * facts['budget']:g}%",
         "",
         f"Of *all*, seed {facts['seed']}: image tokens kept, and of what may be switched what is "
         "on. *within* and *between*: the share of switches in which the plans of two questions "
