@@ -9,7 +9,7 @@ from typing import Any
 
 from planner.ir.errors import InputError
 from planner.kernels.choice import Kernels
-from planner.loading import load_model
+from planner.loading import check_places, load_model
 from planner.models.running.skipping import session_on
 from planner.models.scheduling import Scheduled, compile_schedule, load_scheduled
 from planner.planning.request import Request
@@ -140,7 +140,7 @@ def prompt_limits(
     an InputError; these are the default up to 4096.
     """
     places = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if places is not None and tokens is not None and tokens > places:
-        raise InputError(f"the model knows {places} places, which is less than {tokens} tokens")
+    if tokens is not None:
+        check_places(model, tokens)
     most = tokens or min(places or _MOST_TOKENS, _MOST_TOKENS)
     return PromptLimits(most, images, remote_images=remote_images)
