@@ -146,10 +146,10 @@ def _wrong_size(key: str, value: int | float) -> str:
 
 def find_model(name: str, trust_remote_code: bool = False) -> Source:
     """Find a model's config by alias, folder or hub id; InputError says what was looked for."""
-    if name in CHANGES:
+    if name in CHANGES and not (Path(name) / "config.json").is_file():
         raise InputError(
-            f"'{name}' has to be put together once: planner convert {name} -o DIR, and then "
-            "--model DIR"
+            f"'{name}' has to be put together once: planner convert {name} -o {name}, and that "
+            f"folder is what {name} means from here on"
         )
     if name in _SHIPPED:
         folder = shipped_folder(name)

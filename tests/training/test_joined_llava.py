@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from dataclasses import replace
 
 import pytest
@@ -288,8 +289,16 @@ def test_the_changes_that_ship_are_of_the_recipe():
     ranks = {min(shape) for name, shape in shapes.items() if "lora" in name}
     assert ranks == {16}
     assert any("multi_modal_projector" in name for name in shapes)
-    with pytest.raises(InputError, match="planner convert smol-llava -o DIR"):
+
+
+def test_smol_llava_is_the_folder_that_was_put_together_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smol-llava").mkdir()
+    with pytest.raises(InputError, match="planner convert smol-llava -o smol-llava, and that"):
         find_model("smol-llava")
+    config = shipped_folder("deep-llava") / "config.json"
+    (tmp_path / "smol-llava" / "config.json").write_text(config.read_text())
+    assert find_model("smol-llava").folder == Path("smol-llava")
 
 
 def test_what_patches_should_become():
