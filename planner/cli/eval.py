@@ -37,6 +37,10 @@ def eval_command(
     samples: Annotated[int, typer.Option(min=1, help="Questions.")] = 300,
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Which questions.")] = 0,
     split: Annotated[Split, typer.Option(help="Of the scenes.")] = "test",
+    families: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Kinds of questions, such as existence,count; or all."),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Questions asked together.")] = 64,
     mask: Annotated[
         bool, typer.Option("--mask", help="Multiply by zero instead of skipping (scheduler only).")
@@ -56,7 +60,7 @@ def eval_command(
     from planner.models.recovery.recovering import Recovering
     from planner.models.scheduling import load_deciding
     from planner.planning.utilities import OF_WEIGHTS
-    from planner.training.data import SceneQuestions
+    from planner.training.data import SceneQuestions, families_of
     from planner.training.evaluate import TEXT_TOKENS, UnderBudgets, language_prior
 
     fractions = parse_fractions(budgets)
@@ -65,7 +69,8 @@ def eval_command(
     if scheduler is not None:
         check_beside_scheduler(request)
     check_ray(ray)
-    questions = SceneQuestions(split, samples, seed)
+    asked = families_of(families)
+    questions = SceneQuestions(split, samples, seed, asked)
     results: list[dict[str, Any]] = []
     with console.status() as update:
 
@@ -90,10 +95,11 @@ def eval_command(
         "tokens": request.tokens,
         "split": split,
         "seed": seed,
+        "families": asked,
         "results": results,
     }
     if prior:
-        training = SceneQuestions("train", 10 * samples, seed)
+        training = SceneQuestions("train", 10 * samples, seed, asked)
         document["language_prior"] = language_prior(training, questions)
     console.show(document, lambda: _print(results, document.get("language_prior")))
 

@@ -108,6 +108,10 @@ def test_accuracy_under_budgets(cli, cli_json):
     measured = cli_json(*static)
     assert measured["results"][0]["cost_fraction"] == 1
     assert measured["language_prior"]["families"].keys() == found[0]["families"].keys()
+    few = cli_json(*static, "--families", "text, count")
+    assert few["families"] == ["text", "count"]
+    for scored in (few["results"][0], few["language_prior"]):
+        assert scored["families"].keys() == {"text", "count"}
     code, out, _ = cli("eval", *SCHEDULED, "--mask", "--language-prior", *arguments)
     assert code == 0
     assert "violations" in out
@@ -126,6 +130,9 @@ def test_accuracy_under_budgets(cli, cli_json):
         (("eval", "-m", "tiny-llava", "--batch", "-1"), "Invalid value for '--batch'"),
         (("eval", "-m", "tiny-llava", "--mask"), "for a --scheduler"),
         (("eval", "-m", "tiny-llava", "--split", "dev"), "'dev' is not one of"),
+        (("eval", "-m", "tiny-llava", "--families", "text,colour"), "family of questions 'colour'"),
+        (("eval", "-m", "tiny-llava", "--families", ""), "no family of questions ''"),
+        (("eval", "-m", "tiny-llava", "--families", "text,text"), "'text' is named twice"),
         (("eval", "-m", "llava-7b", "--scheduler", "adallava-l"), "was made for 'tiny-llava'"),
         (("experiment", "table9"), "unknown experiment"),
         (("experiment", "table1", "--seeds", "one"), "is not a list"),

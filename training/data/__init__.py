@@ -20,7 +20,7 @@ from planner.training.data.conversations import (
     write_llava,
 )
 from planner.training.data.packing import Packer
-from planner.training.data.questions import FAMILIES, Turn
+from planner.training.data.questions import FAMILIES, Turn, families_of
 from planner.training.data.scenes import SPLITS, Scene
 
 __all__ = [
@@ -33,5 +33,6 @@ __all__ = [
     "SceneConversations",
     "SceneQuestions",
     "Turn",
+    "families_of",
     "write_llava",
 ]

@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from planner.ir.errors import InputError
 from planner.training.data.scenes import COLORS, SHAPES, SIZES, Scene, SceneObject
 
 DESCRIBE_AT_LEAST = 4  # objects, which makes a description of 50 tokens or more
@@ -144,3 +145,15 @@ _ASK: dict[str, Callable[[Scene, random.Random], Turn | None]] = {
     "describe": _describe,
 }
 FAMILIES = tuple(_ASK)
+
+
+def families_of(text: str | None) -> tuple[str, ...]:
+    """Families separated by commas, all for None; InputError where one is unknown or told twice."""
+    names = FAMILIES if text is None else tuple(name.strip() for name in text.split(","))
+    for number, name in enumerate(names):
+        if name not in FAMILIES:
+            known = ", ".join(FAMILIES)
+            raise InputError(f"there is no family of questions '{name:.80}': choose from {known}")
+        if name in names[:number]:
+            raise InputError(f"the family '{name}' is named twice")
+    return names
