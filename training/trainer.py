@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 from torch.utils.data import Sampler
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.utils import SAFE_WEIGHTS_NAME
 from typing_extensions import override
 
 from planner.ir.errors import InputError, PlannerError
@@ -212,6 +214,10 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.model if model is None else model
+        weights = Path(checkpoint) / SAFE_WEIGHTS_NAME
+        if self._holds_a_model() and weights.is_file() and not self.is_fsdp_enabled:
+            load_model(model, weights)
+            return
         if not isinstance(model, PreTrainedModel):
             super()._load_from_checkpoint(checkpoint, model)
             return
@@ -220,6 +226,21 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         # with fresh weights. `from_pretrained` converts them back.
         saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())
+
+    @override
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self._holds_a_model():
+            # Trainer writes the weights of other modules as they are, and tied ones twice, which
+            # safetensors refuses.
+            state_dict = self.model.state_dict() if state_dict is None else state_dict
+            state_dict = _without_duplicates(state_dict)
+        super()._save(output_dir, state_dict)
+
+    def _holds_a_model(self) -> bool:
+        """Whether what is trained is no stock model but holds one."""
+        return not isinstance(self.model, PreTrainedModel) and not hasattr(
+            self.model, "peft_config"
+        )
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
@@ -245,6 +266,18 @@ class RunTrainer(Trainer):  # type: ignore[misc]
             staging.rmdir()
             rotate_checkpoints(str(final), self.args.save_total_limit, use_mtime=True)
         self.accelerator.wait_for_everyone()
+
+
+def _without_duplicates(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by name, those of several names under the first."""
+    known: set[tuple[Any, ...]] = set()
+    found = {}
+    for name, value in state.items():
+        place = (value.device, value.data_ptr(), value.shape, value.stride())
+        if not value.numel() or place not in known:
+            found[name] = value
+        known.add(place)
+    return found
 
 
 def last_checkpoint(folder: str | Path) -> str | None:

@@ -9,6 +9,7 @@ from small_llava import write_small_llava
 
 from planner.ir.errors import InputError, PlannerError
 from planner.ir.lowering import lower_model
+from planner.loading import load_model
 from planner.models.running.kv_cache import cache_argument
 from planner.models.scheduling import Scheduled, Scheduler, layout_of, load_scheduler
 from planner.planning.budgets import Budget
@@ -334,6 +335,34 @@ def test_a_killed_run_resumes_bit_exactly(base, tmp_path, monkeypatch, uninterru
     resumed = weights(adallava.train(config))
     expected = uninterrupted[0]
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def test_a_model_with_tied_embeddings_resumes_bit_exactly(base, tmp_path, monkeypatch):
+    model, processor, _ = load_model(str(base))
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "tied")
+    processor.save_pretrained(tmp_path / "tied")
+    expected = weights(adallava.train(settings(tmp_path / "tied", tmp_path / "whole")))
+    stopped_at_step_4(monkeypatch, settings(tmp_path / "tied", tmp_path / "run"))
+    resumed = adallava.train(settings(tmp_path / "tied", tmp_path / "run"))
+    assert resumed.model.lm_head.weight is resumed.model.get_input_embeddings().weight
+    assert all(torch.equal(weights(resumed)[name], expected[name]) for name in expected)
+
+
+def stopped_at_step_4(monkeypatch, config):
+    original, calls = RunTrainer.training_step, []
+
+    def killing(self, *args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise Killed
+        return original(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunTrainer, "training_step", killing)
+        with pytest.raises(Killed):
+            adallava.train(config)
 
 
 def test_a_loss_that_is_no_number_names_the_batch(base, tmp_path):
