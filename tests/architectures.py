@@ -5,7 +5,15 @@ from dataclasses import dataclass
 import torch
 import transformers
 
-__all__ = ["ARCHITECTURES", "PECULIAR", "TEXT_ONLY", "Architecture", "peculiar", "small_llava"]
+__all__ = [
+    "ARCHITECTURES",
+    "PECULIAR",
+    "SIZES",
+    "TEXT_ONLY",
+    "Architecture",
+    "peculiar",
+    "small_llava",
+]
 
 
 @dataclass(frozen=True)
@@ -155,7 +163,7 @@ def small_llava(
     )
 
 
-_SIZES = {
+SIZES = {
     "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -169,16 +177,16 @@ _SIZES = {
 # interleaved; behind capped logits, that no fused attention computes; in latent keys and values;
 # behind a rotation by complex numbers; behind a gate. Name -> (config, KV groups).
 PECULIAR = {
-    "phi3": lambda: (transformers.Phi3Config(**_SIZES), 2),
-    "gpt_neox": lambda: (transformers.GPTNeoXConfig(**_SIZES), 4),
+    "phi3": lambda: (transformers.Phi3Config(**SIZES), 2),
+    "gpt_neox": lambda: (transformers.GPTNeoXConfig(**SIZES), 4),
     "opt": lambda: (
-        transformers.OPTConfig(**_SIZES, ffn_dim=96, word_embed_proj_dim=64),
+        transformers.OPTConfig(**SIZES, ffn_dim=96, word_embed_proj_dim=64),
         4,
     ),
-    "gemma2": lambda: (transformers.Gemma2Config(**_SIZES), 2),
+    "gemma2": lambda: (transformers.Gemma2Config(**SIZES), 2),
     "deepseek_v3": lambda: (
         transformers.DeepseekV3Config(
-            **_SIZES | {"num_key_value_heads": 4, "head_dim": 8},
+            **SIZES | {"num_key_value_heads": 4, "head_dim": 8},
             moe_intermediate_size=32,
             n_routed_experts=4,
             num_experts_per_tok=2,
@@ -195,13 +203,13 @@ PECULIAR = {
     ),
     "llama4": lambda: (
         transformers.Llama4TextConfig(
-            **_SIZES, intermediate_size_mlp=96, num_local_experts=2, moe_layers=[]
+            **SIZES, intermediate_size_mlp=96, num_local_experts=2, moe_layers=[]
         ),
         2,
     ),
     "qwen3_next": lambda: (
         transformers.Qwen3NextConfig(
-            **_SIZES,
+            **SIZES,
             layer_types=["full_attention", "full_attention"],
             num_experts=0,
             mlp_only_layers=[0, 1],

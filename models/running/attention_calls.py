@@ -116,18 +116,23 @@ class Recorded:
 
 
 def _record(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
 ) -> Any:
     """An attention function that has its config's view `record` what it gets, and calls another.
 
     That is the view's `attention`, by default the one that the config names.
     """
     view: Any = module.config
-    view.record(Recorded(query, key, mask, kwargs.get("scaling")))
+    view.record(Recorded(query, key, attention_mask, options.get("scaling")))
     attend = configured_attention(module)[1]
     if view.attention is not None:
         attend = ALL_ATTENTION_FUNCTIONS[view.attention]
-    return attend(module, query, key, value, mask, **kwargs)
+    return attend(module, query, key, value, attention_mask, **options)
 
 
 ALL_ATTENTION_FUNCTIONS.register(RECORDING, _record)

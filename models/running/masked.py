@@ -21,7 +21,7 @@ from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.ir.intervals import numbers_of
 from planner.ir.structure import residual_branches
-from planner.models.running.bindings import BoundSite, bind
+from planner.models.running.bindings import BoundLayer, BoundSite, bind
 from planner.models.running.kv_cache import cache_among
 from planner.models.running.layer_results import hidden_of, with_hidden
 from planner.models.running.patches import ConfigView, Patches
@@ -97,6 +97,7 @@ class MaskedExecutor:
         self.model = model
         self.graph = graph
         self.layers = bind(model, graph)
+        self._attention: dict[int, list[Any]] = {}
 
     @cached_property
     def _branches(self) -> dict[int, list[nn.Module]]:
@@ -115,6 +116,27 @@ class MaskedExecutor:
             found = residual_branches(self.graph, site)
             branches[layer.index] = [self.model.get_submodule(name) for name in found]
         return branches
+
+    def _attention_of(self, layer: BoundLayer) -> list[Any]:
+        """The attention blocks of a layer, by which alone its tokens see one another.
+
+        InputError where they do so otherwise, too, or attention cannot be gated.
+        """
+        if layer.index not in self._attention:
+            inner = [o for o in self.graph if o.part == "decoder" and o.layer == layer.index]
+            kinds = {operator.kind for operator in inner}
+            paths = dict.fromkeys(o.module for o in inner if o.kind == "attention")
+            blocks: list[Any] = [self.model.get_submodule(path) for path in paths]
+            if layer.heads is not None:
+                blocks = [layer.heads.module]
+            others = kinds & {"scan", "conv"} or (not blocks and kinds & {"matmul"})
+            if others or not all(hasattr(block, "config") for block in blocks):
+                raise InputError(
+                    f"tokens cannot be masked in layer {layer.index}: its "
+                    f"{type(layer.module).__name__} mixes them in a way of its own"
+                )
+            self._attention[layer.index] = blocks
+        return self._attention[layer.index]
 
     @contextmanager
     def using(self, gates: Gates, state: TokenState | None = None) -> Iterator[None]:
@@ -139,10 +161,14 @@ class MaskedExecutor:
                 if gates.tokens:
                     enter = partial(state.enter, number, gates.tokens.get(number))
                     hooks.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
-                if gates.tokens and number >= min(gates.tokens) and layer.heads is not None:
-                    block, of_keys = layer.heads.module, partial(state.of, number)
-                    view = ConfigView(block.config, _attn_implementation=MASKED, gates=of_keys)
-                    patches.set(block, "config", view)
+                if gates.tokens and number >= min(gates.tokens):
+                    for block in self._attention_of(layer):
+                        config = getattr(block.config, "original_config", block.config)
+                        of_keys = partial(state.of, number)
+                        view = ConfigView(config, _attn_implementation=MASKED, gates=of_keys)
+                        patches.set(block, "config", view)
+                        check = partial(state.check_asked, number)
+                        hooks.enter_context(block.register_forward_hook(check))
                 if number in gates.layers:
                     gate = gates.layers[number]
                     branches = self._branches.get(number, [])
@@ -207,6 +233,7 @@ class TokenState:
     def __init__(self) -> None:
         self.gates: dict[int, Tensor] = {}
         self.fresh = True
+        self._asked: set[int] = set()
 
     def enter(
         self, layer: int, stage: TokenGates | None, _: nn.Module, args: Any, kwargs: dict[str, Any]
@@ -227,7 +254,17 @@ class TokenState:
 
     def of(self, layer: int) -> Tensor:
         """Gates of keys in a layer, shape (batch, tokens seen)."""
+        self._asked.add(layer)
         return reduce(mul, (gates for stage, gates in self.gates.items() if stage <= layer))
+
+    def check_asked(self, layer: int, block: nn.Module, *_: Any) -> None:
+        """Behind an attention block: raise InputError unless it went by its keys' gates."""
+        if layer not in self._asked:
+            raise InputError(
+                f"tokens cannot be masked in layer {layer}: {type(block).__name__} computes its "
+                "attention itself, past transformers' attention functions"
+            )
+        self._asked.discard(layer)
 
 
 def _attend(
@@ -235,10 +272,12 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     output_attentions: bool = False,
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -251,27 +290,32 @@ def _attend(
         module: the attention block; its config view holds the gates.
         query: shape (batch, heads, queries, head_dim).
         key: shape (batch, kv heads, keys, head_dim), and `value` alike.
-        mask: None, or shape (batch or 1, 1, queries, keys), bool or additive.
+        attention_mask: None, or shape (batch or 1, 1, queries, keys), bool or additive.
         scaling: factor on the scores; None is 1/sqrt(head_dim).
         softcap: bound on the scores.
+        s_aux: shape (heads,): scores of sinks, to which a part of the weights goes.
+        position_bias: shape (batch or 1, heads, queries, keys), added to the scores.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     queries, keys = query.shape[-2], key.shape[-2]
     own = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    mask = attention_mask
     if mask is None:
         mask = own if queries > 1 and getattr(module, "is_causal", True) else own | True
     if mask.dtype == torch.bool:
         # Finite, since rows of padding may have no key at all.
         least = torch.finfo(query.dtype).min
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, least)
+    if position_bias is not None:
+        mask = mask + position_bias
     view: Any = module.config
     gates = view.gates()[:, -keys:].to(query.dtype)
     diagonal = own ^ own.tril(keys - queries - 1)
     gates = torch.where(diagonal, 1, gates[:, None, None, :])
     dropout = dropout if module.training else 0.0
-    if not (gates.requires_grad or output_attentions or softcap):
+    if not (gates.requires_grad or output_attentions or softcap or s_aux is not None):
         attended = nn.functional.scaled_dot_product_attention(
             query, key, value, mask + gates.log(), dropout, scale=scaling
         )
@@ -279,7 +323,12 @@ def _attend(
     scores = query * scaling @ key.mT
     if softcap is not None:
         scores = (scores / softcap).tanh() * softcap
-    weights: Tensor = cast(Any, _GatedSoftmax).apply((scores + mask).float(), gates.float())
+    scores, gates = (scores + mask).float(), gates.float()
+    if s_aux is not None:
+        sinks = s_aux.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], -1)
+        gates = torch.cat([gates, torch.ones_like(gates[..., :1])], -1)
+    weights: Tensor = cast(Any, _GatedSoftmax).apply(scores, gates)[..., :keys]
     weights = nn.functional.dropout(weights.to(query.dtype), p=dropout)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
