@@ -336,6 +336,12 @@ class Scheduled:
             prompt.chosen = self._choose_tokens(self.layout, prompt, kwargs)
             limits, steps = self._left(prompt), self.layout.room[prompt.chosen.options.cpu()]
         token = self.scheduler.token(limits, steps)
+        batch, tokens = kwargs["inputs_embeds"].shape[:2]
+        for name, value in kwargs.items():
+            # What else some decoders are told of every token, such as which ones are of an image.
+            is_known = isinstance(value, Tensor) and value.shape == (batch, tokens)
+            if is_known and name not in ("attention_mask", "position_ids"):
+                kwargs[name] = insertion.into_known(value, 0)
         kwargs["inputs_embeds"] = insertion.into_hidden(kwargs["inputs_embeds"], token)
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = insertion.into_positions(kwargs["position_ids"])

@@ -3,6 +3,7 @@
 import functools
 import json
 from contextlib import ExitStack
+from itertools import product
 
 import pytest
 import torch
@@ -207,20 +208,35 @@ def test_switches_begin_where_they_are_told_to(wide, tmp_path, name, first, step
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "phi"])
-@pytest.mark.parametrize("switches", ["adallava-l", "adallava-h", "adallava-h:unit=2,first=1"])
+@pytest.mark.parametrize(
+    ("name", "switches"),
+    [
+        *product(
+            ["llava", "qwen2_5_vl", "gemma3", "phi"],
+            ["adallava-l", "adallava-h", "adallava-h:unit=2,first=1"],
+        ),
+        # Its decoder is told which tokens are of images, too.
+        ("qwen3_vl", "adallava-l"),
+        ("qwen3_vl", "tokens,layers,heads,mlp"),
+        ("llava_onevision", "tokens,layers,heads,mlp"),
+    ],
+)
 def test_skipping_answers_as_masking_does(name, switches):
     family, graph = with_groups(name)
     scheduler = scheduler_of(graph, switches)
     inputs = family.inputs(batch=3, before=(3, 1), after=(5, 2, 4))
     budgets = [0.5, 0.75, 1.0]
+    seen = inputs["attention_mask"] == 1
+    if "tokens" in switches:
+        # What is computed for tokens that are left out, masked, is of no one's concern.
+        seen &= inputs["input_ids"] != IMAGE
     answers = []
     for mask in (False, True):
         scheduled = Scheduled(family.model, graph, scheduler, mask=mask)
         with scheduled.using(budgets):
             logits = family.model(**inputs).logits
             tokens = family.model.generate(**inputs, max_new_tokens=6, do_sample=False)
-        answers.append((logits[inputs["attention_mask"] == 1], tokens, scheduled.taken))
+        answers.append((logits[seen], tokens, scheduled.taken))
     assert torch.equal(answers[0][2], answers[1][2])
     assert close(answers[0][0], answers[1][0])
     assert torch.equal(answers[0][1], answers[1][1])
