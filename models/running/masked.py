@@ -278,6 +278,7 @@ def _attend(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    is_causal: bool | None = None,
     output_attentions: bool = False,
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -303,7 +304,8 @@ def _attend(
     own = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
     mask = attention_mask
     if mask is None:
-        mask = own if queries > 1 and getattr(module, "is_causal", True) else own | True
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        mask = own if queries > 1 and causal else own | True
     if mask.dtype == torch.bool:
         # Finite, since rows of padding may have no key at all.
         least = torch.finfo(query.dtype).min

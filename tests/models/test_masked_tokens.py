@@ -1,13 +1,16 @@
 """Tokens by gates on their keys: what stock models compute whose attention mask leaves them out."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from architectures import PECULIAR, SIZES
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from planner.ir.errors import InputError
 from planner.ir.lowering import lower_model
-from planner.models.running.masked import Gates, MaskedExecutor
+from planner.models.running.masked import MASKED, Gates, MaskedExecutor
 
 # Without heads that a plan could switch; with sinks; with a mask by keyword; with attention that is
 # written out, capped or of latent keys.
@@ -91,3 +94,17 @@ def test_layers_whose_tokens_see_one_another_otherwise_are_refused(kind):
         MaskedExecutor(model, graph).using(Gates(tokens={0: keep})),
     ):
         model(ids)
+
+
+@pytest.mark.parametrize("causal", [True, False, None])
+def test_attention_without_a_mask_is_causal_where_stock_attention_is(causal):
+    block = torch.nn.Module()
+    block.is_causal, block.num_key_value_groups = True, 2
+    block.config = SimpleNamespace(gates=lambda: torch.ones(2, 5))
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, n, 5, 8, generator=generator) for n in (4, 2, 2))
+    found, expected = (
+        ALL_ATTENTION_FUNCTIONS[name](block, query, key, value, None, is_causal=causal)[0]
+        for name in (MASKED, "sdpa")
+    )
+    torch.testing.assert_close(found, expected)
