@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import select
+import selectors
 import signal
 import socket
 import threading
@@ -249,11 +249,11 @@ def _limit_memory() -> None:
 def _read(reader: int, deadline: float) -> bytes | None:
     """All that is written before the other end closes; None where it does not by the deadline."""
     answer = b""
-    while (left := deadline - time.monotonic()) > 0:
-        if not select.select([reader], [], [], left)[0]:
-            break
-        part = os.read(reader, 1 << 16)
-        if not part:
-            return answer
-        answer += part
+    with selectors.DefaultSelector() as waiting:
+        waiting.register(reader, selectors.EVENT_READ)
+        while (left := deadline - time.monotonic()) > 0 and waiting.select(left):
+            part = os.read(reader, 1 << 16)
+            if not part:
+                return answer
+            answer += part
     return None

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -213,6 +214,22 @@ def children():
     """Processes that this one has started, ended or not."""
     lists = Path("/proc/self/task").glob("*/children")
     return sorted(child for each in lists for child in each.read_text().split())
+
+
+def test_a_process_with_many_files_open_contains_too():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 1200 if hard == resource.RLIM_INFINITY else min(hard, 1200)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+    files = []
+    try:
+        # The system call select knows the first 1024 alone.
+        while not files or files[-1] < min(1030, most - 10):
+            files.append(os.open(os.devnull, os.O_RDONLY))
+        assert contained(lambda: "text", "it") == "text"
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_what_is_contained_leaves_nothing_behind():
