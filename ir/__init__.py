@@ -13,7 +13,7 @@ priced without them.
     graph_text  the Graph as text, and back
     verify      what every Graph must satisfy
     structure   what lowering and passes ask of a Graph, and the rewrites they share
-    vision_tower  the tower, as far as patches can be dropped inside
+    vision_tower  the tower and the projector, as far as patches can be dropped there
     lowering    model -> Graph
     passes      Graph -> Graph
     cost        Graph -> what it costs

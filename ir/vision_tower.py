@@ -1,14 +1,16 @@
-"""The vision tower of a Graph, as far as patches can be dropped between its layers."""
+"""The vision side of a Graph: its tower, as far as patches can be dropped between the layers, and
+its projector, as far as they can be dropped before it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Protocol
 
 from planner.ir.dims import Dim
 from planner.ir.errors import InputError
-from planner.ir.graph import Graph
+from planner.ir.graph import Graph, Operator
 from planner.ir.structure import needed, tiles
 
 
@@ -76,6 +78,63 @@ class VisionTower:
                     f"the vision tower: {stage.keep} of {left} before layer {stage.layer} cannot be"
                 )
             layer, left = stage.layer, stage.keep
+
+
+@dataclass(frozen=True)
+class Projector:
+    """What makes image features of those that the vision tower computes."""
+
+    module: str  # path of the innermost module that holds it
+    source: Operator  # of the vision side: what it is given
+    merges: bool  # whether it computes anything whose rows are not the patches that it makes
+
+    @staticmethod
+    def of(graph: Graph) -> Projector:
+        """The projector of a graph; InputError where none is behind a vision tower."""
+        operators = [o for o in graph if o.part == "projector" and o.module]
+        path = common(o.module for o in operators if o.kind == "linear")
+        inside = [o for o in operators if o.module == path or o.module.startswith(f"{path}.")]
+        sources = [graph.by_name[name] for o in inside for name in o.inputs]
+        source = next((o for o in sources if o.part == "vision"), None)
+        if not path or source is None:
+            raise InputError(
+                f"'{graph.name}' has no projector behind its vision tower; use a selector that "
+                "works in the decoder, such as fastv"
+            )
+        return Projector(path, source, len({str(o.shape[:-1]) for o in inside}) > 1)
+
+    def is_given_cls(self, graph: Graph) -> bool | None:
+        """Whether it comes from a CLS token and patches; None where not even from patches alone."""
+        _, patches = tiles(graph)
+        tokens = self.source.shape[-2]
+        return None if tokens not in (Dim(patches), Dim(patches + 1)) else tokens != Dim(patches)
+
+
+def ranking_attention(
+    graph: Graph, layer: int, selector: str
+) -> tuple[Operator, Operator, Operator]:
+    """(attention, its query's product, its key's) of a layer of the vision tower, -1 the last.
+
+    InputError where the tower does not compute them one by one, so that `selector` cannot rank.
+    """
+    attention = sorted(
+        (o for o in graph if o.part == "vision" and o.kind == "attention"),
+        key=lambda operator: operator.layer or 0,
+    )
+    chosen = attention[layer]
+    query, key = (graph.by_name[name] for name in chosen.inputs[:2])
+    if query.kind != "linear" or key.kind != "linear" or query is key:
+        raise InputError(
+            f"{selector} ranks by the vision tower's queries and keys, which this tower does not "
+            "compute separately"
+        )
+    return chosen, query, key
+
+
+def common(paths: Iterable[str]) -> str:
+    """The innermost module that holds all of them."""
+    levels = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels))
 
 
 def _unfit(graph: Graph, what: str) -> InputError:

@@ -19,11 +19,11 @@ from planner.ir.cost import price, total
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.ir.passes import NarrowPatches, run
-from planner.ir.vision_tower import VisionTower
+from planner.ir.vision_tower import VisionTower, common
 from planner.models.running.attention_blocks import named
 from planner.models.running.encoders import note_left_out
 from planner.models.tokens.selectors import LayerAttention, VisionSelection, select_patches
-from planner.models.tokens.vision_stage import VisionStage, common
+from planner.models.tokens.vision_stage import VisionStage
 from planner.planning.selectors import PatchStage, TowerSelector
 
 _ONE_IMAGE = {"batch": 1, "images": 1}

@@ -9,10 +9,9 @@ stock code does in between (tiles put together, line ends added) moves marks and
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
 from planner.ir.structure import tiles
+from planner.ir.vision_tower import Projector, ranking_attention
 from planner.models.running.attention_blocks import named, names_of
 from planner.models.tokens.selectors import (
     TowerAttention,
@@ -31,13 +31,10 @@ from planner.models.tokens.selectors import (
 )
 from planner.models.tokens.text_tower import TextTower
 from planner.planning.selectors import CDPruner, Needs, TextGuided, VisionSelector
+from planner.planning.selectors.selector import merges_patches
 
 # Argument of models that cut pictures into tiles: (images, 2), height and width.
 _SIZES = "image_sizes"
-_MERGES = (
-    "{} picks patches, and this projector merges neighbouring ones; use a selector that works in "
-    "the decoder, such as fastv"
-)
 
 
 def places(indices: Tensor, patches: int) -> Tensor:
@@ -88,23 +85,14 @@ class VisionStage:
         self._local = _Local()
         self._heads: dict[int, int] = {}
         self._grid = _TileGrid.of(model, graph) if Needs.TILES in selector.needs else None
-        projector, source = _projector(graph)
-        watched = {"features": source}
-        attention = sorted(
-            (o for o in graph if o.part == "vision" and o.kind == "attention"),
-            key=lambda operator: operator.layer or 0,
-        )
+        selector.check_in(graph)
+        projector = Projector.of(graph)
+        # The last addition of a layer is what the layer returns.
+        watched = {"features": projector.source.module}
         for index in self.ranking_layers(graph):
-            query, key = (graph.by_name[name] for name in attention[index].inputs[:2])
-            if query.kind != "linear" or key.kind != "linear" or query is key:
-                raise InputError(
-                    f"{selector.name} ranks by the vision tower's queries and keys, which this "
-                    f"tower does not compute separately"
-                )
-            self._heads[index] = attention[index].integer("heads")
+            attention, query, key = ranking_attention(graph, index, selector.name)
+            self._heads[index] = attention.integer("heads")
             watched |= {f"query {index}": query.module, f"key {index}": key.module}
-        if Needs.PROJECTED not in selector.needs and _mixes_patches(graph, projector):
-            raise InputError(_MERGES.format(selector.name))
         self._hooks = [
             model.get_submodule(path).register_forward_hook(partial(self._keep, what))
             for what, path in watched.items()
@@ -115,7 +103,7 @@ class VisionStage:
                 for module in model.modules()
                 if _SIZES in names_of(type(module))
             ]
-        module = model.get_submodule(projector)
+        module = model.get_submodule(projector.module)
         self._hooks += [
             module.register_forward_pre_hook(self._pick, with_kwargs=True),
             module.register_forward_hook(self._put_back),
@@ -189,7 +177,7 @@ class VisionStage:
     def _check(self, projected: Any, shape: Sequence[int]) -> None:
         """That the projector made one feature of every feature, (runs, patches)."""
         if not isinstance(projected, Tensor) or tuple(projected.shape[:2]) != tuple(shape):
-            raise InputError(_MERGES.format(self.selector.name))
+            raise merges_patches(self.selector.name)
 
     def _inputs(self, features: Tensor, projected: Tensor | None = None) -> VisionInputs:
         runs, patches = features.shape[:2]
@@ -257,36 +245,3 @@ def _text_tower(selector: TextGuided, model: nn.Module) -> TextTower:
             f"that its vision tower is of, as in {selector.name}:clip=FOLDER"
         )
     return TextTower(selector.clip)
-
-
-def _projector(graph: Graph) -> tuple[str, str]:
-    """Module paths of the projector, and of what its features come from."""
-    operators = [o for o in graph if o.part == "projector" and o.module]
-    linears = [o.module for o in operators if o.kind == "linear"]
-    path = common(linears)
-    inside = [o for o in operators if _is_within(o.module, path)]
-    sources = [graph.by_name[name] for o in inside for name in o.inputs]
-    source = next((o for o in sources if o.part == "vision"), None)
-    if not path or source is None:
-        raise InputError(
-            f"'{graph.name}' has no projector behind its vision tower; use a selector that works "
-            f"in the decoder, such as fastv"
-        )
-    # The last addition of a layer is what the layer returns.
-    return path, source.module
-
-
-def _mixes_patches(graph: Graph, projector: str) -> bool:
-    """Whether a projector computes anything whose rows are not the patches that it makes."""
-    inside = [o for o in graph if o.part == "projector" and _is_within(o.module, projector)]
-    return len({str(operator.shape[:-1]) for operator in inside}) > 1
-
-
-def _is_within(module: str, path: str) -> bool:
-    return module == path or module.startswith(f"{path}.")
-
-
-def common(paths: Iterable[str]) -> str:
-    """The innermost module that holds all of them."""
-    levels = zip(*(path.split(".") for path in paths))
-    return ".".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels))

@@ -25,7 +25,12 @@ from planner.planning.graph_cache import lowered_graph
 from planner.planning.pricing import COUNTED, Pricing, compared
 from planner.planning.request import Request
 from planner.planning.scored_stages import Solve, check_scored, solve_scored
-from planner.planning.selectors import parse_kv_policy, patch_stages, scores_by_attention
+from planner.planning.selectors import (
+    VisionSelector,
+    parse_kv_policy,
+    patch_stages,
+    scores_by_attention,
+)
 from planner.planning.selectors.eviction import check_beside, check_policy
 from planner.planning.switches import SwitchSet, with_switches
 from planner.planning.unit_counting import faithful_problem, unfold
@@ -141,6 +146,8 @@ def pose(graph: Graph, request: Request) -> tuple[Pricing, Utilities, Problem]:
         switches = switches.with_selector(
             request.tokens, load.image_tokens, load.image_tokens_per_run, tiles(graph)
         )
+        if isinstance(switches.selector, VisionSelector):
+            switches.selector.check_in(graph)
         last = max(switches.token_layers)
         if last >= graph.layers:
             raise InputError(

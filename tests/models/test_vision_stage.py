@@ -11,6 +11,8 @@ from planner.models.running.skipping import obeying, session_on
 from planner.models.tokens.selectors import TowerAttention, VisionInputs, select_features
 from planner.models.tokens.vision_stage import places
 from planner.plan import TokenStage
+from planner.planning.compiler import plan_graph
+from planner.planning.request import Request
 from planner.planning.selectors import parse
 
 SELECTORS = [
@@ -191,7 +193,7 @@ def test_places_keep_patches_where_they_were():
 @pytest.mark.parametrize(
     ("name", "text", "match"),
     [
-        ("phi", "prumerge", "CLS token"),
+        ("phi", "prumerge:max=0.5", "CLS token"),
         ("mistral3", "visionzip:dominant=2,contextual=1", "does not compute separately"),
         ("llava", "trim", "text tower of CLIP"),
         # Neither looks at the tower, so it is the projector that cannot work on some patches.
@@ -217,3 +219,14 @@ def test_models_that_a_selector_cannot_work_with(lowered_family, name, text, mat
         session.obey([plan_of(graph), plan_of(graph, tokens=(TokenStage(0, 8, 16, "prumerge"),))])
     session.close()
     assert same_state(before, snapshot(family.model))
+    # `planner compile` says so, too, but for what a plan does not know: the folder of a tower.
+    if text != "trim":
+        with pytest.raises(InputError, match=match):
+            plan_graph(graph, Request(name, 0.9, tokens=text, utilities="prior"))
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "internvl"])
+def test_patches_that_are_shuffled_together_cannot_be_ranked(lowered_family, name):
+    _, graph = lowered_family(name)
+    with pytest.raises(InputError, match="merges neighbouring"):
+        plan_graph(graph, Request(name, 0.9, tokens="fastervlm:keep=4", utilities="prior"))

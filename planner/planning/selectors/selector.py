@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.ir.vision_tower import VisionTower
+from planner.ir.vision_tower import Projector, VisionTower, ranking_attention
 from planner.planning.selectors.arguments import Arguments
 
 # Rows, columns and inner size of a product of two matrices: 2 * rows * columns * inner FLOPs.
@@ -171,6 +171,19 @@ class VisionSelector(Positioned):
     def layers(self) -> tuple[int, ...]:
         return (0,)
 
+    def check_in(self, graph: Graph) -> None:
+        """Raise InputError where it cannot work in front of the projector of a graph."""
+        projector = Projector.of(graph)
+        for layer in self.tower_layers:
+            ranking_attention(graph, layer, self.name)
+        if Needs.PROJECTED in self.needs:
+            return
+        has_cls = projector.is_given_cls(graph)
+        if projector.merges or (self.tower_layers and has_cls is None):
+            raise merges_patches(self.name)
+        if self.tower_layers and not (has_cls or self.without_cls):
+            raise without_cls_token(self.name)
+
     def counts_of_picture(self, tiles: int, patches: int) -> tuple[int | None, ...]:
         """As `counts`, for all tiles of one picture, of so many patches each."""
         return tuple(None if count is None else tiles * count for count in self.counts(patches))
@@ -237,6 +250,14 @@ class TowerSelector(VisionSelector):
     @override
     def tower_part(self) -> TowerSelector:
         return self
+
+
+def merges_patches(selector: str) -> InputError:
+    """For a selector of patches, in front of a projector that makes one feature of several."""
+    return InputError(
+        f"{selector} picks patches, and this projector merges neighbouring ones; use a selector "
+        "that works in the decoder, such as fastv"
+    )
 
 
 def without_cls_token(selector: str) -> InputError:
