@@ -20,6 +20,8 @@ from planner.models.scheduling.vision_controller import TokenScores
 from planner.models.tokens.selectors import DecoderInputs
 from planner.plan import Plan
 from planner.planning.budgets import Budget
+from planner.planning.catalog import find_model
+from planner.planning.graph_cache import lowered_graph
 from planner.planning.plan_costs import PlanCosts
 from planner.training.data import SceneQuestions, Turn
 from planner.training.estimators import parse
@@ -54,6 +56,7 @@ from planner.training.experiments.forced_plans import (
 )
 from planner.training.experiments.kept_results import Loaded, Runs
 from planner.training.experiments.published_cells import Published, as_measured, as_published
+from planner.training.recipes import load_recipe
 from planner.training.token_draws import draw_tokens
 
 SWITCHES = "tokens,layers,heads,mlp"
@@ -323,8 +326,6 @@ def test_a_curve_is_stable_where_it_stays_near_its_end(losses, steps):
 
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_variants_have_files_and_configurations_of_their_own(name, tmp_path):
-    from planner.training.recipes import load_recipe
-
     comparison = COMPARISONS[name]
     assert len({(v.name, v.plans) for v in comparison.variants}) == len(comparison.variants)
     assert set(comparison.against) <= {v.name for v in comparison.variants}
@@ -526,6 +527,39 @@ def test_selectors_keep_to_the_budget(base, tmp_path, monkeypatch):
             found = bench.cell(comparison, variant, 0.75)
             assert 0.5 < found["cost_fraction"] <= 0.75, variant.name
     assert "cannot keep to 0.1" in bench.cell(comparison, comparison.variants[5], 0.1)["infeasible"]
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_every_variant_can_learn_at_its_least_budget(tmp_path, name):
+    graph = lowered_graph(find_model("deep-llava", False))[0]
+    load = Workload.default(graph, text_tokens=16, new_tokens=0)
+    for variant in COMPARISONS[name].variants:
+        settings = [f"output_dir={tmp_path}", *variant.settings]
+        _, config = load_recipe(controllers.CONFIG, settings)
+        if variant.selector is None and config.least_budget:
+            layout_of(config.switches, graph).under(load).limit(Budget.of(config.least_budget))
+
+
+def test_a_variant_that_cannot_be_trained_is_no_cell_that_cannot_be_had(base, tmp_path):
+    folder = write_small_llava(tmp_path / "base")
+    settings = (f"model={folder}", "max_steps=1", "batch_size=2", "least_budget=0.01")
+    comparison = COMPARISONS["exp2"]
+    with pytest.raises(InputError, match="'all' cannot be trained: flops=0"):
+        Measuring(tmp_path, 0, 5, settings, print).cell(comparison, comparison.variants[0], 0.9)
+
+
+def test_a_page_can_be_of_cells_that_cannot_be_had_alone(tmp_path):
+    results = {
+        "experiment": "exp1",
+        "title": "Image tokens",
+        "command": "planner experiment exp1",
+        "samples": 4,
+        "rows": [],
+        "infeasible": [{"variant": "fastv", "budget": 0.1, "seed": 0, "infeasible": "too little"}],
+        "differences": [],
+    }
+    write_results(results, tmp_path)
+    assert "fastv at 10%: too little." in (tmp_path / "exp1.md").read_text()
 
 
 def test_a_page_has_its_rows_differences_and_command(tmp_path):

@@ -189,7 +189,7 @@ def comparison_markdown(results: Mapping[str, Any]) -> str:
     """The tables, and how they were made."""
     rows = summary(results["rows"])
     seeds = len({row["seed"] for row in results["rows"]})
-    families = list(rows[0]["families"])
+    families = list(rows[0]["families"]) if rows else []
     # Not all cells were measured with all seeds.
     runs = ["runs"] if len({row["runs"] for row in rows}) > 1 else []
     cells = [

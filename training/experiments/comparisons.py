@@ -44,6 +44,11 @@ def _switches(text: str) -> tuple[str, ...]:
     return (f"switches={text}",)
 
 
+def _fewer_switches(text: str) -> tuple[str, ...]:
+    """Of a variant that cannot keep to the others' least budget: it learns down to its own."""
+    return (*_switches(text), "least_budget=0")
+
+
 _ALL = "tokens,layers,heads,mlp:groups=8"
 # As many steps as the six plans of "static, tuned" take together.
 _LONG_RUN = Variant("all, 900 steps", (*_switches(_ALL), "max_steps=900"))
@@ -69,9 +74,9 @@ COMPARISONS: Mapping[str, Comparison] = {
         "Image tokens: an adaptive controller against selectors",
         (0.8, 0.65, 0.55, 0.45, 0.35),
         (
-            Variant("adaptive", _switches("tokens")),
-            Variant("uniform, trained", _switches("tokens:scorer=uniform")),
-            Variant("random, trained", _switches("tokens:scorer=random")),
+            Variant("adaptive", _fewer_switches("tokens")),
+            Variant("uniform, trained", _fewer_switches("tokens:scorer=uniform")),
+            Variant("random, trained", _fewer_switches("tokens:scorer=random")),
             Variant("prumerge", selector=lambda n, of: f"prumerge:max={n / of}"),
             Variant("prumerge+", selector=lambda n, of: f"prumerge+:ratio={n / of}"),
             Variant("fastv", selector=lambda n, of: f"fastv:k=2,r={1 - n / of}"),
@@ -93,10 +98,10 @@ COMPARISONS: Mapping[str, Comparison] = {
             Variant("oracle", _switches(_ALL), plans="oracle"),
             Variant("all, same switches", _switches(_ALL), plans="same switches"),
             Variant("all, tokens on a grid", _switches(_ALL), plans="grid"),
-            Variant("tokens", _switches("tokens")),
-            Variant("depth+width", _switches("tokens,layers,heads,mlp:groups=8,scorer=all")),
-            Variant("width", _switches("tokens,heads,mlp:groups=8,scorer=all")),
-            Variant("depth", _switches("tokens,layers:scorer=all")),
+            Variant("tokens", _fewer_switches("tokens")),
+            Variant("depth+width", _fewer_switches("tokens,layers,heads,mlp:groups=8,scorer=all")),
+            Variant("width", _fewer_switches("tokens,heads,mlp:groups=8,scorer=all")),
+            Variant("depth", _fewer_switches("tokens,layers:scorer=all")),
             Variant("static, tuned", _switches(_ALL), plans="tuned"),
             Variant("all, tuned", _switches(_ALL), plans="tuned controller"),
             # Both know what *all* has learned: a static plan is chosen on its weights. Without

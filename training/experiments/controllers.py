@@ -105,8 +105,12 @@ class Measuring(Bench):
     # -- models ------------------------------------------------------------------------------
 
     def variant_trained(self, comparison: Comparison, variant: Variant) -> Path:
-        """The folder of a variant's model, trained before or now."""
-        return self._train(comparison, variant, variant.name)
+        """The folder of a variant's model, trained before or now; InputError where it cannot be."""
+        try:
+            return self._train(comparison, variant, variant.name)
+        except Infeasible as why:
+            # No cell of it could be had, at any budget.
+            raise InputError(f"'{variant.name}' cannot be trained: {why}") from None
 
     def is_trained(self, variant: Variant) -> bool:
         """Whether a variant's model was trained here before."""

@@ -68,7 +68,8 @@ def _plot_accuracies(axes: Any, rows: Rows) -> None:
     axes.set_xlabel("FLOPs of the prefill, language model, fraction of the base model")
     axes.set_ylabel("accuracy, %")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", frameon=False, fontsize=8)
+    if lines:
+        axes.legend(loc="lower right", frameon=False, fontsize=8)
 
 
 def _plot_losses(axes: Any, rows: Rows, window: int) -> None:
