@@ -121,6 +121,11 @@ def ranking_attention(
         (o for o in graph if o.part == "vision" and o.kind == "attention"),
         key=lambda operator: operator.layer or 0,
     )
+    if not -len(attention) <= layer < len(attention):
+        raise InputError(
+            f"{selector} ranks by attention in layer {layer} of the vision tower, and this one "
+            f"attends in {len(attention)} of them"
+        )
     chosen = attention[layer]
     query, key = (graph.by_name[name] for name in chosen.inputs[:2])
     if query.kind != "linear" or key.kind != "linear" or query is key:

@@ -39,7 +39,9 @@ def eval_command(
     split: Annotated[Split, typer.Option(help="Of the scenes.")] = "test",
     families: Annotated[
         str | None,
-        typer.Option(metavar="LIST", help="Kinds of questions, such as existence,count; or all."),
+        typer.Option(
+            metavar="LIST", help="Kinds of questions, such as existence,count [default: all]."
+        ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Questions asked together.")] = 64,
     mask: Annotated[

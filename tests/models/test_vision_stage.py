@@ -7,6 +7,7 @@ from plans import plan_of
 from restored import same_state, snapshot
 
 from planner.ir.errors import InputError
+from planner.ir.vision_tower import ranking_attention
 from planner.models.running.skipping import obeying, session_on
 from planner.models.tokens.selectors import TowerAttention, VisionInputs, select_features
 from planner.models.tokens.vision_stage import places
@@ -223,6 +224,14 @@ def test_models_that_a_selector_cannot_work_with(lowered_family, name, text, mat
     if text != "trim":
         with pytest.raises(InputError, match=match):
             plan_graph(graph, Request(name, 0.9, tokens=text, utilities="prior"))
+
+
+def test_a_tower_with_fewer_layers_than_a_selector_ranks_by(lowered_family):
+    _, graph = lowered_family("llava")
+    shallow = [o for o in graph if o.part != "vision" or o.kind != "attention" or not o.layer]
+    graph = graph.replacing(shallow, graph.sites)
+    with pytest.raises(InputError, match="layer -2 of the vision tower, and this one attends in 1"):
+        ranking_attention(graph, -2, "fastervlm")
 
 
 @pytest.mark.parametrize("name", ["smolvlm", "internvl"])
