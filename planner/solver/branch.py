@@ -204,7 +204,7 @@ class Tables:
         )
         self._pairs = self._paired() if problem.pairs else None
         # Switches of every site, the most useful first; and, once asked for, the best few of them.
-        self._ranked = [ranked(site.utilities) for site in problem.sites]
+        self._ranked = [ranked(site.utilities) for site in self.problem.sites]
         self._best: dict[tuple[int, int], tuple[int, ...]] = {}
         self._names = [site.name for site in problem.sites]
 

@@ -58,6 +58,22 @@ def test_optimum_is_that_of_enumeration_when_cp_sat_does_all_the_work(monkeypatc
     run()
 
 
+@pytest.mark.parametrize(("worse", "better"), [(-1.0, 0.0), (-1.0, -0.5), (-1.0, 2.0)])
+def test_of_switches_that_cost_utility_the_least_harmful_is_kept(worse, better):
+    """One has to stay and two do not fit, so what the worse one is worth is out of reach."""
+    costs = np.array([[[0, 0, 1]]])
+    site = SiteChoices("0.0", np.array([worse, better]), costs, minimum=1)
+    problem = Problem(
+        ("metric",),
+        np.array([0]),
+        (TokenOption((1,), 0.0, np.array([0])),),
+        (LayerChoices("0", 0.0, np.array([[0]]), (site,), optional=False),),
+    )
+    solution = solve(problem)
+    assert solution.choice.kept == {"0.0": (1,)}
+    assert_optimal(problem, solution, better)
+
+
 @pytest.mark.parametrize("tables", ["equal", "rounded", "stairs", "random"])
 @pytest.mark.parametrize("utilities", ["gamma", "whole", "uniform"])
 @pytest.mark.parametrize("alike", [True, False], ids=["alike", "different"])
