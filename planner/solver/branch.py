@@ -51,7 +51,8 @@ class Scale:
         summed = np.concatenate([layers, pairs, *losses, *sites])
         tokens = np.array([token.utility for token in problem.tokens], dtype=np.float64)
         most = math.fsum(np.abs(summed).tolist()) + float(np.abs(tokens).max())
-        exponent = _UTILITY_BITS - math.frexp(most)[1] if most else 0
+        # Where all is worth nothing, nothing is negligible.
+        exponent = _UTILITY_BITS - math.frexp(most or sys.float_info.min)[1]
         error = math.fsum(_rounding(summed, exponent).tolist())
         return Scale(exponent, math.ceil(error + float(_rounding(tokens, exponent).max())))
 

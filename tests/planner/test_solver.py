@@ -16,8 +16,9 @@ from problems import (
 
 from planner.ir.errors import InputError
 from planner.solver import Infeasible, search, solve
-from planner.solver.branch import Tables
+from planner.solver.branch import Scale, Tables
 from planner.solver.problem import Choice, LayerChoices, Problem, SiteChoices, TokenOption
+from planner.solver.reach import within_reach
 from planner.solver.relaxation import relax
 
 
@@ -72,6 +73,9 @@ def test_of_switches_that_cost_utility_the_least_harmful_is_kept(worse, better):
     solution = solve(problem)
     assert solution.choice.kept == {"0.0": (1,)}
     assert_optimal(problem, solution, better)
+    # Had it kept the other one, its own bound would tell.
+    scale = Scale.of(within_reach(problem))
+    assert solution.bound - worse > 0.1 * max(abs(worse), scale.negligible)
 
 
 @pytest.mark.parametrize("tables", ["equal", "rounded", "stairs", "random"])
