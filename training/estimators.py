@@ -9,7 +9,7 @@ there is no candidate. So every sample keeps to its limit and leaves no room for
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -87,16 +87,22 @@ def _prices(costs: Costs, user: str, like: Tensor) -> Tensor:
 
 def gumbel(like: Tensor, noise: Noise) -> Tensor:
     """Standard Gumbel noise in float32, which is -log of exponential noise."""
+    drawn = _random(like, like.shape[1], noise, Tensor.exponential_, torch.float32)
+    return -drawn.clamp_(min=torch.finfo(torch.float32).tiny).log()
+
+
+def _random(
+    like: Tensor, columns: int, noise: Noise, fill: Callable[..., Tensor], dtype: torch.dtype
+) -> Tensor:
+    """Rows of noise for the rows of `like`, on its device: `fill` is, say, `Tensor.uniform_`."""
     if isinstance(noise, Sequence):
         rows = [
-            torch.empty(like.shape[1], device=each.device).exponential_(generator=each)
+            fill(torch.empty(columns, dtype=dtype, device=each.device), generator=each)
             for each in noise
         ]
-        drawn = torch.stack(rows).to(like.device)
-    else:
-        drawn = torch.empty_like(like, dtype=torch.float32, requires_grad=False)
-        drawn.exponential_(generator=noise)
-    return -drawn.clamp_(min=torch.finfo(torch.float32).tiny).log()
+        return torch.stack(rows).to(like.device)
+    empty = torch.empty((len(like), columns), dtype=dtype, device=like.device)
+    return fill(empty, generator=noise)
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
@@ -237,18 +243,11 @@ class Simple(Estimator):
 
     @override
     def draw(self, logits: Tensor, costs: Costs, limits: Tensor, noise: Noise = None) -> Drawn:
-        if isinstance(noise, Sequence):
-            # Subsets of a batch are counted in one unit, so samples are drawn one by one.
-            samples = zip(logits[:, None], limits[:, None], noise, strict=True)
-            rows = [
-                self.draw(row.to(one.device), costs.of_sample(index), limit.to(one.device), one)
-                for index, (row, limit, one) in enumerate(samples)
-            ]
-            return Drawn(torch.cat([row.gates for row in rows]).to(logits.device))
         check_limits(limits)
         prices = _prices(costs, self.name, logits)
         subsets = Subsets.of(logits, prices, limits, self.columns)
-        sampled = subsets.sample(noise)
+        chance = _random(logits, logits.shape[1] + 2, noise, Tensor.uniform_, torch.float64)
+        sampled = subsets.sample(chance)
         left = limits.to(logits.device) - torch.where(sampled, prices, 0).sum(-1)
         taken = take_best(logits, sampled, costs, left)
         gates = taken.float()

@@ -30,7 +30,7 @@ class Subsets:
     costs: Tensor  # shape (batch, items), int64, ascending; more than the limit counts as limit + 1
     limits: Tensor  # shape (batch,), int64
     order: Tensor  # shape (batch, items): which item stands at each place
-    exact: bool  # whether costs are as given, and not rounded up to coarser units
+    exact: bool  # whether all costs are as given, and not rounded up to coarser units
 
     @staticmethod
     def of(weights: Tensor, costs: Tensor, limits: Tensor, columns: int) -> Subsets:
@@ -40,21 +40,21 @@ class Subsets:
             weights: shape (batch, items), log-weights; may have a gradient.
             costs: shape (batch, items), int64, not negative.
             limits: shape (batch,), int64, not negative.
-            columns: count the limit in at most so many steps. Costs are divided by their greatest
-                common divisor, or, where that is not enough, by a larger unit and rounded up.
+            columns: count each limit in at most so many steps. A row's costs are divided by their
+                greatest common divisor, or, where that is not enough, by a larger unit and rounded
+                up; so what a row's distribution is does not depend on its batch.
         """
         limits = limits.to(weights.device)
         costs = torch.minimum(costs, limits[:, None] + 1)
-        largest = max(int(limits.max()), 1)
         fitting = torch.where(costs > limits[:, None], 0, costs)
-        unit = max(int(np.gcd.reduce(fitting.cpu().numpy(), axis=None)), 1)
-        exact = largest // unit <= columns
-        if not exact:
-            unit = -(-largest // columns)
+        common = np.gcd.reduce(fitting.cpu().numpy(), axis=1, initial=0)
+        unit = torch.from_numpy(common).to(limits).clamp(min=1)
+        coarse = limits // unit > columns
+        unit = torch.where(coarse, -(-limits // columns), unit)
         limits = limits // unit
-        costs = torch.minimum(-(-costs // unit), limits[:, None] + 1)
+        costs = torch.minimum(-(-costs // unit[:, None]), limits[:, None] + 1)
         costs, order = costs.sort(dim=-1, stable=True)
-        return Subsets(weights.double().gather(1, order), costs, limits, order, exact)
+        return Subsets(weights.double().gather(1, order), costs, limits, order, not coarse.any())
 
     @cached_property
     def _totals(self) -> list[Tensor]:
@@ -84,19 +84,23 @@ class Subsets:
         zero = self.weights.new_zeros(len(self.weights), 1)
         weight = torch.cat([zero, self.weights.cumsum(-1)], 1)
         cost = torch.cat([zero.long(), self.costs.cumsum(-1)], 1)
-        classes = [self._window(place, cost[:, place]).logsumexp(-1) for place in range(items)]
+        classes = [
+            self._filling(self._totals[place + 1], self.costs[:, place], cost[:, place]).logsumexp(
+                -1
+            )
+            for place in range(items)
+        ]
         whole = zero[:, 0].masked_fill(cost[:, -1] > self.limits, _LOG_ZERO)
         return weight + torch.stack([*classes, whole], 1), cost
 
-    def _window(self, place: int, spent: Tensor) -> Tensor:
-        """Log-weights of the items after a place by total cost, where they fill up what is left.
+    def _filling(self, totals: Tensor, lacking: Tensor, spent: Tensor) -> Tensor:
+        """Of log-weights by total cost, (batch, columns), those that fill up what is left.
 
-        Without the item at that place, and `spent` (batch,) on those before; log 0 elsewhere.
+        Without an item of cost `lacking` (batch,), and `spent` (batch,) already; log 0 elsewhere.
         """
-        totals = self._totals[place + 1]
         column = torch.arange(totals.shape[1], device=totals.device)
         left = (self.limits - spent)[:, None]
-        fills = (column <= left) & (column > left - self.costs[:, place, None])
+        fills = (column <= left) & (column > left - lacking[:, None])
         return totals.masked_fill(~fills, _LOG_ZERO)
 
     @cached_property
@@ -115,39 +119,49 @@ class Subsets:
         (found,) = torch.autograd.grad(total, self.weights, create_graph=True)
         return torch.zeros_like(found).scatter(1, self.order, found)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """One subset for each row; shape (batch, items), bool, in the order given to `of`."""
+    def sample(self, uniform: Tensor) -> Tensor:
+        """One subset for each row; shape (batch, items), bool, in the order given to `of`.
+
+        `uniform`: shape (batch, items + 2), in [0, 1), what chance decides.
+        """
         # Outside `no_grad`: what is remembered here, marginals are differentiated through.
         classes, spent = self._classes
         with torch.no_grad():
-            taken = self._sample(classes, spent, generator)
+            taken = self._sample(classes, spent, uniform.to(self.weights))
         return torch.zeros_like(taken).scatter(1, self.order, taken)
 
-    def _sample(self, classes: Tensor, spent: Tensor, generator: torch.Generator | None) -> Tensor:
-        """By places: first the class, then the total after the missing item, then what makes it."""
+    def _sample(self, classes: Tensor, spent: Tensor, uniform: Tensor) -> Tensor:
+        """First the class, then the total after the missing item, then what makes it."""
         items = self.weights.shape[1]
-        missing = _categorical(classes, generator)
+        missing = _categorical(classes, uniform[:, -1])
         taken = torch.arange(items, device=classes.device) < missing[:, None]
+        # Of a row that lacks none, nothing comes after any item, and the total is not used.
+        first = missing.clamp(max=items - 1)
+        after = torch.stack([self._totals[p + 1][row] for row, p in enumerate(first.tolist())])
+        lacking, before = (each.gather(1, first[:, None])[:, 0] for each in (self.costs, spent))
+        total = _categorical(self._filling(after, lacking, before), uniform[:, -2])
         left = torch.zeros_like(missing)
         for place in range(items):
-            total = _categorical(self._window(place, spent[:, place]), generator)
             after = self._totals[place + 1]
             rest = left - self.costs[:, place]
-            with_it = self.weights[:, place] + _at(after, rest)
-            chance = torch.sigmoid(with_it - _at(after, left))
-            drawn = torch.rand(chance.shape, generator=generator, device=chance.device) < chance
-            drawn &= (missing < place) & (rest >= 0)
+            with_it = self.weights[:, place] + _reached(after, rest)
+            chance = torch.sigmoid(with_it - _reached(after, left))
+            drawn = (uniform[:, place] < chance) & (missing < place) & (rest >= 0)
             taken[:, place] |= drawn
             left = torch.where(missing == place, total, torch.where(drawn, rest, left))
         return taken
 
 
-def _at(totals: Tensor, cost: Tensor) -> Tensor:
-    """One column of each row, log 0 where there is none."""
+def _reached(totals: Tensor, cost: Tensor) -> Tensor:
+    """Log-weight (batch,) of each row at its cost, log 0 where that is negative."""
     found = totals.gather(1, cost.clamp(min=0)[:, None])[:, 0]
     return found.masked_fill(cost < 0, _LOG_ZERO)
 
 
-def _categorical(weights: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One index for each row of log-weights, (batch, n)."""
-    return torch.multinomial(weights.softmax(-1), 1, generator=generator)[:, 0]
+def _categorical(weights: Tensor, uniform: Tensor) -> Tensor:
+    """One index for each row of log-weights, (batch, n), by inversion; `uniform` is (batch,)."""
+    up_to = weights.softmax(-1).cumsum(-1)
+    whole = up_to[:, -1:].contiguous()
+    drawn = torch.searchsorted(up_to, uniform[:, None] * whole, right=True)
+    # The product may be rounded up to the whole, beyond which there is nothing.
+    return torch.minimum(drawn, torch.searchsorted(up_to, whole))[:, 0]

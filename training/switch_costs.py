@@ -32,10 +32,6 @@ class Costs(ABC):
     def of_next(self, taken: Tensor) -> Tensor:
         """Cost of adding each switch, (batch, switches), int64; of those taken, anything."""
 
-    @abstractmethod
-    def of_sample(self, index: int) -> Costs:
-        """The costs of one sample, where they are not the same for all."""
-
     @staticmethod
     @abstractmethod
     def together(each: Sequence[Any]) -> Costs:
@@ -67,10 +63,6 @@ class AdditiveCosts(Costs):
     @override
     def of_next(self, taken: Tensor) -> Tensor:
         return self.prices.to(taken.device).expand(taken.shape)
-
-    @override
-    def of_sample(self, index: int) -> AdditiveCosts:
-        return self if len(self.prices) == 1 else AdditiveCosts(self.prices[[index]])
 
     @staticmethod
     @override
@@ -128,10 +120,6 @@ class SiteCosts(Costs):
             steps[:, number, : table.shape[1]] = table
         index = torch.tensor([needs, group], dtype=torch.int64)
         return SiteCosts(index[0], index[1], torch.from_numpy(steps))
-
-    @override
-    def of_sample(self, index: int) -> SiteCosts:
-        return self if len(self.steps) == 1 else replace(self, steps=self.steps[[index]])
 
     @staticmethod
     @override

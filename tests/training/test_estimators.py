@@ -139,6 +139,23 @@ def test_simple_samples_what_it_says(costs, limit):
     assert drawn.log_probability[0].exp().item() == pytest.approx(expected[sets.index(tuple(one))])
 
 
+@given(knapsack=knapsacks(), columns=st.sampled_from([7, 1024]))
+@settings(deadline=None, max_examples=60)
+def test_a_row_of_simple_does_not_depend_on_its_batch(knapsack, columns):
+    logits, costs, limits = knapsack
+    parsed = parse(f"simple:columns={columns}")
+    seeds = range(len(logits))
+    drawn = parsed.draw(logits, AdditiveCosts(costs), limits, [generator(seed) for seed in seeds])
+    marginals = Subsets.of(logits.requires_grad_(), costs, limits, columns).marginals()
+    for row in seeds:
+        one = slice(row, row + 1)
+        prices = AdditiveCosts(costs[one])
+        alone = parsed.draw(logits[one], prices, limits[one], [generator(row)])
+        assert torch.equal(drawn.taken[one], alone.taken)
+        found = Subsets.of(logits[one], costs[one], limits[one], columns).marginals()
+        torch.testing.assert_close(found, marginals[one])
+
+
 @pytest.mark.parametrize("name", ["gumbel", "gumbel-topk"])
 @pytest.mark.parametrize(("costs", "limit"), CASES)
 def test_gumbel_draws_orders_with_their_probability(name, costs, limit):
