@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
@@ -29,7 +29,7 @@ from planner.planning.budgets import Budget
 from planner.planning.compiler import plan_graph
 from planner.planning.plan_costs import PlanCosts
 from planner.planning.request import Request
-from planner.planning.selectors import stages_of
+from planner.planning.selectors import selector_of, stages_of
 from planner.progress import Progress
 from planner.spread import Here, Spread, in_order
 from planner.training.data import Conversation, Turn
@@ -212,29 +212,44 @@ class UnderBudgets:
             measured = self._scheduled(scheduled, budget, progress)
         return {"budget": budget, **measured}
 
+    def under(
+        self, plan: Plan, progress: Progress = lambda done, total: None
+    ) -> tuple[dict[str, Any], float]:
+        """What `evaluate` measures under one plan, and the mean FLOPs, as of `measure`."""
+        measured, asked = self._ask(partial(_ask_under, plan), progress)
+        kept = Counter(kept for batch in asked for kept in batch.kept)
+        costs = PlanCosts(self.loaded.graph, self.workload, "llm")
+        fractions = [costs.of(plan, dict(left))["flops"]["fraction"] for left in kept]
+        return measured, float(np.average(fractions, weights=list(kept.values())))
+
     def _ask(
         self, make: Callable[[Deciding], _Ask], progress: Progress
-    ) -> tuple[dict[str, Any], list[Tensor]]:
-        """What `evaluate` measures, and what was decided for every prompt."""
+    ) -> tuple[dict[str, Any], list[_Asked]]:
+        """What `evaluate` measures, and what became of every batch."""
         spread = self.spread or Here(self.loaded)
-        found = in_order(spread, make, self._batches.contents, progress)
-        answers = self._batches.in_place(said for said, _ in found)
-        return summarise(self.samples, answers), [row for _, rows in found for row in rows]
+        asked = in_order(spread, make, self._batches.contents, progress)
+        answers = self._batches.in_place(batch.answers for batch in asked)
+        return summarise(self.samples, answers), asked
 
     def _scheduled(self, scheduled: Scheduled, budget: float, progress: Progress) -> dict[str, Any]:
         using = budget, self.stages, self.workload
         with scheduled.using(*using):
             layout = scheduled.layout
-        measured, decisions = self._ask(partial(_ask_scheduled, using), progress)
+        measured, asked = self._ask(partial(_ask_scheduled, using), progress)
+        decisions = [row for batch in asked for row in batch.decided]
         base = scheduled.base(self.stages)
         costs = PlanCosts(self.loaded.graph, self.workload, "llm")
-        rows, times = torch.stack(decisions).unique(dim=0, return_counts=True)
-        fractions = [layout.flops_fraction(row, base, costs) for row in rows]
+        rows, numbers = torch.stack(decisions).unique(dim=0, return_inverse=True)
+        kept = [left for batch in asked for left in batch.kept]
+        prompts = Counter(zip(numbers.tolist(), kept, strict=True))
+        fractions = [
+            layout.flops_fraction(rows[number], base, costs, dict(left)) for number, left in prompts
+        ]
         limit = layout.limit(Budget.of(budget))
         spent = [layout.spent(row) for row in decisions]
         return {
             **measured,
-            "cost_fraction": float(np.average(fractions, weights=times)),
+            "cost_fraction": float(np.average(fractions, weights=list(prompts.values()))),
             "plans": len(rows),
             "violations": sum(used > limit for used in spent),
             "utilisation": layout.utilisation(spent, limit),
@@ -243,35 +258,69 @@ class UnderBudgets:
     def _static(self, budget: float, progress: Progress) -> dict[str, Any]:
         request = replace(self.request, budget=budget, scope="llm")
         plan = plan_graph(self.loaded.graph, request).plan
-        measured, _ = self._ask(partial(_ask_under, plan), progress)
+        measured, share = self.under(plan, progress)
         return {
             **measured,
-            "cost_fraction": plan.cost["flops"]["fraction"],
+            "cost_fraction": share,
             "plans": 1,
             "violations": 0,
             "utilisation": min(plan.utilisation.values(), default=1.0),
         }
 
 
-# Asks a batch: the answers, and what a scheduler decided for them.
-_Ask = Callable[[Sequence[Conversation]], tuple[list[str], list[Tensor]]]
+# What an adaptive selector left of a prompt: layers of its stages, each with image tokens.
+_Kept = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What became of a batch, a prompt each."""
+
+    answers: list[str]
+    kept: list[_Kept]
+    decided: list[Tensor] = field(default_factory=list)  # by a scheduler
+
+
+_Ask = Callable[[Sequence[Conversation]], _Asked]
 
 
 def _ask_under(plan: Plan, loaded: Deciding) -> _Ask:
-    def ask(batch: Sequence[Conversation]) -> tuple[list[str], list[Tensor]]:
-        with obeying(loaded.model, loaded.graph, plan, freeze=True):
-            return _generate(loaded.model, loaded.processor, batch), []
+    def ask(batch: Sequence[Conversation]) -> _Asked:
+        with obeying(loaded.model, loaded.graph, plan, freeze=True) as session:
+            answers = _generate(loaded.model, loaded.processor, batch)
+            found = session.implementation.kept_image_tokens
+        return _Asked(answers, _kept(batch, plan.tokens, found))
 
     return ask
 
 
 def _ask_scheduled(using: tuple[Any, ...], loaded: Deciding) -> _Ask:
-    scheduled = loaded.scheduled
+    scheduled, stages = loaded.scheduled, using[1]
     assert scheduled is not None
 
-    def ask(batch: Sequence[Conversation]) -> tuple[list[str], list[Tensor]]:
+    def ask(batch: Sequence[Conversation]) -> _Asked:
         with scheduled.using(*using):
             answers = _generate(loaded.model, loaded.processor, batch)
-            return answers, [row.cpu() for taken in scheduled.decisions for row in taken]
+            decided = [row.cpu() for taken in scheduled.decisions for row in taken]
+            return _Asked(answers, _kept(batch, stages, scheduled.kept_image_tokens), decided)
 
     return ask
+
+
+def _kept(
+    batch: Sequence[Conversation], stages: Sequence[TokenStage], found: Mapping[int, Sequence[int]]
+) -> list[_Kept]:
+    """For each prompt of a batch, given what was found at the layers of token stages.
+
+    Other selectors keep what their stages say. So do prompts without a picture, which have nothing
+    to keep, and are counted as if they had one.
+    """
+    adaptive = [s for s in stages if s.layer in found and selector_of(s).is_adaptive]
+    return [
+        tuple(
+            (s.layer, min(s.keep, found[s.layer][row]))
+            for s in adaptive
+            if sample.image is not None
+        )
+        for row, sample in enumerate(batch)
+    ]

@@ -8,7 +8,7 @@ half always runs and carries the latency token to the scheduler. A budget is a n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -192,12 +192,14 @@ class Layout(ABC):
             kept += [(site, on.nonzero().flatten().tolist()) for site, on in sites.items()]
         return replace(base, layers_off=tuple(off)).keeping(kept)
 
-    def flops_fraction(self, row: Tensor, base: Plan, costs: PlanCosts) -> float:
+    def flops_fraction(
+        self, row: Tensor, base: Plan, costs: PlanCosts, kept: Mapping[int, int] | None = None
+    ) -> float:
         """FLOPs of a prefill under one decision, over the base model's; `costs` are of the prompt.
 
-        They are worked out anew, from the plan.
+        They are worked out anew, from the plan. `kept`: as of `PlanCosts.of`.
         """
-        return costs.of(self.plan(row, base))["flops"]["fraction"]
+        return costs.of(self.plan(row, base), kept)["flops"]["fraction"]
 
     def utilisation(self, spent: Sequence[int], limit: int) -> float:
         """The mean share of the budget that is used, with what always runs; 1 if it is 0."""

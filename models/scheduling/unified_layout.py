@@ -11,7 +11,7 @@ The controller's own cost is part of every plan: its products, and the latency t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Self
@@ -265,9 +265,11 @@ class UnifiedSwitches(PricedSwitches):
         return self.inner.plan(taken[1:], replace(base, tokens=self.stages_of(int(taken[0]))))
 
     @override
-    def flops_fraction(self, row: Tensor, base: Plan, costs: PlanCosts) -> float:
+    def flops_fraction(
+        self, row: Tensor, base: Plan, costs: PlanCosts, kept: Mapping[int, int] | None = None
+    ) -> float:
         load = replace(costs.workload, text_tokens=costs.workload.text_tokens + 1)
-        found = replace(costs, workload=load).of(self.plan(row, base))["flops"]["plan"]
+        found = replace(costs, workload=load).of(self.plan(row, base), kept)["flops"]["plan"]
         own = self.inner.pricing.products(self.overhead(int(row[0])))[0]
         dense = costs.of(Plan.of(self.graph))["flops"]["base"]
         return (found + float(own)) / dense

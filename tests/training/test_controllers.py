@@ -23,6 +23,7 @@ from planner.planning.budgets import Budget
 from planner.planning.catalog import find_model
 from planner.planning.graph_cache import lowered_graph
 from planner.planning.plan_costs import PlanCosts
+from planner.training import evaluate
 from planner.training.data import SceneQuestions, Turn
 from planner.training.estimators import parse
 from planner.training.evaluate import MAX_NEW_TOKENS, predict, score
@@ -519,7 +520,7 @@ def test_cells_are_measured_once(tmp_path, monkeypatch):
 
 def test_selectors_keep_to_the_budget(base, tmp_path, monkeypatch):
     monkeypatch.setattr(Measuring, "load", lambda self, name: Loaded(*base))
-    monkeypatch.setattr(controllers, "predict", lambda model, processor, asked: ["?"] * len(asked))
+    monkeypatch.setattr(evaluate, "_generate", lambda model, processor, asked: ["?"] * len(asked))
     bench = Measuring(tmp_path, 0, 5, (), print)
     comparison = COMPARISONS["exp1"]
     for variant in comparison.variants:
@@ -527,6 +528,18 @@ def test_selectors_keep_to_the_budget(base, tmp_path, monkeypatch):
             found = bench.cell(comparison, variant, 0.75)
             assert 0.5 < found["cost_fraction"] <= 0.75, variant.name
     assert "cannot keep to 0.1" in bench.cell(comparison, comparison.variants[5], 0.1)["infeasible"]
+
+
+def test_an_adaptive_selector_costs_what_it_keeps(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(Measuring, "load", lambda self, name: Loaded(*base))
+    bench = Measuring(tmp_path, 0, 5, (), print)
+    comparison = COMPARISONS["exp1"]
+    variants = {variant.name: variant for variant in comparison.variants}
+    capped, more = (bench.cell(comparison, variants["prumerge"], at) for at in (0.8, 0.7))
+    # The attention of a random tower leaves few patches, far from either cap.
+    assert capped["cost_fraction"] == more["cost_fraction"] < 0.6
+    fixed = bench.cell(comparison, variants["uniform"], 0.8)
+    assert 0.6 < fixed["cost_fraction"] <= 0.8
 
 
 @pytest.mark.parametrize("name", COMPARISONS)

@@ -18,18 +18,18 @@ from torch import Tensor
 from planner.ir.cost import Workload
 from planner.ir.errors import InputError
 from planner.ir.graph import Graph
-from planner.models.running.skipping import obeying
-from planner.models.scheduling import Scheduled, UnifiedSwitches, load_scheduler
+from planner.models.scheduling import Deciding, Scheduled, UnifiedSwitches, load_scheduler
 from planner.plan import Plan
 from planner.planning.budgets import Budget
 from planner.planning.plan_costs import PlanCosts
+from planner.planning.request import Request
 from planner.planning.selectors import stages_of
 from planner.solver import Infeasible
 from planner.training import unified
 from planner.training.adallava import Learner
 from planner.training.config import CONFIGS
 from planner.training.data import SceneQuestions
-from planner.training.evaluate import TEXT_TOKENS, predict, score
+from planner.training.evaluate import TEXT_TOKENS, UnderBudgets
 from planner.training.experiments.comparisons import Comparison, Variant
 from planner.training.experiments.forced_plans import (
     Answered,
@@ -278,11 +278,12 @@ class Measuring(Bench):
         else:
             raise Infeasible(f"{variant.name} cannot keep to {budget:g}")
         questions = self.questions("test", self.samples)
-        with obeying(known.model, graph, plan):
-            answers = predict(known.model, known.processor, questions)
-        right = [score(q.turns[0], a) for q, a in zip(questions, answers, strict=True)]
+        deciding = Deciding(known.model, known.processor, graph)
+        request = Request("model", text_tokens=TEXT_TOKENS, new_tokens=0)
+        # An adaptive selector may keep less than its plan counts with.
+        found, share = UnderBudgets(deciding, questions, request).under(plan)
         used = {"cost_fraction": share, "utilisation": share / budget}
-        return {**_summary(np.array(right)), **used, "violations": 0, "plans": 1}
+        return {**_summary(np.array(found["scores"])), **used, "violations": 0, "plans": 1}
 
 
 def static_beside(comparison: Comparison, variant: Variant) -> Variant:

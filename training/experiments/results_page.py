@@ -69,7 +69,9 @@ def _plot_accuracies(axes: Any, rows: Rows) -> None:
     axes.set_ylabel("accuracy, %")
     axes.grid(alpha=0.3)
     if lines:
-        axes.legend(loc="lower right", frameon=False, fontsize=8)
+        # Beside the lines, where they leave no room.
+        place = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(lines) > 6 else {}
+        axes.legend(**{"loc": "lower right", "frameon": False, "fontsize": 8} | place)
 
 
 def _plot_losses(axes: Any, rows: Rows, window: int) -> None:
