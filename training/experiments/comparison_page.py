@@ -53,27 +53,40 @@ def run_comparison(runs: Runs) -> Iterator[dict[str, Any]]:
     benches.sort(key=lambda bench: bench.seed)
     seeds = [bench.seed for bench in benches]
     told = replace(runs, seeds=seeds).facts | {"title": comparison.title}
-    rows: list[dict[str, Any]] = []
-    learning: list[Mapping[str, Any]] = []
+    places = [(bench, variant, budget) for bench in benches for variant, budget in cells]
+    # What is known is on the page from the beginning: a run that is stopped loses nothing of it.
+    known = {place: place[0].known(*place[1:]) for place in places}
 
-    def stands() -> dict[str, Any]:
-        return told | _results(comparison, rows, learning, page)
+    def stands(plans: Mapping[str, Any] | None = page.plans) -> dict[str, Any]:
+        rows = [
+            {**row, "cell": bench.digest(variant, budget)}
+            for (bench, variant, budget), row in known.items()
+            if row is not None
+        ]
+        learning: list[Mapping[str, Any]] = []
+        if name == "exp3":
+            for bench in benches:
+                for variant in comparison.variants:
+                    if variant.plans == "controller":
+                        learning += _learned(bench, comparison, variant, page)
+        found = told | _results(comparison, rows, learning, page)
+        return found | ({"plans": plans} if plans else {})
 
     for bench in benches:
+        if bench.seed not in runs.seeds:
+            continue
         for variant in comparison.variants:
-            is_new = False
-            for budget in comparison.budgets:
-                row = bench.known(variant, budget)
-                if row is None and bench.seed in runs.seeds and (variant, budget) in wanted:
-                    row, is_new = bench.cell(comparison, variant, budget), True
-                if row is not None:
-                    rows.append({**row, "cell": bench.digest(variant, budget)})
-            if name == "exp3" and variant.plans == "controller":
-                learning += _learned(bench, comparison, variant, page)
-            if is_new:
+            missing = [
+                budget
+                for budget in comparison.budgets
+                if (variant, budget) in wanted and known[bench, variant, budget] is None
+            ]
+            for budget in missing:
+                known[bench, variant, budget] = bench.cell(comparison, variant, budget)
+            if missing:
                 yield stands()
     plans = _plans_decided(benches, comparison, page) if name == "exp2" else None
-    yield stands() | ({"plans": plans} if plans else {})
+    yield stands(plans)
 
 
 def check_comparison(runs: Runs) -> None:
