@@ -48,8 +48,8 @@ from planner.loading import count_image_tokens, load_model, prompt_inputs
 from planner.models.profiling.device_profile import machine_of
 from planner.serving.chat_prompts import Prompt, PromptReader
 from planner.serving.engine import Engine, EngineLimits
-from planner.serving.jobs import Busy, Done, Event, Failed, Job, Piece
 from planner.serving.governor import Deadline, Governor, RungTimes
+from planner.serving.jobs import Busy, Done, Event, Failed, Job, Piece
 from planner.serving.ladder import Ladder
 from planner.serving.metrics import Metrics
 from planner.serving.opening import prompt_limits

@@ -32,6 +32,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -444,6 +445,8 @@ def main() -> int:
     parser.add_argument("--decode", type=int, default=32, help="tokens decoded")
     parser.add_argument("--show", action="store_true", help="print the --history, and run nothing")
     options = parser.parse_args()
+    # A run that is told to end reports what it has, as one that is interrupted.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if options.show:
         print(shown(read_json(options.history, "history")))
         return 0
@@ -465,6 +468,8 @@ def main() -> int:
     except Invalid as reason:
         print(f"no figures: {reason}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped: what follows is what was measured", file=sys.stderr)
     run = {
         "date": date.today().isoformat(),
         "machine": machine_of(torch.device("cpu")),
