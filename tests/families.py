@@ -26,7 +26,7 @@ from transformers import (
 
 from planner.models.running.kv_cache import cache_argument
 
-__all__ = ["FAMILIES", "Family", "cached", "randomise"]
+__all__ = ["FAMILIES", "Family", "cached", "llava_of", "randomise"]
 
 PAD, BOS, FIRST_WORD, LAST_WORD = 0, 1, 3, 119
 IMAGE, IMAGE_START, IMAGE_END, VIDEO = 120, 121, 122, 123
@@ -220,10 +220,14 @@ QWEN_VISION = {
 TOWER_ONLY = {"vision_use_head": False}
 NO_KV_SHARING = {"num_key_value_heads": 4}
 
+
+def llava_of(text: dict[str, Any]) -> Family:
+    """A LLaVA with a decoder of any kind, by its model_type and what differs from `TEXT`."""
+    return _build("llava", text, CLIP, _plain(32), 16, **PLAIN_TOKENS)
+
+
 FAMILIES: dict[str, Callable[[], Family]] = {
-    "llava": partial(
-        _build, "llava", {"model_type": "llama"}, CLIP, _plain(32), 16, **PLAIN_TOKENS
-    ),
+    "llava": partial(llava_of, {"model_type": "llama"}),
     "llava_next": partial(
         _build,
         "llava_next",

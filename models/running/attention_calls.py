@@ -17,9 +17,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from planner.ir.errors import InputError
 from planner.kernels.choice import Kernels, attention_is_faster
 from planner.kernels.ops.attend import Attend
 from planner.kernels.survivors import Survivors
+from planner.models.tokens.selectors.scoring import ScoreRule
 
 _log = logging.getLogger("planner")
 
@@ -108,7 +110,7 @@ class Recorded:
     query: Tensor  # (rows, heads, tokens, head_dim), rotated
     key: Tensor  # (rows, kv heads, keys, head_dim), rotated
     mask: Tensor | None  # as the block got it
-    scaling: float | None  # factor on the scores; None is 1/sqrt(head_dim)
+    rule: ScoreRule  # how it made scores
     rows: Tensor | None = None  # of the batch; None for all
     valid: Tensor | None = None  # (rows, keys), bool: False for padding; None where there is none
     # (rows, tokens), int64: of its tokens in the pass; None where they are all that it has.
@@ -127,8 +129,14 @@ def _record(
 
     That is the view's `attention`, by default the one that the config names.
     """
+    if options.get("position_bias") is not None:
+        raise InputError(
+            f"tokens cannot be scored by {type(module).__name__}: it adds a bias to its scores"
+        )
+    sinks = options.get("sinks") if options.get("s_aux") is None else options["s_aux"]
+    rule = ScoreRule(options.get("scaling"), options.get("softcap"), sinks)
     view: Any = module.config
-    view.record(Recorded(query, key, attention_mask, options.get("scaling")))
+    view.record(Recorded(query, key, attention_mask, rule))
     attend = configured_attention(module)[1]
     if view.attention is not None:
         attend = ALL_ATTENTION_FUNCTIONS[view.attention]

@@ -177,7 +177,7 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
             )
         valid = _visible(seen, part.keys)
         mask = None if seen.mask is None or seen.mask.ndim == 2 else seen.mask
-        received = attention_received(seen.query, seen.key, valid, mask, seen.scaling)
+        received = attention_received(seen.query, seen.key, valid, mask, seen.rule)
         index, left = part.keeper.observe(received, valid)
         places = index[..., None]
         part.store.keys = part.store.keys.take_along_dim(places, -2)

@@ -301,7 +301,7 @@ class TokenStages:
             valid=last.valid,
             query=last.query,
             key=last.key,
-            scaling=last.scaling,
+            rule=last.rule,
             attention_mask=last.mask,
             scored=scored,
         )
@@ -333,7 +333,7 @@ def _attention(call: Call, record: Recorded, rows: Tensor, kept: Kept | None) ->
     if mask is not None:
         # Flash attention's masks say what is padding, which `valid` does too.
         mask = None if mask.ndim == 2 else mask[own] if mask.shape[0] > 1 else mask
-    seen = LayerAttention(record.query[own], key, valid, record.scaling, mask)
+    seen = LayerAttention(record.query[own], key, valid, mask, record.rule)
     if kept is None:
         return seen
     index = kept.index

@@ -10,6 +10,7 @@ from planner.kernels.ops.choose_tokens import top_mask
 from planner.kernels.ops.score_tokens import ScoreTokens
 from planner.models.tokens.selectors import TowerAttention
 from planner.models.tokens.selectors.scoring import (
+    ScoreRule,
     attention_rows,
     outliers,
     pack,
@@ -63,7 +64,7 @@ def test_pack_moves_kept_entries_together_in_order(seed, side):
         assert flags == sorted(flags, reverse=side == "right")
 
 
-def full_attention(query, key, scaling, visible):
+def full_attention(query, key, scaling, visible, softcap=None, sinks=None):
     """Every query of every head against every key, in loops over heads; float64."""
     batch, heads, rows, _ = query.shape
     group = heads // key.shape[1]
@@ -71,11 +72,14 @@ def full_attention(query, key, scaling, visible):
     for b in range(batch):
         for h in range(heads):
             logits = query[b, h] @ key[b, h // group].T * scaling
+            if softcap is not None:
+                logits = softcap * np.tanh(logits / softcap)
             logits[~visible[b]] = -np.inf
             for row in range(rows):
                 if visible[b, row].any():
-                    exponent = np.exp(logits[row] - logits[row].max())
-                    weights[b, h, row] = exponent / exponent.sum()
+                    exponent = np.exp(logits[row])
+                    sink = 0 if sinks is None else np.exp(sinks[h])
+                    weights[b, h, row] = exponent / (exponent.sum() + sink)
     return weights
 
 
@@ -87,8 +91,10 @@ def full_attention(query, key, scaling, visible):
     seq=st.integers(1, 9),
     past=st.integers(0, 4),
     side=st.sampled_from(["left", "right"]),
+    softcap=st.sampled_from([None, 0.5]),
+    with_sinks=st.booleans(),
 )
-def test_rows_equal_full_attention(seed, kv_heads, group, seq, past, side):
+def test_rows_equal_full_attention(seed, kv_heads, group, seq, past, side, softcap, with_sinks):
     rng = np.random.default_rng(seed)
     keys = seq + past
     query = rng.normal(size=(2, kv_heads * group, seq, 4))
@@ -100,7 +106,9 @@ def test_rows_equal_full_attention(seed, kv_heads, group, seq, past, side):
         valid[1, slice(0, padding) if side == "left" else slice(keys - padding, None)] = False
     causal = np.tril(np.ones((keys, keys), dtype=bool))[past:]
     visible = valid[:, None] & causal
-    expected = full_attention(query, key, 0.3, visible)
+    sinks = rng.normal(size=kv_heads * group) if with_sinks else None
+    expected = full_attention(query, key, 0.3, visible, softcap, sinks)
+    rule = ScoreRule(0.3, softcap, None if sinks is None else torch.from_numpy(sinks))
 
     rows = torch.from_numpy(rng.integers(0, seq, (2, 3)))
     picked = torch.from_numpy(query).gather(
@@ -110,7 +118,7 @@ def test_rows_equal_full_attention(seed, kv_heads, group, seq, past, side):
     additive = torch.zeros(2, 1, seq, keys).masked_fill(~mask[:, None], torch.finfo().min)
     for attention_mask in (None, mask[:, None], additive):
         seen = visible_keys(rows, torch.from_numpy(valid), attention_mask, seq)
-        weights = attention_rows(picked, torch.from_numpy(key), seen, 0.3)
+        weights = attention_rows(picked, torch.from_numpy(key), seen, rule)
         index = rows[:, None, :, None].expand(-1, query.shape[1], -1, keys)
         torch.testing.assert_close(weights, torch.from_numpy(expected).gather(2, index))
 

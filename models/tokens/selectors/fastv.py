@@ -16,7 +16,7 @@ from planner.models.tokens.selectors.rules import (
     select_tokens,
     supplied,
 )
-from planner.models.tokens.selectors.scoring import visible_keys
+from planner.models.tokens.selectors.scoring import attention_rows, visible_keys
 from planner.planning.selectors import FastV
 
 
@@ -41,7 +41,6 @@ def best_attended(
     last = prompt & (prompt.flip(1).cumsum(1).flip(1) == 1)
     ends = torch.where(ends.any(1, keepdim=True), ends, last)
     turns = ends.flip(1).cumsum(1).flip(1)  # counted from the last, 1
-    scale = query.shape[-1] ** -0.5 if inputs.scaling is None else inputs.scaling
     total: Tensor | None = None
     for turn in range(1, int(turns.max()) + 1 if every_turn else 2):
         asking = ends & (turns == turn)
@@ -50,8 +49,17 @@ def best_attended(
         # Samples of fewer turns have nothing to add.
         visible = visible & asking.any(1, keepdim=True)
         row = query.take_along_dim(place[:, None, :, None], 2)
-        scores = ScoreTokens(row, key, visible, scale).run(triton=inputs.triton)[:, -seq:]
+        scores = _shares(row, key, visible, inputs)[:, -seq:]
         total = scores if total is None else total + scores
     assert total is not None
     wanted = image.new_tensor(counts, dtype=torch.int64)
     return DecoderSelection(~image | ChooseTokens(total, image, wanted).run(triton=inputs.triton))
+
+
+def _shares(row: Tensor, key: Tensor, visible: Tensor, inputs: DecoderInputs) -> Tensor:
+    """Attention of one query a sample to every key, the mean over heads: (batch, keys)."""
+    rule = inputs.rule
+    if rule.softcap is not None or rule.sinks is not None:
+        return attention_rows(row, key, visible[:, None], rule)[:, :, 0].mean(1)
+    scale = row.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling
+    return ScoreTokens(row, key, visible, scale).run(triton=inputs.triton)

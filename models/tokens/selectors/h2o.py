@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from planner.kernels.ops.choose_tokens import top_mask
-from planner.models.tokens.selectors.scoring import attention_rows, pack, visible_keys
+from planner.models.tokens.selectors.scoring import (
+    PLAIN,
+    ScoreRule,
+    attention_rows,
+    pack,
+    visible_keys,
+)
 from planner.planning.selectors import H2O
 
 
@@ -15,7 +21,7 @@ def attention_received(
     key: Tensor,
     valid: Tensor,
     attention_mask: Tensor | None = None,
-    scaling: float | None = None,
+    rule: ScoreRule = PLAIN,
     rows_at_once: int = 256,
 ) -> Tensor:
     """Attention that keys receive from all given queries: (batch, kv_heads, keys).
@@ -28,7 +34,7 @@ def attention_received(
         key: shape (batch, kv_heads, keys, head_dim).
         valid: shape (batch, keys), bool.
         attention_mask: see `visible_keys`.
-        scaling: see `attention_rows`.
+        rule: see `attention_rows`.
         rows_at_once: query rows in memory at once.
     """
     batch, heads, seq, _ = query.shape
@@ -40,7 +46,7 @@ def attention_received(
         rows = torch.arange(start, stop, device=key.device).expand(batch, -1)
         visible = visible_keys(rows, valid, attention_mask, seq)
         visible = visible & valid[:, keys - seq + start : keys - seq + stop, None]
-        received += attention_rows(query[:, :, start:stop], key, visible, scaling).sum(2)
+        received += attention_rows(query[:, :, start:stop], key, visible, rule).sum(2)
     return received.view(batch, kv_heads, -1, keys).sum(2)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from planner.ir.errors import InputError
-from planner.models.tokens.selectors.scoring import attention_rows, visible_keys
+from planner.models.tokens.selectors.scoring import PLAIN, ScoreRule, attention_rows, visible_keys
 from planner.planning.selectors import DecoderSelector, Selector, TowerSelector, VisionSelector
 from planner.planning.selectors.selector import without_cls_token
 
@@ -68,16 +68,16 @@ class LayerAttention:
     query: Tensor  # (batch, heads, seq, head_dim), rotated
     key: Tensor  # (batch, kv_heads, keys, head_dim), rotated
     valid: Tensor  # (batch, keys), bool: False for padding
-    scaling: float | None = None  # on q k^T; None is 1/sqrt(head_dim)
     # (batch or 1, 1, seq, keys), bool (True: visible) or additive; None is causal.
     mask: Tensor | None = None
+    rule: ScoreRule = PLAIN
 
     def weights(self) -> Tensor:
         """Attention of every token to every key, the mean over heads: (batch, seq, keys)."""
         batch, _, seq, _ = self.query.shape
         rows = torch.arange(seq, device=self.query.device).expand(batch, -1)
         visible = visible_keys(rows, self.valid, self.mask, seq)
-        return attention_rows(self.query, self.key, visible, self.scaling).mean(1)
+        return attention_rows(self.query, self.key, visible, self.rule).mean(1)
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class DecoderInputs:
     valid: Tensor  # (batch, keys), bool: False for padding
     query: Tensor | None = None  # (batch, heads, seq, head_dim), rotated, of layer k - 1
     key: Tensor | None = None  # (batch, kv_heads, keys, head_dim), rotated, of layer k - 1
-    scaling: float | None = None  # of layer k - 1 on q k^T; None is 1/sqrt(head_dim)
+    rule: ScoreRule = PLAIN  # of layer k - 1
     # Of layer k - 1: (batch or 1, 1, seq, keys), bool (True: visible) or additive; None is causal.
     attention_mask: Tensor | None = None
     # The same of all layers that it is scored by, `Selector.scored_layers`; k - 1 is the last.

@@ -6,8 +6,23 @@ Ties always go to the lower index, so a sample gets the same tokens alone and in
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreRule:
+    """What an attention block makes of q k^T before and in its softmax."""
+
+    scaling: float | None = None  # factor on q k^T; None is 1/sqrt(head_dim)
+    softcap: float | None = None  # bound on a score: softcap tanh(score / softcap)
+    # (heads,): score of a key beyond all others, to which a part of the attention goes (gpt-oss)
+    sinks: Tensor | None = None
+
+
+PLAIN = ScoreRule()
 
 
 def visible_keys(rows: Tensor, valid: Tensor, attention_mask: Tensor | None, seq: int) -> Tensor:
@@ -31,27 +46,30 @@ def visible_keys(rows: Tensor, valid: Tensor, attention_mask: Tensor | None, seq
     return seen & valid[:, None]
 
 
-def attention_rows(
-    query: Tensor, key: Tensor, visible: Tensor, scaling: float | None = None
-) -> Tensor:
+def attention_rows(query: Tensor, key: Tensor, visible: Tensor, rule: ScoreRule = PLAIN) -> Tensor:
     """Softmax attention of some query rows to all keys: (batch, heads, rows, keys), 32 bits or up.
 
     Args:
         query: shape (batch, heads, rows, head_dim).
         key: shape (batch, kv_heads, keys, head_dim); query head h reads h // (heads / kv_heads).
         visible: shape (batch, rows, keys), bool; a row that sees nothing gets zeros.
-        scaling: factor on the logits; None is 1/sqrt(head_dim).
+        rule: how scores are made.
     """
     batch, heads, rows, head_dim = query.shape
     kv_heads, keys = key.shape[1:3]
     dtype = torch.promote_types(query.dtype, torch.float32)
     grouped = query.to(dtype).reshape(batch, kv_heads, -1, head_dim)
-    logits = grouped @ key.to(dtype).mT * (head_dim**-0.5 if scaling is None else scaling)
+    logits = grouped @ key.to(dtype).mT * (head_dim**-0.5 if rule.scaling is None else rule.scaling)
     logits = logits.view(batch, heads, rows, keys)
+    if rule.softcap is not None:
+        logits = (logits / rule.softcap).tanh() * rule.softcap
     hidden = ~visible[:, None]
     # The lowest finite value, not -inf: a row without any visible key must not become NaN.
     logits = logits.masked_fill(hidden, torch.finfo(dtype).min)
-    return logits.softmax(-1).masked_fill(hidden, 0)
+    if rule.sinks is not None:
+        sinks = rule.sinks.to(dtype)[None, :, None, None].expand(batch, -1, rows, 1)
+        logits = torch.cat([logits, sinks], -1)
+    return logits.softmax(-1)[..., :keys].masked_fill(hidden, 0)
 
 
 def descending(scores: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def sparsevlm(selector: SparseVLM, inputs: DecoderInputs, layer: int) -> Decoder
     rows, rating = pack(supplied(inputs.marks, "marks"), "right")
     visible = visible_keys(rows, inputs.valid, inputs.attention_mask, seq)
     raters_query = query.take_along_dim(rows[:, None, :, None], 2)
-    attention = attention_rows(raters_query, key, visible, inputs.scaling).mean(1)
+    attention = attention_rows(raters_query, key, visible, inputs.rule).mean(1)
     weight = rating / rating.sum(1, keepdim=True).clamp(min=1)
     scores = torch.einsum("brk,br->bk", attention, weight.to(attention.dtype))[:, -seq:]
     keep = selector.keep[selector.layers.index(layer)]
