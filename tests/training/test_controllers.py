@@ -443,6 +443,27 @@ def test_rows_of_older_pages_are_shown_and_measured_where_more_is_needed(tmp_pat
     assert asked == [("static", 0.5, 3)]
 
 
+def test_a_base_model_of_other_weights_in_the_same_folder_is_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(Measuring, "_controlled", measured_as({"all": 1.0}, []))
+    folder, comparison = write_small_llava(tmp_path / "base"), COMPARISONS["exp2"]
+    settings = (f"model={folder}", "max_steps=1")
+
+    def bench():
+        return Measuring(tmp_path / "work", 0, 20, settings, print)
+
+    (variant,) = (v for v in comparison.variants if v.name == "all")
+    row = bench().cell(comparison, variant, 0.5)
+    assert bench().known(variant, 0.5) == row
+    before = bench()._label(variant)
+    (weights,) = folder.glob("*.safetensors")
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    assert bench().known(variant, 0.5) is None
+    assert bench()._label(variant) != before
+    assert bench().changes[1] == "max_steps=1"
+
+
 @given(st.text("01", max_size=70), st.integers(0, 49))
 def test_a_published_row_is_what_was_measured(digits, count):
     row = {"variant": "static", "right": digits, "plan": [count, *map(int, digits)]}

@@ -51,7 +51,7 @@ class TableBench(Bench):
         identity = {
             "cell": repr(cell),
             "samples": self.samples,
-            "overrides": list(self.overrides),
+            "overrides": self.changes,
             # Of what is kept: 2 with the scores of all questions.
             "format": 2,
         }
@@ -107,7 +107,8 @@ class TableBench(Bench):
         """The folder of a trained model; what was trained already is found again."""
         own = (*cell.overrides, *self.overrides)
         before = [f"labels-{cell.labels}"] if cell.labels else []
-        label = "_".join([Path(cell.config).stem, *before, *(o.replace("=", "-") for o in own)])
+        told = (o.replace("=", "-") for o in (*cell.overrides, *self.changes))
+        label = "_".join([Path(cell.config).stem, *before, *told])
 
         def train(settings: list[str]) -> None:
             if cell.labels:

@@ -99,7 +99,7 @@ class Measuring(Bench):
     def _file(self, variant: Variant, budget: float) -> tuple[Path, list[Any]]:
         """A cell's file, and what it must be of."""
         label = f"{variant.name}_{variant.plans}_{budget:g}".replace(" ", "-").replace(",", "")
-        identity = [repr(variant), budget, self.samples, list(self.overrides)]
+        identity = [repr(variant), budget, self.samples, self.changes]
         return self.work / "controllers" / f"seed-{self.seed}" / f"{label}.json", identity
 
     # -- models ------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class Measuring(Bench):
         begun = [f"from={variant.start}"] if variant.start else []
         told = "_".join([*variant.settings, *more, *also, *begun])
         label = told.replace("=", "-").replace(":", "-").replace(",", "-")
-        others = (o.replace("=", "-").replace("/", "-") for o in self.overrides)
+        others = (o.replace("=", "-").replace("/", "-") for o in self.changes)
         return "_".join([f"unified_{label}", *others])
 
     def _trained_for(

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from planner.ir.graph import Graph
 from planner.ir.lowering import lower_model
 from planner.loading import load_model
 from planner.progress import Say
+from planner.training.run_folders import INPUTS, contents_told
 from planner.training.trainer import last_checkpoint
 
 # Names of files end at 255 bytes; the rest of a longer label is told by its digest.
@@ -61,6 +63,16 @@ class Bench:
     overrides: tuple[str, ...]  # of every training configuration
     progress: Say  # told what comes next
     _loaded: dict[str, Loaded] = field(default_factory=dict)
+
+    @cached_property
+    def changes(self) -> list[str]:
+        """The overrides, told by what the files and folders that they name hold now."""
+        pairs = [override.partition("=") for override in self.overrides]
+        held = [contents_told(value) if name in INPUTS else value for name, _, value in pairs]
+        return [
+            override if found in (value, None) else f"{override}@{str(found)[:16]}"
+            for override, (_, _, value), found in zip(self.overrides, pairs, held, strict=True)
+        ]
 
     def say(self, what: str) -> None:
         """Tell what comes next of this seed."""

@@ -101,12 +101,12 @@ class _Bench(Bench):
         """A method, from its file or measured now."""
         name = "_".join([method.name, *map(str, method.rates)]).replace(" ", "-").replace(":", "")
         path = self.work / "dynamic" / f"seed-{self.seed}" / f"{name}.json"
-        identity = [repr(method), self.samples, list(self.overrides)]
+        identity = [repr(method), self.samples, self.changes]
         return kept_or_measured(path, identity, lambda: self._measure(method))
 
     def _trained(self, rates: tuple[float, float]) -> Path:
         """The folder of predictors with these rates, trained before or now."""
-        labels = [f"dynamic_{rates[0]}-{rates[1]}", *self.overrides]
+        labels = [f"dynamic_{rates[0]}-{rates[1]}", *self.changes]
         label = "_".join(labels).replace("=", "-").replace("/", "-")
 
         def train(settings: list[str]) -> None:
@@ -122,7 +122,7 @@ class _Bench(Bench):
         """Of the first answers under every method, tokens a second of processor time over those of
         the base model: the median of rounds, in each of which all methods take their turn."""
         path = self.work / "dynamic" / f"seed-{self.seed}" / "speeds.json"
-        identity = [[repr(method) for method in METHODS], self.samples, list(self.overrides)]
+        identity = [[repr(method) for method in METHODS], self.samples, self.changes]
         return list(kept_or_measured(path, identity, self._timed)["speeds"])
 
     def _timed(self) -> dict[str, Any]:
