@@ -16,9 +16,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any, cast
 
 import torch
 from realised import Bench, Invalid, check, draw, options_of
+from torch import nn
 from torch._dynamo.utils import counters
 
 import planner
@@ -42,8 +44,9 @@ class Row:
 def measure(bench: Bench, budgets: Sequence[float], inner: str) -> Iterator[Row]:
     """Rows of all kinds of plans."""
     alone = torch.compile(bench.stock, backend=inner)
-    settings = {"budget": 1.0, "utilities": "prior", "inner": inner}
-    planned = torch.compile(bench.planned, backend="planner", options=settings)
+    # PyTorch's type of options knows no floats.
+    settings: dict[str, Any] = {"budget": 1.0, "utilities": "prior", "inner": inner}
+    planned = cast(nn.Module, torch.compile(bench.planned, backend="planner", options=settings))
     runs = [partial(bench.prefill, model) for model in (alone, planned)]
     for run in runs:
         run()

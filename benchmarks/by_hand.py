@@ -29,7 +29,7 @@ def cut_by_hand(stock: Any, plan: Plan, graph: Graph, left: Tensor | None = None
     """
     model = copy.deepcopy(stock, {id(p): p for p in stock.parameters()})
     decoder = model.get_decoder()
-    kept = []
+    kept: list[nn.Module] = []
     for index, layer in enumerate(decoder.layers):
         if index in plan.layers_off:
             continue

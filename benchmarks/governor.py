@@ -127,7 +127,7 @@ def seconds_of(rung: int, slow: float) -> tuple[float, float, float]:
     return prompt, token, prompt + (NEW - 1) * token
 
 
-def traces(requests: int, rng: np.random.Generator) -> dict[str, tuple[Trace, NDArray[np.int64]]]:
+def traces(requests: int, rng: np.random.Generator) -> dict[str, tuple[Trace, Sequence[int]]]:
     """Name -> the trace, and where the machine steps to another speed."""
     noise = np.exp(rng.normal(0, 0.03, requests))
     nothing = np.zeros(requests)
@@ -136,14 +136,13 @@ def traces(requests: int, rng: np.random.Generator) -> dict[str, tuple[Trace, ND
     throttled = 1 + 0.8 * np.clip((places - requests / 4) / (requests / 4), 0, 1)
     pressed = np.where(rng.random(requests) < 0.02, 2.5, 1.0)
     bursts = np.where((places % 100) < 15, 0.25 * seconds_of(3, 1.0)[2], 0.0)
-    steps = np.flatnonzero(np.diff(half)) + 1
-    none = np.zeros(0, np.int64)
+    steps = [int(place) + 1 for place in np.flatnonzero(np.diff(half))]
     return {
-        "idle": (np.stack([noise, nothing]), none),
+        "idle": (np.stack([noise, nothing]), ()),
         "half of the cores taken": (np.stack([half * noise, nothing]), steps),
-        "throttling": (np.stack([throttled * noise, nothing]), none),
-        "memory pressure": (np.stack([pressed * noise, nothing]), none),
-        "bursts": (np.stack([noise, bursts]), none),
+        "throttling": (np.stack([throttled * noise, nothing]), ()),
+        "memory pressure": (np.stack([pressed * noise, nothing]), ()),
+        "bursts": (np.stack([noise, bursts]), ()),
     }
 
 
@@ -165,7 +164,7 @@ def replay(policy: Policy, trace: Trace, steps: Sequence[int], deadline: float) 
     return {
         "kept": float(hit.mean()),
         "steady": float(hit[steady].mean()),
-        "second": float(np.mean([hit[step + 1] for step in steps])) if len(steps) else float("nan"),
+        "second": float(np.mean([hit[step + 1] for step in steps])) if steps else float("nan"),
         "accuracy": float(accuracy.mean()),
         "score": float((accuracy * hit).mean()),
         "switches": float(np.count_nonzero(np.diff(chosen)) / len(chosen)),

@@ -456,14 +456,9 @@ def main() -> int:
     for number, batch in enumerate(options.batches):
         run_batch(report, clock, Decoder(model, graph, size, batch))
         if number == 0:
-            report.part(
-                f"batch {batch}, kernels",
-                lambda batch=batch: report.kernels.extend(kernel_rows(clock, size, batch, 0.65)),
-            )
-            report.part(
-                f"batch {batch}, ops",
-                lambda batch=batch: report.kernels.extend(op_rows(clock, size, batch, 0.65)),
-            )
+            for what, rows in (("kernels", kernel_rows), ("ops", op_rows)):
+                found = rows(clock, size, batch, 0.65)
+                report.part(f"batch {batch}, {what}", partial(report.kernels.extend, found))
     if options.json:
         print_json(report.document())
     else:

@@ -181,8 +181,13 @@ def planned(subject: Subject, device: MeasuredDevice, text_tokens: int, share: f
     load, graph = subject.load(text_tokens), subject.graph
     dense = Plan.of(graph)
     base = pricing_for(dense, graph, load, "model", device.on(graph)).cost_of(dense)["latency"]
-    options = {"utilities": "prior", "device": device.name, "text_tokens": text_tokens}
-    asked = Request(graph.name, f"latency={share * base}s", **options)
+    asked = Request(
+        graph.name,
+        f"latency={share * base}s",
+        utilities="prior",
+        device=device.name,
+        text_tokens=text_tokens,
+    )
     plan = plan_graph(graph, asked).plan
     prompt = subject.prompt(Pass(plan, load, decodes=False))
 
@@ -241,7 +246,7 @@ def main() -> int:
 
 def show(document: dict[str, Any], results: dict[str, Any]) -> None:
     print(document["machine"], "load", document["load"])
-    names = ("median", "p90", "p95", "bias", "count")
+    names = ["median", "p90", "p95", "bias", "count"]
     rows = []
     for precision, found in results.items():
         errors = {"operators": document["operators"][precision], **found["plans"]}

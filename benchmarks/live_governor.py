@@ -132,6 +132,13 @@ def answered(engine: Engine, prompt: Prompt, rung: int, deadline: Deadline) -> A
     return Answered(end - job.arrived, event.rung, "".join(texts).strip())
 
 
+def served(answer: Answered | None) -> Answered:
+    """What came of a request that had no deadline; Invalid where it was refused."""
+    if answer is None:
+        raise Invalid("a request without a deadline was refused")
+    return answer
+
+
 @contextmanager
 def competitor(core: int) -> Iterator[Callable[[bool], None]]:
     """Another process that is busy on a core while it is told to be."""
@@ -201,7 +208,7 @@ class Bench:
         """Of a request on the machine as it is now; median."""
         with self.engine() as engine:
             return median(
-                answered(engine, question.prompt, rung, Deadline()).seconds
+                served(answered(engine, question.prompt, rung, Deadline())).seconds
                 for question in self.questions[:count]
             )
 
@@ -300,15 +307,13 @@ class Trace:
 
 def check(trace: Trace, statics: Sequence[str]) -> None:
     """Invalid unless the trace shows what it should."""
-    for question, *row in zip(trace.questions, *(trace.answers[s] for s in statics), strict=True):
-        if row[-1].text != question.stock:
-            raise Invalid(f"'{row[-1].text}' is not the stock model's answer '{question.stock}'")
+    plans = [[served(answer) for answer in trace.answers[name]] for name in statics]
+    for question, own in zip(trace.questions, plans[-1], strict=True):
+        if own.text != question.stock:
+            raise Invalid(f"'{own.text}' is not the stock model's answer '{question.stock}'")
     for policy, answers in trace.answers.items():
         for number, answer in enumerate(answers):
-            if (
-                answer is not None
-                and answer.text != trace.answers[statics[answer.rung]][number].text
-            ):
+            if answer is not None and answer.text != plans[answer.rung][number].text:
                 raise Invalid(f"'{answer.text}' is not what the plan that {policy} took answers")
     base, busy = trace.seconds(statics[-1]), trace.is_busy
     slow = float(np.median(base[busy & trace.is_steady]) / np.median(base[~busy]))
@@ -393,13 +398,13 @@ def main() -> int:
     core = max(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
-    is_busy = np.array(cycle * given.cycles)
+    is_busy = cycle * given.cycles
     bench = Bench.of(given.model, given.switches, parse_fractions(given.budgets), len(is_busy))
     statics = [f"plan {rung.budget:g}" for rung in bench.ladder.rungs]
     with competitor(core) as tell:
         deadline, servers = run(bench, given.slack, is_busy, tell)
-    answers = {name: server.answers for name, server in servers.items()}
-    trace = Trace(is_busy, deadline, bench.questions, answers)
+    answers: dict[str, Sequence[Answered | None]] = {n: s.answers for n, s in servers.items()}
+    trace = Trace(np.array(is_busy), deadline, bench.questions, answers)
     trace.answers["oracle"] = trace.oracle(statics)
     try:
         check(trace, statics)

@@ -37,9 +37,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from datetime import date
-from functools import partial
+from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -149,7 +149,6 @@ class Bench:
     graph: Graph
     clock: Callable[[], float]
     rounds: int
-    session: Session | None = None
 
     @staticmethod
     def of(name: str, dtype: torch.dtype, options: argparse.Namespace) -> Bench:
@@ -158,6 +157,11 @@ class Bench:
         twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
         clock = time.perf_counter if options.clock == "wall" else time.process_time
         return Bench(name, model, twin, inputs, lower_model(model, name), clock, options.rounds)
+
+    @cached_property
+    def session(self) -> Session:
+        """That of the second model, for which plans hold when it is called as it is."""
+        return session_on(self.planned, self.graph, freeze=True)
 
     def masked(self, plan: Plan) -> Tensor:
         """Logits of the last token by masks, which what is narrowed must give too."""
@@ -168,7 +172,8 @@ class Bench:
     def prefill(self, model: Any) -> Tensor:
         """Logits of the last token."""
         with torch.no_grad():
-            return model(**self.inputs, logits_to_keep=1).logits
+            logits: Tensor = model(**self.inputs, logits_to_keep=1).logits
+        return logits
 
     def read(self, model: Any) -> dict[str, DynamicCache]:
         """The prompt; the argument that goes on from there."""
@@ -180,13 +185,14 @@ class Bench:
     def decode(self, model: Any, cached: dict[str, DynamicCache]) -> Tensor:
         """Logits of the next token."""
         with torch.no_grad():
-            return model(input_ids=WORD, **cached).logits
+            logits: Tensor = model(input_ids=WORD, **cached).logits
+        return logits
 
     def flops(self, model: Any) -> int:
         """Of a prefill, counted; the counter knows attention by its two products alone."""
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             self.prefill(model)
-        return counter.get_total_flops()
+        return int(counter.get_total_flops())
 
     def seconds(self, run: Callable[[], Any]) -> float:
         """Of one run."""
@@ -317,7 +323,7 @@ def prefills(case: Case, modes: list[str]) -> Iterator[Row]:
                 models = [torch.compile(model, dynamic=False) for model in models]
                 for how, model in zip(("under a plan", "cut by hand"), models[1:]):
                     check(f"{bench.name} {how}, {mode},", bench.prefill(model), expected)
-            runs = [partial(bench.prefill, model) for model in models]
+            runs: list[Callable[[], object]] = [partial(bench.prefill, m) for m in models]
             if mode.startswith("new"):
                 runs[1] = fresh
                 # Nothing to come back to after each input.
@@ -340,7 +346,8 @@ def with_same_products(stock: Any) -> Any:
     model = copy.deepcopy(stock, {id(p): p for p in stock.parameters()})
     for module in model.get_decoder().layers.modules():
         if isinstance(module, nn.Linear):
-            module.forward = partial(kept_linear, weight=module.weight, bias=module.bias)
+            product = partial(kept_linear, weight=module.weight, bias=module.bias)
+            module.__dict__["forward"] = product  # mypy lets nobody assign to a method
     return model
 
 
@@ -380,7 +387,7 @@ def decodings(case: Case, modes: list[str], tokens: int) -> Iterator[Row]:
 
 def weight_bytes(bench: Bench, plan: Plan | None) -> int:
     """Bytes of the weights that one decoded token reads."""
-    total = bench.stock.lm_head.weight.nbytes
+    total: int = bench.stock.lm_head.weight.nbytes
     for site in bench.graph.sites:
         share = 1.0
         if plan is not None:
@@ -406,7 +413,7 @@ def dispatch(case: Case) -> Row:
         switch()
     runs = (partial(bench.prefill, bench.stock), switch)
     (share,) = bench.ratios([partial(bench.seconds, run) for run in runs])
-    return Row.of(case, *DISPATCH, 0, share, share)
+    return Row.of(case, "dispatch", 0, share, share)
 
 
 def measure(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
@@ -460,8 +467,6 @@ def main() -> int:
     try:
         for name, dtype in itertools.product(options.models, options.dtypes):
             bench = Bench.of(name, getattr(torch, dtype), options)
-            session = session_on(bench.planned, bench.graph, freeze=True)
-            bench = replace(bench, session=session)
             for row in measure(bench, options):
                 rows.append(row)
                 print(_line(row), file=sys.stderr)

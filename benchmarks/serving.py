@@ -148,7 +148,7 @@ class Client:
 
     async def learn(self) -> float:
         """Ask every question alone, under every plan; median seconds under the dearest."""
-        times = []
+        times: list[float] = []
         for budget in self._budgets or [1.0]:
             times = []
             for number in range(QUESTIONS):
@@ -234,7 +234,7 @@ async def measure(
         begun = time.monotonic()
         together = await closed(client, given.clients, given.closed_seconds, deadlines)
         figures = together.figures(time.monotonic() - begun)
-        found = {"alone_seconds": alone, "deadlines": deadlines, "closed": figures}
+        found: dict[str, Any] = {"alone_seconds": alone, "deadlines": deadlines, "closed": figures}
         if not given.seconds:
             return found
         rate = OVERLOAD * (base or found)["closed"]["answers_per_second"]

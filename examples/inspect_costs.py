@@ -177,8 +177,9 @@ def save_plot(model: str, steps: Sequence[Step], path: Path) -> None:
         Line2D([], [], linestyle=line, marker=marker, color="#555555", label=describe(chip))
         for chip, (marker, line) in styled(steps).items()
     ]
-    hollow = {"markerfacecolor": "white", "markeredgewidth": 2, "color": "#555555"}
-    handles.append(Line2D([], [], linestyle="", marker="o", label="hollow: decode step", **hollow))
+    hollow = Line2D([], [], linestyle="", marker="o", color="#555555", label="hollow: decode step")
+    hollow.set(markerfacecolor="white", markeredgewidth=2)
+    handles.append(hollow)
     figure.legend(handles=handles, loc="lower center", ncols=4, frameon=False)
     figure.suptitle(f"{model}: modelled roofline of every operator, area = share of the time")
     figure.tight_layout(rect=(0, 0.13, 1, 1))
