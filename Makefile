@@ -24,7 +24,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p planner
-	MYPYPATH=benchmarks $(BIN)/mypy benchmarks/*.py examples/*.py
+	$(BIN)/mypy benchmarks/*.py examples/*.py
 	$(BIN)/lint-imports --no-logo
 
 install: $(STAMP)
